@@ -1,0 +1,33 @@
+"""Portraits from words, semantic masks and sketches.
+
+`likeness.load()` gives a pipeline; everything heavy is imported when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from likeness.models.mmface import MMFaceTransformer
+    from likeness.pipelines.load import load
+    from likeness.pipelines.mmface import MMFacePipeline
+    from likeness.types import InputError, PortraitRequest
+
+_HOMES = {
+    "InputError": "likeness.types",
+    "MMFacePipeline": "likeness.pipelines.mmface",
+    "MMFaceTransformer": "likeness.models.mmface",
+    "PortraitRequest": "likeness.types",
+    "load": "likeness.pipelines.load",
+}
+
+__all__ = ["InputError", "MMFacePipeline", "MMFaceTransformer", "PortraitRequest", "__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'likeness' has no attribute {name!r}")

@@ -1,0 +1,112 @@
+"""Opening what users bring, and the one check of sizes: every failure is one sentence that names the file.
+
+Pictures are loaded whole and turned upright by their EXIF orientation before anything looks at them. A picture that is
+too large for Pillow's decompression guard is refused, never merely warned about.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from likeness.conditions.base import Source
+from likeness.types import InputError
+
+ASPECT_TOLERANCE = 0.01
+"""A condition may differ from the portrait's aspect ratio by this share; beyond it, shapes would be squeezed."""
+
+LEAST_SIDE = 8
+"""Pixels: nothing smaller can hold a face."""
+
+
+def describe(source: Source) -> str:
+    """How messages call `source`: the file's name, or what it is."""
+    if isinstance(source, str | os.PathLike):
+        return str(source)
+    if isinstance(source, Image.Image):
+        return "the picture"
+    return "the array"
+
+
+def existing_path(source: str | Path) -> Path:
+    """`source` as a path that exists. Raises `InputError` when it does not."""
+    path = Path(source).expanduser()
+    try:
+        if not path.exists():
+            raise InputError(f"{path} does not exist: check the path")
+    except OSError as error:  # such as a name that is too long
+        raise InputError(f"{str(path)[:80]} cannot be opened: {error.strerror or error}") from error
+    return path
+
+
+def open_picture(source: str | Path | Image.Image) -> Image.Image:
+    """The whole picture, decoded and upright.
+
+    Raises:
+        InputError: the file is missing, empty, truncated, no picture, or too large to decode safely.
+    """
+    name = describe(source)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if isinstance(source, Image.Image):
+                source.load()
+                picture = source
+            else:
+                path = existing_path(source)
+                if path.is_dir():
+                    raise InputError(f"{path} is a folder: name one picture in it")
+                if path.stat().st_size == 0:
+                    raise InputError(f"{path} is empty (0 bytes): save or download it again")
+                with Image.open(path) as opened:
+                    opened.load()
+                    picture = opened
+            upright = ImageOps.exif_transpose(picture)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise InputError(f"{name} has too many pixels to be opened safely: make it smaller") from error
+    except UnidentifiedImageError as error:
+        raise InputError(f"{name} is no picture that can be read: save it as PNG") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{name} cannot be read ({error}): it may be truncated, save or download it again") from error
+    if min(upright.size) < LEAST_SIDE:
+        raise InputError(f"{name} is {upright.width}x{upright.height} pixels: too small to hold a face")
+    return upright
+
+
+def load_array(path: Path) -> np.ndarray:
+    """The one array of a .npy or .npz file. Raises `InputError` when there is none or there are several."""
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded:
+            if len(loaded.files) != 1:
+                raise InputError(f"{path} holds {len(loaded.files)} arrays: save exactly one")
+            return loaded[loaded.files[0]]
+    except InputError:
+        raise
+    except Exception as error:  # np.load raises many kinds: zipfile, zlib, pickle, tokenizer, end of file
+        raise InputError(f"{path} is no readable NumPy file ({error}): save it with numpy.save") from error
+
+
+def check_aspect(have: tuple[int, int], want: tuple[int, int], name: str) -> None:
+    """Refuse to squeeze. Sizes are (height, width).
+
+    Raises:
+        InputError: the aspect ratios differ by more than 1 %, beyond the rounding of one pixel.
+    """
+    (height, width), (high, wide) = have, want
+    if high < 1 or wide < 1:
+        raise InputError(f"a size of {wide}x{high} pixels is impossible: both must be at least 1")
+    off = abs(width * high - height * wide)
+    if off > ASPECT_TOLERANCE * height * wide and off > max(height, width):
+        raise InputError(
+            f"the {name} is {width}x{height} but the portrait is {wide}x{high}: "
+            f"crop or pad the {name} to that shape, or ask for --size {width}x{height}"
+        )

@@ -1,0 +1,108 @@
+"""Configuration: a TOML file is a frozen dataclass, and an unknown key is an error, never a silent default.
+
+Recipes are the only home of hyper-parameters; a run writes the configuration it resolved beside its results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from likeness.types import InputError
+
+T = TypeVar("T")
+
+
+def load_toml(path: str | Path, cls: type[T], overrides: tuple[str, ...] = ()) -> T:
+    """Read `path` into the dataclass `cls`.
+
+    Args:
+        path: a TOML file; tables become nested dataclasses.
+        cls: a dataclass type.
+        overrides: `section.key=value` strings, the value in TOML syntax (a bare word is taken as a string).
+
+    Raises:
+        InputError: the file is missing, is not TOML, or has a key or type that `cls` does not.
+    """
+    try:
+        values = tomllib.loads(Path(path).read_text())
+    except OSError as error:
+        raise InputError(f"cannot read the configuration {path}: {error.strerror or error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path} is not valid TOML: {error}") from error
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise InputError(f"the override {override!r} must have the form section.key=value")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        *tables, last = key.strip().split(".")
+        table = values
+        for name in tables:
+            table = table.setdefault(name, {})
+        table[last] = value
+    return build(cls, values, where=str(path))
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Make the dataclass `cls` from nested mappings, refusing unknown keys, missing keys and wrong types."""
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise InputError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(sorted(fields))}")
+    arguments = {}
+    for name, f in fields.items():
+        if name in values:
+            arguments[name] = _coerce(hints[name], values[name], f"{where}: {name}")
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise InputError(f"{where}: the key {name!r} is missing")
+    return cls(**arguments)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The dataclass as plain nested values, ready for JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return build(typing.cast(type, hint), value, where)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        errors = []
+        for option in arguments:
+            if option is type(None):
+                continue
+            try:
+                return _coerce(option, value, where)
+            except InputError as error:
+                errors.append(error)
+        raise errors[0]
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise InputError(f"{where} is {value!r}; choose one of {', '.join(map(repr, arguments))}")
+        return value
+    if origin is tuple and isinstance(value, (list, tuple)):
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return tuple(_coerce(arguments[0], item, where) for item in value)
+        if len(value) != len(arguments):
+            raise InputError(f"{where} needs {len(arguments)} values, not {len(value)}")
+        return tuple(_coerce(option, item, where) for option, item in zip(arguments, value, strict=True))
+    if origin is dict and isinstance(value, Mapping):
+        return {key: _coerce(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Any or (isinstance(hint, type) and type(value) is hint):
+        return value
+    raise InputError(f"{where} is {value!r}, which is not of type {getattr(hint, '__name__', hint)}")

@@ -1,0 +1,1 @@
+"""Other people's weights into this project's folders."""

@@ -1,0 +1,118 @@
+"""Shards: everything a training step reads of a face, encoded once.
+
+A store is a folder of safetensors shards, one JSON file of captions a shard, and a `manifest.json` that is written
+last. Latents are raw, as the autoencoder gives them, in half precision; they are normalised when read, so that
+statistics may change without encoding again. Shards are memory-mapped: a million faces open at once.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from likeness.types import InputError
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+IMAGE = "image"
+"""Name of the picture's own latents; conditions lie beside it under their names."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a store knows of one face."""
+
+    latents: Tensor
+    """Raw latent of the picture, float32 [C, h, w]."""
+    conditions: dict[str, Tensor]
+    """Condition name -> raw latent of its rendering, float32 [C, h, w]."""
+    captions: Sequence[str]
+    """Its captions; may be empty."""
+
+
+class Store:
+    """A finished store, open for reading.
+
+    Raises:
+        InputError: there is no finished store, or a shard is missing or damaged.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        path = self.folder / MANIFEST
+        try:
+            self.manifest: dict[str, Any] = json.loads(path.read_text())
+        except OSError as error:
+            raise InputError(
+                f"{folder} holds no shards ({MANIFEST} is missing): run `likeness prepare encode`"
+            ) from error
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path} is not valid JSON: {error}") from error
+        self.conditions: list[str] = self.manifest["conditions"]
+        self.ends: list[int] = []
+        self.shards, self.captions = [], []
+        for entry in self.manifest["shards"]:
+            file = self.folder / entry["file"]
+            try:
+                shard = safe_open(file, framework="pt")
+                found = shard.get_slice(IMAGE).get_shape()[0]
+                captions = json.loads(file.with_suffix(".json").read_text())
+            except (OSError, SafetensorError, json.JSONDecodeError) as error:
+                raise InputError(f"the shard {file} cannot be read ({error}): delete it and encode again") from error
+            if found != entry["count"] or len(captions) != found:
+                raise InputError(f"the shard {file} holds {found} faces, not {entry['count']}: delete it, encode again")
+            self.shards.append(shard)
+            self.captions.append(captions)
+            self.ends.append((self.ends[-1] if self.ends else 0) + found)
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> Sample:
+        number = bisect.bisect_right(self.ends, index)
+        row = index - (self.ends[number - 1] if number else 0)
+        shard = self.shards[number]
+        return Sample(
+            shard.get_slice(IMAGE)[row].float(),
+            {name: shard.get_slice(name)[row].float() for name in self.conditions},
+            self.captions[number][row],
+        )
+
+
+def write_shard(folder: Path, name: str, tensors: dict[str, Tensor], captions: list[list[str]]) -> None:
+    """Write one shard whole or not at all; its captions first, so that a shard that exists is complete."""
+    file = folder / name
+    atomic_text(file.with_suffix(".json"), json.dumps(captions, ensure_ascii=False))
+    partial = file.with_suffix(".partial")
+    try:
+        save_file({key: value.to(torch.float16).contiguous() for key, value in tensors.items()}, partial)
+        os.replace(partial, file)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(f"cannot write the shard {file}: {error}") from error
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Finish a store."""
+    atomic_text(folder / MANIFEST, json.dumps({"schema": SCHEMA, **manifest}, indent=2))
+
+
+def atomic_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error

@@ -1,0 +1,203 @@
+"""Picture, mask and sketch drawn together, shape by shape, for the procedural faces.
+
+Every shape is a polygon that is rasterised once, several times finer than the picture; its coverage tints the picture,
+its majority labels the mask, and the same polygon wipes and outlines the sketch. So the three agree by construction,
+without any edge detection. The price is painter's order: what is in front has to be drawn later.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+PAPER = 255
+INK = 30
+"""Grey of a firm stroke; lighter strokes are greyer."""
+
+
+def smooth(points: object, closed: bool = True, steps: int = 6) -> np.ndarray:
+    """Catmull-Rom curve through the points: [N, 2] -> [about N * steps, 2]; an open curve keeps both end points."""
+    knots = np.asarray(points, dtype=np.float64)
+    if closed:
+        padded = np.concatenate([knots[-1:], knots, knots[:2]])
+    else:
+        padded = np.concatenate([2 * knots[:1] - knots[1:2], knots, 2 * knots[-1:] - knots[-2:-1]])
+    before, start, end, after = padded[:-3, None], padded[1:-2, None], padded[2:-1, None], padded[3:, None]
+    t = (np.arange(steps) / steps)[None, :, None]
+    curve = 0.5 * (
+        2 * start
+        + (end - before) * t
+        + (2 * before - 5 * start + 4 * end - after) * t**2
+        + (3 * start - before - 3 * end + after) * t**3
+    )
+    curve = curve.reshape(-1, 2)
+    return curve if closed else np.concatenate([curve, knots[-1:]])
+
+
+def resample(curve: np.ndarray, count: int) -> np.ndarray:
+    """`count` points at equal steps of length along an open curve: [N, 2] -> [count, 2]."""
+    length = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(curve, axis=0).T))])
+    wanted = np.linspace(0, length[-1], count)
+    return np.stack([np.interp(wanted, length, curve[:, 0]), np.interp(wanted, length, curve[:, 1])], axis=1)
+
+
+def ellipse(x: float, y: float, radius_x: float, radius_y: float | None = None, steps: int = 28) -> np.ndarray:
+    """Closed ellipse, [steps, 2]."""
+    angle = np.arange(steps) * (2 * np.pi / steps)
+    height = radius_x if radius_y is None else radius_y
+    return np.stack([x + radius_x * np.cos(angle), y + height * np.sin(angle)], axis=1)
+
+
+def ribbon(curve: np.ndarray, width: float | np.ndarray) -> np.ndarray:
+    """The band of the given full width (one value, or one a point) around an open curve: [N, 2] -> [2 N, 2]."""
+    along = np.gradient(curve, axis=0)
+    across = np.stack([-along[:, 1], along[:, 0]], axis=1) / (np.hypot(*along.T)[:, None] + 1e-9)
+    half = np.broadcast_to(np.asarray(width, dtype=np.float64) / 2, len(curve))[:, None]
+    return np.concatenate([curve + across * half, (curve - across * half)[::-1]])
+
+
+def mix(first: object, second: object, amount: float) -> np.ndarray:
+    """Colour between two colours: `amount` 0 is the first, 1 the second."""
+    return np.asarray(first, dtype=np.float32) * (1 - amount) + np.asarray(second, dtype=np.float32) * amount
+
+
+def toned(color: object, light: np.ndarray, depth: float = 1.0) -> np.ndarray:
+    """A colour under a light field in about -1..1: [3], [S, S] -> [S, S, 3].
+
+    Shadows go to a darker, more saturated tone and lights to a paler one, as painters do, not to black and white.
+    """
+    base = np.asarray(color, dtype=np.float32)
+    shadow = base * np.array([0.66, 0.54, 0.56], dtype=np.float32)
+    bright = mix(base, (1.0, 0.97, 0.9), 0.42)
+    field = np.clip(light * depth, -1, 1)[..., None]
+    return base + np.maximum(field, 0) * (bright - base) + np.maximum(-field, 0) * (shadow - base)
+
+
+class Canvas:
+    """Picture float32 [S, S, 3] in 0..1, mask uint8 [S, S] and sketch, drawn in picture units: x, y in [0, 1]."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.factor = 4 if size <= 256 else 2
+        centre = (np.arange(size, dtype=np.float32) + 0.5) / size
+        self.x, self.y = np.meshgrid(centre, centre)
+        self.image = np.zeros((size, size, 3), dtype=np.float32)
+        self.mask = np.zeros((size, size), dtype=np.uint8)
+        self.fine = size * self.factor
+        self.paper = Image.new("L", (self.fine, self.fine), PAPER)
+        self.pencil = ImageDraw.Draw(self.paper)
+        self.stroke = 1.2 / 128 * self.fine
+        """Width of a pencil line, in fine pixels."""
+
+    def at_least(self, width: float, pixels: float = 1.4) -> float:
+        """A width in picture units that no small picture loses."""
+        return max(width, pixels / self.size)
+
+    def _fine(self, points: np.ndarray) -> list[tuple[float, float]]:
+        return [(x, y) for x, y in (points * self.fine - 0.5).tolist()]
+
+    def cover(self, *polygons: np.ndarray, holes: tuple[np.ndarray, ...] = ()) -> np.ndarray:
+        """How much of each pixel lies in the union of the polygons, less the holes: [S, S] in 0..1."""
+        everything = np.concatenate(polygons)
+        low = np.clip(np.floor(everything.min(axis=0) * self.size) - 1, 0, self.size).astype(int)
+        high = np.clip(np.ceil(everything.max(axis=0) * self.size) + 1, 0, self.size).astype(int)
+        alpha = np.zeros((self.size, self.size), dtype=np.float32)
+        width, height = (high - low).tolist()
+        if width <= 0 or height <= 0:
+            return alpha
+        tile = Image.new("L", (width * self.factor, height * self.factor), 0)
+        brush = ImageDraw.Draw(tile)
+        shift = low / self.size
+        for polygon in polygons:
+            brush.polygon(self._fine(polygon - shift), fill=255)
+        for hole in holes:
+            brush.polygon(self._fine(hole - shift), fill=0)
+        reduced = np.asarray(tile.reduce(self.factor), dtype=np.float32) / 255
+        alpha[low[1] : high[1], low[0] : high[0]] = reduced
+        return alpha
+
+    def cover_lines(self, curves: list[np.ndarray], width: float) -> np.ndarray:
+        """Coverage of thin lines of the given width in picture units: [S, S] in 0..1."""
+        tile = Image.new("L", (self.fine, self.fine), 0)
+        brush = ImageDraw.Draw(tile)
+        pixels = max(1, round(width * self.fine))
+        for curve in curves:
+            brush.line(self._fine(curve), fill=255, width=pixels)
+        return np.asarray(tile.reduce(self.factor), dtype=np.float32) / 255
+
+    def blur(self, alpha: np.ndarray, radius: float, shift: tuple[float, float] = (0.0, 0.0)) -> np.ndarray:
+        """Coverage softened by a Gaussian of `radius` and moved by `shift`, both in picture units."""
+        moved = np.roll(alpha, [round(shift[1] * self.size), round(shift[0] * self.size)], axis=(0, 1))
+        picture = Image.fromarray((moved * 255).astype(np.uint8))
+        soft = picture.filter(ImageFilter.GaussianBlur(radius * self.size))
+        return np.asarray(soft, dtype=np.float32) / 255
+
+    def glow(
+        self, centre: np.ndarray | tuple[float, float], radius_x: float, radius_y: float | None = None
+    ) -> np.ndarray:
+        """A soft round spot: Gaussian with peak 1, centre and radii in picture units."""
+        x, y = centre
+        height = radius_x if radius_y is None else radius_y
+        return np.exp(-(((self.x - x) / radius_x) ** 2) - ((self.y - y) / height) ** 2)
+
+    def tint(self, alpha: np.ndarray, color: object) -> None:
+        """Blend a colour ([3] or [S, S, 3]) over the picture only; mask and sketch stay."""
+        rows = np.flatnonzero(alpha.max(axis=1) > 0.004)
+        if not len(rows):
+            return
+        columns = np.flatnonzero(alpha.max(axis=0) > 0.004)
+        window = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
+        shade = np.asarray(color, dtype=np.float32)
+        part = self.image[window]
+        part += alpha[window][..., None] * ((shade if shade.ndim == 1 else shade[window]) - part)
+
+    def paint(
+        self,
+        polygons: list[np.ndarray],
+        color: object,
+        label: int | None,
+        *,
+        holes: tuple[np.ndarray, ...] = (),
+        opacity: float = 1.0,
+        outline: int | None = INK,
+    ) -> np.ndarray:
+        """One shape in picture, mask (unless `label` is None) and sketch (unless `outline` is None): its coverage."""
+        alpha = self.cover(*polygons, holes=holes)
+        self.tint(alpha * opacity, color)
+        if label is not None:
+            self.mask[alpha >= 0.5] = label
+        if outline is not None:
+            self.trace(polygons, outline, wipe=not holes)
+            for hole in holes:
+                self.line(np.concatenate([hole, hole[:1]]), grey=outline)
+        return alpha
+
+    def trace(self, polygons: list[np.ndarray], grey: int, wipe: bool = True) -> None:
+        """Outline of the union of the polygons in the sketch; what they hide is wiped out."""
+        paths = [self._fine(polygon) for polygon in polygons]
+        for path in paths:
+            self.pencil.line([*path, path[0]], fill=grey, width=max(1, round(self.stroke)))
+        if wipe:
+            # Wiping after the strokes leaves only the outer half of each, so that overlapping polygons read as one.
+            for path in paths:
+                self.pencil.polygon(path, fill=PAPER)
+            if len(paths) == 1:
+                self.pencil.line([*paths[0], paths[0][0]], fill=grey, width=max(1, round(self.stroke)))
+
+    def line(self, curve: np.ndarray, grey: int = INK, width: float = 1.0) -> None:
+        """A pencil line in the sketch only; `width` is in lines' usual width."""
+        self.pencil.line(self._fine(curve), fill=grey, width=max(1, round(self.stroke * width)))
+
+    def pen(
+        self, curve: np.ndarray, color: object, width: float, opacity: float = 1.0, grey: int | None = INK
+    ) -> np.ndarray:
+        """A thin line in the picture and, unless `grey` is None, in the sketch; its coverage."""
+        alpha = self.cover(ribbon(curve, width))
+        self.tint(alpha * opacity, color)
+        if grey is not None:
+            self.line(curve, grey)
+        return alpha
+
+    def sketch(self) -> np.ndarray:
+        """The sketch at the picture's size: uint8 [S, S], dark strokes on white."""
+        return np.asarray(self.paper.reduce(self.factor), dtype=np.uint8).copy()

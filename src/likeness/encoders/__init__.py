@@ -1,0 +1,1 @@
+"""Frozen encoders between pixels or words and what the transformers read."""

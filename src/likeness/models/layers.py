@@ -1,0 +1,104 @@
+"""The small pieces that the transformers share: time embedding, patches, rotary positions, attention, modulation.
+
+B batch, C channels, h x w latent size, p patch size, N tokens, D width, H heads, d width of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines of a sequence's rotary angles, float32 [N, d / 2] each."""
+
+
+def time_frequencies(time: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoidal embedding of times [B] as [cosines, sines], float32 [B, dim] (Vaswani et al. 2017, section 3.5)."""
+    exponents = torch.arange(dim // 2, dtype=torch.float32, device=time.device) / (dim // 2)
+    angles = time.float()[:, None] * max_period**-exponents  # [B, dim / 2]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)  # [B, dim]
+
+
+def patchify(latents: Tensor, patch: int) -> Tensor:
+    """[B, C, h, w] -> [B, (h / p)(w / p), C p p]. With a Linear after it this is a convolution of stride p, but one
+    whose bits do not depend on the batch size on a CPU.
+    """
+    b, c, h, w = latents.shape
+    x = latents.reshape(b, c, h // patch, patch, w // patch, patch)  # [B, C, h/p, p, w/p, p]
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, (h // patch) * (w // patch), c * patch * patch)
+
+
+def unpatchify(tokens: Tensor, height: int, width: int, patch: int) -> Tensor:
+    """[B, (h / p)(w / p), C p p] -> [B, C, h, w], the inverse of `patchify`."""
+    b, _, values = tokens.shape
+    c = values // patch**2
+    x = tokens.reshape(b, height // patch, width // patch, c, patch, patch)  # [B, h/p, w/p, C, p, p]
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(b, c, height, width)
+
+
+def rope_angles(positions: Tensor, dim: int, theta: float) -> Tensor:
+    """Angles position * theta^(-2 i / dim) for i < dim / 2: float64 [N, dim / 2] (Su et al. 2021, equation 15)."""
+    frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)  # [dim / 2]
+    return positions.double()[:, None] * frequencies
+
+
+def grid_angles(rows: int, columns: int, dim: int, theta: float) -> Tensor:
+    """Axial angles of a rows x columns grid of tokens: half of the pairs turn with the row, half with the column.
+    float64 [rows * columns, dim / 2].
+    """
+    row = torch.arange(rows).repeat_interleave(columns)  # [N]
+    column = torch.arange(columns).repeat(rows)  # [N]
+    return torch.cat([rope_angles(row, dim // 2, theta), rope_angles(column, dim // 2, theta)], dim=-1)
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Turn each pair (x_i, x_(i + d/2)) of x [B, H, N, d] by its angle. Halves rather than neighbours are paired:
+    the two are equal up to a permutation of the weights, and halves are contiguous.
+    """
+    cos, sin = rope  # [N, d / 2]
+    first, second = x.float().chunk(2, dim=-1)  # [B, H, N, d / 2]
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turned.to(x.dtype)
+
+
+def heads_of(x: Tensor, heads: int) -> Tensor:
+    """[B, N, D] -> [B, H, N, d]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(Q K^T / sqrt(d)) V for [B, H, N, d] -> [B, N, D]."""
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x [B, N, D] scaled and shifted by vectors [B, D]."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class TimeEmbedding(nn.Module):
+    """Time [B] -> [B, D]: 256 sinusoids and a two-layer perceptron."""
+
+    frequencies = 256
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(self.frequencies, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, time: Tensor) -> Tensor:
+        x = time_frequencies(time, self.frequencies).to(self.linear_1.weight.dtype)  # [B, 256]
+        return self.linear_2(F.silu(self.linear_1(x)))  # [B, D]
+
+
+class MLP(nn.Module):
+    """[B, N, D] -> [B, N, D] through a wider layer with GELU (tanh form)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(width, hidden)
+        self.linear_2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.gelu(self.linear_1(x), approximate="tanh"))

@@ -1,0 +1,266 @@
+"""MMFace-DiT: a dual-stream diffusion transformer for text and one spatial condition (arXiv 2603.29029).
+
+Image and text tokens have weights of their own and meet in one attention; time, pooled text and the kind of
+condition modulate every layer. The condition's latent enters by channel concatenation, so a mask or a sketch costs no
+tokens. Only the network is here: noise, guidance, devices and files are other modules' business.
+
+B batch, C latent channels, h x w latent size, p patch size, N image tokens (h / p)(w / p), L text tokens, D width,
+H heads, d = D / H, T text width, R condition rows, K conditions (always 1 here).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from likeness.models.layers import (
+    MLP,
+    Rope,
+    TimeEmbedding,
+    attend,
+    grid_angles,
+    heads_of,
+    modulate,
+    patchify,
+    rope_angles,
+    rotate,
+    unpatchify,
+)
+from likeness.types import TextFeatures
+
+
+class Modulation(NamedTuple):
+    """Every shift, scale and gate of a forward pass. They depend on time, pooled text and condition only, so those of
+    all sampling steps can be computed in one pass (`MMFaceTransformer.modulation`).
+    """
+
+    blocks: Tensor
+    """[depth, B, 12 D]."""
+    final: Tensor
+    """[B, 2 D]."""
+
+    def rows(self, start: int, stop: int) -> Modulation:
+        """The part for samples start <= b < stop."""
+        return Modulation(self.blocks[:, start:stop], self.final[start:stop])
+
+
+class JointAttention(nn.Module):
+    """Shared RoPE attention: queries, keys and values of both streams, image first, in one softmax (section 3.2).
+
+    Q = [Q_image; Q_text], likewise K and V; Attention = softmax(RoPE(Q) RoPE(K)^T / sqrt(d)) V.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.image_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.text_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.image_out = nn.Linear(width, width, bias=False)
+        self.text_out = nn.Linear(width, width, bias=False)
+
+    def forward(self, image: Tensor, text: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        qkv = torch.cat([self.image_qkv(image), self.text_qkv(text)], dim=1)  # [B, N + L, 3 D]
+        query, key, value = (heads_of(x, self.heads) for x in qkv.chunk(3, dim=-1))  # [B, H, N + L, d]
+        x = attend(rotate(query, rope), rotate(key, rope), value)  # [B, N + L, D]
+        image, text = x.split([image.shape[1], text.shape[1]], dim=1)  # [B, N, D], [B, L, D]
+        return self.image_out(image), self.text_out(text)
+
+
+class MMFaceBlock(nn.Module):
+    """Both streams: x = x + gate * F(AdaLN(x)), F the joint attention and then an MLP (section 3.2)."""
+
+    def __init__(self, width: int, heads: int, mlp_width: int) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(width, 12 * width)
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)  # no weights: one serves all four places
+        self.attention = JointAttention(width, heads)
+        self.image_mlp = MLP(width, mlp_width)
+        self.text_mlp = MLP(width, mlp_width)
+
+    def forward(
+        self, image: Tensor, text: Tensor, conditioning: Tensor, rope: Rope, modulation: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """image [B, N, D], text [B, L, D], conditioning [B, D] after SiLU, modulation [B, 12 D] where it is known."""
+        if modulation is None:
+            modulation = self.modulation(conditioning)
+        image_1, scale_i1, gate_i1, image_2, scale_i2, gate_i2, *rest = modulation.chunk(12, dim=-1)  # [B, D] each
+        text_1, scale_t1, gate_t1, text_2, scale_t2, gate_t2 = rest
+
+        image_update, text_update = self.attention(
+            modulate(self.norm(image), image_1, scale_i1), modulate(self.norm(text), text_1, scale_t1), rope
+        )
+        image = image + gate_i1[:, None] * image_update
+        text = text + gate_t1[:, None] * text_update
+
+        image = image + gate_i2[:, None] * self.image_mlp(modulate(self.norm(image), image_2, scale_i2))
+        text = text + gate_t2[:, None] * self.text_mlp(modulate(self.norm(text), text_2, scale_t2))
+        return image, text
+
+
+class MMFaceTransformer(ModelMixin, ConfigMixin):
+    """The MMFace-DiT network. The defaults are the published one: 1,345,298,624 parameters.
+
+    Args:
+        patch_size: side of a patch, in latent pixels.
+        latent_channels: channels of the noisy latent, of the prediction and of the condition's latent.
+        hidden_size: width D, a multiple of 4 heads.
+        depth: number of blocks.
+        heads: attention heads.
+        mlp_ratio: width of an MLP over D.
+        text_dim: width of text tokens and of the pooled text.
+        max_text_tokens: most text tokens that are accepted.
+        condition_names: the name of each row of the condition embedding. Where `none` is among them, it stands for an
+            absent condition; otherwise row 0 does (so the released weights were trained).
+        text_rope: `sequential` turns text token l by position l over the whole head (the paper's 1-D positions);
+            `none` leaves text unturned (the released code gives every text token position 0).
+        rope_theta: base of the rotary frequencies.
+
+    Raises:
+        ValueError: widths that do not divide.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ("MMFaceBlock",)
+    _repeated_blocks = ("MMFaceBlock",)
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: int = 2,
+        latent_channels: int = 16,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        heads: int = 16,
+        mlp_ratio: float = 4.0,
+        text_dim: int = 1024,
+        max_text_tokens: int = 77,
+        condition_names: tuple[str, ...] = ("mask", "sketch"),
+        text_rope: Literal["sequential", "none"] = "sequential",
+        rope_theta: float = 10_000.0,
+    ) -> None:
+        super().__init__()
+        if hidden_size % (4 * heads):
+            raise ValueError(f"hidden_size {hidden_size} must be a multiple of 4 heads = {4 * heads}")
+        if text_rope not in ("sequential", "none"):
+            raise ValueError(f"text_rope is {text_rope!r}; choose sequential or none")
+        self.gradient_checkpointing = False
+        self.patch_embed = nn.Linear(2 * latent_channels * patch_size**2, hidden_size)
+        self.text_embed = nn.Linear(text_dim, hidden_size)
+        self.time_embed = TimeEmbedding(hidden_size)
+        self.pooled_embed = nn.Linear(text_dim, hidden_size)
+        self.condition_embed = nn.Embedding(len(condition_names), hidden_size)
+        # The published network has this vector for dropping the pooled text a second time. It is never read: absent
+        # text is the encoded empty string, dropped once, by the data.
+        self.null_pooled = nn.Parameter(torch.zeros(text_dim))
+        self.blocks = nn.ModuleList(MMFaceBlock(hidden_size, heads, int(hidden_size * mlp_ratio)) for _ in range(depth))
+        self.final_modulation = nn.Linear(hidden_size, 2 * hidden_size)
+        self.final_norm = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.final = nn.Linear(hidden_size, latent_channels * patch_size**2)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Blocks keep PyTorch's initial values; every residual branch and the output start at zero."""
+        nn.init.xavier_uniform_(self.patch_embed.weight)
+        nn.init.zeros_(self.patch_embed.bias)
+        for layer in (self.time_embed.linear_1, self.time_embed.linear_2, self.pooled_embed, self.condition_embed):
+            nn.init.normal_(layer.weight, std=0.02)
+        for layer in (*(block.modulation for block in self.blocks), self.final_modulation, self.final):
+            nn.init.zeros_(layer.weight)  # pyrefly: ignore
+            nn.init.zeros_(layer.bias)  # pyrefly: ignore
+
+    @property
+    def absent_row(self) -> int:
+        """The row that stands for an absent condition."""
+        names = list(self.config.condition_names)
+        return names.index("none") if "none" in names else 0
+
+    def forward(
+        self,
+        latents: Tensor,
+        time: Tensor,
+        text: TextFeatures,
+        condition_latents: Tensor,
+        condition_index: Tensor,
+        *,
+        modulation: Modulation | None = None,
+        rope: Rope | None = None,
+    ) -> Tensor:
+        """Predict at x_t.
+
+        Args:
+            latents: x_t, [B, C, h, w]; h and w any multiples of the patch size.
+            time: what `Objective.model_time` gives, [B].
+            text: tokens [B, L, T] and pooled [B, T].
+            condition_latents: the condition's latent, [B, 1, C, h, w]; read only where the condition is present.
+            condition_index: row of each condition, [B, 1]; -1 where it is absent.
+            modulation: `self.modulation(...)` for these very samples, where it is computed beforehand.
+            rope: `self.rope(...)` for this size, where it is computed beforehand.
+
+        Returns:
+            The prediction, [B, C, h, w].
+
+        Raises:
+            ValueError: a size the patches do not divide, more text tokens than allowed, or more than one condition.
+        """
+        height, width = latents.shape[-2:]
+        self.check(height, width, text.tokens.shape[1], condition_index.shape[1])
+
+        present = condition_index[:, 0] >= 0  # [B]
+        condition = condition_latents[:, 0] * present[:, None, None, None].to(latents.dtype)  # [B, C, h, w]
+        patches = patchify(torch.cat([latents, condition], dim=1), self.config.patch_size)  # [B, N, 2 C p p]
+        image = self.patch_embed(patches)  # [B, N, D]
+        tokens = self.text_embed(text.tokens)  # [B, L, D]
+        if rope is None:
+            rope = self.rope(height, width, tokens.shape[1], tokens.device)
+        conditioning = self.conditioning(time, text.pooled, condition_index) if modulation is None else None  # [B, D]
+
+        for index, block in enumerate(self.blocks):
+            known = None if modulation is None else modulation.blocks[index]  # [B, 12 D]
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                image, tokens = self._gradient_checkpointing_func(block, image, tokens, conditioning, rope, known)
+            else:
+                image, tokens = block(image, tokens, conditioning, rope, known)
+
+        final = self.final_modulation(conditioning) if modulation is None else modulation.final  # [B, 2 D]
+        shift, scale = final.chunk(2, dim=-1)  # [B, D] each
+        output = self.final(modulate(self.final_norm(image), shift, scale))  # [B, N, C p p]
+        return unpatchify(output, height, width, self.config.patch_size)  # [B, C, h, w]
+
+    def conditioning(self, time: Tensor, pooled_text: Tensor, condition_index: Tensor) -> Tensor:
+        """SiLU(E_time(t) + E_caption(pooled) + E_modality(m)): the vector behind every modulation, [B, D]
+        (section 3.3).
+        """
+        row = torch.where(condition_index[:, 0] >= 0, condition_index[:, 0], self.absent_row)  # [B]
+        return F.silu(self.time_embed(time) + self.pooled_embed(pooled_text) + self.condition_embed(row))
+
+    def modulation(self, time: Tensor, pooled_text: Tensor, condition_index: Tensor) -> Modulation:
+        """All modulations of a pass over these samples: the weights, a third of the network, are read once."""
+        conditioning = self.conditioning(time, pooled_text, condition_index)  # [B, D]
+        return Modulation(
+            torch.stack([block.modulation(conditioning) for block in self.blocks]),  # pyrefly: ignore  # [depth, B, 12 D]
+            self.final_modulation(conditioning),  # [B, 2 D]
+        )
+
+    def rope(self, height: int, width: int, text_tokens: int, device: torch.device | str = "cpu") -> Rope:
+        """Rotary tables of the joint sequence [image; text] for a latent of height x width, [N + L, d / 2] each."""
+        dim = self.config.hidden_size // self.config.heads
+        theta, patch = self.config.rope_theta, self.config.patch_size
+        image = grid_angles(height // patch, width // patch, dim, theta)  # [N, d / 2]
+        positions = torch.arange(text_tokens) * (self.config.text_rope == "sequential")  # [L]
+        angles = torch.cat([image, rope_angles(positions, dim, theta)])  # [N + L, d / 2]
+        return angles.cos().float().to(device), angles.sin().float().to(device)
+
+    def check(self, height: int, width: int, text_tokens: int, conditions: int) -> None:
+        """Refuse shapes this network cannot take."""
+        patch = self.config.patch_size
+        if height % patch or width % patch:
+            raise ValueError(f"a latent of {height}x{width} cannot be cut into patches of {patch}")
+        if text_tokens > self.config.max_text_tokens:
+            raise ValueError(f"{text_tokens} text tokens; this network takes at most {self.config.max_text_tokens}")
+        if conditions != 1:
+            raise ValueError(f"MMFace takes one condition a pass, not {conditions}; combine them by guidance")

@@ -1,0 +1,30 @@
+"""What the network is trained to predict, and how samples are drawn with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from likeness.objectives.base import Objective
+from likeness.objectives.ddpm import DDPM
+from likeness.objectives.flow import RectifiedFlow
+
+OBJECTIVES: dict[str, type[RectifiedFlow] | type[DDPM]] = {"rectified_flow": RectifiedFlow, "ddpm": DDPM}
+
+__all__ = ["DDPM", "OBJECTIVES", "Objective", "RectifiedFlow", "make_objective"]
+
+
+def make_objective(config: Mapping[str, Any]) -> Objective:
+    """The objective of a configuration: `{"name": "rectified_flow" | "ddpm", ...fields}`.
+
+    Raises:
+        ValueError: an unknown name or field, or a value out of range.
+    """
+    fields = dict(config)
+    name = fields.pop("name", None)
+    if name not in OBJECTIVES:
+        raise ValueError(f"the objective {name!r} is unknown; choose one of {', '.join(OBJECTIVES)}")
+    try:
+        return OBJECTIVES[name](**fields)
+    except TypeError as error:
+        raise ValueError(f"the configuration of the objective {name!r} does not fit: {error}") from error

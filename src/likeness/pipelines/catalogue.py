@@ -1,0 +1,19 @@
+"""The models that ship with the package. No torch here: listing them is instant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+BUNDLED = Path(__file__).parent.parent / "bundled"
+"""Folder of the shipped models."""
+
+COMMON = "common"
+"""Its subfolder with what they share: autoencoder, text tower, tokenizer."""
+
+DEFAULT = "mmface-mini"
+"""What is loaded where no model is named."""
+
+
+def bundled_models() -> list[str]:
+    """Names of the models that ship with the package."""
+    return sorted(index.parent.name for index in BUNDLED.glob("*/model_index.json"))

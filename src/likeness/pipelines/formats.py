@@ -1,0 +1,22 @@
+"""The file formats that pictures are written in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from likeness.types import InputError
+
+FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
+"""File suffix -> Pillow's format."""
+
+
+def format_of(path: Path) -> str:
+    """Pillow's format for a file name.
+
+    Raises:
+        InputError: another suffix than png, jpg, jpeg or webp.
+    """
+    suffix = path.suffix.lower().removeprefix(".")
+    if suffix not in FORMATS:
+        raise InputError(f"{path} must end in {', '.join('.' + s for s in FORMATS)}")
+    return FORMATS[suffix]

@@ -1,0 +1,72 @@
+"""Requests to finished pictures: the one path that the command line, previews, evaluation and the service share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from likeness.conditions.request import read_conditions
+from likeness.types import InputError, PortraitRequest
+
+SEED_LIMIT = 2**63
+
+
+def resolve(request: PortraitRequest, pipeline: Any) -> PortraitRequest:
+    """The request with nothing left open: conditions read, the checkpoint's own values where it said none.
+
+    Raises:
+        InputError: a condition cannot be read, or the seed is out of range.
+    """
+    if not isinstance(request.seed, int) or not 0 <= request.seed < SEED_LIMIT:
+        raise InputError(f"the seed is {request.seed}; it must be a whole number from 0 to 2^63 - 1")
+    defaults = pipeline.config.defaults
+    request, _ = read_conditions(request)
+    return dataclasses.replace(
+        request,
+        guidance_scale=float(defaults["guidance_scale"] if request.guidance_scale is None else request.guidance_scale),
+        num_inference_steps=defaults["steps"] if request.num_inference_steps is None else request.num_inference_steps,
+        height=request.height or defaults["size"],
+        width=request.width or defaults["size"],
+    )
+
+
+def generate(
+    pipeline: Any, request: PortraitRequest, seeds: Sequence[int], on_step: Callable[[int, int], None] | None = None
+) -> tuple[list[Image.Image], list[str]]:
+    """One resolved request, one picture a seed.
+
+    Args:
+        pipeline: a pipeline of this package.
+        request: what `resolve` gave; its own seed is not read.
+        seeds: seeds of the pictures.
+        on_step: called after every step as (steps done, steps in all).
+
+    Returns:
+        The pictures, and which words of the prompts did not fit.
+    """
+
+    def report(pipe: Any, i: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        if on_step is not None:
+            on_step(i + 1, request.num_inference_steps or i + 1)
+        return tensors
+
+    output = pipeline(
+        request.prompt,
+        request.negative_prompt,
+        dict(request.control_image),
+        height=request.height,
+        width=request.width,
+        num_inference_steps=request.num_inference_steps,
+        guidance_scale=request.guidance_scale,
+        conditioning_scale=dict(request.conditioning_scale),
+        control_guidance_start=dict(request.control_guidance_start),
+        control_guidance_end=dict(request.control_guidance_end),
+        num_images_per_prompt=len(seeds),
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        callback_on_step_end=report,
+    )
+    return output.images, output.notes

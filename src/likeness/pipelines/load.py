@@ -1,0 +1,175 @@
+"""From a name to a pipeline: a bundled model, a folder, or a hub id.
+
+The bundled models are ordinary pipeline folders in two respects more frugal: their weights are packed
+(`likeness.pipelines.packed`), and what they share lies once in `common/`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from likeness.pipelines.catalogue import BUNDLED, COMMON, DEFAULT, bundled_models
+from likeness.pipelines.packed import PACKED, load_packed
+from likeness.types import InputError
+
+PIPELINES = {"MMFacePipeline": "likeness.pipelines.mmface"}
+"""Pipeline class, as `model_index.json` names it -> its module."""
+
+
+def load(source: str | Path = DEFAULT, *, dtype: torch.dtype = torch.float32, device: str | None = None) -> Any:
+    """A ready pipeline.
+
+    Args:
+        source: name of a bundled model, a pipeline folder, or a hub id (`owner/name`, downloaded once).
+        dtype: float32, float16 or bfloat16.
+        device: where to put it; None leaves it on the CPU.
+
+    Raises:
+        InputError: there is no such model, or its folder is broken; the sentence names the file.
+    """
+    folder = find(source)
+    index = read_json(folder / "model_index.json")
+    name = index.get("_class_name")
+    if name not in PIPELINES:
+        raise InputError(f"{folder} is a {name}, not one of {', '.join(PIPELINES)}: likeness cannot run it")
+    pipeline_class = getattr(importlib.import_module(PIPELINES[name]), name)
+    parts = {}
+    for part, entry in index.items():
+        if part.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or entry[0] is None:
+            continue
+        if not isinstance(entry[0], str):
+            continue  # a setting that happens to be a list of two
+        where = folder / part if (folder / part).is_dir() else folder.parent / COMMON / part
+        if not where.is_dir():
+            raise InputError(f"{folder} is incomplete: its {part} is missing")
+        if (where / PACKED).is_file():
+            parts[part] = load_component(where, *entry, dtype=dtype)
+        elif where.parent != folder:  # a shared part without weights: a tokenizer
+            parts[part] = component_class(*entry).from_pretrained(where)
+    try:
+        pipeline = pipeline_class.from_pretrained(folder, dtype=dtype, **parts)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise InputError(f"the model in {folder} cannot be loaded: {first_line(error)}") from error
+    if device is not None:
+        pipeline.to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def find(source: str | Path) -> Path:
+    """The folder of a model: bundled, local, or downloaded from the hub."""
+    if (BUNDLED / str(source) / "model_index.json").is_file():
+        return BUNDLED / str(source)
+    path = Path(source)
+    if (path / "model_index.json").is_file():
+        return path
+    if path.exists():
+        raise InputError(f"{path} is no model folder: it has no model_index.json")
+    parts = str(source).split("/")
+    if len(parts) != 2 or not all(parts) or str(source).startswith((".", "/", "~")):
+        raise InputError(f"there is no model {source}; bundled are {', '.join(bundled_models()) or 'none'}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source)))
+    except Exception as error:  # the hub's many ways to say no: offline, gated, absent
+        raise InputError(f"the model {source} is neither here nor on the hub: {first_line(error)}") from error
+
+
+def load_component(folder: Path, library: str, class_name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """One packed component: its class from `model_index.json`, its shape from `config.json`."""
+    cls = component_class(library, class_name)
+    config = read_json(folder / "config.json")
+    try:
+        with torch.device("meta"):
+            model = cls(cls.config_class.from_dict(config)) if library == "transformers" else cls.from_config(config)
+        model = load_packed(model, folder, dtype)
+    except Exception as error:
+        raise InputError(f"the weights in {folder} cannot be read: {first_line(error)}") from error
+    materialise_buffers(model)
+    return model
+
+
+def materialise_buffers(model: torch.nn.Module) -> None:
+    """Buffers that are not saved (position numbers) have no values on the meta device: count them out again."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                if name != "position_ids":
+                    raise InputError(f"{type(module).__name__} has the buffer {name!r}, which no file holds")
+                setattr(module, name, torch.arange(buffer.shape[-1]).expand(buffer.shape).clone())
+
+
+def component_class(library: str, class_name: str) -> Any:
+    """A class of diffusers, transformers or this package, as `model_index.json` names it."""
+    if library.split(".")[0] not in ("diffusers", "transformers", "likeness"):
+        raise InputError(
+            f"the model asks for {library}.{class_name}; only diffusers, transformers and likeness are run"
+        )
+    return getattr(importlib.import_module(library), class_name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file, or one sentence about why not."""
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Components:
+    """What a transformer stands on: the frozen autoencoder and text tower, and the settings that belong to them."""
+
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
+    settings: dict[str, Any]
+    """Fields of the pipeline: latent_mean, latent_std, text_layer, max_text_tokens."""
+    codec_hash: str
+    """SHA-256 of the autoencoder's weights: latents of another one are refused."""
+
+
+def load_components(folder: str | Path = BUNDLED / COMMON) -> Components:
+    """Autoencoder, text tower and tokenizer of a pipeline folder, or of `common/`.
+
+    Raises:
+        InputError: a part is missing or broken.
+    """
+    folder = find(folder) if not Path(folder).is_dir() else Path(folder)
+    common = folder / "components.json"
+    index = read_json(common if common.is_file() else folder / "model_index.json")
+    parts = {}
+    for part in ("vae", "text_encoder", "tokenizer"):
+        where = folder / part if (folder / part).is_dir() else folder.parent / COMMON / part
+        if not where.is_dir() or not index.get(part):
+            raise InputError(f"{folder} has no {part}")
+        packed = (where / PACKED).is_file()
+        parts[part] = (
+            load_component(where, *index[part]) if packed else component_class(*index[part]).from_pretrained(where)
+        )
+    settings = {key: index[key] for key in ("latent_mean", "latent_std", "text_layer", "max_text_tokens")}
+    return Components(**parts, settings=settings, codec_hash=weights_hash(parts["vae"]))
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    """SHA-256 over a model's weights, in order of their names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,69 @@
+"""Join what a transformer stands on into one folder: autoencoder, text tower, tokenizer and the latents' statistics.
+
+The statistics are measured once, on real pictures, and then belong to the autoencoder: latents are normalised with
+them in training and sampling alike.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderDC
+from transformers import AutoTokenizer, CLIPTextModel
+
+from likeness.data.folder import read_folder
+from likeness.data.store import atomic_text
+from likeness.encoders.latent import LatentCodec, to_tensor
+from likeness.pipelines.load import load_component
+from likeness.pipelines.packed import save_packed
+from likeness.prepare.encode import read_picture
+from likeness.types import InputError
+
+
+def join_components(
+    autoencoder: Path, text: Path, out: Path, data: Path, *, size: int, pictures: int = 1024, text_layer: int = -2
+) -> None:
+    """Write `out` with packed weights (`likeness.pipelines.packed`).
+
+    Args:
+        autoencoder: run folder of an autoencoder.
+        text: run folder of a text tower.
+        out: folder to write.
+        data: prepared folder whose pictures are measured.
+        size: pixels a side.
+        pictures: how many are measured, evenly spaced.
+        text_layer: hidden state of the text tower that gives the tokens.
+
+    Raises:
+        InputError: a run has not published its model, or the data cannot be read.
+    """
+    for run in (autoencoder, text):
+        if not (run / "model").is_dir():
+            raise InputError(f"{run} has no published model: finish its training first")
+    vae = AutoencoderDC.from_pretrained(autoencoder / "model").eval()
+    encoder = CLIPTextModel.from_pretrained(text / "model" / "text_encoder").eval()
+    tokenizer = AutoTokenizer.from_pretrained(text / "model" / "tokenizer")
+    save_packed(vae, out / "vae")
+    vae.save_config(out / "vae")
+    save_packed(encoder, out / "text_encoder")
+    encoder.config.save_pretrained(out / "text_encoder")
+    tokenizer.save_pretrained(out / "tokenizer")
+
+    # The statistics are those of the packed weights, which are the ones that will be used.
+    codec = LatentCodec(load_component(out / "vae", "diffusers", "AutoencoderDC"))
+    rows = read_folder(data)
+    chosen = rows[:: max(1, len(rows) // pictures)]
+    latents = torch.cat([codec.encode(to_tensor([read_picture(row["file_name"], size)])) for row in chosen])
+    components = {
+        "vae": ["diffusers", "AutoencoderDC"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", type(tokenizer).__name__],
+        "latent_mean": [round(value, 5) for value in latents.mean(dim=(0, 2, 3)).tolist()],
+        "latent_std": [round(value, 5) for value in latents.std(dim=(0, 2, 3)).tolist()],
+        "text_layer": text_layer,
+        "max_text_tokens": tokenizer.model_max_length,
+        "measured_on": len(chosen),
+    }
+    atomic_text(out / "components.json", json.dumps(components, indent=2))

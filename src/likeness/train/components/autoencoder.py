@@ -1,0 +1,228 @@
+"""Train the mini autoencoder: photographs and rendered conditions through 16 channels at an eighth of the size.
+
+The class is diffusers' `AutoencoderDC`: its first convolution has stride 2, so nothing but two thin layers runs at full
+resolution, where a CPU spends most of an ordinary autoencoder's time. It is deterministic: there are latents,
+not moments. Noise on the latents during training keeps the decoder smooth around them, for the diffusion model's sake.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import AutoencoderDC
+from PIL import Image
+
+from likeness.annotators.sketch import extract_sketch
+from likeness.conditions import CONDITIONS
+from likeness.config import to_dict
+from likeness.data.folder import column_of, read_folder
+from likeness.train.checkpoint import load_state, save_state
+from likeness.train.metrics import Reporter
+from likeness.train.optim import Ema, clip_gradients, learning_rate
+from likeness.types import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderRecipe:
+    """How the autoencoder is built and trained."""
+
+    kind: Literal["autoencoder"] = "autoencoder"
+    """What the recipe trains."""
+    train: tuple[str, ...]
+    """Prepared folders to learn from."""
+    test: tuple[str, ...]
+    """Prepared folders that are only measured."""
+    size: int = 128
+    """Pixels a side."""
+    encoder_channels: tuple[int, int, int] = (32, 64, 128)
+    """Channels at a half, a quarter and an eighth of the size."""
+    decoder_channels: tuple[int, int, int] = (48, 96, 192)
+    """The same for the decoder, where the quality is made."""
+    encoder_layers: tuple[int, int, int] = (2, 2, 2)
+    """Residual blocks at each size."""
+    decoder_layers: tuple[int, int, int] = (2, 2, 2)
+    """Residual blocks at each size."""
+    latent_channels: int = 16
+    """Channels of the latent."""
+    shares: dict[str, float]
+    """How often a sample is a photograph ("image") or a rendered condition, by name."""
+    images: int
+    """Images to see in all."""
+    batch: int = 32
+    """Images a step."""
+    learning_rate: float = 2e-3
+    """Peak rate."""
+    warmup: int = 3200
+    """Images of warm-up."""
+    latent_noise: float = 0.05
+    """Standard deviation of the noise added to the latents, in units of their own standard deviation."""
+    latent_penalty: float = 1e-3
+    """Weight of the latents' mean square: it holds their scale near 1."""
+    detail: float = 0.5
+    """Weight of the L1 distance of horizontal and vertical differences: it keeps edges."""
+    ema: float = 0.08
+    """Relative width of the weight average."""
+    checkpoint_every: int = 6400
+    """Images between states on disk."""
+    seed: int = 0
+    """Seed of every random draw."""
+    compile: bool = True
+    """Fuse the step with torch.compile: about four times as fast on a CPU, after a minute."""
+    threads: int | None = None
+    """CPU threads; None leaves torch's choice."""
+
+
+def build(recipe: AutoencoderRecipe) -> AutoencoderDC:
+    """The network of a recipe. A first stage without layers makes the stem go to half the size at once."""
+    return AutoencoderDC(
+        latent_channels=recipe.latent_channels,
+        encoder_block_out_channels=(recipe.encoder_channels[0] // 2, *recipe.encoder_channels),
+        decoder_block_out_channels=(recipe.decoder_channels[0] // 2, *recipe.decoder_channels),
+        encoder_layers_per_block=(0, *recipe.encoder_layers),
+        decoder_layers_per_block=(0, *recipe.decoder_layers),
+    )
+
+
+class Pictures:
+    """Endless training pictures; picture number p depends only on (seed, p)."""
+
+    def __init__(self, folders: tuple[str, ...], shares: dict[str, float], size: int, seed: int) -> None:
+        rows = [row for folder in folders for row in read_folder(folder)]
+        self.rows: dict[str, list[dict[str, Any]]] = {}
+        for kind in shares:
+            column = "file_name" if kind == "image" else column_of(kind)
+            # a sketch can be drawn from any photograph
+            self.rows[kind] = rows if kind == "sketch" else [row for row in rows if column in row]
+            if not self.rows[kind]:
+                raise InputError(f"no row of {', '.join(folders)} has {column!r}, but the recipe asks for {kind!r}")
+        self.kinds = list(shares)
+        self.cumulative = np.cumsum([shares[kind] for kind in self.kinds])
+        self.size, self.seed = size, seed
+
+    def __getitem__(self, position: int) -> np.ndarray:
+        """Picture number `position`: uint8 [S, S, 3]."""
+        rng = np.random.default_rng([self.seed, position])
+        kind = self.kinds[int(np.searchsorted(self.cumulative, rng.random() * self.cumulative[-1], side="right"))]
+        rows = self.rows[kind]
+        row = rows[int(rng.integers(len(rows)))]
+        flip = bool(rng.integers(2))
+        if kind == "image" or (kind == "sketch" and column_of(kind) not in row):
+            picture = read_photo(row["file_name"], self.size)
+            if kind == "sketch":
+                strength, thickness = rng.uniform(0.8, 1.2), rng.uniform(0.8, 1.4)
+                picture = np.repeat(
+                    extract_sketch(picture, strength=strength, thickness=thickness)[..., None], 3, axis=2
+                )
+            return np.ascontiguousarray(picture[:, ::-1]) if flip else picture
+        condition = CONDITIONS[kind]
+        raw = condition.read(row[column_of(kind)]).raw
+        if condition.raw == "labels":
+            raw = jitter(raw, rng)
+        raw = condition.flip(raw) if flip else raw
+        return condition.render(condition.resize(raw, self.size, self.size), self.size, self.size)
+
+
+def read_photo(path: Path, size: int) -> np.ndarray:
+    """A photograph as uint8 RGB [size, size, 3]."""
+    image = Image.open(path).convert("RGB")
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.LANCZOS)
+    return np.asarray(image)
+
+
+def jitter(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A random square crop of at least 80 % of the side: few masks become many."""
+    height, width = labels.shape
+    side = int(min(height, width) * rng.uniform(0.8, 1.0))
+    top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
+    return np.ascontiguousarray(labels[top : top + side, left : left + side])
+
+
+def batches(pictures: Pictures, seen: int, total: int, batch: int) -> Iterator[torch.Tensor]:
+    """Batches of the pictures from number `seen` on, in [-1, 1], [B, 3, S, S], read ahead by two threads."""
+
+    def make(start: int) -> torch.Tensor:
+        stacked = np.stack([pictures[position] for position in range(start, start + batch)])
+        return torch.from_numpy(stacked).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+    starts = list(range(seen, total, batch))
+    with ThreadPoolExecutor(2) as pool:
+        ahead = [pool.submit(make, start) for start in starts[:3]]
+        for index in range(len(starts)):
+            yield ahead.pop(0).result()
+            if index + 3 < len(starts):
+                ahead.append(pool.submit(make, starts[index + 3]))
+
+
+def reconstruction_loss(
+    model: AutoencoderDC, pictures: torch.Tensor, noise: torch.Tensor, recipe: AutoencoderRecipe
+) -> torch.Tensor:
+    """L1 on pixels and on their differences, plus a light hold on the latents' scale."""
+    latents = model.encode(pictures, return_dict=False)[0]  # [B, C, S/8, S/8]
+    noisy = latents + recipe.latent_noise * latents.detach().std() * noise
+    output = model.decode(noisy, return_dict=False)[0]  # [B, 3, S, S]
+    error = (output - pictures).float()
+    loss = error.abs().mean() + 2 * error.square().mean()
+    loss = loss + recipe.detail * (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean())
+    return loss + recipe.latent_penalty * latents.float().square().mean()
+
+
+def train_autoencoder(recipe: AutoencoderRecipe, run: Path) -> None:
+    """Train, resuming from `run` where it has a state, and publish the average to `run/model`.
+
+    Raises:
+        InputError: a folder of the recipe is not as it should be.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "recipe.json").write_text(json.dumps(to_dict(recipe), indent=2))
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(recipe.seed)
+    model = build(recipe).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    ema = Ema(model, recipe.ema)
+    seen = 0
+    if state := load_state(run):
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema.weights = {name: weight.to(device) for name, weight in state["ema"].items()}
+        seen = state["seen"]
+    loss_of = torch.compile(reconstruction_loss) if recipe.compile else reconstruction_loss
+    latent_shape = (recipe.batch, recipe.latent_channels, recipe.size // 8, recipe.size // 8)
+    reporter = Reporter(run, recipe.images, seen)
+    pictures = Pictures(recipe.train, recipe.shares, recipe.size, recipe.seed)
+    for batch in batches(pictures, seen, recipe.images, recipe.batch):
+        batch = batch.to(device, memory_format=torch.channels_last)
+        noise = torch.randn(latent_shape, generator=torch.Generator().manual_seed(recipe.seed + seen)).to(device)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(seen, recipe.images, recipe.learning_rate, recipe.warmup, "cosine")
+        with torch.autocast(device, torch.bfloat16):
+            loss = loss_of(model, batch, noise, recipe)
+        loss.backward()
+        norm = clip_gradients(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seen += recipe.batch
+        ema.update(model, seen // recipe.batch)
+        if seen % (recipe.batch * 50) == 0:
+            reporter.report(seen, loss=loss.item(), gradient_norm=norm.item())
+        if seen % recipe.checkpoint_every < recipe.batch or seen >= recipe.images:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.weights, "seen": seen}
+            save_state(run, seen, state)
+            publish(model, ema, recipe, run)
+
+
+def publish(model: AutoencoderDC, ema: Ema, recipe: AutoencoderRecipe, run: Path) -> None:
+    """Write the averaged weights as a diffusers folder, `run/model`."""
+    averaged = build(recipe)
+    averaged.load_state_dict(model.state_dict())
+    ema.copy_to(averaged)
+    averaged.save_pretrained(run / "model")

@@ -1,0 +1,403 @@
+"""Train the mini text tower: captions and their pictures near one another, other pairs apart (CLIP's objective).
+
+The classes are transformers' `CLIPModel` and `CLIPTokenizer`, so that what is published loads like any CLIP. The
+vocabulary is learned from the captions: a word that faces are described with is one token, which shortens captions
+and training alike, and any other word falls apart into bytes and never into "unknown". The picture tower is only as
+good as the text tower needs it; it stays as an offline score of how well a picture fits its words.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from torch import Tensor
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
+
+from likeness.config import to_dict
+from likeness.data.folder import captions_of, read_folder
+from likeness.data.sampler import Sampler, stream
+from likeness.train.checkpoint import load_state, save_state
+from likeness.train.metrics import Reporter
+from likeness.train.optim import Ema, clip_gradients, learning_rate
+from likeness.types import InputError
+
+START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
+BYTE_TOKENS = 512
+"""Every byte twice, inside a word and at its end: what makes every character encodable."""
+SMALLEST_VOCABULARY = BYTE_TOKENS + 2
+LARGEST_SCALE = math.log(100)
+"""Radford et al. 2021, section 2.5: the temperature is held so that logits are scaled by at most 100."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextImageRecipe:
+    """How the text tower, its tokenizer and the picture tower are built and trained."""
+
+    train: tuple[str, ...]
+    """Prepared folders to learn from."""
+    test: tuple[str, ...]
+    """Prepared folders that are only measured."""
+    size: int = 64
+    """Pixels a side of what the picture tower sees."""
+    vocabulary: int = 2000
+    """Tokens at most, 514 of them bytes and marks; fewer where the captions have fewer words."""
+    max_tokens: int = 32
+    """Length of a caption in tokens, start and end included; what is longer is cut."""
+    text_width: int = 192
+    """Width of the text tower: the text features of a transformer trained on it."""
+    text_layers: int = 3
+    """Layers of the text tower."""
+    text_heads: int = 4
+    """Attention heads of the text tower."""
+    vision_width: int = 192
+    """Width of the picture tower."""
+    vision_layers: int = 4
+    """Layers of the picture tower."""
+    vision_heads: int = 4
+    """Attention heads of the picture tower."""
+    patch: int = 8
+    """Pixels a side of the picture tower's patches."""
+    projection: int = 128
+    """Size of the space in which captions and pictures meet."""
+    images: int
+    """Pairs to see in all."""
+    batch: int = 128
+    """Pairs a step: each is told apart from all the others of its step."""
+    learning_rate: float = 1e-3
+    """Peak rate."""
+    warmup: int = 3200
+    """Pairs of warm-up."""
+    weight_decay: float = 0.1
+    """Decay of the matrices; embeddings, biases and norms are left alone."""
+    crop: float = 0.9
+    """Smallest side of the random crop. Pictures are never mirrored: captions may name sides."""
+    brightness: float = 0.1
+    """Largest relative change of the brightness."""
+    ema: float = 0.08
+    """Relative width of the weight average."""
+    choices: int = 50
+    """Captions among which the measurement looks for the right one."""
+    checkpoint_every: int = 12800
+    """Pairs between states on disk and measurements."""
+    seed: int = 0
+    """Seed of every random draw."""
+    compile: bool = True
+    """Fuse the step with torch.compile."""
+    threads: int | None = None
+    """CPU threads; None leaves torch's choice."""
+
+
+class Batch(NamedTuple):
+    """B pairs of a picture and one of its captions."""
+
+    pictures: Tensor
+    """In [-1, 1], [B, 3, S, S]."""
+    ids: Tensor
+    """Tokens, [B, L]."""
+    positives: Tensor
+    """Which caption fits which picture, bool [B, B], symmetric: its own, and those that read the same."""
+
+
+def train_tokenizer(captions: Iterable[str], vocabulary: int, max_tokens: int) -> CLIPTokenizer:
+    """Learn CLIP's byte-level BPE from captions: lower case, no unknown token, the end token also pads.
+
+    Args:
+        captions: the text; the same text in any order gives the same tokenizer.
+        vocabulary: tokens at most; bytes and marks take 514 of them.
+        max_tokens: length at which `truncation=True` cuts.
+
+    Raises:
+        InputError: `vocabulary` is too small for the bytes, or `max_tokens` for a single word.
+    """
+    if vocabulary < SMALLEST_VOCABULARY or max_tokens < 3:
+        raise InputError(
+            f"a tokenizer needs vocabulary >= {SMALLEST_VOCABULARY} and max_tokens >= 3, not {vocabulary}, {max_tokens}"
+        )
+    clip = CLIPTokenizer().backend_tokenizer  # the normalizer and the splitting rule are CLIP's own
+    learned = Tokenizer(BPE(end_of_word_suffix=WORD_END))
+    learned.normalizer, learned.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = BpeTrainer(
+        vocab_size=vocabulary - 2,
+        min_frequency=2,
+        show_progress=False,
+        initial_alphabet=alphabet,
+        end_of_word_suffix=WORD_END,
+    )
+    learned.train_from_iterator(captions, trainer)
+    # The trainer knows a byte at the end of a word only where it has seen it there; CLIP's vocabulary has all of them.
+    merges: Any = [tuple(pair) for pair in json.loads(learned.to_str())["model"]["merges"]]
+    merges = merges[: vocabulary - SMALLEST_VOCABULARY]
+    tokens = [*alphabet, *(byte + WORD_END for byte in alphabet), *(left + right for left, right in merges), START, END]
+    ids = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
+    return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=max_tokens)
+
+
+def build(recipe: TextImageRecipe, tokenizer: Any, device: torch.device | str = "cpu") -> CLIPModel:
+    """The two towers of a recipe, with the ids of the tokenizer."""
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.text_width,
+        intermediate_size=4 * recipe.text_width,
+        num_hidden_layers=recipe.text_layers,
+        num_attention_heads=recipe.text_heads,
+        max_position_embeddings=recipe.max_tokens,
+        projection_dim=recipe.projection,
+        # The model pools at the first end token, if it is told its id; id 2 would mean "the largest id" instead.
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vision = CLIPVisionConfig(
+        image_size=recipe.size,
+        patch_size=recipe.patch,
+        hidden_size=recipe.vision_width,
+        intermediate_size=4 * recipe.vision_width,
+        num_hidden_layers=recipe.vision_layers,
+        num_attention_heads=recipe.vision_heads,
+        projection_dim=recipe.projection,
+    )
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=recipe.projection)
+    clip: Any = CLIPModel(config)
+    return clip.to(device)
+
+
+def captioned_rows(folders: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of the folders that have a caption.
+
+    Raises:
+        InputError: a folder cannot be read, or no row has a caption.
+    """
+    rows = [row for folder in folders for row in read_folder(folder) if captions_of(row)]
+    if not rows:
+        raise InputError(f"no row of {', '.join(folders) or 'no folder'} has a caption (the column 'text')")
+    return rows
+
+
+def read_picture(path: Path, size: int, box: tuple[float, float, float, float] = (0, 0, 1, 1)) -> np.ndarray:
+    """A picture, or the `box` (left, top, right, bottom; in [0, 1]) of it, reduced by areas: uint8 [size, size, 3]."""
+    image = Image.open(path).convert("RGB")
+    width, height = image.size
+    pixels = (
+        (0, 0, width, height) if box is None else (box[0] * width, box[1] * height, box[2] * width, box[3] * height)
+    )
+    return np.asarray(image.resize((size, size), Image.Resampling.BOX, box=pixels))
+
+
+def to_tensor(pictures: Sequence[np.ndarray]) -> Tensor:
+    """B uint8 pictures [S, S, 3] as the picture tower takes them: [B, 3, S, S] in [-1, 1]."""
+    stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)  # [B, 3, S, S]
+    return stacked.float().div_(127.5).sub_(1).contiguous()
+
+
+def to_ids(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> Tensor:
+    """Token ids [B, L], padded and cut to `max_tokens`, as `encode_text` makes them."""
+    encoded = tokenizer(
+        list(captions), padding="max_length", max_length=max_tokens, truncation=True, return_tensors="pt"
+    )
+    return encoded.input_ids
+
+
+class Pairs:
+    """Endless training pairs; pair number p depends only on (seed, p)."""
+
+    def __init__(self, recipe: TextImageRecipe, rows: list[dict[str, Any]], tokenizer: Any) -> None:
+        self.rows, self.tokenizer, self.recipe = rows, tokenizer, recipe
+        self.sampler = Sampler(len(rows), recipe.seed)
+
+    def draw(self, position: int, row: dict[str, Any]) -> tuple[np.ndarray, str]:
+        """A crop of the row's picture, uint8 [S, S, 3], and one of its captions."""
+        rng = stream(self.recipe.seed, position)
+        captions = captions_of(row)
+        caption = captions[int(rng.integers(len(captions)))]
+        side = rng.uniform(self.recipe.crop, 1)
+        left, top = rng.uniform(0, 1 - side), rng.uniform(0, 1 - side)
+        picture = read_picture(row["file_name"], self.recipe.size, (left, top, left + side, top + side))
+        brightness = 1 + self.recipe.brightness * rng.uniform(-1, 1)
+        return (picture * brightness).clip(0, 255).astype(np.uint8), caption
+
+    def make(self, start: int, indices: Sequence[int]) -> Batch:
+        """The pairs from number `start` on, of the rows `indices`."""
+        drawn = [self.draw(start + offset, self.rows[index]) for offset, index in enumerate(indices)]
+        ids = to_ids(self.tokenizer, [caption for _, caption in drawn], self.recipe.max_tokens)
+        row = torch.tensor(indices)
+        same_row = row[:, None] == row[None]  # [B, B]
+        same_caption = (ids[:, None] == ids[None]).all(dim=2)  # [B, B]
+        return Batch(to_tensor([picture for picture, _ in drawn]), ids, same_row | same_caption)
+
+    def batches(self, seen: int) -> Iterator[Batch]:
+        """Batches from pair number `seen` to the recipe's last, read ahead by two threads."""
+        starts = list(range(seen, self.recipe.images, self.recipe.batch))
+        with ThreadPoolExecutor(2) as pool:
+
+            def submit(start: int) -> Any:  # in this thread: the sampler keeps one epoch's order at a time
+                return pool.submit(
+                    self.make, start, [self.sampler[start + offset] for offset in range(self.recipe.batch)]
+                )
+
+            ahead = [submit(start) for start in starts[:3]]
+            for index in range(len(starts)):
+                yield ahead.pop(0).result()
+                if index + 3 < len(starts):
+                    ahead.append(submit(starts[index + 3]))
+
+
+def embed_pictures(clip: CLIPModel, pictures: Tensor) -> Tensor:
+    """Pictures [B, 3, S, S] in [-1, 1] as unit vectors [B, P]."""
+    return F.normalize(clip.get_image_features(pixel_values=pictures).pooler_output.float(), dim=-1)
+
+
+def embed_captions(clip: CLIPModel, ids: Tensor) -> Tensor:
+    """Token ids [B, L] as unit vectors [B, P]."""
+    return F.normalize(clip.get_text_features(input_ids=ids).pooler_output.float(), dim=-1)
+
+
+def contrastive_loss(clip: CLIPModel, pictures: Tensor, ids: Tensor, positives: Tensor) -> Tensor:
+    """Cross-entropy over the captions of each picture and the pictures of each caption (Radford et al. 2021, figure 3).
+
+    A picture's probability is shared equally among its positives, so that captions that read the same attract.
+    """
+    logits = embed_pictures(clip, pictures) @ embed_captions(clip, ids).T  # [B, B]
+    logits = clip.logit_scale.exp() * logits.float()
+    targets = positives / positives.sum(dim=1, keepdim=True)  # [B, B]
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+
+@torch.no_grad()
+def retrieval(
+    clip: CLIPModel, tokenizer: Any, rows: Sequence[dict[str, Any]], size: int, choices: int = 50, seed: int = 0
+) -> dict[str, float]:
+    """How often the right caption is found among `choices` of them, and the right picture among as many.
+
+    The rows are dealt into groups of `choices`, each with one caption a row drawn at random; rows that fill no group
+    are left out (all rows are one group where there are fewer). A caption as short as "a drawing of a man" fits many
+    pictures of a group, so 1 is out of reach. `longest_*` takes each row's longest caption instead.
+
+    Args:
+        clip: the towers, in evaluation mode.
+        tokenizer: their tokenizer.
+        rows: rows of `read_folder` with captions.
+        size: pixels a side of the picture tower.
+        choices: size of a group; chance is 1 / choices.
+        seed: of the dealing and of the captions.
+
+    Returns:
+        `find_caption`, `find_picture`, `longest_find_caption`, `longest_find_picture` in [0, 1]; `n`, the number
+        of rows measured; `choices`, the size of the groups.
+    """
+    choices = min(choices, len(rows))
+    count = len(rows) // choices * choices
+    order = np.random.default_rng([seed, 0]).permutation(len(rows))[:count]
+    pictures, drawn, longest = [], [], []
+    for start in range(0, count, choices):
+        group = [rows[index] for index in order[start : start + choices]]
+        texts = [captions_of(row) for row in group]
+        random = np.random.default_rng([seed, 1, start])
+        pixels = to_tensor([read_picture(row["file_name"], size) for row in group])
+        pictures.append(embed_pictures(clip, pixels.to(clip.device)))
+        length = clip.text_model.embeddings.position_embedding.num_embeddings
+        for kept, captions in (
+            (drawn, [options[int(random.integers(len(options)))] for options in texts]),
+            (longest, [max(options, key=lambda caption: (len(caption), caption)) for options in texts]),
+        ):
+            kept.append(embed_captions(clip, to_ids(tokenizer, captions, length).to(clip.device)))
+    picture = torch.stack(pictures)  # [G, C, P]
+    right = torch.arange(choices, device=picture.device)
+    found: dict[str, float] = {}
+    for prefix, kept in (("", drawn), ("longest_", longest)):
+        similarity = picture @ torch.stack(kept).mT  # [G, pictures, captions]
+        found[f"{prefix}find_caption"] = (similarity.argmax(dim=2) == right).float().mean().item()
+        found[f"{prefix}find_picture"] = (similarity.argmax(dim=1) == right).float().mean().item()
+    return {**found, "n": count, "choices": choices}
+
+
+def train_text_image(recipe: TextImageRecipe, run: Path) -> None:
+    """Train, resuming from `run` where it has a state, and publish the average to `run/model`.
+
+    There `clip` is the `CLIPModel`, `text_encoder` its `CLIPTextModel` alone and `tokenizer` the `CLIPTokenizer`.
+
+    Raises:
+        InputError: a folder of the recipe is not as it should be.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "recipe.json").write_text(json.dumps(to_dict(recipe), indent=2))
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows, test = captioned_rows(recipe.train), captioned_rows(recipe.test)
+    state = load_state(run)
+    folder = run / "model" / "tokenizer"
+    if state:  # the embeddings belong to the tokenizer that they were begun with
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+    else:
+        captions = (caption for row in rows for caption in captions_of(row))
+        tokenizer = train_tokenizer(captions, recipe.vocabulary, recipe.max_tokens)
+        tokenizer.save_pretrained(folder)
+    torch.manual_seed(recipe.seed)
+    clip = build(recipe, tokenizer, device)
+    optimizer = torch.optim.AdamW(decay_groups(clip, recipe.weight_decay), lr=recipe.learning_rate, betas=(0.9, 0.98))
+    ema = Ema(clip, recipe.ema)
+    seen = 0
+    if state:
+        clip.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema.weights = {name: weight.to(device) for name, weight in state["ema"].items()}
+        seen = state["seen"]
+    if device == "cpu":
+        clip.set_attn_implementation("eager")  # for so few tokens the fused one takes longer, backward above all
+    loss_of = torch.compile(contrastive_loss) if recipe.compile else contrastive_loss
+    reporter = Reporter(run, recipe.images, seen)
+    clip.train()
+    for batch in Pairs(recipe, rows, tokenizer).batches(seen):
+        pictures, ids, positives = (tensor.to(device) for tensor in batch)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(seen, recipe.images, recipe.learning_rate, recipe.warmup, "cosine")
+        with torch.autocast(device, torch.bfloat16):
+            loss = loss_of(clip, pictures, ids, positives)
+        loss.backward()
+        norm = clip_gradients(clip.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            clip.logit_scale.clamp_(max=LARGEST_SCALE)
+        seen += recipe.batch
+        ema.update(clip, seen // recipe.batch)
+        if seen % (recipe.batch * 50) == 0:
+            scale = clip.logit_scale.exp().item()
+            reporter.report(seen, loss=loss.item(), gradient_norm=norm.item(), logit_scale=scale)
+        if seen % recipe.checkpoint_every < recipe.batch or seen >= recipe.images:
+            averaged = publish(clip, ema, recipe, tokenizer, run)
+            reporter.report(seen, **retrieval(averaged, tokenizer, test, recipe.size, recipe.choices))
+            state = {"model": clip.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.weights, "seen": seen}
+            save_state(run, seen, state)
+
+
+def decay_groups(clip: CLIPModel, weight_decay: float) -> list[dict[str, Any]]:
+    """The parameters for the optimizer: matrices and convolutions decay; embeddings, norms, biases do not."""
+    named = list(clip.named_parameters())
+    decayed = [p for name, p in named if p.ndim >= 2 and "embeddings" not in name]
+    others = [p for name, p in named if p.ndim < 2 or "embeddings" in name]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def publish(clip: CLIPModel, ema: Ema, recipe: TextImageRecipe, tokenizer: Any, run: Path) -> CLIPModel:
+    """Write the averaged weights as transformers folders under `run/model`; returns the averaged model."""
+    averaged = build(recipe, tokenizer, clip.device)
+    averaged.load_state_dict(clip.state_dict())
+    ema.copy_to(averaged)
+    averaged.eval().save_pretrained(run / "model" / "clip")
+    averaged.text_model.save_pretrained(run / "model" / "text_encoder")
+    return averaged

@@ -1,0 +1,111 @@
+"""The recipe of a training run: everything that decides the weights, in one TOML file. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkRecipe:
+    """Size of the transformer; what its autoencoder and text tower decide is not repeated here."""
+
+    patch_size: int = 2
+    """Side of a patch in latent pixels."""
+    hidden_size: int
+    """Width."""
+    depth: int
+    """Blocks."""
+    heads: int
+    """Attention heads."""
+    mlp_ratio: float = 4.0
+    """Width of an MLP over the network's."""
+    text_rope: Literal["sequential", "none"] = "sequential"
+    """Rotary positions of text tokens."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRecipe:
+    """What is learnt from."""
+
+    shards: tuple[str, ...]
+    """Stores written by `likeness prepare encode`."""
+    components: str | None = None
+    """Folder with autoencoder, text tower and tokenizer; None takes the bundled ones."""
+    condition_shares: dict[str, float]
+    """How often a sample has each condition, by name; `none` is a sample without. They need not sum to 1."""
+    text_dropout: float = 0.1
+    """How often the caption is replaced by the empty string."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerRecipe:
+    """How it is learnt."""
+
+    images: int
+    """Images to see in all; every other count of progress is in images, too."""
+    batch: int
+    """Images an optimizer step."""
+    learning_rate: float
+    """Peak rate."""
+    warmup: int = 0
+    """Images over which the rate rises."""
+    decay: Literal["constant", "linear", "cosine"] = "cosine"
+    """How it falls afterwards, to 0 at `images`."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's averages."""
+    weight_decay: float = 0.01
+    """AdamW's decay."""
+    clip: float = 1.0
+    """Largest gradient norm."""
+    ema: float = 0.1
+    """Relative width of the power-law weight average."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewRecipe:
+    """One portrait made again at every checkpoint, by the same code as `likeness generate`."""
+
+    prompt: str = ""
+    """Its prompt."""
+    mask: str | None = None
+    """Path of its mask."""
+    sketch: str | None = None
+    """Path of its sketch."""
+    keypoints: str | None = None
+    """Path of its keypoints."""
+    seed: int = 0
+    """Its seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRecipe:
+    """A whole run."""
+
+    kind: Literal["transformer"] = "transformer"
+    """What the recipe trains."""
+    network: NetworkRecipe
+    objective: dict[str, Any] = field(default_factory=lambda: {"name": "rectified_flow"})
+    """Name and fields of the objective (`likeness.objectives`)."""
+    data: DataRecipe
+    optimizer: OptimizerRecipe
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """What the published pipeline does where a request is silent: size, steps, guidance_scale, guidance_interval."""
+    preview: tuple[PreviewRecipe, ...] = ()
+    """Portraits to make at every checkpoint."""
+    seed: int = 0
+    """Seed of every random draw."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Number format of the computation; weights and optimizer states are always float32."""
+    compile: bool = False
+    """Fuse the network with torch.compile: a minute at the start, faster steps after."""
+    threads: int | None = None
+    """CPU threads; None leaves torch's choice."""
+    log_every: int = 4800
+    """Images between reports."""
+    checkpoint_every: int = 24_000
+    """Images between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept."""

@@ -1,0 +1,253 @@
+"""The training loop: build, resume, then for every batch: step, average, report, save, preview.
+
+Progress is counted in images, and every random number is a function of (seed, position): a run that was stopped
+anywhere and started again gives the weights of one that never was. "To resume, run the same command again."
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time as clock
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from likeness.config import to_dict
+from likeness.data.sampler import Sampler
+from likeness.data.store import Sample, Store, atomic_text
+from likeness.models.mmface import MMFaceTransformer
+from likeness.objectives import Objective, make_objective
+from likeness.pipelines.generate import generate, resolve
+from likeness.pipelines.load import Components, load_components
+from likeness.pipelines.mmface import MMFacePipeline
+from likeness.train.checkpoint import load_state, save_state
+from likeness.train.config import TrainRecipe
+from likeness.train.metrics import Reporter
+from likeness.train.optim import Ema, clip_gradients, learning_rate
+from likeness.train.step import Batch, loss_of, make_batch, text_of
+from likeness.types import InputError, PortraitRequest
+
+AHEAD = 4
+"""Batches that are read while the network computes."""
+
+
+def train(recipe: TrainRecipe, run: Path) -> Path:
+    """Train, or go on training, in the folder `run`.
+
+    Returns:
+        The published pipeline, `run/model`.
+
+    Raises:
+        InputError: data, components or an earlier state do not fit the recipe.
+    """
+    # 1. Build
+    run.mkdir(parents=True, exist_ok=True)
+    keep_recipe(recipe, run)
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    components = load_components(recipe.data.components) if recipe.data.components else load_components()
+    stores = open_stores(recipe, components)
+    try:
+        objective = make_objective(recipe.objective)
+    except ValueError as error:
+        raise InputError(f"the recipe's objective cannot be used: {error}") from error
+    torch.manual_seed(recipe.seed)  # initial weights only; every later draw has a stream of its own
+    model = build_network(recipe, components, stores[0]).to(device)
+    components.text_encoder.to(device)
+    text_settings = components.settings
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=recipe.optimizer.learning_rate,
+        betas=recipe.optimizer.betas,
+        weight_decay=recipe.optimizer.weight_decay,
+        fused=True,
+    )
+    ema = Ema(model, recipe.optimizer.ema)
+
+    # 2. Resume
+    seen = 0
+    if state := load_state(run):
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema.weights = {name: weight.to(device) for name, weight in state["ema"].items()}
+        seen = state["seen"]
+
+    # 3. Train
+    if recipe.compile:
+        model.compile(dynamic=False)
+    total, size = recipe.optimizer.images, recipe.optimizer.batch
+    reporter = Reporter(run, total, seen)
+    losses: list[torch.Tensor] = []
+    norm = torch.zeros(())
+    for batch in batches(recipe, stores, model, components, seen):
+        rate = learning_rate(
+            seen, total, recipe.optimizer.learning_rate, recipe.optimizer.warmup, recipe.optimizer.decay
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        text = text_of(batch.captions, components.tokenizer, components.text_encoder, text_settings)
+        clean, noise, uniform, conditions, index = (x.to(device) for x in batch[:5])
+        with torch.autocast(device, torch.bfloat16, enabled=recipe.precision == "bf16"):
+            times = objective.sample_time(uniform)
+            loss = loss_of(model, objective, clean, noise, times, text, conditions, index)
+        loss.backward()
+        norm = clip_gradients(model.parameters(), recipe.optimizer.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seen += size
+        ema.update(model, seen // size)
+        losses.append(loss.detach())
+
+        # 4. Report and save
+        if crossed(seen, size, recipe.log_every) or seen >= total:
+            mean = torch.stack(losses).mean().item()
+            if not torch.isfinite(torch.tensor(mean)):
+                raise InputError(
+                    f"the loss is {mean} after {seen} images: lower the learning rate; the last checkpoint is intact"
+                )
+            reporter.report(seen, loss=mean, gradient_norm=norm.item(), learning_rate=rate)
+            losses.clear()
+        if crossed(seen, size, recipe.checkpoint_every) or seen >= total:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.weights, "seen": seen}
+            save_state(run, seen, state, recipe.keep)
+            pipeline = publish(recipe, model, ema, components, objective, run)
+            preview(recipe, pipeline, run, seen)
+    return run / "model"
+
+
+def keep_recipe(recipe: TrainRecipe, run: Path) -> None:
+    """Write the resolved recipe beside the results; a run begun with another one is refused."""
+    path, values = run / "recipe.json", to_dict(recipe)
+    if path.is_file():
+        before = json.loads(path.read_text())
+        # what changes speed, length or reports may change between starts
+        free = ("threads", "compile", "log_every", "checkpoint_every", "keep", "preview", "defaults")
+        changed = [key for key in values if key not in free and before.get(key) != values[key]]
+        if changed and (run / "checkpoints").is_dir():
+            raise InputError(f"{run} was begun with another {changed[0]}: choose another folder, or restore the recipe")
+    atomic_text(path, json.dumps(values, indent=2))
+
+
+def open_stores(recipe: TrainRecipe, components: Components) -> list[Store]:
+    """The recipe's stores, all encoded with these very components."""
+    stores = [Store(folder) for folder in recipe.data.shards]
+    for store in stores:
+        if store.manifest["codec"] != components.codec_hash:
+            raise InputError(f"{store.folder} was encoded with another autoencoder: encode it again")
+        for name in recipe.data.condition_shares:
+            if name != "none" and name not in store.conditions:
+                raise InputError(f"{store.folder} has no {name}, but the recipe's condition_shares ask for it")
+    return stores
+
+
+def build_network(recipe: TrainRecipe, components: Components, store: Store) -> MMFaceTransformer:
+    """The network of a recipe; the absent condition has a row of its own, the last."""
+    names = [name for name in recipe.data.condition_shares if name != "none"]
+    n = recipe.network
+    model = MMFaceTransformer(
+        patch_size=n.patch_size,
+        latent_channels=store[0].latents.shape[0],
+        hidden_size=n.hidden_size,
+        depth=n.depth,
+        heads=n.heads,
+        mlp_ratio=n.mlp_ratio,
+        text_dim=components.text_encoder.config.hidden_size,
+        max_text_tokens=components.settings["max_text_tokens"],
+        condition_names=(*names, "none"),
+        text_rope=n.text_rope,
+    )
+    if n.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    return model.train()
+
+
+def batches(
+    recipe: TrainRecipe, stores: list[Store], model: MMFaceTransformer, components: Components, seen: int
+) -> Iterator[Batch]:
+    """Batches from image number `seen` to the end, read ahead by a thread."""
+    ends = [sum(len(store) for store in stores[: i + 1]) for i in range(len(stores))]
+    sampler = Sampler(ends[-1], recipe.seed)
+    names = list(model.config.condition_names)
+    mean, std = (
+        torch.tensor(components.settings[key], dtype=torch.float32).reshape(1, -1, 1, 1)
+        for key in ("latent_mean", "latent_std")
+    )
+
+    def sample_at(position: int) -> Sample:
+        index = sampler[position]
+        store = next(i for i, end in enumerate(ends) if index < end)
+        return stores[store][index - (ends[store - 1] if store else 0)]
+
+    def make(start: int) -> Batch:
+        positions = range(start, start + recipe.optimizer.batch)
+        samples = [sample_at(position) for position in positions]
+        return make_batch(samples, positions, recipe.data, names, mean, std, recipe.seed)
+
+    starts = iter(range(seen, recipe.optimizer.images, recipe.optimizer.batch))
+    with ThreadPoolExecutor(1) as pool:
+        ahead = [pool.submit(make, start) for _, start in zip(range(AHEAD), starts, strict=False)]
+        while ahead:
+            batch = ahead.pop(0).result()
+            if (start := next(starts, None)) is not None:
+                ahead.append(pool.submit(make, start))
+            yield batch
+
+
+def publish(
+    recipe: TrainRecipe, model: MMFaceTransformer, ema: Ema, components: Components, objective: Objective, run: Path
+) -> MMFacePipeline:
+    """Write the averaged network as a pipeline folder, `run/model`, whole or not at all."""
+    averaged = MMFaceTransformer.from_config(model.config)
+    averaged.load_state_dict({name: value.cpu() for name, value in model.state_dict().items()})
+    ema.copy_to(averaged)
+    pipeline = MMFacePipeline(
+        transformer=averaged.eval(),
+        vae=components.vae,
+        text_encoder=components.text_encoder.cpu() if not torch.cuda.is_available() else components.text_encoder,
+        tokenizer=components.tokenizer,
+        scheduler=objective.scheduler(),
+        objective=objective.config(),
+        defaults=recipe.defaults,
+        **components.settings,
+    )
+    fresh, folder = run / "model.partial", run / "model"
+    shutil.rmtree(fresh, ignore_errors=True)
+    pipeline.save_pretrained(fresh)
+    atomic_text(fresh / "codec.json", json.dumps({"codec": components.codec_hash}))
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(fresh, folder)
+    return pipeline
+
+
+def preview(recipe: TrainRecipe, pipeline: MMFacePipeline, run: Path, seen: int) -> None:
+    """Make the recipe's previews: the same code, so the same pixels, as `likeness generate` on the published model."""
+    if not recipe.preview:
+        return
+    pipeline.set_progress_bar_config(disable=True)
+    started = clock.monotonic()
+    pictures = []
+    for wish in recipe.preview:
+        given = {name: getattr(wish, name) for name in ("mask", "sketch", "keypoints") if getattr(wish, name)}
+        request = resolve(PortraitRequest(prompt=wish.prompt, control_image=given, seed=wish.seed), pipeline)
+        pictures += generate(pipeline, request, [wish.seed])[0]
+    sheet = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)))
+    left = 0
+    for picture in pictures:
+        sheet.paste(picture, (left, 0))
+        left += picture.width
+    folder = run / "previews"
+    folder.mkdir(exist_ok=True)
+    sheet.save(folder / f"{seen:012d}.png")
+    print(f"previews in {folder} ({clock.monotonic() - started:.1f} s)", flush=True)
+
+
+def crossed(seen: int, batch: int, every: int) -> bool:
+    """Whether the last batch passed a multiple of `every`."""
+    return seen // every != (seen - batch) // every

@@ -1,0 +1,60 @@
+"""Learning rates and weight averages as functions of images seen, so that batch size and restarts change nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import nn
+
+Decay = Literal["constant", "linear", "cosine"]
+
+
+def learning_rate(seen: int, total: int, peak: float, warmup: int, decay: Decay) -> float:
+    """The rate after `seen` of `total` images: a linear warm-up over `warmup` images, then the decay to 0."""
+    if seen < warmup:
+        return peak * (seen + 1) / warmup
+    if decay == "constant":
+        return peak
+    progress = min((seen - warmup) / max(total - warmup, 1), 1.0)
+    return peak * (1 - progress if decay == "linear" else (1 + math.cos(math.pi * progress)) / 2)
+
+
+class Ema:
+    """Power-law average of a model's weights (Karras et al. 2024, "Analyzing and Improving the Training Dynamics of
+    Diffusion Models", equation 6): the weight of the past falls as a power of progress, so that one number fits
+    runs of any length and no warm-up is needed.
+    """
+
+    def __init__(self, model: nn.Module, relative_width: float = 0.1) -> None:
+        self.gamma = power_of(relative_width)
+        # clones keep the dtype, device and sharding of the parameters they follow
+        self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Follow the model after optimizer step number `step`, counted from 1."""
+        beta = (1 - 1 / step) ** (self.gamma + 1)
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        torch._foreach_lerp_([self.weights[name] for name in names], list(parameters), 1 - beta)
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Put the average into `model`."""
+        for name, parameter in model.named_parameters():
+            parameter.copy_(self.weights[name])
+
+
+def power_of(relative_width: float) -> float:
+    """The exponent gamma whose average has this relative width (same paper, appendix C, the real root above 0)."""
+    from numpy import roots
+
+    inverse = relative_width**-2
+    return float(roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
+
+
+def clip_gradients(parameters: Iterable[torch.Tensor], limit: float) -> torch.Tensor:
+    """Scale the gradients to a norm of at most `limit`; returns the norm before, as a tensor (no host sync)."""
+    return nn.utils.clip_grad_norm_(list(parameters), limit)

@@ -1,0 +1,107 @@
+"""One training step: a batch as a function of its position, and the loss of the network on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from likeness.data.sampler import stream
+from likeness.data.store import Sample
+from likeness.encoders.text import encode_text
+from likeness.objectives import Objective
+from likeness.train.config import DataRecipe
+from likeness.types import TextFeatures
+
+
+class Batch(NamedTuple):
+    """B samples, ready for the network."""
+
+    clean: Tensor
+    """Normalised latents x_0, [B, C, h, w]."""
+    noise: Tensor
+    """Of the same shape."""
+    uniform: Tensor
+    """Uniform numbers from which the objective makes times, [B]."""
+    condition_latents: Tensor
+    """[B, 1, C, h, w]."""
+    condition_index: Tensor
+    """[B, 1], -1 where absent."""
+    captions: list[str]
+    """B captions; "" where the text is dropped."""
+
+
+def make_batch(
+    samples: Sequence[Sample],
+    positions: Sequence[int],
+    recipe: DataRecipe,
+    condition_names: Sequence[str],
+    mean: Tensor,
+    std: Tensor,
+    seed: int,
+) -> Batch:
+    """The batch of these samples at these positions of the run.
+
+    Args:
+        samples: B faces.
+        positions: the run-wide position of each: its random numbers depend on nothing else.
+        recipe: shares and dropout.
+        condition_names: rows of the network's condition embedding.
+        mean: mean of raw latents, [1, C, 1, 1] or one number.
+        std: their standard deviation.
+        seed: the run's seed.
+    """
+    shares = np.array(list(recipe.condition_shares.values()), dtype=np.float64)
+    cumulative = np.cumsum(shares / shares.sum())
+    kinds = list(recipe.condition_shares)
+    noise, uniform, conditions, index, captions = [], [], [], [], []
+    for sample, position in zip(samples, positions, strict=True):
+        rng = stream(seed, position)
+        caption = sample.captions[int(rng.integers(len(sample.captions)))] if sample.captions else ""
+        captions.append("" if rng.random() < recipe.text_dropout else caption)
+        kind = kinds[min(int(np.searchsorted(cumulative, rng.random(), side="right")), len(kinds) - 1)]
+        uniform.append(rng.random())
+        noise.append(torch.from_numpy(rng.standard_normal(tuple(sample.latents.shape), dtype=np.float32)))
+        present = kind != "none"
+        conditions.append(sample.conditions[kind] if present else sample.latents)  # an absent one is never read
+        index.append(condition_names.index(kind) if present else -1)
+    return Batch(
+        (torch.stack([sample.latents for sample in samples]) - mean) / std,
+        torch.stack(noise),
+        torch.tensor(uniform, dtype=torch.float32),
+        ((torch.stack(conditions) - mean) / std)[:, None],
+        torch.tensor(index)[:, None],
+        captions,
+    )
+
+
+def text_of(captions: Sequence[str], tokenizer: Any, text_encoder: Any, settings: dict[str, Any]) -> TextFeatures:
+    """Text features of a batch, with the frozen text tower."""
+    return encode_text(
+        tokenizer,
+        text_encoder,
+        captions,
+        max_tokens=settings["max_text_tokens"],
+        layer=settings["text_layer"],
+        together=True,
+    )
+
+
+def loss_of(
+    network: nn.Module,
+    objective: Objective,
+    clean: Tensor,
+    noise: Tensor,
+    time: Tensor,
+    text: TextFeatures,
+    condition_latents: Tensor,
+    condition_index: Tensor,
+) -> Tensor:
+    """Mean over the batch of weight(t) times the mean squared error at x_t, float32."""
+    noisy = objective.corrupt(clean, noise, time)  # [B, C, h, w]
+    prediction = network(noisy, objective.model_time(time), text, condition_latents, condition_index)
+    error = (prediction.float() - objective.target(clean, noise, time)).square().mean(dim=(1, 2, 3))  # [B]
+    return (objective.weight(time) * error).mean()

@@ -1,0 +1,60 @@
+"""The nouns that every layer shares.
+
+Nothing here computes. A value that crosses a layer boundary is described once, in this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used. The message is one sentence: what is wrong, where, and how to mend it.
+
+    The command line prints it and exits with code 2; any other exception is a fault of ours and keeps its traceback.
+    """
+
+
+class TextFeatures(NamedTuple):
+    """What a text encoder says of B captions. A named tuple, so that torch sees the tensors inside."""
+
+    tokens: torch.Tensor
+    """Token sequence, [B, L, D]."""
+    pooled: torch.Tensor
+    """One vector a caption, [B, P]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PortraitRequest:
+    """One picture to make: the same request for the command line, previews, evaluation and the service.
+
+    The names are those of the pipelines' arguments, which are diffusers' names where diffusers has one.
+    """
+
+    prompt: str = ""
+    """What to show. The empty string means: no text."""
+    negative_prompt: str = ""
+    """What to steer away from, when `guidance_scale` is not 1."""
+    control_image: Mapping[str, Any] = field(default_factory=dict)
+    """Condition name -> path, PIL image or array, as `likeness.conditions` reads it."""
+    conditioning_scale: Mapping[str, float] = field(default_factory=dict)
+    """Condition name -> strength; 1 where it is not named, 0 means absent."""
+    control_guidance_start: Mapping[str, float] = field(default_factory=dict)
+    """Condition name -> fraction of the steps at which it begins to act; 0 where it is not named."""
+    control_guidance_end: Mapping[str, float] = field(default_factory=dict)
+    """Condition name -> fraction of the steps at which it ceases to act; 1 where it is not named."""
+    guidance_scale: float | None = None
+    """Text guidance g in v = u + g (t - u); 1 means none, None takes the checkpoint's own."""
+    num_inference_steps: int | None = None
+    """Sampling steps; None takes the checkpoint's own."""
+    height: int | None = None
+    """Pixels; None takes the checkpoint's own."""
+    width: int | None = None
+    """Pixels; None takes the checkpoint's own."""
+    seed: int = 0
+    """Seed of this picture's noise: 0 <= seed < 2**63."""

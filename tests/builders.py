@@ -1,0 +1,138 @@
+"""Real components at tiny size: the same classes as the shipped models, small enough for a test to run in a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderDC
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+
+from likeness.models.mmface import MMFaceTransformer
+from likeness.objectives import RectifiedFlow
+from likeness.pipelines.load import Components, weights_hash
+from likeness.pipelines.mmface import MMFacePipeline
+
+CAPTIONS = ["a woman with red hair", "a man with a beard and glasses", "a smiling person in a blue hat"]
+START, END = "<|startoftext|>", "<|endoftext|>"
+MAX_TOKENS = 12
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with CLIP's start and end tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=[START, END], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(CAPTIONS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{START} $A {END}", special_tokens=[(START, 0), (END, 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=START, eos_token=END, pad_token=END, model_max_length=MAX_TOKENS
+    )
+
+
+def tiny_vae() -> AutoencoderDC:
+    """Factor 8, 4 channels."""
+    torch.manual_seed(1)
+    return AutoencoderDC(
+        latent_channels=4,
+        encoder_block_out_channels=(4, 8, 16, 32),
+        decoder_block_out_channels=(4, 8, 16, 32),
+        encoder_layers_per_block=(0, 1, 1, 1),
+        decoder_layers_per_block=(0, 1, 1, 1),
+    ).eval()
+
+
+def tiny_text_encoder() -> CLIPTextModel:
+    """32 wide, two layers."""
+    torch.manual_seed(2)
+    config = CLIPTextConfig(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return CLIPTextModel(config).eval()
+
+
+def tiny_transformer(condition_names: tuple[str, ...] = ("mask", "sketch", "keypoints", "none")) -> MMFaceTransformer:
+    """32 wide, two blocks, with no weight left at zero, so that every input matters."""
+    torch.manual_seed(3)
+    model = MMFaceTransformer(
+        patch_size=2,
+        latent_channels=4,
+        hidden_size=32,
+        depth=2,
+        heads=2,
+        text_dim=32,
+        max_text_tokens=MAX_TOKENS,
+        condition_names=condition_names,
+    )
+    return randomise(model).eval()
+
+
+@torch.no_grad()
+def randomise(model: torch.nn.Module, std: float = 0.05) -> torch.nn.Module:
+    """Give every parameter random values: the initial zeros of gates and outputs would hide whole branches."""
+    generator = torch.Generator().manual_seed(4)
+    for parameter in model.parameters():
+        parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def tiny_components() -> Components:
+    """What a tiny transformer stands on."""
+    vae = tiny_vae()
+    settings = {"latent_mean": [0.0] * 4, "latent_std": [1.0] * 4, "text_layer": -2, "max_text_tokens": MAX_TOKENS}
+    return Components(
+        vae=vae,
+        text_encoder=tiny_text_encoder(),
+        tokenizer=tiny_tokenizer(),
+        settings=settings,
+        codec_hash=weights_hash(vae),
+    )
+
+
+def tiny_pipeline(condition_names: tuple[str, ...] = ("mask", "sketch", "keypoints", "none")) -> MMFacePipeline:
+    """A whole pipeline at 32 px, 4 steps."""
+    parts = tiny_components()
+    objective = RectifiedFlow()
+    pipeline = MMFacePipeline(
+        transformer=tiny_transformer(condition_names),
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        tokenizer=parts.tokenizer,
+        scheduler=objective.scheduler(),
+        objective=objective.config(),
+        defaults={"size": 32, "steps": 4, "guidance_scale": 2.0},
+        **parts.settings,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def save_components(folder: Path) -> Path:
+    """The tiny components as a folder that `load_components` reads."""
+    import json
+
+    parts = tiny_components()
+    parts.vae.save_pretrained(folder / "vae")
+    parts.text_encoder.save_pretrained(folder / "text_encoder")
+    parts.tokenizer.save_pretrained(folder / "tokenizer")
+    index = {
+        "vae": ["diffusers", "AutoencoderDC"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", type(parts.tokenizer).__name__],
+        **parts.settings,
+    }
+    (folder / "components.json").write_text(json.dumps(index))
+    return folder

@@ -1,0 +1,54 @@
+"""Passes and their weights: v = v_0 + sum s_k (v_k - v_0), each v_k = u_k + g (t_k - u_k)."""
+
+from __future__ import annotations
+
+import pytest
+
+from likeness.pipelines.guidance import Control, Pass, passes
+
+
+def prediction(found: tuple[Pass, ...], values: dict) -> float:
+    return sum(p.weight * values[p.condition, p.negative] for p in found)
+
+
+VALUES = {
+    (None, False): 1.0,
+    (None, True): 2.0,
+    ("mask", False): 5.0,
+    ("mask", True): 7.0,
+    ("sketch", False): 11.0,
+    ("sketch", True): 13.0,
+}
+SCALES = [{}, {"mask": 1.0}, {"mask": 0.5}, {"mask": 1.0, "sketch": 1.0}, {"mask": 0.3, "sketch": 1.4}]
+
+
+@pytest.mark.parametrize("g", [0.0, 1.0, 4.0])
+@pytest.mark.parametrize("scales", SCALES)
+def test_formula(g, scales):
+    def guided(name):
+        u, t = VALUES[name, True], VALUES[name, False]
+        return u + g * (t - u)
+
+    wanted = guided(None) + sum(s * (guided(name) - guided(None)) for name, s in scales.items())
+    found = passes({name: Control(scale=s) for name, s in scales.items()}, g, 0.0)
+    assert prediction(found, VALUES) == pytest.approx(wanted)
+
+
+def test_nothing_needless_is_evaluated():
+    assert passes({}, 1.0, 0.0) == (Pass(None, False, 1.0),)
+    assert passes({"mask": Control()}, 1.0, 0.0) == (Pass("mask", False, 1.0),)
+    assert [p.condition for p in passes({"mask": Control()}, 4.0, 0.0)] == ["mask", "mask"]
+    halves = {"mask": Control(scale=0.5), "sketch": Control(scale=0.5)}
+    assert [p.condition for p in passes(halves, 1.0, 0.0)] == ["mask", "sketch"]
+    assert [p.condition for p in passes({"mask": Control(), "sketch": Control()}, 1.0, 0.0)] == [None, "mask", "sketch"]
+
+
+def test_scale_zero_is_absent():
+    assert passes({"mask": Control(scale=0)}, 4.0, 0.0) == passes({}, 4.0, 0.0)
+
+
+def test_start_and_end():
+    control = {"mask": Control(start=0.25, end=0.75)}
+    acting = [i for i in range(8) if any(p.condition for p in passes(control, 1.0, i / 8))]
+    assert acting == [2, 3, 4, 5]
+    assert passes({"mask": Control(end=0.0)}, 1.0, 0.0) == passes({}, 1.0, 0.0)

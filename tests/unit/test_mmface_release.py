@@ -1,0 +1,169 @@
+"""The released checkpoints: the official network's numbers after conversion, and refusals that name every key."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from builders import tiny_text_encoder, tiny_tokenizer, tiny_vae
+from likeness.convert.mmface_release import convert_release, convert_state
+from likeness.objectives import make_objective
+from likeness.pipelines.load import load
+from likeness.types import InputError, TextFeatures
+
+ROOT = Path(__file__).parents[2]
+REFERENCE = Path(os.environ.get("LIKENESS_REFERENCE", ROOT.parent / "shared/reference")) / "mmface-dit"
+"""Weights, inputs and outputs of the official network at toy size; not part of the project."""
+
+needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="LIKENESS_REFERENCE names no folder")
+TIME_SCALE = 999.0
+
+
+def read(name: str) -> tuple[dict, dict, dict, dict, str, int]:
+    with safe_open(REFERENCE / f"{name}.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    parts = [{k[len(p) :]: v for k, v in tensors.items() if k.startswith(p)} for p in ("weights.", "in.", "out.")]
+    return (*parts, tensors, metadata["kind"], json.loads(metadata["config"])["num_heads"])
+
+
+def call(model, given: dict, latents: torch.Tensor, time: torch.Tensor, uncond: str = "") -> torch.Tensor:
+    text = TextFeatures(given[f"in.{uncond}text_tokens"], given[f"in.{uncond}pooled_text"])
+    conditions = given["in.condition_latents"][:, None]
+    with torch.no_grad():
+        return model(latents, time, text, conditions, given["in.modality"][:, None])
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+@needs_reference
+@pytest.mark.parametrize("name", ["flow_16ch", "flow_4ch", "diffusion_16ch"])
+def test_official_prediction(name):
+    weights, inputs, outputs, given, kind, heads = read(name)
+    model = convert_state(weights, kind, heads)
+    if kind == "flow":  # theirs: 0 is noise and data - noise is predicted
+        time, sign = TIME_SCALE * (1 - inputs["timestep"]), -1
+    else:
+        time, sign = inputs["timestep"].float(), 1
+    assert relative_error(sign * call(model, given, inputs["latents"], time), outputs["prediction"]) < 1e-5
+
+
+@needs_reference
+@pytest.mark.parametrize("name", ["flow_16ch", "flow_4ch"])
+def test_official_sampling(name):
+    """Eight guided Euler steps through diffusers' scheduler, guidance 4."""
+    weights, inputs, outputs, given, kind, heads = read(name)
+    model = convert_state(weights, kind, heads)
+    objective = make_objective({"name": "rectified_flow", "time_scale": TIME_SCALE})
+    scheduler = objective.scheduler()
+    scheduler.set_timesteps(**objective.schedule(8))
+    latents = inputs["latents"]
+    for timestep in scheduler.timesteps:
+        time = objective.model_time(objective.time_of(timestep)).expand(latents.shape[0])
+        with_text, without = call(model, given, latents, time), call(model, given, latents, time, "uncond_")
+        latents = scheduler.step(without + 4 * (with_text - without), timestep, latents, return_dict=False)[0]
+    assert relative_error(latents, outputs["euler8_cfg4"]) < 1e-5
+
+
+def official_state(width: int = 144, depth: int = 1, text_dim: int = 32) -> dict[str, torch.Tensor]:
+    """Random weights under the official names, two heads of 72, text as wide as the tiny text encoder."""
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: 0.02 * torch.randn(*shape, generator=g)  # noqa: E731
+    linear = lambda name, o, i: {f"{name}.weight": draw(o, i), f"{name}.bias": draw(o)}  # noqa: E731
+    state = {"x_embedder.proj.weight": draw(width, 8, 2, 2), "x_embedder.proj.bias": draw(width)}
+    state |= linear("t_embedder.mlp.0", width, 256) | linear("t_embedder.mlp.2", width, width)
+    state |= linear("c_embedder.proj", width, text_dim) | {"c_embedder.null_feature_pooled": draw(text_dim)}
+    state |= linear("clip_seq_proj", width, text_dim) | {"modality_embedder.weight": draw(2, width)}
+    state |= linear("final_layer.adaLN_modulation.1", 2 * width, width) | linear("final_layer.linear", 16, width)
+    for n in range(depth):
+        state |= linear(f"blocks.{n}.adaLN_modulation.1", 12 * width, width)
+        for stream in ("", "_t"):
+            state |= {f"blocks.{n}.attn.to_{x}{stream}.weight": draw(width, width) for x in ("q", "k", "v", "out")}
+        for stream in ("i", "t"):
+            state |= linear(f"blocks.{n}.mlp_{stream}.0", 4 * width, width)
+            state |= linear(f"blocks.{n}.mlp_{stream}.2", width, 4 * width)
+    return state
+
+
+@pytest.fixture
+def release(tmp_path) -> Path:
+    folder = tmp_path / "checkpoint-283517"
+    folder.mkdir()
+    save_file(official_state(), folder / "dit_model_weights_ema.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "objective", "size"),
+    [("rfm-256", "rectified_flow", 256), ("rfm-512", "rectified_flow", 512), ("ddpm-256", "ddpm", 256)],
+)
+def test_folder_makes_pictures(release, tmp_path, name, objective, size):
+    """Encoder and autoencoder given: the folder loads and generates, with the settings it was trained with."""
+    (tmp_path / "encoder").mkdir()
+    tiny_text_encoder().save_pretrained(tmp_path / "encoder" / "text_encoder")
+    tiny_tokenizer().save_pretrained(tmp_path / "encoder" / "tokenizer")
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    out = tmp_path / "out"
+    file = release / "dit_model_weights_ema.safetensors"
+    missing = convert_release(file, out, release=name, text_encoder=tmp_path / "encoder", vae=tmp_path / "vae")
+    assert missing == []
+    pipeline = load(out)
+    config = pipeline.config
+    assert config.objective["name"] == objective
+    assert config.defaults["size"] == size
+    assert config.condition_resize == "lanczos"
+    assert config.text_layer == -2
+    assert config.latent_mean == 0.0
+    assert config.latent_std == pytest.approx(1 / 0.3611)
+    assert pipeline.transformer.config.text_rope == "none"
+    # the tiny text encoder takes fewer tokens than CLIP
+    pipeline.register_to_config(max_text_tokens=12)
+    picture = pipeline("a face", height=32, width=32, num_inference_steps=2, output_type="np").images
+    assert picture.shape == (1, 32, 32, 3)
+
+
+def test_release_is_known_by_its_folder_and_gaps_are_named(release, tmp_path):
+    missing = convert_release(release, tmp_path / "out")
+    assert len(missing) == 2
+    assert "text encoder" in missing[0]
+    assert "autoencoder" in missing[1]
+    with pytest.raises(InputError, match="no vae and no text_encoder"):
+        load(tmp_path / "out")("a face", height=32, width=32, num_inference_steps=1)
+
+
+def test_every_key_that_does_not_fit_is_listed():
+    state = official_state()
+    del state["t_embedder.mlp.2.bias"]
+    state["extra.weight"] = torch.zeros(1)
+    state["clip_seq_proj.bias"] = torch.zeros(3)
+    with pytest.raises(InputError) as caught:
+        convert_state(state, "flow")
+    told = ("3 keys", "missing t_embedder.mlp.2.bias", "unexpected extra.weight", "text_embed.bias has shape (3,)")
+    assert all(words in str(caught.value) for words in told)
+
+
+def test_refusals(release, tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        convert_release(tmp_path / "absent", tmp_path / "out", release="rfm-256")
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    with pytest.raises(InputError, match="cannot be read"):
+        convert_release(tmp_path / "text.safetensors", tmp_path / "out", release="rfm-256")
+    with pytest.raises(InputError, match="cannot tell"):
+        convert_release(tmp_path / "text.safetensors", tmp_path / "out")
+    with pytest.raises(InputError, match="not empty"):
+        convert_release(release, tmp_path)
+    with pytest.raises(InputError, match="no CLIP text model"):
+        convert_release(release, tmp_path / "out", text_encoder=tmp_path)
+    with pytest.raises(InputError, match="no diffusers autoencoder"):
+        convert_release(release, tmp_path / "out", vae=tmp_path)
+    with pytest.raises(InputError, match="not MMFace-DiT"):
+        convert_state({"a": torch.zeros(1)}, "flow")
+    assert not (tmp_path / "out").exists()

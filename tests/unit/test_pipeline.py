@@ -1,0 +1,263 @@
+"""The pipeline with real tiny parts: subsets, seeds, batches, scales, callbacks, formats, refusals."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchHeunDiscreteScheduler
+
+from builders import tiny_pipeline
+from likeness.data.synthetic import draw_face
+from likeness.objectives import DDPM
+from likeness.pipelines.load import load
+from likeness.pipelines.mmface import MMFacePipeline
+from likeness.types import InputError
+
+PROMPT = "a woman with red hair"
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> MMFacePipeline:
+    return tiny_pipeline()
+
+
+@pytest.fixture(scope="module")
+def faces() -> list[dict[str, np.ndarray]]:
+    found = [draw_face(0, index, 64) for index in range(2)]
+    return [{"mask": face.mask, "sketch": face.sketch, "keypoints": face.keypoints} for face in found]
+
+
+def seeds(*numbers: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(number) for number in numbers]
+
+
+def make(pipeline, prompt=PROMPT, negative="", control=None, numbers=(7,), **more) -> np.ndarray:
+    return pipeline(prompt, negative, control or {}, generator=seeds(*numbers), output_type="np", **more).images
+
+
+def test_every_subset_is_its_own_picture(pipeline, faces):
+    names = ("text", "mask", "sketch", "keypoints")
+    pictures = {}
+    for size in range(len(names) + 1):
+        for subset in itertools.combinations(names, size):
+            control = {name: faces[0][name] for name in subset if name != "text"}
+            pictures[subset] = make(pipeline, PROMPT if "text" in subset else "", control=control)
+    for one, other in itertools.combinations(pictures, 2):
+        assert not np.array_equal(pictures[one], pictures[other]), (one, other)
+
+
+def test_order_of_conditions_does_not_matter(pipeline, faces):
+    one = make(pipeline, control={"mask": faces[0]["mask"], "sketch": faces[0]["sketch"]})
+    other = make(pipeline, control={"sketch": faces[0]["sketch"], "mask": faces[0]["mask"]})
+    np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_picture_depends_on_its_own_request_only(pipeline, faces, threads):
+    """Bit for bit: alone, in batches of several sizes, in another order, with neighbours of every kind."""
+    torch.set_num_threads(threads)
+    requests = [
+        (PROMPT, {}, 11),
+        ("", {"mask": faces[0]["mask"]}, 12),
+        (PROMPT, {"mask": faces[1]["mask"], "sketch": faces[1]["sketch"]}, 13),
+        ("a man with a beard", {"sketch": faces[0]["sketch"]}, 14),
+        ("", {}, 15),
+    ]
+    alone = [make(pipeline, prompt, control=control, numbers=(seed,))[0] for prompt, control, seed in requests]
+    for order in ([0, 1, 2, 3, 4], [4, 2, 0], [3, 1], [1, 1, 2, 0, 3, 4, 2, 2]):
+        batch = [requests[k] for k in order]
+        control = {n: [c.get(n) for _, c, _ in batch] for n in ("mask", "sketch") if any(n in c for _, c, _ in batch)}
+        together = make(pipeline, [p for p, _, _ in batch], control=control, numbers=[s for _, _, s in batch])
+        for k, picture in zip(order, together, strict=True):
+            assert np.array_equal(picture, alone[k]), (order, k)
+
+
+def test_one_generator_draws_in_turn(pipeline):
+    generator = torch.Generator().manual_seed(3)
+    two = pipeline(PROMPT, generator=generator, num_images_per_prompt=2, output_type="np").images
+    one = pipeline(PROMPT, generator=torch.Generator().manual_seed(3), output_type="np").images
+    assert np.array_equal(two[0], one[0])
+    assert not np.array_equal(two[1], one[0])
+
+
+def test_scale_zero_is_bitwise_absent(pipeline, faces):
+    absent = make(pipeline)
+    assert np.array_equal(make(pipeline, control={"mask": faces[0]["mask"]}, conditioning_scale=0.0), absent)
+    assert np.array_equal(make(pipeline, control={"mask": faces[0]["mask"]}, control_guidance_end=0.0), absent)
+    both = {"mask": faces[0]["mask"], "sketch": faces[0]["sketch"]}
+    assert np.array_equal(
+        make(pipeline, control=both, conditioning_scale={"sketch": 0.0}),
+        make(pipeline, control={"mask": faces[0]["mask"]}),
+    )
+
+
+def test_scales_and_intervals_matter(pipeline, faces):
+    control = {"mask": faces[0]["mask"]}
+    full = make(pipeline, control=control)
+    for change in (
+        {"conditioning_scale": 0.5},
+        {"control_guidance_start": 0.5},
+        {"control_guidance_end": 0.5},
+        {"guidance_scale": 1.0},
+        {"guidance_interval": (0.4, 0.6)},
+        {"negative": "a man"},
+    ):
+        assert not np.array_equal(make(pipeline, control=control, **change), full), change
+
+
+def test_guidance_that_changes_nothing_costs_nothing(pipeline):
+    """Without text, the prompt is the negative prompt: any guidance gives the very same bits."""
+    assert np.array_equal(make(pipeline, "", guidance_scale=9.0), make(pipeline, "", guidance_scale=1.0))
+
+
+def test_guidance_formula(pipeline):
+    """One step of Euler from the same noise is linear in the guidance scale."""
+    step = {
+        g: pipeline(PROMPT, guidance_scale=g, num_inference_steps=1, generator=seeds(1), output_type="latent").images
+        for g in (0.0, 1.0, 3.0)
+    }
+    torch.testing.assert_close(step[3.0], step[0.0] + 3 * (step[1.0] - step[0.0]), atol=1e-5, rtol=1e-4)
+
+
+def test_sizes(pipeline, faces):
+    assert make(pipeline, height=48, width=80).shape == (1, 48, 80, 3)
+    with pytest.raises(InputError, match="64x64"):
+        make(pipeline, control={"mask": faces[0]["mask"]}, height=48, width=80)
+
+
+def test_output_types(pipeline):
+    call = lambda kind: pipeline(PROMPT, generator=seeds(1), output_type=kind).images  # noqa: E731
+    array, tensor, picture, latent = call("np"), call("pt"), call("pil")[0], call("latent")
+    assert array.dtype == np.float32
+    assert tensor.shape == (1, 3, 32, 32)
+    assert latent.shape == (1, 4, 4, 4)
+    np.testing.assert_allclose(tensor.permute(0, 2, 3, 1).numpy(), array)
+    np.testing.assert_allclose(np.asarray(picture) / 255, array[0], atol=0.5 / 255 + 1e-6)
+    assert isinstance(pipeline(PROMPT, return_dict=False, output_type="np"), tuple)
+
+
+def test_callbacks_see_change_and_stop(pipeline):
+    seen = []
+
+    def watch(pipe, i, timestep, tensors):
+        seen.append((i, float(timestep), tensors["latents"].shape))
+        return tensors
+
+    make(pipeline, callback_on_step_end=watch)
+    assert [i for i, *_ in seen] == [0, 1, 2, 3]
+    assert seen[0][1] == 1000
+    assert all(shape == (1, 4, 4, 4) for *_, shape in seen)
+
+    def zero(pipe, i, timestep, tensors):
+        return {"latents": torch.zeros_like(tensors["latents"])} if i == 3 else {}
+
+    latents = pipeline(PROMPT, output_type="latent", callback_on_step_end=zero).images
+    assert latents.abs().max() == 0
+
+    def stop(pipe, i, timestep, tensors):
+        pipe._interrupt = True
+        seen.append(i)
+        return {}
+
+    seen.clear()
+    make(pipeline, callback_on_step_end=stop)
+    assert seen == [0]
+
+
+def test_given_latents_and_sigmas(pipeline):
+    noise = torch.randn((1, 4, 4, 4), generator=torch.Generator().manual_seed(7))
+    assert np.array_equal(pipeline(PROMPT, latents=noise, output_type="np").images, make(pipeline))
+    steps = pipeline(PROMPT, latents=noise, sigmas=[1.0, 0.75, 0.5, 0.25], output_type="np").images
+    np.testing.assert_allclose(steps, make(pipeline), atol=1e-5)
+
+
+def test_other_schedulers_and_objectives():
+    pipeline = tiny_pipeline()
+    euler = make(pipeline)
+    pipeline.scheduler = FlowMatchHeunDiscreteScheduler()
+    assert not np.array_equal(make(pipeline), euler)
+    for prediction in ("epsilon", "v_prediction"):
+        objective = DDPM(prediction=prediction)
+        pipeline.scheduler = objective.scheduler()
+        pipeline.register_to_config(objective=objective.config())
+        assert np.isfinite(make(pipeline)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_save_and_load(tmp_path, faces, dtype):
+    pipeline = tiny_pipeline()
+    pipeline.save_pretrained(tmp_path)
+    again = load(tmp_path, dtype=dtype)
+    assert again.transformer.dtype == again.vae.dtype == again.text_encoder.dtype == dtype
+    control = {"mask": faces[0]["mask"]}
+    picture, wanted = make(again, control=control), make(pipeline, control=control)
+    if dtype is torch.float32:
+        assert np.array_equal(picture, wanted)
+    np.testing.assert_allclose(picture, wanted, atol=0.1)
+    assert MMFacePipeline.from_pretrained(tmp_path).config.objective == pipeline.config.objective
+
+
+def test_checkpoint_without_the_none_row(faces):
+    """As released: an absent condition is the zero latent with the mask's row; keypoints have no row."""
+    pipeline = tiny_pipeline(("mask", "sketch"))
+    assert not np.array_equal(make(pipeline), make(pipeline, control={"mask": faces[0]["mask"]}))
+    with pytest.raises(InputError, match=r"not trained with keypoints: it takes mask, sketch"):
+        make(pipeline, control={"keypoints": faces[0]["keypoints"]})
+
+
+def test_lanczos_setting_blends_and_crops(faces):
+    """The released weights saw masks resized as pictures; any aspect ratio is cropped."""
+    pipeline = tiny_pipeline()
+    exact = make(pipeline, control={"mask": faces[0]["mask"]})
+    pipeline.register_to_config(condition_resize="lanczos")
+    assert not np.array_equal(make(pipeline, control={"mask": faces[0]["mask"]}), exact)
+    assert make(pipeline, control={"mask": faces[0]["mask"][:48]}).shape == (1, 32, 32, 3)
+
+
+def test_notes_tell_what_was_read_and_cut(pipeline, faces):
+    output = pipeline("a woman with red hair and " + "a blue hat " * 9, control_image={"mask": faces[0]["mask"]})
+    assert any(note.startswith("mask: ") for note in output.notes)
+    cut = next(note for note in output.notes if "cut" in note)
+    assert "blue hat" in cut
+    assert "red hair" not in cut
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_inference_steps": 0}, "steps is 0"),
+        ({"num_inference_steps": -3}, "steps is -3"),
+        ({"height": 40}, "multiples of 16"),
+        ({"width": 8}, "multiples of 16"),
+        ({"guidance_scale": float("nan")}, "guidance scale"),
+        ({"guidance_scale": -1.0}, "guidance scale"),
+        ({"output_type": "jpeg"}, "output_type"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt"),
+        ({"prompt": ["a", "b", "c"], "negative_prompt": ["x", "y"]}, "2 values of negative prompt do not match 3"),
+        ({"prompt": 3}, "not text"),
+        ({"generator": [torch.Generator()] * 2}, "2 generators for 1 pictures"),
+        ({"latents": torch.zeros(1, 4, 8, 8)}, "shape"),
+        ({"control_image": {"depth": np.zeros((8, 8), np.uint8)}}, "'depth' is unknown"),
+        ({"conditioning_scale": {"mask": 1.0}}, "no such condition is given"),
+        ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "callbacks"),
+    ],
+)
+def test_refusals(pipeline, change, words):
+    with pytest.raises(InputError, match=words):
+        pipeline(**{"prompt": PROMPT, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"conditioning_scale": -1.0}, "scale of mask"),
+        ({"control_guidance_start": 0.8, "control_guidance_end": 0.2}, "acts from"),
+        ({"control_guidance_end": 1.5}, "acts from"),
+    ],
+)
+def test_control_refusals(pipeline, faces, change, words):
+    with pytest.raises(InputError, match=words):
+        pipeline(PROMPT, control_image={"mask": faces[0]["mask"]}, **change)

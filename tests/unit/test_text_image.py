@@ -1,0 +1,244 @@
+"""The mini text tower: a tokenizer without unknown words, an honest pooled vector, exact resumption."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from likeness.config import load_toml
+from likeness.encoders.text import cut_words, encode_text
+from likeness.train.checkpoint import states
+from likeness.train.components.text_image import (
+    SMALLEST_VOCABULARY,
+    Pairs,
+    TextImageRecipe,
+    build,
+    captioned_rows,
+    contrastive_loss,
+    retrieval,
+    to_ids,
+    train_text_image,
+    train_tokenizer,
+)
+from likeness.types import InputError
+
+COLORS = ("red", "green", "blue", "yellow", "white", "black")
+SIDES = ("left", "right")
+CAPTIONS = [f"A {color} box on the {side}." for color in COLORS for side in SIDES]
+LONG = "a " + "very " * 40 + "red box"
+
+
+def draw_folder(folder: Path) -> str:
+    """Twelve pictures of a box, named by its colour and its side."""
+    folder.mkdir(parents=True)
+    rows = []
+    for color in COLORS:
+        for side in SIDES:
+            image = Image.new("RGB", (40, 40), "gray")
+            left = 2 if side == "left" else 22
+            ImageDraw.Draw(image).rectangle((left, 8, left + 15, 31), fill=color)
+            image.save(folder / f"{color}_{side}.png")
+            text = [f"A {color} box on the {side}.", f"on the {side}, a {color} square"]
+            rows.append({"file_name": f"{color}_{side}.png", "text": text})
+    rows.append({"file_name": "red_left.png"})  # no caption: to be passed over
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> TextImageRecipe:
+    folder = draw_folder(tmp_path_factory.mktemp("boxes") / "train")
+    return TextImageRecipe(
+        train=(folder,),
+        test=(folder,),
+        size=16,
+        vocabulary=600,
+        max_tokens=16,
+        text_width=32,
+        text_layers=2,
+        text_heads=2,
+        vision_width=32,
+        vision_layers=2,
+        vision_heads=2,
+        projection=16,
+        images=1600,
+        batch=8,
+        learning_rate=3e-3,
+        warmup=160,
+        choices=6,
+        checkpoint_every=800,
+        compile=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(recipe: TextImageRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    train_text_image(recipe, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def towers(run: Path) -> tuple[CLIPModel, CLIPTextModel, Any]:
+    clip = CLIPModel.from_pretrained(run / "model" / "clip").eval()
+    text_encoder = CLIPTextModel.from_pretrained(run / "model" / "text_encoder").eval()
+    return clip, text_encoder, CLIPTokenizer.from_pretrained(run / "model" / "tokenizer")
+
+
+def test_tokenizer_follows_clip(towers: tuple[CLIPModel, CLIPTextModel, Any]) -> None:
+    tokenizer = towers[2]
+    assert tokenizer.bos_token == "<|startoftext|>"
+    assert tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>"
+    assert tokenizer.eos_token_id == len(tokenizer) - 1 > SMALLEST_VOCABULARY
+    ids = tokenizer("A RED box", padding="max_length", max_length=8).input_ids
+    assert ids == [tokenizer.bos_token_id, *tokenizer.convert_tokens_to_ids(["a</w>", "red</w>", "box</w>"])] + [
+        tokenizer.eos_token_id
+    ] * (8 - 4)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a red box"
+
+
+@pytest.mark.parametrize("text", ["flamboyant", "façade", "日本", "😀", "ß", "\u0007", "x" * 30, "3", "naïve é ü."])
+def test_every_character_is_encodable(towers: tuple[CLIPModel, CLIPTextModel, Any], text: str) -> None:
+    tokenizer = towers[2]
+    ids = tokenizer(text).input_ids
+    assert tokenizer.eos_token_id not in ids[1:-1]  # CLIP's unknown token is the end token
+    assert tokenizer.decode(ids, skip_special_tokens=True).replace(" .", ".") == text
+
+
+def test_truncation_keeps_the_end_token(towers: tuple[CLIPModel, CLIPTextModel, Any]) -> None:
+    tokenizer = towers[2]
+    assert tokenizer.model_max_length == 16
+    ids = to_ids(tokenizer, [LONG, "red"], 16)
+    assert ids.shape == (2, 16)
+    assert ids[0, -1] == tokenizer.eos_token_id
+    assert (ids[0, :-1] != tokenizer.eos_token_id).all()
+    assert cut_words(tokenizer, LONG, 16).endswith("red box")
+    assert cut_words(tokenizer, "red box", 16) == ""
+
+
+def test_tokenizer_is_the_same_for_any_order_and_keeps_to_its_size() -> None:
+    first, second = (train_tokenizer(captions, 530, 16) for captions in (CAPTIONS, CAPTIONS[::-1]))
+    assert first.get_vocab() == second.get_vocab()
+    assert len(first) == 530
+    for vocabulary, max_tokens in ((500, 16), (600, 2)):
+        with pytest.raises(InputError, match="vocabulary"):
+            train_tokenizer(CAPTIONS, vocabulary, max_tokens)
+
+
+def test_pooled_is_at_the_first_end_token(towers: tuple[CLIPModel, CLIPTextModel, Any]) -> None:
+    _, text_encoder, tokenizer = towers
+    assert text_encoder.config.eos_token_id == tokenizer.eos_token_id != 2
+    captions = ["", "red", CAPTIONS[0], LONG]
+    ends = [len(tokenizer(caption, truncation=True, max_length=16).input_ids) - 1 for caption in captions]
+    assert ends[0] == 1
+    assert ends[-1] == 15
+    with torch.no_grad():
+        output = text_encoder(to_ids(tokenizer, captions, 16))
+    torch.testing.assert_close(output.pooler_output, output.last_hidden_state[range(4), ends])
+    # what comes after the end token is not looked at, and the other positions are different vectors
+    shorter = encode_text(tokenizer, text_encoder, captions[:3], max_tokens=12)
+    torch.testing.assert_close(shorter.pooled, output.pooler_output[:3], atol=1e-5, rtol=1e-4)
+    assert (output.last_hidden_state[1, 0] - output.pooler_output[1]).abs().max() > 0.1
+
+
+def test_published_parts_belong_together(towers: tuple[CLIPModel, CLIPTextModel, Any]) -> None:
+    clip, text_encoder, tokenizer = towers
+    features = encode_text(tokenizer, text_encoder, CAPTIONS, max_tokens=16)
+    assert features.tokens.shape == (12, 16, 32)
+    assert features.pooled.shape == (12, 32)
+    with torch.no_grad():
+        embedded = clip.get_text_features(input_ids=to_ids(tokenizer, CAPTIONS, 16)).pooler_output
+    torch.testing.assert_close(clip.text_projection(features.pooled), embedded, atol=1e-5, rtol=1e-4)
+    distances = torch.cdist(features.pooled, features.pooled) + torch.eye(12) * 1e3
+    assert distances.min() > 0.1
+    assert torch.isfinite(features.tokens).all()
+
+
+def test_loss_falls_and_the_right_captions_are_found(
+    recipe: TextImageRecipe, run: Path, towers: tuple[CLIPModel, CLIPTextModel, Any]
+) -> None:
+    clip, _, tokenizer = towers
+    rows = captioned_rows(recipe.test)
+    assert len(rows) == 12
+    batch = Pairs(recipe, rows, tokenizer).make(0, range(12))
+    torch.manual_seed(0)
+    fresh = build(recipe, tokenizer).eval()
+    with torch.no_grad():
+        assert contrastive_loss(clip, *batch) < 0.5 * contrastive_loss(fresh, *batch)
+    found = retrieval(clip, tokenizer, rows, recipe.size, choices=6)
+    assert found["n"] == 12
+    assert found["find_caption"] > 0.6
+    assert found["find_picture"] > 0.6
+    assert retrieval(clip, tokenizer, rows, recipe.size, choices=50)["choices"] == 12
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < 0.7 * losses[0]
+    assert [line["seen"] for line in lines if "find_caption" in line] == [800, 1600]
+
+
+def test_resume_equals_never_stopping(recipe: TextImageRecipe, run: Path, tmp_path: Path) -> None:
+    first, last = states(run)
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copy(first, tmp_path / "checkpoints")
+    shutil.copytree(run / "model" / "tokenizer", tmp_path / "model" / "tokenizer")
+    torch.manual_seed(123)
+    train_text_image(recipe, tmp_path)
+    whole, resumed = (torch.load(path, weights_only=True) for path in (last, states(tmp_path)[-1]))
+    assert whole["seen"] == resumed["seen"] == recipe.images
+    for part in ("model", "ema"):
+        assert whole[part].keys() == resumed[part].keys()
+        assert all(torch.equal(tensor, resumed[part][name]) for name, tensor in whole[part].items())
+    for number, moments in whole["optimizer"]["state"].items():
+        assert all(torch.equal(moments[name], resumed["optimizer"]["state"][number][name]) for name in moments)
+    for file in ("clip/model.safetensors", "text_encoder/model.safetensors"):
+        assert (run / "model" / file).read_bytes() == (tmp_path / "model" / file).read_bytes()
+
+
+def test_pairs_depend_on_their_position_only(
+    recipe: TextImageRecipe, towers: tuple[CLIPModel, CLIPTextModel, Any]
+) -> None:
+    pairs = Pairs(recipe, captioned_rows(recipe.train), towers[2])
+    whole = list(pairs.batches(0))
+    assert len(whole) == recipe.images // recipe.batch
+    for index, batch in enumerate(Pairs(recipe, pairs.rows, towers[2]).batches(1440)):
+        assert all(torch.equal(a, b) for a, b in zip(batch, whole[180 + index], strict=True))
+    pictures = torch.cat([batch.pictures for batch in whole])
+    assert -1 <= pictures.min() < pictures.max() <= 1
+    colors = pictures.mean(dim=(1, 2, 3))
+    assert len(colors.unique()) > 12  # the same pictures are seen in other crops and light
+
+
+def test_captions_that_read_the_same_are_positives(
+    recipe: TextImageRecipe, towers: tuple[CLIPModel, CLIPTextModel, Any]
+) -> None:
+    rows = captioned_rows(recipe.train)[:3]
+    for row, text in zip(rows, ("a box", "a  BOX", "a square"), strict=True):
+        row["text"] = text
+    batch = Pairs(recipe, rows, towers[2]).make(0, [0, 1, 2, 2])
+    same = np.array([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]], dtype=bool)
+    np.testing.assert_array_equal(batch.positives.numpy(), same)
+    # with two right answers each, the loss cannot fall under their entropy
+    with torch.no_grad():
+        assert contrastive_loss(towers[0], *batch) >= np.log(2) - 1e-4
+
+
+def test_folders_without_captions_are_refused(tmp_path: Path, recipe: TextImageRecipe) -> None:
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n')
+    with pytest.raises(InputError, match="caption"):
+        captioned_rows([str(tmp_path)])
+
+
+def test_recipe_parses() -> None:
+    path = Path(__file__).parents[2] / "recipes" / "text_image_mini.toml"
+    recipe = load_toml(path, TextImageRecipe)
+    assert recipe.text_width % recipe.text_heads == recipe.vision_width % recipe.vision_heads == 0
+    assert recipe.size % recipe.patch == 0
+    assert recipe.text_layers >= 2  # the last layer but one is what a transformer is given

@@ -1,0 +1,263 @@
+"""Shards, order of samples, batches and the loop: exact, resumable, and refusing what does not fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from builders import save_components
+from likeness.config import load_toml
+from likeness.data.sampler import Sampler
+from likeness.data.store import Sample, Store
+from likeness.pipelines.generate import generate, resolve
+from likeness.pipelines.load import load, load_components
+from likeness.prepare.encode import encode_folder
+from likeness.prepare.synthetic import write_synthetic
+from likeness.train import loop
+from likeness.train.checkpoint import load_state, save_state, states
+from likeness.train.config import DataRecipe, TrainRecipe
+from likeness.train.optim import Ema, learning_rate, power_of
+from likeness.train.step import make_batch
+from likeness.types import InputError, PortraitRequest
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """Ten drawn faces, tiny components, and shards of four faces each."""
+    root = tmp_path_factory.mktemp("prepared")
+    write_synthetic(root / "faces", 10, SIZE, seed=0)
+    save_components(root / "components")
+    encode_folder(root / "faces", root / "shards", load_components(root / "components"), size=SIZE, shard_size=4)
+    return root
+
+
+def recipe(root: Path, images: int = 24, **changes: str) -> TrainRecipe:
+    text = f"""
+        kind = "transformer"
+        precision = "fp32"
+        log_every = 8
+        checkpoint_every = 12
+        [network]
+        hidden_size = 32
+        depth = 2
+        heads = 2
+        [data]
+        shards = ["{root}/shards"]
+        components = "{root}/components"
+        condition_shares = {{ mask = 0.5, sketch = 0.3, none = 0.2 }}
+        [optimizer]
+        images = {images}
+        batch = 4
+        learning_rate = 1e-3
+        [defaults]
+        size = {SIZE}
+        steps = 2
+        guidance_scale = 2.0
+        [[preview]]
+        prompt = "a face"
+        mask = "{root}/faces/train/masks/000000.png"
+        seed = 5
+    """
+    path = root / "recipe.toml"
+    path.write_text(text)
+    return load_toml(path, TrainRecipe, tuple(f"{key}={value}" for key, value in changes.items()))
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    state = load_state(run)
+    assert state is not None
+    return {**state["model"], **{f"ema.{name}": value for name, value in state["ema"].items()}}
+
+
+def test_store_holds_what_was_encoded(prepared):
+    store = Store(prepared / "shards")
+    assert len(store) == 10
+    assert store.conditions == ["mask", "sketch", "keypoints"]
+    assert [len(shard) for shard in store.captions] == [4, 4, 2]
+    sample = store[9]
+    assert sample.latents.shape == (4, 4, 4)
+    assert len(sample.captions) == 10
+    assert not torch.equal(sample.latents, store[8].latents)
+    assert not torch.equal(sample.conditions["mask"], sample.conditions["sketch"])
+
+
+def test_encoding_resumes_without_redoing(prepared, tmp_path):
+    parts = load_components(prepared / "components")
+    out, seen = tmp_path / "shards", []
+
+    def encode() -> None:
+        encode_folder(
+            prepared / "faces", out, parts, size=SIZE, shard_size=4, progress=lambda done, _: seen.append(done)
+        )
+
+    encode()
+    assert seen == list(range(1, 11))
+    (out / "shard-00001.safetensors").unlink()
+    (out / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"manifest.json is missing"):
+        Store(out)
+    seen.clear()
+    encode()
+    assert seen == [5, 6, 7, 8]
+    assert torch.equal(Store(out)[5].latents, Store(prepared / "shards")[5].latents)
+
+
+def test_encoding_refuses_to_mix(prepared):
+    parts = load_components(prepared / "components")
+    with pytest.raises(InputError, match="another size"):
+        encode_folder(prepared / "faces", prepared / "shards", parts, size=64, shard_size=4)
+
+
+def test_damaged_shard_is_named(prepared, tmp_path):
+    parts = load_components(prepared / "components")
+    encode_folder(prepared / "faces", tmp_path / "s", parts, size=SIZE, shard_size=4)
+    shard = tmp_path / "s" / "shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(InputError, match="shard-00000"):
+        Store(tmp_path / "s")
+
+
+def test_sampler_sees_every_face_once_an_epoch():
+    sampler = Sampler(7, seed=1)
+    epochs = [[sampler[p] for p in range(start, start + 7)] for start in (0, 7, 14)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert Sampler(7, seed=1)[16] == epochs[2][2]
+
+
+def test_batch_depends_on_positions_only():
+    """A sample's draws are the same in any batch, on any rank."""
+    samples = [
+        Sample(torch.full((4, 4, 4), float(i)), {"mask": torch.ones(4, 4, 4)}, [f"caption {k}" for k in range(5)])
+        for i in range(6)
+    ]
+    data = DataRecipe(shards=(), condition_shares={"mask": 0.5, "none": 0.5})
+    one, zero = torch.ones(1), torch.zeros(1)
+    whole = make_batch(samples, range(10, 16), data, ["mask", "none"], zero, one, seed=3)
+    part = make_batch(samples[4:], range(14, 16), data, ["mask", "none"], zero, one, seed=3)
+    assert torch.equal(whole.noise[4:], part.noise)
+    assert torch.equal(whole.uniform[4:], part.uniform)
+    assert torch.equal(whole.condition_index[4:], part.condition_index)
+    assert whole.captions[4:] == part.captions
+
+
+def test_shares_and_dropout_are_what_the_recipe_says():
+    """Text is dropped once, not twice: 10 % of 10,000 samples, and conditions in their shares."""
+    sample = Sample(torch.zeros(1, 1, 1), {"mask": torch.zeros(1, 1, 1), "sketch": torch.zeros(1, 1, 1)}, ["words"])
+    data = DataRecipe(shards=(), condition_shares={"mask": 0.45, "sketch": 0.35, "none": 0.2}, text_dropout=0.1)
+    n, one, zero = 10_000, torch.ones(1), torch.zeros(1)
+    batch = make_batch([sample] * n, range(n), data, ["mask", "sketch", "none"], zero, one, seed=0)
+    assert abs(batch.captions.count("") / n - 0.1) < 0.01
+    index = batch.condition_index[:, 0]
+    for row, share in ((0, 0.45), (1, 0.35), (-1, 0.2)):
+        assert abs((index == row).float().mean().item() - share) < 0.015
+    assert abs(batch.uniform.mean().item() - 0.5) < 0.01
+    assert abs(batch.noise.std().item() - 1) < 0.03
+
+
+def test_stopped_and_resumed_is_never_stopped(prepared, tmp_path, monkeypatch):
+    """Killed after a checkpoint and started again: bit-identical weights, average, and previews."""
+    loop.train(recipe(prepared), tmp_path / "whole")
+    real = loop.save_state
+
+    def save_and_die(run, seen, state, keep):
+        real(run, seen, state, keep)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "save_state", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(recipe(prepared), tmp_path / "parts")
+    assert load_state(tmp_path / "parts")["seen"] == 12
+    monkeypatch.setattr(loop, "save_state", real)
+    loop.train(recipe(prepared), tmp_path / "parts")
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    previews = [sorted((tmp_path / name / "previews").iterdir())[-1].read_bytes() for name in ("whole", "parts")]
+    assert previews[0] == previews[1]
+
+
+def test_preview_is_what_generate_makes(prepared, tmp_path):
+    """The published folder, loaded afresh, gives the preview's pixels."""
+    from PIL import Image
+
+    config = recipe(prepared)
+    model = loop.train(config, tmp_path)
+    wish = config.preview[0]
+    pipeline = load(model)
+    request = resolve(PortraitRequest(prompt=wish.prompt, control_image={"mask": wish.mask}, seed=5), pipeline)
+    picture = generate(pipeline, request, [5])[0][0]
+    preview = Image.open(sorted((tmp_path / "previews").iterdir())[-1])
+    assert np.array_equal(np.asarray(preview), np.asarray(picture))
+
+
+def test_training_learns(prepared, tmp_path):
+    loop.train(recipe(prepared, images=480, log_every="48", checkpoint_every="480"), tmp_path)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_run_of_another_recipe_is_refused(prepared, tmp_path):
+    loop.train(recipe(prepared, images=4), tmp_path)
+    with pytest.raises(InputError, match="another network"):
+        loop.train(recipe(prepared, images=4, **{"network.depth": "3"}), tmp_path)
+
+
+def test_shards_of_another_autoencoder_are_refused(prepared, tmp_path):
+    copy = tmp_path / "shards"
+    copy.mkdir()
+    for file in (prepared / "shards").iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "codec": "0" * 64}))
+    with pytest.raises(InputError, match="another autoencoder"):
+        loop.train(recipe(prepared, **{"data.shards": f'["{copy}"]'}), tmp_path / "run")
+
+
+def test_condition_without_data_is_refused(prepared, tmp_path):
+    shares = "{ mask = 0.5, depth = 0.5 }"
+    with pytest.raises(InputError, match="has no depth"):
+        loop.train(recipe(prepared, **{"data.condition_shares": shares}), tmp_path)
+
+
+def test_checkpoints_are_whole_and_few(tmp_path):
+    for seen in (10, 20, 30):
+        save_state(tmp_path, seen, {"seen": seen}, keep=2)
+    assert [path.stem for path in states(tmp_path)] == ["000000000020", "000000000030"]
+    # what a killed process leaves is not taken for a state
+    (tmp_path / "checkpoints" / "000000000040.partial").write_bytes(b"half")
+    assert load_state(tmp_path)["seen"] == 30
+    (tmp_path / "checkpoints" / "000000000040.pt").write_bytes(b"broken")
+    with pytest.raises(InputError, match="000000000040"):
+        load_state(tmp_path)
+
+
+def test_learning_rate():
+    rate = lambda seen, decay: learning_rate(seen, 100, 1.0, 10, decay)  # noqa: E731
+    assert rate(0, "cosine") == pytest.approx(0.1)
+    assert rate(10, "cosine") == 1.0
+    assert rate(55, "cosine") == pytest.approx(0.5)
+    assert rate(55, "linear") == pytest.approx(0.5)
+    assert rate(100, "linear") == pytest.approx(0.0)
+    assert rate(99, "constant") == 1.0
+
+
+def test_power_law_average():
+    """Against the definition: the average at step n weighs step t by t^gamma, normalised; its width is as asked."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    ema = Ema(model, relative_width=0.1)
+    assert power_of(0.1) == pytest.approx(6.94, abs=0.01)
+    values = torch.randn(200, generator=torch.Generator().manual_seed(0))
+    for step, value in enumerate(values, start=1):
+        with torch.no_grad():
+            model.weight.fill_(value)
+        ema.update(model, step)
+    steps = torch.arange(1, 201, dtype=torch.float64)
+    share = steps**ema.gamma / (steps**ema.gamma).sum()
+    assert ema.weights["weight"].item() == pytest.approx((share * values).sum().item(), abs=0.02)
