@@ -6,6 +6,7 @@ keeps its traceback.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import secrets
 import sys
@@ -97,8 +98,6 @@ def generate(
 
     request, notes = read_conditions(request)
     tell(notes)
-
-    import dataclasses
 
     from likeness.pipelines.generate import generate as make
     from likeness.pipelines.generate import resolve
@@ -427,3 +426,7 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+if __name__ == "__main__":
+    main()

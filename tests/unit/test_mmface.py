@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 
 from builders import MAX_TOKENS, randomise, tiny_transformer
 from likeness.models.mmface import MMFaceTransformer
 from likeness.types import TextFeatures
+
+ROOT = Path(__file__).parents[2]
 
 
 def inputs(batch: int = 2, height: int = 4, width: int = 4, tokens: int = 5) -> dict:
@@ -159,3 +164,15 @@ def test_two_conditions_in_one_pass_are_refused():
 def test_bad_widths_are_refused():
     with pytest.raises(ValueError, match="multiple"):
         MMFaceTransformer(hidden_size=30, heads=4)
+
+
+@pytest.mark.parametrize("text_rope", ["sequential", "none"])
+def test_equals_the_plain_formulas(text_rope):
+    """Against an independent writing-down of the paper's equations (benchmarks/plain_mmface.py)."""
+    spec = importlib.util.spec_from_file_location("plain_mmface", ROOT / "benchmarks" / "plain_mmface.py")
+    plain = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plain)
+    model, given = randomise(variant(text_rope=text_rope), std=0.3), inputs(height=4, width=6)
+    given["condition_index"] = torch.tensor([[1], [-1]])
+    wanted = plain.forward(model, *given.values())
+    assert (model(**given) - wanted).norm() / wanted.norm() < 1e-5

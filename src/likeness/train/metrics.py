@@ -14,12 +14,13 @@ class Reporter:
     def __init__(self, run: Path, total: int, seen: int) -> None:
         self.file = (run / "metrics.jsonl").open("a")
         self.total = total
-        self.start_seen, self.start_time = seen, time.monotonic()
+        self.last_seen, self.last_time = seen, time.monotonic()
 
     def report(self, seen: int, **values: float) -> None:
         """Report `values` after `seen` images."""
-        elapsed = time.monotonic() - self.start_time
-        speed = (seen - self.start_seen) / max(elapsed, 1e-9)
+        now = time.monotonic()
+        speed = (seen - self.last_seen) / max(now - self.last_time, 1e-9)  # since the last report: no start-up inside
+        self.last_seen, self.last_time = seen, now
         left = (self.total - seen) / max(speed, 1e-9)
         self.file.write(json.dumps({"seen": seen, "images_per_second": round(speed, 2), **values}) + "\n")
         self.file.flush()

@@ -19,7 +19,6 @@ import torch
 from diffusers import AutoencoderDC
 from PIL import Image
 
-from likeness.annotators.sketch import extract_sketch
 from likeness.conditions import CONDITIONS
 from likeness.config import to_dict
 from likeness.data.folder import column_of, read_folder
@@ -98,8 +97,7 @@ class Pictures:
         self.rows: dict[str, list[dict[str, Any]]] = {}
         for kind in shares:
             column = "file_name" if kind == "image" else column_of(kind)
-            # a sketch can be drawn from any photograph
-            self.rows[kind] = rows if kind == "sketch" else [row for row in rows if column in row]
+            self.rows[kind] = [row for row in rows if column in row]
             if not self.rows[kind]:
                 raise InputError(f"no row of {', '.join(folders)} has {column!r}, but the recipe asks for {kind!r}")
         self.kinds = list(shares)
@@ -113,13 +111,8 @@ class Pictures:
         rows = self.rows[kind]
         row = rows[int(rng.integers(len(rows)))]
         flip = bool(rng.integers(2))
-        if kind == "image" or (kind == "sketch" and column_of(kind) not in row):
+        if kind == "image":
             picture = read_photo(row["file_name"], self.size)
-            if kind == "sketch":
-                strength, thickness = rng.uniform(0.8, 1.2), rng.uniform(0.8, 1.4)
-                picture = np.repeat(
-                    extract_sketch(picture, strength=strength, thickness=thickness)[..., None], 3, axis=2
-                )
             return np.ascontiguousarray(picture[:, ::-1]) if flip else picture
         condition = CONDITIONS[kind]
         raw = condition.read(row[column_of(kind)]).raw

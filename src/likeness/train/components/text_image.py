@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from PIL import Image
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 from likeness.config import to_dict
@@ -38,6 +39,8 @@ START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 BYTE_TOKENS = 512
 """Every byte twice, inside a word and at its end: what makes every character encodable."""
 SMALLEST_VOCABULARY = BYTE_TOKENS + 2
+IGNORED = -100
+"""The class of what is not known: cross-entropy passes over it."""
 LARGEST_SCALE = math.log(100)
 """Radford et al. 2021, section 2.5: the temperature is held so that logits are scaled by at most 100."""
 
@@ -46,6 +49,8 @@ LARGEST_SCALE = math.log(100)
 class TextImageRecipe:
     """How the text tower, its tokenizer and the picture tower are built and trained."""
 
+    kind: Literal["text_image"] = "text_image"
+    """What the recipe trains."""
     train: tuple[str, ...]
     """Prepared folders to learn from."""
     test: tuple[str, ...]
@@ -86,6 +91,8 @@ class TextImageRecipe:
     """Smallest side of the random crop. Pictures are never mirrored: captions may name sides."""
     brightness: float = 0.1
     """Largest relative change of the brightness."""
+    attributes: float = 0.0
+    """Weight of naming the rows' "attributes" from the picture alone; 0 leaves it out."""
     ema: float = 0.08
     """Relative width of the weight average."""
     choices: int = 50
@@ -109,6 +116,18 @@ class Batch(NamedTuple):
     """Tokens, [B, L]."""
     positives: Tensor
     """Which caption fits which picture, bool [B, B], symmetric: its own, and those that read the same."""
+    labels: Tensor
+    """Classes of the A attributes, int64 [B, A]; -100 where a row does not say."""
+
+
+def attribute_classes(rows: Sequence[dict[str, Any]], most: int = 32) -> dict[str, list[str]]:
+    """The attributes of the rows and the values of each: words and yes or no, 2 to `most` of them; never numbers."""
+    values: dict[str, set[str]] = {}
+    for row in rows:
+        for name, value in row.get("attributes", {}).items():
+            if isinstance(value, (str, bool)):
+                values.setdefault(name, set()).add(str(value))
+    return {name: sorted(found) for name, found in sorted(values.items()) if 2 <= len(found) <= most}
 
 
 def train_tokenizer(captions: Iterable[str], vocabulary: int, max_tokens: int) -> CLIPTokenizer:
@@ -172,7 +191,29 @@ def build(recipe: TextImageRecipe, tokenizer: Any, device: torch.device | str = 
     )
     config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=recipe.projection)
     clip: Any = CLIPModel(config)
+    set_out(clip)
     return clip.to(device)
+
+
+@torch.no_grad()
+def set_out(clip: CLIPModel) -> None:
+    """Give the picture tower a sense of place from the start: 2-D sine positions as strong as what the patches show.
+
+    Beyer et al. 2022, "Better plain ViT baselines for ImageNet-1k", have such positions; with CLIP's faint random ones
+    the first thousands of pictures go by before the tower can tell the hair from the clothes.
+    """
+    embeddings: Any = clip.vision_model.embeddings
+    patches, positions = embeddings.patch_embedding.weight, embeddings.position_embedding.weight
+    patches.normal_(std=patches[0].numel() ** -0.5)
+    grid, width = math.isqrt(embeddings.num_patches), positions.shape[1]
+    count = width // 4
+    frequencies = 100.0 ** -(torch.arange(count) / count) * math.pi / 2  # from half a period a patch on
+    angles = torch.arange(grid)[:, None] * frequencies  # [grid, width / 4]
+    wave = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid, width / 2]
+    down = wave[:, None].expand(grid, grid, -1)
+    across = wave[None].expand(grid, grid, -1)
+    positions.zero_()
+    positions[1:, : 4 * count] = 0.5 * torch.cat([down, across], dim=2).flatten(0, 1)  # [grid * grid, width]
 
 
 def captioned_rows(folders: Sequence[str]) -> list[dict[str, Any]]:
@@ -214,8 +255,17 @@ def to_ids(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> Tensor:
 class Pairs:
     """Endless training pairs; pair number p depends only on (seed, p)."""
 
-    def __init__(self, recipe: TextImageRecipe, rows: list[dict[str, Any]], tokenizer: Any) -> None:
+    def __init__(
+        self,
+        recipe: TextImageRecipe,
+        rows: list[dict[str, Any]],
+        tokenizer: Any,
+        classes: Mapping[str, list[str]] = MappingProxyType({}),
+    ) -> None:
         self.rows, self.tokenizer, self.recipe = rows, tokenizer, recipe
+        self.numbers = {
+            name: {value: number for number, value in enumerate(values)} for name, values in classes.items()
+        }
         self.sampler = Sampler(len(rows), recipe.seed)
 
     def draw(self, position: int, row: dict[str, Any]) -> tuple[np.ndarray, str]:
@@ -236,7 +286,16 @@ class Pairs:
         row = torch.tensor(indices)
         same_row = row[:, None] == row[None]  # [B, B]
         same_caption = (ids[:, None] == ids[None]).all(dim=2)  # [B, B]
-        return Batch(to_tensor([picture for picture, _ in drawn]), ids, same_row | same_caption)
+        said = [self.rows[index].get("attributes", {}) for index in indices]
+        labels = [
+            [numbers.get(str(values.get(name)), IGNORED) for name, numbers in self.numbers.items()] for values in said
+        ]
+        return Batch(
+            pictures=to_tensor([picture for picture, _ in drawn]),
+            ids=ids,
+            positives=same_row | same_caption,
+            labels=torch.tensor(labels, dtype=torch.int64).reshape(len(indices), len(self.numbers)),  # [B, A]
+        )
 
     def batches(self, seen: int) -> Iterator[Batch]:
         """Batches from pair number `seen` to the recipe's last, read ahead by two threads."""
@@ -265,15 +324,37 @@ def embed_captions(clip: CLIPModel, ids: Tensor) -> Tensor:
     return F.normalize(clip.get_text_features(input_ids=ids).pooler_output.float(), dim=-1)
 
 
-def contrastive_loss(clip: CLIPModel, pictures: Tensor, ids: Tensor, positives: Tensor) -> Tensor:
+def contrastive_loss(pictures: Tensor, captions: Tensor, positives: Tensor, scale: Tensor) -> Tensor:
     """Cross-entropy over the captions of each picture and the pictures of each caption (Radford et al. 2021, figure 3).
 
     A picture's probability is shared equally among its positives, so that captions that read the same attract.
+
+    Args:
+        pictures: unit vectors, [B, P].
+        captions: unit vectors, [B, P].
+        positives: which belong together, bool [B, B], symmetric.
+        scale: what the cosines are multiplied by.
     """
-    logits = embed_pictures(clip, pictures) @ embed_captions(clip, ids).T  # [B, B]
-    logits = clip.logit_scale.exp() * logits.float()
+    logits = (scale * pictures @ captions.T).float()  # [B, B]
     targets = positives / positives.sum(dim=1, keepdim=True)  # [B, B]
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+
+def attribute_loss(head: nn.Linear, pooled: Tensor, labels: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Mean cross-entropy of the attributes, `sizes` classes each, read from pictures' vectors [B, D] by one matrix."""
+    parts = head(pooled).float().split(list(sizes), dim=1)
+    losses = [F.cross_entropy(part, labels[:, index], reduction="sum") for index, part in enumerate(parts)]
+    return torch.stack(losses).sum() / (labels != IGNORED).sum().clamp(min=1)
+
+
+def losses(clip: CLIPModel, head: nn.Linear | None, sizes: Sequence[int], batch: Batch) -> tuple[Tensor, Tensor]:
+    """The contrastive loss and the attributes' loss, 0 where there is no head for them."""
+    pooled = clip.vision_model(pixel_values=batch.pictures).pooler_output  # [B, D]
+    pictures = F.normalize(clip.visual_projection(pooled).float(), dim=-1)  # [B, P]
+    captions = embed_captions(clip, batch.ids)  # [B, P]
+    contrast = contrastive_loss(pictures, captions, batch.positives, clip.logit_scale.exp())
+    naming = attribute_loss(head, pooled, batch.labels, sizes) if head is not None else torch.zeros_like(contrast)
+    return contrast, naming
 
 
 @torch.no_grad()
@@ -348,27 +429,31 @@ def train_text_image(recipe: TextImageRecipe, run: Path) -> None:
         tokenizer.save_pretrained(folder)
     torch.manual_seed(recipe.seed)
     clip = build(recipe, tokenizer, device)
-    optimizer = torch.optim.AdamW(decay_groups(clip, recipe.weight_decay), lr=recipe.learning_rate, betas=(0.9, 0.98))
+    classes = attribute_classes(rows) if recipe.attributes else {}
+    sizes = [len(values) for values in classes.values()]
+    head = nn.Linear(recipe.vision_width, sum(sizes)).to(device) if classes else None
+    both = nn.ModuleDict({"clip": clip} if head is None else {"clip": clip, "head": head})
+    optimizer = torch.optim.AdamW(decay_groups(both, recipe.weight_decay), lr=recipe.learning_rate, betas=(0.9, 0.98))
     ema = Ema(clip, recipe.ema)
     seen = 0
     if state:
-        clip.load_state_dict(state["model"])
+        both.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         ema.weights = {name: weight.to(device) for name, weight in state["ema"].items()}
         seen = state["seen"]
     if device == "cpu":
         clip.set_attn_implementation("eager")  # for so few tokens the fused one takes longer, backward above all
-    loss_of = torch.compile(contrastive_loss) if recipe.compile else contrastive_loss
+    loss_of = torch.compile(losses) if recipe.compile else losses
     reporter = Reporter(run, recipe.images, seen)
     clip.train()
-    for batch in Pairs(recipe, rows, tokenizer).batches(seen):
-        pictures, ids, positives = (tensor.to(device) for tensor in batch)
+    for batch in Pairs(recipe, rows, tokenizer, classes).batches(seen):
+        batch = Batch(*(tensor.to(device) for tensor in batch))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(seen, recipe.images, recipe.learning_rate, recipe.warmup, "cosine")
         with torch.autocast(device, torch.bfloat16):
-            loss = loss_of(clip, pictures, ids, positives)
-        loss.backward()
-        norm = clip_gradients(clip.parameters(), 1.0)
+            loss, naming = loss_of(clip, head, sizes, batch)
+        (loss + recipe.attributes * naming).backward()
+        norm = clip_gradients(both.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
@@ -377,17 +462,18 @@ def train_text_image(recipe: TextImageRecipe, run: Path) -> None:
         ema.update(clip, seen // recipe.batch)
         if seen % (recipe.batch * 50) == 0:
             scale = clip.logit_scale.exp().item()
-            reporter.report(seen, loss=loss.item(), gradient_norm=norm.item(), logit_scale=scale)
+            values = {"loss": loss.item(), "gradient_norm": norm.item(), "logit_scale": scale}
+            reporter.report(seen, **values, **({"attribute_loss": naming.item()} if classes else {}))
         if seen % recipe.checkpoint_every < recipe.batch or seen >= recipe.images:
             averaged = publish(clip, ema, recipe, tokenizer, run)
             reporter.report(seen, **retrieval(averaged, tokenizer, test, recipe.size, recipe.choices))
-            state = {"model": clip.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.weights, "seen": seen}
+            state = {"model": both.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.weights, "seen": seen}
             save_state(run, seen, state)
 
 
-def decay_groups(clip: CLIPModel, weight_decay: float) -> list[dict[str, Any]]:
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The parameters for the optimizer: matrices and convolutions decay; embeddings, norms, biases do not."""
-    named = list(clip.named_parameters())
+    named = list(model.named_parameters())
     decayed = [p for name, p in named if p.ndim >= 2 and "embeddings" not in name]
     others = [p for name, p in named if p.ndim < 2 or "embeddings" in name]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -1,0 +1,80 @@
+"""The network's forward and training step against the plain formulas, side by side in one run.
+
+    python benchmarks/network.py [--hidden 256 --depth 8 --heads 8 --batch 8]
+
+Prints the median of alternating rounds and the ratio; the ratio is the result, the seconds depend on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import plain_mmface
+
+from likeness.models.mmface import MMFaceTransformer
+from likeness.types import TextFeatures
+
+
+def rounds(first: Callable[[], object], second: Callable[[], object], count: int) -> tuple[float, float]:
+    """Median seconds of both, taken in turns so that a busy moment hits both."""
+    first(), second()
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(count):
+        for function, found in zip((first, second), times, strict=True):
+            start = time.perf_counter()
+            function()
+            found.append(time.perf_counter() - start)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--depth", type=int, default=8)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--latent", type=int, default=16, help="side of the latent")
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    model = MMFaceTransformer(
+        hidden_size=options.hidden, depth=options.depth, heads=options.heads, text_dim=192, max_text_tokens=77
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    b, side = options.batch, options.latent
+    given = (
+        torch.randn(b, 16, side, side),
+        torch.rand(b) * 1000,
+        TextFeatures(torch.randn(b, options.tokens, 192), torch.randn(b, 192)),
+        torch.randn(b, 1, 16, side, side),
+        torch.zeros(b, 1, dtype=torch.long),
+    )
+
+    def train(function: Callable[..., torch.Tensor]) -> None:
+        model.zero_grad()
+        function(*given).square().mean().backward()
+
+    rope = model.rope(side, side, options.tokens)
+    plain = lambda *inputs: plain_mmface.forward(model, *inputs)  # noqa: E731
+    with torch.no_grad():
+        difference = (model(*given) - plain(*given)).norm() / plain(*given).norm()
+        forward = rounds(lambda: model(*given, rope=rope), lambda: plain(*given), options.rounds)
+    step = rounds(lambda: train(model), lambda: train(plain), options.rounds)
+    print(f"{options.depth} blocks of {options.hidden}, batch {b}, {torch.get_num_threads()} threads, fp32")
+    print(f"relative difference of the outputs: {difference:.1e}")
+    for name, (ours, theirs) in (("forward", forward), ("training step", step)):
+        print(f"{name:14s} ours {ours * 1e3:8.1f} ms   plain {theirs * 1e3:8.1f} ms   ratio {theirs / ours:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Promises about the whole: frozen module paths, complete conditions, a light bundle, no strangers in the environment."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+import likeness
+from likeness.conditions import CONDITIONS
+from likeness.conditions.classes import CLASSES, FLIP_PAIRS
+from likeness.pipelines.load import PIPELINES
+
+SOURCE = Path(likeness.__file__).parent
+
+
+def test_published_module_paths():
+    """`model_index.json` records these: moving them breaks every published checkpoint."""
+    assert PIPELINES == {"MMFacePipeline": "likeness.pipelines.mmface"}
+    assert likeness.MMFaceTransformer.__module__ == "likeness.models.mmface"
+    assert likeness.MMFacePipeline.__module__ == "likeness.pipelines.mmface"
+
+
+def test_public_names_exist():
+    for name in likeness.__all__:
+        assert getattr(likeness, name) is not None
+
+
+def test_conditions_are_whole():
+    assert list(CONDITIONS) == ["mask", "sketch", "keypoints"]
+    assert [condition.raw for condition in CONDITIONS.values()] == ["labels", "lines", "points"]
+    for name, condition in CONDITIONS.items():
+        assert condition.name == name
+    assert len(CLASSES) == 19
+    assert FLIP_PAIRS == ((4, 5), (6, 7), (8, 9))
+
+
+def test_bundle_is_light():
+    assert sum(path.stat().st_size for path in (SOURCE / "bundled").rglob("*") if path.is_file()) < 45e6
+
+
+def test_torchvision_stays_out():
+    installed = {distribution.metadata["Name"].lower() for distribution in importlib.metadata.distributions()}
+    assert not installed & {"torchvision", "torchaudio"}

@@ -1,0 +1,201 @@
+"""The command line as its user meets it: results, notes, and one sentence with exit code 2 for bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from builders import tiny_pipeline
+from likeness.cli import main
+from likeness.data.synthetic import draw_face
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny checkpoint, and files as users have them."""
+    root = tmp_path_factory.mktemp("cli")
+    tiny_pipeline().save_pretrained(root / "model")
+    tiny_pipeline(("mask", "sketch")).save_pretrained(root / "released")
+    face = draw_face(0, 0, 64)
+    Image.fromarray(face.mask).save(root / "mask.png")
+    Image.fromarray(face.sketch).save(root / "sketch.png")
+    (root / "points.json").write_text(json.dumps({"points": (face.keypoints * 64).tolist(), "size": [64, 64]}))
+    Image.fromarray(face.image).save(root / "photo.png")
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(root / "empty.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(root / "noise.png")
+    Image.fromarray(np.pad(face.mask, ((0, 0), (16, 16)))).save(root / "wide.png")
+    (root / "text.png").write_text("no picture")
+    broken = root / "broken"
+    tiny_pipeline().save_pretrained(broken)
+    weights = broken / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    return root
+
+
+def run(*arguments: object) -> int:
+    """Exit code of a command."""
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    return 0
+
+
+def test_help_needs_no_torch():
+    """Help answers at once because nothing heavy is imported for it."""
+    code = "import sys; from likeness.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "print([m for m in ('torch', 'diffusers', 'transformers', 'PIL', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("[]")
+    for command in ("generate", "replay", "inspect", "models", "train", "prepare", "convert"):
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize("command", ["generate", "replay", "inspect", "train", "prepare", "convert"])
+def test_help_of_every_command(command, capsys):
+    assert run(command, "--help") == 0
+    assert f"likeness {command}" in capsys.readouterr().out
+
+
+def test_generate_all_conditions_and_replay(folder, tmp_path, capsys):
+    out = tmp_path / "face.png"
+    given = ["--mask", folder / "mask.png", "--sketch", folder / "sketch.png", "--keypoints", folder / "points.json"]
+    assert run("generate", "a woman", *given, "--model", folder / "model", "--seed", 5, "--out", out) == 0
+    told = capsys.readouterr()
+    assert told.out.strip() == f"{out}  seed 5"
+    assert "mask: " in told.err
+    assert Image.open(out).size == (32, 32)
+    assert run("replay", out, "--out", tmp_path / "again.png") == 0
+    assert "the same to the bit" in capsys.readouterr().out
+    assert np.array_equal(np.asarray(Image.open(out)), np.asarray(Image.open(tmp_path / "again.png")))
+
+
+def test_replay_says_what_changed(folder, tmp_path, capsys):
+    out = tmp_path / "face.png"
+    assert run("generate", "--model", folder / "model", "--seed", 5, "--out", out) == 0
+    with Image.open(out) as image:
+        from PIL.PngImagePlugin import PngInfo
+
+        info = PngInfo()
+        for key, value in image.info.items():
+            if isinstance(value, str):
+                info.add_itxt(key, value)
+        pixels = np.array(image)
+        pixels[0, 0, 0] ^= 255
+        Image.fromarray(pixels).save(out, pnginfo=info)
+    assert run("replay", out) == 2
+    assert "its pixels were changed" in capsys.readouterr().err
+    assert run("replay", out, "--model", folder / "released") == 2
+    assert "fingerprint" in capsys.readouterr().err
+
+
+def test_count_seeds_and_batch(folder, tmp_path, capsys):
+    """Portrait k of a series is the portrait of its own seed."""
+    out = tmp_path / "series.webp"
+    assert run("generate", "a man", "--model", folder / "model", "--seed", 8, "--count", 3, "--out", out) == 0
+    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()] == ["8", "9", "10"]
+    assert run("generate", "a man", "--model", folder / "model", "--seed", 9, "--out", tmp_path / "one.webp") == 0
+    series, one = Image.open(tmp_path / "series-2.webp"), Image.open(tmp_path / "one.webp")
+    assert np.array_equal(np.asarray(series), np.asarray(one))
+
+
+def test_unconditional_face_default_name_and_stripping(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert run("generate", "--model", folder / "model", "--no-metadata", "--size", "48x32") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["portrait-001.png", "portrait-002.png"]
+    with Image.open("portrait-001.png") as image:
+        assert image.size == (48, 32)
+        assert image.info == {}
+    pixels = [np.asarray(Image.open(path)) for path in sorted(tmp_path.iterdir())]
+    assert not np.array_equal(*pixels)  # seeds are random where none is given
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--mask", "{}/absent.png"], "absent.png"),
+        (["--mask", "{}/text.png"], "text.png"),
+        (["--mask", "{}/photo.png"], "photo"),
+        (["--mask", "{}/noise.png"], "noise.png"),
+        (["--mask", "{}/empty.png"], "no face"),
+        (["--mask", "{}/wide.png"], "96x64"),
+        (["--sketch", "{}/photo.png"], "photo"),
+        (["--keypoints", "{}/sketch.png"], "sketch.png"),
+        (["--size", "40"], "multiples of 16"),
+        (["--size", "big"], "--size"),
+        (["--steps", "-4"], "steps is -4"),
+        (["--count", "0"], "--count is 0"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--guidance-scale", "nan"], "guidance scale"),
+        (["--mask", "{}/mask.png", "--mask-scale", "-1"], "scale of mask"),
+        (["--out", "{}/mask.png/face.png"], "not a folder"),
+        (["--out", "{}/face.tiff"], "must end in"),
+        (["--model", "{}/absent"], "no model"),
+        (["--model", "{}"], "no model_index.json"),
+        (["--model", "{}/broken"], "broken"),
+        (["--model", "{}/released", "--keypoints", "{}/points.json"], "not trained with keypoints"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input(folder, tmp_path, capsys, arguments, words):
+    given = [argument.format(folder) for argument in arguments]
+    if "--model" not in given:
+        given += ["--model", str(folder / "model")]
+    if "--out" not in given:
+        given += ["--out", str(tmp_path / "face.png")]
+    assert run("generate", "a woman", *given) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert told[-1].startswith("likeness: ")
+    assert words in told[-1]
+    assert list(tmp_path.iterdir()) == []  # nothing half-written
+
+
+def test_inspect_and_fix(folder, tmp_path, capsys):
+    assert run("inspect", folder / "mask.png", "--fix", tmp_path / "fixed.png") == 0
+    told = capsys.readouterr().out
+    assert "skin" in told
+    assert "%" in told
+    assert Image.open(tmp_path / "fixed.png").mode == "P"
+    assert run("inspect", folder / "sketch.png") == 0
+    assert "sketch" in capsys.readouterr().out
+    assert run("inspect", folder / "noise.png") == 2
+    assert run("inspect", folder / "absent.png") == 2
+
+
+def test_train_and_prepare_from_the_command_line(folder, tmp_path, capsys):
+    """Drawn faces to shards to a published model to a portrait, by commands only."""
+    from builders import save_components
+
+    save_components(tmp_path / "components")
+    assert run("prepare", "synthetic", tmp_path / "faces", "--count", 6, "--size", 32) == 0
+    encode = ("prepare", "encode", tmp_path / "faces", tmp_path / "shards")
+    assert run(*encode, "--components", tmp_path / "components", "--size", 32) == 0
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'kind = "transformer"\n[network]\nhidden_size = 32\ndepth = 1\nheads = 2\n'
+        f'[data]\nshards = ["{tmp_path}/shards"]\ncomponents = "{tmp_path}/components"\n'
+        "condition_shares = { mask = 1.0, none = 1.0 }\n"
+        "[optimizer]\nimages = 8\nbatch = 4\nlearning_rate = 1e-3\n[defaults]\nsize = 32\nsteps = 2\n"
+    )
+    assert run("train", recipe, "--out", tmp_path / "run") == 0
+    out = tmp_path / "face.png"
+    assert run("generate", "--model", tmp_path / "run" / "model", "--mask", folder / "mask.png", "--out", out) == 0
+    assert out.is_file()
+    capsys.readouterr()
+    assert run("train", recipe, "network.width=3", "--out", tmp_path / "other") == 2
+    assert "unknown key 'width'" in capsys.readouterr().err
+    assert run("train", tmp_path / "absent.toml") == 2
+    assert run("prepare", "encode", tmp_path, tmp_path / "shards2", "--components", tmp_path / "components") == 2
+    assert run("prepare", "synthetic", tmp_path / "none", "--count", 0) == 2
+
+
+def test_convert_release(tmp_path, capsys):
+    assert run("convert", "mmface-release", tmp_path / "absent", tmp_path / "out", "--release", "rfm-256") == 2
+    assert "does not exist" in capsys.readouterr().err

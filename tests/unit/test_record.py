@@ -1,0 +1,165 @@
+"""The record inside a picture: written, read back by others' rules, replayed, stripped, damaged."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from builders import tiny_pipeline
+from likeness.data.synthetic import draw_face
+from likeness.pipelines.generate import generate, resolve
+from likeness.pipelines.load import weights_hash
+from likeness.pipelines.record import (
+    EXIF_POINTER,
+    GENERATED,
+    USER_COMMENT,
+    XMP_KEY,
+    differences,
+    parameters_line,
+    read_recipe,
+    recipe_of,
+    request_of,
+    write_picture,
+)
+from likeness.types import InputError, PortraitRequest
+
+
+@pytest.fixture(scope="module")
+def made():
+    """A pipeline, a resolved request with all three conditions, its picture and recipe."""
+    pipeline = tiny_pipeline()
+    face = draw_face(0, 0, 64)
+    control = {"mask": face.mask, "sketch": face.sketch, "keypoints": face.keypoints}
+    request = PortraitRequest(
+        prompt='a "quoted" <face> & more, naïve 顔',
+        negative_prompt="glasses",
+        control_image=control,
+        conditioning_scale={"mask": 0.7},
+        control_guidance_end={"sketch": 0.5},
+        seed=2**62 + 1,
+    )
+    request = resolve(request, pipeline)
+    picture = generate(pipeline, request, [request.seed])[0][0]
+    recipe = recipe_of(request, pipeline, model="tiny", fingerprint=weights_hash(pipeline.transformer))
+    return pipeline, request, picture, recipe
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "webp"])
+def test_round_trip(made, tmp_path, suffix):
+    _, request, picture, recipe = made
+    path = tmp_path / f"face.{suffix}"
+    write_picture(picture, path, recipe)
+    found, pixels = read_recipe(path)
+    assert found == recipe
+    if suffix in ("png", "webp"):
+        assert np.array_equal(pixels, np.asarray(picture))
+    again = request_of(found)
+    assert dataclasses.replace(again, control_image={}) == dataclasses.replace(
+        request,
+        control_image={},
+        conditioning_scale={"mask": 0.7, "sketch": 1.0, "keypoints": 1.0},
+        control_guidance_start=dict.fromkeys(request.control_image, 0.0),
+        control_guidance_end={"mask": 1.0, "sketch": 0.5, "keypoints": 1.0},
+    )
+    for name, reading in request.control_image.items():
+        assert np.array_equal(again.control_image[name].raw, reading.raw)
+        assert again.control_image[name].raw.dtype == reading.raw.dtype
+
+
+def test_replay_gives_the_same_bits(made):
+    pipeline, _, picture, recipe = made
+    again = request_of(recipe)
+    assert np.array_equal(np.asarray(generate(pipeline, again, [again.seed])[0][0]), np.asarray(picture))
+    assert differences(recipe, pipeline, recipe["fingerprint"]) == []
+
+
+def test_differences_are_named(made):
+    pipeline, _, _, recipe = made
+    other = {**recipe, "environment": {**recipe["environment"], "torch": "1.0"}}
+    told = differences(other, pipeline, "0")
+    assert any(line.startswith("torch: 1.0 then") for line in told)
+    assert any(line.startswith("fingerprint") for line in told)
+    assert len(told) == 2
+
+
+def test_galleries_and_the_mark_of_generated_media(made, tmp_path):
+    _, _, picture, recipe = made
+    line = parameters_line(recipe)
+    assert line.splitlines()[0] == recipe["prompt"]
+    assert line.splitlines()[1] == "Negative prompt: glasses"
+    assert "Steps: 4, Sampler: FlowMatchEulerDiscreteScheduler, CFG scale: 2" in line
+    assert f"Seed: {2**62 + 1}, Size: 32x32" in line
+    write_picture(picture, tmp_path / "a.png", recipe)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.info["parameters"] == line
+        assert GENERATED in image.info[XMP_KEY]
+    for name in ("a.jpg", "a.webp"):
+        write_picture(picture, tmp_path / name, recipe)
+        with Image.open(tmp_path / name) as image:
+            comment = image.getexif().get_ifd(EXIF_POINTER)[USER_COMMENT]
+            assert comment.removeprefix(b"UNICODE\x00").decode("utf-16-be") == line
+            assert GENERATED.encode() in image.info["xmp"]
+
+
+def test_stripped(made, tmp_path):
+    _, _, picture, _ = made
+    for suffix in ("png", "jpg", "webp"):
+        path = tmp_path / f"bare.{suffix}"
+        write_picture(picture, path, None)
+        with Image.open(path) as image:
+            assert not {"parameters", XMP_KEY, "xmp", "exif"} & set(image.info)
+        with pytest.raises(InputError, match="holds no recipe"):
+            read_recipe(path)
+
+
+def test_jpeg_without_room_keeps_the_hashes(made, tmp_path):
+    """A condition that does not fit into a JPEG's 64 KiB of XMP is left out, and replay says so."""
+    _, _, picture, recipe = made
+    noise = np.random.default_rng(0).integers(0, 256, (256, 256), dtype=np.uint8)
+    from likeness.pipelines.record import embed
+
+    large = {**recipe, "conditions": {"sketch": {**recipe["conditions"]["sketch"], "data": embed(noise)}}}
+    write_picture(picture, tmp_path / "a.jpg", large)
+    found, _ = read_recipe(tmp_path / "a.jpg")
+    assert found["conditions"]["sketch"]["sha256"] == large["conditions"]["sketch"]["sha256"]
+    with pytest.raises(InputError, match="does not hold its sketch"):
+        request_of(found)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"schema": 99}, "layout 99"),
+        ({"seed": None, "prompt": ...}, "damaged"),
+        ({"conditions": {"mask": {"data": {"png": "AAAA"}, "sha256": "", "scheme": ""}}}, "damaged"),
+    ],
+)
+def test_damaged_recipes(made, change, words):
+    recipe = {**made[3], **change}
+    recipe = {key: value for key, value in recipe.items() if value is not ...}
+    with pytest.raises(InputError, match=words):
+        request_of(recipe)
+
+
+def test_changed_condition_is_noticed(made):
+    recipe = made[3]
+    entry = {**recipe["conditions"]["mask"], "sha256": "0" * 64}
+    with pytest.raises(InputError, match="mask was changed"):
+        request_of({**recipe, "conditions": {"mask": entry}})
+
+
+def test_unwritable_and_unknown(made, tmp_path):
+    _, _, picture, recipe = made
+    with pytest.raises(InputError, match="must end in"):
+        write_picture(picture, tmp_path / "a.gif", recipe)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write"):
+        write_picture(picture, tmp_path / "file" / "a.png", recipe)
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_recipe(tmp_path / "text.png")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_recipe(tmp_path / "absent.png")
