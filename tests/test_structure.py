@@ -1,4 +1,4 @@
-"""Promises about the whole: frozen module paths, complete conditions, a light bundle, no strangers in the environment."""
+"""Promises about the whole: frozen module paths, complete conditions, a light bundle, a clean environment."""
 
 from __future__ import annotations
 

@@ -265,6 +265,19 @@ def prepare_components(
     print(out)
 
 
+def prepare_pack(model: PathArgument, out: PathArgument) -> None:
+    """Write a published model the way the bundled ones ship: int8 weights, shared parts in a folder beside it.
+
+    Args:
+        model: A pipeline folder, such as runs/<name>/model.
+        out: Folder to write; its neighbour `common` holds the components.
+    """
+    from likeness.prepare.pack import pack_model
+
+    pack_model(model, out)
+    print(out)
+
+
 def convert_mmface_release(
     file: PathArgument,
     out: PathArgument,
@@ -290,7 +303,7 @@ def convert_mmface_release(
 
 
 def prepare() -> None:
-    """Make training data: synthetic, encode, components (each with its own --help)."""
+    """Make training data: synthetic, encode, components, pack (each with its own --help)."""
     run(GROUPS["prepare"], "likeness prepare", ["--help"])
 
 
@@ -310,7 +323,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 GROUPS: dict[str, dict[str, Callable[..., None]]] = {
-    "prepare": {"synthetic": prepare_synthetic, "encode": prepare_encode, "components": prepare_components},
+    "prepare": {
+        "synthetic": prepare_synthetic,
+        "encode": prepare_encode,
+        "components": prepare_components,
+        "pack": prepare_pack,
+    },
     "convert": {"mmface-release": convert_mmface_release},
 }
 """Commands that have commands of their own."""
@@ -371,10 +389,15 @@ def trainer_of(path: Path) -> tuple[type, Callable[[Any, Path], Any]]:
 
 def load_pipeline(model: str, dtype: str, device: str | None) -> Any:
     """A pipeline in the wanted number format."""
+    import diffusers.utils.logging
     import torch
+    import transformers.utils.logging
 
     from likeness.pipelines.load import load
 
+    for library in (diffusers, transformers):  # our own bar and notes are enough
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
     formats = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     return load(model, dtype=formats[dtype], device=device)
 

@@ -20,8 +20,10 @@ from diffusers import AutoencoderDC
 from PIL import Image
 
 from likeness.conditions import CONDITIONS
+from likeness.conditions.classes import CLASSES, PALETTE
 from likeness.config import to_dict
 from likeness.data.folder import column_of, read_folder
+from likeness.encoders.latent import LatentCodec, to_pixels, to_tensor
 from likeness.train.checkpoint import load_state, save_state
 from likeness.train.metrics import Reporter
 from likeness.train.optim import Ema, clip_gradients, learning_rate
@@ -191,6 +193,7 @@ def train_autoencoder(recipe: AutoencoderRecipe, run: Path) -> None:
     loss_of = torch.compile(reconstruction_loss) if recipe.compile else reconstruction_loss
     latent_shape = (recipe.batch, recipe.latent_channels, recipe.size // 8, recipe.size // 8)
     reporter = Reporter(run, recipe.images, seen)
+    averaged = publish(model, ema, recipe, run)
     pictures = Pictures(recipe.train, recipe.shares, recipe.size, recipe.seed)
     for batch in batches(pictures, seen, recipe.images, recipe.batch):
         batch = batch.to(device, memory_format=torch.channels_last)
@@ -210,12 +213,58 @@ def train_autoencoder(recipe: AutoencoderRecipe, run: Path) -> None:
         if seen % recipe.checkpoint_every < recipe.batch or seen >= recipe.images:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.weights, "seen": seen}
             save_state(run, seen, state)
-            publish(model, ema, recipe, run)
+            averaged = publish(model, ema, recipe, run)
+    if seen >= recipe.images:
+        for folder in recipe.test:
+            measured = measure(averaged, read_folder(folder), recipe.size)
+            reporter.report(seen, **measured)
 
 
-def publish(model: AutoencoderDC, ema: Ema, recipe: AutoencoderRecipe, run: Path) -> None:
-    """Write the averaged weights as a diffusers folder, `run/model`."""
+@torch.no_grad()
+def measure(vae: AutoencoderDC, rows: list[dict[str, Any]], size: int) -> dict[str, float]:
+    """What survives the autoencoder.
+
+    Args:
+        vae: the autoencoder, on the CPU, in float32.
+        rows: rows of prepared folders; those with masks measure labels, too.
+        size: pixels a side.
+
+    Returns:
+        `psnr`: mean over pictures of their peak signal-to-noise ratio in dB, on values rounded to 8 bits;
+        `labels`: share of mask pixels whose nearest palette colour after render, encode and decode is their label;
+        `labels_<class>`: the same for the pixels of each class, pooled over the masks; and the counts.
+    """
+    codec = LatentCodec(vae)
+    kept, count = np.zeros(len(CLASSES)), np.zeros(len(CLASSES))
+    ratios = []
+    mask = CONDITIONS["mask"]
+    for row in rows:
+        picture = read_photo(row["file_name"], size)
+        error = through(codec, picture).astype(np.float64) - picture
+        ratios.append(10 * np.log10(255**2 / max((error**2).mean(), 1e-10)))
+        if column_of("mask") in row:
+            labels = mask.resize(mask.read(row[column_of("mask")]).raw, size, size)
+            found = through(codec, mask.render(labels, size, size)).astype(np.int64)
+            nearest = ((found[:, :, None] - PALETTE.astype(np.int64)) ** 2).sum(-1).argmin(-1)  # [S, S]
+            count += np.bincount(labels.ravel(), minlength=len(CLASSES))
+            kept += np.bincount(labels[nearest == labels], minlength=len(CLASSES))
+    measured = {"psnr": float(np.mean(ratios)), "pictures": len(ratios)}
+    if count.sum():
+        measured["labels"] = float(kept.sum() / count.sum())
+        for index in np.flatnonzero(count):
+            measured[f"labels_{CLASSES[index]}"] = float(kept[index] / count[index])
+    return measured
+
+
+def through(codec: LatentCodec, picture: np.ndarray) -> np.ndarray:
+    """A picture, uint8 [S, S, 3], encoded and decoded."""
+    return to_pixels(codec.decode(codec.encode(to_tensor([picture]))))[0]
+
+
+def publish(model: AutoencoderDC, ema: Ema, recipe: AutoencoderRecipe, run: Path) -> AutoencoderDC:
+    """Write the averaged weights as a diffusers folder, `run/model`, and return that model."""
     averaged = build(recipe)
     averaged.load_state_dict(model.state_dict())
     ema.copy_to(averaged)
     averaged.save_pretrained(run / "model")
+    return averaged.eval()

@@ -1,0 +1,32 @@
+"""Write a trained model the way the bundled ones ship: packed weights, and shared parts left to a folder beside it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from likeness.data.store import atomic_text
+from likeness.models.mmface import MMFaceTransformer
+from likeness.pipelines.catalogue import COMMON
+from likeness.pipelines.load import load_components, read_json
+from likeness.pipelines.packed import save_packed
+from likeness.types import InputError
+
+
+def pack_model(model: Path, out: Path) -> None:
+    """Pack a published pipeline into `out`, whose neighbour `common` must hold the components it was trained on.
+
+    Raises:
+        InputError: `model` is no published run, or was trained on other components.
+    """
+    index = read_json(model / "model_index.json")
+    common = load_components(out.parent / COMMON)
+    if read_json(model / "codec.json")["codec"] != common.codec_hash:
+        raise InputError(f"{model} was trained on another autoencoder than the one in {out.parent / COMMON}")
+    transformer = MMFaceTransformer.from_pretrained(model / "transformer")
+    save_packed(transformer, out / "transformer")
+    transformer.save_config(out / "transformer")
+    shutil.copytree(model / "scheduler", out / "scheduler", dirs_exist_ok=True)
+    shutil.copy(model / "codec.json", out / "codec.json")
+    atomic_text(out / "model_index.json", json.dumps(index, indent=2))

@@ -1,0 +1,90 @@
+"""The mini autoencoder's training: learns, resumes to the bit, and measures what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderDC
+
+from likeness.data.folder import read_folder
+from likeness.prepare.synthetic import write_synthetic
+from likeness.train.checkpoint import load_state
+from likeness.train.components import autoencoder
+from likeness.train.components.autoencoder import AutoencoderRecipe, Pictures, build, measure, train_autoencoder
+from likeness.types import InputError
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("autoencoder") / "faces"
+    write_synthetic(out, 6, 32, seed=0)
+    return out / "train"
+
+
+def recipe(faces: Path, **changes) -> AutoencoderRecipe:
+    settings = {
+        "train": (str(faces),),
+        "test": (str(faces),),
+        "size": 32,
+        "encoder_channels": (8, 16, 32),
+        "decoder_channels": (8, 16, 32),
+        "encoder_layers": (1, 1, 1),
+        "decoder_layers": (1, 1, 1),
+        "latent_channels": 4,
+        "shares": {"image": 0.5, "mask": 0.2, "sketch": 0.2, "keypoints": 0.1},
+        "images": 64,
+        "batch": 8,
+        "warmup": 8,
+        "checkpoint_every": 32,
+        "compile": False,
+    }
+    return AutoencoderRecipe(**{**settings, **changes})
+
+
+def test_learns_and_publishes(faces, tmp_path):
+    train_autoencoder(recipe(faces, images=800), tmp_path)
+    published = AutoencoderDC.from_pretrained(tmp_path / "model").eval()
+    trained = measure(published, read_folder(faces), 32)
+    torch.manual_seed(0)
+    untrained = measure(build(recipe(faces)).eval(), read_folder(faces), 32)
+    assert trained["psnr"] > untrained["psnr"] + 3
+    assert trained["labels"] > untrained["labels"]
+    assert trained["pictures"] == 6
+    reported = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][-1]
+    assert reported["psnr"] == pytest.approx(trained["psnr"], abs=1e-6)
+
+
+def test_resume_is_exact(faces, tmp_path, monkeypatch):
+    train_autoencoder(recipe(faces), tmp_path / "whole")
+    real = autoencoder.save_state
+
+    def save_and_die(run, seen, state):
+        real(run, seen, state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(autoencoder, "save_state", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        train_autoencoder(recipe(faces), tmp_path / "parts")
+    monkeypatch.setattr(autoencoder, "save_state", real)
+    assert load_state(tmp_path / "parts")["seen"] == 32
+    train_autoencoder(recipe(faces), tmp_path / "parts")
+    whole, parts = load_state(tmp_path / "whole"), load_state(tmp_path / "parts")
+    assert all(torch.equal(whole["model"][name], parts["model"][name]) for name in whole["model"])
+    assert all(torch.equal(whole["ema"][name], parts["ema"][name]) for name in whole["ema"])
+
+
+def test_pictures_depend_on_their_position_only(faces):
+    pictures = Pictures((str(faces),), {"image": 0.5, "mask": 0.5}, 32, seed=3)
+    again = Pictures((str(faces),), {"image": 0.5, "mask": 0.5}, 32, seed=3)
+    assert np.array_equal(pictures[7], again[7])
+    assert len({pictures[position].tobytes() for position in range(12)}) > 6
+    assert all(pictures[position].shape == (32, 32, 3) for position in range(12))
+
+
+def test_missing_column_is_refused(faces):
+    with pytest.raises(InputError, match="depth_file_name"):
+        Pictures((str(faces),), {"image": 0.5, "depth": 0.5}, 32, seed=0)
