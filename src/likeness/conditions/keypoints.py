@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from likeness.conditions.base import Condition, Reading, Source
-from likeness.conditions.pictures import check_aspect, describe, existing_path, load_array
+from likeness.conditions.pictures import describe, existing_path, load_array
 from likeness.types import InputError
 
 # fmt: off
@@ -232,7 +232,6 @@ def render(raw: np.ndarray, height: int, width: int) -> np.ndarray:
     Drawn at four times the size and averaged, hence smooth and the same everywhere; lines are 1/100 of the shorter
     side wide, at least 1.25 pixels.
     """
-    check_aspect((height, width), (height, width), "keypoints")
     scale = 4
     canvas = Image.new("RGB", (width * scale, height * scale))
     draw = ImageDraw.Draw(canvas)

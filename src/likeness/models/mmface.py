@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -238,6 +239,7 @@ class MMFaceTransformer(ModelMixin, ConfigMixin):
         row = torch.where(condition_index[:, 0] >= 0, condition_index[:, 0], self.absent_row)  # [B]
         return F.silu(self.time_embed(time) + self.pooled_embed(pooled_text) + self.condition_embed(row))
 
+    @apply_forward_hook  # so that offloading brings the weights before this call, too
     def modulation(self, time: Tensor, pooled_text: Tensor, condition_index: Tensor) -> Modulation:
         """All modulations of a pass over these samples: the weights, a third of the network, are read once."""
         conditioning = self.conditioning(time, pooled_text, condition_index)  # [B, D]

@@ -433,12 +433,13 @@ def train_text_image(recipe: TextImageRecipe, run: Path) -> None:
     sizes = [len(values) for values in classes.values()]
     head = nn.Linear(recipe.vision_width, sum(sizes)).to(device) if classes else None
     both = nn.ModuleDict({"clip": clip} if head is None else {"clip": clip, "head": head})
-    optimizer = torch.optim.AdamW(decay_groups(both, recipe.weight_decay), lr=recipe.learning_rate, betas=(0.9, 0.98))
+    optimizers = make_optimizers(both, recipe)
     ema = Ema(clip, recipe.ema)
     seen = 0
     if state:
         both.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         ema.weights = {name: weight.to(device) for name, weight in state["ema"].items()}
         seen = state["seen"]
     if device == "cpu":
@@ -448,14 +449,15 @@ def train_text_image(recipe: TextImageRecipe, run: Path) -> None:
     clip.train()
     for batch in Pairs(recipe, rows, tokenizer, classes).batches(seen):
         batch = Batch(*(tensor.to(device) for tensor in batch))
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = learning_rate(seen, recipe.images, recipe.learning_rate, recipe.warmup, "cosine")
         with torch.autocast(device, torch.bfloat16):
             loss, naming = loss_of(clip, head, sizes, batch)
         (loss + recipe.attributes * naming).backward()
         norm = clip_gradients(both.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             clip.logit_scale.clamp_(max=LARGEST_SCALE)
         seen += recipe.batch
@@ -467,16 +469,26 @@ def train_text_image(recipe: TextImageRecipe, run: Path) -> None:
         if seen % recipe.checkpoint_every < recipe.batch or seen >= recipe.images:
             averaged = publish(clip, ema, recipe, tokenizer, run)
             reporter.report(seen, **retrieval(averaged, tokenizer, test, recipe.size, recipe.choices))
-            state = {"model": both.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.weights, "seen": seen}
+            state = {"model": both.state_dict(), "ema": ema.weights, "seen": seen}
+            state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
             save_state(run, seen, state)
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters for the optimizer: matrices and convolutions decay; embeddings, norms, biases do not."""
+def make_optimizers(model: nn.Module, recipe: TextImageRecipe) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al. 2024) for the matrices of the layers, AdamW for all else; both take the same rate.
+
+    With so few steps it matters: Muon was ahead of AdamW alone after a third of the steps.
+    """
     named = list(model.named_parameters())
-    decayed = [p for name, p in named if p.ndim >= 2 and "embeddings" not in name]
+    hidden = [p for name, p in named if p.ndim == 2 and "encoder.layers" in name]
+    matrices = [p for name, p in named if p.ndim >= 2 and "encoder.layers" not in name and "embeddings" not in name]
     others = [p for name, p in named if p.ndim < 2 or "embeddings" in name]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    rate, decay = recipe.learning_rate, recipe.weight_decay
+    return [
+        torch.optim.Muon(hidden, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98)),
+    ]
 
 
 def publish(clip: CLIPModel, ema: Ema, recipe: TextImageRecipe, tokenizer: Any, run: Path) -> CLIPModel:

@@ -1,0 +1,138 @@
+"""Packed weights and bundled folders: small errors, whole pipelines, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from builders import tiny_text_encoder, tiny_tokenizer, tiny_transformer, tiny_vae
+from likeness.objectives import RectifiedFlow
+from likeness.pipelines.load import load, load_component, load_components, weights_hash
+from likeness.pipelines.mmface import MMFacePipeline
+from likeness.pipelines.packed import SCALE, pack, save_packed, widen
+from likeness.prepare.components import join_components
+from likeness.prepare.pack import pack_model
+from likeness.prepare.synthetic import write_synthetic
+from likeness.types import InputError
+
+
+def test_error_is_at_most_half_a_step():
+    g = torch.Generator().manual_seed(0)
+    state = {
+        "matrix": torch.randn(5, 7, generator=g) * torch.tensor([[1e-3], [1.0], [10.0], [0.0], [1e-8]]),
+        "kernel": torch.randn(3, 2, 3, 3, generator=g),
+        "bias": torch.randn(4, generator=g),
+        "number": torch.tensor([3]),
+    }
+    packed = pack(state)
+    assert packed["matrix"].dtype == packed["kernel"].dtype == torch.int8
+    assert packed["bias"].dtype == torch.float16
+    again = widen(packed)
+    assert again.keys() == state.keys()
+    for name in ("matrix", "kernel"):
+        step = packed[name + SCALE].reshape(-1, *[1] * (state[name].ndim - 1))
+        assert ((again[name] - state[name]).abs() <= step / 2 * 1.001).all()
+    assert torch.equal(again["number"], state["number"])
+    assert widen(packed, torch.bfloat16)["matrix"].dtype == torch.bfloat16
+
+
+def test_text_encoder_round_trip(tmp_path):
+    """Its position numbers are a buffer that no file holds."""
+    encoder = tiny_text_encoder()
+    save_packed(encoder, tmp_path)
+    encoder.config.save_pretrained(tmp_path)
+    again = load_component(tmp_path, "transformers", "CLIPTextModel")
+    ids = torch.tensor([[0, 50, 60, 70, 1, 1]])
+    wanted, found = encoder(ids).pooler_output, again(ids).pooler_output
+    assert (found - wanted).norm() / wanted.norm() < 0.02
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Path:
+    """`common/` and a packed model beside it, made by the commands' own functions."""
+    root = tmp_path_factory.mktemp("bundle")
+    write_synthetic(root / "faces", 4, 32, seed=0)
+    tiny_vae().save_pretrained(root / "autoencoder" / "model")
+    tiny_text_encoder().save_pretrained(root / "text" / "model" / "text_encoder")
+    tiny_tokenizer().save_pretrained(root / "text" / "model" / "tokenizer")
+    join_components(root / "autoencoder", root / "text", root / "common", root / "faces", size=32)
+    parts = load_components(root / "common")
+    objective = RectifiedFlow()
+    pipeline = MMFacePipeline(
+        transformer=tiny_transformer(),
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        tokenizer=parts.tokenizer,
+        scheduler=objective.scheduler(),
+        objective=objective.config(),
+        defaults={"size": 32, "steps": 4, "guidance_scale": 2.0},
+        **parts.settings,
+    )
+    pipeline.save_pretrained(root / "run")
+    (root / "run" / "codec.json").write_text(json.dumps({"codec": parts.codec_hash}))
+    pack_model(root / "run", root / "mini")
+    return root
+
+
+def test_packed_model_makes_the_same_pictures(bundle):
+    assert {path.name for path in (bundle / "mini").iterdir()} == {
+        "codec.json",
+        "model_index.json",
+        "scheduler",
+        "transformer",
+    }
+    make = lambda pipe: pipe("a face", generator=torch.Generator().manual_seed(0), output_type="np").images  # noqa: E731
+    np.testing.assert_allclose(make(load(bundle / "mini")), make(load(bundle / "run")), atol=0.02)
+    size = sum(path.stat().st_size for path in (bundle / "mini").rglob("*") if path.is_file())
+    assert size < (bundle / "run/transformer/diffusion_pytorch_model.safetensors").stat().st_size / 2
+
+
+def test_statistics_normalise_latents(bundle):
+    parts = load_components(bundle / "common")
+    assert len(parts.settings["latent_mean"]) == 4
+    assert parts.settings["max_text_tokens"] == 12
+    assert parts.codec_hash == weights_hash(parts.vae)
+
+
+def test_model_of_another_autoencoder_is_refused(bundle, tmp_path):
+    (tmp_path / "common").symlink_to(bundle / "common")
+    (tmp_path / "run").mkdir()
+    for file in ("model_index.json", "transformer", "scheduler"):
+        (tmp_path / "run" / file).symlink_to(bundle / "run" / file)
+    (tmp_path / "run" / "codec.json").write_text(json.dumps({"codec": "0" * 64}))
+    with pytest.raises(InputError, match="another autoencoder"):
+        pack_model(tmp_path / "run", tmp_path / "mini")
+    assert not (tmp_path / "mini").exists()
+
+
+def test_broken_folders_are_named(bundle, tmp_path):
+    with pytest.raises(InputError, match="model_index.json cannot be read"):
+        load_components(tmp_path)
+    with pytest.raises(InputError, match="no published model"):
+        join_components(tmp_path, tmp_path, tmp_path / "out", bundle / "faces", size=32)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(InputError, match="FluxPipeline"):
+        load(tmp_path)
+    (tmp_path / "model_index.json").write_text("{")
+    with pytest.raises(InputError, match="not valid JSON"):
+        load(tmp_path)
+    index = json.loads((bundle / "mini" / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="incomplete"):
+        load(tmp_path)
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "vae": ["os", "system"]}))
+    for part in ("transformer", "text_encoder", "tokenizer", "scheduler", "vae"):
+        (tmp_path / part).mkdir()
+    (tmp_path / "vae" / "packed.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="only diffusers, transformers and likeness"):
+        load(tmp_path)
+
+
+def test_hub_ids_fail_with_a_sentence(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match="neither here nor on the hub"):
+        load("nobody/no-such-model")
