@@ -229,6 +229,38 @@ def prepare_synthetic(out: PathArgument, *, count: int = 1000, size: int = 128, 
     print(out)
 
 
+def prepare_celeba(source: PathArgument, out: PathArgument, *, size: int = 128, held_out: int = 1000) -> None:
+    """Bring CelebA's official layout into a prepared folder: cropped, captioned, sketched, split by person.
+
+    Args:
+        source: Folder with img_align_celeba, list_attr_celeba.txt and identity_CelebA.txt.
+        out: Folder to write; run again to go on after an interruption.
+        size: Pixels a side.
+        held_out: Faces kept for measuring, at least.
+    """
+    from likeness.prepare.celeba import prepare_celeba as ingest
+
+    with progress_bar("Preparing") as advance:
+        found = ingest(source, out, size=size, held_out=held_out, progress=advance)
+    tell_counts(out, found)
+
+
+def prepare_celebamask(source: PathArgument, out: PathArgument, *, size: int = 128, held_out: int = 80) -> None:
+    """Bring CelebAMask-HQ's pictures and palette masks into a prepared folder, exchanged sides put right.
+
+    Args:
+        source: Folder with images and masks, paired by name.
+        out: Folder to write; run again to go on after an interruption.
+        size: Pixels a side.
+        held_out: Pairs kept for measuring.
+    """
+    from likeness.prepare.celeba import prepare_celebamask as ingest
+
+    with progress_bar("Preparing") as advance:
+        found = ingest(source, out, size=size, held_out=held_out, progress=advance)
+    tell_counts(out, found)
+
+
 def prepare_encode(folder: PathArgument, out: PathArgument, *, components: Path | None = None, size: int = 128) -> None:
     """Encode a prepared folder into training shards.
 
@@ -303,7 +335,7 @@ def convert_mmface_release(
 
 
 def prepare() -> None:
-    """Make training data: synthetic, encode, components, pack (each with its own --help)."""
+    """Make training data: synthetic, celeba, celebamask, encode, components, pack (each with its own --help)."""
     run(GROUPS["prepare"], "likeness prepare", ["--help"])
 
 
@@ -325,6 +357,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
 GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     "prepare": {
         "synthetic": prepare_synthetic,
+        "celeba": prepare_celeba,
+        "celebamask": prepare_celebamask,
         "encode": prepare_encode,
         "components": prepare_components,
         "pack": prepare_pack,
@@ -431,6 +465,13 @@ def output_paths(out: Path | None, suffix: str, count: int) -> list[Path]:
     if any(path.is_dir() for path in paths):
         raise InputError(f"cannot write {paths[0]}: it is a folder; name a file")
     return paths
+
+
+def tell_counts(out: Path, found: dict[str, Any]) -> None:
+    """What an ingest did: counts on stdout, every skipped file on stderr."""
+    tell([f"skipped {file}: {reason}" for file, reason in found["skipped"].items()])
+    counts = ", ".join(f"{value} {name}" for name, value in found.items() if name != "skipped")
+    print(f"{out}: {counts}, {len(found['skipped'])} skipped")
 
 
 def tell(lines: list[str]) -> None:

@@ -110,7 +110,7 @@ def test_model_of_another_autoencoder_is_refused(bundle, tmp_path):
 
 
 def test_broken_folders_are_named(bundle, tmp_path):
-    with pytest.raises(InputError, match="model_index.json cannot be read"):
+    with pytest.raises(InputError, match=r"model_index\.json cannot be read"):
         load_components(tmp_path)
     with pytest.raises(InputError, match="no published model"):
         join_components(tmp_path, tmp_path, tmp_path / "out", bundle / "faces", size=32)

@@ -1,0 +1,187 @@
+"""Captions from CelebA's forty attributes, by a grammar: varied in words and form, and true to the attributes.
+
+A caption states a random part of what is known, so that a model learns each property by itself and in company. Nothing
+is guessed from what an attribute leaves open, and no judgement is passed on: `Attractive` and `Blurry` are not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+CAPTIONS = 10
+"""Captions a face."""
+
+ATTRIBUTES: tuple[str, ...] = (
+    "5_o_Clock_Shadow", "Arched_Eyebrows", "Attractive", "Bags_Under_Eyes", "Bald", "Bangs", "Big_Lips", "Big_Nose",
+    "Black_Hair", "Blond_Hair", "Blurry", "Brown_Hair", "Bushy_Eyebrows", "Chubby", "Double_Chin", "Eyeglasses",
+    "Goatee", "Gray_Hair", "Heavy_Makeup", "High_Cheekbones", "Male", "Mouth_Slightly_Open", "Mustache", "Narrow_Eyes",
+    "No_Beard", "Oval_Face", "Pale_Skin", "Pointy_Nose", "Receding_Hairline", "Rosy_Cheeks", "Sideburns", "Smiling",
+    "Straight_Hair", "Wavy_Hair", "Wearing_Earrings", "Wearing_Hat", "Wearing_Lipstick", "Wearing_Necklace",
+    "Wearing_Necktie", "Young",
+)  # fmt: skip
+"""The forty attributes in the order of `list_attr_celeba.txt`."""
+
+HAS: dict[str, Sequence[str]] = {
+    "5_o_Clock_Shadow": ("stubble", "a five o'clock shadow", "a hint of stubble"),
+    "Arched_Eyebrows": ("arched eyebrows", "arched brows", "high curved eyebrows"),
+    "Bags_Under_Eyes": ("bags under the eyes", "tired eyes with bags below", "puffy lower eyelids"),
+    "Big_Lips": ("full lips", "big lips", "plump lips"),
+    "Big_Nose": ("a big nose", "a large nose", "a prominent nose"),
+    "Bushy_Eyebrows": ("bushy eyebrows", "thick brows", "heavy eyebrows"),
+    "Chubby": ("a chubby face", "full cheeks", "a plump face"),
+    "Double_Chin": ("a double chin",),
+    "Goatee": ("a goatee", "a goatee beard"),
+    "High_Cheekbones": ("high cheekbones", "pronounced cheekbones"),
+    "Mustache": ("a mustache", "a moustache"),
+    "Narrow_Eyes": ("narrow eyes", "narrowed eyes"),
+    "Oval_Face": ("an oval face", "an oval-shaped face"),
+    "Pale_Skin": ("pale skin", "a pale complexion", "very fair skin"),
+    "Pointy_Nose": ("a pointy nose", "a pointed nose"),
+    "Receding_Hairline": ("a receding hairline", "a high receding hairline"),
+    "Rosy_Cheeks": ("rosy cheeks", "blushing cheeks", "pink cheeks"),
+    "Sideburns": ("sideburns", "long sideburns"),
+}
+"""Attribute -> what such a face has."""
+
+WEARS: dict[str, Sequence[str]] = {
+    "Eyeglasses": ("glasses", "eyeglasses", "a pair of glasses"),
+    "Wearing_Hat": ("a hat", "a hat on the head"),
+    "Wearing_Earrings": ("earrings", "a pair of earrings"),
+    "Wearing_Necklace": ("a necklace",),
+    "Wearing_Necktie": ("a necktie", "a tie"),
+    "Wearing_Lipstick": ("lipstick",),
+    "Heavy_Makeup": ("heavy makeup", "a lot of makeup", "strong make-up"),
+}
+"""Attribute -> what such a person wears."""
+
+COLOURS: dict[str, Sequence[str]] = {
+    "Black_Hair": ("black", "dark black", "jet-black"),
+    "Blond_Hair": ("blond", "blonde", "fair", "golden"),
+    "Brown_Hair": ("brown", "brunette", "chestnut"),
+    "Gray_Hair": ("grey", "gray", "silver"),
+}
+"""Attribute -> words for the colour of the hair."""
+
+TEXTURES: dict[str, Sequence[str]] = {"Straight_Hair": ("straight", "sleek"), "Wavy_Hair": ("wavy", "curly", "wavy")}
+"""Attribute -> words for how the hair falls."""
+
+KINDS = ("a photo of", "a portrait of", "a close-up of", "a picture of", "a headshot of", "the face of")
+"""Ways to begin."""
+
+
+@dataclass
+class Traits:
+    """What may be said of one face, by place in a sentence; each entry is one fact with its words chosen."""
+
+    noun: str
+    adjectives: list[str] = field(default_factory=list)
+    has: list[str] = field(default_factory=list)
+    wears: list[str] = field(default_factory=list)
+    expression: str = ""
+
+
+def write_captions(attributes: Mapping[str, bool], rng: np.random.Generator) -> tuple[str, ...]:
+    """Ten different captions of at most about 40 words.
+
+    Args:
+        attributes: name -> whether the face has it; names of `ATTRIBUTES`.
+        rng: chooses facts, words and forms.
+    """
+    captions: dict[str, None] = {}
+    while len(captions) < CAPTIONS:
+        captions[compose(draw_traits(attributes, rng), rng)] = None
+    return tuple(captions)
+
+
+def draw_traits(attributes: Mapping[str, bool], rng: np.random.Generator) -> Traits:
+    """Choose words for everything that holds of a face."""
+
+    def pick(words: Sequence[str]) -> str:
+        return words[int(rng.integers(len(words)))]
+
+    holds = lambda name: attributes.get(name, False)  # noqa: E731
+    traits = Traits(pick(("man", "man", "guy", "male person")) if holds("Male") else pick(("woman", "woman", "lady")))
+    if holds("Young"):
+        traits.adjectives.append("young")
+    elif "Young" in attributes:
+        traits.adjectives.append(pick(("older", "middle-aged or older", "mature")))
+    traits.has += [pick(words) for name, words in HAS.items() if holds(name)]
+    traits.wears += [pick(words) for name, words in WEARS.items() if holds(name)]
+
+    if holds("Bald"):
+        traits.has.append(pick(("a bald head", "no hair on the head")))
+    else:
+        colours = [pick(words) for name, words in COLOURS.items() if holds(name)]
+        textures = [pick(words) for name, words in TEXTURES.items() if holds(name)]
+        words = [pick(found) for found in (textures, colours) if found]
+        if words:
+            traits.has.append(" ".join([*words, "hair"]))
+        if holds("Bangs"):
+            traits.has.append(pick(("bangs", "a fringe", "hair falling over the forehead")))
+
+    facial_hair = any(holds(name) for name in ("5_o_Clock_Shadow", "Goatee", "Mustache", "Sideburns"))
+    if "No_Beard" in attributes and not holds("No_Beard"):
+        traits.has.append(pick(("a beard", "a beard on the chin")))
+    elif holds("Male") and holds("No_Beard") and not facial_hair:
+        traits.adjectives.append("clean-shaven")
+
+    if holds("Smiling"):
+        traits.expression = pick(("smiling", "with a smile", "with a happy expression"))
+        if holds("Mouth_Slightly_Open"):
+            traits.expression = pick(("smiling with an open mouth", "with an open smile", "smiling broadly"))
+    elif holds("Mouth_Slightly_Open"):
+        traits.expression = pick(("with parted lips", "with the mouth slightly open"))
+    elif "Smiling" in attributes:
+        traits.expression = pick(("not smiling", "with a serious look", "with a closed mouth and no smile"))
+    return traits
+
+
+def compose(traits: Traits, rng: np.random.Generator) -> str:
+    """One sentence or a few about a random part of the traits."""
+
+    def some(facts: list[str], most: int) -> list[str]:
+        count = min(len(facts), int(rng.integers(0, most + 1)))
+        return [facts[int(i)] for i in rng.permutation(len(facts))[:count]]
+
+    adjectives = some(traits.adjectives, 1)
+    has, wears = some(traits.has, 4), some(traits.wears, 3)
+    expression = traits.expression if traits.expression and rng.random() < 0.6 else ""
+    if not (adjectives or has or wears or expression):
+        has = traits.has[:1]
+    person = with_article(" ".join([*adjectives, traits.noun]))
+    they = "He" if traits.noun in ("man", "guy", "male person") else "She"
+
+    form = int(rng.integers(4))
+    if form == 0:  # tags
+        facts = [*has, *(f"wearing {worn}" for worn in wears), *([expression] if expression else [])]
+        return ", ".join([" ".join([*adjectives, traits.noun]), *facts])
+    if form == 1:  # a few sentences
+        parts = [f"{capital(KINDS[int(rng.integers(len(KINDS)))])} {person}{', ' + expression if expression else ''}."]
+        if has:
+            parts.append(f"{they} has {listed(has)}.")
+        if wears:
+            parts.append(f"{they} is wearing {listed(wears)}.")
+        return " ".join(parts)
+    start = person if form == 2 else f"{KINDS[int(rng.integers(len(KINDS)))]} {person}"
+    sentence = start + (f" with {listed(has)}" if has else "")
+    sentence += f"{',' if has else ''} wearing {listed(wears)}" if wears else ""
+    sentence += f", {expression}" if expression else ""
+    return capital(sentence) + "." if rng.random() < 0.5 else sentence
+
+
+def listed(facts: Sequence[str]) -> str:
+    """a, b and c."""
+    return facts[0] if len(facts) == 1 else f"{', '.join(facts[:-1])} and {facts[-1]}"
+
+
+def with_article(words: str) -> str:
+    """a or an before words."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def capital(words: str) -> str:
+    """The first letter large."""
+    return words[0].upper() + words[1:]
