@@ -418,7 +418,12 @@ def trainer_of(path: Path) -> tuple[type, Callable[[Any, Path], Any]]:
         from likeness.train.components.text_image import TextImageRecipe, train_text_image
 
         return TextImageRecipe, train_text_image
-    raise InputError(f'{path} says kind = {kind!r}; it must be "transformer", "autoencoder" or "text_image"')
+    if kind == "face_parser":
+        from likeness.train.components.face_parser import FaceParserRecipe, train_face_parser
+
+        return FaceParserRecipe, train_face_parser
+    kinds = '"transformer", "autoencoder", "text_image" or "face_parser"'
+    raise InputError(f"{path} says kind = {kind!r}; it must be {kinds}")
 
 
 def load_pipeline(model: str, dtype: str, device: str | None) -> Any:

@@ -1,0 +1,300 @@
+"""Train a face parser: picture to the 19 classes, from a few hundred hand-made masks.
+
+Two architectures of transformers are at hand, so that one can make training data and the other, which never does,
+can judge generated pictures. So few masks need strong augmentation: geometry, colour, and loss of resolution.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageFilter
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    ConvNextConfig,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+)
+
+from likeness.annotators.face_parser import MEAN, STD, parse_face
+from likeness.conditions import CONDITIONS
+from likeness.conditions.classes import CLASSES
+from likeness.config import to_dict
+from likeness.data.folder import column_of, read_folder
+from likeness.data.sampler import stream
+from likeness.train.checkpoint import load_state, save_state
+from likeness.train.metrics import Reporter
+from likeness.train.optim import Ema, clip_gradients, learning_rate
+from likeness.types import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaceParserRecipe:
+    """How a face parser is built and trained."""
+
+    kind: Literal["face_parser"] = "face_parser"
+    """What the recipe trains."""
+    train: tuple[str, ...]
+    """Prepared folders with masks to learn from."""
+    test: tuple[str, ...]
+    """Prepared folders with masks that are only measured."""
+    architecture: Literal["segformer", "upernet"] = "segformer"
+    """SegFormer, or UPerNet on ConvNeXt."""
+    widths: tuple[int, int, int, int] = (32, 64, 128, 192)
+    """Channels at a quarter, an eighth, a sixteenth and a thirty-second of the size."""
+    depths: tuple[int, int, int, int] = (2, 2, 2, 2)
+    """Layers at each."""
+    decoder_width: int = 128
+    """Channels where the four are joined."""
+    size: int = 192
+    """Pixels a side that the network sees."""
+    measured_size: int = 256
+    """Pixels a side at which it is measured."""
+    weight_power: float = 0.25
+    """A class weighs its share of the pixels to the power of minus this: rare classes count for more."""
+    images: int
+    """Pictures to see in all."""
+    batch: int = 16
+    """Pictures a step."""
+    learning_rate: float = 1e-3
+    """Peak rate."""
+    warmup: int = 1600
+    """Pictures of warm-up."""
+    ema: float = 0.08
+    """Relative width of the weight average."""
+    checkpoint_every: int = 3200
+    """Pictures between states on disk."""
+    seed: int = 0
+    """Seed of every random draw."""
+    compile: bool = True
+    """Fuse the step with torch.compile."""
+    threads: int | None = None
+    """CPU threads; None leaves torch's choice."""
+
+
+def build(recipe: FaceParserRecipe) -> Any:
+    """The network of a recipe: logits [B, 19, h, w], h and w a quarter of the input or the input's own."""
+    labels = dict(enumerate(CLASSES))
+    common = {"id2label": labels, "label2id": {name: index for index, name in labels.items()}}
+    if recipe.architecture == "segformer":
+        config = SegformerConfig(
+            hidden_sizes=list(recipe.widths),
+            depths=list(recipe.depths),
+            num_attention_heads=[max(1, width // 32) for width in recipe.widths],
+            decoder_hidden_size=recipe.decoder_width,
+            classifier_dropout_prob=0.1,
+            drop_path_rate=0.0,
+            **common,
+        )
+        return SegformerForSemanticSegmentation(config)
+    backbone = ConvNextConfig(
+        hidden_sizes=list(recipe.widths),
+        depths=list(recipe.depths),
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    config = UperNetConfig(
+        backbone_config=backbone, hidden_size=recipe.decoder_width, use_auxiliary_head=False, **common
+    )
+    return UperNetForSemanticSegmentation(config)
+
+
+class Examples:
+    """Endless augmented pairs; pair number p depends only on (seed, p)."""
+
+    def __init__(self, folders: tuple[str, ...], size: int, seed: int) -> None:
+        self.rows = rows_with_masks(folders)
+        self.size, self.seed = size, seed
+
+    def __getitem__(self, position: int) -> tuple[np.ndarray, np.ndarray]:
+        """Pair number `position`: uint8 [S, S, 3] and labels uint8 [S, S]."""
+        rng = stream(self.seed, position)
+        row = self.rows[int(rng.integers(len(self.rows)))]
+        image = Image.open(row["file_name"]).convert("RGB")
+        labels = CONDITIONS["mask"].read(row[column_of("mask")]).raw
+        image, mask = turn_and_crop(image, Image.fromarray(labels), self.size, rng)
+        image = recolour(image, rng)
+        picture, labels = np.asarray(image), np.asarray(mask)
+        if rng.integers(2):
+            picture, labels = picture[:, ::-1], CONDITIONS["mask"].flip(labels)
+        return np.ascontiguousarray(picture), np.ascontiguousarray(labels)
+
+
+def rows_with_masks(folders: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The rows of the folders that have a mask.
+
+    Raises:
+        InputError: there are none.
+    """
+    rows = [row for folder in folders for row in read_folder(folder) if column_of("mask") in row]
+    if not rows:
+        raise InputError(f"no row of {', '.join(folders)} has a mask")
+    return rows
+
+
+def turn_and_crop(
+    image: Image.Image, mask: Image.Image, size: int, rng: np.random.Generator
+) -> tuple[Image.Image, Image.Image]:
+    """A random turn of up to 15 degrees, zoom of 0.8 to 1.25 and shift, the same for picture and mask."""
+    angle, zoom = np.deg2rad(rng.uniform(-15, 15)), rng.uniform(0.8, 1.25)
+    shift = rng.uniform(-0.08, 0.08, 2)
+    cos, sin = np.cos(angle) / zoom, np.sin(angle) / zoom
+
+    def matrix(width: int, height: int) -> tuple[float, ...]:
+        # output pixel -> input pixel, about the centre of both
+        scale = np.array([width / size, height / size])
+        offset = np.array([width, height]) * (0.5 + shift)
+        a, b = cos * scale[0], -sin * scale[0]
+        d, e = sin * scale[1], cos * scale[1]
+        half = size / 2
+        return (a, b, offset[0] - a * half - b * half, d, e, offset[1] - d * half - e * half)
+
+    affine = Image.Transform.AFFINE
+    turned = image.transform((size, size), affine, matrix(*image.size), Image.Resampling.BILINEAR)
+    labels = mask.transform((size, size), affine, matrix(*mask.size), Image.Resampling.NEAREST)
+    return turned, labels
+
+
+def recolour(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Random brightness, contrast and colour; sometimes grey, sometimes blurred or at half the resolution."""
+    for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        image = enhance(image).enhance(float(rng.uniform(0.6, 1.4)))
+    if rng.random() < 0.1:
+        image = image.convert("L").convert("RGB")
+    chance = rng.random()
+    if chance < 0.2:
+        image = image.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.3, 1.5))))
+    elif chance < 0.4:
+        size = image.size
+        side = int(size[0] * rng.uniform(0.35, 0.8))
+        image = image.resize((side, side), Image.Resampling.BILINEAR).resize(size, Image.Resampling.BILINEAR)
+    return image
+
+
+def batches(examples: Examples, seen: int, total: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches from pair number `seen` on: inputs [B, 3, S, S] and labels int64 [B, S, S], read ahead by two threads."""
+
+    def make(start: int) -> tuple[Tensor, Tensor]:
+        pictures, labels = zip(*(examples[position] for position in range(start, start + batch)), strict=True)
+        inputs = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+        return (inputs - MEAN) / STD, torch.from_numpy(np.stack(labels)).long()
+
+    starts = iter(range(seen, total, batch))
+    with ThreadPoolExecutor(2) as pool:
+        ahead = [pool.submit(make, start) for _, start in zip(range(3), starts, strict=False)]
+        while ahead:
+            ready = ahead.pop(0).result()
+            if (start := next(starts, None)) is not None:
+                ahead.append(pool.submit(make, start))
+            yield ready
+
+
+def class_weights(rows: list[dict[str, Any]], power: float) -> Tensor:
+    """share^-power of every class, with a mean of 1 over the pixels, [19]."""
+    counts = np.zeros(len(CLASSES))
+    for row in rows[:256]:
+        counts += np.bincount(CONDITIONS["mask"].read(row[column_of("mask")]).raw.ravel(), minlength=len(CLASSES))
+    shares = (counts + 1) / counts.sum()
+    weights = shares**-power
+    return torch.tensor(weights / (weights * shares).sum(), dtype=torch.float32)
+
+
+def loss_of(network: nn.Module, inputs: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Weighted cross-entropy of the enlarged scores."""
+    scores = network(pixel_values=inputs).logits.float()  # [B, 19, h, w]
+    scores = F.interpolate(scores, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+    return F.cross_entropy(scores, labels, weight=weights)
+
+
+def measure(network: Any, rows: list[dict[str, Any]], recipe: FaceParserRecipe) -> dict[str, float]:
+    """Pixel accuracy, and F1 by class pooled over the pictures.
+
+    Returns:
+        `accuracy`; `f1_<class>` for every class that occurs; `f1`: their mean over the classes that at least 10 masks
+        have (all that occur, where there are fewer than 20 masks); and `n`.
+    """
+    size = recipe.measured_size
+    confusion = np.zeros((len(CLASSES), len(CLASSES)), dtype=np.int64)
+    occurs = np.zeros(len(CLASSES), dtype=np.int64)
+    for row in rows:
+        mask = CONDITIONS["mask"]
+        labels = mask.resize(mask.read(row[column_of("mask")]).raw, size, size)
+        image = Image.open(row["file_name"]).convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+        found = parse_face(network, np.asarray(image), size=recipe.size)
+        confusion += np.bincount(labels.ravel() * len(CLASSES) + found.ravel(), minlength=len(CLASSES) ** 2).reshape(
+            confusion.shape
+        )
+        occurs[np.unique(labels)] += 1
+    hits = confusion.diagonal()
+    scores = 2 * hits / np.maximum(confusion.sum(0) + confusion.sum(1), 1)
+    counted = occurs >= (10 if len(rows) >= 20 else 1)
+    measured = {"accuracy": float(hits.sum() / confusion.sum()), "f1": float(scores[counted].mean()), "n": len(rows)}
+    return measured | {f"f1_{CLASSES[i]}": float(scores[i]) for i in np.flatnonzero(occurs)}
+
+
+def train_face_parser(recipe: FaceParserRecipe, run: Path) -> None:
+    """Train, resuming from `run` where it has a state, and publish the average to `run/model`.
+
+    Raises:
+        InputError: a folder of the recipe is missing or has no masks.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "recipe.json").write_text(json.dumps(to_dict(recipe), indent=2))
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    examples, test = Examples(recipe.train, recipe.size, recipe.seed), rows_with_masks(recipe.test)
+    weights = class_weights(examples.rows, recipe.weight_power).to(device)
+    torch.manual_seed(recipe.seed)
+    network = build(recipe).to(device).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.05)
+    ema = Ema(network, recipe.ema)
+    seen = 0
+    if state := load_state(run):
+        network.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema.weights = {name: weight.to(device) for name, weight in state["ema"].items()}
+        seen = state["seen"]
+    compiled = torch.compile(loss_of) if recipe.compile else loss_of
+    reporter = Reporter(run, recipe.images, seen)
+    for inputs, labels in batches(examples, seen, recipe.images, recipe.batch):
+        torch.manual_seed(recipe.seed + seen)  # dropout's stream: a function of progress
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(seen, recipe.images, recipe.learning_rate, recipe.warmup, "cosine")
+        with torch.autocast(device, torch.bfloat16):
+            loss = compiled(network, inputs.to(device), labels.to(device), weights)
+        loss.backward()
+        norm = clip_gradients(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seen += recipe.batch
+        ema.update(network, seen // recipe.batch)
+        if seen % (recipe.batch * 20) == 0:
+            reporter.report(seen, loss=loss.item(), gradient_norm=norm.item())
+        if seen % recipe.checkpoint_every < recipe.batch or seen >= recipe.images:
+            state = {
+                "model": network.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "ema": ema.weights,
+                "seen": seen,
+            }
+            save_state(run, seen, state)
+            reporter.report(seen, **measure(publish(network, ema, recipe, run), test, recipe))
+
+
+def publish(network: nn.Module, ema: Ema, recipe: FaceParserRecipe, run: Path) -> Any:
+    """Write the averaged network as a transformers folder, `run/model`, and return it."""
+    averaged = build(recipe)
+    averaged.load_state_dict(network.state_dict())
+    ema.copy_to(averaged)
+    averaged.eval().save_pretrained(run / "model")
+    return averaged
