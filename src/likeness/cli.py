@@ -101,7 +101,7 @@ def generate(
 
     from likeness.pipelines.generate import generate as make
     from likeness.pipelines.generate import resolve
-    from likeness.pipelines.load import weights_hash
+    from likeness.pipelines.load import fingerprint as fingerprint_of
     from likeness.pipelines.record import recipe_of, write_picture
 
     pipeline = load_pipeline(model, dtype, device)
@@ -110,7 +110,7 @@ def generate(
     with progress_bar("Generating") as advance:
         pictures, notes = make(pipeline, request, seeds, advance)
     tell(notes)
-    fingerprint = weights_hash(pipeline.transformer) if metadata else ""
+    fingerprint = fingerprint_of(pipeline) if metadata else ""
     for picture, path, own in zip(pictures, paths, seeds, strict=True):
         one = dataclasses.replace(request, seed=own)
         recipe = recipe_of(one, pipeline, model=model, fingerprint=fingerprint) if metadata else None
@@ -138,7 +138,7 @@ def replay(
 
     from likeness.pipelines.generate import generate as make
     from likeness.pipelines.generate import resolve
-    from likeness.pipelines.load import weights_hash
+    from likeness.pipelines.load import fingerprint as fingerprint_of
 
     dtype = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[recipe["environment"]["dtype"]]
     pipeline = load_pipeline(model or recipe["model"], dtype, device)
@@ -148,7 +148,7 @@ def replay(
     if out is not None:
         write_picture(pictures[0], out, recipe)
         print(out)
-    circumstances = differences(recipe, pipeline, weights_hash(pipeline.transformer))
+    circumstances = differences(recipe, pipeline, fingerprint_of(pipeline))
     tell(circumstances)
     if again.shape == pixels.shape and (again == pixels).all():
         print(f"{image}: the same to the bit")

@@ -11,7 +11,7 @@ from PIL import Image
 from builders import tiny_pipeline
 from likeness.data.synthetic import draw_face
 from likeness.pipelines.generate import generate, resolve
-from likeness.pipelines.load import weights_hash
+from likeness.pipelines.load import fingerprint, load
 from likeness.pipelines.record import (
     EXIF_POINTER,
     GENERATED,
@@ -43,7 +43,7 @@ def made():
     )
     request = resolve(request, pipeline)
     picture = generate(pipeline, request, [request.seed])[0][0]
-    recipe = recipe_of(request, pipeline, model="tiny", fingerprint=weights_hash(pipeline.transformer))
+    recipe = recipe_of(request, pipeline, model="tiny", fingerprint=fingerprint(pipeline))
     return pipeline, request, picture, recipe
 
 
@@ -74,6 +74,15 @@ def test_replay_gives_the_same_bits(made):
     again = request_of(recipe)
     assert np.array_equal(np.asarray(generate(pipeline, again, [again.seed])[0][0]), np.asarray(picture))
     assert differences(recipe, pipeline, recipe["fingerprint"]) == []
+
+
+def test_settings_are_the_same_after_saving_and_not_after_a_change(made, tmp_path):
+    pipeline, _, _, recipe = made
+    pipeline.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert differences(recipe, again, fingerprint(again)) == []
+    again.register_to_config(defaults={**again.config.defaults, "guidance_interval": (0.2, 0.8)})
+    assert [line.split(":")[0] for line in differences(recipe, again, fingerprint(again))] == ["settings"]
 
 
 def test_differences_are_named(made):

@@ -166,6 +166,12 @@ def load_components(folder: str | Path = BUNDLED / COMMON) -> Components:
     return Components(**parts, settings=settings, codec_hash=weights_hash(parts["vae"]))
 
 
+def fingerprint(pipeline: Any) -> str:
+    """SHA-256 over all weights of a pipeline: what makes two checkpoints the same, wherever they lie."""
+    parts = (pipeline.transformer, pipeline.vae, pipeline.text_encoder)
+    return hashlib.sha256("".join(weights_hash(part) for part in parts).encode()).hexdigest()
+
+
 def weights_hash(model: torch.nn.Module) -> str:
     """SHA-256 over a model's weights, in order of their names."""
     digest = hashlib.sha256()

@@ -58,7 +58,7 @@ def recipe_of(
         request: the request, with nothing left open (`likeness.pipelines.generate.resolve`).
         pipeline: the pipeline that made it.
         model: the name under which it was loaded.
-        fingerprint: hash of its weights (`likeness.pipelines.load.weights_hash`).
+        fingerprint: hash of its weights (`likeness.pipelines.load.fingerprint`).
     """
     return {
         "schema": SCHEMA,
@@ -98,7 +98,19 @@ def environment(pipeline: Any) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": pipeline.device.type,
         "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
+        "settings": settings_hash(pipeline),
     }
+
+
+def settings_hash(pipeline: Any) -> str:
+    """Hash of what shapes a picture beside request and weights: objective, latent statistics, guidance interval."""
+    parts = pipeline.components  # weights have a hash of their own
+    values = {
+        "pipeline": {name: value for name, value in pipeline.config.items() if name not in parts},
+        "scheduler": dict(pipeline.scheduler.config),
+    }
+    public = {part: {k: v for k, v in found.items() if not k.startswith("_")} for part, found in values.items()}
+    return hashlib.sha256(json.dumps(public, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def processor() -> str:
