@@ -22,6 +22,7 @@ from likeness.train.checkpoint import load_state, save_state, states
 from likeness.train.config import DataRecipe, TrainRecipe
 from likeness.train.optim import Ema, learning_rate, power_of
 from likeness.train.step import make_batch
+from likeness.train.validate import condition_losses
 from likeness.types import InputError, PortraitRequest
 
 SIZE = 32
@@ -261,3 +262,18 @@ def test_power_law_average():
     steps = torch.arange(1, 201, dtype=torch.float64)
     share = steps**ema.gamma / (steps**ema.gamma).sum()
     assert ema.weights["weight"].item() == pytest.approx((share * values).sum().item(), abs=0.02)
+
+
+def test_condition_losses(prepared, tmp_path):
+    """A network that cannot see its condition has the same loss with any; one that can has not."""
+    pipeline = load(loop.train(recipe(prepared, images=240, checkpoint_every="240"), tmp_path))
+    store = Store(prepared / "shards")
+    losses = condition_losses(pipeline, store, "mask", count=6)
+    assert losses == condition_losses(pipeline, store, "mask", count=6)
+    assert len(set(losses.values())) == 3
+    with torch.no_grad():
+        weight = pipeline.transformer.patch_embed.weight
+        weight[:, weight.shape[1] // 2 :] = 0  # the condition's half of a patch
+        pipeline.transformer.condition_embed.weight.zero_()
+    blind = condition_losses(pipeline, store, "mask", count=6)
+    assert len(set(blind.values())) == 1
