@@ -11,7 +11,6 @@ import os
 import shutil
 import time as clock
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -25,15 +24,13 @@ from likeness.objectives import Objective, make_objective
 from likeness.pipelines.generate import generate, resolve
 from likeness.pipelines.load import Components, load_components
 from likeness.pipelines.mmface import MMFacePipeline
+from likeness.train.ahead import read_ahead
 from likeness.train.checkpoint import load_state, save_state
 from likeness.train.config import TrainRecipe
 from likeness.train.metrics import Reporter
 from likeness.train.optim import Ema, clip_gradients, learning_rate
 from likeness.train.step import Batch, loss_of, make_batch, text_of
 from likeness.types import InputError, PortraitRequest
-
-AHEAD = 4
-"""Batches that are read while the network computes."""
 
 
 def train(recipe: TrainRecipe, run: Path) -> Path:
@@ -189,14 +186,8 @@ def batches(
         samples = [sample_at(position) for position in positions]
         return make_batch(samples, positions, recipe.data, names, mean, std, recipe.seed)
 
-    starts = iter(range(seen, recipe.optimizer.images, recipe.optimizer.batch))
-    with ThreadPoolExecutor(1) as pool:
-        ahead = [pool.submit(make, start) for _, start in zip(range(AHEAD), starts, strict=False)]
-        while ahead:
-            batch = ahead.pop(0).result()
-            if (start := next(starts, None)) is not None:
-                ahead.append(pool.submit(make, start))
-            yield batch
+    starts = range(seen, recipe.optimizer.images, recipe.optimizer.batch)
+    return read_ahead(make, starts, depth=4, threads=1)
 
 
 def publish(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +23,7 @@ from likeness.conditions.classes import CLASSES, PALETTE
 from likeness.config import to_dict
 from likeness.data.folder import column_of, read_folder
 from likeness.encoders.latent import LatentCodec, to_pixels, to_tensor
+from likeness.train.ahead import read_ahead
 from likeness.train.checkpoint import load_state, save_state
 from likeness.train.metrics import Reporter
 from likeness.train.optim import Ema, clip_gradients, learning_rate
@@ -147,13 +147,7 @@ def batches(pictures: Pictures, seen: int, total: int, batch: int) -> Iterator[t
         stacked = np.stack([pictures[position] for position in range(start, start + batch)])
         return torch.from_numpy(stacked).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
-    starts = list(range(seen, total, batch))
-    with ThreadPoolExecutor(2) as pool:
-        ahead = [pool.submit(make, start) for start in starts[:3]]
-        for index in range(len(starts)):
-            yield ahead.pop(0).result()
-            if index + 3 < len(starts):
-                ahead.append(pool.submit(make, starts[index + 3]))
+    return read_ahead(make, range(seen, total, batch))
 
 
 def reconstruction_loss(

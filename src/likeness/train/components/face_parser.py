@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +31,7 @@ from likeness.conditions.classes import CLASSES
 from likeness.config import to_dict
 from likeness.data.folder import column_of, read_folder
 from likeness.data.sampler import stream
+from likeness.train.ahead import read_ahead
 from likeness.train.checkpoint import load_state, save_state
 from likeness.train.metrics import Reporter
 from likeness.train.optim import Ema, clip_gradients, learning_rate
@@ -188,14 +188,7 @@ def batches(examples: Examples, seen: int, total: int, batch: int) -> Iterator[t
         inputs = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
         return (inputs - MEAN) / STD, torch.from_numpy(np.stack(labels)).long()
 
-    starts = iter(range(seen, total, batch))
-    with ThreadPoolExecutor(2) as pool:
-        ahead = [pool.submit(make, start) for _, start in zip(range(3), starts, strict=False)]
-        while ahead:
-            ready = ahead.pop(0).result()
-            if (start := next(starts, None)) is not None:
-                ahead.append(pool.submit(make, start))
-            yield ready
+    return read_ahead(make, range(seen, total, batch))
 
 
 def class_weights(rows: list[dict[str, Any]], power: float) -> Tensor:

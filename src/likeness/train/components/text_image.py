@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +29,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, C
 from likeness.config import to_dict
 from likeness.data.folder import captions_of, read_folder
 from likeness.data.sampler import Sampler, stream
+from likeness.train.ahead import read_ahead
 from likeness.train.checkpoint import load_state, save_state
 from likeness.train.metrics import Reporter
 from likeness.train.optim import Ema, clip_gradients, learning_rate
@@ -298,20 +298,12 @@ class Pairs:
         )
 
     def batches(self, seen: int) -> Iterator[Batch]:
-        """Batches from pair number `seen` to the recipe's last, read ahead by two threads."""
-        starts = list(range(seen, self.recipe.images, self.recipe.batch))
-        with ThreadPoolExecutor(2) as pool:
-
-            def submit(start: int) -> Any:  # in this thread: the sampler keeps one epoch's order at a time
-                return pool.submit(
-                    self.make, start, [self.sampler[start + offset] for offset in range(self.recipe.batch)]
-                )
-
-            ahead = [submit(start) for start in starts[:3]]
-            for index in range(len(starts)):
-                yield ahead.pop(0).result()
-                if index + 3 < len(starts):
-                    ahead.append(submit(starts[index + 3]))
+        """Batches from pair number `seen` to the recipe's last, read ahead by a thread."""
+        size = self.recipe.batch
+        starts = range(seen, self.recipe.images, size)
+        return read_ahead(
+            lambda start: self.make(start, [self.sampler[start + k] for k in range(size)]), starts, threads=1
+        )
 
 
 def embed_pictures(clip: CLIPModel, pictures: Tensor) -> Tensor:

@@ -1,0 +1,21 @@
+"""Read while the network computes: the one read-ahead of all training loops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def read_ahead(make: Callable[[int], T], starts: Iterable[int], *, depth: int = 3, threads: int = 2) -> Iterator[T]:
+    """`make(start)` for every start, in order, up to `depth` of them made beforehand by `threads` threads."""
+    waiting = iter(starts)
+    with ThreadPoolExecutor(threads) as pool:
+        ahead = [pool.submit(make, start) for start in islice(waiting, depth)]
+        while ahead:
+            ready = ahead.pop(0).result()
+            ahead += [pool.submit(make, start) for start in islice(waiting, 1)]
+            yield ready
