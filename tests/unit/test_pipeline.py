@@ -11,6 +11,7 @@ from diffusers import FlowMatchHeunDiscreteScheduler
 
 from builders import tiny_pipeline
 from likeness.data.synthetic import draw_face
+from likeness.encoders.text import cut_words
 from likeness.objectives import DDPM
 from likeness.pipelines.load import load
 from likeness.pipelines.mmface import MMFacePipeline
@@ -223,6 +224,14 @@ def test_notes_tell_what_was_read_and_cut(pipeline, faces):
     cut = next(note for note in output.notes if "cut" in note)
     assert "blue hat" in cut
     assert "red hair" not in cut
+
+
+def test_cut_words_begin_with_a_word(pipeline):
+    prompt = "extraordinarily unusual words"
+    for limit in range(3, 12):
+        cut = cut_words(pipeline.tokenizer, prompt, limit)
+        assert cut in ("extraordinarily unusual words", "unusual words", "words")
+    assert cut_words(pipeline.tokenizer, prompt, 100) == ""
 
 
 @pytest.mark.parametrize(

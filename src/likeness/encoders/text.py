@@ -50,9 +50,9 @@ def encode_text(
 
 
 def cut_words(tokenizer: Any, caption: str, max_tokens: int) -> str:
-    """The end of `caption` that does not fit into `max_tokens`; the empty string where all of it fits."""
+    """The words of `caption` that do not fit wholly into `max_tokens`; the empty string where all of it fits."""
     encoded = tokenizer(caption, return_offsets_mapping=True, verbose=False)
     if len(encoded.input_ids) <= max_tokens:
         return ""
-    first_cut = max_tokens - 1  # the last place is the end token's
-    return caption[encoded.offset_mapping[first_cut][0] :].strip()
+    start, _ = encoded.offset_mapping[max_tokens - 1]  # the last place is the end token's
+    return caption[caption.rfind(" ", 0, start + 1) + 1 :].strip()

@@ -6,10 +6,13 @@ widened to float32 when loaded: the file is a quarter of the size, the computati
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import ConfigMixin
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -47,10 +50,18 @@ def widen(packed: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> d
     return state
 
 
-def save_packed(model: nn.Module, folder: Path) -> None:
-    """Write the model's weights as `folder/packed.safetensors`; its config is saved apart."""
+def save_packed(model: Any, folder: Path) -> None:
+    """Write a diffusers or transformers model as `folder/packed.safetensors` and `folder/config.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(pack(model.state_dict()), folder / PACKED, metadata={"format": "pt"})
+    if isinstance(model, ConfigMixin):
+        model.save_config(folder)
+    else:
+        model.config.save_pretrained(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("_name_or_path", None)  # where it happened to lie on the machine that made it
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_packed(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -46,9 +46,7 @@ def join_components(
     encoder = CLIPTextModel.from_pretrained(text / "model" / "text_encoder").eval()
     tokenizer = AutoTokenizer.from_pretrained(text / "model" / "tokenizer")
     save_packed(vae, out / "vae")
-    vae.save_config(out / "vae")
     save_packed(encoder, out / "text_encoder")
-    encoder.config.save_pretrained(out / "text_encoder")
     tokenizer.save_pretrained(out / "tokenizer")
 
     # The statistics are those of the packed weights, which are the ones that will be used.

@@ -26,7 +26,6 @@ def pack_model(model: Path, out: Path) -> None:
         raise InputError(f"{model} was trained on another autoencoder than the one in {out.parent / COMMON}")
     transformer = MMFaceTransformer.from_pretrained(model / "transformer")
     save_packed(transformer, out / "transformer")
-    transformer.save_config(out / "transformer")
     shutil.copytree(model / "scheduler", out / "scheduler", dirs_exist_ok=True)
     shutil.copy(model / "codec.json", out / "codec.json")
     atomic_text(out / "model_index.json", json.dumps(index, indent=2))
