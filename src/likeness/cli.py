@@ -210,6 +210,7 @@ def train(
 
     kind, train_it = trainer_of(recipe)
     config = load_toml(recipe, kind, (*overrides,))
+    quiet_libraries()
     train_it(config, out or Path("runs") / recipe.stem)
 
 
@@ -428,17 +429,23 @@ def trainer_of(path: Path) -> tuple[type, Callable[[Any, Path], Any]]:
 
 def load_pipeline(model: str, dtype: str, device: str | None) -> Any:
     """A pipeline in the wanted number format."""
-    import diffusers.utils.logging
     import torch
-    import transformers.utils.logging
 
     from likeness.pipelines.load import load
 
-    for library in (diffusers, transformers):  # our own bar and notes are enough
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    quiet_libraries()
     formats = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     return load(model, dtype=formats[dtype], device=device)
+
+
+def quiet_libraries() -> None:
+    """Our own bar and notes are enough: diffusers and transformers speak of errors only."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
 
 
 def parse_size(size: str | None) -> tuple[int | None, int | None]:
@@ -492,7 +499,8 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
