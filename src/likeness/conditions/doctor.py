@@ -7,7 +7,6 @@ left to the eye, because a repair that invents parts of a face is worse than a w
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from dataclasses import dataclass
@@ -19,11 +18,12 @@ from scipy import ndimage
 
 from likeness.conditions import CONDITIONS
 from likeness.conditions.base import Reading, Source
-from likeness.conditions.classes import CLASSES, PALETTE
+from likeness.conditions.classes import CLASSES
 from likeness.conditions.keypoints import FLIPS
 from likeness.conditions.layout import broken_rules, exchanged_pairs, measure
 from likeness.conditions.mask_schemes import exchange, side_notes
-from likeness.conditions.pictures import describe
+from likeness.conditions.pictures import describe, mask_picture, png_bytes
+from likeness.files import write_whole
 from likeness.types import InputError
 
 SPECK = 2e-4
@@ -183,16 +183,8 @@ def fix(report: Report, out: Path) -> Path:
         raw = report.raw
         if report.condition == "mask":
             raw = exchange(raw, exchanged_pairs(measure(raw)))
-        picture = Image.fromarray(raw)
-        if report.condition == "mask":
-            picture.putpalette(PALETTE.ravel().tolist())
-        buffer = io.BytesIO()
-        picture.save(buffer, "PNG", optimize=True)
-        content = buffer.getvalue()
-    try:
-        out.write_bytes(content)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror or error}") from error
+        content = png_bytes(mask_picture(raw) if report.condition == "mask" else Image.fromarray(raw))
+    write_whole(out, content)
     return out
 
 

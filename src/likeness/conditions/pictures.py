@@ -1,4 +1,4 @@
-"""Opening what users bring, and the one check of sizes: every failure is one sentence that names the file.
+"""Opening and writing pictures, and the one check of sizes: every failure is one sentence that names the file.
 
 Pictures are loaded whole and turned upright by their EXIF orientation before anything looks at them. A picture that is
 too large for Pillow's decompression guard is refused, never merely warned about.
@@ -6,6 +6,7 @@ too large for Pillow's decompression guard is refused, never merely warned about
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from likeness.conditions.base import Source
+from likeness.conditions.classes import PALETTE
 from likeness.types import InputError
 
 ASPECT_TOLERANCE = 0.01
@@ -110,3 +112,17 @@ def check_aspect(have: tuple[int, int], want: tuple[int, int], name: str) -> Non
             f"the {name} is {width}x{height} but the portrait is {wide}x{high}: "
             f"crop or pad the {name} to that shape, or ask for --size {width}x{height}"
         )
+
+
+def mask_picture(labels: np.ndarray) -> Image.Image:
+    """Labels as a palette picture: mode P, index = class, in our colours."""
+    picture = Image.fromarray(labels)
+    picture.putpalette(PALETTE.tobytes())  # turns the picture into mode P without touching the indices
+    return picture
+
+
+def png_bytes(picture: Image.Image) -> bytes:
+    """A picture as the content of a PNG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from likeness.files import write_whole
 from likeness.types import InputError
 
 MANIFEST = "manifest.json"
@@ -92,7 +93,7 @@ class Store:
 def write_shard(folder: Path, name: str, tensors: dict[str, Tensor], captions: list[list[str]]) -> None:
     """Write one shard whole or not at all; its captions first, so that a shard that exists is complete."""
     file = folder / name
-    atomic_text(file.with_suffix(".json"), json.dumps(captions, ensure_ascii=False))
+    write_whole(file.with_suffix(".json"), json.dumps(captions, ensure_ascii=False))
     partial = file.with_suffix(".partial")
     try:
         save_file({key: value.to(torch.float16).contiguous() for key, value in tensors.items()}, partial)
@@ -104,15 +105,4 @@ def write_shard(folder: Path, name: str, tensors: dict[str, Tensor], captions: l
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Finish a store."""
-    atomic_text(folder / MANIFEST, json.dumps({"schema": SCHEMA, **manifest}, indent=2))
-
-
-def atomic_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text)
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    write_whole(folder / MANIFEST, json.dumps({"schema": SCHEMA, **manifest}, indent=2))

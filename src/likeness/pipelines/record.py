@@ -11,7 +11,6 @@ import base64
 import hashlib
 import io
 import json
-import os
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from likeness.conditions.base import Reading
+from likeness.files import write_whole
 from likeness.pipelines.formats import format_of
 from likeness.types import InputError, PortraitRequest
 
@@ -236,14 +236,9 @@ def write_picture(picture: Image.Image, path: Path, recipe: Mapping[str, Any] | 
             comment = b"UNICODE\x00" + parameters_line(recipe).encode("utf-16-be")
             exif.get_ifd(EXIF_POINTER)[USER_COMMENT] = comment
             options |= {"exif": exif, "xmp": packet.encode()}
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(partial, kind, **options)
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True) if partial.parent.is_dir() else None
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    write_whole(path, buffer.getvalue())
 
 
 def without_data(recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ with exchanged sides put right.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,8 +18,9 @@ from PIL import Image
 
 from likeness.annotators.sketch import extract_sketch
 from likeness.conditions import CONDITIONS, doctor
+from likeness.conditions.pictures import png_bytes
 from likeness.data.folder import METADATA, column_of
-from likeness.data.store import atomic_text
+from likeness.files import write_whole
 from likeness.prepare.captions import write_captions
 from likeness.types import InputError
 
@@ -156,7 +156,7 @@ def finish(
         raise InputError(f"cannot write {out}: {error.strerror or error}") from error
     for split, found in rows.items():
         (out / split).mkdir(exist_ok=True)
-        atomic_text(out / split / METADATA, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found))
+        write_whole(out / split / METADATA, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found))
     return {"train": len(rows["train"]), "test": len(rows["test"]), "failed": failed}
 
 
@@ -217,10 +217,6 @@ def read_aligned(path: Path, size: int) -> np.ndarray:
 
 
 def save(path: Path, image: Image.Image) -> None:
-    """Write a PNG whole or not at all; one that is there already is left."""
-    if path.is_file():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    image.save(partial, "PNG", compress_level=3)
-    os.replace(partial, path)
+    """Write a PNG; one that is there already is left."""
+    if not path.is_file():
+        write_whole(path, png_bytes(image))

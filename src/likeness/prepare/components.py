@@ -14,8 +14,8 @@ from diffusers import AutoencoderDC
 from transformers import AutoTokenizer, CLIPTextModel
 
 from likeness.data.folder import read_folder
-from likeness.data.store import atomic_text
 from likeness.encoders.latent import LatentCodec, to_tensor
+from likeness.files import write_whole
 from likeness.pipelines.load import load_component
 from likeness.pipelines.packed import save_packed
 from likeness.prepare.encode import read_picture
@@ -64,4 +64,4 @@ def join_components(
         "max_text_tokens": tokenizer.model_max_length,
         "measured_on": len(chosen),
     }
-    atomic_text(out / "components.json", json.dumps(components, indent=2))
+    write_whole(out / "components.json", json.dumps(components, indent=2))

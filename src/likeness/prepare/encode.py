@@ -18,8 +18,9 @@ from PIL import Image
 
 from likeness.conditions import CONDITIONS
 from likeness.data.folder import captions_of, column_of, read_folder
-from likeness.data.store import IMAGE, MANIFEST, atomic_text, write_manifest, write_shard
+from likeness.data.store import IMAGE, MANIFEST, write_manifest, write_shard
 from likeness.encoders.latent import LatentCodec, spatial_factor, to_tensor
+from likeness.files import write_whole
 from likeness.pipelines.load import Components, read_json
 from likeness.types import InputError
 
@@ -70,7 +71,7 @@ def encode_folder(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror or error}") from error
-    atomic_text(begun, json.dumps(plan, indent=2))
+    write_whole(begun, json.dumps(plan, indent=2))
     codec = LatentCodec(components.vae)  # raw latents: the statistics are applied when they are read
     shards = []
     for start in range(0, len(rows), shard_size):

@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from likeness.data.store import atomic_text
+from likeness.files import write_whole
 from likeness.models.mmface import MMFaceTransformer
 from likeness.pipelines.catalogue import COMMON
 from likeness.pipelines.load import load_components, read_json
@@ -28,4 +28,4 @@ def pack_model(model: Path, out: Path) -> None:
     save_packed(transformer, out / "transformer")
     shutil.copytree(model / "scheduler", out / "scheduler", dirs_exist_ok=True)
     shutil.copy(model / "codec.json", out / "codec.json")
-    atomic_text(out / "model_index.json", json.dumps(index, indent=2))
+    write_whole(out / "model_index.json", json.dumps(index, indent=2))

@@ -6,17 +6,16 @@ a run that was interrupted goes on where it stopped by skipping the faces whose 
 
 from __future__ import annotations
 
-import io
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from likeness.conditions.classes import PALETTE
+from likeness.conditions.pictures import mask_picture, png_bytes
 from likeness.data.synthetic import MAXIMUM_SIZE, MINIMUM_SIZE, SyntheticFace, describe_face, draw_face
+from likeness.files import write_whole
 from likeness.types import InputError
 
 RECORD = "dataset.json"
@@ -64,12 +63,12 @@ def _claim(out: Path, size: int, seed: int) -> None:
         if found != wanted:
             held = {name: found.get(name) for name in wanted} if isinstance(found, dict) else "something else"
             raise InputError(f"{out} already holds {held}, not {wanted}; choose another folder.")
-    elif out.is_dir() and any(path.name != f".{RECORD}.part" for path in out.iterdir()):
+    elif out.is_dir() and any(path.name != f".{RECORD}.partial" for path in out.iterdir()):
         raise InputError(f"{out} is not empty and holds no {RECORD} of drawn faces; choose another folder.")
     out.mkdir(parents=True, exist_ok=True)
     if not record.exists():
         # Before the folders: a run that is stopped right here can still go on later.
-        _write_whole(record, (json.dumps(wanted) + "\n").encode())
+        write_whole(record, (json.dumps(wanted) + "\n").encode())
     for folder in FOLDERS:
         (out / "train" / folder).mkdir(parents=True, exist_ok=True)
 
@@ -80,7 +79,7 @@ def _write_faces(folder: Path, count: int, size: int, seed: int, progress: Calla
         names = {kind: f"{kind}/{index:06d}.{suffix}" for kind, suffix in FOLDERS.items()}
         if not all((folder / name).is_file() for name in names.values()):
             for kind, content in _files(draw_face(seed, index, size)).items():
-                _write_whole(folder / names[kind], content)
+                write_whole(folder / names[kind], content)
         attributes, captions = describe_face(seed, index)
         line = {
             "file_name": names["images"],
@@ -93,31 +92,16 @@ def _write_faces(folder: Path, count: int, size: int, seed: int, progress: Calla
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         if progress is not None:
             progress(index + 1)
-    _write_whole(folder / "metadata.jsonl", "".join(lines).encode())
+    write_whole(folder / "metadata.jsonl", "".join(lines).encode())
 
 
 def _files(face: SyntheticFace) -> dict[str, bytes]:
     """Content of a face's files, by folder."""
     height, width = face.mask.shape
-    mask = Image.fromarray(face.mask)
-    mask.putpalette(PALETTE.tobytes())  # turns the picture into mode P without touching the indices
     points = np.round(face.keypoints.astype(np.float64) * (width, height), 3).tolist()
     return {
-        "images": _png(Image.fromarray(face.image)),
-        "masks": _png(mask),
-        "sketches": _png(Image.fromarray(face.sketch)),
+        "images": png_bytes(Image.fromarray(face.image)),
+        "masks": png_bytes(mask_picture(face.mask)),
+        "sketches": png_bytes(Image.fromarray(face.sketch)),
         "keypoints": (json.dumps({"points": points, "size": [width, height]}) + "\n").encode(),
     }
-
-
-def _png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is either there as a whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(content)
-    os.replace(part, path)

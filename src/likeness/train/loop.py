@@ -18,7 +18,8 @@ from PIL import Image
 
 from likeness.config import to_dict
 from likeness.data.sampler import Sampler
-from likeness.data.store import Sample, Store, atomic_text
+from likeness.data.store import Sample, Store
+from likeness.files import write_whole
 from likeness.models.mmface import MMFaceTransformer
 from likeness.objectives import Objective, make_objective
 from likeness.pipelines.generate import generate, resolve
@@ -128,7 +129,7 @@ def keep_recipe(recipe: TrainRecipe, run: Path) -> None:
         changed = [key for key in values if key not in free and before.get(key) != values[key]]
         if changed and (run / "checkpoints").is_dir():
             raise InputError(f"{run} was begun with another {changed[0]}: choose another folder, or restore the recipe")
-    atomic_text(path, json.dumps(values, indent=2))
+    write_whole(path, json.dumps(values, indent=2))
 
 
 def open_stores(recipe: TrainRecipe, components: Components) -> list[Store]:
@@ -210,7 +211,7 @@ def publish(
     fresh, folder = run / "model.partial", run / "model"
     shutil.rmtree(fresh, ignore_errors=True)
     pipeline.save_pretrained(fresh)
-    atomic_text(fresh / "codec.json", json.dumps({"codec": components.codec_hash}))
+    write_whole(fresh / "codec.json", json.dumps({"codec": components.codec_hash}))
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(fresh, folder)
