@@ -262,6 +262,22 @@ def prepare_celebamask(source: PathArgument, out: PathArgument, *, size: int = 1
     tell_counts(out, found)
 
 
+def prepare_annotate(folder: PathArgument, *, parser: Path | None = None, sketches: bool = True) -> None:
+    """Add masks and sketches to a prepared folder where it lacks them.
+
+    Args:
+        folder: A folder with metadata.jsonl; run again to go on after an interruption.
+        parser: Folder of a trained face parser; without it no masks are added.
+        sketches: Whether to add sketches.
+    """
+    from likeness.prepare.annotate import annotate_folder
+
+    quiet_libraries()
+    with progress_bar("Annotating") as advance:
+        added = annotate_folder(folder, parser=parser, sketches=sketches, progress=advance)
+    print(f"{folder}: " + ", ".join(f"{count} {name} added" for name, count in added.items()))
+
+
 def prepare_encode(folder: PathArgument, out: PathArgument, *, components: Path | None = None, size: int = 128) -> None:
     """Encode a prepared folder into training shards.
 
@@ -336,7 +352,7 @@ def convert_mmface_release(
 
 
 def prepare() -> None:
-    """Make training data: synthetic, celeba, celebamask, encode, components, pack (each with its own --help)."""
+    """Make training data; `likeness prepare --help` lists its commands."""
     run(GROUPS["prepare"], "likeness prepare", ["--help"])
 
 
@@ -360,6 +376,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
         "synthetic": prepare_synthetic,
         "celeba": prepare_celeba,
         "celebamask": prepare_celebamask,
+        "annotate": prepare_annotate,
         "encode": prepare_encode,
         "components": prepare_components,
         "pack": prepare_pack,

@@ -289,5 +289,6 @@ def publish(network: nn.Module, ema: Ema, recipe: FaceParserRecipe, run: Path) -
     averaged = build(recipe)
     averaged.load_state_dict(network.state_dict())
     ema.copy_to(averaged)
+    averaged.config.image_size = recipe.size  # what whoever uses it must know
     averaged.eval().save_pretrained(run / "model")
     return averaged
