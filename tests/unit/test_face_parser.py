@@ -17,7 +17,14 @@ from likeness.data.synthetic import draw_face
 from likeness.prepare.synthetic import write_synthetic
 from likeness.train.checkpoint import load_state
 from likeness.train.components import face_parser
-from likeness.train.components.face_parser import Examples, FaceParserRecipe, build, measure, train_face_parser
+from likeness.train.components.face_parser import (
+    Examples,
+    FaceParserRecipe,
+    build,
+    confusion_of,
+    measure,
+    train_face_parser,
+)
 from likeness.types import InputError
 
 
@@ -89,6 +96,13 @@ def test_augmentation_keeps_picture_and_mask_together(faces):
         skin, other = (picture[labels == k].mean(0) for k in (1, 0))
         separated += np.abs(skin - other).max() > 15
     assert separated >= 10
+
+
+def test_confusion_counts_every_class():
+    labels = np.arange(19, dtype=np.uint8).repeat(3)
+    assert np.array_equal(confusion_of(labels, labels), 3 * np.eye(19, dtype=np.int64))
+    found = np.full_like(labels, 18)
+    assert np.array_equal(confusion_of(labels, found)[:, 18], np.full(19, 3))
 
 
 def test_flip_exchanges_sides():

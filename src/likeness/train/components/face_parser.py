@@ -223,15 +223,19 @@ def measure(network: Any, rows: list[dict[str, Any]], recipe: FaceParserRecipe) 
         labels = mask.resize(mask.read(row[column_of("mask")]).raw, size, size)
         image = Image.open(row["file_name"]).convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
         found = parse_face(network, np.asarray(image), size=recipe.size)
-        confusion += np.bincount(labels.ravel() * len(CLASSES) + found.ravel(), minlength=len(CLASSES) ** 2).reshape(
-            confusion.shape
-        )
+        confusion += confusion_of(labels, found)
         occurs[np.unique(labels)] += 1
     hits = confusion.diagonal()
     scores = 2 * hits / np.maximum(confusion.sum(0) + confusion.sum(1), 1)
     counted = occurs >= (10 if len(rows) >= 20 else 1)
     measured = {"accuracy": float(hits.sum() / confusion.sum()), "f1": float(scores[counted].mean()), "n": len(rows)}
     return measured | {f"f1_{CLASSES[i]}": float(scores[i]) for i in np.flatnonzero(occurs)}
+
+
+def confusion_of(labels: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """Pixels by true class (rows) and found class (columns), int64 [19, 19]."""
+    pairs = labels.astype(np.int64) * len(CLASSES) + found  # uint8 would overflow from class 13 on
+    return np.bincount(pairs.ravel(), minlength=len(CLASSES) ** 2).reshape(len(CLASSES), len(CLASSES))
 
 
 def train_face_parser(recipe: FaceParserRecipe, run: Path) -> None:
