@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from likeness.files import write_whole
@@ -94,13 +93,7 @@ def write_shard(folder: Path, name: str, tensors: dict[str, Tensor], captions: l
     """Write one shard whole or not at all; its captions first, so that a shard that exists is complete."""
     file = folder / name
     write_whole(file.with_suffix(".json"), json.dumps(captions, ensure_ascii=False))
-    partial = file.with_suffix(".partial")
-    try:
-        save_file({key: value.to(torch.float16).contiguous() for key, value in tensors.items()}, partial)
-        os.replace(partial, file)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(f"cannot write the shard {file}: {error}") from error
+    write_whole(file, save({key: value.to(torch.float16).contiguous() for key, value in tensors.items()}))
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

@@ -67,10 +67,6 @@ def encode_folder(
     begun = out / "plan.json"
     if begun.is_file() and (different := {k for k, v in read_json(begun).items() if plan.get(k) != v}):
         raise InputError(f"{out} was begun with another {sorted(different)[0]}: choose another folder or delete it")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror or error}") from error
     write_whole(begun, json.dumps(plan, indent=2))
     codec = LatentCodec(components.vae)  # raw latents: the statistics are applied when they are read
     shards = []
