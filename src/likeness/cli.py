@@ -262,23 +262,28 @@ def prepare_celebamask(source: PathArgument, out: PathArgument, *, size: int = 1
     tell_counts(out, found)
 
 
-def prepare_annotate(folder: PathArgument, *, parser: Path | None = None, sketches: bool = True) -> None:
-    """Add masks and sketches to a prepared folder where it lacks them.
+def prepare_annotate(
+    folder: PathArgument, *, parser: Path | None = None, landmarker: Path | None = None, sketches: bool = True
+) -> None:
+    """Add masks, sketches and keypoints to a prepared folder where it lacks them.
 
     Args:
         folder: A folder with metadata.jsonl; run again to go on after an interruption.
         parser: Folder of a trained face parser; without it no masks are added.
+        landmarker: MediaPipe's face_landmarker.task; without it no keypoints are added.
         sketches: Whether to add sketches.
     """
     from likeness.prepare.annotate import annotate_folder
 
     quiet_libraries()
     with progress_bar("Annotating") as advance:
-        added = annotate_folder(folder, parser=parser, sketches=sketches, progress=advance)
+        added = annotate_folder(folder, parser=parser, landmarker=landmarker, sketches=sketches, progress=advance)
     print(f"{folder}: " + ", ".join(f"{count} {name} added" for name, count in added.items()))
 
 
-def prepare_encode(folder: PathArgument, out: PathArgument, *, components: Path | None = None, size: int = 128) -> None:
+def prepare_encode(
+    folder: PathArgument, out: PathArgument, *, components: Path | None = None, size: int = 128, views: int = 1
+) -> None:
     """Encode a prepared folder into training shards.
 
     Args:
@@ -286,13 +291,15 @@ def prepare_encode(folder: PathArgument, out: PathArgument, *, components: Path 
         out: Folder of the shards; run again to go on after an interruption.
         components: Folder with autoencoder and text tower; the bundled ones by default.
         size: Pixels a side.
+        views: Versions of each face: the first as it is; more are mirrored in turn, with conditions as another hand
+            would have given them.
     """
     from likeness.pipelines.load import load_components
     from likeness.prepare.encode import encode_folder
 
     parts = load_components(components) if components else load_components()
     with progress_bar("Encoding") as advance:
-        encode_folder(folder, out, parts, size=size, progress=advance)
+        encode_folder(folder, out, parts, size=size, views=views, progress=advance)
     print(out)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import SegformerForSemanticSegmentation
 
-from likeness.annotators.face_parser import flip_scores, parse_face
+from likeness.annotators.face_parser import flip_scores, parse_faces
 from likeness.conditions import CONDITIONS
 from likeness.data.folder import read_folder
 from likeness.data.synthetic import draw_face
@@ -93,6 +93,8 @@ def test_augmentation_keeps_picture_and_mask_together(faces):
     for position in range(12):
         picture, labels = examples[position]
         assert set(np.unique(labels)) <= set(range(19))
+        assert labels.shape == (32, 32)
+        labels = labels.repeat(2, axis=0).repeat(2, axis=1)  # the mask comes at half the size
         skin, other = (picture[labels == k].mean(0) for k in (1, 0))
         separated += np.abs(skin - other).max() > 15
     assert separated >= 10
@@ -116,8 +118,8 @@ def test_mirrored_average_is_equivariant(faces):
     torch.manual_seed(0)
     network = build(recipe(faces)).eval()
     picture = draw_face(0, 1, 64).image
-    one = parse_face(network, picture, size=64)
-    other = parse_face(network, np.ascontiguousarray(picture[:, ::-1]), size=64)
+    (one,) = parse_faces(network, [picture], size=64)
+    (other,) = parse_faces(network, [np.ascontiguousarray(picture[:, ::-1])], size=64)
     assert (CONDITIONS["mask"].flip(one) == other).mean() > 0.99
 
 
@@ -125,7 +127,9 @@ def test_published_model_loads(faces, tmp_path):
     train_face_parser(recipe(faces), tmp_path)
     network = SegformerForSemanticSegmentation.from_pretrained(tmp_path / "model").eval()
     assert network.config.id2label[13] == "hair"
-    assert parse_face(network, draw_face(0, 1, 96).image, size=64).shape == (96, 96)
+    sizes = (96, 64, 80)
+    masks = parse_faces(network, [draw_face(0, 1, size).image for size in sizes], size=64)
+    assert [mask.shape for mask in masks] == [(size, size) for size in sizes]
 
 
 def test_no_masks(tmp_path):

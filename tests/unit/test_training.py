@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,12 @@ import pytest
 import torch
 
 from builders import save_components
+from likeness.conditions import CONDITIONS
 from likeness.config import load_toml
+from likeness.data.folder import read_folder, read_photo
 from likeness.data.sampler import Sampler
 from likeness.data.store import Sample, Store
+from likeness.encoders.latent import LatentCodec, to_tensor
 from likeness.pipelines.generate import generate, resolve
 from likeness.pipelines.load import load, load_components
 from likeness.prepare.encode import encode_folder
@@ -98,15 +102,46 @@ def test_encoding_resumes_without_redoing(prepared, tmp_path):
         )
 
     encode()
-    assert seen == list(range(1, 11))
+    assert seen == [4, 8, 10]
     (out / "shard-00001.safetensors").unlink()
     (out / "manifest.json").unlink()
     with pytest.raises(InputError, match=r"manifest.json is missing"):
         Store(out)
     seen.clear()
     encode()
-    assert seen == [5, 6, 7, 8]
+    assert seen == [8]
     assert torch.equal(Store(out)[5].latents, Store(prepared / "shards")[5].latents)
+
+
+def test_views_mirror_and_vary(prepared, tmp_path):
+    parts = load_components(prepared / "components")
+    encode_folder(prepared / "faces", tmp_path / "views", parts, size=SIZE, views=2, shard_size=4)
+    store, plain = Store(tmp_path / "views"), Store(prepared / "shards")
+    assert len(store) == 20
+    assert store[3].captions == store[13].captions
+    assert torch.equal(store[3].latents, plain[3].latents)
+    picture = read_photo(read_folder(prepared / "faces")[3]["file_name"], SIZE)
+    mirrored = LatentCodec(parts.vae).encode(to_tensor([picture[:, ::-1]]))[0]
+    assert torch.allclose(store[13].latents, mirrored, atol=2e-3)
+    mask = CONDITIONS["mask"]
+    labels = mask.resize(mask.read(read_folder(prepared / "faces")[3]["mask_file_name"]).raw, SIZE, SIZE)
+    exact = LatentCodec(parts.vae).encode(to_tensor([mask.render(mask.flip(labels), SIZE, SIZE)]))[0]
+    off = (store[13].conditions["mask"] - exact).abs().mean()
+    assert 0.01 < off / exact.std() < 0.7  # varied, yet the mirrored mask of this face
+
+
+def test_faces_that_lack_a_condition_keep_the_others(prepared, tmp_path):
+    shutil.copytree(prepared / "faces", tmp_path / "faces")
+    path = tmp_path / "faces" / "train" / "metadata.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    del rows[2]["keypoints_file_name"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    encode_folder(tmp_path / "faces", tmp_path / "s", load_components(prepared / "components"), size=SIZE)
+    store = Store(tmp_path / "s")
+    assert [set(store[i].conditions) for i in (1, 2)] == [{"mask", "sketch", "keypoints"}, {"mask", "sketch"}]
+    data = DataRecipe(shards=("s",), condition_shares={"keypoints": 1.0})
+    batch = make_batch([store[1], store[2]], [0, 1], data, ["keypoints"], torch.zeros(1), torch.ones(1), seed=0)
+    assert batch.condition_index.tolist() == [[0], [-1]]
 
 
 def test_encoding_refuses_to_mix(prepared):

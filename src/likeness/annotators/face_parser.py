@@ -6,6 +6,7 @@ are smooth and no label is invented.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -38,21 +39,24 @@ def flip_scores(scores: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def parse_face(network: Any, picture: np.ndarray, *, size: int, mirrored: bool = True) -> np.ndarray:
-    """The mask of a face.
+def parse_faces(network: Any, pictures: Sequence[np.ndarray], *, size: int, mirrored: bool = True) -> list[np.ndarray]:
+    """The masks of faces.
 
     Args:
         network: a transformers semantic segmentation network with 19 labels in our order.
-        picture: uint8 RGB [H, W, 3], framed as the training pictures were.
+        pictures: B of uint8 RGB [H, W, 3], framed as the training pictures were; each may have a size of its own.
         size: pixels a side that the network was trained on.
-        mirrored: also look at the mirrored picture and average: a little better, twice the time.
+        mirrored: also look at the mirrored pictures and average: a little better, twice the time.
 
     Returns:
-        Class indices, uint8 [H, W].
+        Class indices, B of uint8 [H, W].
     """
-    given = to_input(picture, size).to(network.device, network.dtype)
-    scores = network(pixel_values=given).logits.float()  # [1, 19, h, w]
+    given = torch.cat([to_input(picture, size) for picture in pictures]).to(network.device, network.dtype)
+    scores = network(pixel_values=given).logits.float()  # [B, 19, h, w]
     if mirrored:
         scores = scores + flip_scores(network(pixel_values=given.flip(-1)).logits.float())
-    scores = F.interpolate(scores, size=picture.shape[:2], mode="bilinear", align_corners=False)
-    return scores.argmax(1)[0].to(torch.uint8).cpu().numpy()
+    masks = []
+    for picture, own in zip(pictures, scores, strict=True):
+        enlarged = F.interpolate(own[None], size=picture.shape[:2], mode="bilinear", align_corners=False)
+        masks.append(enlarged.argmax(1)[0].to(torch.uint8).cpu().numpy())
+    return masks

@@ -45,5 +45,7 @@ class Condition:
     """(raw, height, width) -> raw of that size; labels are never blended."""
     flip: Callable[[np.ndarray], np.ndarray]
     """Mirror left to right, exchanging the classes or points of the person's left and right."""
+    vary: Callable[[np.ndarray, np.random.Generator], np.ndarray]
+    """The same, as another hand would have given it: training sees such versions beside the exact ones."""
     render: Callable[[np.ndarray, int, int], np.ndarray]
     """(raw, height, width) -> uint8 RGB [height, width, 3]: the picture that the autoencoder encodes."""

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 
 from likeness.conditions.base import Condition, Reading, Source
 from likeness.conditions.pictures import describe, existing_path, load_array
+from likeness.conditions.vary import vary_points
 from likeness.types import InputError
 
 # fmt: off
@@ -245,4 +246,6 @@ def render(raw: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(canvas.reduce(scale))
 
 
-KEYPOINTS = Condition(name="keypoints", raw="points", read=read, resize=resize, flip=flip, render=render)
+KEYPOINTS = Condition(
+    name="keypoints", raw="points", read=read, resize=resize, flip=flip, vary=vary_points, render=render
+)

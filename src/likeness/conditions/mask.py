@@ -25,6 +25,7 @@ from likeness.conditions.mask_schemes import (
     side_notes,
 )
 from likeness.conditions.pictures import LEAST_SIDE, check_aspect, describe, existing_path, load_array, open_picture
+from likeness.conditions.vary import vary_labels
 from likeness.types import InputError
 
 PART_NAMES: dict[str, int] = {
@@ -225,4 +226,4 @@ def render(raw: np.ndarray, height: int, width: int) -> np.ndarray:
     return PALETTE[resize(raw, height, width)]
 
 
-MASK = Condition(name="mask", raw="labels", read=read, resize=resize, flip=flip, render=render)
+MASK = Condition(name="mask", raw="labels", read=read, resize=resize, flip=flip, vary=vary_labels, render=render)

@@ -16,6 +16,7 @@ from likeness.conditions.base import Condition, Reading, Source
 from likeness.conditions.mask_repair import nearest_colours
 from likeness.conditions.mask_schemes import UNION
 from likeness.conditions.pictures import LEAST_SIDE, check_aspect, describe, existing_path, load_array, open_picture
+from likeness.conditions.vary import vary_lines
 from likeness.types import InputError
 
 PAPER = 250
@@ -197,4 +198,4 @@ def render(raw: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.repeat(resize(raw, height, width)[..., None], 3, axis=2)
 
 
-SKETCH = Condition(name="sketch", raw="lines", read=read, resize=resize, flip=flip, render=render)
+SKETCH = Condition(name="sketch", raw="lines", read=read, resize=resize, flip=flip, vary=vary_lines, render=render)

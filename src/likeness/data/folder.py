@@ -1,7 +1,7 @@
 """Read a prepared folder of faces: a `metadata.jsonl` beside its pictures, as Hugging Face's imagefolder has it.
 
-A row is a plain dict; file columns are `file_name` and `<condition>_file_name`, captions are `text` (a list). Nothing
-is decoded here, so a folder of a million faces opens as fast as its metadata can be read.
+A row is a plain dict; file columns are `file_name` and `<condition>_file_name`, captions are `text` (a list). Reading
+rows decodes no picture, so a folder of a million faces opens as fast as its metadata can be read.
 """
 
 from __future__ import annotations
@@ -11,6 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
+from likeness.conditions.pictures import open_picture
 from likeness.types import InputError
 
 METADATA = "metadata.jsonl"
@@ -62,3 +66,21 @@ def captions_of(row: dict[str, Any]) -> Sequence[str]:
     """The captions of a row: `text` may be one string, a list, or absent."""
     text = row.get("text", ())
     return (text,) if isinstance(text, str) else tuple(text)
+
+
+def read_photo(path: Path, size: int | None = None) -> np.ndarray:
+    """A photograph, upright, uint8 RGB [H, W, 3].
+
+    Args:
+        path: the file.
+        size: pixels a side to bring it to; None leaves it as it is.
+
+    Raises:
+        InputError: it cannot be read, or is not square where a size is asked for.
+    """
+    image = open_picture(path).convert("RGB")
+    if size is None or image.size == (size, size):
+        return np.array(image)
+    if image.width != image.height:
+        raise InputError(f"{path} is {image.width}x{image.height}; training pictures must be square: crop it")
+    return np.array(image.resize((size, size), Image.Resampling.LANCZOS))

@@ -13,12 +13,11 @@ import torch
 from diffusers import AutoencoderDC
 from transformers import AutoTokenizer, CLIPTextModel
 
-from likeness.data.folder import read_folder
+from likeness.data.folder import read_folder, read_photo
 from likeness.encoders.latent import LatentCodec, to_tensor
 from likeness.files import write_whole
 from likeness.pipelines.load import load_component
 from likeness.pipelines.packed import save_packed
-from likeness.prepare.encode import read_picture
 from likeness.types import InputError
 
 
@@ -53,7 +52,7 @@ def join_components(
     codec = LatentCodec(load_component(out / "vae", "diffusers", "AutoencoderDC"))
     rows = read_folder(data)
     chosen = rows[:: max(1, len(rows) // pictures)]
-    latents = torch.cat([codec.encode(to_tensor([read_picture(row["file_name"], size)])) for row in chosen])
+    latents = torch.cat([codec.encode(to_tensor([read_photo(row["file_name"], size)])) for row in chosen])
     components = {
         "vae": ["diffusers", "AutoencoderDC"],
         "text_encoder": ["transformers", "CLIPTextModel"],

@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from likeness.conditions import CONDITIONS
-from likeness.data.folder import captions_of, column_of, read_folder
-from likeness.data.store import IMAGE, MANIFEST, write_manifest, write_shard
+from likeness.data.ahead import read_ahead
+from likeness.data.folder import captions_of, column_of, read_folder, read_photo
+from likeness.data.store import IMAGE, MANIFEST, PRESENT, write_manifest, write_shard
 from likeness.encoders.latent import LatentCodec, spatial_factor, to_tensor
 from likeness.files import write_whole
 from likeness.pipelines.load import Components, read_json
 from likeness.types import InputError
+
+TOGETHER = 16
+"""Faces a pass through the autoencoder."""
 
 
 def encode_folder(
@@ -31,6 +34,7 @@ def encode_folder(
     components: Components,
     *,
     size: int,
+    views: int = 1,
     shard_size: int = 1024,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -41,8 +45,10 @@ def encode_folder(
         out: the store's folder; run again to go on after an interruption.
         components: autoencoder and its settings.
         size: pixels a side.
-        shard_size: faces a shard.
-        progress: called as (faces done, faces in all).
+        views: versions of each face. View 0 is the face as it is; every odd one is mirrored; in all but view 0 the
+            conditions are varied (`likeness.conditions.vary`).
+        shard_size: faces a shard, views counted.
+        progress: called as (faces done, faces in all), views counted.
 
     Returns:
         The manifest.
@@ -51,16 +57,19 @@ def encode_folder(
         InputError: a file cannot be read, or `out` was begun with other settings.
     """
     rows = read_folder(folder)
-    names = [name for name in CONDITIONS if all(column_of(name) in row for row in rows)]
+    names = [name for name in CONDITIONS if any(column_of(name) in row for row in rows)]
     if size % spatial_factor(components.vae):
         raise InputError(
             f"the size {size} is not a multiple of the autoencoder's factor {spatial_factor(components.vae)}"
         )
+    if views < 1:
+        raise InputError(f"views is {views}: every face needs at least one")
     plan = {
         "codec": components.codec_hash,
         "size": size,
         "conditions": names,
-        "count": len(rows),
+        "views": views,
+        "count": len(rows) * views,
         "source": hashlib.sha256("\n".join(row["file_name"].name for row in rows).encode()).hexdigest(),
         "shard_size": shard_size,
     }
@@ -69,21 +78,24 @@ def encode_folder(
         raise InputError(f"{out} was begun with another {sorted(different)[0]}: choose another folder or delete it")
     write_whole(begun, json.dumps(plan, indent=2))
     codec = LatentCodec(components.vae)  # raw latents: the statistics are applied when they are read
+    everything = [(number, row, view) for view in range(views) for number, row in enumerate(rows)]
     shards = []
-    for start in range(0, len(rows), shard_size):
-        part = rows[start : start + shard_size]
+    for start in range(0, len(everything), shard_size):
+        part = everything[start : start + shard_size]
         name = f"shard-{start // shard_size:05d}.safetensors"
         if not (out / name).is_file():
-            latents: dict[str, list[torch.Tensor]] = {key: [] for key in (IMAGE, *names)}
-            for number, row in enumerate(part):
-                pictures = [read_picture(row["file_name"], size), *(rendered(row, name, size) for name in names)]
-                encoded = codec.encode(to_tensor(pictures))  # [1 + conditions, C, h, w]
-                for key, latent in zip(latents, encoded, strict=True):
-                    latents[key].append(latent)
+            encoded, present = [], []
+            passes = [part[at : at + TOGETHER] for at in range(0, len(part), TOGETHER)]
+            for number, (pictures, there) in enumerate(read_ahead(lambda p: view_pictures(p, names, size), passes)):
+                latents = codec.encode(to_tensor(pictures))  # [B (1 + K), C, h, w]
+                encoded.append(latents.unflatten(0, (-1, 1 + len(names))).half())  # [B, 1 + K, C, h, w]
+                present.append(there)
                 if progress is not None:
-                    progress(start + number + 1, len(rows))
-            stacked = {key: torch.stack(values) for key, values in latents.items()}
-            write_shard(out, name, stacked, [list(captions_of(row)) for row in part])
+                    progress(min(start + (number + 1) * TOGETHER, start + len(part)), len(everything))
+            latents = torch.cat(encoded)
+            tensors = {key: latents[:, column] for column, key in enumerate((IMAGE, *names))}
+            tensors[PRESENT] = torch.from_numpy(np.concatenate(present))
+            write_shard(out, name, tensors, [list(captions_of(row)) for _, row, _ in part])
         shards.append({"file": name, "count": len(part)})
     manifest = {**plan, "shards": shards}
     write_manifest(out, manifest)
@@ -91,23 +103,29 @@ def encode_folder(
     return manifest
 
 
-def rendered(row: dict[str, Any], name: str, size: int) -> np.ndarray:
-    """A row's condition as its picture, uint8 [S, S, 3]."""
-    condition = CONDITIONS[name]
-    raw = condition.read(row[column_of(name)]).raw
-    return condition.render(condition.resize(raw, size, size), size, size)
+def view_pictures(
+    faces: Sequence[tuple[int, dict[str, Any], int]], names: Sequence[str], size: int
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """What the autoencoder is given of B faces, each (number, row, view).
 
-
-def read_picture(path: Path, size: int) -> np.ndarray:
-    """A photograph, uint8 [S, S, 3], reduced where it is larger.
-
-    Raises:
-        InputError: it cannot be read, or is not square.
+    Returns:
+        B (1 + K) pictures uint8 [S, S, 3], each face followed by its conditions, black where it lacks one; and
+        which conditions are present, uint8 [B, K].
     """
-    try:
-        image = Image.open(path).convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be read as a picture: {error}") from error
-    if image.width != image.height:
-        raise InputError(f"{path} is {image.width}x{image.height}; training pictures must be square: crop it")
-    return np.asarray(image if image.width == size else image.resize((size, size), Image.Resampling.LANCZOS))
+    pictures: list[np.ndarray] = []
+    present = np.zeros((len(faces), len(names)), dtype=np.uint8)
+    for place, (number, row, view) in enumerate(faces):
+        mirrored = view % 2 == 1
+        photo = read_photo(row["file_name"], size)
+        pictures.append(photo[:, ::-1] if mirrored else photo)
+        for column, name in enumerate(names):
+            if column_of(name) not in row:
+                pictures.append(np.zeros((size, size, 3), dtype=np.uint8))
+                continue
+            condition = CONDITIONS[name]
+            raw = condition.resize(condition.read(row[column_of(name)]).raw, size, size)
+            if view:
+                raw = condition.vary(raw, np.random.default_rng([number, view, column]))
+            pictures.append(condition.render(condition.flip(raw) if mirrored else raw, size, size))
+            present[place, column] = 1
+    return pictures, present

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from likeness.config import to_dict
+from likeness.data.ahead import read_ahead
 from likeness.data.sampler import Sampler
 from likeness.data.store import Sample, Store
 from likeness.files import write_whole
@@ -25,7 +26,6 @@ from likeness.objectives import Objective, make_objective
 from likeness.pipelines.generate import generate, resolve
 from likeness.pipelines.load import Components, load_components
 from likeness.pipelines.mmface import MMFacePipeline
-from likeness.train.ahead import read_ahead
 from likeness.train.checkpoint import load_state, save_state
 from likeness.train.config import TrainRecipe
 from likeness.train.metrics import Reporter

@@ -65,7 +65,7 @@ def make_batch(
         kind = kinds[min(int(np.searchsorted(cumulative, rng.random(), side="right")), len(kinds) - 1)]
         uniform.append(rng.random())
         noise.append(torch.from_numpy(rng.standard_normal(tuple(sample.latents.shape), dtype=np.float32)))
-        present = kind != "none"
+        present = kind in sample.conditions  # "none", or a condition that this face lacks: trained without one
         conditions.append(sample.conditions[kind] if present else sample.latents)  # an absent one is never read
         index.append(condition_names.index(kind) if present else -1)
     return Batch(

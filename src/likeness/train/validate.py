@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ def condition_losses(pipeline: Any, store: Store, condition: str, *, count: int,
         pipeline: the model.
         store: shards of faces it was not trained on, made with its autoencoder.
         condition: which condition.
-        count: how many faces, the first ones of the store.
+        count: how many faces at most, the first ones of the store that have the condition.
         seed: seed of the noise.
 
     Returns:
@@ -33,7 +34,9 @@ def condition_losses(pipeline: Any, store: Store, condition: str, *, count: int,
         for key in ("latent_mean", "latent_std")
     )
     row = list(pipeline.transformer.config.condition_names).index(condition)
-    samples = [store[index] for index in range(count)]
+    having = (sample for sample in map(store.__getitem__, range(len(store))) if condition in sample.conditions)
+    samples = list(islice(having, count))
+    count = len(samples)
     losses = {"right": 0.0, "shuffled": 0.0, "none": 0.0}
     for number, sample in enumerate(samples):
         noise = stream(seed, number).standard_normal(tuple(sample.latents.shape), dtype="float32")

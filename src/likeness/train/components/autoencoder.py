@@ -16,14 +16,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from diffusers import AutoencoderDC
-from PIL import Image
 
 from likeness.conditions import CONDITIONS
 from likeness.conditions.classes import CLASSES, PALETTE
 from likeness.config import to_dict
-from likeness.data.folder import column_of, read_folder
+from likeness.data.ahead import read_ahead
+from likeness.data.folder import column_of, read_folder, read_photo
 from likeness.encoders.latent import LatentCodec, to_pixels, to_tensor
-from likeness.train.ahead import read_ahead
 from likeness.train.checkpoint import load_state, save_state
 from likeness.train.metrics import Reporter
 from likeness.train.optim import Ema, clip_gradients, learning_rate
@@ -122,14 +121,6 @@ class Pictures:
             raw = jitter(raw, rng)
         raw = condition.flip(raw) if flip else raw
         return condition.render(condition.resize(raw, self.size, self.size), self.size, self.size)
-
-
-def read_photo(path: Path, size: int) -> np.ndarray:
-    """A photograph as uint8 RGB [size, size, 3]."""
-    image = Image.open(path).convert("RGB")
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.LANCZOS)
-    return np.asarray(image)
 
 
 def jitter(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:

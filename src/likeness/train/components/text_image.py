@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 from likeness.config import to_dict
-from likeness.data.folder import captions_of, read_folder
+from likeness.data.ahead import read_ahead
+from likeness.data.folder import captions_of, read_folder, read_photo
 from likeness.data.sampler import Sampler, stream
-from likeness.train.ahead import read_ahead
 from likeness.train.checkpoint import load_state, save_state
 from likeness.train.metrics import Reporter
 from likeness.train.optim import Ema, clip_gradients, learning_rate
@@ -228,13 +228,10 @@ def captioned_rows(folders: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def read_picture(path: Path, size: int, box: tuple[float, float, float, float] = (0, 0, 1, 1)) -> np.ndarray:
+def read_box(path: Path, size: int, box: tuple[float, float, float, float] = (0, 0, 1, 1)) -> np.ndarray:
     """A picture, or the `box` (left, top, right, bottom; in [0, 1]) of it, reduced by areas: uint8 [size, size, 3]."""
-    image = Image.open(path).convert("RGB")
-    width, height = image.size
-    pixels = (
-        (0, 0, width, height) if box is None else (box[0] * width, box[1] * height, box[2] * width, box[3] * height)
-    )
+    image = Image.fromarray(read_photo(path))
+    pixels = (box[0] * image.width, box[1] * image.height, box[2] * image.width, box[3] * image.height)
     return np.asarray(image.resize((size, size), Image.Resampling.BOX, box=pixels))
 
 
@@ -275,7 +272,7 @@ class Pairs:
         caption = captions[int(rng.integers(len(captions)))]
         side = rng.uniform(self.recipe.crop, 1)
         left, top = rng.uniform(0, 1 - side), rng.uniform(0, 1 - side)
-        picture = read_picture(row["file_name"], self.recipe.size, (left, top, left + side, top + side))
+        picture = read_box(row["file_name"], self.recipe.size, (left, top, left + side, top + side))
         brightness = 1 + self.recipe.brightness * rng.uniform(-1, 1)
         return (picture * brightness).clip(0, 255).astype(np.uint8), caption
 
@@ -379,7 +376,7 @@ def retrieval(
         group = [rows[index] for index in order[start : start + choices]]
         texts = [captions_of(row) for row in group]
         random = np.random.default_rng([seed, 1, start])
-        pixels = to_tensor([read_picture(row["file_name"], size) for row in group])
+        pixels = to_tensor([read_box(row["file_name"], size) for row in group])
         pictures.append(embed_pictures(clip, pixels.to(clip.device)))
         length = clip.text_model.embeddings.position_embedding.num_embeddings
         for kept, captions in (

@@ -1,4 +1,4 @@
-"""Read while the network computes: the one read-ahead of all training loops."""
+"""Read while the network computes: the one read-ahead of all long work."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
-def read_ahead(make: Callable[[int], T], starts: Iterable[int], *, depth: int = 3, threads: int = 2) -> Iterator[T]:
+def read_ahead(make: Callable[[S], T], starts: Iterable[S], *, depth: int = 3, threads: int = 2) -> Iterator[T]:
     """`make(start)` for every start, in order, up to `depth` of them made beforehand by `threads` threads."""
     waiting = iter(starts)
     with ThreadPoolExecutor(threads) as pool:
