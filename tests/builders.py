@@ -7,8 +7,18 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderDC
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedTokenizerFast,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+)
 
+from likeness.conditions.classes import CLASSES
+from likeness.models.mditface import MDiTFaceTransformer
 from likeness.models.mmface import MMFaceTransformer
 from likeness.objectives import RectifiedFlow
 from likeness.pipelines.load import Components, weights_hash
@@ -64,6 +74,31 @@ def tiny_text_encoder() -> CLIPTextModel:
     return CLIPTextModel(config).eval()
 
 
+def tiny_clip() -> CLIPModel:
+    """A text-image pair for `tiny_tokenizer` and pictures of 16 pixels."""
+    torch.manual_seed(3)
+    text = tiny_text_encoder().config.to_dict()
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 16, "patch_size": 8}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
+
+
+def tiny_face_parser() -> SegformerForSemanticSegmentation:
+    """A face parser that sees 32 pixels."""
+    torch.manual_seed(4)
+    labels = dict(enumerate(CLASSES))
+    config = SegformerConfig(
+        hidden_sizes=[8, 16, 16, 16],
+        depths=[1, 1, 1, 1],
+        num_attention_heads=[1, 1, 1, 1],
+        decoder_hidden_size=16,
+        id2label=labels,
+        label2id={name: index for index, name in labels.items()},
+        image_size=32,
+    )
+    return SegformerForSemanticSegmentation(config).eval()
+
+
 def tiny_transformer(condition_names: tuple[str, ...] = ("mask", "sketch", "keypoints", "none")) -> MMFaceTransformer:
     """32 wide, two blocks, with no weight left at zero, so that every input matters."""
     torch.manual_seed(3)
@@ -78,6 +113,26 @@ def tiny_transformer(condition_names: tuple[str, ...] = ("mask", "sketch", "keyp
         condition_names=condition_names,
     )
     return randomise(model).eval()
+
+
+TINY_FLUX = {
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 32,
+    "guidance_embeds": True,
+    "axes_dims_rope": (4, 6, 6),
+}
+"""Configuration of a FLUX transformer 32 wide, for latents of 4 channels."""
+
+
+def tiny_mditface(**changes) -> MDiTFaceTransformer:
+    """32 wide, two blocks of either kind, with no weight left at zero, so that every input matters."""
+    torch.manual_seed(5)
+    return randomise(MDiTFaceTransformer(**{**TINY_FLUX, **changes}), std=0.2).eval()
 
 
 @torch.no_grad()
