@@ -282,7 +282,13 @@ def prepare_annotate(
 
 
 def prepare_encode(
-    folder: PathArgument, out: PathArgument, *, components: Path | None = None, size: int = 128, views: int = 1
+    folder: PathArgument,
+    out: PathArgument,
+    *,
+    components: Path | None = None,
+    size: int = 128,
+    views: int = 1,
+    precision: Literal["fp32", "bf16"] = "fp32",
 ) -> None:
     """Encode a prepared folder into training shards.
 
@@ -293,18 +299,25 @@ def prepare_encode(
         size: Pixels a side.
         views: Versions of each face: the first as it is; more are mirrored in turn, with conditions as another hand
             would have given them.
+        precision: Of the computation; bf16 is about three times as fast on a CPU.
     """
     from likeness.pipelines.load import load_components
     from likeness.prepare.encode import encode_folder
 
     parts = load_components(components) if components else load_components()
     with progress_bar("Encoding") as advance:
-        encode_folder(folder, out, parts, size=size, views=views, progress=advance)
+        encode_folder(folder, out, parts, size=size, views=views, precision=precision, progress=advance)
     print(out)
 
 
 def prepare_components(
-    autoencoder: PathArgument, text: PathArgument, out: PathArgument, *, data: Path, size: int = 128
+    autoencoder: PathArgument,
+    text: PathArgument,
+    out: PathArgument,
+    *,
+    data: Path,
+    face_parser: Path | None = None,
+    size: int = 128,
 ) -> None:
     """Join a trained autoencoder and text tower into the folder a transformer is trained on.
 
@@ -313,11 +326,12 @@ def prepare_components(
         text: Run folder of a text tower.
         out: Folder to write.
         data: Prepared folder on which the latents' statistics are measured.
+        face_parser: Run folder of a face parser to lay beside them.
         size: Pixels a side.
     """
     from likeness.prepare.components import join_components
 
-    join_components(autoencoder, text, out, data, size=size)
+    join_components(autoencoder, text, out, data, size=size, face_parser=face_parser)
     print(out)
 
 

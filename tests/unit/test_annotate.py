@@ -14,7 +14,8 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 from likeness.annotators.face_parser import parse_faces
 from likeness.data.folder import read_folder
 from likeness.data.synthetic import draw_face
-from likeness.prepare.annotate import annotate_folder, load_parser
+from likeness.pipelines.load import load_face_parser
+from likeness.prepare.annotate import annotate_folder
 from likeness.train.components.face_parser import FaceParserRecipe, build
 from likeness.types import InputError
 
@@ -54,7 +55,7 @@ def test_adds_and_keeps(folder, parser):
     rows = read_folder(folder)
     assert rows[0]["mask_file_name"].parent.name == "own"
     assert rows[0]["attributes"] == {"hat": "none"}
-    network, size = load_parser(parser)
+    network, size = load_face_parser(parser)
     (wanted,) = parse_faces(network, [np.array(Image.open(rows[1]["file_name"]))], size=size)
     assert (np.array(Image.open(rows[1]["mask_file_name"])) == wanted).mean() > 0.999  # parsed together with another
     assert Image.open(rows[1]["mask_file_name"]).mode == "P"
@@ -79,7 +80,7 @@ def test_without_parser(folder):
 
 
 def test_refusals(folder, parser, tmp_path):
-    with pytest.raises(InputError, match="no segmentation network"):
+    with pytest.raises(InputError, match=r"config\.json cannot be read"):
         annotate_folder(folder, parser=tmp_path / "faces")
     other = SegformerForSemanticSegmentation(
         SegformerConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 1, 1], num_labels=3)

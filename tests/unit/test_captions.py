@@ -41,7 +41,7 @@ CLAIMS = {
 }
 DENIALS = {
     r"\b(woman|lady|She)\b": "Male",
-    r"\bolder\b|mature": "Young",
+    r"\b(old|elderly|older)\b|mature": "Young",
     r"not smiling|no smile|serious": "Smiling",
     r"closed mouth": "Mouth_Slightly_Open",
     r"a beard|clean-shaven.*beard": "No_Beard",

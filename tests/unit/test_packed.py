@@ -9,9 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from builders import tiny_text_encoder, tiny_tokenizer, tiny_transformer, tiny_vae
+from builders import tiny_clip, tiny_face_parser, tiny_text_encoder, tiny_tokenizer, tiny_transformer, tiny_vae
 from likeness.objectives import RectifiedFlow
-from likeness.pipelines.load import load, load_component, load_components, weights_hash
+from likeness.pipelines.load import (
+    load,
+    load_component,
+    load_components,
+    load_face_parser,
+    load_text_image,
+    weights_hash,
+)
 from likeness.pipelines.mmface import MMFacePipeline
 from likeness.pipelines.packed import SCALE, pack, save_packed, widen
 from likeness.prepare.components import join_components
@@ -58,7 +65,10 @@ def bundle(tmp_path_factory) -> Path:
     tiny_vae().save_pretrained(root / "autoencoder" / "model")
     tiny_text_encoder().save_pretrained(root / "text" / "model" / "text_encoder")
     tiny_tokenizer().save_pretrained(root / "text" / "model" / "tokenizer")
-    join_components(root / "autoencoder", root / "text", root / "common", root / "faces", size=32)
+    tiny_clip().save_pretrained(root / "text" / "model" / "clip")
+    tiny_face_parser().save_pretrained(root / "parser" / "model")
+    runs = (root / "autoencoder", root / "text")
+    join_components(*runs, root / "common", root / "faces", size=32, face_parser=root / "parser")
     parts = load_components(root / "common")
     objective = RectifiedFlow()
     pipeline = MMFacePipeline(
@@ -96,6 +106,22 @@ def test_statistics_normalise_latents(bundle):
     assert len(parts.settings["latent_mean"]) == 4
     assert parts.settings["max_text_tokens"] == 12
     assert parts.codec_hash == weights_hash(parts.vae)
+
+
+def test_what_measures_is_packed_beside(bundle):
+    network, size = load_face_parser(bundle / "common" / "face_parser")
+    plain, plain_size = load_face_parser(bundle / "parser" / "model")
+    assert size == plain_size == 32
+    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    wanted, found = plain(picture).logits, network(picture).logits
+    assert 0 < (found - wanted).norm() / wanted.norm() < 0.05
+    clip, tokenizer = load_text_image(bundle / "common")
+    assert tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
+    given = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    wanted, found = (model.get_image_features(given).pooler_output for model in (tiny_clip(), clip))
+    assert (found - wanted).norm() / wanted.norm() < 0.05
+    with pytest.raises(InputError, match="text-image pair"):
+        load_text_image(bundle / "mini")
 
 
 def test_model_of_another_autoencoder_is_refused(bundle, tmp_path):

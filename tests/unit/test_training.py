@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from builders import save_components
+from builders import save_components, tiny_transformer
 from likeness.conditions import CONDITIONS
 from likeness.config import load_toml
 from likeness.data.folder import read_folder, read_photo
@@ -24,7 +24,7 @@ from likeness.prepare.synthetic import write_synthetic
 from likeness.train import loop
 from likeness.train.checkpoint import load_state, save_state, states
 from likeness.train.config import DataRecipe, TrainRecipe
-from likeness.train.optim import Ema, learning_rate, power_of
+from likeness.train.optim import Ema, learning_rate, make_optimizers, power_of
 from likeness.train.step import make_batch
 from likeness.train.validate import condition_losses
 from likeness.types import InputError, PortraitRequest
@@ -197,9 +197,11 @@ def test_shares_and_dropout_are_what_the_recipe_says():
     assert abs(batch.noise.std().item() - 1) < 0.03
 
 
-def test_stopped_and_resumed_is_never_stopped(prepared, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_stopped_and_resumed_is_never_stopped(prepared, tmp_path, monkeypatch, name):
     """Killed after a checkpoint and started again: bit-identical weights, average, and previews."""
-    loop.train(recipe(prepared), tmp_path / "whole")
+    given = recipe(prepared, **{"optimizer.name": f'"{name}"'})
+    loop.train(given, tmp_path / "whole")
     real = loop.save_state
 
     def save_and_die(run, seen, state, keep):
@@ -208,15 +210,29 @@ def test_stopped_and_resumed_is_never_stopped(prepared, tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "save_state", save_and_die)
     with pytest.raises(KeyboardInterrupt):
-        loop.train(recipe(prepared), tmp_path / "parts")
+        loop.train(given, tmp_path / "parts")
     assert load_state(tmp_path / "parts")["seen"] == 12
     monkeypatch.setattr(loop, "save_state", real)
-    loop.train(recipe(prepared), tmp_path / "parts")
+    loop.train(given, tmp_path / "parts")
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     previews = [sorted((tmp_path / name / "previews").iterdir())[-1].read_bytes() for name in ("whole", "parts")]
     assert previews[0] == previews[1]
+
+
+def test_muon_takes_the_matrices_of_the_blocks(prepared):
+    network = tiny_transformer()
+    adamw, muon = make_optimizers(network, recipe(prepared, **{"optimizer.name": '"muon"'}).optimizer)
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    taken = {names[parameter] for group in muon.param_groups for parameter in group["params"]}
+    left = {names[parameter] for group in adamw.param_groups for parameter in group["params"]}
+    assert taken | left == set(names.values())
+    assert not taken & left
+    assert "blocks.0.attention.image_qkv.weight" in taken
+    assert {"patch_embed.weight", "blocks.0.modulation.weight", "final.weight", "text_embed.weight"} <= left
+    (alone,) = make_optimizers(network, recipe(prepared).optimizer)
+    assert sum(len(group["params"]) for group in alone.param_groups) == len(names)
 
 
 def test_preview_is_what_generate_makes(prepared, tmp_path):

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from likeness.conditions.classes import CLASSES
 from likeness.pipelines.catalogue import BUNDLED, COMMON, DEFAULT, bundled_models
 from likeness.pipelines.packed import PACKED, load_packed
 from likeness.types import InputError
@@ -164,6 +165,48 @@ def load_components(folder: str | Path = BUNDLED / COMMON) -> Components:
         )
     settings = {key: index[key] for key in ("latent_mean", "latent_std", "text_layer", "max_text_tokens")}
     return Components(**parts, settings=settings, codec_hash=weights_hash(parts["vae"]))
+
+
+def load_face_parser(folder: Path = BUNDLED / COMMON / "face_parser") -> tuple[Any, int]:
+    """A face parser of transformers, packed or not, and the pixels a side that it sees.
+
+    Raises:
+        InputError: it cannot be read, or its classes are not ours.
+    """
+    from transformers import AutoModelForSemanticSegmentation
+
+    config = read_json(folder / "config.json")
+    if (folder / PACKED).is_file():
+        network = load_component(folder, "transformers", config["architectures"][0])
+    else:
+        try:
+            network = AutoModelForSemanticSegmentation.from_pretrained(folder).eval()
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder} holds no segmentation network: {first_line(error)}") from error
+    labels = tuple(network.config.id2label[index] for index in range(network.config.num_labels))
+    if labels != CLASSES:
+        raise InputError(f"the classes of {folder} are {', '.join(labels[:4])} ..., not our 19 in order")
+    size = getattr(network.config, "image_size", None)
+    if not isinstance(size, int):
+        raise InputError(f"{folder / 'config.json'} does not say image_size, the pixels a side that the network sees")
+    return network, size
+
+
+def load_text_image(folder: Path) -> tuple[Any, Any]:
+    """A text-image pair: its `CLIPModel` and tokenizer, from a folder with `clip`, packed or not, and `tokenizer`.
+
+    Raises:
+        InputError: a part is missing or broken.
+    """
+    from transformers import AutoTokenizer, CLIPModel
+
+    where = folder / "clip"
+    try:
+        packed = (where / PACKED).is_file()
+        clip = load_component(where, "transformers", "CLIPModel") if packed else CLIPModel.from_pretrained(where).eval()
+        return clip, AutoTokenizer.from_pretrained(folder / "tokenizer")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} holds no text-image pair (clip and tokenizer): {first_line(error)}") from error
 
 
 def fingerprint(pipeline: Any) -> str:

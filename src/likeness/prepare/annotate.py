@@ -18,11 +18,10 @@ from PIL import Image
 from likeness.annotators.face_parser import parse_faces
 from likeness.annotators.landmarks import Landmarker, open_landmarker
 from likeness.annotators.sketch import extract_sketch
-from likeness.conditions.classes import CLASSES
 from likeness.conditions.pictures import mask_picture, png_bytes
 from likeness.data.folder import METADATA, column_of, read_folder, read_photo
 from likeness.files import write_whole
-from likeness.types import InputError
+from likeness.pipelines.load import load_face_parser
 
 TOGETHER = 16
 """Faces a pass."""
@@ -95,7 +94,7 @@ def add_condition(rows: list[dict[str, Any]], name: str, annotate: Annotator, ro
 
 def mask_annotator(folder: Path) -> Annotator:
     """Palette PNGs by the face parser in `folder`."""
-    network, size = load_parser(folder)
+    network, size = load_face_parser(folder)
     return lambda pictures: [png_bytes(mask_picture(mask)) for mask in parse_faces(network, pictures, size=size)]
 
 
@@ -111,27 +110,6 @@ def keypoints_annotator(find: Landmarker) -> Annotator:
         return contents
 
     return annotate
-
-
-def load_parser(folder: Path) -> tuple[Any, int]:
-    """A face parser of transformers and the size it sees.
-
-    Raises:
-        InputError: it cannot be read, or its classes are not ours.
-    """
-    from transformers import AutoModelForSemanticSegmentation
-
-    try:
-        network = AutoModelForSemanticSegmentation.from_pretrained(folder).eval()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder} holds no segmentation network: {str(error).splitlines()[0]}") from error
-    labels = tuple(network.config.id2label[index] for index in range(network.config.num_labels))
-    if labels != CLASSES:
-        raise InputError(f"the classes of {folder} are {', '.join(labels[:4])} ..., not our 19 in order")
-    size = getattr(network.config, "image_size", None)
-    if not isinstance(size, int):
-        raise InputError(f"{folder / 'config.json'} does not say image_size, the pixels a side that the network sees")
-    return network, size
 
 
 def relative(value: Any, root: Path) -> Any:

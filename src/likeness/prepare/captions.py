@@ -103,11 +103,12 @@ def draw_traits(attributes: Mapping[str, bool], rng: np.random.Generator) -> Tra
         return words[int(rng.integers(len(words)))]
 
     holds = lambda name: attributes.get(name, False)  # noqa: E731
-    traits = Traits(pick(("man", "man", "guy", "male person")) if holds("Male") else pick(("woman", "woman", "lady")))
+    nouns = ("man", "man", "man", "guy", "male person") if holds("Male") else ("woman", "woman", "woman", "lady")
+    traits = Traits(pick((*nouns, "person")))
     if holds("Young"):
         traits.adjectives.append("young")
     elif "Young" in attributes:
-        traits.adjectives.append(pick(("older", "middle-aged or older", "mature")))
+        traits.adjectives.append(pick(("old", "elderly", "older") if holds("Gray_Hair") else ("older", "mature")))
     traits.has += [pick(words) for name, words in HAS.items() if holds(name)]
     traits.wears += [pick(words) for name, words in WEARS.items() if holds(name)]
 
@@ -152,7 +153,10 @@ def compose(traits: Traits, rng: np.random.Generator) -> str:
     if not (adjectives or has or wears or expression):
         has = traits.has[:1]
     person = with_article(" ".join([*adjectives, traits.noun]))
-    they = "He" if traits.noun in ("man", "guy", "male person") else "She"
+    he = traits.noun in ("man", "guy", "male person")
+    they_have, they_are = ("They have", "They are")
+    if traits.noun != "person":
+        they_have, they_are = ("He has", "He is") if he else ("She has", "She is")
 
     form = int(rng.integers(4))
     if form == 0:  # tags
@@ -161,9 +165,9 @@ def compose(traits: Traits, rng: np.random.Generator) -> str:
     if form == 1:  # a few sentences
         parts = [f"{capital(KINDS[int(rng.integers(len(KINDS)))])} {person}{', ' + expression if expression else ''}."]
         if has:
-            parts.append(f"{they} has {listed(has)}.")
+            parts.append(f"{they_have} {listed(has)}.")
         if wears:
-            parts.append(f"{they} is wearing {listed(wears)}.")
+            parts.append(f"{they_are} wearing {listed(wears)}.")
         return " ".join(parts)
     start = person if form == 2 else f"{KINDS[int(rng.integers(len(KINDS)))]} {person}"
     sentence = start + (f" with {listed(has)}" if has else "")

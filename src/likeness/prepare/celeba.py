@@ -70,8 +70,8 @@ def prepare_celeba(
         except (OSError, ValueError) as error:
             return f"{path.name}: {error}"
         name = path.with_suffix(".png").name
-        save(out / split / "images" / name, Image.fromarray(picture))
-        save(out / split / "sketches" / name, Image.fromarray(extract_sketch(picture)))
+        save(out / split / "images" / name, lambda: Image.fromarray(picture))
+        save(out / split / "sketches" / name, lambda: Image.fromarray(extract_sketch(picture)))
         rng = np.random.default_rng([seed, int(path.stem) if path.stem.isdigit() else number])
         return split, {
             "file_name": f"images/{name}",
@@ -125,7 +125,7 @@ def prepare_celebamask(
         doctor.fix(report, file)
         if not np.array_equal(CONDITIONS["mask"].read(file).raw, report.raw):
             repaired.append(path.name)
-        save(out / split / "images" / path.name, picture)
+        save(out / split / "images" / path.name, lambda: picture)
         return split, {"file_name": f"images/{path.name}", column_of("mask"): f"masks/{path.name}"}
 
     found = finish(pairs, one, out, progress)
@@ -216,7 +216,7 @@ def read_aligned(path: Path, size: int) -> np.ndarray:
         return np.asarray(image.convert("RGB").crop(CROP).resize((size, size), Image.Resampling.LANCZOS))
 
 
-def save(path: Path, image: Image.Image) -> None:
-    """Write a PNG; one that is there already is left."""
+def save(path: Path, make: Callable[[], Image.Image]) -> None:
+    """Make a picture and write it as PNG; one that is there already is left."""
     if not path.is_file():
-        write_whole(path, png_bytes(image))
+        write_whole(path, png_bytes(make()))

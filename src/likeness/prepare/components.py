@@ -1,4 +1,5 @@
-"""Join what a transformer stands on into one folder: autoencoder, text tower, tokenizer and the latents' statistics.
+"""Join what a transformer stands on into one folder: autoencoder, text tower, tokenizer and the latents' statistics;
+beside them the picture tower and the face parser, which annotate and measure.
 
 The statistics are measured once, on real pictures, and then belong to the autoencoder: latents are normalised with
 them in training and sampling alike.
@@ -11,34 +12,43 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderDC
-from transformers import AutoTokenizer, CLIPTextModel
+from transformers import AutoTokenizer, CLIPModel, CLIPTextModel
 
 from likeness.data.folder import read_folder, read_photo
 from likeness.encoders.latent import LatentCodec, to_tensor
 from likeness.files import write_whole
-from likeness.pipelines.load import load_component
+from likeness.pipelines.load import load_component, load_face_parser
 from likeness.pipelines.packed import save_packed
 from likeness.types import InputError
 
 
 def join_components(
-    autoencoder: Path, text: Path, out: Path, data: Path, *, size: int, pictures: int = 1024, text_layer: int = -2
+    autoencoder: Path,
+    text: Path,
+    out: Path,
+    data: Path,
+    *,
+    size: int,
+    face_parser: Path | None = None,
+    pictures: int = 1024,
+    text_layer: int = -2,
 ) -> None:
     """Write `out` with packed weights (`likeness.pipelines.packed`).
 
     Args:
         autoencoder: run folder of an autoencoder.
-        text: run folder of a text tower.
+        text: run folder of a text tower; its picture tower is kept, too.
         out: folder to write.
         data: prepared folder whose pictures are measured.
         size: pixels a side.
+        face_parser: run folder of a face parser to lay beside them; no transformer stands on it.
         pictures: how many are measured, evenly spaced.
         text_layer: hidden state of the text tower that gives the tokens.
 
     Raises:
         InputError: a run has not published its model, or the data cannot be read.
     """
-    for run in (autoencoder, text):
+    for run in (autoencoder, text, *([face_parser] if face_parser else [])):
         if not (run / "model").is_dir():
             raise InputError(f"{run} has no published model: finish its training first")
     vae = AutoencoderDC.from_pretrained(autoencoder / "model").eval()
@@ -47,6 +57,9 @@ def join_components(
     save_packed(vae, out / "vae")
     save_packed(encoder, out / "text_encoder")
     tokenizer.save_pretrained(out / "tokenizer")
+    save_packed(CLIPModel.from_pretrained(text / "model" / "clip").eval(), out / "clip")
+    if face_parser:
+        save_packed(load_face_parser(face_parser / "model")[0], out / "face_parser")
 
     # The statistics are those of the packed weights, which are the ones that will be used.
     codec = LatentCodec(load_component(out / "vae", "diffusers", "AutoencoderDC"))

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ def encode_folder(
     *,
     size: int,
     views: int = 1,
+    precision: Literal["fp32", "bf16"] = "fp32",
     shard_size: int = 1024,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -47,6 +48,7 @@ def encode_folder(
         size: pixels a side.
         views: versions of each face. View 0 is the face as it is; every odd one is mirrored; in all but view 0 the
             conditions are varied (`likeness.conditions.vary`).
+        precision: of the computation; latents are stored as float16. bf16 is about three times as fast on a CPU.
         shard_size: faces a shard, views counted.
         progress: called as (faces done, faces in all), views counted.
 
@@ -69,6 +71,7 @@ def encode_folder(
         "size": size,
         "conditions": names,
         "views": views,
+        "precision": precision,
         "count": len(rows) * views,
         "source": hashlib.sha256("\n".join(row["file_name"].name for row in rows).encode()).hexdigest(),
         "shard_size": shard_size,
@@ -77,7 +80,8 @@ def encode_folder(
     if begun.is_file() and (different := {k for k, v in read_json(begun).items() if plan.get(k) != v}):
         raise InputError(f"{out} was begun with another {sorted(different)[0]}: choose another folder or delete it")
     write_whole(begun, json.dumps(plan, indent=2))
-    codec = LatentCodec(components.vae)  # raw latents: the statistics are applied when they are read
+    # Raw latents: the statistics are applied when they are read.
+    codec = LatentCodec(components.vae.to(memory_format=torch.channels_last), together=True)
     everything = [(number, row, view) for view in range(views) for number, row in enumerate(rows)]
     shards = []
     for start in range(0, len(everything), shard_size):
@@ -87,7 +91,9 @@ def encode_folder(
             encoded, present = [], []
             passes = [part[at : at + TOGETHER] for at in range(0, len(part), TOGETHER)]
             for number, (pictures, there) in enumerate(read_ahead(lambda p: view_pictures(p, names, size), passes)):
-                latents = codec.encode(to_tensor(pictures))  # [B (1 + K), C, h, w]
+                given = to_tensor(pictures).to(memory_format=torch.channels_last)  # [B (1 + K), 3, S, S]
+                with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                    latents = codec.encode(given)  # [B (1 + K), C, h, w]
                 encoded.append(latents.unflatten(0, (-1, 1 + len(names))).half())  # [B, 1 + K, C, h, w]
                 present.append(there)
                 if progress is not None:

@@ -44,6 +44,8 @@ class DataRecipe:
 class OptimizerRecipe:
     """How it is learnt."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """`muon`: Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for all else; both take the same rate."""
     images: int
     """Images to see in all; every other count of progress is in images, too."""
     batch: int
@@ -57,7 +59,7 @@ class OptimizerRecipe:
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's averages."""
     weight_decay: float = 0.01
-    """AdamW's decay."""
+    """Decay of the weights a unit of the rate."""
     clip: float = 1.0
     """Largest gradient norm."""
     ema: float = 0.1

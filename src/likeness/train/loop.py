@@ -29,7 +29,7 @@ from likeness.pipelines.mmface import MMFacePipeline
 from likeness.train.checkpoint import load_state, save_state
 from likeness.train.config import TrainRecipe
 from likeness.train.metrics import Reporter
-from likeness.train.optim import Ema, clip_gradients, learning_rate
+from likeness.train.optim import Ema, clip_gradients, learning_rate, make_optimizers
 from likeness.train.step import Batch, loss_of, make_batch, text_of
 from likeness.types import InputError, PortraitRequest
 
@@ -59,20 +59,15 @@ def train(recipe: TrainRecipe, run: Path) -> Path:
     model = build_network(recipe, components, stores[0]).to(device)
     components.text_encoder.to(device)
     text_settings = components.settings
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=recipe.optimizer.learning_rate,
-        betas=recipe.optimizer.betas,
-        weight_decay=recipe.optimizer.weight_decay,
-        fused=True,
-    )
+    optimizers = make_optimizers(model, recipe.optimizer)
     ema = Ema(model, recipe.optimizer.ema)
 
     # 2. Resume
     seen = 0
     if state := load_state(run):
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         ema.weights = {name: weight.to(device) for name, weight in state["ema"].items()}
         seen = state["seen"]
 
@@ -87,7 +82,7 @@ def train(recipe: TrainRecipe, run: Path) -> Path:
         rate = learning_rate(
             seen, total, recipe.optimizer.learning_rate, recipe.optimizer.warmup, recipe.optimizer.decay
         )
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = rate
         text = text_of(batch.captions, components.tokenizer, components.text_encoder, text_settings)
         clean, noise, uniform, conditions, index = (x.to(device) for x in batch[:5])
@@ -96,8 +91,9 @@ def train(recipe: TrainRecipe, run: Path) -> Path:
             loss = loss_of(model, objective, clean, noise, times, text, conditions, index)
         loss.backward()
         norm = clip_gradients(model.parameters(), recipe.optimizer.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         seen += size
         ema.update(model, seen // size)
         losses.append(loss.detach())
@@ -112,7 +108,8 @@ def train(recipe: TrainRecipe, run: Path) -> Path:
             reporter.report(seen, loss=mean, gradient_norm=norm.item(), learning_rate=rate)
             losses.clear()
         if crossed(seen, size, recipe.checkpoint_every) or seen >= total:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.weights, "seen": seen}
+            state = {"model": model.state_dict(), "ema": ema.weights, "seen": seen}
+            state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
             save_state(run, seen, state, recipe.keep)
             pipeline = publish(recipe, model, ema, components, objective, run)
             preview(recipe, pipeline, run, seen)

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from likeness.train.config import OptimizerRecipe
+
 Decay = Literal["constant", "linear", "cosine"]
 
 
@@ -53,6 +55,27 @@ def power_of(relative_width: float) -> float:
 
     inverse = relative_width**-2
     return float(roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
+
+
+def make_optimizers(model: nn.Module, recipe: OptimizerRecipe) -> list[torch.optim.Optimizer]:
+    """The optimizers of a transformer: AdamW, or Muon for the matrices of its blocks and AdamW for all else.
+
+    Modulations stay with AdamW: they begin at zero, and their outputs are scales and gates, no features to be turned.
+    """
+    named = dict(model.named_parameters())
+    inner = {n for n, p in named.items() if recipe.name == "muon" and p.ndim == 2 and is_inner(n)}
+    settings = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    rest = [parameter for name, parameter in named.items() if name not in inner]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, betas=recipe.betas, fused=True, **settings)]
+    if inner:
+        matrices = [named[name] for name in sorted(inner)]
+        optimizers.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **settings))
+    return optimizers
+
+
+def is_inner(name: str) -> bool:
+    """Whether a parameter, by its name, belongs to a block and is no modulation."""
+    return "blocks." in name and "modulation" not in name
 
 
 def clip_gradients(parameters: Iterable[torch.Tensor], limit: float) -> torch.Tensor:

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# The mini family from the two data sets to packed models: data, face parser, autoencoder, text tower, transformer.
+#
+#   launch/minis.sh DATA [OUT]
+#
+# DATA holds celeba/ and celebamask-hq/ in their official layouts (docs/minis.md), OUT (default: here) gets data/ and
+# runs/. Every step goes on where it stopped: to resume, run the same command again. LANDMARKER may name MediaPipe's
+# face_landmarker.task: then there are keypoints, too.
+set -euo pipefail
+data=$(realpath "$1")
+recipes=$(realpath "$(dirname "$0")/../recipes")
+examples=$(realpath "$(dirname "$0")/../examples")
+mkdir -p "${2:-.}" && cd "${2:-.}"
+[ -e examples ] || ln -s "$examples" examples # the recipes' previews name files in it
+landmarks=(${LANDMARKER:+--landmarker "$LANDMARKER"})
+train() { likeness train "$recipes/$1.toml" --out "runs/$1"; }
+
+# 1. Faces: one geometry, split by person, captions, sketches, hand-made masks
+[ -f data/celeba/test/metadata.jsonl ] || likeness prepare celeba "$data/celeba" data/celeba
+[ -f data/celebamask/test/metadata.jsonl ] || likeness prepare celebamask "$data/celebamask-hq" data/celebamask --size 512
+[ -f data/synthetic/train/metadata.jsonl ] || likeness prepare synthetic data/synthetic --count 8000
+
+# 2. The face parser, and the masks and keypoints of all faces
+train face_parser
+for part in celeba/train celeba/test; do
+    likeness prepare annotate "data/$part" --parser runs/face_parser/model "${landmarks[@]}"
+done
+for part in celebamask/train celebamask/test; do
+    likeness prepare annotate "data/$part" "${landmarks[@]}"
+done
+
+# 3. What the transformers stand on
+train autoencoder_mini
+train text_image_mini
+likeness prepare components runs/autoencoder_mini runs/text_image_mini data/common \
+    --data data/celeba --face-parser runs/face_parser
+
+# 4. Shards: two views of each face to learn from, one of each held out
+likeness prepare encode data/celeba/train data/shards/celeba --components data/common --views 2 --precision bf16
+likeness prepare encode data/celebamask/train data/shards/celebamask --components data/common --views 2 --precision bf16
+likeness prepare encode data/celeba/test data/shards/test --components data/common
+
+# 5. The transformer, packed beside what it stands on
+train mmface_mini
+likeness prepare pack runs/mmface_mini/model data/mmface-mini
