@@ -87,7 +87,11 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
             try:
                 return _coerce(option, value, where)
             except InputError as error:
-                errors.append(error)
+                if not _names_another(option, value):
+                    errors.append(error)
+        if not errors:
+            names = [_name_of(option) for option in arguments]
+            raise InputError(f"{where} has the name {value['name']!r}; choose one of {', '.join(map(repr, names))}")
         raise errors[0]
     if origin is typing.Literal:
         if value not in arguments:
@@ -106,3 +110,17 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if hint is Any or (isinstance(hint, type) and type(value) is hint):
         return value
     raise InputError(f"{where} is {value!r}, which is not of type {getattr(hint, '__name__', hint)}")
+
+
+def _name_of(option: Any) -> str | None:
+    """The `name` of a dataclass that is told apart from others by it: the one value of its Literal field."""
+    if not dataclasses.is_dataclass(option):
+        return None
+    choices = typing.get_args(typing.get_type_hints(option).get("name"))
+    return choices[0] if len(choices) == 1 else None
+
+
+def _names_another(option: Any, value: Any) -> bool:
+    """Whether `value` says by its `name` that it is none of these, so that their complaints are of no use."""
+    name = _name_of(option)
+    return name is not None and isinstance(value, Mapping) and "name" in value and value["name"] != name

@@ -9,8 +9,8 @@ import torch
 
 from likeness.cli import trainer_of
 from likeness.config import load_toml
-from likeness.models.mmface import MMFaceTransformer
 from likeness.objectives import make_objective
+from likeness.train.networks import build_network
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 
@@ -33,20 +33,8 @@ def test_recipe(path):
     if recipe.kind != "transformer":
         return
     channels, text = WIDTHS.get(path.stem, (16, 192))
-    n = recipe.network
-    names = [name for name in recipe.data.condition_shares if name != "none"]
     with torch.device("meta"):
-        model = MMFaceTransformer(
-            patch_size=n.patch_size,
-            latent_channels=channels,
-            hidden_size=n.hidden_size,
-            depth=n.depth,
-            heads=n.heads,
-            mlp_ratio=n.mlp_ratio,
-            text_dim=text,
-            condition_names=(*names, "none"),
-            text_rope=n.text_rope,
-        )
+        model = build_network(recipe, channels=channels, text_dim=text, pooled_dim=text, text_tokens=77)
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[path.stem]
     make_objective(recipe.objective)
     assert recipe.optimizer.images % recipe.optimizer.batch == 0

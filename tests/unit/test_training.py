@@ -197,6 +197,18 @@ def test_shares_and_dropout_are_what_the_recipe_says():
     assert abs(batch.noise.std().item() - 1) < 0.03
 
 
+def test_several_conditions_at_once():
+    conditions = {name: torch.full((2, 4, 4), float(value)) for value, name in enumerate(("mask", "sketch"), start=1)}
+    both, lacking = Sample(torch.zeros(2, 4, 4), conditions, []), Sample(torch.zeros(2, 4, 4), {}, [])
+    data = DataRecipe(shards=(), condition_shares={"mask+sketch": 1.0})
+    mean, std = torch.full((1, 2, 1, 1), 1.0), torch.full((1, 2, 1, 1), 2.0)
+    batch = make_batch([both, lacking], [0, 1], data, ["sketch", "mask"], mean, std, seed=0)
+    assert batch.condition_index.tolist() == [[1, 0], [-1, -1]]
+    assert batch.condition_latents.shape == (2, 2, 2, 4, 4)
+    assert batch.condition_latents[0].mean(dim=(1, 2, 3)).tolist() == [0.0, 0.5]
+    assert (batch.clean == -0.5).all()
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_stopped_and_resumed_is_never_stopped(prepared, tmp_path, monkeypatch, name):
     """Killed after a checkpoint and started again: bit-identical weights, average, and previews."""

@@ -7,9 +7,11 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkRecipe:
-    """Size of the transformer; what its autoencoder and text tower decide is not repeated here."""
+class MMFaceNetwork:
+    """Size of an MMFace-DiT; what its autoencoder and text tower decide is not repeated here."""
 
+    name: Literal["mmface"] = "mmface"
+    """Which network."""
     patch_size: int = 2
     """Side of a patch in latent pixels."""
     hidden_size: int
@@ -27,6 +29,28 @@ class NetworkRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MDiTFaceNetwork:
+    """Size and form of an MDiTFace that is trained from scratch: its spatial stream has weights of its own."""
+
+    name: Literal["mditface"]
+    """Which network."""
+    hidden_size: int
+    """Width."""
+    depth: int
+    """Double blocks."""
+    single_depth: int
+    """Single blocks."""
+    heads: int
+    """Attention heads."""
+    attention: Literal["holistic", "hard", "decoupled", "concat"] = "decoupled"
+    """How spatial tokens meet the others."""
+    static_modulation: Literal["text", "constant"] = "text"
+    """What modulates the static pathway."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataRecipe:
     """What is learnt from."""
 
@@ -35,7 +59,8 @@ class DataRecipe:
     components: str | None = None
     """Folder with autoencoder, text tower and tokenizer; None takes the bundled ones."""
     condition_shares: dict[str, float]
-    """How often a sample has each condition, by name; `none` is a sample without. They need not sum to 1."""
+    """How often a sample has each condition, by name; `mask+sketch` is both at once, where the network takes several;
+    `none` is a sample without. They need not sum to 1."""
     text_dropout: float = 0.1
     """How often the caption is replaced by the empty string."""
 
@@ -88,7 +113,7 @@ class TrainRecipe:
 
     kind: Literal["transformer"] = "transformer"
     """What the recipe trains."""
-    network: NetworkRecipe
+    network: MMFaceNetwork | MDiTFaceNetwork
     objective: dict[str, Any] = field(default_factory=lambda: {"name": "rectified_flow"})
     """Name and fields of the objective (`likeness.objectives`)."""
     data: DataRecipe

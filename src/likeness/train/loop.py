@@ -12,6 +12,7 @@ import shutil
 import time as clock
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -21,7 +22,6 @@ from likeness.data.ahead import read_ahead
 from likeness.data.sampler import Sampler
 from likeness.data.store import Sample, Store
 from likeness.files import write_whole
-from likeness.models.mmface import MMFaceTransformer
 from likeness.objectives import Objective, make_objective
 from likeness.pipelines.generate import generate, resolve
 from likeness.pipelines.load import Components, load_components
@@ -29,6 +29,7 @@ from likeness.pipelines.mmface import MMFacePipeline
 from likeness.train.checkpoint import load_state, save_state
 from likeness.train.config import TrainRecipe
 from likeness.train.metrics import Reporter
+from likeness.train.networks import build_network, condition_names
 from likeness.train.optim import Ema, clip_gradients, learning_rate, make_optimizers
 from likeness.train.step import Batch, loss_of, make_batch, text_of
 from likeness.types import InputError, PortraitRequest
@@ -56,7 +57,16 @@ def train(recipe: TrainRecipe, run: Path) -> Path:
     except ValueError as error:
         raise InputError(f"the recipe's objective cannot be used: {error}") from error
     torch.manual_seed(recipe.seed)  # initial weights only; every later draw has a stream of its own
-    model = build_network(recipe, components, stores[0]).to(device)
+    model = build_network(
+        recipe,
+        channels=stores[0][0].latents.shape[0],
+        text_dim=components.text_encoder.config.hidden_size,
+        pooled_dim=components.text_encoder.config.hidden_size,
+        text_tokens=components.settings["max_text_tokens"],
+    )
+    if recipe.network.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    model.to(device).train()
     components.text_encoder.to(device)
     text_settings = components.settings
     optimizers = make_optimizers(model, recipe.optimizer)
@@ -135,36 +145,13 @@ def open_stores(recipe: TrainRecipe, components: Components) -> list[Store]:
     for store in stores:
         if store.manifest["codec"] != components.codec_hash:
             raise InputError(f"{store.folder} was encoded with another autoencoder: encode it again")
-        for name in recipe.data.condition_shares:
-            if name != "none" and name not in store.conditions:
+        for name in condition_names(recipe):
+            if name not in store.conditions:
                 raise InputError(f"{store.folder} has no {name}, but the recipe's condition_shares ask for it")
     return stores
 
 
-def build_network(recipe: TrainRecipe, components: Components, store: Store) -> MMFaceTransformer:
-    """The network of a recipe; the absent condition has a row of its own, the last."""
-    names = [name for name in recipe.data.condition_shares if name != "none"]
-    n = recipe.network
-    model = MMFaceTransformer(
-        patch_size=n.patch_size,
-        latent_channels=store[0].latents.shape[0],
-        hidden_size=n.hidden_size,
-        depth=n.depth,
-        heads=n.heads,
-        mlp_ratio=n.mlp_ratio,
-        text_dim=components.text_encoder.config.hidden_size,
-        max_text_tokens=components.settings["max_text_tokens"],
-        condition_names=(*names, "none"),
-        text_rope=n.text_rope,
-    )
-    if n.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    return model.train()
-
-
-def batches(
-    recipe: TrainRecipe, stores: list[Store], model: MMFaceTransformer, components: Components, seen: int
-) -> Iterator[Batch]:
+def batches(recipe: TrainRecipe, stores: list[Store], model: Any, components: Components, seen: int) -> Iterator[Batch]:
     """Batches from image number `seen` to the end, read ahead by a thread."""
     ends = [sum(len(store) for store in stores[: i + 1]) for i in range(len(stores))]
     sampler = Sampler(ends[-1], recipe.seed)
@@ -189,10 +176,10 @@ def batches(
 
 
 def publish(
-    recipe: TrainRecipe, model: MMFaceTransformer, ema: Ema, components: Components, objective: Objective, run: Path
+    recipe: TrainRecipe, model: Any, ema: Ema, components: Components, objective: Objective, run: Path
 ) -> MMFacePipeline:
     """Write the averaged network as a pipeline folder, `run/model`, whole or not at all."""
-    averaged = MMFaceTransformer.from_config(model.config)
+    averaged = type(model).from_config(model.config)
     averaged.load_state_dict({name: value.cpu() for name, value in model.state_dict().items()})
     ema.copy_to(averaged)
     pipeline = MMFacePipeline(

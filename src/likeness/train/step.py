@@ -27,9 +27,9 @@ class Batch(NamedTuple):
     uniform: Tensor
     """Uniform numbers from which the objective makes times, [B]."""
     condition_latents: Tensor
-    """[B, 1, C, h, w]."""
+    """[B, K, C, h, w], K the most that one sample may have."""
     condition_index: Tensor
-    """[B, 1], -1 where absent."""
+    """[B, K], -1 where absent."""
     captions: list[str]
     """B captions; "" where the text is dropped."""
 
@@ -50,13 +50,14 @@ def make_batch(
         positions: the run-wide position of each: its random numbers depend on nothing else.
         recipe: shares and dropout.
         condition_names: rows of the network's condition embedding.
-        mean: mean of raw latents, [1, C, 1, 1] or one number.
+        mean: mean of raw latents, [1, C, 1, 1].
         std: their standard deviation.
         seed: the run's seed.
     """
     shares = np.array(list(recipe.condition_shares.values()), dtype=np.float64)
     cumulative = np.cumsum(shares / shares.sum())
     kinds = list(recipe.condition_shares)
+    most = max(len(kind.split("+")) for kind in kinds)  # K
     noise, uniform, conditions, index, captions = [], [], [], [], []
     for sample, position in zip(samples, positions, strict=True):
         rng = stream(seed, position)
@@ -65,15 +66,17 @@ def make_batch(
         kind = kinds[min(int(np.searchsorted(cumulative, rng.random(), side="right")), len(kinds) - 1)]
         uniform.append(rng.random())
         noise.append(torch.from_numpy(rng.standard_normal(tuple(sample.latents.shape), dtype=np.float32)))
-        present = kind in sample.conditions  # "none", or a condition that this face lacks: trained without one
-        conditions.append(sample.conditions[kind] if present else sample.latents)  # an absent one is never read
-        index.append(condition_names.index(kind) if present else -1)
+        # "none", or a condition that this face lacks: trained without; what lies in its place is never read
+        given = [name for name in kind.split("+") if name in sample.conditions]
+        absent = most - len(given)
+        conditions.append(torch.stack([*(sample.conditions[name] for name in given), *[sample.latents] * absent]))
+        index.append([*(condition_names.index(name) for name in given), *[-1] * absent])
     return Batch(
         (torch.stack([sample.latents for sample in samples]) - mean) / std,
         torch.stack(noise),
         torch.tensor(uniform, dtype=torch.float32),
-        ((torch.stack(conditions) - mean) / std)[:, None],
-        torch.tensor(index)[:, None],
+        (torch.stack(conditions) - mean[:, None]) / std[:, None],
+        torch.tensor(index),
         captions,
     )
 
