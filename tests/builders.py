@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderDC
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPConfig,
@@ -15,6 +21,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     SegformerConfig,
     SegformerForSemanticSegmentation,
+    T5Config,
+    T5EncoderModel,
 )
 
 from likeness.conditions.classes import CLASSES
@@ -22,6 +30,7 @@ from likeness.models.mditface import MDiTFaceTransformer
 from likeness.models.mmface import MMFaceTransformer
 from likeness.objectives import RectifiedFlow
 from likeness.pipelines.load import Components, weights_hash
+from likeness.pipelines.mditface import MDiTFacePipeline
 from likeness.pipelines.mmface import MMFacePipeline
 
 CAPTIONS = ["a woman with red hair", "a man with a beard and glasses", "a smiling person in a blue hat"]
@@ -135,6 +144,42 @@ def tiny_mditface(**changes) -> MDiTFaceTransformer:
     return randomise(MDiTFaceTransformer(**{**TINY_FLUX, **changes}), std=0.2).eval()
 
 
+def tiny_flux(**changes) -> FluxTransformer2DModel:
+    """FLUX's transformer at the size of `tiny_mditface`."""
+    return randomise(FluxTransformer2DModel(**{**TINY_FLUX, **changes}), std=0.2).eval()
+
+
+def tiny_flux_pipeline(**changes) -> FluxPipeline:
+    """FLUX.1 whole: two text towers, an autoencoder of factor 8 with scale and shift, steps that move with the size."""
+    torch.manual_seed(6)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    t5 = T5EncoderModel(T5Config(vocab_size=400, feed_forward_proj="gated-gelu", **sizes))
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+    )
+    dev = changes.get("guidance_embeds", True)
+    pipeline = FluxPipeline(
+        transformer=tiny_flux(**changes),
+        vae=vae.eval(),
+        text_encoder=tiny_text_encoder(),
+        tokenizer=tiny_tokenizer(),
+        text_encoder_2=t5.eval(),
+        tokenizer_2=tiny_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if dev else 1.0, use_dynamic_shifting=dev),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 @torch.no_grad()
 def randomise(model: torch.nn.Module, std: float = 0.05) -> torch.nn.Module:
     """Give every parameter random values: the initial zeros of gates and outputs would hide whole branches."""
@@ -163,6 +208,25 @@ def tiny_pipeline(condition_names: tuple[str, ...] = ("mask", "sketch", "keypoin
     objective = RectifiedFlow()
     pipeline = MMFacePipeline(
         transformer=tiny_transformer(condition_names),
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        tokenizer=parts.tokenizer,
+        scheduler=objective.scheduler(),
+        objective=objective.config(),
+        defaults={"size": 32, "steps": 4, "guidance_scale": 2.0},
+        **parts.settings,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_mditface_pipeline(**changes) -> MDiTFacePipeline:
+    """The form with one text tower, at 32 px, 4 steps, classifier-free guidance: that of the bundled mini."""
+    parts = tiny_components()
+    objective = RectifiedFlow()
+    network = {"guidance_embeds": False, "spatial_stream": "full", **changes}
+    pipeline = MDiTFacePipeline(
+        transformer=tiny_mditface(**network),
         vae=parts.vae,
         text_encoder=parts.text_encoder,
         tokenizer=parts.tokenizer,

@@ -15,9 +15,14 @@ SOURCE = Path(likeness.__file__).parent
 
 def test_published_module_paths():
     """`model_index.json` records these: moving them breaks every published checkpoint."""
-    assert PIPELINES == {"MMFacePipeline": "likeness.pipelines.mmface"}
+    assert PIPELINES == {
+        "MMFacePipeline": "likeness.pipelines.mmface",
+        "MDiTFacePipeline": "likeness.pipelines.mditface",
+    }
     assert likeness.MMFaceTransformer.__module__ == "likeness.models.mmface"
     assert likeness.MMFacePipeline.__module__ == "likeness.pipelines.mmface"
+    assert likeness.MDiTFaceTransformer.__module__ == "likeness.models.mditface"
+    assert likeness.MDiTFacePipeline.__module__ == "likeness.pipelines.mditface"
 
 
 def test_public_names_exist():

@@ -11,20 +11,33 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from likeness.models.mditface import MDiTFaceTransformer
     from likeness.models.mmface import MMFaceTransformer
     from likeness.pipelines.load import load
+    from likeness.pipelines.mditface import MDiTFacePipeline
     from likeness.pipelines.mmface import MMFacePipeline
     from likeness.types import InputError, PortraitRequest
 
 _HOMES = {
     "InputError": "likeness.types",
+    "MDiTFacePipeline": "likeness.pipelines.mditface",
+    "MDiTFaceTransformer": "likeness.models.mditface",
     "MMFacePipeline": "likeness.pipelines.mmface",
     "MMFaceTransformer": "likeness.models.mmface",
     "PortraitRequest": "likeness.types",
     "load": "likeness.pipelines.load",
 }
 
-__all__ = ["InputError", "MMFacePipeline", "MMFaceTransformer", "PortraitRequest", "__version__", "load"]
+__all__ = [
+    "InputError",
+    "MDiTFacePipeline",
+    "MDiTFaceTransformer",
+    "MMFacePipeline",
+    "MMFaceTransformer",
+    "PortraitRequest",
+    "__version__",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:

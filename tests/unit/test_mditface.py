@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from builders import TINY_FLUX, randomise, tiny_mditface
+from builders import TINY_FLUX, tiny_flux, tiny_mditface
 from likeness.models.layers import patchify, unpatchify
 from likeness.models.mditface import MDiTFaceTransformer, grid_ids
 from likeness.models.static_cache import StaticCache
@@ -60,10 +60,6 @@ def part(given: dict, rows: slice) -> dict:
 
 def cache_of(model: MDiTFaceTransformer, given: dict) -> StaticCache:
     return model.static_cache(given["text"], given["condition_latents"], given["condition_index"])
-
-
-def tiny_flux(**changes) -> FluxTransformer2DModel:
-    return randomise(FluxTransformer2DModel(**{**TINY_FLUX, **changes}), std=0.2).eval()
 
 
 def flux_output(flux: FluxTransformer2DModel, given: dict, guidance: torch.Tensor | None = None) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The pipeline with real tiny parts: subsets, seeds, batches, scales, callbacks, formats, refusals."""
+"""What both pipelines promise, with real tiny parts: subsets, seeds, batches, scales, callbacks, formats, refusals."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ import pytest
 import torch
 from diffusers import FlowMatchHeunDiscreteScheduler
 
-from builders import tiny_pipeline
+from builders import tiny_mditface_pipeline, tiny_pipeline
 from likeness.data.synthetic import draw_face
 from likeness.encoders.text import cut_words
 from likeness.objectives import DDPM
 from likeness.pipelines.load import load
 from likeness.pipelines.mmface import MMFacePipeline
+from likeness.pipelines.portrait import PortraitPipeline
 from likeness.types import InputError
 
 PROMPT = "a woman with red hair"
 
 
-@pytest.fixture(scope="module")
-def pipeline() -> MMFacePipeline:
-    return tiny_pipeline()
+@pytest.fixture(scope="module", params=[tiny_pipeline, tiny_mditface_pipeline], ids=["mmface", "mditface"])
+def pipeline(request) -> PortraitPipeline:
+    return request.param()
 
 
 @pytest.fixture(scope="module")

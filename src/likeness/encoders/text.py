@@ -1,7 +1,7 @@
-"""Captions to text features with a frozen CLIP text model.
+"""Captions to text features with frozen text models: one CLIP tower, or CLIP and T5 as in FLUX.1.
 
-Tokens come from a named layer (the paper takes the last but one) and the pooled vector from the end-of-text token.
-Every caption is padded to the same length: there is no padding mask, as in the paper's code.
+CLIP's tokens come from a named layer (MMFace-DiT takes the last but one) and its pooled vector from the end-of-text
+token. Every caption is padded to the same length: there is no padding mask, as in MMFace-DiT's code and in FLUX.
 """
 
 from __future__ import annotations
@@ -38,15 +38,56 @@ def encode_text(
     Returns:
         tokens [B, L, D] and pooled [B, D], on the model's device and in its dtype.
     """
-    ids = tokenizer(list(captions), padding="max_length", max_length=max_tokens, truncation=True, return_tensors="pt")
-    ids = ids.input_ids.to(text_encoder.device)  # [B, L]
-    # One caption at a time on a CPU: its bits must not depend on what else is in the batch.
-    chunks: Sequence[Tensor] = ids.split(1) if ids.device.type == "cpu" and not together else (ids,)
+    chunks = token_ids(tokenizer, text_encoder, captions, max_tokens, together)
     outputs = [text_encoder(chunk, output_hidden_states=True) for chunk in chunks]
     return TextFeatures(
         torch.cat([output.hidden_states[layer] for output in outputs]),
         torch.cat([output.pooler_output for output in outputs]),
     )
+
+
+@torch.no_grad()
+def encode_text_flux(
+    tokenizer: Any,
+    text_encoder: Any,
+    tokenizer_2: Any,
+    text_encoder_2: Any,
+    captions: Sequence[str],
+    *,
+    max_tokens: int = 512,
+    together: bool = False,
+) -> TextFeatures:
+    """Features of B captions as FLUX.1 takes them: T5's last layer as tokens, CLIP's pooled vector.
+
+    Args:
+        tokenizer: a CLIP tokenizer; captions are padded or cut to its own length, 77.
+        text_encoder: a `CLIPTextModel`.
+        tokenizer_2: a T5 tokenizer.
+        text_encoder_2: a `T5EncoderModel`.
+        captions: B strings.
+        max_tokens: length L to which T5's captions are padded or cut.
+        together: all captions in one pass also on a CPU: faster, but the bits then depend on B.
+
+    Returns:
+        tokens [B, L, T] and pooled [B, P], on the models' devices and in their dtypes.
+    """
+    clip_chunks = token_ids(tokenizer, text_encoder, captions, tokenizer.model_max_length, together)
+    t5_chunks = token_ids(tokenizer_2, text_encoder_2, captions, max_tokens, together)
+    return TextFeatures(
+        torch.cat([text_encoder_2(chunk).last_hidden_state for chunk in t5_chunks]),
+        torch.cat([text_encoder(chunk).pooler_output for chunk in clip_chunks]),
+    )
+
+
+def token_ids(
+    tokenizer: Any, text_encoder: Any, captions: Sequence[str], max_tokens: int, together: bool
+) -> Sequence[Tensor]:
+    """Token numbers of captions, [b, L] each: one caption at a time on a CPU, since its bits must not depend on what
+    else is in the batch, unless `together`.
+    """
+    ids = tokenizer(list(captions), padding="max_length", max_length=max_tokens, truncation=True, return_tensors="pt")
+    ids = ids.input_ids.to(text_encoder.device)  # [B, L]
+    return ids.split(1) if ids.device.type == "cpu" and not together else (ids,)
 
 
 def cut_words(tokenizer: Any, caption: str, max_tokens: int) -> str:

@@ -7,6 +7,7 @@ in diffusers; the released MMFace-DiT weights run the other way and are turned r
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -81,3 +82,17 @@ class RectifiedFlow:
 
     def _shifted(self, time: Tensor) -> Tensor:
         return self.shift * time / (1 + (self.shift - 1) * time)
+
+
+def dynamic_shift(tokens: int, scheduler: Mapping[str, Any]) -> float:
+    """mu, by which FLUX.1's sampler moves its steps towards noise: t -> e^mu t / (1 + (e^mu - 1) t), more for larger
+    pictures (FLUX's `get_schedule`).
+
+    Args:
+        tokens: image tokens, (h / 2)(w / 2).
+        scheduler: the scheduler's configuration; mu is linear in the tokens, `base_shift` at `base_image_seq_len` (0.5
+            at 256 in FLUX.1-dev) and `max_shift` at `max_image_seq_len` (1.15 at 4096).
+    """
+    low, high = scheduler["base_image_seq_len"], scheduler["max_image_seq_len"]
+    slope = (scheduler["max_shift"] - scheduler["base_shift"]) / (high - low)
+    return scheduler["base_shift"] + slope * (tokens - low)

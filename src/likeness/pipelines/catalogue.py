@@ -10,6 +10,9 @@ BUNDLED = Path(__file__).parent.parent / "bundled"
 COMMON = "common"
 """Its subfolder with what they share: autoencoder, text tower, tokenizer."""
 
+ADAPTER = "adapter.json"
+"""What makes a folder an adapter, which stands on a base model elsewhere (`likeness.pipelines.adapters`)."""
+
 DEFAULT = "mmface-mini"
 """What is loaded where no model is named."""
 

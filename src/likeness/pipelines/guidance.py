@@ -34,6 +34,10 @@ class Control:
     end: float = 1.0
     """Fraction of the steps at which it ceases to act."""
 
+    def acts(self, progress: float) -> bool:
+        """Whether it acts where this fraction of the steps is done, 0 <= progress < 1."""
+        return self.scale != 0 and self.start <= progress < self.end
+
 
 def passes(controls: Mapping[str, Control], guidance_scale: float, progress: float) -> tuple[Pass, ...]:
     """The passes of one step for one picture.
@@ -43,7 +47,7 @@ def passes(controls: Mapping[str, Control], guidance_scale: float, progress: flo
         guidance_scale: g at this step; 1 where guidance is off or prompt and negative prompt are the same.
         progress: fraction of the steps that are done, 0 <= progress < 1.
     """
-    active = {name: c.scale for name, c in controls.items() if c.scale != 0 and c.start <= progress < c.end}
+    active = {name: c.scale for name, c in controls.items() if c.acts(progress)}
     terms: list[tuple[str | None, float]] = [(None, 1 - sum(active.values())), *active.items()]
     found = []
     for condition, weight in terms:

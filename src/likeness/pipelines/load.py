@@ -1,7 +1,8 @@
 """From a name to a pipeline: a bundled model, a folder, or a hub id.
 
 The bundled models are ordinary pipeline folders in two respects more frugal: their weights are packed
-(`likeness.pipelines.packed`), and what they share lies once in `common/`.
+(`likeness.pipelines.packed`), and what they share lies once in `common/`. An adapter folder is loaded with its base;
+FLUX.1 by itself is an MDiTFace that takes words only.
 """
 
 from __future__ import annotations
@@ -16,32 +17,70 @@ from typing import Any
 import torch
 
 from likeness.conditions.classes import CLASSES
-from likeness.pipelines.catalogue import BUNDLED, COMMON, DEFAULT, bundled_models
+from likeness.pipelines.catalogue import ADAPTER, BUNDLED, COMMON, DEFAULT, bundled_models
 from likeness.pipelines.packed import PACKED, load_packed
 from likeness.types import InputError
 
-PIPELINES = {"MMFacePipeline": "likeness.pipelines.mmface"}
+PIPELINES = {
+    "MMFacePipeline": "likeness.pipelines.mmface",
+    "MDiTFacePipeline": "likeness.pipelines.mditface",
+}
 """Pipeline class, as `model_index.json` names it -> its module."""
 
+FLUX = "FluxPipeline"
+"""What FLUX.1's folders name; its components are those of `MDiTFacePipeline`."""
 
-def load(source: str | Path = DEFAULT, *, dtype: torch.dtype = torch.float32, device: str | None = None) -> Any:
+SCHNELL = {"steps": 4, "guidance_scale": 1.0}
+"""What a FLUX.1 that embeds no guidance value is made for."""
+
+
+def load(
+    source: str | Path = DEFAULT,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | None = None,
+    base: str | Path | None = None,
+) -> Any:
     """A ready pipeline.
 
     Args:
-        source: name of a bundled model, a pipeline folder, or a hub id (`owner/name`, downloaded once).
+        source: name of a bundled model, a folder of a pipeline or an adapter, or a hub id (`owner/name`, downloaded
+            once).
         dtype: float32, float16 or bfloat16.
         device: where to put it; None leaves it on the CPU.
+        base: the base model of an adapter, where it is not the one that the adapter names.
 
     Raises:
         InputError: there is no such model, or its folder is broken; the sentence names the file.
     """
     folder = find(source)
+    if (folder / ADAPTER).is_file():
+        from likeness.pipelines.adapters import load_adapter, read_adapter
+
+        adapter = read_adapter(folder)
+        pipeline = load_folder(find(base or adapter.base), dtype, adapter.network)
+        load_adapter(pipeline, folder)
+    elif base is None:
+        pipeline = load_folder(folder, dtype, {})
+    else:
+        raise InputError(f"{folder} is no adapter, so it takes no base model such as {base}")
+    if device is not None:
+        pipeline.to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_folder(folder: Path, dtype: torch.dtype, network: dict[str, Any]) -> Any:
+    """The pipeline of a folder. `network`: where an adapter comes onto it, the network's options that this decides."""
     index = read_json(folder / "model_index.json")
     name = index.get("_class_name")
-    if name not in PIPELINES:
+    ours = "MDiTFacePipeline" if name == FLUX else name
+    if network and ours != "MDiTFacePipeline":
+        raise InputError(f"{folder} is a {name}: the base of an adapter must be FLUX.1")
+    if ours not in PIPELINES:
         raise InputError(f"{folder} is a {name}, not one of {', '.join(PIPELINES)}: likeness cannot run it")
-    pipeline_class = getattr(importlib.import_module(PIPELINES[name]), name)
-    parts = {}
+    pipeline_class = getattr(importlib.import_module(PIPELINES[ours]), ours)
+    parts: dict[str, Any] = {}
     for part, entry in index.items():
         if part.startswith("_") or not isinstance(entry, list) or len(entry) != 2 or entry[0] is None:
             continue
@@ -55,13 +94,20 @@ def load(source: str | Path = DEFAULT, *, dtype: torch.dtype = torch.float32, de
         elif where.parent != folder:  # a shared part without weights: a tokenizer
             parts[part] = component_class(*entry).from_pretrained(where)
     try:
-        pipeline = pipeline_class.from_pretrained(folder, dtype=dtype, **parts)
+        if name == FLUX:
+            parts |= begin_from_flux(folder, dtype, network)
+        return pipeline_class.from_pretrained(folder, dtype=dtype, **parts)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise InputError(f"the model in {folder} cannot be loaded: {first_line(error)}") from error
-    if device is not None:
-        pipeline.to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+        raise InputError(f"the {name} in {folder} cannot be loaded: {first_line(error)}") from error
+
+
+def begin_from_flux(folder: Path, dtype: torch.dtype, network: dict[str, Any]) -> dict[str, Any]:
+    """FLUX.1's transformer as an MDiTFace that knows no condition yet, and what it does where a request is silent."""
+    from likeness.models.mditface import MDiTFaceTransformer
+
+    options = {"condition_names": (), **network}
+    transformer = MDiTFaceTransformer.from_pretrained(folder / "transformer", dtype=dtype, **options)
+    return {"transformer": transformer, "defaults": {} if transformer.config.guidance_embeds else SCHNELL}
 
 
 def find(source: str | Path) -> Path:
@@ -69,7 +115,7 @@ def find(source: str | Path) -> Path:
     if (BUNDLED / str(source) / "model_index.json").is_file():
         return BUNDLED / str(source)
     path = Path(source)
-    if (path / "model_index.json").is_file():
+    if (path / "model_index.json").is_file() or (path / ADAPTER).is_file():
         return path
     if path.exists():
         raise InputError(f"{path} is no model folder: it has no model_index.json")
@@ -79,7 +125,8 @@ def find(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(source)))
+        # not what repositories hold beside the pipeline, such as FLUX.1's weights a second time
+        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*/*", "adapter.safetensors"]))
     except Exception as error:  # the hub's many ways to say no: offline, gated, absent
         raise InputError(f"the model {source} is neither here nor on the hub: {first_line(error)}") from error
 
@@ -134,11 +181,16 @@ def first_line(error: BaseException) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Components:
-    """What a transformer stands on: the frozen autoencoder and text tower, and the settings that belong to them."""
+    """What a transformer stands on: the frozen autoencoder and text towers, and the settings that belong to them."""
 
     vae: Any
     text_encoder: Any
     tokenizer: Any
+    text_encoder_2: Any = None
+    """T5, where the base is FLUX.1."""
+    tokenizer_2: Any = None
+    scheduler: Any = None
+    """FLUX.1's own sampler."""
     settings: dict[str, Any]
     """Fields of the pipeline: latent_mean, latent_std, text_layer, max_text_tokens."""
     codec_hash: str
@@ -146,7 +198,7 @@ class Components:
 
 
 def load_components(folder: str | Path = BUNDLED / COMMON) -> Components:
-    """Autoencoder, text tower and tokenizer of a pipeline folder, or of `common/`.
+    """Autoencoder, text towers and tokenizers of a pipeline folder (FLUX.1's, too), or of `common/`.
 
     Raises:
         InputError: a part is missing or broken.
@@ -155,7 +207,8 @@ def load_components(folder: str | Path = BUNDLED / COMMON) -> Components:
     common = folder / "components.json"
     index = read_json(common if common.is_file() else folder / "model_index.json")
     parts = {}
-    for part in ("vae", "text_encoder", "tokenizer"):
+    flux = index.get("_class_name") == FLUX
+    for part in ("vae", "text_encoder", "tokenizer", *(("text_encoder_2", "tokenizer_2", "scheduler") if flux else ())):
         where = folder / part if (folder / part).is_dir() else folder.parent / COMMON / part
         if not where.is_dir() or not index.get(part):
             raise InputError(f"{folder} has no {part}")
@@ -163,7 +216,12 @@ def load_components(folder: str | Path = BUNDLED / COMMON) -> Components:
         parts[part] = (
             load_component(where, *index[part]) if packed else component_class(*index[part]).from_pretrained(where)
         )
-    settings = {key: index[key] for key in ("latent_mean", "latent_std", "text_layer", "max_text_tokens")}
+    if flux:
+        config = parts["vae"].config
+        settings = {"latent_mean": config["shift_factor"], "latent_std": 1 / config["scaling_factor"]}
+        settings |= {"max_text_tokens": 512}
+    else:
+        settings = {key: index[key] for key in ("latent_mean", "latent_std", "text_layer", "max_text_tokens")}
     return Components(**parts, settings=settings, codec_hash=weights_hash(parts["vae"]))
 
 
@@ -211,8 +269,8 @@ def load_text_image(folder: Path) -> tuple[Any, Any]:
 
 def fingerprint(pipeline: Any) -> str:
     """SHA-256 over all weights of a pipeline: what makes two checkpoints the same, wherever they lie."""
-    parts = (pipeline.transformer, pipeline.vae, pipeline.text_encoder)
-    return hashlib.sha256("".join(weights_hash(part) for part in parts).encode()).hexdigest()
+    parts = [pipeline.transformer, pipeline.vae, pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)]
+    return hashlib.sha256("".join(weights_hash(part) for part in parts if part is not None).encode()).hexdigest()
 
 
 def weights_hash(model: torch.nn.Module) -> str:

@@ -51,6 +51,7 @@ def recipe_of(
     *,
     model: str,
     fingerprint: str,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Everything that decides a picture's pixels.
 
@@ -59,10 +60,12 @@ def recipe_of(
         pipeline: the pipeline that made it.
         model: the name under which it was loaded.
         fingerprint: hash of its weights (`likeness.pipelines.load.fingerprint`).
+        base: the base under which it was loaded, where the name is an adapter's and the base not its own.
     """
     return {
         "schema": SCHEMA,
         "model": model,
+        **({"base": base} if base else {}),
         "fingerprint": fingerprint,
         "pipeline": type(pipeline).__name__,
         "scheduler": type(pipeline.scheduler).__name__,

@@ -7,9 +7,8 @@ import shutil
 from pathlib import Path
 
 from likeness.files import write_whole
-from likeness.models.mmface import MMFaceTransformer
 from likeness.pipelines.catalogue import COMMON
-from likeness.pipelines.load import load_components, read_json
+from likeness.pipelines.load import component_class, load_components, read_json
 from likeness.pipelines.packed import save_packed
 from likeness.types import InputError
 
@@ -24,7 +23,7 @@ def pack_model(model: Path, out: Path) -> None:
     common = load_components(out.parent / COMMON)
     if read_json(model / "codec.json")["codec"] != common.codec_hash:
         raise InputError(f"{model} was trained on another autoencoder than the one in {out.parent / COMMON}")
-    transformer = MMFaceTransformer.from_pretrained(model / "transformer")
+    transformer = component_class(*index["transformer"]).from_pretrained(model / "transformer")
     save_packed(transformer, out / "transformer")
     shutil.copytree(model / "scheduler", out / "scheduler", dirs_exist_ok=True)
     shutil.copy(model / "codec.json", out / "codec.json")

@@ -51,13 +51,33 @@ class MDiTFaceNetwork:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MDiTFaceAdapter:
+    """An MDiTFace adapter on FLUX.1: a LoRA on the spatial stream and the conditions' rows; the base stays frozen."""
+
+    name: Literal["mditface_adapter"]
+    """Which network."""
+    base: str
+    """FLUX.1: a folder or a hub id."""
+    attention: Literal["holistic", "hard", "decoupled", "concat"] = "decoupled"
+    """How spatial tokens meet the others."""
+    static_modulation: Literal["text", "constant"] = "text"
+    """What modulates the static pathway."""
+    rank: int = 8
+    """Rank of the LoRA."""
+    alpha: int = 8
+    """Its scale is alpha / rank."""
+    gradient_checkpointing: bool = True
+    """Compute activations twice instead of keeping them."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataRecipe:
     """What is learnt from."""
 
     shards: tuple[str, ...]
     """Stores written by `likeness prepare encode`."""
     components: str | None = None
-    """Folder with autoencoder, text tower and tokenizer; None takes the bundled ones."""
+    """Folder with autoencoder, text tower and tokenizer; None takes the bundled ones, or those of an adapter's base."""
     condition_shares: dict[str, float]
     """How often a sample has each condition, by name; `mask+sketch` is both at once, where the network takes several;
     `none` is a sample without. They need not sum to 1."""
@@ -113,7 +133,7 @@ class TrainRecipe:
 
     kind: Literal["transformer"] = "transformer"
     """What the recipe trains."""
-    network: MMFaceNetwork | MDiTFaceNetwork
+    network: MMFaceNetwork | MDiTFaceNetwork | MDiTFaceAdapter
     objective: dict[str, Any] = field(default_factory=lambda: {"name": "rectified_flow"})
     """Name and fields of the objective (`likeness.objectives`)."""
     data: DataRecipe

@@ -23,16 +23,22 @@ from likeness.data.sampler import Sampler
 from likeness.data.store import Sample, Store
 from likeness.files import write_whole
 from likeness.objectives import Objective, make_objective
+from likeness.pipelines.adapters import save_adapter
+from likeness.pipelines.catalogue import BUNDLED, COMMON
 from likeness.pipelines.generate import generate, resolve
 from likeness.pipelines.load import Components, load_components
+from likeness.pipelines.mditface import MDiTFacePipeline
 from likeness.pipelines.mmface import MMFacePipeline
 from likeness.train.checkpoint import load_state, save_state
-from likeness.train.config import TrainRecipe
+from likeness.train.config import MDiTFaceAdapter, TrainRecipe
 from likeness.train.metrics import Reporter
-from likeness.train.networks import build_network, condition_names
-from likeness.train.optim import Ema, clip_gradients, learning_rate, make_optimizers
+from likeness.train.networks import adapter_of, build_network, condition_names
+from likeness.train.optim import Ema, clip_gradients, learning_rate, load_trained, make_optimizers, trained_parameters
 from likeness.train.step import Batch, loss_of, make_batch, text_of
 from likeness.types import InputError, PortraitRequest
+
+PIPELINE_OF = {"mmface": MMFacePipeline, "mditface": MDiTFacePipeline, "mditface_adapter": MDiTFacePipeline}
+"""Network of a recipe -> the pipeline that is published with it."""
 
 
 def train(recipe: TrainRecipe, run: Path) -> Path:
@@ -50,7 +56,8 @@ def train(recipe: TrainRecipe, run: Path) -> Path:
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    components = load_components(recipe.data.components) if recipe.data.components else load_components()
+    base = recipe.network.base if isinstance(recipe.network, MDiTFaceAdapter) else BUNDLED / COMMON
+    components = load_components(recipe.data.components or base)
     stores = open_stores(recipe, components)
     try:
         objective = make_objective(recipe.objective)
@@ -67,15 +74,16 @@ def train(recipe: TrainRecipe, run: Path) -> Path:
     if recipe.network.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     model.to(device).train()
-    components.text_encoder.to(device)
-    text_settings = components.settings
+    for tower in (components.text_encoder, components.text_encoder_2):
+        if tower is not None:
+            tower.to(device)
     optimizers = make_optimizers(model, recipe.optimizer)
     ema = Ema(model, recipe.optimizer.ema)
 
     # 2. Resume
     seen = 0
     if state := load_state(run):
-        model.load_state_dict(state["model"])
+        load_trained(model, state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         ema.weights = {name: weight.to(device) for name, weight in state["ema"].items()}
@@ -94,13 +102,13 @@ def train(recipe: TrainRecipe, run: Path) -> Path:
         )
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = rate
-        text = text_of(batch.captions, components.tokenizer, components.text_encoder, text_settings)
+        text = text_of(batch.captions, components)
         clean, noise, uniform, conditions, index = (x.to(device) for x in batch[:5])
         with torch.autocast(device, torch.bfloat16, enabled=recipe.precision == "bf16"):
             times = objective.sample_time(uniform)
             loss = loss_of(model, objective, clean, noise, times, text, conditions, index)
         loss.backward()
-        norm = clip_gradients(model.parameters(), recipe.optimizer.clip)
+        norm = clip_gradients(trained_parameters(model).values(), recipe.optimizer.clip)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -118,11 +126,16 @@ def train(recipe: TrainRecipe, run: Path) -> Path:
             reporter.report(seen, loss=mean, gradient_norm=norm.item(), learning_rate=rate)
             losses.clear()
         if crossed(seen, size, recipe.checkpoint_every) or seen >= total:
-            state = {"model": model.state_dict(), "ema": ema.weights, "seen": seen}
+            state = {"model": trained_parameters(model), "ema": ema.weights, "seen": seen}
             state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
             save_state(run, seen, state, recipe.keep)
             pipeline = publish(recipe, model, ema, components, objective, run)
-            preview(recipe, pipeline, run, seen)
+            adapted = pipeline.transformer is model  # a base in bf16 with parts in float32
+            with torch.autocast(device, torch.bfloat16, enabled=adapted):
+                preview(recipe, pipeline, run, seen)
+            if adapted:
+                ema.swap(model)
+                model.train()
     return run / "model"
 
 
@@ -133,6 +146,7 @@ def keep_recipe(recipe: TrainRecipe, run: Path) -> None:
         before = json.loads(path.read_text())
         # what changes speed, length or reports may change between starts
         free = ("threads", "compile", "log_every", "checkpoint_every", "keep", "preview", "defaults")
+        before["optimizer"] = {**before["optimizer"], "images": recipe.optimizer.images}
         changed = [key for key in values if key not in free and before.get(key) != values[key]]
         if changed and (run / "checkpoints").is_dir():
             raise InputError(f"{run} was begun with another {changed[0]}: choose another folder, or restore the recipe")
@@ -175,26 +189,39 @@ def batches(recipe: TrainRecipe, stores: list[Store], model: Any, components: Co
     return read_ahead(make, starts, depth=4, threads=1)
 
 
-def publish(
-    recipe: TrainRecipe, model: Any, ema: Ema, components: Components, objective: Objective, run: Path
-) -> MMFacePipeline:
-    """Write the averaged network as a pipeline folder, `run/model`, whole or not at all."""
-    averaged = type(model).from_config(model.config)
-    averaged.load_state_dict({name: value.cpu() for name, value in model.state_dict().items()})
-    ema.copy_to(averaged)
-    pipeline = MMFacePipeline(
-        transformer=averaged.eval(),
-        vae=components.vae,
-        text_encoder=components.text_encoder.cpu() if not torch.cuda.is_available() else components.text_encoder,
-        tokenizer=components.tokenizer,
-        scheduler=objective.scheduler(),
+def publish(recipe: TrainRecipe, model: Any, ema: Ema, components: Components, objective: Objective, run: Path) -> Any:
+    """Write the averaged network as `run/model`, a pipeline folder or an adapter's, whole or not at all.
+
+    Returns:
+        The pipeline with the averaged network. A base is too large to copy: an adapter's is the very network that is
+        trained, and whoever calls has to `swap` the average out again.
+    """
+    adapted = isinstance(recipe.network, MDiTFaceAdapter)
+    if adapted:
+        averaged = model.eval()
+        ema.swap(model)
+    else:
+        averaged = type(model).from_config(model.config)
+        averaged.load_state_dict({name: value.cpu() for name, value in model.state_dict().items()})
+        ema.copy_to(averaged)
+        averaged.eval()
+    parts = {name: getattr(components, name) for name in ("vae", "text_encoder", "tokenizer")}
+    if components.text_encoder_2 is not None:
+        parts |= {"text_encoder_2": components.text_encoder_2, "tokenizer_2": components.tokenizer_2}
+    pipeline = PIPELINE_OF[recipe.network.name](
+        transformer=averaged,
+        scheduler=components.scheduler or objective.scheduler(),
         objective=objective.config(),
         defaults=recipe.defaults,
+        **parts,
         **components.settings,
     )
     fresh, folder = run / "model.partial", run / "model"
     shutil.rmtree(fresh, ignore_errors=True)
-    pipeline.save_pretrained(fresh)
+    if adapted:
+        save_adapter(model, fresh, adapter_of(recipe))
+    else:
+        pipeline.save_pretrained(fresh)
     write_whole(fresh / "codec.json", json.dumps({"codec": components.codec_hash}))
     if folder.exists():
         shutil.rmtree(folder)
@@ -202,7 +229,7 @@ def publish(
     return pipeline
 
 
-def preview(recipe: TrainRecipe, pipeline: MMFacePipeline, run: Path, seen: int) -> None:
+def preview(recipe: TrainRecipe, pipeline: Any, run: Path, seen: int) -> None:
     """Make the recipe's previews: the same code, so the same pixels, as `likeness generate` on the published model."""
     if not recipe.preview:
         return

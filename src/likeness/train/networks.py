@@ -1,21 +1,25 @@
-"""The network of a recipe, from random weights, sized by what it stands on."""
+"""The network of a recipe: from random weights, sized by what it stands on, or an adapter on a frozen base."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from diffusers import ModelMixin
 
 from likeness.models.mditface import MDiTFaceTransformer
 from likeness.models.mmface import MMFaceTransformer
-from likeness.train.config import MDiTFaceNetwork, TrainRecipe
+from likeness.models.tied_weights import NEW
+from likeness.pipelines.adapters import Adapter, add_adapter
+from likeness.pipelines.load import find
+from likeness.train.config import MDiTFaceAdapter, MDiTFaceNetwork, TrainRecipe
 from likeness.types import InputError
 
 
 def build_network(
     recipe: TrainRecipe, *, channels: int, text_dim: int, pooled_dim: int, text_tokens: int
 ) -> ModelMixin:
-    """The network of a recipe.
+    """The network of a recipe. An adapter's base has the sizes that it has: the arguments are not read.
 
     Args:
         recipe: the run.
@@ -29,6 +33,12 @@ def build_network(
     """
     n = recipe.network
     names = condition_names(recipe)
+    if isinstance(n, MDiTFaceAdapter):
+        adapter = adapter_of(recipe)
+        base = find(n.base) / "transformer"
+        return begin_adapter(
+            MDiTFaceTransformer.from_pretrained(base, dtype=torch.bfloat16, **adapter.network), adapter
+        )
     if isinstance(n, MDiTFaceNetwork):
         if n.hidden_size % (8 * n.heads):  # whole heads, in pairs of values along three axes
             raise InputError(
@@ -68,6 +78,34 @@ def build_network(
         condition_names=(*names, "none"),
         text_rope=n.text_rope,
     )
+
+
+def adapter_of(recipe: TrainRecipe) -> Adapter:
+    """The configuration of the adapter that a recipe trains."""
+    n = recipe.network
+    assert isinstance(n, MDiTFaceAdapter)
+    return Adapter(
+        base=n.base,
+        condition_names=condition_names(recipe),
+        attention=n.attention,
+        static_modulation=n.static_modulation,
+        rank=n.rank,
+        alpha=n.alpha,
+        defaults=recipe.defaults,
+    )
+
+
+def begin_adapter(transformer: MDiTFaceTransformer, adapter: Adapter) -> MDiTFaceTransformer:
+    """Freeze a base and put a new adapter on it: the LoRA, the conditions' rows and for `concat` the new matrix are
+    trained, in float32.
+    """
+    transformer.requires_grad_(False)
+    add_adapter(transformer, adapter)
+    for name, parameter in transformer.named_parameters():
+        parameter.requires_grad_(".lora_" in name or name.startswith(NEW))
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return transformer
 
 
 def condition_names(recipe: TrainRecipe) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from likeness.train.config import OptimizerRecipe
+from likeness.types import InputError
 
 Decay = Literal["constant", "linear", "cosine"]
 
@@ -33,20 +34,49 @@ class Ema:
     def __init__(self, model: nn.Module, relative_width: float = 0.1) -> None:
         self.gamma = power_of(relative_width)
         # clones keep the dtype, device and sharding of the parameters they follow
-        self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.weights = {name: p.detach().clone() for name, p in trained_parameters(model).items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Follow the model after optimizer step number `step`, counted from 1."""
         beta = (1 - 1 / step) ** (self.gamma + 1)
-        names, parameters = zip(*model.named_parameters(), strict=True)
-        torch._foreach_lerp_([self.weights[name] for name in names], list(parameters), 1 - beta)
+        parameters = trained_parameters(model)
+        own: list[torch.Tensor] = list(parameters.values())
+        torch._foreach_lerp_([self.weights[name] for name in parameters], own, 1 - beta)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
-        """Put the average into `model`."""
-        for name, parameter in model.named_parameters():
+        """Put the average into `model`; what was not trained is left alone."""
+        parameters = dict(model.named_parameters())
+        for name, weight in self.weights.items():
+            parameters[name].copy_(weight)
+
+    @torch.no_grad()
+    def swap(self, model: nn.Module) -> None:
+        """Exchange the average and the model's own weights; a second call exchanges them back."""
+        for name, parameter in trained_parameters(model).items():
+            own = parameter.detach().clone()
             parameter.copy_(self.weights[name])
+            self.weights[name].copy_(own)
+
+
+def load_trained(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Put saved values into the parameters that are trained.
+
+    Raises:
+        InputError: the state is of another network.
+    """
+    parameters = trained_parameters(model)
+    if parameters.keys() != state.keys() or any(parameters[name].shape != state[name].shape for name in state):
+        raise InputError("the checkpoint is of another network than the recipe's: choose another run folder")
+    with torch.no_grad():
+        for name, value in state.items():
+            parameters[name].copy_(value)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained: all of a network from random weights, the adapters of a frozen one."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def power_of(relative_width: float) -> float:
@@ -62,7 +92,7 @@ def make_optimizers(model: nn.Module, recipe: OptimizerRecipe) -> list[torch.opt
 
     Modulations stay with AdamW: they begin at zero, and their outputs are scales and gates, no features to be turned.
     """
-    named = dict(model.named_parameters())
+    named = trained_parameters(model)
     inner = {n for n, p in named.items() if recipe.name == "muon" and p.ndim == 2 and is_inner(n)}
     settings = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
     rest = [parameter for name, parameter in named.items() if name not in inner]
@@ -75,7 +105,7 @@ def make_optimizers(model: nn.Module, recipe: OptimizerRecipe) -> list[torch.opt
 
 def is_inner(name: str) -> bool:
     """Whether a parameter, by its name, belongs to a block and is no modulation."""
-    return "blocks." in name and "modulation" not in name
+    return "blocks." in name and "modulation" not in name and ".norm" not in name  # FLUX: norm1.linear and the like
 
 
 def clip_gradients(parameters: Iterable[torch.Tensor], limit: float) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from likeness.data.sampler import stream
 from likeness.data.store import Sample
-from likeness.encoders.text import encode_text
+from likeness.encoders.text import encode_text, encode_text_flux
 from likeness.objectives import Objective
+from likeness.pipelines.load import Components
 from likeness.train.config import DataRecipe
 from likeness.types import TextFeatures
 
@@ -81,16 +82,14 @@ def make_batch(
     )
 
 
-def text_of(captions: Sequence[str], tokenizer: Any, text_encoder: Any, settings: dict[str, Any]) -> TextFeatures:
-    """Text features of a batch, with the frozen text tower."""
-    return encode_text(
-        tokenizer,
-        text_encoder,
-        captions,
-        max_tokens=settings["max_text_tokens"],
-        layer=settings["text_layer"],
-        together=True,
-    )
+def text_of(captions: Sequence[str], components: Components) -> TextFeatures:
+    """Text features of a batch, with the frozen text towers."""
+    first, limit = (components.tokenizer, components.text_encoder), components.settings["max_text_tokens"]
+    if components.text_encoder_2 is None:
+        layer = components.settings["text_layer"]
+        return encode_text(*first, captions, max_tokens=limit, layer=layer, together=True)
+    second = (components.tokenizer_2, components.text_encoder_2)
+    return encode_text_flux(*first, *second, captions, max_tokens=limit, together=True)
 
 
 def loss_of(

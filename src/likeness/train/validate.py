@@ -10,7 +10,7 @@ import torch
 from likeness.data.sampler import stream
 from likeness.data.store import Store
 from likeness.objectives import make_objective
-from likeness.train.step import loss_of, text_of
+from likeness.train.step import loss_of
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def condition_losses(pipeline: Any, store: Store, condition: str, *, count: int,
     for number, sample in enumerate(samples):
         noise = stream(seed, number).standard_normal(tuple(sample.latents.shape), dtype="float32")
         time = objective.sample_time(torch.tensor([(number + 0.5) / count]))
-        text = text_of(sample.captions[:1] or [""], pipeline.tokenizer, pipeline.text_encoder, dict(pipeline.config))
+        text = pipeline.text_features(list(sample.captions[:1]) or [""])
         other = samples[(number + 1) % count]
         for name, source, index in (("right", sample, row), ("shuffled", other, row), ("none", sample, -1)):
             losses[name] += loss_of(

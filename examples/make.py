@@ -1,0 +1,52 @@
+"""Make the example conditions from portraits of the bundled model, which are nobody's photographs.
+
+python examples/make.py [face_landmarker.task]
+
+Each portrait is made from words, enlarged to 256 px, and parsed, sketched and (with MediaPipe's file given) searched
+for landmarks by the same annotators that prepare training data.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import likeness
+from likeness.annotators.face_parser import parse_faces
+from likeness.annotators.landmarks import open_landmarker
+from likeness.annotators.sketch import extract_sketch
+from likeness.conditions.pictures import mask_picture
+from likeness.pipelines.load import load_face_parser
+
+HERE = Path(__file__).parent
+SIZE = 256
+PORTRAITS: dict[str, tuple[str, int]] = {
+    "smile": ("a smiling woman with blond hair", 0),
+}
+"""Name of the files -> (sentence, seed)."""
+
+
+def main() -> None:
+    pipeline = likeness.load()
+    parser, parser_size = load_face_parser()
+    for name, (sentence, seed) in PORTRAITS.items():
+        portrait = pipeline(sentence, generator=torch.Generator().manual_seed(seed)).images[0]
+        picture = np.array(portrait.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+        (mask,) = parse_faces(parser, [picture], size=parser_size)
+        mask_picture(mask).save(HERE / "masks" / f"{name}.png", optimize=True)
+        Image.fromarray(extract_sketch(picture)).save(HERE / "sketches" / f"{name}.png", optimize=True)
+        if len(sys.argv) > 1:
+            with open_landmarker(Path(sys.argv[1])) as find:
+                points = find(picture)
+            if points is not None:
+                content = {"points": np.round(points * SIZE, 1).tolist(), "size": [SIZE, SIZE]}
+                (HERE / "keypoints" / f"{name}.json").write_text(json.dumps(content) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The command line. Every heavy import is inside its command, so that `--help` answers at once.
+
+What the user gave wrongly (`InputError`) is one sentence on stderr and exit code 2; anything else is our fault and
+keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+import tyro
+
+from likeness.cli import mask, portraits, prepare, training
+from likeness.types import InputError
+
+
+def mask_help() -> None:
+    """Edit masks by class, mix two, check one against a caption; `likeness mask --help` lists its commands."""
+    run(GROUPS["mask"], "likeness mask", ["--help"])
+
+
+def prepare_help() -> None:
+    """Make training data; `likeness prepare --help` lists its commands."""
+    run(GROUPS["prepare"], "likeness prepare", ["--help"])
+
+
+def convert_help() -> None:
+    """Bring other people's weights in: mmface-release (with its own --help)."""
+    run(GROUPS["convert"], "likeness convert", ["--help"])
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "generate": portraits.generate,
+    "replay": portraits.replay,
+    "inspect": portraits.inspect,
+    "mask": mask_help,
+    "models": portraits.models,
+    "train": training.train,
+    "prepare": prepare_help,
+    "convert": convert_help,
+}
+
+GROUPS: dict[str, dict[str, Callable[..., None]]] = {
+    "mask": {
+        "grow": mask.grow,
+        "shrink": mask.shrink,
+        "remove": mask.remove,
+        "mirror": mask.mirror,
+        "paste": mask.paste,
+        "fill": mask.fill,
+        "rename": mask.rename,
+        "exchange": mask.exchange,
+        "interpolate": mask.interpolate,
+        "check": mask.check,
+    },
+    "prepare": {
+        "synthetic": prepare.synthetic,
+        "celeba": prepare.celeba,
+        "celebamask": prepare.celebamask,
+        "annotate": prepare.annotate,
+        "check": prepare.check,
+        "encode": prepare.encode,
+        "components": prepare.components,
+        "pack": prepare.pack,
+    },
+    "convert": {"mmface-release": training.mmface_release},
+}
+"""Commands that have commands of their own."""
+
+
+def run(commands: dict[str, Callable[..., None]], program: str, arguments: list[str]) -> None:
+    """Parse the arguments and call the command they name."""
+    tyro.extras.subcommand_cli_from_dict(
+        commands,
+        prog=program,
+        description="Portraits from words, semantic masks and sketches.",
+        args=arguments,
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of `likeness`."""
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        if given and given[0] in GROUPS:
+            run(GROUPS[given[0]], f"likeness {given[0]}", given[1:] or ["--help"])
+        else:
+            run(COMMANDS, "likeness", given or ["--help"])
+    except InputError as error:
+        print(f"likeness: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("likeness: stopped; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output is gone: `likeness models | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,87 @@
+"""Commands that train models and bring in those of others."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from likeness.cli.terminal import PathArgument, quiet_libraries, tell
+from likeness.types import InputError
+
+
+def train(
+    recipe: PathArgument,
+    overrides: tyro.conf.Positional[tuple[str, ...]] = (),
+    *,
+    out: Path | None = None,
+) -> None:
+    """Train what a recipe describes; to resume, run the same command again.
+
+    Args:
+        recipe: A TOML file; its `kind` says what it trains.
+        overrides: Changes to it, as section.key=value.
+        out: Folder of the run; runs/<name of the recipe> by default.
+    """
+    from likeness.config import load_toml
+
+    kind, train_it = trainer_of(recipe)
+    config = load_toml(recipe, kind, (*overrides,))
+    quiet_libraries()
+    train_it(config, out or Path("runs") / recipe.stem)
+
+
+def trainer_of(path: Path) -> tuple[type, Callable[[Any, Path], Any]]:
+    """The recipe class and the trainer that a recipe's `kind` names."""
+    try:
+        kind = tomllib.loads(path.read_text()).get("kind")
+    except OSError as error:
+        raise InputError(f"cannot read the recipe {path}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid TOML: {error}") from error
+    if kind == "transformer":
+        from likeness.train.config import TrainRecipe
+        from likeness.train.loop import train as train_transformer
+
+        return TrainRecipe, train_transformer
+    if kind == "autoencoder":
+        from likeness.train.components.autoencoder import AutoencoderRecipe, train_autoencoder
+
+        return AutoencoderRecipe, train_autoencoder
+    if kind == "text_image":
+        from likeness.train.components.text_image import TextImageRecipe, train_text_image
+
+        return TextImageRecipe, train_text_image
+    if kind == "face_parser":
+        from likeness.train.components.face_parser import FaceParserRecipe, train_face_parser
+
+        return FaceParserRecipe, train_face_parser
+    kinds = '"transformer", "autoencoder", "text_image" or "face_parser"'
+    raise InputError(f"{path} says kind = {kind!r}; it must be {kinds}")
+
+
+def mmface_release(
+    file: PathArgument,
+    out: PathArgument,
+    *,
+    release: Literal["ddpm-256", "rfm-256", "rfm-512"] | None = None,
+    text_encoder: Path | None = None,
+    vae: Path | None = None,
+) -> None:
+    """Turn a released MMFace-DiT checkpoint into a folder that likeness loads.
+
+    Args:
+        file: The checkpoint-<step> folder, or the safetensors file in it.
+        out: Folder to write.
+        release: Which release it is, where the path does not tell.
+        text_encoder: Folder of Stable Diffusion 2.1's text encoder and tokenizer.
+        vae: Folder of FLUX.1's autoencoder.
+    """
+    from likeness.convert.mmface_release import convert_release
+
+    missing = convert_release(file, out, release=release, text_encoder=text_encoder, vae=vae)
+    print(out)
+    tell([f"missing: {sentence}" for sentence in missing])

@@ -1,0 +1,415 @@
+"""MDiTFace's adapter on FLUX.1: saved, loaded, scaled, removed; LoRAs of others beside it; what does not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from builders import tiny_flux, tiny_flux_pipeline, tiny_mditface_pipeline, tiny_pipeline
+from likeness.cli import main
+from likeness.data.synthetic import draw_face
+from likeness.models.layers import patchify
+from likeness.models.tied_weights import lora_targets
+from likeness.pipelines.adapters import NAME, Adapter, add_adapter, load_adapter, save_adapter, unload_adapter
+from likeness.pipelines.load import fingerprint, load
+from likeness.pipelines.mditface import MDiTFacePipeline
+from likeness.types import InputError
+
+PROMPT = "a woman with red hair"
+STYLE = ("attn.to_q", "attn.to_v", "ff.net.2", "proj_mlp")  # what ordinary LoRAs for FLUX.1 change
+TURBO = ("x_embedder", "context_embedder", "proj_out", "norm_out.linear", "timestep_embedder.linear_1", "attn.to_k")
+"""What step distillations change, too."""
+
+
+@torch.no_grad()
+def randomised(network: nn.Module, std: float = 0.2, number: int = 0) -> nn.Module:
+    """With a LoRA, and condition rows, that are no longer at their zero beginning."""
+    generator = torch.Generator().manual_seed(number)
+    for name, parameter in network.named_parameters():
+        if ".lora_" in name or name.startswith(("condition_embed", "concat_embedder")):
+            parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+    return network
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """FLUX.1-dev in `flux`; an adapter in `adapter`; LoRAs in diffusers' and kohya's format; a mask."""
+    root = tmp_path_factory.mktemp("adapters")
+    tiny_flux_pipeline().save_pretrained(root / "flux")
+    adapter = Adapter(
+        base=str(root / "flux"), condition_names=("mask", "sketch"), rank=4, alpha=2, defaults={"size": 32, "steps": 3}
+    )
+    network = load(root / "flux").transformer
+    add_adapter(network, adapter)
+    save_adapter(randomised(network), root / "adapter", adapter)
+    for name, layers, rank in (("style", STYLE, 3), ("turbo", TURBO, 6)):
+        network = lora_of(tiny_flux(), layers, rank)
+        state = get_peft_model_state_dict(network)
+        config = network.peft_config["default"].to_dict()
+        FluxPipeline.save_lora_weights(root / name, state, transformer_lora_adapter_metadata=config)
+    save_file(kohya(), root / "kohya.safetensors")
+    Image.fromarray(draw_face(0, 0, 64).mask).save(root / "mask.png")
+    return root
+
+
+def lora_of(network: nn.Module, layers: tuple[str, ...], rank: int, std: float = 0.1) -> nn.Module:
+    """A network with a random LoRA on the layers of these names."""
+    found = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    targets = [name for name in found if name.endswith(layers) and "spatial" not in name]
+    network.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
+    return randomised(network, std, number=rank)
+
+
+def kohya() -> dict[str, torch.Tensor]:
+    """One layer in the format of kohya's scripts, alpha beside it."""
+    g, name = torch.Generator().manual_seed(9), "lora_unet_double_blocks_0_img_attn_proj"
+    down, up = torch.randn(4, 32, generator=g), torch.randn(32, 4, generator=g)
+    return {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(2.0)}
+
+
+def make(pipeline: MDiTFacePipeline, control: dict | None = None, **more) -> torch.Tensor:
+    given = {"height": 32, "width": 32, "num_inference_steps": 3, "generator": torch.Generator().manual_seed(7), **more}
+    return pipeline(PROMPT, control_image=control or {}, output_type="latent", **given).images
+
+
+def flux_of(root: Path, *loras: Path, weights: list[float] | None = None) -> torch.Tensor:
+    """What diffusers' own pipeline makes with these LoRAs, as our latents are packed."""
+    theirs = FluxPipeline.from_pretrained(root / "flux")
+    theirs.set_progress_bar_config(disable=True)
+    for path in loras:
+        theirs.load_lora_weights(path, adapter_name=path.stem)
+    if loras:
+        theirs.set_adapters([path.stem for path in loras], weights)
+    given = {"height": 32, "width": 32, "num_inference_steps": 3, "generator": torch.Generator().manual_seed(7)}
+    return theirs(PROMPT, output_type="latent", **given).images
+
+
+@pytest.fixture(scope="module")
+def mask() -> dict[str, np.ndarray]:
+    return {"mask": draw_face(0, 0, 64).mask}
+
+
+# --- The adapter
+
+
+def test_folder_and_its_configuration(root):
+    assert sorted(path.name for path in (root / "adapter").iterdir()) == ["adapter.json", "adapter.safetensors"]
+    told = json.loads((root / "adapter" / "adapter.json").read_text())
+    assert told == {
+        "base": str(root / "flux"),
+        "condition_names": ["mask", "sketch"],
+        "attention": "decoupled",
+        "static_modulation": "text",
+        "text_reads_spatial": True,
+        "rank": 4,
+        "alpha": 2,
+        "defaults": {"size": 32, "steps": 3},
+    }
+    weights = load_file(root / "adapter" / "adapter.safetensors")
+    targets = lora_targets(load(root / "flux").transformer)
+    pairs = {f"{name}.lora_{half}.weight" for name in targets for half in "AB"}
+    assert weights.keys() == {*pairs, "condition_embed.weight"}
+
+
+@pytest.mark.parametrize("attention", ["holistic", "hard", "decoupled", "concat"])
+def test_round_trip(root, tmp_path, mask, attention):
+    """Begun, changed, saved and loaded again: the same bits, for every attention."""
+    adapter = Adapter(
+        base=str(root / "flux"), condition_names=("mask",), attention=attention, static_modulation="constant"
+    )
+    pipeline = load_with(root / "flux", adapter)
+    fresh = make(pipeline)
+    torch.testing.assert_close(patchify(fresh, 2), flux_of(root), atol=1e-4, rtol=0)
+    randomised(pipeline.transformer)
+    save_adapter(pipeline.transformer, tmp_path / "adapter", adapter)
+    again = load(tmp_path / "adapter")
+    assert again.transformer.config.attention == attention
+    assert again.transformer.config.static_modulation == "constant"
+    assert torch.equal(make(again, mask), make(pipeline, mask))
+    assert (make(again, mask) - make(again)).abs().max() > 1e-3
+    assert fingerprint(again) == fingerprint(pipeline)
+    if attention != "concat":
+        assert torch.equal(make(again), fresh)  # words alone do not see the adapter
+
+
+def load_with(base: Path, adapter: Adapter) -> MDiTFacePipeline:
+    """FLUX.1 with a new adapter, as training begins."""
+    from likeness.pipelines.load import load_folder
+
+    pipeline = load_folder(base, torch.float32, adapter.network)
+    pipeline.set_progress_bar_config(disable=True)
+    add_adapter(pipeline.transformer, adapter)
+    return pipeline
+
+
+def test_alpha_counts(root, tmp_path, mask):
+    """Its scale is alpha / rank."""
+    shutil.copytree(root / "adapter", tmp_path / "adapter")
+    values = json.loads((tmp_path / "adapter" / "adapter.json").read_text())
+    (tmp_path / "adapter" / "adapter.json").write_text(json.dumps({**values, "alpha": 4}))
+    double, single = load(tmp_path / "adapter"), load(root / "adapter")
+    assert (make(double, mask) - make(single, mask)).abs().max() > 1e-3
+    double.set_adapters(NAME, 0.5)
+    torch.testing.assert_close(make(double, mask), make(single, mask), atol=1e-6, rtol=0)
+
+
+def test_scaled_and_unloaded(root, mask):
+    pipeline = load(root / "adapter")
+    assert pipeline.config.defaults["steps"] == 3
+    full = make(pipeline, mask)
+    pipeline.set_adapters(NAME, 0.5)
+    assert (make(pipeline, mask) - full).abs().max() > 1e-3
+    pipeline.set_adapters(NAME, 1.0)
+    assert torch.equal(make(pipeline, mask), full)
+    delete = lambda pipe: pipe.delete_adapters(NAME)  # noqa: E731
+    for unload in (unload_adapter, MDiTFacePipeline.unload_lora_weights, delete):
+        unload(pipeline)
+        torch.testing.assert_close(patchify(make(pipeline), 2), flux_of(root), atol=1e-4, rtol=0)
+        with pytest.raises(InputError, match="not trained with mask: it takes words only"):
+            make(pipeline, mask)
+        load_adapter(pipeline, root / "adapter")
+        assert torch.equal(make(pipeline, mask), full)
+    with pytest.raises(InputError, match="no part of a model folder"):
+        pipeline.save_pretrained(root / "whole")
+    assert not (root / "whole").exists()
+    with pytest.raises(InputError, match="not trained with keypoints: it takes mask, sketch"):
+        make(pipeline, {"keypoints": draw_face(0, 0, 64).keypoints})
+
+
+def test_number_formats(root, mask):
+    pipeline = load(root / "adapter", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in pipeline.transformer.parameters()} == {torch.bfloat16}
+    wanted = make(load(root / "adapter"), mask)
+    assert 0 < (make(pipeline, mask) - wanted).abs().mean() < 0.05 * wanted.abs().mean()
+
+
+# --- LoRAs of others
+
+
+@pytest.mark.parametrize("names", [("style",), ("turbo",), ("style", "turbo"), ("kohya.safetensors",)])
+def test_loras_act_as_in_diffusers(root, mask, names):
+    """Without a condition the pictures are diffusers' own, with the adapter loaded; with one, both act."""
+    pipeline = load(root / "adapter")
+    before = make(pipeline, mask)
+    for name in names:
+        assert pipeline.load_lora_weights(root / name, Path(name).stem) == []
+    assert pipeline.get_active_adapters() == [NAME, *(Path(name).stem for name in names)]
+    wanted = flux_of(root, *(root / name for name in names))
+    assert (wanted - flux_of(root)).abs().max() > 1e-2
+    torch.testing.assert_close(patchify(make(pipeline), 2), wanted, atol=1e-4, rtol=0)
+    after = make(pipeline, mask)
+    assert (after - before).abs().max() > 1e-2
+    pipeline.set_adapters([Path(name).stem for name in names])
+    assert (make(pipeline, mask) - after).abs().max() > 1e-3  # the adapter acted, too
+    pipeline.set_adapters(NAME)
+    assert torch.equal(make(pipeline, mask), before)
+
+
+def test_loras_are_scaled_and_removed(root, mask):
+    pipeline = load(root / "adapter")
+    before = make(pipeline, mask)
+    pipeline.set_adapters(NAME, 0.7)
+    weaker = make(pipeline, mask)
+    pipeline.load_lora_weights(root / "style", "style")
+    pipeline.load_lora_weights(root / "turbo", "turbo")
+    pipeline.set_adapters([NAME, "style", "turbo"], [0.7, 0.5, 1.0])
+    wanted = flux_of(root, root / "style", root / "turbo", weights=[0.5, 1.0])
+    torch.testing.assert_close(patchify(make(pipeline), 2), wanted, atol=1e-4, rtol=0)
+    pipeline.delete_adapters(["style", "turbo"])
+    assert torch.equal(make(pipeline, mask), weaker)
+    pipeline.set_adapters(NAME, 1.0)
+    assert torch.equal(make(pipeline, mask), before)
+
+
+def test_loading_keeps_the_strength_of_others(root, mask):
+    pipeline = load(root / "adapter")
+    pipeline.set_adapters(NAME, 0.0)
+    off = make(pipeline, mask)
+    pipeline.load_lora_weights({key: 0 * value for key, value in kohya().items()}, "nothing")
+    assert torch.equal(make(pipeline, mask), off)
+
+
+def test_a_lora_of_the_text_encoder(root):
+    """Formats that bring one have it applied."""
+    pipeline = load(root / "flux")
+    layer = next(n for n, m in pipeline.text_encoder.named_modules() if n.endswith("layers.0.self_attn.q_proj"))
+    down, up = torch.randn(2, 32, generator=torch.Generator().manual_seed(0)), torch.ones(32, 2)
+    state = {f"text_encoder.{layer}.lora_A.weight": down, f"text_encoder.{layer}.lora_B.weight": up}
+    before = make(pipeline)
+    pipeline.load_lora_weights(state, "words")
+    assert (make(pipeline) - before).abs().max() > 1e-4
+
+
+def test_a_lora_without_its_prefix(root):
+    """As a single network's `save_lora_adapter` writes it."""
+    pipeline, other = load(root / "flux"), load(root / "flux")
+    state = load_file(next((root / "style").iterdir()))
+    pipeline.load_lora_weights(state, "style")
+    other.load_lora_weights({key.removeprefix("transformer."): value for key, value in state.items()}, "style")
+    assert torch.equal(make(pipeline), make(other))
+
+
+def test_what_does_not_fit_is_listed_and_refused(root):
+    """All of it, key by key, with the reason; on demand the rest is loaded."""
+    good = "transformer.transformer_blocks.0.attn.to_q"
+    state = {
+        f"{good}.lora_A.weight": torch.ones(2, 32),
+        f"{good}.lora_B.weight": torch.ones(32, 2),
+        "transformer.transformer_blocks.7.attn.to_q.lora_A.weight": torch.ones(2, 32),
+        "transformer.transformer_blocks.7.attn.to_q.lora_B.weight": torch.ones(32, 2),
+        "transformer.transformer_blocks.1.attn.to_q.lora_A.weight": torch.ones(2, 48),
+        "transformer.transformer_blocks.1.attn.to_q.lora_B.weight": torch.ones(32, 2),
+        "transformer.transformer_blocks.1.attn.to_k.lora_A.weight": torch.ones(2, 32),
+        "transformer.transformer_blocks.1.attn.to_v.lora_A.weight": torch.ones(2, 32),
+        "transformer.transformer_blocks.1.attn.to_v.lora_B.weight": torch.ones(32, 3),
+        "transformer.transformer_blocks.1.attn.norm_q.lora_A.weight": torch.ones(2, 32),
+        "transformer.transformer_blocks.1.attn.norm_q.lora_B.weight": torch.ones(32, 2),
+        "unet.down.0.lora_A.weight": torch.ones(2, 32),
+    }
+    pipeline = load(root / "adapter")
+    before, layers = make(pipeline), dict(pipeline.transformer.named_modules())
+    with pytest.raises(InputError, match="the state dict was not made for this network; 10 weights are wrong") as told:
+        pipeline.load_lora_weights(state, "style")
+    listed = dict(line.strip().split(": ", 1) for line in str(told.value).splitlines()[1:])
+    assert listed.keys() == {key for key in state if not key.startswith(good)}
+    assert dict(pipeline.transformer.named_modules()).keys() == layers.keys()  # nothing was changed
+    for part, reason in (
+        ("blocks.7.attn.to_q.lora_A", "no such layer"),
+        ("blocks.1.attn.to_q.lora_B", "for a layer 32 x 48; here it is 32 x 32"),
+        ("blocks.1.attn.to_k.lora_A", "no pair of LoRA matrices"),
+        ("blocks.1.attn.to_v.lora_A", "ranks 2 and 3"),
+        ("norm_q.lora_A", "not a Linear"),
+        ("unet.down.0.lora_A", "no pair of LoRA matrices"),
+    ):
+        assert reason in next(why for key, why in listed.items() if part in key)
+    left_out = pipeline.load_lora_weights(state, "style", strict=False)
+    assert sorted(left_out) == [f"{key}: {why}" for key, why in sorted(listed.items())]
+    assert (make(pipeline) - before).abs().max() > 1e-4
+    modules = pipeline.transformer.named_modules()
+    wrapped = {name for name, module in modules if "style" in getattr(module, "lora_A", {})}
+    assert wrapped == {good.removeprefix("transformer.")}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_foreign_files_are_refused(root, tmp_path, strict):
+    pipeline = load(root / "adapter")
+    foreign = {f"unet.down.{i}.lora_{half}.weight": torch.ones(2, 2) for i in range(3) for half in "AB"}
+    save_file(foreign, tmp_path / "sd.safetensors")
+    (tmp_path / "text.safetensors").write_text("no weights")
+    for source, words in (
+        (tmp_path / "sd.safetensors", "sd.safetensors was not made for this network; 6 weights are wrong"),
+        (tmp_path / "text.safetensors", "text.safetensors cannot be read as a LoRA"),
+        (tmp_path / "absent.safetensors", "absent.safetensors cannot be read as a LoRA"),
+        (root / "adapter" / "adapter.safetensors", "condition_embed.weight: no pair"),
+    ):
+        if strict or "condition" not in words:
+            with pytest.raises(InputError, match=words):
+                pipeline.load_lora_weights(source, "other", strict=strict)
+    pipeline.load_lora_weights(root / "style", "style")
+    with pytest.raises(InputError, match="'style' already"):
+        pipeline.load_lora_weights(root / "turbo", "style")
+
+
+# --- Adapters that do not fit
+
+
+def changed(root: Path, out: Path, weights: dict | None = None, **values) -> Path:
+    """The adapter with other weights, or other values in its configuration."""
+    shutil.copytree(root / "adapter", out)
+    told = json.loads((out / "adapter.json").read_text())
+    (out / "adapter.json").write_text(json.dumps({**told, **values}))
+    if weights is not None:
+        save_file(weights, out / "adapter.safetensors")
+    return out
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"rank": 8}, r"does not fit this network; 50 weights are wrong:\n.*shape \(4, 32\), not \(8, 32\)"),
+        ({"condition_names": ["mask"]}, r"condition_embed\.weight: shape \(2, 32\), not \(1, 32\)"),
+        ({"attention": "concat"}, "x_embedder.lora_A.weight: missing"),
+        ({"attention": "soft"}, "attention is 'soft'"),
+        ({"ranks": 4}, "unknown key 'ranks'"),
+        ({"base": "/nowhere/flux"}, "no model /nowhere/flux"),
+    ],
+)
+def test_wrong_configurations(root, tmp_path, values, words):
+    with pytest.raises(InputError, match=words):
+        load(changed(root, tmp_path / "adapter", **values))
+
+
+def test_broken_and_misplaced_folders(root, tmp_path):
+    adapter = changed(root, tmp_path / "adapter")
+    (adapter / "adapter.safetensors").write_bytes(b"no weights")
+    with pytest.raises(InputError, match=r"adapter\.safetensors cannot be read"):
+        load(adapter)
+    (adapter / "adapter.safetensors").unlink()
+    with pytest.raises(InputError, match=r"adapter\.safetensors cannot be read"):
+        load(adapter)
+    (adapter / "adapter.json").write_text("{")
+    with pytest.raises(InputError, match=r"adapter\.json is not valid JSON"):
+        load(adapter)
+    tiny_pipeline().save_pretrained(tmp_path / "mmface")
+    with pytest.raises(InputError, match=r"is a MMFacePipeline: the base of an adapter must be FLUX\.1"):
+        load(root / "adapter", base=tmp_path / "mmface")
+    tiny_flux_pipeline(num_layers=1).save_pretrained(tmp_path / "smaller")
+    with pytest.raises(InputError, match=r"does not fit this network; 12 weights.*\n.*blocks\.1.*no such weight"):
+        load(root / "adapter", base=tmp_path / "smaller")
+
+
+def test_networks_that_take_no_adapter(root):
+    pipeline = load(root / "adapter")
+    with pytest.raises(InputError, match="already: unload it first"):
+        load_adapter(pipeline, root / "adapter")
+    with pytest.raises(InputError, match="spatial stream of its own"):
+        load_adapter(tiny_mditface_pipeline(), root / "adapter")
+    with pytest.raises(InputError, match="built for concat: load the base with attention='decoupled'"):
+        load_adapter(tiny_mditface_pipeline(attention="concat", spatial_stream="lora"), root / "adapter")
+    with pytest.raises(InputError, match="no MDiTFace adapter to save"):
+        save_adapter(load(root / "flux").transformer, root / "other", Adapter(base="x", condition_names=("mask",)))
+    with pytest.raises(InputError, match="not as its configuration says; 51 weights are wrong"):
+        save_adapter(pipeline.transformer, root / "other", Adapter(base="x", condition_names=("mask",)))
+    assert not (root / "other").exists()
+
+
+# --- The command line
+
+
+def run(*arguments: object) -> int:
+    """Exit code of a command."""
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    return 0
+
+
+def test_generate_and_replay(root, tmp_path, capsys):
+    """With the adapter's own base, and with another that the recipe remembers."""
+    shutil.copytree(root / "flux", tmp_path / "moved")
+    orphan = changed(root, tmp_path / "orphan", base="/nowhere/flux")
+    given = ("generate", PROMPT, "--mask", root / "mask.png", "--seed", 5)
+    assert run(*given, "--model", root / "adapter", "--out", tmp_path / "a.png") == 0
+    assert run(*given, "--model", orphan, "--base", tmp_path / "moved", "--out", tmp_path / "b.png") == 0
+    one, other = (np.asarray(Image.open(tmp_path / name)) for name in ("a.png", "b.png"))
+    assert np.array_equal(one, other)
+    for name in ("a.png", "b.png"):
+        assert run("replay", tmp_path / name) == 0
+        assert "the same to the bit" in capsys.readouterr().out
+    assert run(*given, "--model", orphan, "--out", tmp_path / "c.png") == 2
+    assert "there is no model /nowhere/flux" in capsys.readouterr().err
+    assert run(*given, "--negative-prompt", "hat", "--model", root / "adapter", "--out", tmp_path / "c.png") == 2
+    assert "reads no negative prompt" in capsys.readouterr().err
+    assert run(*given, "--model", root / "flux", "--out", tmp_path / "c.png") == 2
+    assert "takes words only" in capsys.readouterr().err

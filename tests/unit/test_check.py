@@ -1,0 +1,473 @@
+"""The check of a prepared folder: all planted faults and nothing else, mended on request, and shown on a sheet."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import zlib
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance
+
+from likeness.cli import main
+from likeness.conditions import CONDITIONS
+from likeness.conditions.classes import CLASSES, FLIP_PAIRS, PALETTE, order_table
+from likeness.conditions.keypoints import FLIPS
+from likeness.conditions.mask_schemes import exchange
+from likeness.data.folder import read_folder
+from likeness.data.synthetic import draw_face
+from likeness.prepare.alike import fingerprint, first_alike
+from likeness.prepare.check import check_folder
+from likeness.prepare.contact import CELL, COLUMNS, GAP, WORDS, write_sheet
+from likeness.prepare.faults import BEFORE, KINDS
+from likeness.prepare.mend import FIXES, apply_fixes, mend_captions, write_fixes
+from likeness.types import InputError
+
+SIZE, DRAWN = 64, 19
+LONG = "a woman with " + ", ".join(f"thing {'abcdefghij'[n % 10]}" for n in range(40))
+GOOD = "a woman with brown hair, smiling"
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory) -> Path:
+    """Drawn faces and their mirror images: 6 in `test`, 32 in `train`, each of a person of its own."""
+    root = tmp_path_factory.mktemp("check") / "faces"
+    rows: dict[str, list[dict[str, Any]]] = {"test": [], "train": []}
+    for index in range(2 * DRAWN):
+        face, mirrored = draw_face(0, index // 2, SIZE), index % 2 == 1
+        split = "test" if index < 6 else "train"
+        raw = {"mask": face.mask, "sketch": face.sketch, "keypoints": face.keypoints}
+        if mirrored:
+            raw = {name: CONDITIONS[name].flip(values) for name, values in raw.items()}
+        row = {"file_name": f"images/{index:03d}.png", "text": [GOOD, *face.captions[:2]], "identity": str(index)}
+        row |= {f"{name}_file_name": f"{name}/{index:03d}.png" for name in ("mask", "sketch")}
+        row["keypoints_file_name"] = f"keypoints/{index:03d}.json"
+        for column in row:
+            if column.endswith("file_name"):
+                (root / split / row[column]).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(face.image[:, ::-1] if mirrored else face.image).save(root / split / row["file_name"])
+        save_mask(root / split / row["mask_file_name"], raw["mask"])
+        Image.fromarray(raw["sketch"]).save(root / split / row["sketch_file_name"])
+        (root / split / row["keypoints_file_name"]).write_text(json.dumps({"points": raw["keypoints"].tolist()}))
+        rows[split].append(row)
+    for split, lines in rows.items():
+        (root / split / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    return root
+
+
+@pytest.fixture
+def folder(clean, tmp_path) -> Path:
+    return Path(shutil.copytree(clean, tmp_path / "faces"))
+
+
+def save_mask(path: Path, labels: np.ndarray) -> None:
+    picture = Image.fromarray(labels)
+    picture.putpalette(PALETTE.tobytes())
+    picture.save(path)
+
+
+def labels_of(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def run(*arguments: object) -> int:
+    try:
+        main(["prepare", "check", *map(str, arguments)])
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    return 0
+
+
+# How each fault comes about. A plant is given the file of its column.
+
+Plant = Callable[[Path], Any]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def bomb(path: Path) -> None:
+    """A picture of 60,000 x 60,000 pixels in a few bytes."""
+    content = path.read_bytes()
+    header = b"IHDR" + struct.pack(">II", 60000, 60000) + content[24:29]
+    path.write_bytes(content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:])
+
+
+def pixels(change: Callable[[np.ndarray], np.ndarray]) -> Plant:
+    """Change the array of a picture; of a palette picture, its indices."""
+    return lambda path: Image.fromarray(np.ascontiguousarray(change(np.asarray(Image.open(path))))).save(path)
+
+
+def smooth(picture: Image.Image) -> Image.Image:
+    return picture.resize((3 * SIZE // 2, 3 * SIZE // 2), Image.Resampling.BILINEAR)
+
+
+def points(change: Callable[[np.ndarray], np.ndarray]) -> Plant:
+    def plant(path: Path) -> None:
+        values = np.array(json.loads(path.read_text())["points"])
+        path.write_text(json.dumps({"points": change(values).tolist()}))
+
+    return plant
+
+
+NUMBERS_OF_OTHERS = np.argsort(order_table("BiSeNet")).astype(np.uint8)
+STRANGE = np.random.default_rng(0).integers(60, 200, (len(CLASSES), 3)).astype(np.uint8)
+
+PICTURE_PLANTS: list[tuple[str, Plant]] = [
+    ("missing-file", Path.unlink),
+    ("corrupt-file", truncate),
+    ("corrupt-file", bomb),
+    ("corrupt-file", lambda path: path.write_bytes(b"")),
+    ("blank", pixels(lambda rgb: np.full_like(rgb, 7))),
+    ("wrong-size", pixels(lambda rgb: rgb[::2, ::2])),
+    ("colour-order", pixels(lambda rgb: rgb[..., ::-1])),
+]
+
+PLANTS: dict[str, list[tuple[str, Plant]]] = {
+    "mask_file_name": [
+        ("missing-file", Path.unlink),
+        ("corrupt-file", truncate),
+        ("blank", pixels(np.zeros_like)),
+        ("wrong-size", pixels(lambda labels: np.pad(labels, ((0, 0), (12, 12))))),
+        ("colour-order", pixels(lambda labels: PALETTE[labels][..., ::-1])),
+        ("off-palette", pixels(lambda labels: STRANGE[labels])),
+        ("off-palette", pixels(lambda labels: labels * 13)),
+        ("class-order", pixels(lambda labels: NUMBERS_OF_OTHERS[labels])),
+        ("blended-labels", lambda path: smooth(Image.open(path).convert("RGB")).save(path)),
+        ("blended-labels", lambda path: smooth(Image.fromarray(labels_of(path))).save(path)),
+        ("swapped-sides", lambda path: save_mask(path, exchange(labels_of(path), FLIP_PAIRS))),
+    ],
+    "sketch_file_name": [
+        ("missing-file", Path.unlink),
+        ("corrupt-file", lambda path: path.write_text("no picture")),
+        ("blank", pixels(lambda lines: np.full_like(lines, 255))),
+        ("wrong-size", pixels(lambda lines: lines[4:-4])),
+        ("inverted-sketch", pixels(lambda lines: 255 - lines)),
+        ("no-sketch", lambda path: shutil.copy(path.parents[1] / "images" / path.name, path)),
+        ("no-sketch", lambda path: Image.open(path.parents[1] / "mask" / "029.png").convert("RGB").save(path)),
+    ],
+    "keypoints_file_name": [
+        ("missing-file", Path.unlink),
+        ("corrupt-file", lambda path: path.write_text('{"points": [[1, 2]')),
+        ("corrupt-file", points(lambda p: p[:50])),
+        ("swapped-sides", points(lambda p: p[FLIPS[68]])),
+        ("misplaced-keypoints", points(lambda p: p * 0.5)),
+        ("misplaced-keypoints", points(lambda p: p[:, ::-1])),
+        ("shared-condition", lambda path: shutil.copy(path.with_name("006.json"), path)),
+    ],
+}  # fmt: skip
+"""Column -> (kind, plant)."""
+
+TEXTS: list[tuple[str, Any]] = [
+    ("empty-caption", ""),
+    ("empty-caption", []),
+    ("empty-caption", [GOOD, " "]),
+    ("empty-caption", None),
+    ("long-caption", [LONG, GOOD]),
+    ("garbled-caption", "a woman with a tiara, na\u00c3\u00afve smile"),
+    ("garbled-caption", [GOOD, "a man with a gr\ufffdy beard"]),
+    ("broken-row", [7, GOOD]),
+    ("broken-row", {"caption": GOOD}),
+]
+"""(kind, `text`)."""
+
+Place = tuple[str, int, str, str]
+
+
+def plant_everything(folder: Path) -> set[Place]:
+    """Plant every fault; (split, line, column, kind) of each."""
+    root, planted = folder / "train", set()
+    rows = [json.loads(line) for line in (root / "metadata.jsonl").read_text().splitlines()]
+    starts = {"mask_file_name": 1, "sketch_file_name": 1, "keypoints_file_name": 24}
+    for column, plants in PLANTS.items():
+        for number, (kind, plant) in enumerate(plants, start=starts[column]):
+            plant(root / rows[number][column])
+            planted.add(("train", number + 1, column, kind))
+    for number, (kind, text) in enumerate(TEXTS, start=1):
+        rows[number]["text"] = text
+        planted.add(("train", number + 1, "text", kind))
+    for number, (kind, plant) in enumerate(PICTURE_PLANTS, start=12):
+        plant(root / rows[number]["file_name"])
+        planted.add(("train", number + 1, "file_name", kind))
+
+    def row(number: int, column: str, kind: str, **changes: Any) -> None:
+        rows[number] |= changes
+        planted.add(("train", number + 1, column, kind))
+
+    (root / rows[19].pop("sketch_file_name")).unlink()
+    row(19, "sketch_file_name", "broken-row", sketch_file_name=None)
+    row(20, "identity", "leak", identity="2")
+    for at, name in ((21, "file_name"), (22, "mask_file_name")):
+        source = root / rows[at][name]
+        source.rename(folder / source.name)
+        row(at, name, "broken-row", **{name: f"../{source.name}"})
+
+    shutil.copy(folder / "test" / "images" / "001.png", root / "images" / "leaking.png")
+    Image.open(root / rows[0]["file_name"]).convert("RGB").resize((80, 80)).save(
+        root / "images" / "near.jpg", quality=40
+    )
+    shutil.copy(root / rows[5]["file_name"], root / "images" / "same.png")
+    added = [
+        ("file_name", "leak", {"file_name": "images/leaking.png", "text": GOOD}),
+        ("file_name", "duplicate", {"file_name": "images/near.jpg"}),
+        ("file_name", "duplicate", {"file_name": "images/same.png"}),
+        ("file_name", "duplicate", {"file_name": rows[6]["file_name"]}),
+        ("", "broken-row", {"text": GOOD}),
+        ("", "broken-row", ["images/000.png"]),
+    ]
+    for column, kind, values in added:
+        rows.append(values)
+        planted.add(("train", len(rows), column, kind))
+    lines = [json.dumps(values) for values in rows]
+    lines += ['{"file_name": "images/0', b"\xff\xfe\x00".decode("latin-1")]
+    planted |= {("train", len(lines) - 1, "", "broken-row"), ("train", len(lines), "", "broken-row")}
+    (root / "metadata.jsonl").write_bytes(b"\n".join(line.encode("latin-1") for line in lines))
+
+    pixels(lambda rgb: rgb[8:-8])(folder / "test" / "images" / "004.png")
+    planted.add(("test", 5, "file_name", "wrong-size"))
+    planted |= {("test", 5, f"{name}_file_name", "wrong-size") for name in ("mask", "sketch")}
+    shutil.copy(folder / "test" / "mask" / "003.png", folder / "test" / "mask" / "nobody.png")
+    planted.add(("test", 0, "", "unlisted-file"))
+    return planted
+
+
+def places(findings) -> list[Place]:
+    return sorted((found.split, found.line, found.column, found.kind) for found in findings)
+
+
+def test_a_clean_folder_has_no_faults(clean, capsys):
+    steps = []
+    before = files(clean)
+    checked = check_folder(clean, lambda done, total: steps.append((done, total)))
+    assert (checked.rows, checked.findings) == (2 * DRAWN, [])
+    assert steps[-1] == (2 * DRAWN, 2 * DRAWN)
+    assert run(clean) == 0
+    assert capsys.readouterr().out == f"{2 * DRAWN} rows, no faults\n"
+    assert run(clean / "train") == 0  # a split by itself
+    assert files(clean) == before
+
+
+def test_all_planted_faults_and_nothing_else(folder, capsys):
+    planted = plant_everything(folder)
+    assert {kind for *_, kind in planted} == set(KINDS)
+    assert len(KINDS) == 20
+    before = files(folder)
+    checked = check_folder(folder)
+    assert places(checked.findings) == sorted(planted)
+    assert files(folder) == before
+
+    # the command: a table, the list, exit code 1
+    assert run(folder) == 1
+    told = capsys.readouterr().out
+    assert all(kind in told for kind in KINDS)
+    listed = [json.loads(line) for line in (folder / FIXES).read_text().splitlines()]
+    assert [found["kind"] for found in listed] == [found.kind for found in checked.findings]
+    assert files(folder).keys() - before.keys() == {FIXES}
+
+    # applied: what could be mended is gone, the rest is as it was, and originals are kept
+    left = sorted((found.file_name, found.column, found.kind) for found in checked.findings if found.fix is None)
+    assert run(folder, "--apply") == 1
+    again = check_folder(folder).findings
+    assert sorted((found.file_name, found.column, found.kind) for found in again) == left
+    assert all(found.fix is None for found in again)
+    after = files(folder)
+    for name, content in before.items():
+        assert content in (after.get(name), after.get(f"{BEFORE}/{name}")), name
+    assert len(read_folder(folder)) == 32 - 5 - 2  # 5 pictures missing, corrupt or blank, one outside, a known person
+
+    # once more: nothing changes
+    assert run(folder, "--apply") == 1
+    assert files(folder) == after
+
+
+def test_what_is_mended_is_right(folder):
+    clean = {name: labels_of(folder / "train" / "mask" / f"{name}.png") for name in ("006", "007", "008")}
+    sketch = labels_of(folder / "train" / "sketch" / "009.png")
+    root = folder / "train" / "mask"
+    save_mask(root / "006.png", exchange(clean["006"], FLIP_PAIRS))
+    Image.fromarray(PALETTE[clean["007"]][..., ::-1]).save(root / "007.png")
+    Image.fromarray(NUMBERS_OF_OTHERS[clean["008"]]).save(root / "008.bmp")
+    (root / "008.png").unlink()
+    Image.fromarray(255 - sketch).save(folder / "train" / "sketch" / "009.png")
+    metadata = folder / "train" / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace("mask/008.png", "mask/008.bmp"))
+    write_fixes(folder, check_folder(folder).findings)
+    assert apply_fixes(folder) == {"rewrite": 4}
+    assert check_folder(folder).findings == []
+    rows = read_folder(folder)
+    for row in rows[:3]:
+        np.testing.assert_array_equal(labels_of(row["mask_file_name"]), clean[row["file_name"].stem])
+    assert rows[2]["mask_file_name"].name == "008.bmp.png"
+    assert (folder / BEFORE / "train" / "mask" / "008.bmp").is_file()
+    np.testing.assert_array_equal(labels_of(rows[3]["sketch_file_name"]), sketch)
+
+
+def test_the_list_can_be_edited_and_must_be_fresh(folder, capsys):
+    metadata = folder / "train" / "metadata.jsonl"
+    rows = [json.loads(line) for line in metadata.read_text().splitlines()]
+    rows[0]["text"], rows[1]["text"] = LONG, ["", GOOD]
+    metadata.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(folder) == 1
+    listed = (folder / FIXES).read_text().splitlines()
+    (folder / FIXES).write_text(listed[1] + "\n")
+    assert run(folder, "--apply") == 1  # the long caption was struck off the list
+    now = [json.loads(line)["text"] for line in metadata.read_text().splitlines()]
+    assert now[:2] == [LONG, [GOOD]]
+    assert (folder / BEFORE / "train" / "metadata.jsonl").is_file()
+
+    metadata.write_text(metadata.read_text() + "\n" + json.dumps(rows[2]) + "\n")
+    before = files(folder)
+    assert run(folder, "--apply") == 2
+    assert "has changed since" in capsys.readouterr().err
+    (folder / FIXES).write_text("[1]\n")
+    assert run(folder, "--apply") == 2
+    assert "line 1 is no line of a fix list" in capsys.readouterr().err
+    (folder / FIXES).unlink()
+    assert run(folder, "--apply") == 0  # without a list, one is made
+    assert not (folder / FIXES).exists()
+    assert files(folder)["train/metadata.jsonl"] != before["train/metadata.jsonl"]
+
+
+def test_stopped_half_way_it_can_be_finished(folder):
+    root = folder / "train"
+    (root / "images" / "010.png").write_bytes(b"broken")
+    save_mask(root / "mask" / "011.png", exchange(labels_of(root / "mask" / "011.png"), FLIP_PAIRS))
+    write_fixes(folder, check_folder(folder).findings)
+    metadata = (root / "metadata.jsonl").read_bytes()
+    obstacle = folder / BEFORE / "train" / "metadata.jsonl"
+    obstacle.mkdir(parents=True)
+    with pytest.raises(InputError, match="cannot mend"):
+        apply_fixes(folder)
+    assert (root / "metadata.jsonl").read_bytes() == metadata  # written last
+    obstacle.rmdir()
+    assert apply_fixes(folder) == {"drop-row": 1, "rewrite": 1}
+    assert check_folder(folder).findings == []
+    assert len(read_folder(folder)) == 31
+    assert sorted(path.name for path in (folder / BEFORE).rglob("*.*")) == [
+        "010.json", "010.png", "010.png", "010.png", "011.png", "metadata.jsonl",
+    ]  # fmt: skip
+
+
+def test_unusable_input(folder, tmp_path, capsys):
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    assert run(tmp_path / "empty") == 2
+    assert "has no metadata.jsonl" in capsys.readouterr().err
+    (tmp_path / "empty" / "train" / "metadata.jsonl").write_text("\n")
+    assert run(tmp_path / "empty") == 2
+    assert "has no rows" in capsys.readouterr().err
+    assert run(folder, "--sheet", tmp_path / "sheet.pdf") == 2
+    assert "should end in .png or .html" in capsys.readouterr().err
+    assert run(folder, "--sheet", tmp_path / "sheet.png", "--count", 0) == 2
+    (folder / "train" / "images" / "010.png").unlink()
+    (folder / FIXES).mkdir()  # a list that cannot be written
+    assert run(folder) == 2
+    told = capsys.readouterr()
+    assert "cannot write" in told.err
+    assert "missing-file" in told.out
+
+
+def test_the_same_picture_is_known_again_and_others_are_not(clean):
+    pictures = [Image.open(path).convert("RGB") for path in sorted(clean.glob("*/images/*.png"))]
+    alone = b"".join(map(fingerprint, pictures))
+    np.testing.assert_array_equal(first_alike(alone), np.arange(len(pictures)))
+    changes = {
+        "half the size": lambda picture: picture.resize((SIZE // 2, SIZE // 2), Image.Resampling.LANCZOS),
+        "lighter": lambda picture: ImageEnhance.Brightness(picture).enhance(1.1),
+        "grey": lambda picture: picture.convert("L"),
+        "itself": lambda picture: picture,
+    }
+    for name, change in changes.items():
+        both = alone + b"".join(fingerprint(change(picture)) for picture in pictures)
+        np.testing.assert_array_equal(first_alike(both)[len(pictures) :], np.arange(len(pictures)), err_msg=name)
+    assert first_alike(b"").tolist() == []
+
+
+def test_bands_find_every_near_pair():
+    """The look-up by bands against all pairs."""
+    rng = np.random.default_rng(0)
+    base = rng.integers(0, 2, (40, 320), dtype=np.uint8)
+    near = base.copy()
+    for row in near:
+        row[rng.choice(64, 6, replace=False)] ^= 1
+        row[64 + rng.choice(256, 40, replace=False)] ^= 1
+    far = base.copy()
+    far[:, 64 + np.arange(41)] ^= 1
+    bits = np.concatenate([base, near, far])
+    wanted = [*range(40), *range(40), *range(80, 120)]
+    assert first_alike(np.packbits(bits, axis=1).tobytes()).tolist() == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "mended", "kinds"),
+    [
+        (GOOD, GOOD, []),
+        ([GOOD, "un caf\u00e9, s'il vous pla\u00eet"], [GOOD, "un caf\u00e9, s'il vous pla\u00eet"], []),
+        ("\u4e00\u4f4d\u5973\u58eb", "\u4e00\u4f4d\u5973\u58eb", []),
+        ("na\u00c3\u00afve", "na\u00efve", ["garbled-caption"]),
+        ("half a pair \ud800", None, ["garbled-caption"]),
+        (" ".join(["word"] * 75), " ".join(["word"] * 75), []),
+        (" ".join(["word"] * 76), " ".join(["word"] * 75), ["long-caption"]),
+        (" ".join(["word"] * 74) + " make-up", " ".join(["word"] * 74), ["long-caption"]),
+        ("a." * 60, None, ["long-caption"]),
+        (["", 3, GOOD], [GOOD], ["empty-caption", "broken-row"]),
+    ],
+)
+def test_captions(text, mended, kinds):
+    result, met = mend_captions(text, KINDS)
+    assert result == mended
+    assert [kind for kind, _ in met] == kinds
+    assert mend_captions(text, ()) == (text, met)
+    if result is not None:
+        assert mend_captions(result, KINDS) == (result, [])
+
+
+class Links(HTMLParser):
+    """Collects whatever a browser would fetch or run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.sources += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "style")]
+
+
+def test_contact_sheets(folder, tmp_path, capsys):
+    metadata = folder / "train" / "metadata.jsonl"
+    rows = [json.loads(line) for line in metadata.read_text().splitlines()]
+    rows[3]["text"] = ["<script src='http://example.com'></script>", ""]
+    rows[4]["mask_file_name"] = "../../secret.png"
+    metadata.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "train" / "sketch" / "012.png").write_bytes(b"broken")
+    assert run(folder, "--sheet", tmp_path / "sheet.html", "--count", 6) == 1
+    assert capsys.readouterr().out.endswith("sheet.html\n")
+    page = (tmp_path / "sheet.html").read_text()
+    found = Links()
+    found.feed(page)
+    assert len(found.sources) == 6 * len(COLUMNS)
+    assert all(source.startswith("data:image/png;base64,") for source in found.sources)
+    assert found.tags.isdisjoint({"script", "link", "iframe"})
+    assert "url(" not in page
+    first = page.index("metadata.jsonl, line")
+    assert page[first:].startswith("metadata.jsonl, line 4")  # faulty rows come first
+    assert page.count('class="fault"') == 3
+
+    write_sheet(folder, check_folder(folder), tmp_path / "sheet.png", 5)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (GAP + len(COLUMNS) * (CELL + GAP) + WORDS, GAP + 5 * (CELL + GAP))
+        cell = np.asarray(sheet.crop((GAP, GAP, GAP + CELL, GAP + CELL)))
+    shown = Image.open(folder / "train" / rows[3]["file_name"]).convert("RGB").resize((CELL, CELL))
+    assert np.abs(cell.astype(int) - np.asarray(shown)).mean() < 3
