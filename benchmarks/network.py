@@ -8,9 +8,7 @@ Prints the median of alternating rounds and the ratio; the ratio is the result, 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,21 +16,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import plain_mmface
+from side_by_side import median_seconds
 
 from likeness.models.mmface import MMFaceTransformer
 from likeness.types import TextFeatures
-
-
-def rounds(first: Callable[[], object], second: Callable[[], object], count: int) -> tuple[float, float]:
-    """Median seconds of both, taken in turns so that a busy moment hits both."""
-    first(), second()
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(count):
-        for function, found in zip((first, second), times, strict=True):
-            start = time.perf_counter()
-            function()
-            found.append(time.perf_counter() - start)
-    return statistics.median(times[0]), statistics.median(times[1])
 
 
 def main() -> None:
@@ -68,11 +55,13 @@ def main() -> None:
     plain = lambda *inputs: plain_mmface.forward(model, *inputs)  # noqa: E731
     with torch.no_grad():
         difference = (model(*given) - plain(*given)).norm() / plain(*given).norm()
-        forward = rounds(lambda: model(*given, rope=rope), lambda: plain(*given), options.rounds)
-    step = rounds(lambda: train(model), lambda: train(plain), options.rounds)
+        both = {"ours": lambda: model(*given, rope=rope), "plain": lambda: plain(*given)}
+        forward = median_seconds(both, options.rounds)
+    step = median_seconds({"ours": lambda: train(model), "plain": lambda: train(plain)}, options.rounds)
     print(f"{options.depth} blocks of {options.hidden}, batch {b}, {torch.get_num_threads()} threads, fp32")
     print(f"relative difference of the outputs: {difference:.1e}")
-    for name, (ours, theirs) in (("forward", forward), ("training step", step)):
+    for name, found in (("forward", forward), ("training step", step)):
+        ours, theirs = found["ours"], found["plain"]
         print(f"{name:14s} ours {ours * 1e3:8.1f} ms   plain {theirs * 1e3:8.1f} ms   ratio {theirs / ours:.2f}")
 
 
