@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-MASK = ROOT / "examples/masks/smile-bob.png"
+MASK = ROOT / "examples/masks/smile.png"
 PROMPT = "a smiling woman with blond hair"
 STEPS = 20
 

@@ -15,15 +15,15 @@ from likeness.conditions import CONDITIONS
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = [
-    ("mask", "masks/smile-bob.png"),
-    ("mask", "masks/curly.png"),
-    ("mask", "masks/wide-hat.png"),
-    ("sketch", "sketches/glasses-bun.png"),
-    ("sketch", "sketches/beard.png"),
-    ("keypoints", "keypoints/earrings.json"),
+    ("mask", "masks/smile.png"),
+    ("mask", "masks/short-hair.png"),
+    ("mask", "masks/fringe.png"),
+    ("sketch", "sketches/long-hair.png"),
+    ("sketch", "sketches/short-hair.png"),
+    ("keypoints", "keypoints/smile.json"),
     (None, None),
 ]
-SENTENCES = ["a woman with red hair", "an old man with grey hair", "a smiling person with dark skin and black hair"]
+SENTENCES = ["a smiling woman with blond hair", "an old man with grey hair", "a young woman with black hair"]
 SIZE, GAP = 128, 4
 
 

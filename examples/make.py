@@ -26,7 +26,10 @@ from likeness.pipelines.load import load_face_parser
 HERE = Path(__file__).parent
 SIZE = 256
 PORTRAITS: dict[str, tuple[str, int]] = {
-    "smile": ("a smiling woman with blond hair", 0),
+    "smile": ("a smiling woman with blond hair", 4),
+    "long-hair": ("a young woman with long brown hair, wearing earrings", 5),
+    "short-hair": ("a man with black hair and a beard", 4),
+    "fringe": ("a woman with wavy brown hair and bangs", 4),
 }
 """Name of the files -> (sentence, seed)."""
 
