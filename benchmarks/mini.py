@@ -2,7 +2,7 @@
 lower the loss, and how well portraits of held-out faces keep to masks, sketches and words in the eyes of judges that
 made no training data.
 
-python benchmarks/mini.py data/celeba/test --shards data/shards_test --photos data/celebamask/test \
+python benchmarks/mini.py data/celeba/test --shards data/shards/test --photos data/celebamask/test \
     --judge runs/face_parser_judge --text-judge runs/text_image_judge --train data/celeba/train --out runs/judged
 
 Portraits are kept in --out, so that an interrupted run goes on; every portrait has the number of its face as its seed.
@@ -26,12 +26,12 @@ from likeness.annotators.sketch import extract_sketch
 from likeness.conditions import CONDITIONS
 from likeness.data.folder import captions_of, column_of, read_folder, read_photo
 from likeness.data.store import Store
-from likeness.encoders.latent import LatentCodec, to_pixels, to_tensor
+from likeness.encoders.latent import LatentCodec
 from likeness.evaluate.scores import edge_f_score, interval, nearest, pixel_accuracy, retrieval
 from likeness.pipelines.generate import generate, resolve
 from likeness.pipelines.load import load_face_parser, load_text_image
 from likeness.train.components import text_image
-from likeness.train.components.autoencoder import measure
+from likeness.train.components.autoencoder import measure, through
 from likeness.train.validate import condition_losses
 from likeness.types import PortraitRequest
 
@@ -60,7 +60,8 @@ def main() -> None:
         for condition in store.conditions:
             losses = condition_losses(pipeline, store, condition, count=options.count)
             told = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
-            print(f"loss with {condition}, n = {min(options.count, len(store))}: {told}", flush=True)
+            having = sum(condition in store[index].conditions for index in range(len(store)))
+            print(f"loss with {condition}, n = {min(options.count, having)}: {told}", flush=True)
     if options.out:
         judged(pipeline, options)
 
@@ -80,7 +81,7 @@ def judged(pipeline: Any, options: argparse.Namespace) -> None:
     rows = [row for row in read_folder(options.faces) if column_of("mask") in row][: options.count]
     photos = [read_photo(row["file_name"], SIZE) for row in rows]
     codec = LatentCodec(pipeline.vae)
-    through = [to_pixels(codec.decode(codec.encode(to_tensor([photo]))))[0] for photo in photos]
+    decoded = [through(codec, photo) for photo in photos]
     portraits = {kind: [portrait(pipeline, options.out, kind, i, row) for i, row in enumerate(rows)] for kind in KINDS}
     print(f"portraits of {len(rows)} held-out faces at {SIZE} px, one caption each, seed = number of the face")
 
@@ -88,11 +89,11 @@ def judged(pipeline: Any, options: argparse.Namespace) -> None:
         network, size = load_face_parser(options.judge / "model")
         given = [raw_condition(row, "mask") for row in rows]
         see = lambda pictures: parse_all(network, pictures, size)  # noqa: E731
-        made = (portraits["mask"], portraits["none"], through)
+        made = (portraits["mask"], portraits["none"], decoded)
         table("pixel accuracy against the given mask", *made, given, see, pixel_accuracy)
     given = [raw_condition(row, "sketch") for row in rows]
     draw = lambda pictures: [extract_sketch(picture) for picture in pictures]  # noqa: E731
-    made = (portraits["sketch"], portraits["none"], through)
+    made = (portraits["sketch"], portraits["none"], decoded)
     table("edge F-score against the given sketch (1.5 px)", *made, given, draw, edge_f_score)
 
     if options.text_judge:
@@ -109,12 +110,12 @@ def judged(pipeline: Any, options: argparse.Namespace) -> None:
         if options.train:
             trained = [read_photo(row["file_name"], SIZE) for row in read_folder(options.train)]
             others = picture_features(clip, trained)
-            for name in ("none", "real"):
-                likest = nearest(features[name], others)[0]
+            found = {name: nearest(features[name], others) for name in ("none", "real")}
+            for name, (likest, _) in found.items():
                 print(f"nearest training face, {name}: cosine {likest.mean():.3f}, at most {likest.max():.3f}")
-            best = nearest(features["none"], others)
-            order = best[0].argsort(descending=True)[:8].tolist()
-            sheet([portraits["none"][i] for i in order], [trained[best[1][i]] for i in order], options.out)
+            likest, index = found["none"]
+            order = likest.argsort(descending=True)[:8].tolist()
+            sheet([portraits["none"][i] for i in order], [trained[index[i]] for i in order], options.out)
 
 
 def portrait(pipeline: Any, out: Path, kind: str, number: int, row: dict[str, Any]) -> np.ndarray:

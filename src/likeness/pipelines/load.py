@@ -145,6 +145,13 @@ def load_component(folder: Path, library: str, class_name: str, dtype: torch.dty
     return model
 
 
+def load_part(folder: Path, library: str, class_name: str) -> Any:
+    """One component from a folder of its own, packed or not; a tokenizer, too."""
+    if (folder / PACKED).is_file():
+        return load_component(folder, library, class_name)
+    return component_class(library, class_name).from_pretrained(folder)
+
+
 def materialise_buffers(model: torch.nn.Module) -> None:
     """Buffers that are not saved (position numbers) have no values on the meta device: count them out again."""
     for module in model.modules():
@@ -212,10 +219,7 @@ def load_components(folder: str | Path = BUNDLED / COMMON) -> Components:
         where = folder / part if (folder / part).is_dir() else folder.parent / COMMON / part
         if not where.is_dir() or not index.get(part):
             raise InputError(f"{folder} has no {part}")
-        packed = (where / PACKED).is_file()
-        parts[part] = (
-            load_component(where, *index[part]) if packed else component_class(*index[part]).from_pretrained(where)
-        )
+        parts[part] = load_part(where, *index[part])
     if flux:
         config = parts["vae"].config
         settings = {"latent_mean": config["shift_factor"], "latent_std": 1 / config["scaling_factor"]}
@@ -256,13 +260,12 @@ def load_text_image(folder: Path) -> tuple[Any, Any]:
     Raises:
         InputError: a part is missing or broken.
     """
-    from transformers import AutoTokenizer, CLIPModel
+    from transformers import AutoTokenizer
 
-    where = folder / "clip"
     try:
-        packed = (where / PACKED).is_file()
-        clip = load_component(where, "transformers", "CLIPModel") if packed else CLIPModel.from_pretrained(where).eval()
-        return clip, AutoTokenizer.from_pretrained(folder / "tokenizer")
+        return load_part(folder / "clip", "transformers", "CLIPModel"), AutoTokenizer.from_pretrained(
+            folder / "tokenizer"
+        )
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} holds no text-image pair (clip and tokenizer): {first_line(error)}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -156,3 +157,8 @@ class TrainRecipe:
     """Images between checkpoints."""
     keep: int = 2
     """Checkpoints kept."""
+
+
+def parts_of(share: str) -> Sequence[str]:
+    """The conditions of one entry of `condition_shares`: "mask+sketch" has two, "none" has none."""
+    return [] if share == "none" else share.split("+")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from diffusers import ModelMixin
 
@@ -12,7 +10,7 @@ from likeness.models.mmface import MMFaceTransformer
 from likeness.models.tied_weights import NEW
 from likeness.pipelines.adapters import Adapter, add_adapter
 from likeness.pipelines.load import find
-from likeness.train.config import MDiTFaceAdapter, MDiTFaceNetwork, TrainRecipe
+from likeness.train.config import MDiTFaceAdapter, MDiTFaceNetwork, TrainRecipe, parts_of
 from likeness.types import InputError
 
 
@@ -111,11 +109,6 @@ def begin_adapter(transformer: MDiTFaceTransformer, adapter: Adapter) -> MDiTFac
 def condition_names(recipe: TrainRecipe) -> tuple[str, ...]:
     """The conditions that the recipe trains, in the order in which it names them."""
     return tuple(dict.fromkeys(name for share in recipe.data.condition_shares for name in parts_of(share)))
-
-
-def parts_of(share: str) -> Sequence[str]:
-    """The conditions of one entry of `condition_shares`: "mask+sketch" has two, "none" has none."""
-    return [] if share == "none" else share.split("+")
 
 
 def rope_axes(head_dim: int) -> tuple[int, int, int]:

@@ -14,7 +14,7 @@ from likeness.data.store import Sample
 from likeness.encoders.text import encode_text, encode_text_flux
 from likeness.objectives import Objective
 from likeness.pipelines.load import Components
-from likeness.train.config import DataRecipe
+from likeness.train.config import DataRecipe, parts_of
 from likeness.types import TextFeatures
 
 
@@ -58,7 +58,7 @@ def make_batch(
     shares = np.array(list(recipe.condition_shares.values()), dtype=np.float64)
     cumulative = np.cumsum(shares / shares.sum())
     kinds = list(recipe.condition_shares)
-    most = max(len(kind.split("+")) for kind in kinds)  # K
+    most = max(1, *(len(parts_of(kind)) for kind in kinds))  # K
     noise, uniform, conditions, index, captions = [], [], [], [], []
     for sample, position in zip(samples, positions, strict=True):
         rng = stream(seed, position)
@@ -68,7 +68,7 @@ def make_batch(
         uniform.append(rng.random())
         noise.append(torch.from_numpy(rng.standard_normal(tuple(sample.latents.shape), dtype=np.float32)))
         # "none", or a condition that this face lacks: trained without; what lies in its place is never read
-        given = [name for name in kind.split("+") if name in sample.conditions]
+        given = [name for name in parts_of(kind) if name in sample.conditions]
         absent = most - len(given)
         conditions.append(torch.stack([*(sample.conditions[name] for name in given), *[sample.latents] * absent]))
         index.append([*(condition_names.index(name) for name in given), *[-1] * absent])
