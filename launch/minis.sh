@@ -15,12 +15,14 @@ mkdir -p "${2:-.}" && cd "${2:-.}"
 landmarks=(${LANDMARKER:+--landmarker "$LANDMARKER"})
 train() { likeness train "$recipes/$1.toml" --out "runs/$1"; }
 
-# 1. Faces: one geometry, split by person, captions, sketches, hand-made masks
-[ -f data/celeba/test/metadata.jsonl ] || likeness prepare celeba "$data/celeba" data/celeba
-[ -f data/celebamask/test/metadata.jsonl ] || likeness prepare celebamask "$data/celebamask-hq" data/celebamask --size 512
+# 1. Faces: one geometry, split by person, captions, hand-made masks
+[ -f data/celeba/test/metadata.jsonl ] || \
+    likeness prepare ingest "$data/celeba" data/celeba --layout celeba --size 128
+[ -f data/celebamask/test/metadata.jsonl ] || \
+    likeness prepare ingest "$data/celebamask-hq" data/celebamask --layout celebamask --size 512 --held-out 80
 [ -f data/synthetic/train/metadata.jsonl ] || likeness prepare synthetic data/synthetic --count 8000
 
-# 2. The face parser, and the masks and keypoints of all faces
+# 2. The face parser, and the masks, sketches and keypoints of all faces
 train face_parser
 for part in celeba/train celeba/test; do
     likeness prepare annotate "data/$part" --parser runs/face_parser/model "${landmarks[@]}"

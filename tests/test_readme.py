@@ -48,7 +48,7 @@ def test_commands(workplace, capsys):
         assert program == "likeness"
         assert run(arguments) == 0, f"{line}: {capsys.readouterr().err}"
         if "--out" in arguments and "--count" not in arguments:
-            assert Path(arguments[arguments.index("--out") + 1]).is_file(), line
+            assert Path(arguments[arguments.index("--out") + 1]).exists(), line
     assert sorted(path.name for path in workplace.glob("both-*.webp")) == ["both-1.webp", "both-2.webp"]
 
 

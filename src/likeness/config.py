@@ -19,11 +19,11 @@ from likeness.types import InputError
 T = TypeVar("T")
 
 
-def load_toml(path: str | Path, cls: type[T], overrides: tuple[str, ...] = ()) -> T:
+def load_toml(path: str | Path | None, cls: type[T], overrides: tuple[str, ...] = ()) -> T:
     """Read `path` into the dataclass `cls`.
 
     Args:
-        path: a TOML file; tables become nested dataclasses.
+        path: a TOML file; tables become nested dataclasses. None: the overrides are all there is.
         cls: a dataclass type.
         overrides: `section.key=value` strings, the value in TOML syntax (a bare word is taken as a string).
 
@@ -31,7 +31,7 @@ def load_toml(path: str | Path, cls: type[T], overrides: tuple[str, ...] = ()) -
         InputError: the file is missing, is not TOML, or has a key or type that `cls` does not.
     """
     try:
-        values = tomllib.loads(Path(path).read_text())
+        values = {} if path is None else tomllib.loads(Path(path).read_text())
     except OSError as error:
         raise InputError(f"cannot read the configuration {path}: {error.strerror or error}") from error
     except tomllib.TOMLDecodeError as error:
@@ -49,7 +49,7 @@ def load_toml(path: str | Path, cls: type[T], overrides: tuple[str, ...] = ()) -
         for name in tables:
             table = table.setdefault(name, {})
         table[last] = value
-    return build(cls, values, where=str(path))
+    return build(cls, values, where="the settings" if path is None else str(path))
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,21 @@ from likeness.cli import main
 from likeness.data.synthetic import draw_face
 from likeness.models.layers import patchify
 from likeness.models.tied_weights import lora_targets
-from likeness.pipelines.adapters import NAME, Adapter, add_adapter, load_adapter, save_adapter, unload_adapter
+from likeness.pipelines.adapters import (
+    NAME,
+    Adapter,
+    act_again,
+    acting,
+    add_adapter,
+    add_loras,
+    load_adapter,
+    save_adapter,
+    unload_adapter,
+)
+from likeness.pipelines.generate import generate, resolve
 from likeness.pipelines.load import fingerprint, load
 from likeness.pipelines.mditface import MDiTFacePipeline
+from likeness.pipelines.record import read_recipe, request_of
 from likeness.types import InputError
 
 PROMPT = "a woman with red hair"
@@ -111,6 +124,7 @@ def test_folder_and_its_configuration(root):
         "attention": "decoupled",
         "static_modulation": "text",
         "text_reads_spatial": True,
+        "targets": "spatial",
         "rank": 4,
         "alpha": 2,
         "defaults": {"size": 32, "steps": 3},
@@ -413,3 +427,147 @@ def test_generate_and_replay(root, tmp_path, capsys):
     assert "reads no negative prompt" in capsys.readouterr().err
     assert run(*given, "--model", root / "flux", "--out", tmp_path / "c.png") == 2
     assert "takes words only" in capsys.readouterr().err
+
+
+def lora_file(root: Path, name: str) -> Path:
+    return next((root / name).iterdir())
+
+
+def test_generate_with_loras_and_replay(root, tmp_path, capsys):
+    """Files and strengths are in the recipe; what was given as numbers or lies no longer there is refused."""
+    shutil.copy(lora_file(root, "style"), tmp_path / "style.safetensors")
+    given = ("generate", PROMPT, "--mask", root / "mask.png", "--seed", 5, "--model", root / "adapter")
+    assert run(*given, "--out", tmp_path / "plain.png") == 0
+    loras = (f"{tmp_path / 'style.safetensors'}=0.6", root / "turbo")
+    assert run(*given, "--lora", *loras, "--out", tmp_path / "a.png") == 0
+    pipeline = load(root / "adapter")
+    pipeline.load_lora_weights(root / "style", "style")
+    pipeline.load_lora_weights(root / "turbo", "turbo")
+    pipeline.set_adapters([NAME, "style", "turbo"], [1.0, 0.6, 1.0])
+    request = resolve(request_of(read_recipe(tmp_path / "a.png")[0]), pipeline)
+    wanted = np.asarray(generate(pipeline, request, [5])[0][0])
+    made, plain = (np.asarray(Image.open(tmp_path / name)) for name in ("a.png", "plain.png"))
+    assert np.array_equal(made, wanted)
+    assert not np.array_equal(made, plain)
+    recorded = read_recipe(tmp_path / "a.png")[0]["adapters"]
+    assert [entry["scale"] for entry in recorded.values()] == [1.0, 0.6, 1.0]
+    assert read_recipe(tmp_path / "plain.png")[0]["adapters"] == {NAME: {"scale": 1.0}}
+    capsys.readouterr()
+    for name in ("a.png", "plain.png"):
+        assert run("replay", tmp_path / name) == 0
+        assert "the same to the bit" in capsys.readouterr().out
+    assert run("replay", tmp_path / "a.png", "--model", root / "flux") == 2
+    assert "no adapter 'mditface'" in capsys.readouterr().err
+    (tmp_path / "style.safetensors").unlink()
+    assert run("replay", tmp_path / "a.png") == 2
+    assert "style.safetensors cannot be read as a LoRA" in capsys.readouterr().err
+
+
+def test_recipes_hold_what_acts(root, mask):
+    """Whatever was loaded by whatever way, at the strength that it has now."""
+    pipeline = load(root / "adapter")
+    assert acting(pipeline) == {NAME: {"scale": 1.0}}
+    pipeline.load_lora_weights(root / "style", "style")
+    pipeline.set_adapters([NAME, "style"], [0.5, 0.3])
+    recorded = acting(pipeline)
+    assert recorded == {NAME: {"scale": 0.5}, "style": {"scale": 0.3, "source": str(root / "style"), "strict": True}}
+    again = load(root / "adapter")
+    act_again(again, json.loads(json.dumps(recorded)))
+    assert torch.equal(make(again, mask), make(pipeline, mask))
+    pipeline.set_adapters("style")
+    assert set(acting(pipeline)) == {"style"}
+    pipeline.delete_adapters("style")
+    pipeline.load_lora_weights(kohya(), "numbers")
+    with pytest.raises(InputError, match="'numbers' was given as numbers, not as a file"):
+        act_again(load(root / "adapter"), acting(pipeline))
+    pipeline.unload_lora_weights()
+    assert acting(pipeline) == pipeline.loras == {}
+    assert acting(tiny_pipeline()) == {}
+    with pytest.raises(InputError, match=r"has the LoRA a\.safetensors, but MMFacePipeline takes none"):
+        act_again(tiny_pipeline(), {"x": {"scale": 1.0, "source": "a.safetensors", "strict": True}})
+
+
+def test_strengths_by_block_cannot_be_recorded(root):
+    pipeline = load(root / "adapter")
+    pipeline.load_lora_weights(root / "style", "style")
+    names = [name for name, module in pipeline.transformer.named_modules() if "style" in getattr(module, "scaling", {})]
+    pipeline.transformer.get_submodule(names[0]).set_scale("style", 0.2)
+    assert acting(pipeline)["style"]["scale"] is None
+    with pytest.raises(InputError, match="differed from layer to layer"):
+        act_again(load(root / "adapter"), acting(pipeline))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_loras_that_fit_in_part(root, tmp_path, capsys, strict):
+    """Listed key by key: refused, or on demand left out and told."""
+    state = load_file(lora_file(root, "style"))
+    state |= {f"transformer.transformer_blocks.7.attn.to_q.lora_{half}.weight": torch.ones(2, 2) for half in "AB"}
+    save_file(state, tmp_path / "part.safetensors")
+    given = ("generate", PROMPT, "--model", root / "adapter", "--lora", tmp_path / "part.safetensors")
+    out = tmp_path / "a.png"
+    assert run(*given, "--out", out, *(() if strict else ("--no-lora-strict",))) == (2 if strict else 0)
+    told = capsys.readouterr().err
+    assert told.count("transformer.transformer_blocks.7.attn.to_q.lora_") == 2
+    assert out.exists() != strict
+    if not strict:
+        assert run("replay", out) == 0
+
+
+@pytest.mark.parametrize(
+    ("lora", "words"),
+    [
+        ("absent.safetensors", "absent.safetensors cannot be read as a LoRA of FLUX.1: there is no such file"),
+        ("style.safetensors=nan", "a file and its strength as FILE=0.6"),
+    ],
+)
+def test_bad_loras(root, tmp_path, capsys, lora, words):
+    assert run("generate", "--model", root / "adapter", "--lora", lora, "--out", tmp_path / "a.png") == 2
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_mmface_takes_no_lora(root, tmp_path, capsys):
+    tiny_pipeline().save_pretrained(tmp_path / "mmface")
+    assert run("generate", "--model", tmp_path / "mmface", "--lora", root / "style", "--out", tmp_path / "a.png") == 2
+    assert "MMFacePipeline takes no LoRA" in capsys.readouterr().err
+    assert not (tmp_path / "a.png").exists()
+
+
+# --- 8-bit weights and offloading
+
+
+def test_8_bit_base(root, mask, tmp_path, capsys):
+    """Half of bf16's memory, nearly the same latents; streams stay tied, adapter and LoRAs act as before."""
+    whole, narrow = load(root / "adapter"), load(root / "adapter", quantize="int8")
+    for pipeline in (whole, narrow):
+        add_loras(pipeline, [(str(root / "style"), 0.5)])
+    weights = dict(narrow.transformer.named_parameters(remove_duplicate=False))
+    name = "transformer_blocks.0.{}attn.to_k.base_layer.weight"
+    assert weights[name.format("spatial.")] is weights[name.format("").replace(".base_layer", "")]
+    assert weights[name.format("spatial.")].qdata.dtype is torch.int8
+    assert weights["condition_embed.weight"].dtype is torch.float32
+    for control in ({}, mask):
+        wanted = make(whole, control)
+        assert 0 < (make(narrow, control) - wanted).abs().mean() < 0.05 * wanted.abs().mean()
+    bf16 = load(root / "flux", dtype=torch.bfloat16, quantize="int8")
+    assert (make(bf16) - make(load(root / "flux"))).abs().mean() < 0.05 * wanted.abs().mean()
+    given = ("generate", PROMPT, "--mask", root / "mask.png", "--model", root / "adapter", "--quantize", "int8")
+    assert run(*given, "--lora", root / "style", "--out", tmp_path / "a.png") == 0
+    assert read_recipe(tmp_path / "a.png")[0]["quantize"] == "int8"
+    assert run("replay", tmp_path / "a.png") == 0
+    assert "the same to the bit" in capsys.readouterr().out
+
+
+def test_8_bits_are_for_flux(root, tmp_path, monkeypatch):
+    tiny_mditface_pipeline().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"is a MDiTFacePipeline: only FLUX\.1 is loaded in 8 bits"):
+        load(tmp_path, quantize="int8")
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(InputError, match=r"pip install 'likeness\[quantize\]'"):
+        load(root / "flux", quantize="int8")
+
+
+def test_offloading_needs_an_accelerator(root, tmp_path, capsys):
+    given = ("generate", "--model", root / "flux", "--offload", "--device", "cpu", "--out", tmp_path / "a.png")
+    assert run(*given) == 2
+    assert "nothing to offload from" in capsys.readouterr().err

@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from likeness.annotators.face_parser import parse_faces
+from likeness.annotators.u2net import PORTRAIT, U2Net
+from likeness.cli import main
 from likeness.data.folder import read_folder
 from likeness.data.synthetic import draw_face
-from likeness.pipelines.load import load_face_parser
-from likeness.prepare.annotate import annotate_folder
+from likeness.pipelines.load import load_face_parser, network_name
+from likeness.prepare.annotate import annotate_folder, maker_of, makers_of
 from likeness.train.components.face_parser import FaceParserRecipe, build
 from likeness.types import InputError
 
@@ -79,14 +82,117 @@ def test_without_parser(folder):
     assert [("mask_file_name" in row) for row in read_folder(folder)] == [True, False, False]
 
 
+def other_parser(parser: Path, where: Path) -> Path:
+    """The same network with other weights."""
+    network = SegformerForSemanticSegmentation.from_pretrained(parser)
+    with torch.no_grad():
+        network.decode_head.classifier.bias += torch.linspace(-1, 1, 19)
+    network.save_pretrained(where)
+    return where
+
+
+def test_who_made_it_is_recorded(folder, parser):
+    annotate_folder(folder, parser=parser)
+    name = network_name(load_face_parser(parser)[0])
+    rows = read_folder(folder)
+    assert ["mask_made_by" in row for row in rows] == [False, True, True]  # the first was there before
+    assert {row["mask_made_by"] for row in rows[1:]} == {name}
+    assert {row["sketch_made_by"] for row in rows} == {"XDoG 1"}
+    assert maker_of(rows[1]["mask_file_name"]) == name
+    assert makers_of(rows) == {"mask": {"hand": 1, name: 2}, "sketch": {"XDoG 1": 3}, "keypoints": {}}
+
+
+def test_redo_makes_anew_what_another_made(folder, parser, tmp_path):
+    annotate_folder(folder, parser=parser, sketches=False)
+    other = other_parser(parser, tmp_path / "other")
+    old = [row["mask_file_name"].read_bytes() for row in read_folder(folder)]
+    # a mask that was changed by hand since says no longer who made it
+    hand = Image.open(read_folder(folder)[2]["mask_file_name"])
+    hand.load()
+    hand.info.clear()
+    hand.save(read_folder(folder)[2]["mask_file_name"])
+    assert annotate_folder(folder, parser=other, sketches=False) == {"mask": 0}
+    assert annotate_folder(folder, parser=other, sketches=False, redo=["mask"]) == {"mask": 1}
+    rows = read_folder(folder)
+    assert rows[0]["mask_file_name"].read_bytes() == old[0]
+    assert rows[1]["mask_file_name"].read_bytes() != old[1]
+    assert rows[1]["mask_made_by"] == network_name(load_face_parser(other)[0])
+    assert "mask_made_by" not in rows[2]
+    assert annotate_folder(folder, parser=other, sketches=False, redo=["mask"]) == {"mask": 0}
+
+
+def test_interrupted_by_one_annotator_and_continued_by_another(folder, parser, tmp_path):
+    """Files that the rows do not name yet are not taken for the other annotator's."""
+    before = (folder / "metadata.jsonl").read_text()
+    annotate_folder(folder, parser=parser, sketches=False)
+    (folder / "metadata.jsonl").write_text(before)  # killed before the metadata was written
+    other = other_parser(parser, tmp_path / "other")
+    assert annotate_folder(folder, parser=other, sketches=False) == {"mask": 2}
+    name = network_name(load_face_parser(other)[0])
+    assert [row.get("mask_made_by") for row in read_folder(folder)] == [None, name, name]
+
+
+def test_hand_made_files_of_other_programs_stay(folder, parser):
+    """A file at its place that no row names yet, saved by a program that writes its own name into it."""
+    info = PngInfo()
+    info.add_text("Software", "Some Paint 3")
+    (folder / "masks").mkdir()
+    Image.fromarray(draw_face(0, 1, 64).mask).save(folder / "masks" / "1.png", pnginfo=info)
+    own = (folder / "masks" / "1.png").read_bytes()
+    assert annotate_folder(folder, parser=parser, sketches=False, redo=["mask"]) == {"mask": 1}
+    assert (folder / "masks" / "1.png").read_bytes() == own
+    assert "mask_made_by" not in read_folder(folder)[1]
+
+
+def test_pictures_of_one_name_in_two_folders(folder):
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    (folder / "more").mkdir()
+    Image.fromarray(draw_face(0, 9, 64).image).save(folder / "more" / "1.png")
+    rows.append({"file_name": "more/1.png"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert annotate_folder(folder) == {"sketch": 4}
+    found = read_folder(folder)
+    assert found[1]["sketch_file_name"].read_bytes() != found[3]["sketch_file_name"].read_bytes()
+    Image.fromarray(draw_face(0, 9, 64).image).save(folder / "more" / "1.jpg")
+    rows.append({"file_name": "more/1.jpg"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=r"1\.png and 1\.jpg would share one mask"):
+        annotate_folder(folder)
+
+
+def test_sketches_by_u2net(folder, tmp_path, capsys):
+    torch.manual_seed(0)
+    torch.save(U2Net(dict.fromkeys(PORTRAIT, (2, 2))).state_dict(), tmp_path / "u2net_portrait.pth")
+    annotate_folder(folder)
+    main(["prepare", "annotate", str(folder), "--sketcher", str(tmp_path / "u2net_portrait.pth"), "--redo", "sketch"])
+    assert "3 sketch added" in capsys.readouterr().out
+    rows = read_folder(folder)
+    assert all(row["sketch_made_by"].startswith("U2Net ") for row in rows)
+    assert Image.open(rows[0]["sketch_file_name"]).size == (64, 64)
+
+
+def test_a_change_of_annotator_shows(folder, parser, tmp_path, capsys):
+    annotate_folder(folder, parser=parser, sketches=False)
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    (folder / rows[2].pop("mask_file_name")).unlink()
+    del rows[2]["mask_made_by"]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main(["prepare", "annotate", str(folder), "--parser", str(other_parser(parser, tmp_path / "other"))])
+    told = capsys.readouterr().err
+    assert "mask: 1 by " in told
+    assert "--redo mask makes them anew by one" in told
+
+
 def test_refusals(folder, parser, tmp_path):
     with pytest.raises(InputError, match=r"config\.json cannot be read"):
         annotate_folder(folder, parser=tmp_path / "faces")
+    with pytest.raises(InputError, match="nothing is there to make each mask anew"):
+        annotate_folder(folder, redo=["mask"])
     other = SegformerForSemanticSegmentation(
         SegformerConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 1, 1], num_labels=3)
     )
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(InputError, match="not our 19"):
+    with pytest.raises(InputError, match="LABEL_0, LABEL_1, LABEL_2"):
         annotate_folder(folder, parser=tmp_path / "other")
     (folder / "images" / "1.png").write_bytes(b"broken")
     with pytest.raises(InputError, match=r"1\.png is no picture"):

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from likeness.prepare.captions import ATTRIBUTES, write_captions
+from likeness.prepare.caption.grammar import ATTRIBUTES, write_captions
 
 CLAIMS = {
     r"glasses": "Eyeglasses",

@@ -53,11 +53,13 @@ def test_help_needs_no_torch():
     code += "print([m for m in ('torch', 'diffusers', 'transformers', 'PIL', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("[]")
-    for command in ("generate", "replay", "inspect", "mask", "models", "train", "prepare", "convert"):
+    for command in ("generate", "replay", "inspect", "mask", "models", "train", "evaluate", "compare", "prepare"):
         assert command in done.stdout
 
 
-@pytest.mark.parametrize("command", ["generate", "replay", "inspect", "mask", "train", "prepare", "convert"])
+@pytest.mark.parametrize(
+    "command", ["generate", "replay", "inspect", "mask", "train", "evaluate", "compare", "prepare", "study", "convert"]
+)
 def test_help_of_every_command(command, capsys):
     assert run(command, "--help") == 0
     assert f"likeness {command}" in capsys.readouterr().out

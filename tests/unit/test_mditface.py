@@ -505,6 +505,22 @@ def test_concat_adapts_the_image_stream():
     assert (add_lora(model, targets)(**given) - before).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("mode", ["decoupled", "concat"])
+def test_an_adapter_of_all_streams(mode):
+    """The layers of the image stream are in it as those of the spatial one are; words alone see it; ties hold."""
+    model, given = tiny_mditface(attention=mode), inputs()
+    spatial, everything = lora_targets(model), lora_targets(model, "all")
+    assert len(everything) == len(set(everything))
+    assert {image_name(name) for name in spatial} <= set(everything) >= set(spatial)
+    text = [name for name in everything if image_name(name) not in {image_name(n) for n in spatial}]
+    assert len(text) == 1 + 6 * 2
+    assert all("context" in name or "add" in name for name in text)
+    plain = model(**without(given))
+    add_lora(model, everything)
+    assert mode == "concat" or not untied(model)
+    assert (model(**without(given)) - plain).abs().max() > 1e-2
+
+
 def test_adapter_is_saved_and_loaded(tmp_path):
     model, given = add_lora(tiny_mditface(), lora_targets(tiny_mditface())), inputs()
     model.save_lora_adapter(tmp_path)

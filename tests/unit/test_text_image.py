@@ -15,7 +15,9 @@ from PIL import Image, ImageDraw
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from likeness.config import load_toml
+from likeness.data.folder import read_photo
 from likeness.encoders.text import cut_words, encode_text
+from likeness.encoders.text_image import load_attribute_head, name_attributes, reduced
 from likeness.train.checkpoint import states
 from likeness.train.components.text_image import (
     SMALLEST_VOCABULARY,
@@ -254,6 +256,22 @@ def test_attributes_are_words_and_yes_or_no(
     loss = attribute_loss(head, torch.randn(3, 5), labels, (2, 2))
     assert torch.isfinite(loss)
     assert attribute_loss(head, torch.randn(3, 5), torch.full_like(labels, -100), (2, 2)) == 0
+
+
+def test_the_published_head_names_attributes(
+    run: Path, recipe: TextImageRecipe, towers: tuple[CLIPModel, CLIPTextModel, Any]
+) -> None:
+    """Colour and side of the boxes, from what training left in `run/model`."""
+    head = load_attribute_head(run / "model")
+    assert head is not None
+    rows = captioned_rows(recipe.train)
+    pictures = [read_photo(row["file_name"]) for row in rows]
+    named = name_attributes(towers[0], head, reduced(pictures, 16))
+    assert set(named[0]) == set(head.classes) == {"color", "left"}
+    for name in ("color", "left"):
+        right = [found[name] == str(row["attributes"][name]) for found, row in zip(named, rows, strict=True)]
+        assert np.mean(right) >= 0.9
+    assert load_attribute_head(run) is None
 
 
 def test_folders_without_captions_are_refused(tmp_path: Path, recipe: TextImageRecipe) -> None:

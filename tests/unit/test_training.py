@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +10,9 @@ import pytest
 import torch
 
 from builders import save_components, tiny_transformer
-from likeness.conditions import CONDITIONS
 from likeness.config import load_toml
-from likeness.data.folder import read_folder, read_photo
 from likeness.data.sampler import Sampler
 from likeness.data.store import Sample, Store
-from likeness.encoders.latent import LatentCodec, to_tensor
 from likeness.pipelines.generate import generate, resolve
 from likeness.pipelines.load import load, load_components
 from likeness.prepare.encode import encode_folder
@@ -34,11 +30,11 @@ SIZE = 32
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
-    """Ten drawn faces, tiny components, and shards of four faces each."""
+    """Ten drawn faces, tiny components, and their store."""
     root = tmp_path_factory.mktemp("prepared")
     write_synthetic(root / "faces", 10, SIZE, seed=0)
     save_components(root / "components")
-    encode_folder(root / "faces", root / "shards", load_components(root / "components"), size=SIZE, shard_size=4)
+    encode_folder(root / "faces", root / "shards", load_components(root / "components"), size=SIZE)
     return root
 
 
@@ -78,85 +74,6 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     state = load_state(run)
     assert state is not None
     return {**state["model"], **{f"ema.{name}": value for name, value in state["ema"].items()}}
-
-
-def test_store_holds_what_was_encoded(prepared):
-    store = Store(prepared / "shards")
-    assert len(store) == 10
-    assert store.conditions == ["mask", "sketch", "keypoints"]
-    assert [len(shard) for shard in store.captions] == [4, 4, 2]
-    sample = store[9]
-    assert sample.latents.shape == (4, 4, 4)
-    assert len(sample.captions) == 10
-    assert not torch.equal(sample.latents, store[8].latents)
-    assert not torch.equal(sample.conditions["mask"], sample.conditions["sketch"])
-
-
-def test_encoding_resumes_without_redoing(prepared, tmp_path):
-    parts = load_components(prepared / "components")
-    out, seen = tmp_path / "shards", []
-
-    def encode() -> None:
-        encode_folder(
-            prepared / "faces", out, parts, size=SIZE, shard_size=4, progress=lambda done, _: seen.append(done)
-        )
-
-    encode()
-    assert seen == [4, 8, 10]
-    (out / "shard-00001.safetensors").unlink()
-    (out / "manifest.json").unlink()
-    with pytest.raises(InputError, match=r"manifest.json is missing"):
-        Store(out)
-    seen.clear()
-    encode()
-    assert seen == [8]
-    assert torch.equal(Store(out)[5].latents, Store(prepared / "shards")[5].latents)
-
-
-def test_views_mirror_and_vary(prepared, tmp_path):
-    parts = load_components(prepared / "components")
-    encode_folder(prepared / "faces", tmp_path / "views", parts, size=SIZE, views=2, shard_size=4)
-    store, plain = Store(tmp_path / "views"), Store(prepared / "shards")
-    assert len(store) == 20
-    assert store[3].captions == store[13].captions
-    assert torch.equal(store[3].latents, plain[3].latents)
-    picture = read_photo(read_folder(prepared / "faces")[3]["file_name"], SIZE)
-    mirrored = LatentCodec(parts.vae).encode(to_tensor([picture[:, ::-1]]))[0]
-    assert torch.allclose(store[13].latents, mirrored, atol=2e-3)
-    mask = CONDITIONS["mask"]
-    labels = mask.resize(mask.read(read_folder(prepared / "faces")[3]["mask_file_name"]).raw, SIZE, SIZE)
-    exact = LatentCodec(parts.vae).encode(to_tensor([mask.render(mask.flip(labels), SIZE, SIZE)]))[0]
-    off = (store[13].conditions["mask"] - exact).abs().mean()
-    assert 0.01 < off / exact.std() < 0.7  # varied, yet the mirrored mask of this face
-
-
-def test_faces_that_lack_a_condition_keep_the_others(prepared, tmp_path):
-    shutil.copytree(prepared / "faces", tmp_path / "faces")
-    path = tmp_path / "faces" / "train" / "metadata.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    del rows[2]["keypoints_file_name"]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    encode_folder(tmp_path / "faces", tmp_path / "s", load_components(prepared / "components"), size=SIZE)
-    store = Store(tmp_path / "s")
-    assert [set(store[i].conditions) for i in (1, 2)] == [{"mask", "sketch", "keypoints"}, {"mask", "sketch"}]
-    data = DataRecipe(shards=("s",), condition_shares={"keypoints": 1.0})
-    batch = make_batch([store[1], store[2]], [0, 1], data, ["keypoints"], torch.zeros(1), torch.ones(1), seed=0)
-    assert batch.condition_index.tolist() == [[0], [-1]]
-
-
-def test_encoding_refuses_to_mix(prepared):
-    parts = load_components(prepared / "components")
-    with pytest.raises(InputError, match="another size"):
-        encode_folder(prepared / "faces", prepared / "shards", parts, size=64, shard_size=4)
-
-
-def test_damaged_shard_is_named(prepared, tmp_path):
-    parts = load_components(prepared / "components")
-    encode_folder(prepared / "faces", tmp_path / "s", parts, size=SIZE, shard_size=4)
-    shard = tmp_path / "s" / "shard-00000.safetensors"
-    shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(InputError, match="shard-00000"):
-        Store(tmp_path / "s")
 
 
 def test_sampler_sees_every_face_once_an_epoch():
@@ -282,6 +199,25 @@ def test_shards_of_another_autoencoder_are_refused(prepared, tmp_path):
     (copy / "manifest.json").write_text(json.dumps({**manifest, "codec": "0" * 64}))
     with pytest.raises(InputError, match="another autoencoder"):
         loop.train(recipe(prepared, **{"data.shards": f'["{copy}"]'}), tmp_path / "run")
+
+
+def test_text_features_of_the_shards(prepared, tmp_path):
+    """Stored features train as the tower itself does; those of another tower, or of a part of the data, are refused."""
+    parts, out = load_components(prepared / "components"), tmp_path / "shards"
+    encode_folder(prepared / "faces", out, parts, size=SIZE, text_features=True)
+    of = lambda *stores: recipe(prepared, images=8, **{"data.shards": json.dumps([str(s) for s in stores])})  # noqa: E731
+    loop.train(of(out), tmp_path / "stored")
+    loop.train(of(prepared / "shards"), tmp_path / "fresh")
+    told = [json.loads((tmp_path / run / "metrics.jsonl").read_text())["loss"] for run in ("stored", "fresh")]
+    assert told[0] == pytest.approx(told[1], rel=1e-3)
+    with pytest.raises(InputError, match="encode all alike"):
+        loop.train(of(out, prepared / "shards"), tmp_path / "mixed")
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps({**manifest, "text": "0" * 64}))
+    with pytest.raises(InputError, match="another text tower"):
+        loop.train(of(out), tmp_path / "other")
+    with pytest.raises(InputError, match="another text tower"):
+        encode_folder(prepared / "faces", out, parts, size=SIZE)
 
 
 def test_condition_without_data_is_refused(prepared, tmp_path):

@@ -132,10 +132,38 @@ def test_adapter_is_the_average(adapter_recipe, tmp_path):
     assert not torch.equal(published[name], state["model"][name])
 
 
+def test_a_base_of_our_own(prepared, tmp_path):
+    """Trained without any condition, it is a small FLUX: it takes words only, and adapters of either reach."""
+    shards, words = [str(prepared / "shards")], {"none": 1.0}
+    given = {"shards": shards, "components": str(prepared / "components"), "condition_shares": words}
+    network = {**NETWORK, "spatial_stream": "lora"}
+    whole = recipe(prepared, network, "shards", "components", data=given, preview=[], precision="fp32")
+    base = loop.train(whole, tmp_path / "base")
+    pipeline = load(base)
+    assert tuple(pipeline.transformer.config.condition_names) == ()
+    assert not any(".spatial." in name for name in pipeline.transformer.state_dict())
+    with pytest.raises(InputError, match="takes words only"):
+        pipeline("a face", control_image={"mask": prepared / "faces/train/masks/000000.png"})
+    portraits, request = {}, resolve(PortraitRequest(prompt="a face"), pipeline)
+    portraits["base"] = generate(pipeline, request, [1])[0][0].tobytes()
+    for targets in ("spatial", "all"):
+        lora = {"name": "mditface_adapter", "base": str(base), "rank": 2, "targets": targets}
+        model = loop.train(recipe(prepared, lora, "shards", None), tmp_path / targets)
+        assert json.loads((model / "adapter.json").read_text())["targets"] == targets
+        adapted = load(model)
+        portraits[targets] = generate(adapted, request, [1])[0][0].tobytes()
+        losses = condition_losses(adapted, Store(prepared / "shards"), "mask", count=6)
+        assert losses["right"] != losses["none"]
+    assert portraits["base"] == portraits["spatial"] != portraits["all"]
+
+
 def test_refusals(prepared, adapter_recipe, tmp_path):
     wrong = {"name": "mditface_adapter", "base": str(prepared / "nowhere")}
     with pytest.raises(InputError, match="there is no model"):
         loop.train(recipe(prepared, wrong, "flux_shards", None), tmp_path / "a")
+    wrong = {"name": "mditface_adapter", "base": "mmface-mini"}
+    with pytest.raises(InputError, match=r"mmface-mini is a MMFacePipeline: the base of an adapter must be FLUX\.1"):
+        loop.train(recipe(prepared, wrong, "shards", "components"), tmp_path / "a")
     with pytest.raises(InputError, match="another autoencoder"):
         loop.train(recipe(prepared, {**NETWORK}, "flux_shards", "components"), tmp_path / "b")
     loop.train(adapter_recipe, tmp_path / "c")

@@ -13,6 +13,9 @@ from scipy import ndimage
 
 from likeness.types import InputError
 
+DRAWING = 1
+"""Number of this way of drawing: it grows when the same photograph gives other lines."""
+
 REFERENCE = 512
 """Shorter side in pixels for which the lengths below are stated."""
 

@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 import tyro
 
-from likeness.cli import mask, portraits, prepare, training
+from likeness.cli import caption, evaluation, mask, portraits, prepare, study, training
+from likeness.cli.terminal import quiet_torchao
 from likeness.types import InputError
 
 
@@ -24,6 +25,11 @@ def mask_help() -> None:
 def prepare_help() -> None:
     """Make training data; `likeness prepare --help` lists its commands."""
     run(GROUPS["prepare"], "likeness prepare", ["--help"])
+
+
+def study_help() -> None:
+    """Look into a network while it works: keys over time, attention and gates, positions (`likeness study --help`)."""
+    run(GROUPS["study"], "likeness study", ["--help"])
 
 
 def convert_help() -> None:
@@ -38,7 +44,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "mask": mask_help,
     "models": portraits.models,
     "train": training.train,
+    "evaluate": evaluation.evaluate,
+    "compare": evaluation.compare,
     "prepare": prepare_help,
+    "study": study_help,
     "convert": convert_help,
 }
 
@@ -57,14 +66,18 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     },
     "prepare": {
         "synthetic": prepare.synthetic,
-        "celeba": prepare.celeba,
-        "celebamask": prepare.celebamask,
+        "ingest": prepare.ingest,
+        "export": prepare.export,
+        "align": prepare.align,
+        "paste": prepare.paste,
         "annotate": prepare.annotate,
+        "caption": caption.caption,
         "check": prepare.check,
         "encode": prepare.encode,
         "components": prepare.components,
         "pack": prepare.pack,
     },
+    "study": {"keys": study.keys, "attention": study.attention, "positions": study.positions},
     "convert": {"mmface-release": training.mmface_release},
 }
 """Commands that have commands of their own."""
@@ -83,6 +96,7 @@ def run(commands: dict[str, Callable[..., None]], program: str, arguments: list[
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `likeness`."""
     given = sys.argv[1:] if arguments is None else arguments
+    quiet_torchao()
     try:
         if given and given[0] in GROUPS:
             run(GROUPS[given[0]], f"likeness {given[0]}", given[1:] or ["--help"])

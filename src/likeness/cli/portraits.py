@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import secrets
 from pathlib import Path
@@ -28,6 +29,8 @@ def generate(
     control_guidance_end: float = 1.0,
     model: str = "mmface-mini",
     base: str | None = None,
+    lora: tuple[str, ...] = (),
+    lora_strict: bool = True,
     steps: int | None = None,
     guidance_scale: float | None = None,
     seed: int | None = None,
@@ -38,6 +41,8 @@ def generate(
     metadata: bool = True,
     device: str | None = None,
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
+    quantize: Literal["int8"] | None = None,
+    offload: bool = False,
 ) -> None:
     """Make portraits from words, a mask, a sketch or keypoints, in any combination.
 
@@ -54,6 +59,8 @@ def generate(
         control_guidance_end: Fraction of the steps at which they cease to act.
         model: A bundled model, a folder of a model or an adapter, or a hub id.
         base: The base model of an adapter, where it is not the one that the adapter names.
+        lora: LoRAs made for FLUX.1, files, folders or hub ids, each as FILE or FILE=STRENGTH.
+        lora_strict: Whether a LoRA that fits in part only is refused.
         steps: Sampling steps; the model's own by default.
         guidance_scale: How strongly the words act, 1 for plainly; the model's own by default.
         seed: Seed of the first portrait, the next ones count up; random by default.
@@ -64,6 +71,8 @@ def generate(
         metadata: Whether the file carries its recipe and the mark of generated media.
         device: Where to compute, such as cuda; the CPU by default.
         dtype: Number format of the computation.
+        quantize: Keep the matrices of FLUX.1's transformer in 8 bits.
+        offload: Keep on the accelerator only the part of the model that runs.
     """
     width, height = parse_size(size)
     if count < 1:
@@ -91,13 +100,16 @@ def generate(
 
     request, notes = read_conditions(request)
     tell(notes)
+    loras = [parse_lora(text) for text in lora]
 
+    from likeness.pipelines.adapters import add_loras
     from likeness.pipelines.generate import generate as make
     from likeness.pipelines.generate import resolve
     from likeness.pipelines.load import fingerprint as fingerprint_of
     from likeness.pipelines.record import recipe_of, write_picture
 
-    pipeline = load_pipeline(model, dtype, device, base)
+    pipeline = load_pipeline(model, dtype, device, base, quantize, offload)
+    tell([f"left out of the LoRA: {line}" for line in add_loras(pipeline, loras, strict=lora_strict)])
     request = resolve(request, pipeline)
     seeds = [first + index for index in range(count)]
     with progress_bar("Generating") as advance:
@@ -106,8 +118,8 @@ def generate(
     fingerprint = fingerprint_of(pipeline) if metadata else ""
     for picture, path, own in zip(pictures, paths, seeds, strict=True):
         one = dataclasses.replace(request, seed=own)
-        recipe = recipe_of(one, pipeline, model=model, base=base, fingerprint=fingerprint) if metadata else None
-        write_picture(picture, path, recipe)
+        named = {"model": model, "base": base, "quantize": quantize, "fingerprint": fingerprint}
+        write_picture(picture, path, recipe_of(one, pipeline, **named) if metadata else None)
         print(f"{path}  seed {own}")
 
 
@@ -118,6 +130,7 @@ def replay(
     base: str | None = None,
     out: Path | None = None,
     device: str | None = None,
+    offload: bool = False,
 ) -> None:
     """Make a portrait again from the recipe inside its file, and say whether it is the same to the bit.
 
@@ -127,6 +140,7 @@ def replay(
         base: The base model of an adapter, likewise.
         out: Where to write the new picture.
         device: Where to compute.
+        offload: Keep on the accelerator only the part of the model that runs.
     """
     import numpy as np
 
@@ -135,12 +149,15 @@ def replay(
     recipe, pixels = read_recipe(image)
     request = request_of(recipe)
 
+    from likeness.pipelines.adapters import act_again
     from likeness.pipelines.generate import generate as make
     from likeness.pipelines.generate import resolve
     from likeness.pipelines.load import fingerprint as fingerprint_of
 
     dtype = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[recipe["environment"]["dtype"]]
-    pipeline = load_pipeline(model or recipe["model"], dtype, device, base or recipe.get("base"))
+    base = base or recipe.get("base")
+    pipeline = load_pipeline(model or recipe["model"], dtype, device, base, recipe.get("quantize"), offload)
+    act_again(pipeline, recipe.get("adapters", {}))
     with progress_bar("Generating") as advance:
         pictures, _ = make(pipeline, resolve(request, pipeline), [request.seed], advance)
     again = np.asarray(pictures[0])
@@ -192,7 +209,14 @@ def models() -> None:
         print(f"{name}  {index['_class_name']}  {size}x{size}  text, {conditions}")
 
 
-def load_pipeline(model: str, dtype: str, device: str | None, base: str | None = None) -> Any:
+def load_pipeline(
+    model: str,
+    dtype: str,
+    device: str | None,
+    base: str | None = None,
+    quantize: Literal["int8"] | None = None,
+    offload: bool = False,
+) -> Any:
     """A pipeline in the wanted number format."""
     import torch
 
@@ -200,7 +224,19 @@ def load_pipeline(model: str, dtype: str, device: str | None, base: str | None =
 
     quiet_libraries()
     formats = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    return load(model, dtype=formats[dtype], device=device, base=base)
+    return load(model, dtype=formats[dtype], device=device, base=base, quantize=quantize, offload=offload)
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """`style.safetensors` or `style.safetensors=0.6` as (source, strength)."""
+    source, _, strength = text.rpartition("=")
+    try:
+        found = (source, float(strength)) if source else (text, 1.0)
+    except ValueError:
+        found = (text, 1.0)  # the name itself has the sign
+    if not math.isfinite(found[1]):
+        raise InputError(f"--lora is {text!r}; give a file, or a file and its strength as FILE=0.6")
+    return found
 
 
 def parse_size(size: str | None) -> tuple[int | None, int | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Literal
@@ -25,55 +26,189 @@ def synthetic(out: PathArgument, *, count: int = 1000, size: int = 128, seed: in
     print(out)
 
 
-def celeba(source: PathArgument, out: PathArgument, *, size: int = 128, held_out: int = 1000) -> None:
-    """Bring CelebA's official layout into a prepared folder: cropped, captioned, sketched, split by person.
+def ingest(
+    source: PathArgument,
+    out: PathArgument,
+    *,
+    layout: Literal[
+        "auto",
+        "celeba",
+        "celebamask",
+        "mm_celeba",
+        "ffhq",
+        "face_mogle",
+        "mmface_dit",
+        "imagefolder",
+        "parquet",
+        "webdataset",
+        "folder",
+    ] = "auto",
+    split: Literal["auto", "given", "none", "person", "random", "celeba", "face_mogle", "mm_celeba"] = "auto",
+    size: int | None = None,
+    crop: bool = False,
+    captions: Path | None = None,
+    held_out: int = 1000,
+    seed: int = 0,
+    limit: int | None = None,
+) -> None:
+    """Bring face pictures in any known layout into a prepared folder (docs/data.md lists layouts and splits).
 
     Args:
-        source: Folder with img_align_celeba, list_attr_celeba.txt and identity_CelebA.txt.
+        source: Folder or zip archive with the pictures.
         out: Folder to write; run again to go on after an interruption.
-        size: Pixels a side.
-        held_out: Faces kept for measuring, at least.
+        layout: How the source lies; auto finds out, and asks where several fit.
+        split: What is kept for measuring; auto takes the usual one of the layout.
+        size: Pixels a side of the pictures; as they are by default. Masks and sketches keep their size.
+        crop: Take the middle of pictures that are not square, instead of leaving them out.
+        captions: Folder or archive with NAME.txt, a caption a line, where captions lie elsewhere.
+        held_out: Faces kept for measuring by the splits person (at least) and random.
+        seed: Of these splits.
+        limit: Faces to take at most.
     """
-    from likeness.prepare.celeba import prepare_celeba as ingest
+    from likeness.prepare.ingest.write import ingest as ingest_faces
 
-    with progress_bar("Preparing") as advance:
-        found = ingest(source, out, size=size, held_out=held_out, progress=advance)
+    with progress_bar("Ingesting") as advance:
+        found = ingest_faces(
+            source,
+            out,
+            layout=layout,
+            split=split,
+            size=size,
+            crop=crop,
+            captions=captions,
+            held_out=held_out,
+            seed=seed,
+            limit=limit,
+            progress=advance,
+            tell=lambda line: tell([line]),
+        )
+    tell_counts(out, found)
+    if found["skipped"]:
+        tell([f"{out / 'skipped.jsonl'} lists all that was left out"])
+    tell([f"`likeness prepare check {out}` looks for duplicates, leaks and other faults"])
+
+
+def export(folder: PathArgument, out: PathArgument, *, format: Literal["imagefolder", "webdataset", "parquet"]) -> None:
+    """Write a prepared folder for other tools: Hugging Face's imagefolder or Parquet, or WebDataset shards.
+
+    Args:
+        folder: A folder with metadata.jsonl, or the parent of such splits.
+        out: Folder to write; run again to go on after an interruption.
+        format: What to write.
+    """
+    from likeness.prepare.export import export as export_faces
+
+    with progress_bar("Exporting") as advance:
+        found = export_faces(folder, out, format, progress=advance)
     tell_counts(out, found)
 
 
-def celebamask(source: PathArgument, out: PathArgument, *, size: int = 128, held_out: int = 80) -> None:
-    """Bring CelebAMask-HQ's pictures and palette masks into a prepared folder, exchanged sides put right.
+def align(
+    photos: PathArgument,
+    out: PathArgument,
+    *,
+    landmarker: Path,
+    size: int = 512,
+    every: bool = False,
+    strict: bool = False,
+) -> None:
+    """Cut square portraits out of photos, framed as CelebA-HQ and FFHQ are, and keep the way back for `paste`.
+
+    Exit code: 0, or 1 where a photo cannot be read or has no face.
 
     Args:
-        source: Folder with images and masks, paired by name.
-        out: Folder to write; run again to go on after an interruption.
+        photos: A folder of photos, searched with all below it, or one photo.
+        out: Folder to write; run again to go on after an interruption or with more photos.
+        landmarker: MediaPipe's face_landmarker.task.
         size: Pixels a side.
-        held_out: Pairs kept for measuring.
+        every: All faces of a photo, not only the largest.
+        strict: Leave out faces that are turned, tilted, small or cut off, instead of only naming them.
     """
-    from likeness.prepare.celeba import prepare_celebamask as ingest
+    from likeness.prepare.align import align_photos
 
-    with progress_bar("Preparing") as advance:
-        found = ingest(source, out, size=size, held_out=held_out, progress=advance)
-    tell_counts(out, found)
+    with progress_bar("Aligning") as advance:
+        found = align_photos(photos, out, landmarker, size=size, every=every, strict=strict, progress=advance)
+    tell([f"{name}: {', '.join(faults)}" for name, faults in found.faults.items()])
+    tell([f"{name}: left out, {', '.join(faults)}" for name, faults in found.left_out.items()])
+    tell([f"{name}: no face was found" for name in found.without])
+    tell([f"{name}: {reason}" for name, reason in found.unreadable.items()])
+    print(
+        f"{out}: {found.portraits} portraits, {len(found.faults)} with a note, {len(found.left_out)} left out, "
+        f"{len(found.without)} photos without a face, {len(found.unreadable)} unreadable"
+    )
+    if found.without or found.unreadable:
+        sys.exit(1)
+
+
+def paste(
+    portrait: PathArgument,
+    *,
+    aligned: Path,
+    photo: Path,
+    out: Path,
+    face: str | None = None,
+    feather: float = 0.1,
+) -> None:
+    """Lay an edited portrait back into the photo that it was cut from; beyond it no pixel changes.
+
+    Args:
+        portrait: The edited portrait, square, of any size.
+        aligned: The folder that `align` wrote.
+        photo: The photo, as it was then.
+        out: File to write: .png and .webp keep every pixel, .jpg rounds them all.
+        face: Where the photo has several faces: file name of the portrait as it was aligned.
+        feather: Width of the border in which both are mixed, as a share of the portrait's side.
+    """
+    from likeness.prepare.paste import paste_file
+
+    print(f"{out}: {paste_file(portrait, aligned, photo, out, face=face, feather=feather)} laid into {photo}")
 
 
 def annotate(
-    folder: PathArgument, *, parser: Path | None = None, landmarker: Path | None = None, sketches: bool = True
+    folder: PathArgument,
+    *,
+    parser: str | None = None,
+    exchanged: bool = False,
+    sketches: bool = True,
+    sketcher: Path | None = None,
+    landmarker: Path | None = None,
+    redo: tuple[Literal["mask", "sketch", "keypoints"], ...] = (),
+    device: str | None = None,
 ) -> None:
     """Add masks, sketches and keypoints to a prepared folder where it lacks them.
 
     Args:
         folder: A folder with metadata.jsonl; run again to go on after an interruption.
-        parser: Folder of a trained face parser; without it no masks are added.
-        landmarker: MediaPipe's face_landmarker.task; without it no keypoints are added.
+        parser: Face parser: bundled, a folder, or a hub id such as jonathandinu/face-parsing, which is better for
+            portraits of 512 pixels; without it no masks are added.
+        exchanged: The parser's left is the viewer's left.
         sketches: Whether to add sketches.
+        sketcher: U2-Net's weights, u2net_portrait.pth; without them an extractor that needs none draws.
+        landmarker: MediaPipe's face_landmarker.task; without it no keypoints are added.
+        redo: Make anew what another annotator made of these; hand-made files stay.
+        device: Where parser and U2-Net run, such as cuda; the CPU by default.
     """
-    from likeness.prepare.annotate import annotate_folder
+    from likeness.data.folder import read_folder
+    from likeness.prepare.annotate import annotate_folder, makers_of
 
     quiet_libraries()
     with progress_bar("Annotating") as advance:
-        added = annotate_folder(folder, parser=parser, landmarker=landmarker, sketches=sketches, progress=advance)
-    print(f"{folder}: " + ", ".join(f"{count} {name} added" for name, count in added.items()))
+        made = annotate_folder(
+            folder,
+            parser=parser,
+            exchanged=exchanged,
+            sketches=sketches,
+            sketcher=sketcher,
+            landmarker=landmarker,
+            redo=redo,
+            device=device,
+            progress=advance,
+        )
+    print(f"{folder}: " + ", ".join(f"{count} {name} added" for name, count in made.items()))
+    for name, makers in makers_of(read_folder(folder)).items():
+        if len([maker for maker in makers if maker != "hand"]) > 1:
+            counts = ", ".join(f"{count} by {maker}" for maker, count in makers.most_common())
+            tell([f"{name}: {counts}; --redo {name} makes them anew by one"])
 
 
 def check(folder: PathArgument, *, apply: bool = False, sheet: Path | None = None, count: int = 24) -> None:
@@ -118,8 +253,12 @@ def encode(
     size: int = 128,
     views: int = 1,
     precision: Literal["fp32", "bf16"] = "fp32",
+    text_features: bool = False,
+    why: Path | None = None,
 ) -> None:
-    """Encode a prepared folder into training shards.
+    """Encode a prepared folder into training shards; run again after a change, it encodes what changed.
+
+    Under torchrun every process takes its share: torchrun --nproc-per-node 2 -m likeness.cli prepare encode ...
 
     Args:
         folder: A folder with metadata.jsonl.
@@ -128,15 +267,26 @@ def encode(
         size: Pixels a side.
         views: Versions of each face: the first as it is; more are mirrored in turn, with conditions as another hand
             would have given them.
-        precision: Of the computation; bf16 is about three times as fast on a CPU.
+        precision: Of the autoencoder; bf16 is about three times as fast on a CPU.
+        text_features: Encode the captions, too, so that training does not need to: for large text towers.
+        why: Encode nothing, but say why this picture or condition would be encoded again.
     """
+    if why is not None:
+        from likeness.prepare.why import why as reasons
+
+        print("\n".join(reasons(folder, out, why)))
+        return
     from likeness.pipelines.load import load_components
     from likeness.prepare.encode import encode_folder
 
+    share = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
     parts = load_components(components) if components else load_components()
+    options = {"size": size, "views": views, "precision": precision, "text_features": text_features, "share": share}
     with progress_bar("Encoding") as advance:
-        encode_folder(folder, out, parts, size=size, views=views, precision=precision, progress=advance)
-    print(out)
+        found = encode_folder(folder, out, parts, **options, progress=None if share[0] else advance)
+    told = f"{out}: {found['faces']} faces, {found['encoded']} pictures and {found['captions']} captions encoded now"
+    left = f", {found['missing']} still missing: other processes encode them, or run the command again"
+    print(told + (left if found["missing"] else ""))
 
 
 def components(

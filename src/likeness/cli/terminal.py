@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,9 +25,19 @@ def quiet_libraries() -> None:
         library.utils.logging.disable_progress_bar()
 
 
+def quiet_torchao() -> None:
+    """diffusers imports torchao where it is installed, and that tells which of its parts for GPUs do not load. Before
+    anything heavy is imported, and without importing it.
+    """
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def tell_counts(out: Path, found: dict[str, Any]) -> None:
-    """What an ingest did: counts on stdout, every skipped file on stderr."""
-    tell([f"skipped {file}: {reason}" for file, reason in found["skipped"].items()])
+    """What an ingest did: counts on stdout, the first skipped files on stderr."""
+    told = [f"skipped {file}: {reason}" for file, reason in found["skipped"].items()]
+    tell(told[:20] + [f"and {len(told) - 20} more"] * (len(told) > 20))
     counts = ", ".join(f"{value} {name}" for name, value in found.items() if name != "skipped")
     print(f"{out}: {counts}, {len(found['skipped'])} skipped")
 

@@ -91,13 +91,14 @@ FLIPS: dict[int, np.ndarray] = {68: np.array(FLIP_68), 478: _permutation_478()}
 """Number of points -> int [P], the permutation of mirroring."""
 
 
-def read(source: Source) -> Reading:
+def read(source: Source | dict) -> Reading:
     """Points from a file or an array.
 
     Args:
         source: .json (`{"points": [[x, y], ...], "size": [width, height]}` or a bare list), .npy, .npz, .txt or .csv
             (two or three numbers a line), .pts (iBUG), or an array [P, 2] or [P, 3], of which x and y are used.
-            P is 68 (iBUG) or 478 (MediaPipe); .pts counts pixels from 1, all others from 0.
+            P is 68 (iBUG) or 478 (MediaPipe); .pts counts pixels from 1, all others from 0. A dict is what the .json
+            file would hold.
 
     Returns:
         raw float32 [P, 2], (x, y); [0, 1] spans the picture.
@@ -105,12 +106,14 @@ def read(source: Source) -> Reading:
     Raises:
         InputError: another number of points, pixels without a size, or points that lie outside the picture.
     """
-    where = describe(source)
+    where = "the document" if isinstance(source, dict) else describe(source)
     size: tuple[float, ...] | None = None
     if isinstance(source, Image.Image):
         raise InputError("keypoints are numbers, no picture: give a .json, .npy, .txt, .pts or .csv file")
     if isinstance(source, np.ndarray):
         form, values = "array", source
+    elif isinstance(source, dict):
+        form, values, size = _from_document(source, where)
     else:
         path = existing_path(source)
         if path.is_dir():
@@ -189,17 +192,7 @@ def _load(path: Path) -> tuple[str, object, tuple[float, ...] | None]:
             document = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"{path} is no valid JSON ({error}): export it again") from error
-        if not isinstance(document, dict):
-            return "JSON", document, None
-        if "points" not in document:
-            raise InputError(f'{path} has no "points": give {{"points": [[x, y], ...], "size": [width, height]}}')
-        size = document.get("size")
-        if size is None:
-            return "JSON", document["points"], None
-        try:
-            return "JSON", document["points"], tuple(float(side) for side in size)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"the size in {path} is {size!r}: it must be [width, height] in pixels") from error
+        return _from_document(document, str(path))
     pts = "{" in text
     body = text[text.index("{") + 1 :].split("}")[0] if pts else text
     rows = [row for row in csv.reader(body.replace(",", " ").replace(";", " ").split("\n"), delimiter=" ") if any(row)]
@@ -213,6 +206,20 @@ def _load(path: Path) -> tuple[str, object, tuple[float, ...] | None]:
     # iBUG counts pixels from 1.
     values = [[number - 1 for number in row] for row in numbers] if pts else numbers
     return "iBUG pts" if pts else suffix[1:], values, None
+
+
+def _from_document(document: object, where: str) -> tuple[str, object, tuple[float, ...] | None]:
+    if not isinstance(document, dict):
+        return "JSON", document, None
+    if "points" not in document:
+        raise InputError(f'{where} has no "points": give {{"points": [[x, y], ...], "size": [width, height]}}')
+    size = document.get("size")
+    if size is None:
+        return "JSON", document["points"], None
+    try:
+        return "JSON", document["points"], tuple(float(side) for side in size)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the size in {where} is {size!r}: it must be [width, height] in pixels") from error
 
 
 def resize(raw: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -7,6 +7,7 @@ is guessed in silence. Resizing takes the majority of each cell and never averag
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -139,7 +140,7 @@ def _refuse_sketch(values: np.ndarray, where: str) -> None:
 
 
 def _read_parts(folder: Path) -> Reading:
-    """A folder of `<id>_<part>.png` files, one face, painted in canonical order: later classes overwrite earlier."""
+    """A folder of `<id>_<part>.png` files of one face."""
     parts: dict[str, dict[int, Path]] = {}
     strangers = 0
     for path in sorted(folder.iterdir()):
@@ -158,6 +159,23 @@ def _read_parts(folder: Path) -> Reading:
             f"{folder} holds the parts of {len(parts)} faces: move those of one face into their own folder"
         )
     ((_, files),) = parts.items()
+    reading = paint_parts(files, str(folder))
+    if strangers:
+        note = f"{strangers} pictures in the folder are no parts of a face and were left out"
+        return Reading(raw=reading.raw, scheme=reading.scheme, notes=(note, *reading.notes))
+    return reading
+
+
+def paint_parts(files: Mapping[int, Path | Image.Image], where: str) -> Reading:
+    """One face from pictures of its parts, painted in canonical order: later classes overwrite earlier.
+
+    Args:
+        files: class -> where the part is, not black.
+        where: how messages call the whole.
+
+    Raises:
+        InputError: a part cannot be read or has another size than its fellows, or no part is painted.
+    """
     labels: np.ndarray | None = None
     for index, path in sorted(files.items()):
         values = np.asarray(open_picture(path).convert("L"))
@@ -166,13 +184,10 @@ def _read_parts(folder: Path) -> Reading:
             labels = np.zeros(values.shape, dtype=np.uint8)
         if painted.shape != labels.shape:
             have, want = painted.shape[::-1], labels.shape[::-1]
-            raise InputError(f"{path} is {have[0]}x{have[1]} but its fellow parts are {want[0]}x{want[1]}")
+            raise InputError(f"{describe(path)} is {have[0]}x{have[1]} but its fellow parts are {want[0]}x{want[1]}")
         labels[painted] = index
     assert labels is not None
-    notes = side_notes(labels)
-    if strangers:
-        notes = (f"{strangers} pictures in the folder are no parts of a face and were left out", *notes)
-    return finish(labels, f"folder of {len(files)} part files", notes, str(folder))
+    return finish(labels, f"folder of {len(files)} part files", side_notes(labels), where)
 
 
 def _overlap(source: int, target: int) -> np.ndarray:

@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from likeness.conditions.base import Source
 from likeness.conditions.classes import PALETTE
@@ -21,15 +21,18 @@ from likeness.types import InputError
 ASPECT_TOLERANCE = 0.01
 """A condition may differ from the portrait's aspect ratio by this share; beyond it, shapes would be squeezed."""
 
+MADE_BY = "likeness:made_by"
+"""PNG text field; Software is what other programs write into hand-made files."""
+
 LEAST_SIDE = 8
 """Pixels: nothing smaller can hold a face."""
 
 
-def describe(source: Source) -> str:
+def describe(source: Source | bytes) -> str:
     """How messages call `source`: the file's name, or what it is."""
     if isinstance(source, str | os.PathLike):
         return str(source)
-    if isinstance(source, Image.Image):
+    if isinstance(source, Image.Image | bytes):
         return "the picture"
     return "the array"
 
@@ -45,19 +48,29 @@ def existing_path(source: str | Path) -> Path:
     return path
 
 
-def open_picture(source: str | Path | Image.Image) -> Image.Image:
+def open_picture(source: str | Path | Image.Image | bytes, name: str = "") -> Image.Image:
     """The whole picture, decoded and upright.
+
+    Args:
+        source: a path, a PIL picture, or the content of a file.
+        name: how messages call it; the path by default.
 
     Raises:
         InputError: the file is missing, empty, truncated, no picture, or too large to decode safely.
     """
-    name = describe(source)
+    name = name or describe(source)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if isinstance(source, Image.Image):
                 source.load()
                 picture = source
+            elif isinstance(source, bytes):
+                if not source:
+                    raise InputError(f"{name} is empty (0 bytes): save or download it again")
+                with Image.open(io.BytesIO(source)) as opened:
+                    opened.load()
+                    picture = opened
             else:
                 path = existing_path(source)
                 if path.is_dir():
@@ -121,8 +134,10 @@ def mask_picture(labels: np.ndarray) -> Image.Image:
     return picture
 
 
-def png_bytes(picture: Image.Image) -> bytes:
-    """A picture as the content of a PNG file."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+def png_bytes(picture: Image.Image, made_by: str = "") -> bytes:
+    """A picture as the content of a PNG file; who made it, where that is known, stands in its text field `MADE_BY`."""
+    buffer, info = io.BytesIO(), PngImagePlugin.PngInfo()
+    if made_by:
+        info.add_text(MADE_BY, made_by)
+    picture.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()

@@ -7,7 +7,7 @@ rows decodes no picture, so a folder of a million faces opens as fast as its met
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,12 @@ from likeness.types import InputError
 
 METADATA = "metadata.jsonl"
 
+RECORD = "dataset.json"
+"""Beside the splits: what the folder holds, where it came from, how it was split and under which licence."""
+
+CONDITION_FILES = {"mask": "masks/{}.png", "sketch": "sketches/{}.png", "keypoints": "keypoints/{}.json"}
+"""Condition -> where its file goes, by the stem of the picture."""
+
 
 def read_folder(folder: str | Path) -> list[dict[str, Any]]:
     """The rows of `folder`, every file column as an absolute `Path`.
@@ -29,37 +35,66 @@ def read_folder(folder: str | Path) -> list[dict[str, Any]]:
     Raises:
         InputError: there is no metadata, a line is not JSON, has no `file_name`, or names a file outside the folder.
     """
-    root = Path(folder)
-    if not (root / METADATA).is_file() and (root / "train" / METADATA).is_file():
-        root = root / "train"
-    path = root / METADATA
-    if not path.is_file():
-        raise InputError(f"{folder} has no {METADATA}; `likeness prepare` writes one")
-    root = root.resolve()
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
-        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-            raise InputError(f"{path}, line {number}: every row needs a file_name")
-        for column in [name for name in row if name == "file_name" or name.endswith("_file_name")]:
-            file = (root / row[column]).resolve()
-            if not file.is_relative_to(root):
-                raise InputError(f"{path}, line {number}: {column} {row[column]!r} points outside the folder")
-            row[column] = file
-        rows.append(row)
-    if not rows:
+    return list(each_row(folder))
+
+
+def each_row(folder: str | Path) -> Iterator[dict[str, Any]]:
+    """The rows of `read_folder`, one at a time: the captions of a million faces are gigabytes."""
+    root = root_of(folder)
+    path, empty = root / METADATA, True
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
+            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+                raise InputError(f"{path}, line {number}: every row needs a file_name")
+            for column in [name for name in row if name == "file_name" or name.endswith("_file_name")]:
+                file = (root / row[column]).resolve()
+                if not file.is_relative_to(root):
+                    raise InputError(f"{path}, line {number}: {column} {row[column]!r} points outside the folder")
+                row[column] = file
+            empty = False
+            yield row
+    if empty:
         raise InputError(f"{path} has no rows")
-    return rows
+
+
+def root_of(folder: str | Path) -> Path:
+    """The absolute directory whose `metadata.jsonl` `read_folder` reads.
+
+    Raises:
+        InputError: there is none.
+    """
+    for root in (Path(folder), Path(folder) / "train"):
+        if (root / METADATA).is_file():
+            return root.resolve()
+    raise InputError(f"{folder} has no {METADATA}; `likeness prepare` writes one")
 
 
 def column_of(condition: str) -> str:
     """The file column of a condition; the picture itself is `file_name`."""
     return f"{condition}_file_name"
+
+
+def condition_file(condition: str, stem: str) -> str:
+    """Where a condition's file goes, as the metadata names it."""
+    return CONDITION_FILES[condition].format(stem)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `dataset.json` says of a prepared folder or of the parent of its splits; empty where there is none."""
+    path = next((place / RECORD for place in (folder, folder.resolve().parent) if (place / RECORD).is_file()), None)
+    if path is None:
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({str(error)[:80]}): prepare the folder again") from error
+    return found if isinstance(found, dict) else {}
 
 
 def captions_of(row: dict[str, Any]) -> Sequence[str]:

@@ -24,5 +24,7 @@ class Sampler:
 
 
 def stream(seed: int, position: int) -> np.random.Generator:
-    """The random numbers of one sample: its caption, condition, dropout, time and noise, drawn in this order."""
+    """The random numbers of one sample: its caption, dropout, condition, time, noise and, where the autoencoder gives a
+    distribution, its latent, drawn in this order.
+    """
     return np.random.default_rng([seed, 1, position])  # the 1 keeps it apart from the sampler's own draws

@@ -41,6 +41,18 @@ class LatentCodec:
         return (latents - self.mean.to(latents.device)) / self.std.to(latents.device)
 
     @torch.no_grad()
+    def moments(self, pictures: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Pictures in [-1, 1], [B, 3, H, W], to raw latents, not normalised, float32 [B, C, H/f, W/f].
+
+        Returns:
+            The mean and the log variance where the autoencoder gives a distribution, else the latent and None.
+        """
+        found = [self.vae.encode(chunk, return_dict=False)[0] for chunk in self._chunks(pictures.to(self.vae.dtype))]
+        if isinstance(found[0], Tensor):
+            return torch.cat(found).float(), None
+        return torch.cat([each.mean for each in found]).float(), torch.cat([each.logvar for each in found]).float()
+
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents [B, C, h, w] to pictures, float32 [B, 3, H, W], about [-1, 1], not clamped."""
         latents = latents * self.std.to(latents.device) + self.mean.to(latents.device)
@@ -73,3 +85,8 @@ def to_pixels(pictures: Tensor) -> np.ndarray:
     """Pictures [B, 3, H, W] in [-1, 1] to uint8 [B, H, W, 3]."""
     scaled = pictures.float().add(1).mul(127.5).round().clamp(0, 255)
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def through(codec: LatentCodec, picture: np.ndarray) -> np.ndarray:
+    """A picture, uint8 [S, S, 3], encoded and decoded."""
+    return to_pixels(codec.decode(codec.encode(to_tensor([picture]).to(codec.vae.device))))[0]

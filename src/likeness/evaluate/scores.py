@@ -6,16 +6,73 @@ real photographs through the autoencoder) and its floor (the same against anothe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
-import torch
 from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
+
+from likeness.conditions.classes import CLASS_INDEX
+
+RARE = tuple(CLASS_INDEX[name] for name in ("eye_g", "hat", "earring", "necklace"))
+"""Glasses, hats, earrings and necklaces: what a model leaves out first."""
+SHOWN = 0.1
+"""Share of a rare class's pixels that must be found where they were asked for, for it to count as shown."""
 
 
 def pixel_accuracy(given: np.ndarray, found: np.ndarray) -> float:
     """Share of pixels of equal class; labels [H, W], both."""
     return float((given == found).mean())
+
+
+def counts_of(confusion: np.ndarray) -> np.ndarray:
+    """Pixels right, given and found by class, [19, 3], of a confusion [19, 19] (rows: given, columns: found)."""
+    return np.stack([confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)], axis=1)
+
+
+def accuracy(counts: np.ndarray) -> np.ndarray:
+    """Share of pixels of equal class, [N]; counts [N, 19, 3] as `counts_of` gives them."""
+    return counts[..., 0].sum(axis=-1) / counts[..., 1].sum(axis=-1)
+
+
+def class_iou(counts: np.ndarray) -> np.ndarray:
+    """Intersection over union by class, [N, 19]; NaN where neither mask has the class. Counts [N, 19, 3]."""
+    right, given, found = np.moveaxis(counts, -1, 0)
+    union = given + found - right
+    return np.divide(right, union, out=np.full(union.shape, np.nan), where=union > 0)
+
+
+def mean_iou(counts: np.ndarray, absent: float | None = None) -> np.ndarray:
+    """Mean intersection over union over the 19 classes of each picture, [N].
+
+    Papers differ in what a class that neither mask has counts for, and the numbers differ by tens of points.
+
+    Args:
+        counts: [N, 19, 3].
+        absent: what such a class counts for, 1 (as in Face-MoGLE's code) or 0; None leaves it out of the mean.
+    """
+    values = class_iou(counts)
+    return np.nanmean(values if absent is None else np.nan_to_num(values, nan=absent), axis=-1)
+
+
+def shown(counts: np.ndarray) -> np.ndarray:
+    """Whether each class that was given is found where it was, [N, 19]: 1, 0, or NaN where it was not given."""
+    right, given, _ = np.moveaxis(counts, -1, 0)
+    return np.where(given > 0, (right >= SHOWN * given).astype(float), np.nan)
+
+
+def rare_class_recall(counts: np.ndarray) -> np.ndarray:
+    """Share of the rare classes that were given which the picture shows, [N]; NaN where none was given."""
+    return mean_known(shown(counts)[:, RARE])
+
+
+def mean_known(values: np.ndarray) -> np.ndarray:
+    """Mean over the last axis of what is not NaN; NaN where nothing is."""
+    known = ~np.isnan(values)
+    total, count = np.where(known, values, 0).sum(axis=-1), known.sum(axis=-1)
+    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
 
 
 def edge_f_score(given: np.ndarray, found: np.ndarray, *, tolerance: float = 1.5) -> float:
@@ -37,22 +94,26 @@ def edge_f_score(given: np.ndarray, found: np.ndarray, *, tolerance: float = 1.5
     return float(2 * precision * recall / max(precision + recall, 1e-12))
 
 
-def retrieval(pictures: Tensor, captions: Tensor, choices: int) -> float:
-    """How often a picture's own caption is the likest among `choices` captions.
+def keypoint_error(given: np.ndarray, found: np.ndarray, strokes: Mapping[str, Any]) -> float:
+    """Mean distance of the keypoints in units of the distance between the eyes' centres (Sagonas et al. 2013).
+
+    Of 68 points and 478 only the centres of the parts that both have are compared, jaw left out.
 
     Args:
-        pictures: their features [N, D], of any length.
-        captions: features of their captions [N, D], in the same order.
-        choices: size of the groups, taken in order; what does not fill a group is left out. Chance is 1 / choices.
+        given: (x, y) in [0, 1], [68 | 478, 2].
+        found: the same.
+        strokes: `conditions.keypoints.STROKES`.
     """
-    count = len(pictures) // choices * choices
-    if not count:
-        raise ValueError(f"{len(pictures)} pictures fill no group of {choices}")
-    picture, caption = (
-        F.normalize(x[:count].float(), dim=-1).unflatten(0, (-1, choices)) for x in (pictures, captions)
-    )
-    right = torch.arange(choices)
-    return ((picture @ caption.mT).argmax(dim=2).cpu() == right).float().mean().item()  # [G, C, C] -> [G, C]
+
+    def centres(points: np.ndarray) -> dict[str, np.ndarray]:
+        column = 2 if len(points) == 68 else 3
+        return {part: points[list(stroke[column])].mean(axis=0) for part, stroke in strokes.items() if part != "jaw"}
+
+    parts, others = centres(given), centres(found)
+    between = max(float(np.linalg.norm(parts["l_eye"] - parts["r_eye"])), 1e-6)
+    if len(given) == len(found):
+        return float(np.linalg.norm(given - found, axis=1).mean() / between)
+    return float(np.mean([np.linalg.norm(parts[part] - others[part]) for part in parts]) / between)
 
 
 def nearest(pictures: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:

@@ -67,9 +67,22 @@ def heads_of(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) V for [B, H, N, d] -> [B, N, D]."""
-    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(Q K^T / sqrt(d) + bias) V for [B, H, N, d] -> [B, N, D]; the bias broadcasts to [B, H, queries, keys]."""
+    if written_out(query):
+        logits = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5  # [B, H, queries, keys]
+        weights = (logits if bias is None else logits + bias).softmax(dim=-1).to(value.dtype)
+        return (weights @ value).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2).flatten(2)
+
+
+def written_out(query: Tensor) -> bool:
+    """Whether attention is to be written out: in bf16 training on a CPU, where the backward pass of PyTorch's fused
+    attention takes longer than all the rest of a step (`benchmarks/attention.py`). In float32 the fused one is faster.
+    """
+    if query.device.type != "cpu" or not torch.is_grad_enabled():
+        return False
+    return query.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

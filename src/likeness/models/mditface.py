@@ -46,7 +46,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from likeness.models.layers import Rope, modulate, patchify, unpatchify
+from likeness.models.layers import Rope, attend, modulate, patchify, unpatchify, written_out
 from likeness.models.static_cache import KeysValues, StaticCache
 from likeness.models.tied_weights import begin, load_once, save_once, tie
 from likeness.types import InputError, TextFeatures
@@ -101,8 +101,11 @@ def joint_attention(
     query = apply_rotary_emb(query, shared.rope, sequence_dim=1)
     own = KeysValues(apply_rotary_emb(key, shared.rope, sequence_dim=1), value)
     keys, values = own if known is None else (torch.cat(pair, dim=1) for pair in zip(own, known, strict=True))
-    x = dispatch_attention_fn(query, keys, values, attn_mask=shared.bias, backend=backend)  # [B, sum of n, H, d]
-    return x.flatten(2).split([stream[0].shape[1] for stream in qkv], dim=1), own
+    if written_out(query):
+        x = attend(query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), shared.bias)  # [B, sum of n, D]
+    else:
+        x = dispatch_attention_fn(query, keys, values, attn_mask=shared.bias, backend=backend).flatten(2)
+    return x.split([stream[0].shape[1] for stream in qkv], dim=1), own
 
 
 class SpatialStream(nn.Module):

@@ -8,7 +8,7 @@ in a list, since quantisation and adapters exchange modules. State dicts hold wh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -59,7 +59,7 @@ def begin(network: nn.Module, missing: Sequence[str]) -> None:
     if lacking:
         raise InputError(f"these are not the weights of a FLUX.1 or MDiTFace transformer: {lacking[0]} is missing")
     weights = dict(network.named_parameters())
-    on = weights["x_embedder.weight"]  # a missing weight may have no device yet
+    on = weights["x_embedder.bias"]  # a missing weight may have no device yet, and a matrix no plain numbers
     for name in missing:
         first = weights[image_name(name)].detach().clone() if is_spatial(name) else on.new_zeros(weights[name].shape)
         put(network, name, nn.Parameter(first))
@@ -78,22 +78,32 @@ def load_once(network: nn.Module, keys: Any) -> None:
         tie(network)
 
 
-def lora_targets(transformer: Any) -> list[str]:
-    """Exact names of the layers that an adapter changes: the spatial stream's, its embedder, and in single blocks those
-    of the static text that goes with it. Dynamic text and image tokens are not touched. `concat` has no spatial stream:
-    there they are the image stream's.
+def lora_targets(transformer: Any, targets: Literal["spatial", "all"] = "spatial") -> list[str]:
+    """Exact names of the layers that an adapter changes.
+
+    `spatial`: the spatial stream's, its embedder, and in single blocks those of the static text that goes with it.
+    Dynamic text and image tokens are not touched. `concat` has no spatial stream: there they are the image stream's.
+    `all`: the same layers of every stream, so that portraits from words alone change, too.
 
     Which layers the paper takes is not known. These are its relatives' (OminiControl, Face-MoGLE); at rank 8 they give
     the costs in its Table 4.
     """
     concat = transformer.config.attention == "concat"
-    stream = "" if concat else "spatial."
+    # embedder -> layers of a double and of a single block
     double = ("norm1.linear", "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.2")
     single = ("norm.linear", "attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out")
-    counts = (("transformer_blocks", double), ("single_transformer_blocks", single))
-    return ["x_embedder" if concat else "spatial_embedder"] + [
-        f"{blocks}.{index}.{stream}{layer}"
-        for blocks, layers in counts
+    text = ("norm1_context.linear", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
+    streams: dict[str, Sequence[Sequence[str]]] = {}
+    if not concat:
+        streams["spatial_embedder"] = [[f"spatial.{layer}" for layer in layers] for layers in (double, single)]
+    if concat or targets == "all":
+        streams["x_embedder"] = double, single
+    if targets == "all":
+        streams["context_embedder"] = (*text, "ff_context.net.2"), ()  # single blocks have none for text alone
+    return [*streams] + [
+        f"{blocks}.{index}.{layer}"
+        for kind, blocks in enumerate(("transformer_blocks", "single_transformer_blocks"))
         for index in range(len(getattr(transformer, blocks)))
-        for layer in layers
+        for layers in streams.values()
+        for layer in layers[kind]
     ]

@@ -8,13 +8,13 @@ network key by key before anything is changed, because PEFT would leave out sile
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers.utils import get_adapter_name
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -25,7 +25,7 @@ from likeness.files import write_whole
 from likeness.models.mditface import MDiTFaceTransformer
 from likeness.models.tied_weights import NEW, lora_targets
 from likeness.pipelines.catalogue import ADAPTER
-from likeness.pipelines.load import read_json
+from likeness.pipelines.load import first_line, read_json
 from likeness.types import InputError
 
 WEIGHTS = "adapter.safetensors"
@@ -48,6 +48,8 @@ class Adapter:
     """Likewise."""
     text_reads_spatial: bool = True
     """Likewise."""
+    targets: Literal["spatial", "all"] = "spatial"
+    """Which layers the LoRA changes (`likeness.models.tied_weights.lora_targets`)."""
     rank: int = 8
     """Rank of the LoRA."""
     alpha: int = 8
@@ -81,7 +83,7 @@ def add_adapter(transformer: MDiTFaceTransformer, adapter: Adapter) -> None:
     check_network(transformer, adapter)
     old = transformer.condition_embed.weight
     set_conditions(transformer, adapter.network, old.new_zeros(len(adapter.condition_names), old.shape[1]))
-    targets = lora_targets(transformer)
+    targets = lora_targets(transformer, adapter.targets)
     lora = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, init_lora_weights="gaussian", target_modules=targets)
     transformer.add_adapter(lora, adapter_name=NAME)
 
@@ -172,7 +174,7 @@ def adapter_state(transformer: MDiTFaceTransformer) -> dict[str, Tensor]:
 def expected(transformer: MDiTFaceTransformer, adapter: Adapter) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the weights of such an adapter for this network."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in lora_targets(transformer):
+    for name in lora_targets(transformer, adapter.targets):
         layer = transformer.get_submodule(name)
         shapes[f"{name}.lora_A.weight"] = (adapter.rank, layer.in_features)
         shapes[f"{name}.lora_B.weight"] = (layer.out_features, adapter.rank)
@@ -203,6 +205,8 @@ def load_lora(pipeline: Any, source: Any, name: str | None = None, *, strict: bo
     """Add a LoRA made for FLUX.1 (`MDiTFacePipeline.load_lora_weights`)."""
     transformer, encoder = pipeline.transformer, pipeline.text_encoder
     what = "the state dict" if isinstance(source, Mapping) else str(source)
+    if what.endswith(".safetensors") and not Path(what).is_file():
+        raise InputError(f"{what} cannot be read as a LoRA of FLUX.1: there is no such file")
     try:
         state, alphas, metadata = pipeline.lora_state_dict(
             dict(source) if isinstance(source, Mapping) else source,
@@ -210,8 +214,8 @@ def load_lora(pipeline: Any, source: Any, name: str | None = None, *, strict: bo
             return_lora_metadata=True,
             **options,
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:  # diffusers' many ways to say no
-        raise InputError(f"{what} cannot be read as a LoRA of FLUX.1: {error}") from error
+    except Exception as error:  # diffusers' and the hub's many ways to say no
+        raise InputError(f"{what} cannot be read as a LoRA of FLUX.1: {first_line(error)}") from error
     if not any(key.startswith(("transformer.", "text_encoder.")) for key in state):
         state = {f"transformer.{key}": value for key, value in state.items()}  # as PEFT saves a single network
     reasons = dict(misfits({"transformer": transformer, "text_encoder": encoder}, state))
@@ -219,7 +223,7 @@ def load_lora(pipeline: Any, source: Any, name: str | None = None, *, strict: bo
     if strict or not fitting:
         refuse(reasons, f"{what} was not made for this network")
     before = transformer.active_adapters() if getattr(transformer, "peft_config", {}) else []
-    name = name or get_adapter_name(transformer)
+    name = name or free_name(pipeline)
     if name in getattr(transformer, "peft_config", {}):
         raise InputError(f"there is a LoRA of the name {name!r} already: choose another adapter_name")
     layers = {key.partition(".lora_")[0] for key in fitting}
@@ -234,7 +238,80 @@ def load_lora(pipeline: Any, source: Any, name: str | None = None, *, strict: bo
         transformer.set_adapter([*before, name])
     if any(layer.startswith("text_encoder.") for layer in layers):
         pipeline.load_lora_into_text_encoder(fitting, text_encoder=encoder, prefix="text_encoder", **common)
+    pipeline.loras[name] = {"source": None if isinstance(source, Mapping) else str(source), "strict": strict, **options}
     return [f"{key}: {reason}" for key, reason in sorted(reasons.items())]
+
+
+def add_loras(pipeline: Any, loras: Sequence[tuple[str, float]], *, strict: bool = True) -> list[str]:
+    """Add LoRAs made for FLUX.1 to what acts already.
+
+    Args:
+        pipeline: an `MDiTFacePipeline`.
+        loras: files, folders or hub ids, each with its strength.
+        strict: whether to refuse what fits in part only.
+
+    Returns:
+        With `strict=False`, what was left out: one line a weight.
+
+    Raises:
+        InputError: the pipeline takes no LoRA, or one cannot be read or does not fit.
+    """
+    if loras and not hasattr(pipeline, "loras"):
+        raise InputError(f"{type(pipeline).__name__} takes no LoRA: {loras[0][0]} would have to be made for FLUX.1")
+    left_out, strengths = [], {name: entry["scale"] for name, entry in acting(pipeline).items()}
+    for source, scale in loras:
+        name = free_name(pipeline)
+        left_out += load_lora(pipeline, source, name, strict=strict)
+        strengths[name] = scale
+    if loras:
+        pipeline.set_adapters(list(strengths), list(strengths.values()))
+    return left_out
+
+
+def free_name(pipeline: Any) -> str:
+    """The first of lora_1, lora_2, ... that no LoRA has."""
+    return next(name for name in (f"lora_{number}" for number in count(1)) if name not in pipeline.loras)
+
+
+def acting(pipeline: Any) -> dict[str, dict[str, Any]]:
+    """What acts on a pipeline's networks beside their own weights, for the recipe: name -> its `scale`, None where
+    it differs from layer to layer; and of LoRAs of others, how `load_lora` was called.
+    """
+    found: dict[str, set[float]] = {}
+    for network in (pipeline.transformer, pipeline.text_encoder):
+        for layer in network.modules() if getattr(network, "peft_config", {}) else ():
+            for name in layer.active_adapters if hasattr(layer, "lora_A") else ():
+                scales = found.setdefault(name, set())  # in the order in which they are added up
+                if name in layer.scaling:
+                    scales.add(round(layer.scaling[name] * layer.r[name] / layer.lora_alpha[name], 6))
+    known = getattr(pipeline, "loras", {})
+    return {
+        name: {"scale": next(iter(scales)) if len(scales) == 1 else None, **known.get(name, {})}
+        for name, scales in found.items()
+    }
+
+
+def act_again(pipeline: Any, recorded: Mapping[str, Mapping[str, Any]]) -> None:
+    """Let act what `acting` recorded; the model's own adapter is loaded with it.
+
+    Raises:
+        InputError: a LoRA came from no file, or its strengths differed from layer to layer; one cannot be loaded.
+    """
+    for name, entry in recorded.items():
+        options = {key: value for key, value in entry.items() if key not in ("scale", "source")}
+        if entry["scale"] is None:
+            raise InputError(f"the strength of the LoRA {name!r} differed from layer to layer: no recipe holds that")
+        if name == NAME:
+            continue
+        if entry.get("source") is None:
+            raise InputError(f"the LoRA {name!r} was given as numbers, not as a file: it cannot be loaded again")
+        if not hasattr(pipeline, "loras"):
+            raise InputError(f"the recipe has the LoRA {entry['source']}, but {type(pipeline).__name__} takes none")
+        load_lora(pipeline, entry["source"], name, **options)
+    if absent := [name for name in recorded if name not in acting(pipeline)]:
+        raise InputError(f"the recipe's model has no adapter {absent[0]!r}: it is another one now")
+    if recorded:
+        pipeline.set_adapters(list(recorded), [entry["scale"] for entry in recorded.values()])
 
 
 def misfits(networks: Mapping[str, nn.Module], state: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:

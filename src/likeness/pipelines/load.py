@@ -10,16 +10,23 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 
+from likeness.annotators.face_parser import Translated, translated
+from likeness.annotators.labels import classes_of
+from likeness.annotators.sketch import DRAWING, extract_sketch
+from likeness.annotators.u2net import draw_sketch, load_u2net
 from likeness.conditions.classes import CLASSES
+from likeness.encoders.text import encode_text, encode_text_flux
 from likeness.pipelines.catalogue import ADAPTER, BUNDLED, COMMON, DEFAULT, bundled_models
 from likeness.pipelines.packed import PACKED, load_packed
-from likeness.types import InputError
+from likeness.types import InputError, TextFeatures
 
 PIPELINES = {
     "MMFacePipeline": "likeness.pipelines.mmface",
@@ -29,6 +36,15 @@ PIPELINES = {
 
 FLUX = "FluxPipeline"
 """What FLUX.1's folders name; its components are those of `MDiTFacePipeline`."""
+
+PROCESSOR = "preprocessor_config.json"
+"""What says how a checkpoint of transformers wants its pictures."""
+
+PARSER_EXAMPLE = "jonathandinu/face-parsing"
+"""A face parser on the hub that sees 512 pixels: what our own is too small for."""
+
+Sketcher = Callable[[np.ndarray], np.ndarray]
+"""Portrait uint8 RGB [H, W, 3] -> dark lines on white, uint8 [H, W]."""
 
 SCHNELL = {"steps": 4, "guidance_scale": 1.0}
 """What a FLUX.1 that embeds no guidance value is made for."""
@@ -40,6 +56,8 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: str | None = None,
     base: str | Path | None = None,
+    quantize: Literal["int8"] | None = None,
+    offload: bool = False,
 ) -> Any:
     """A ready pipeline.
 
@@ -49,28 +67,39 @@ def load(
         dtype: float32, float16 or bfloat16.
         device: where to put it; None leaves it on the CPU.
         base: the base model of an adapter, where it is not the one that the adapter names.
+        quantize: keep the matrices of FLUX.1's transformer in 8 bits, one scale a row, widened when they are used
+            (torchao): half of bf16's memory, nearly the same portraits. Needs `likeness[quantize]`.
+        offload: keep on the accelerator only the part that runs, text towers, transformer or autoencoder, and the
+            others in main memory.
 
     Raises:
-        InputError: there is no such model, or its folder is broken; the sentence names the file.
+        InputError: there is no such model, or its folder is broken; the sentence names the file. What is quantized is
+            not FLUX.1, or torchao is missing. There is no accelerator to offload from.
     """
+    if offload and (device == "cpu" or not torch.accelerator.is_available()):
+        raise InputError("there is nothing to offload from: parts are moved to an accelerator, and there is none")
     folder = find(source)
     if (folder / ADAPTER).is_file():
         from likeness.pipelines.adapters import load_adapter, read_adapter
 
         adapter = read_adapter(folder)
-        pipeline = load_folder(find(base or adapter.base), dtype, adapter.network)
+        pipeline = load_folder(find(base or adapter.base), dtype, adapter.network, quantize)
         load_adapter(pipeline, folder)
     elif base is None:
-        pipeline = load_folder(folder, dtype, {})
+        pipeline = load_folder(folder, dtype, {}, quantize)
     else:
         raise InputError(f"{folder} is no adapter, so it takes no base model such as {base}")
-    if device is not None:
+    if offload:
+        pipeline.enable_model_cpu_offload(device=device)
+    elif device is not None:
         pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def load_folder(folder: Path, dtype: torch.dtype, network: dict[str, Any]) -> Any:
+def load_folder(
+    folder: Path, dtype: torch.dtype, network: dict[str, Any], quantize: Literal["int8"] | None = None
+) -> Any:
     """The pipeline of a folder. `network`: where an adapter comes onto it, the network's options that this decides."""
     index = read_json(folder / "model_index.json")
     name = index.get("_class_name")
@@ -79,6 +108,8 @@ def load_folder(folder: Path, dtype: torch.dtype, network: dict[str, Any]) -> An
         raise InputError(f"{folder} is a {name}: the base of an adapter must be FLUX.1")
     if ours not in PIPELINES:
         raise InputError(f"{folder} is a {name}, not one of {', '.join(PIPELINES)}: likeness cannot run it")
+    if quantize and name != FLUX:
+        raise InputError(f"{folder} is a {name}: only FLUX.1 is loaded in 8 bits")
     pipeline_class = getattr(importlib.import_module(PIPELINES[ours]), ours)
     parts: dict[str, Any] = {}
     for part, entry in index.items():
@@ -95,19 +126,31 @@ def load_folder(folder: Path, dtype: torch.dtype, network: dict[str, Any]) -> An
             parts[part] = component_class(*entry).from_pretrained(where)
     try:
         if name == FLUX:
-            parts |= begin_from_flux(folder, dtype, network)
+            parts |= begin_from_flux(folder, dtype, network, quantize)
         return pipeline_class.from_pretrained(folder, dtype=dtype, **parts)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(f"the {name} in {folder} cannot be loaded: {first_line(error)}") from error
 
 
-def begin_from_flux(folder: Path, dtype: torch.dtype, network: dict[str, Any]) -> dict[str, Any]:
+def begin_from_flux(
+    folder: Path, dtype: torch.dtype, network: dict[str, Any], quantize: Literal["int8"] | None = None
+) -> dict[str, Any]:
     """FLUX.1's transformer as an MDiTFace that knows no condition yet, and what it does where a request is silent."""
     from likeness.models.mditface import MDiTFaceTransformer
 
-    options = {"condition_names": (), **network}
+    options = {"condition_names": (), **network, **({"quantization_config": int8_weights()} if quantize else {})}
     transformer = MDiTFaceTransformer.from_pretrained(folder / "transformer", dtype=dtype, **options)
     return {"transformer": transformer, "defaults": {} if transformer.config.guidance_embeds else SCHNELL}
+
+
+def int8_weights() -> Any:
+    """What tells diffusers to keep matrices in 8 bits."""
+    try:
+        from diffusers import TorchAoConfig
+        from torchao.quantization import Int8WeightOnlyConfig
+    except ImportError as error:
+        raise InputError("8-bit weights need torchao: pip install 'likeness[quantize]'") from error
+    return TorchAoConfig(Int8WeightOnlyConfig())
 
 
 def find(source: str | Path) -> Path:
@@ -203,6 +246,23 @@ class Components:
     codec_hash: str
     """SHA-256 of the autoencoder's weights: latents of another one are refused."""
 
+    def text_hash(self) -> str:
+        """SHA-256 over text towers, vocabularies and settings: stored features of another one are refused. It reads
+        all weights, so it is computed only where features are stored.
+        """
+        towers = [weights_hash(tower) for tower in (self.text_encoder, self.text_encoder_2) if tower is not None]
+        words = [sorted(t.get_vocab().items()) for t in (self.tokenizer, self.tokenizer_2) if t is not None]
+        settings = [self.settings.get(key) for key in ("max_text_tokens", "text_layer")]
+        return hashlib.sha256(json.dumps([towers, words, settings]).encode()).hexdigest()
+
+    def text_features(self, captions: Sequence[str]) -> TextFeatures:
+        """Features of B captions, all in one pass, on the towers' device."""
+        first, limit = (self.tokenizer, self.text_encoder), self.settings["max_text_tokens"]
+        if self.text_encoder_2 is None:
+            return encode_text(*first, captions, max_tokens=limit, layer=self.settings["text_layer"], together=True)
+        second = (self.tokenizer_2, self.text_encoder_2)
+        return encode_text_flux(*first, *second, captions, max_tokens=limit, together=True)
+
 
 def load_components(folder: str | Path = BUNDLED / COMMON) -> Components:
     """Autoencoder, text towers and tokenizers of a pipeline folder (FLUX.1's, too), or of `common/`.
@@ -229,29 +289,85 @@ def load_components(folder: str | Path = BUNDLED / COMMON) -> Components:
     return Components(**parts, settings=settings, codec_hash=weights_hash(parts["vae"]))
 
 
-def load_face_parser(folder: Path = BUNDLED / COMMON / "face_parser") -> tuple[Any, int]:
-    """A face parser of transformers, packed or not, and the pixels a side that it sees.
+def load_face_parser(source: str | Path = "bundled", *, exchanged: bool = False) -> tuple[Any, int]:
+    """A face parser that takes our input and answers in our 19 classes, and the pixels a side that it sees.
+
+    Args:
+        source: `bundled`, a folder, packed or not, or a hub id (`owner/name`). Any of transformers' semantic
+            segmentation networks will do: its labels are read by their names, its pictures are normalised as its
+            `preprocessor_config.json` says. Without that file it must be one of ours.
+        exchanged: its left is the viewer's left.
 
     Raises:
-        InputError: it cannot be read, or its classes are not ours.
+        InputError: it cannot be read, its labels are no parts of a face, or it does not see whole square portraits.
     """
     from transformers import AutoModelForSemanticSegmentation
 
-    config = read_json(folder / "config.json")
+    folder = BUNDLED / COMMON / "face_parser" if str(source) == "bundled" else Path(source)
+    config = read_json(checkpoint_file(source, "config.json") if not folder.is_dir() else folder / "config.json")
     if (folder / PACKED).is_file():
         network = load_component(folder, "transformers", config["architectures"][0])
     else:
         try:
-            network = AutoModelForSemanticSegmentation.from_pretrained(folder).eval()
+            network = AutoModelForSemanticSegmentation.from_pretrained(
+                folder if folder.is_dir() else str(source)
+            ).eval()
         except (OSError, ValueError) as error:
-            raise InputError(f"{folder} holds no segmentation network: {first_line(error)}") from error
+            raise InputError(f"{source} holds no semantic segmentation network: {first_line(error)}") from error
     labels = tuple(network.config.id2label[index] for index in range(network.config.num_labels))
-    if labels != CLASSES:
-        raise InputError(f"the classes of {folder} are {', '.join(labels[:4])} ..., not our 19 in order")
+    classes = classes_of(labels, str(source), exchanged=exchanged)
+    settings = checkpoint_file(source, PROCESSOR) if not folder.is_dir() else folder / PROCESSOR
+    if settings.is_file():
+        return translated(network, classes, read_json(settings), str(source))
     size = getattr(network.config, "image_size", None)
-    if not isinstance(size, int):
-        raise InputError(f"{folder / 'config.json'} does not say image_size, the pixels a side that the network sees")
+    if labels != CLASSES or not isinstance(size, int):
+        raise InputError(
+            f"{source} has no {PROCESSOR}, which says how its pictures are normalised, and is none of our parsers: "
+            "save the network's image processor beside it"
+        )
     return network, size
+
+
+def checkpoint_file(source: str | Path, name: str) -> Path:
+    """One file of a checkpoint on the hub, downloaded once; where the hub has no such file, a path that is not there.
+
+    Raises:
+        InputError: there is no such checkpoint, neither here nor on the hub.
+    """
+    parts = str(source).split("/")
+    if len(parts) != 2 or not all(parts) or str(source).startswith((".", "/", "~")) or Path(source).exists():
+        raise InputError(f"{source} is no folder of a checkpoint: give one, or a hub id such as {PARSER_EXAMPLE}")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(str(source), name))
+    except RemoteEntryNotFoundError:
+        return Path(str(source)) / name
+    except Exception as error:  # the hub's many ways to say no: offline, gated, absent
+        raise InputError(f"{source} is neither here nor on the hub: {first_line(error)}") from error
+
+
+def load_sketcher(weights: Path | None = None, *, device: str | None = None) -> tuple[Sketcher, str]:
+    """What draws a portrait, and the name under which it is recorded.
+
+    Args:
+        weights: U2-Net's, as `likeness.annotators.u2net` reads them; None takes the extractor that needs none.
+        device: where U2-Net runs; None is the CPU.
+
+    Raises:
+        InputError: the weights cannot be used.
+    """
+    if weights is None:
+        return extract_sketch, f"XDoG {DRAWING}"
+    network = load_u2net(weights).to(device or "cpu")
+    return lambda picture: draw_sketch(network, picture), network_name(network)
+
+
+def network_name(network: torch.nn.Module) -> str:
+    """The name under which what a network made is recorded: its class and the beginning of its weights' hash."""
+    own = network.network if isinstance(network, Translated) else network
+    return f"{type(own).__name__} {weights_hash(network)[:12]}"
 
 
 def load_text_image(folder: Path) -> tuple[Any, Any]:
@@ -281,5 +397,6 @@ def weights_hash(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
+        value = value.dequantize() if hasattr(value, "qdata") else value  # torchao's
         digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

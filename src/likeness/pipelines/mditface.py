@@ -102,6 +102,7 @@ class MDiTFacePipeline(PortraitPipeline, FluxLoraLoaderMixin):
             condition_resize=condition_resize,
             defaults={**DEFAULTS, **(defaults or {})},
         )
+        self.loras: dict[str, dict[str, Any]] = {}  # how each was loaded: a picture's recipe says so
 
     def check_family(self, negatives: Sequence[str]) -> None:
         """Refuse negative prompts where nothing reads them."""
@@ -192,11 +193,13 @@ class MDiTFacePipeline(PortraitPipeline, FluxLoraLoaderMixin):
             unload_adapter(self)
         if others := [name for name in names if name != NAME]:
             super().delete_adapters(others)
+            self.loras = {name: entry for name, entry in self.loras.items() if name not in others}
 
     def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
         """Remove all LoRAs; with MDiTFace's own adapter go its conditions."""
         unload_adapter(self)
         super().unload_lora_weights(*args, **kwargs)
+        self.loras = {}
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in diffusers, but refused with LoRAs on: the folder could not be read again."""

@@ -26,6 +26,7 @@ from PIL import Image, PngImagePlugin
 
 from likeness.conditions.base import Reading
 from likeness.files import write_whole
+from likeness.pipelines.adapters import acting
 from likeness.pipelines.formats import format_of
 from likeness.types import InputError, PortraitRequest
 
@@ -52,6 +53,7 @@ def recipe_of(
     model: str,
     fingerprint: str,
     base: str | None = None,
+    quantize: str | None = None,
 ) -> dict[str, Any]:
     """Everything that decides a picture's pixels.
 
@@ -61,11 +63,15 @@ def recipe_of(
         model: the name under which it was loaded.
         fingerprint: hash of its weights (`likeness.pipelines.load.fingerprint`).
         base: the base under which it was loaded, where the name is an adapter's and the base not its own.
+        quantize: how its weights were narrowed when it was loaded.
     """
+    adapters = acting(pipeline)
     return {
         "schema": SCHEMA,
         "model": model,
         **({"base": base} if base else {}),
+        **({"quantize": quantize} if quantize else {}),
+        **({"adapters": adapters} if adapters else {}),
         "fingerprint": fingerprint,
         "pipeline": type(pipeline).__name__,
         "scheduler": type(pipeline.scheduler).__name__,
@@ -99,7 +105,7 @@ def environment(pipeline: Any) -> dict[str, Any]:
         "python": platform.python_version(),
         "processor": processor(),
         "threads": torch.get_num_threads(),
-        "device": pipeline.device.type,
+        "device": pipeline._execution_device.type,
         "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
         "settings": settings_hash(pipeline),
     }

@@ -1,115 +1,209 @@
-"""Add what a prepared folder lacks: masks by a face parser, sketches by the extractor that needs no weights, landmarks.
+"""Add what a prepared folder lacks: masks by a face parser, sketches by an extractor or U2-Net, keypoints by MediaPipe.
 
-Files that exist are left alone, so that a run goes on where it stopped and hand-made masks stay; `metadata.jsonl` is
-written last and names what was added.
+Files that exist are left alone, so that a run goes on where it stopped and hand-made masks stay. Every file made here
+says in itself who made it, and so does its row (`mask_made_by`): a change of annotator shows, and what another one made
+can be made anew. A file that does not say so counts as hand-made and is never replaced. `metadata.jsonl` is written
+last.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from likeness.annotators.face_parser import parse_faces
-from likeness.annotators.landmarks import Landmarker, open_landmarker
-from likeness.annotators.sketch import extract_sketch
-from likeness.conditions.pictures import mask_picture, png_bytes
-from likeness.data.folder import METADATA, column_of, read_folder, read_photo
+from likeness.annotators.face_parser import Translated, parse_faces, sides_exchanged
+from likeness.annotators.landmarks import Landmarker, landmarker_name, open_landmarker
+from likeness.conditions.pictures import MADE_BY, mask_picture, png_bytes
+from likeness.data.folder import CONDITION_FILES, METADATA, column_of, condition_file, read_folder, read_photo, root_of
 from likeness.files import write_whole
-from likeness.pipelines.load import load_face_parser
+from likeness.pipelines.load import load_face_parser, load_sketcher, network_name
+from likeness.types import InputError
 
 TOGETHER = 16
-"""Faces a pass."""
+"""Faces a pass of a parser that sees 192 pixels; one that sees more takes fewer, for the same memory."""
 
-FILES = {"mask": "masks/{}.png", "sketch": "sketches/{}.png", "keypoints": "keypoints/{}.json"}
-"""Condition -> where its files go."""
 
-Annotator = Callable[[list[np.ndarray]], list[bytes | None]]
-"""Pictures uint8 RGB [H, W, 3] -> the contents of their files; None where nothing was found."""
+class Annotator(NamedTuple):
+    """One stage."""
+
+    made_by: str
+    """Its name with the hash of its weights."""
+    annotate: Callable[[list[np.ndarray]], list[bytes | None]]
+    """Pictures uint8 RGB [H, W, 3] -> the contents of their files; None where nothing was found."""
 
 
 def annotate_folder(
     folder: Path,
     *,
-    parser: Path | None = None,
-    landmarker: Path | None = None,
+    parser: str | Path | None = None,
+    exchanged: bool = False,
     sketches: bool = True,
+    sketcher: Path | None = None,
+    landmarker: Path | None = None,
+    redo: Sequence[str] = (),
+    device: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, int]:
     """Annotate every row of a prepared folder that lacks a mask, a sketch or keypoints.
 
     Args:
         folder: a directory with `metadata.jsonl`, or its parent with a `train` split.
-        parser: folder of a trained face parser; None adds no masks.
-        landmarker: MediaPipe's `face_landmarker.task`; None adds no keypoints.
+        parser: a face parser, as `load_face_parser` finds it; None adds no masks.
+        exchanged: the parser's left is the viewer's left.
         sketches: whether to add sketches.
+        sketcher: U2-Net's weights; None draws by the extractor that needs none.
+        landmarker: MediaPipe's `face_landmarker.task`; None adds no keypoints.
+        redo: conditions of which to make anew what another annotator made.
+        device: where parser and U2-Net run; None is the CPU.
         progress: called as (faces done, faces in all).
 
     Returns:
-        How many of each were added. A face in which no landmarks are found stays without keypoints.
+        How many of each were made. A face in which no landmarks are found stays without keypoints.
 
     Raises:
-        InputError: a picture, the parser or the landmarker cannot be read, or a file cannot be written.
+        InputError: a picture or an annotator cannot be read, its sides are exchanged, or a file cannot be written.
     """
     rows = read_folder(folder)
-    root = folder.resolve() if (folder / METADATA).is_file() else (folder / "train").resolve()
-    added: dict[str, int] = {}
+    root = root_of(folder)
+    check_names(rows, root)
+    made: dict[str, int] = {}
     with ExitStack() as opened:
         annotators: dict[str, Annotator] = {}
         if parser is not None:
-            annotators["mask"] = mask_annotator(parser)
+            annotators["mask"] = mask_annotator(parser, exchanged=exchanged, device=device)
         if sketches:
-            annotators["sketch"] = lambda pictures: [png_bytes(Image.fromarray(extract_sketch(p))) for p in pictures]
+            annotators["sketch"] = sketch_annotator(sketcher, device=device)
         if landmarker is not None:
-            annotators["keypoints"] = keypoints_annotator(opened.enter_context(open_landmarker(landmarker)))
+            find = opened.enter_context(open_landmarker(landmarker))
+            annotators["keypoints"] = keypoints_annotator(find, landmarker_name(landmarker))
+        if missing := [name for name in redo if name not in annotators]:
+            raise InputError(f"nothing is there to make each {missing[0]} anew: name what makes it, too")
         for start in range(0, len(rows), TOGETHER):
-            for name, annotate in annotators.items():
-                added[name] = added.get(name, 0) + add_condition(rows[start : start + TOGETHER], name, annotate, root)
+            for name, annotator in annotators.items():
+                some = rows[start : start + TOGETHER]
+                made[name] = made.get(name, 0) + add_condition(some, name, annotator, root, redo=name in redo)
             if progress is not None:
                 progress(min(start + TOGETHER, len(rows)), len(rows))
     lines = [json.dumps({k: relative(v, root) for k, v in row.items()}, ensure_ascii=False) + "\n" for row in rows]
     write_whole(root / METADATA, "".join(lines))
-    return added
+    return made
 
 
-def add_condition(rows: list[dict[str, Any]], name: str, annotate: Annotator, root: Path) -> int:
+def add_condition(rows: list[dict[str, Any]], name: str, annotator: Annotator, root: Path, *, redo: bool) -> int:
     """Make the files that rows lack and name them in the rows; how many were made."""
-    lacking = [row for row in rows if column_of(name) not in row]
-    files = [root / FILES[name].format(row["file_name"].stem) for row in lacking]
-    fresh = [(row, file) for row, file in zip(lacking, files, strict=True) if not file.is_file()]
-    contents = annotate([read_photo(row["file_name"]) for row, _ in fresh]) if fresh else []
-    for (_, file), content in zip(fresh, contents, strict=True):
+    column, by = column_of(name), made_by_column(name)
+    ours = (None, annotator.made_by)
+    wanted = [row for row in rows if column not in row or (redo and row.get(by) not in ours)]
+    files = [row.get(column, place_of(row, name, root)) for row in wanted]
+    fresh = [index for index, file in enumerate(files) if not file.is_file() or maker_of(file) not in ours]
+    contents = annotator.annotate([read_photo(wanted[index]["file_name"]) for index in fresh]) if fresh else []
+    for index, content in zip(fresh, contents, strict=True):
         if content is not None:
-            write_whole(file, content)
-    for row, file in zip(lacking, files, strict=True):
+            write_whole(files[index], content)
+    for row, file in zip(wanted, files, strict=True):
         if file.is_file():
-            row[column_of(name)] = file
+            row[column] = file
+            row.pop(by, None)
+            if maker := maker_of(file):
+                row[by] = maker
     return sum(content is not None for content in contents)
 
 
-def mask_annotator(folder: Path) -> Annotator:
-    """Palette PNGs by the face parser in `folder`."""
-    network, size = load_face_parser(folder)
-    return lambda pictures: [png_bytes(mask_picture(mask)) for mask in parse_faces(network, pictures, size=size)]
+def place_of(row: dict[str, Any], name: str, root: Path) -> Path:
+    """Where a row's condition goes: by its picture's folder, too, so that equal names in two folders do not meet."""
+    own = row["file_name"].relative_to(root).with_suffix("")
+    return root / condition_file(name, str(own.relative_to("images") if own.is_relative_to("images") else own))
 
 
-def keypoints_annotator(find: Landmarker) -> Annotator:
+def check_names(rows: list[dict[str, Any]], root: Path) -> None:
+    """Refuse pictures that would share a mask, such as a.png and a.jpg."""
+    taken: dict[Path, Path] = {}
+    for row in rows:
+        other = taken.setdefault(place_of(row, "mask", root), row["file_name"])
+        if other != row["file_name"]:
+            raise InputError(f"{other} and {row['file_name'].name} would share one mask: rename one of them")
+
+
+def made_by_column(condition: str) -> str:
+    """The column that says who made a condition."""
+    return f"{condition}_made_by"
+
+
+def maker_of(file: Path) -> str | None:
+    """Who made a mask, sketch or keypoints file, as far as it says so itself."""
+    try:
+        if file.suffix == ".json":
+            document = json.loads(file.read_text())
+            return document.get("made_by") if isinstance(document, dict) else None
+        with Image.open(file) as picture:
+            return picture.info.get(MADE_BY)
+    except (OSError, ValueError, SyntaxError):
+        return None
+
+
+def makers_of(rows: Sequence[dict[str, Any]]) -> dict[str, Counter[str]]:
+    """Condition -> who made how many of it; `hand` where nobody says so."""
+    return {
+        name: Counter(row.get(made_by_column(name), "hand") for row in rows if column_of(name) in row)
+        for name in CONDITION_FILES
+    }
+
+
+def mask_annotator(source: str | Path, *, exchanged: bool = False, device: str | None = None) -> Annotator:
+    """Palette PNGs by a face parser."""
+    network, size = load_face_parser(source, exchanged=exchanged)
+    network.to(device or "cpu")
+    made_by = network_name(network)
+    together = max(1, TOGETHER * 192**2 // size**2)
+
+    def annotate(pictures: list[np.ndarray]) -> list[bytes | None]:
+        masks: list[np.ndarray] = []
+        for start in range(0, len(pictures), together):
+            masks += parse_faces(network, pictures[start : start + together], size=size)
+        if isinstance(network, Translated) and sides_exchanged(masks):
+            raise InputError(
+                f"{source} has left and right the {'right' if exchanged else 'other'} way round: "
+                f"{'leave out' if exchanged else 'give'} --exchanged, since l_ is the person's left here"
+            )
+        return [png_bytes(mask_picture(mask), made_by) for mask in masks]
+
+    return Annotator(made_by, annotate)
+
+
+def sketch_annotator(weights: Path | None, *, device: str | None = None) -> Annotator:
+    """Grey PNGs, by U2-Net or by the extractor that needs no weights."""
+    draw, made_by = load_sketcher(weights, device=device)
+    return Annotator(
+        made_by, lambda pictures: [png_bytes(Image.fromarray(draw(picture)), made_by) for picture in pictures]
+    )
+
+
+def keypoints_annotator(find: Landmarker, made_by: str) -> Annotator:
     """JSON files of 478 points in pixels by MediaPipe."""
 
     def annotate(pictures: list[np.ndarray]) -> list[bytes | None]:
         contents: list[bytes | None] = []
         for picture in pictures:
-            points, size = find(picture), [picture.shape[1], picture.shape[0]]
-            wanted = points is not None and {"points": np.round(points * size, 2).tolist(), "size": size}
-            contents.append(json.dumps(wanted).encode() if wanted else None)
+            points, (height, width) = find(picture), picture.shape[:2]
+            contents.append(
+                None if points is None else keypoints_file(points * [width, height], width, height, made_by)
+            )
         return contents
 
-    return annotate
+    return Annotator(made_by, annotate)
+
+
+def keypoints_file(points: np.ndarray, width: int, height: int, made_by: str) -> bytes:
+    """The content of a file of keypoints [P, 2] in pixels."""
+    document = {"points": np.round(points, 2).tolist(), "size": [width, height], "made_by": made_by}
+    return json.dumps(document).encode()
 
 
 def relative(value: Any, root: Path) -> Any:

@@ -14,12 +14,11 @@ import numpy as np
 from PIL import Image
 
 from likeness.conditions.pictures import mask_picture, png_bytes
+from likeness.data.folder import RECORD
 from likeness.data.synthetic import MAXIMUM_SIZE, MINIMUM_SIZE, SyntheticFace, describe_face, draw_face
 from likeness.files import write_whole
 from likeness.types import InputError
 
-RECORD = "dataset.json"
-"""Says what the folder holds; a run that would mix two data sets is refused by it."""
 FOLDERS = {"images": "png", "masks": "png", "sketches": "png", "keypoints": "json"}
 """Folder -> suffix of its files."""
 

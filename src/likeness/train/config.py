@@ -31,7 +31,7 @@ class MMFaceNetwork:
 
 @dataclass(frozen=True, kw_only=True)
 class MDiTFaceNetwork:
-    """Size and form of an MDiTFace that is trained from scratch: its spatial stream has weights of its own."""
+    """Size and form of an MDiTFace that is trained from scratch."""
 
     name: Literal["mditface"]
     """Which network."""
@@ -45,6 +45,8 @@ class MDiTFaceNetwork:
     """Attention heads."""
     attention: Literal["holistic", "hard", "decoupled", "concat"] = "decoupled"
     """How spatial tokens meet the others."""
+    spatial_stream: Literal["lora", "full"] = "full"
+    """`full`: the spatial stream has weights of its own; `lora`: those of the image stream, and takes an adapter."""
     static_modulation: Literal["text", "constant"] = "text"
     """What modulates the static pathway."""
     gradient_checkpointing: bool = False
@@ -53,7 +55,7 @@ class MDiTFaceNetwork:
 
 @dataclass(frozen=True, kw_only=True)
 class MDiTFaceAdapter:
-    """An MDiTFace adapter on FLUX.1: a LoRA on the spatial stream and the conditions' rows; the base stays frozen."""
+    """An MDiTFace adapter on FLUX.1: a LoRA and the conditions' rows; the base stays frozen."""
 
     name: Literal["mditface_adapter"]
     """Which network."""
@@ -63,6 +65,8 @@ class MDiTFaceAdapter:
     """How spatial tokens meet the others."""
     static_modulation: Literal["text", "constant"] = "text"
     """What modulates the static pathway."""
+    targets: Literal["spatial", "all"] = "spatial"
+    """Which layers the LoRA changes: the spatial stream's, or those of every stream."""
     rank: int = 8
     """Rank of the LoRA."""
     alpha: int = 8

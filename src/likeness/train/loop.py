@@ -34,8 +34,8 @@ from likeness.train.config import MDiTFaceAdapter, TrainRecipe
 from likeness.train.metrics import Reporter
 from likeness.train.networks import adapter_of, build_network, condition_names
 from likeness.train.optim import Ema, clip_gradients, learning_rate, load_trained, make_optimizers, trained_parameters
-from likeness.train.step import Batch, loss_of, make_batch, text_of
-from likeness.types import InputError, PortraitRequest
+from likeness.train.step import Batch, loss_of, make_batch
+from likeness.types import InputError, PortraitRequest, TextFeatures
 
 PIPELINE_OF = {"mmface": MMFacePipeline, "mditface": MDiTFacePipeline, "mditface_adapter": MDiTFacePipeline}
 """Network of a recipe -> the pipeline that is published with it."""
@@ -75,7 +75,7 @@ def train(recipe: TrainRecipe, run: Path) -> Path:
         model.enable_gradient_checkpointing()
     model.to(device).train()
     for tower in (components.text_encoder, components.text_encoder_2):
-        if tower is not None:
+        if tower is not None and not stores[0].tower:
             tower.to(device)
     optimizers = make_optimizers(model, recipe.optimizer)
     ema = Ema(model, recipe.optimizer.ema)
@@ -102,7 +102,8 @@ def train(recipe: TrainRecipe, run: Path) -> Path:
         )
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = rate
-        text = text_of(batch.captions, components)
+        text = components.text_features(batch.captions) if batch.text is None else batch.text
+        text = TextFeatures(*(part.to(device) for part in text))
         clean, noise, uniform, conditions, index = (x.to(device) for x in batch[:5])
         with torch.autocast(device, torch.bfloat16, enabled=recipe.precision == "bf16"):
             times = objective.sample_time(uniform)
@@ -156,6 +157,11 @@ def keep_recipe(recipe: TrainRecipe, run: Path) -> None:
 def open_stores(recipe: TrainRecipe, components: Components) -> list[Store]:
     """The recipe's stores, all encoded with these very components."""
     stores = [Store(folder) for folder in recipe.data.shards]
+    towers = {store.tower for store in stores}
+    if len(towers) > 1:
+        raise InputError("some of the recipe's shards have text features and others not, or others: encode all alike")
+    if towers != {None} and towers != {components.text_hash()}:
+        raise InputError(f"{stores[0].folder} holds text features of another text tower: encode it again")
     for store in stores:
         if store.manifest["codec"] != components.codec_hash:
             raise InputError(f"{store.folder} was encoded with another autoencoder: encode it again")

@@ -9,7 +9,7 @@ from likeness.models.mditface import MDiTFaceTransformer
 from likeness.models.mmface import MMFaceTransformer
 from likeness.models.tied_weights import NEW
 from likeness.pipelines.adapters import Adapter, add_adapter
-from likeness.pipelines.load import find
+from likeness.pipelines.load import FLUX, find, read_json
 from likeness.train.config import MDiTFaceAdapter, MDiTFaceNetwork, TrainRecipe, parts_of
 from likeness.types import InputError
 
@@ -33,10 +33,13 @@ def build_network(
     names = condition_names(recipe)
     if isinstance(n, MDiTFaceAdapter):
         adapter = adapter_of(recipe)
-        base = find(n.base) / "transformer"
-        return begin_adapter(
-            MDiTFaceTransformer.from_pretrained(base, dtype=torch.bfloat16, **adapter.network), adapter
-        )
+        base = find(n.base)
+        if (kind := read_json(base / "model_index.json").get("_class_name")) not in (FLUX, "MDiTFacePipeline"):
+            raise InputError(f"{n.base} is a {kind}: the base of an adapter must be FLUX.1")
+        # its condition rows come with the adapter
+        options = {name: value for name, value in adapter.network.items() if name != "condition_names"}
+        transformer = MDiTFaceTransformer.from_pretrained(base / "transformer", dtype=torch.bfloat16, **options)
+        return begin_adapter(transformer, adapter)
     if isinstance(n, MDiTFaceNetwork):
         if n.hidden_size % (8 * n.heads):  # whole heads, in pairs of values along three axes
             raise InputError(
@@ -54,7 +57,7 @@ def build_network(
             axes_dims_rope=rope_axes(n.hidden_size // n.heads),
             condition_names=names,
             attention=n.attention,
-            spatial_stream="full",
+            spatial_stream=n.spatial_stream,
             static_modulation=n.static_modulation,
         )
     several = [share for share in recipe.data.condition_shares if "+" in share]
@@ -87,6 +90,7 @@ def adapter_of(recipe: TrainRecipe) -> Adapter:
         condition_names=condition_names(recipe),
         attention=n.attention,
         static_modulation=n.static_modulation,
+        targets=n.targets,
         rank=n.rank,
         alpha=n.alpha,
         defaults=recipe.defaults,

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from likeness.data.sampler import stream
 from likeness.data.store import Sample
-from likeness.encoders.text import encode_text, encode_text_flux
 from likeness.objectives import Objective
-from likeness.pipelines.load import Components
 from likeness.train.config import DataRecipe, parts_of
 from likeness.types import TextFeatures
 
@@ -33,6 +31,8 @@ class Batch(NamedTuple):
     """[B, K], -1 where absent."""
     captions: list[str]
     """B captions; "" where the text is dropped."""
+    text: TextFeatures | None
+    """Their features, float32, where the store has them."""
 
 
 def make_batch(
@@ -58,38 +58,41 @@ def make_batch(
     shares = np.array(list(recipe.condition_shares.values()), dtype=np.float64)
     cumulative = np.cumsum(shares / shares.sum())
     kinds = list(recipe.condition_shares)
-    most = max(1, *(len(parts_of(kind)) for kind in kinds))  # K
-    noise, uniform, conditions, index, captions = [], [], [], [], []
+    most = max(1 if condition_names else 0, *(len(parts_of(kind)) for kind in kinds))  # K
+    clean, noise, uniform, conditions, index, captions, text = [], [], [], [], [], [], []
     for sample, position in zip(samples, positions, strict=True):
         rng = stream(seed, position)
-        caption = sample.captions[int(rng.integers(len(sample.captions)))] if sample.captions else ""
-        captions.append("" if rng.random() < recipe.text_dropout else caption)
+        number = int(rng.integers(len(sample.captions))) if sample.captions else -1
+        if rng.random() < recipe.text_dropout:
+            number = -1  # the empty caption
+        captions.append(sample.captions[number] if number >= 0 else "")
+        if sample.text:
+            text.append(sample.text[number])
         kind = kinds[min(int(np.searchsorted(cumulative, rng.random(), side="right")), len(kinds) - 1)]
         uniform.append(rng.random())
         noise.append(torch.from_numpy(rng.standard_normal(tuple(sample.latents.shape), dtype=np.float32)))
         # "none", or a condition that this face lacks: trained without; what lies in its place is never read
         given = [name for name in parts_of(kind) if name in sample.conditions]
         absent = most - len(given)
-        conditions.append(torch.stack([*(sample.conditions[name] for name in given), *[sample.latents] * absent]))
+        pictures = [*(sample.conditions[name] for name in given), *[sample.latents] * absent]
+        conditions.append(torch.stack(pictures) if most else sample.latents[None][:0])  # [K, C, h, w]
         index.append([*(condition_names.index(name) for name in given), *[-1] * absent])
+        latents = sample.latents
+        if sample.log_variance is not None:  # another draw from the autoencoder's distribution every time
+            drawn = torch.from_numpy(rng.standard_normal(tuple(latents.shape), dtype=np.float32))
+            latents = latents + torch.exp(0.5 * sample.log_variance) * drawn
+        clean.append(latents)
+    assert len(text) in (0, len(samples))
+    features = [torch.stack(part).float() for part in zip(*text, strict=True)]  # [B, L, D], [B, P]
     return Batch(
-        (torch.stack([sample.latents for sample in samples]) - mean) / std,
+        (torch.stack(clean) - mean) / std,
         torch.stack(noise),
         torch.tensor(uniform, dtype=torch.float32),
         (torch.stack(conditions) - mean[:, None]) / std[:, None],
-        torch.tensor(index),
+        torch.tensor(index, dtype=torch.long),
         captions,
+        TextFeatures(*features) if features else None,
     )
-
-
-def text_of(captions: Sequence[str], components: Components) -> TextFeatures:
-    """Text features of a batch, with the frozen text towers."""
-    first, limit = (components.tokenizer, components.text_encoder), components.settings["max_text_tokens"]
-    if components.text_encoder_2 is None:
-        layer = components.settings["text_layer"]
-        return encode_text(*first, captions, max_tokens=limit, layer=layer, together=True)
-    second = (components.tokenizer_2, components.text_encoder_2)
-    return encode_text_flux(*first, *second, captions, max_tokens=limit, together=True)
 
 
 def loss_of(

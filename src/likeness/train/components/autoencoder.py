@@ -22,7 +22,7 @@ from likeness.conditions.classes import CLASSES, PALETTE
 from likeness.config import to_dict
 from likeness.data.ahead import read_ahead
 from likeness.data.folder import column_of, read_folder, read_photo
-from likeness.encoders.latent import LatentCodec, to_pixels, to_tensor
+from likeness.encoders.latent import LatentCodec, through
 from likeness.train.checkpoint import load_state, save_state
 from likeness.train.metrics import Reporter
 from likeness.train.optim import Ema, clip_gradients, learning_rate
@@ -239,11 +239,6 @@ def measure(vae: AutoencoderDC, rows: list[dict[str, Any]], size: int) -> dict[s
         for index in np.flatnonzero(count):
             measured[f"labels_{CLASSES[index]}"] = float(kept[index] / count[index])
     return measured
-
-
-def through(codec: LatentCodec, picture: np.ndarray) -> np.ndarray:
-    """A picture, uint8 [S, S, 3], encoded and decoded."""
-    return to_pixels(codec.decode(codec.encode(to_tensor([picture]))))[0]
 
 
 def publish(model: AutoencoderDC, ema: Ema, recipe: AutoencoderRecipe, run: Path) -> AutoencoderDC:

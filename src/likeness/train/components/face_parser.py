@@ -25,7 +25,7 @@ from transformers import (
     UperNetForSemanticSegmentation,
 )
 
-from likeness.annotators.face_parser import MEAN, STD, parse_faces
+from likeness.annotators.face_parser import MEAN, STD, confusion_of, parse_faces
 from likeness.conditions import CONDITIONS
 from likeness.conditions.classes import CLASSES
 from likeness.config import to_dict
@@ -243,12 +243,6 @@ def measure(network: Any, rows: list[dict[str, Any]], recipe: FaceParserRecipe) 
     counted = occurs >= (10 if len(rows) >= 20 else 1)
     measured = {"accuracy": float(hits.sum() / confusion.sum()), "f1": float(scores[counted].mean()), "n": len(rows)}
     return measured | {f"f1_{CLASSES[i]}": float(scores[i]) for i in np.flatnonzero(occurs)}
-
-
-def confusion_of(labels: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """Pixels by true class (rows) and found class (columns), int64 [19, 19]."""
-    pairs = labels.astype(np.int64) * len(CLASSES) + found  # uint8 would overflow from class 13 on
-    return np.bincount(pairs.ravel(), minlength=len(CLASSES) ** 2).reshape(len(CLASSES), len(CLASSES))
 
 
 def train_face_parser(recipe: FaceParserRecipe, run: Path) -> None:

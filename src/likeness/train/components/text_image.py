@@ -30,6 +30,16 @@ from likeness.config import to_dict
 from likeness.data.ahead import read_ahead
 from likeness.data.folder import captions_of, read_folder, read_photo
 from likeness.data.sampler import Sampler, stream
+from likeness.encoders.latent import to_tensor
+from likeness.encoders.text_image import (
+    AttributeHead,
+    embed_captions,
+    embed_pictures,
+    finds,
+    most_tokens,
+    save_attribute_head,
+    to_ids,
+)
 from likeness.train.checkpoint import load_state, save_state
 from likeness.train.metrics import Reporter
 from likeness.train.optim import Ema, clip_gradients, learning_rate
@@ -235,20 +245,6 @@ def read_box(path: Path, size: int, box: tuple[float, float, float, float] = (0,
     return np.asarray(image.resize((size, size), Image.Resampling.BOX, box=pixels))
 
 
-def to_tensor(pictures: Sequence[np.ndarray]) -> Tensor:
-    """B uint8 pictures [S, S, 3] as the picture tower takes them: [B, 3, S, S] in [-1, 1]."""
-    stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)  # [B, 3, S, S]
-    return stacked.float().div_(127.5).sub_(1).contiguous()
-
-
-def to_ids(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> Tensor:
-    """Token ids [B, L], padded and cut to `max_tokens`, as `encode_text` makes them."""
-    encoded = tokenizer(
-        list(captions), padding="max_length", max_length=max_tokens, truncation=True, return_tensors="pt"
-    )
-    return encoded.input_ids
-
-
 class Pairs:
     """Endless training pairs; pair number p depends only on (seed, p)."""
 
@@ -301,16 +297,6 @@ class Pairs:
         return read_ahead(
             lambda start: self.make(start, [self.sampler[start + k] for k in range(size)]), starts, threads=1
         )
-
-
-def embed_pictures(clip: CLIPModel, pictures: Tensor) -> Tensor:
-    """Pictures [B, 3, S, S] in [-1, 1] as unit vectors [B, P]."""
-    return F.normalize(clip.get_image_features(pixel_values=pictures).pooler_output.float(), dim=-1)
-
-
-def embed_captions(clip: CLIPModel, ids: Tensor) -> Tensor:
-    """Token ids [B, L] as unit vectors [B, P]."""
-    return F.normalize(clip.get_text_features(input_ids=ids).pooler_output.float(), dim=-1)
 
 
 def contrastive_loss(pictures: Tensor, captions: Tensor, positives: Tensor, scale: Tensor) -> Tensor:
@@ -378,26 +364,25 @@ def retrieval(
         random = np.random.default_rng([seed, 1, start])
         pixels = to_tensor([read_box(row["file_name"], size) for row in group])
         pictures.append(embed_pictures(clip, pixels.to(clip.device)))
-        length = clip.text_model.embeddings.position_embedding.num_embeddings
         for kept, captions in (
             (drawn, [options[int(random.integers(len(options)))] for options in texts]),
             (longest, [max(options, key=lambda caption: (len(caption), caption)) for options in texts]),
         ):
-            kept.append(embed_captions(clip, to_ids(tokenizer, captions, length).to(clip.device)))
-    picture = torch.stack(pictures)  # [G, C, P]
-    right = torch.arange(choices, device=picture.device)
+            kept.append(embed_captions(clip, to_ids(tokenizer, captions, most_tokens(clip)).to(clip.device)))
+    picture = torch.cat(pictures)  # [n, P]
     found: dict[str, float] = {}
     for prefix, kept in (("", drawn), ("longest_", longest)):
-        similarity = picture @ torch.stack(kept).mT  # [G, pictures, captions]
-        found[f"{prefix}find_caption"] = (similarity.argmax(dim=2) == right).float().mean().item()
-        found[f"{prefix}find_picture"] = (similarity.argmax(dim=1) == right).float().mean().item()
+        caption = torch.cat(kept)
+        found[f"{prefix}find_caption"] = finds(picture, caption, choices).float().mean().item()
+        found[f"{prefix}find_picture"] = finds(caption, picture, choices).float().mean().item()
     return {**found, "n": count, "choices": choices}
 
 
 def train_text_image(recipe: TextImageRecipe, run: Path) -> None:
     """Train, resuming from `run` where it has a state, and publish the average to `run/model`.
 
-    There `clip` is the `CLIPModel`, `text_encoder` its `CLIPTextModel` alone and `tokenizer` the `CLIPTokenizer`.
+    There `clip` is the `CLIPModel`, `text_encoder` its `CLIPTextModel` alone and `tokenizer` the `CLIPTokenizer`; with
+    attributes, `attributes.safetensors` is what names them.
 
     Raises:
         InputError: a folder of the recipe is not as it should be.
@@ -457,6 +442,8 @@ def train_text_image(recipe: TextImageRecipe, run: Path) -> None:
             reporter.report(seen, **values, **({"attribute_loss": naming.item()} if classes else {}))
         if seen % recipe.checkpoint_every < recipe.batch or seen >= recipe.images:
             averaged = publish(clip, ema, recipe, tokenizer, run)
+            if head is not None:
+                save_attribute_head(AttributeHead(head.weight, head.bias, classes), run / "model")
             reporter.report(seen, **retrieval(averaged, tokenizer, test, recipe.size, recipe.choices))
             state = {"model": both.state_dict(), "ema": ema.weights, "seen": seen}
             state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]

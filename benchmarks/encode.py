@@ -1,0 +1,328 @@
+"""Stores, measured: stages and throughput with one process and two, what a thousand changes of a prepared folder
+cost, what kills at random moments leave behind, and memory whatever the count.
+
+python benchmarks/encode.py                       # all parts, in about ten minutes
+python benchmarks/encode.py --parts mutations --faces 100 --mutations 1000
+python benchmarks/encode.py --parts rows --rows 1000000
+
+Faces are drawn; the autoencoder and the text tower are the bundled ones. Right is what the autoencoder gives of a file
+when it is asked by itself; off by the rounding of a pass with others is allowed, 0.02 of latents about 1 wide.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from likeness.conditions import CONDITIONS
+from likeness.data.folder import captions_of, column_of, each_row, read_folder, read_photo, root_of
+from likeness.data.store import IMAGE, Store
+from likeness.encoders.latent import LatentCodec, to_tensor
+from likeness.pipelines.load import load_components
+from likeness.prepare.encode import encode_folder, finish, missing_pictures, picture_of
+from likeness.prepare.pool import Pool
+from likeness.prepare.sources import Hashes, Plan, each_block
+from likeness.prepare.synthetic import write_synthetic
+from likeness.types import InputError
+
+SIZE = 64
+"""Pixels a side where it is about right and wrong; 128 where it is about speed."""
+COLUMNS = {IMAGE: "file_name", **{name: column_of(name) for name in CONDITIONS}}
+CHANGES = ("file_name", "mask_file_name", "sketch_file_name", "touch", "rename", "shuffle", "insert", "duplicate")
+CHANGES += ("delete", "caption", "drop", "share")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = {"stages": stages, "throughput": throughput, "mutations": mutations, "kills": kills, "rows": million}
+    parser.add_argument("--parts", nargs="*", choices=parts, default=list(parts))
+    parser.add_argument("--faces", type=int, default=100)
+    parser.add_argument("--mutations", type=int, default=1000)
+    parser.add_argument("--together", type=int, default=4, help="changes before the store is brought in line")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--rows", type=int, default=100_000)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.parts:
+            root = Path(folder) / name
+            root.mkdir()
+            print(f"\n{name}", flush=True)
+            parts[name](root, options)
+
+
+def stages(root: Path, options: argparse.Namespace) -> None:
+    """Seconds of each stage by itself, one thread."""
+    write_synthetic(root / "faces", options.faces, 128, seed=0)
+    parts, out, folder = load_components(), root / "store", root_of(root / "faces")
+    codec = LatentCodec(parts.vae.to(memory_format=torch.channels_last), together=True)
+    plan = Plan(codec=parts.codec_hash, moments=False, size=128, precision="fp32", views=2, text=None)
+    timed("hashing files", lambda: [Hashes(out).survey(folder, block) for block in each_block(folder)], options.faces)
+    jobs = timed("what is missing", lambda: list(missing_pictures(folder, out, plan, (0, 1), Pool(out, "latents", 1))))
+    pictures = timed("reading and drawing", lambda: [picture_of(job, 128) for job in jobs], len(jobs))
+    for precision in ("fp32", "bf16"):
+
+        def encode(precision: str = precision) -> None:
+            for start in range(0, len(pictures), 64):
+                given = to_tensor(pictures[start : start + 64]).to(memory_format=torch.channels_last)
+                with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                    codec.moments(given)
+
+        timed(f"autoencoder, {precision}", encode, len(jobs))
+    encode_folder(folder, out, parts, size=128, views=2)
+    timed("finishing", lambda: finish(folder, out, plan, 2**26), options.faces)
+    run = lambda: encode_folder(folder, out, parts, size=128, views=2)  # noqa: E731
+    timed("the command again, nothing changed", run, options.faces)
+
+
+def throughput(root: Path, options: argparse.Namespace) -> None:
+    """One process against two, of one thread each, from loaded models to a finished store; each twice, in turn."""
+    write_synthetic(root / "faces", 6 * options.faces, 128, seed=0)
+    rates = {}
+    for world in (1, 2, 1, 2):
+        out = root / f"store_{world}"
+        shutil.rmtree(out, ignore_errors=True)
+        barrier = multiprocessing.get_context("fork").Barrier(world + 1)
+        workers = [forked(encode_share, root / "faces", out, (rank, world), barrier) for rank in range(world)]
+        barrier.wait()
+        started = time.monotonic()
+        for worker in workers:
+            worker.join()
+        rates.setdefault(world, []).append(len(Store(out)) * 4 / (time.monotonic() - started))
+    told = {world: ", ".join(f"{rate:.1f}" for rate in found) for world, found in rates.items()}
+    ratio = sum(rates[2]) / sum(rates[1])
+    print(f"pictures a second, fp32: one process {told[1]}; two {told[2]}; ratio {ratio:.2f}", flush=True)
+
+
+def mutations(root: Path, options: argparse.Namespace) -> None:
+    """Every change of a folder, and how many encodings it is answered with against how many it needs."""
+    rng, parts = random.Random(0), load_components()
+    faces, out = root / "faces", root / "store"
+    write_synthetic(faces, options.faces, SIZE, seed=0)
+    encode = lambda: encode_folder(faces, out, parts, size=SIZE, views=2, shard_bytes=2**20)  # noqa: E731
+    encode()
+    before, wrong, needed, made, counts = contents(faces), 0, 0, 0, dict.fromkeys(CHANGES, 0)
+    for start in range(0, options.mutations, options.together):
+        for number in range(start, min(start + options.together, options.mutations)):
+            change = rng.choice(CHANGES)
+            counts[change] += 1
+            mutate(faces, change, rng, number)
+        after = contents(faces)
+        found = encode()
+        wrong += found["encoded"] != 2 * len(after - before) or found["missing"] != 0
+        needed, made = needed + 2 * len(after - before), made + found["encoded"]
+        before = after
+    bad = wrong_records(faces, out)
+    print(", ".join(f"{change} {count}" for change, count in counts.items()))
+    print(f"{options.mutations} changes, {options.together} at a time: {made} encodings, {needed} needed,")
+    print(f"  runs with another number than needed: {wrong}; wrong records at the end: {bad} of {len(Store(out))}")
+
+
+def kills(root: Path, options: argparse.Namespace) -> None:
+    """SIGKILL at random moments of a run that has to encode a third of the faces anew: afterwards the store is that of
+    the last run that finished, or the new one.
+    """
+    rng, parts = random.Random(1), load_components()
+    faces, out = root / "faces", root / "store"
+    write_synthetic(faces, options.faces, SIZE, seed=0)
+    folder = root_of(faces)
+    encode = lambda: encode_folder(faces, out, parts, size=SIZE, shard_bytes=2**16)  # noqa: E731
+    encode()
+    codec()  # loaded before the first fork
+    old, long = files_of(folder), 0.0
+    killed = new_ones = bad = 0
+    for number in range(options.kills):
+        for change in range(options.faces // 3):
+            mutate(faces, rng.choice(["file_name", "mask_file_name", "shuffle", "insert"]), rng, 1000 * number + change)
+        new = files_of(folder)
+        if not long:  # how long such a run takes, on a copy
+            shutil.copytree(out, root / "copy")
+            started = time.monotonic()
+            worker = forked(encode_folder, faces, root / "copy", parts, size=SIZE, shard_bytes=2**16)
+            worker.join()
+            long = time.monotonic() - started
+        worker = forked(encode)
+        worker.join(rng.uniform(0, 1.1 * long))
+        if worker.exitcode is None:
+            os.kill(worker.pid or 0, signal.SIGKILL)
+            worker.join()
+            killed += 1
+        if wrong_records(faces, out):
+            restore(old)
+            bad += wrong_records(faces, out)
+            restore(new)
+        else:
+            new_ones, old = new_ones + 1, new
+    encode()
+    bad += wrong_records(faces, out)
+    entries = sum(count for _, count in Store(out).manifest["latents"])
+    print(
+        f"{killed} of {options.kills} runs of about {long:.1f} s killed; afterwards {new_ones} stores were the new one"
+    )
+    print(
+        f"  wrong or missing records: {bad}; at the end {entries} entries for {len(contents(faces))} pictures",
+        flush=True,
+    )
+
+
+def million(root: Path, options: argparse.Namespace) -> None:
+    """Peak memory of encoding and of reading a folder of many rows: a hundred faces' files, captions of their own."""
+    write_synthetic(root / "faces", 100, SIZE, seed=0)
+    path = root_of(root / "faces") / "metadata.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    with path.open("w") as lines:
+        for number in range(options.rows):
+            row = dict(rows[number % 100])
+            row["text"] = [f"{caption}, number {number}" for caption in row["text"]]
+            lines.write(json.dumps(row) + "\n")
+    size = path.stat().st_size / 2**20
+    print(f"{options.rows} rows, metadata of {size:.0f} MB")
+    command = ["-m", "likeness.cli", "prepare", "encode", str(root / "faces"), str(root / "store"), "--size", str(SIZE)]
+    look = "from likeness.data.store import Store; s = Store({!r}); [s[i] for i in range(0, len(s), len(s) // 1000)]"
+    uses = {"encoding": command, "again": command, "1000 faces": ["-c", look.format(str(root / "store"))]}
+    for name, use in uses.items():
+        started = time.monotonic()
+        _, status, used = os.wait4(subprocess.Popen([sys.executable, *use], stdout=subprocess.DEVNULL).pid, 0)
+        assert status == 0
+        print(f"{name}: {time.monotonic() - started:.0f} s, peak memory {used.ru_maxrss // 1024} MB", flush=True)
+
+
+def encode_share(faces: Path, out: Path, share: tuple[int, int], barrier: Any) -> None:
+    parts = load_components()
+    barrier.wait()
+    encode_folder(faces, out, parts, size=128, share=share)
+
+
+def contents(faces: Path) -> set[tuple[str, bytes]]:
+    """Every (column, hash of a file) that a folder names."""
+    return {
+        (name, sha256(row[name].read_bytes()).digest())
+        for row in each_row(faces)
+        for name in COLUMNS.values()
+        if name in row
+    }
+
+
+def mutate(faces: Path, change: str, rng: random.Random, number: int) -> None:
+    """One change of a prepared folder, such as people make."""
+    root = root_of(faces)
+    rows = [json.loads(line) for line in (root / "metadata.jsonl").read_text().splitlines()]
+    row = rng.choice(rows)
+    if change in COLUMNS.values() and change in row:  # one pixel; times of modification are set back
+        state, picture = (root / row[change]).stat(), Image.open(root / row[change])
+        value = number % 19 if picture.mode in "LP" else (number % 256, number // 256, 9)
+        while picture.getpixel(place := (rng.randrange(SIZE), rng.randrange(SIZE))) == value:
+            continue
+        picture.putpixel(place, value)
+        picture.save(root / row[change])
+        os.utime(root / row[change], ns=(state.st_atime_ns, state.st_mtime_ns))
+    elif change == "touch":
+        os.utime(root / row["file_name"])
+    elif change == "rename":
+        old, new = row["file_name"], f"images/renamed_{number}.png"
+        (root / old).rename(root / new)
+        for each in rows:
+            each["file_name"] = new if each["file_name"] == old else each["file_name"]
+    elif change == "shuffle":
+        rng.shuffle(rows)
+    elif change == "insert":
+        name = f"images/new_{number}.png"
+        Image.new("RGB", (SIZE, SIZE), (number % 256, number // 256, 77)).save(root / name)
+        rows.insert(rng.randrange(len(rows)), {"file_name": name, "text": f"a new face, {number}"})
+    elif change == "duplicate":
+        rows.append(dict(row))
+    elif change == "delete":
+        rows.remove(row)
+    elif change == "caption":
+        row["text"] = [f"another caption, {number}"]
+    elif change == "drop":
+        row.pop("sketch_file_name", None)
+    elif change == "share":
+        row["sketch_file_name"] = rng.choice([each["sketch_file_name"] for each in rows if "sketch_file_name" in each])
+    (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def files_of(root: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def restore(files: dict[Path, bytes]) -> None:
+    for path, content in files.items():
+        path.write_bytes(content)
+
+
+@cache
+def right(column: str, content: bytes, suffix: str) -> torch.Tensor:
+    """What the autoencoder gives of a file's content, by itself."""
+    with tempfile.NamedTemporaryFile(suffix=suffix) as file:
+        file.write(content)
+        file.flush()
+        if column == IMAGE:
+            picture = read_photo(Path(file.name), SIZE)
+        else:
+            condition = CONDITIONS[column]
+            raw = condition.read(file.name).raw
+            picture = condition.render(condition.resize(raw, SIZE, SIZE), SIZE, SIZE)
+    return codec().encode(to_tensor([picture]))[0]
+
+
+@cache
+def codec() -> LatentCodec:
+    return LatentCodec(load_components().vae)
+
+
+def wrong_records(faces: Path, out: Path) -> int:
+    """How many faces of a folder a store has not, or has otherwise than they are; all where there is no store."""
+    rows = read_folder(faces)
+    try:
+        store = Store(out)
+    except InputError:
+        return len(rows)
+    if len(store) % len(rows):
+        return len(rows)
+    wrong = 0
+    for number, row in enumerate(rows):
+        sample = store[number]
+        found = {IMAGE: sample.latents, **sample.conditions}
+        same = list(sample.captions) == list(captions_of(row))
+        same &= found.keys() == {name for name, column in COLUMNS.items() if column in row}
+        paths = {name: row[COLUMNS[name]] for name in found if same}
+        latents = {name: right(name, path.read_bytes(), path.suffix) for name, path in paths.items()}
+        wrong += not (same and all((found[name] - latents[name]).abs().max() < 0.02 for name in found))
+    return wrong
+
+
+def timed(name: str, work: Callable[[], Any], count: int | None = None) -> Any:
+    started = time.monotonic()
+    result = work()
+    seconds = time.monotonic() - started
+    each = f", {1000 * seconds / count:.2f} ms each of {count}" if count else ""
+    print(f"{name}: {seconds:.2f} s{each}", flush=True)
+    return result
+
+
+def forked(work: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    worker = multiprocessing.get_context("fork").Process(target=work, args=arguments, kwargs=options)
+    worker.start()
+    return worker
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""Which differences between evaluations of the same faces are significant.
+
+Both have a portrait of every face, so differences are taken face by face, which leaves out how hard a face is. Numbers
+of different protocols are refused: their difference would say nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from likeness.evaluate import distances
+from likeness.evaluate.config import CEILING, REAL, RESULTS, SCORES
+from likeness.evaluate.metrics import METRICS, Metric
+from likeness.evaluate.report import BETTER, rounded, table
+from likeness.files import write_whole
+from likeness.types import InputError
+
+LEVEL = 0.05
+"""Chance of calling any difference of a comparison significant where there is none."""
+
+IDENTITY = ("model", "fingerprint", "settings")
+"""What is compared, so it may differ."""
+FOLLOWING = ("n", "train_n", "extractor")
+"""What follows from the faces and from the extractor's hash; pairs are taken of the faces that both have."""
+UNKNOWN = ("steps", "guidance_scale")
+"""What pictures of another method do not tell."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished evaluation."""
+
+    results: Mapping[str, Any]
+    scores: Mapping[str, np.ndarray]
+    """`metric/given` -> a value a face [N]; `extractor/given/features` -> [R, N, D]."""
+
+
+def read_evaluation(folder: Path) -> Evaluation:
+    """What `evaluate` left in a folder.
+
+    Raises:
+        InputError: it is none, or incomplete.
+    """
+    try:
+        results = json.loads((folder / RESULTS).read_text())
+        with np.load(folder / SCORES) as kept:
+            return Evaluation(results, dict(kept))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} holds no finished evaluation: run likeness evaluate --out {folder}") from error
+
+
+def check_protocols(
+    names: Sequence[str], numbers: Sequence[Mapping[str, Any]], allow: Sequence[str], notes: list[str]
+) -> None:
+    """Refuse numbers of different protocols.
+
+    Args:
+        names: of the evaluations.
+        numbers: one of each, of the same metric.
+        allow: what may differ since it is compared.
+        notes: gets what one of them does not tell.
+
+    Raises:
+        InputError: a part of the protocol differs; the sentence names it.
+    """
+    first = numbers[0]["protocol"]
+    for name, number in zip(names[1:], numbers[1:], strict=True):
+        own = number["protocol"]
+        for key in sorted(set(first) | set(own)):
+            here, there = first.get(key), own.get(key)
+            if here == there or key in IDENTITY or key in FOLLOWING or key in allow:
+                continue
+            if key in UNKNOWN and None in (here, there):
+                notes.append(f"{key} of {names[0] if here is None else name} is not known")
+                continue
+            raise InputError(
+                f"{METRICS[number['metric']].title} of {names[0]} and {name} cannot be compared: {key} is {here} in "
+                f"{names[0]} and {there} in {name}; measure both alike, or say --allow {key} if it is what you compare"
+            )
+
+
+def compare_evaluations(evaluations: Mapping[str, Evaluation], allow: Sequence[str] = ()) -> dict[str, Any]:
+    """Every metric and set of portraits that all evaluations have, pair by pair.
+
+    Args:
+        evaluations: name -> evaluation, at least two.
+        allow: parts of the protocol that may differ.
+
+    Returns:
+        `names`; `values`, each number of each evaluation; `differences`, each with `of` and `minus`, its value, 95 %
+        interval, p, and whether it is significant at 5 % over all of them (Holm 1979); `notes`.
+
+    Raises:
+        InputError: protocols differ, or there is nothing that all of them have.
+    """
+    names, notes = list(evaluations), []
+    by_place = [
+        {(n["metric"], n["given"]): n for n in evaluation.results["numbers"] if n["against"] == "own"}
+        for evaluation in evaluations.values()
+    ]
+    shared = [place for place in by_place[0] if place[1] != CEILING and all(place in other for other in by_place)]
+    for name, found in zip(names, by_place, strict=True):
+        own = sorted({metric for metric, given in found if given != CEILING} - {metric for metric, _ in shared})
+        if own:
+            notes.append(f"only {name} has {', '.join(own)}")
+    values, differences = [], []
+    for key, given in shared:
+        numbers = [found[key, given] for found in by_place]
+        check_protocols(names, numbers, allow, notes)
+        values.append({"metric": key, "given": given, "values": dict(zip(names, numbers, strict=True))})
+        for first, second in combinations(names, 2):
+            pair = evaluations[first], evaluations[second]
+            found = difference(METRICS[key], key, given, *pair)
+            if found is not None:
+                differences.append({"metric": key, "given": given, "of": second, "minus": first, **found})
+    if not differences:
+        raise InputError(f"{' and '.join(names)} have no metric of the same portraits in common")
+    holm(differences)
+    return {"names": names, "values": values, "differences": differences, "notes": list(dict.fromkeys(notes))}
+
+
+def difference(
+    metric: Metric, key: str, given: str, first: Evaluation, second: Evaluation, draws: int = 2000
+) -> dict[str, Any] | None:
+    """Second minus first over the faces that both have; None where fewer than two do."""
+    if metric.distance is None:
+        apart = second.scores[f"{key}/{given}"] - first.scores[f"{key}/{given}"]  # [N]
+        apart = apart[~np.isnan(apart)]
+        if len(apart) < 2:
+            return None
+        rng = np.random.default_rng(0)
+        means = np.array([apart[rng.integers(len(apart), size=len(apart))].mean() for _ in range(draws)])
+        return told(float(apart.mean()), means - means.mean(), len(apart))
+    name = f"{metric.extractor}/{given}/features"
+    rounds = [first.scores[name], second.scores[name]]  # [R, N, D] each
+    real = first.scores[f"{metric.extractor}/{REAL}/features"]  # [N, D]
+    both = ~np.isnan(np.concatenate([*rounds, real[None]])).any(axis=(0, 2))
+    if both.sum() < metric.least:
+        return None
+    made, real = [features[:, both] for features in rounds], real[both]
+
+    def apart_at(rows: np.ndarray) -> float:
+        assert metric.distance is not None
+        ours, theirs = ([metric.distance(x[rows], real[rows]) for x in features] for features in made)
+        return float(np.mean(theirs) - np.mean(ours))
+
+    chosen, factor = distances.parts(len(real), draws // 20)
+    values = np.array([apart_at(part) for part in chosen])
+    return told(apart_at(np.arange(len(real))), factor * (values - values.mean()), len(real))
+
+
+def told(value: float, strays: np.ndarray, count: int) -> dict[str, Any]:
+    """A difference with its interval and the chance p of one as large where there is none (normal approximation)."""
+    low, high = value + np.percentile(strays, (2.5, 97.5))
+    error = float(strays.std(ddof=1))
+    p = math.erfc(abs(value) / (error * math.sqrt(2))) if error > 0 else float(value == 0)
+    return {"value": value, "low": float(low), "high": float(high), "p": p, "n": count}
+
+
+def holm(differences: list[dict[str, Any]]) -> None:
+    """Mark what is significant when so many differences are looked at (Holm 1979), and who is better."""
+    order = sorted(range(len(differences)), key=lambda index: differences[index]["p"])
+    going = True
+    for place, index in enumerate(order):
+        found = differences[index]
+        going = going and found["p"] <= LEVEL / (len(order) - place)
+        found["significant"] = going
+        gain = found["value"] > 0 if METRICS[found["metric"]].better == "higher" else found["value"] < 0
+        found["better"] = (found["of"] if gain else found["minus"]) if going else None
+
+
+def header_and_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The comparison as a table: a row for every metric, set and pair."""
+    values = {(entry["metric"], entry["given"]): entry["values"] for entry in found["values"]}
+    header = ["metric", "from", *found["names"], "difference", "95 % interval", "n", "verdict"]
+    rows = []
+    for entry in found["differences"]:
+        metric, numbers = METRICS[entry["metric"]], values[entry["metric"], entry["given"]]
+        pair = "" if len(found["names"]) == 2 else f" ({entry['of']} - {entry['minus']})"
+        verdict = f"{entry['better']} is better" if entry["significant"] else "no significant difference"
+        rows.append(
+            [
+                f"{metric.title} {BETTER[metric.better]}",
+                entry["given"],
+                *(rounded(numbers[name]["value"]) for name in found["names"]),
+                f"{entry['value']:+.4f}{pair}",
+                f"{entry['low']:+.4f} to {entry['high']:+.4f}",
+                str(entry["n"]),
+                f"{verdict} (p = {entry['p']:.2g})",
+            ]
+        )
+    return header, rows
+
+
+EXPLANATION = (
+    "Differences face by face (second minus first), bootstrap over faces, for sets over random parts of them. "
+    "Significant: at 5 % over all differences of this table together (Holm)."
+)
+
+
+def markdown_of(found: Mapping[str, Any]) -> str:
+    """The comparison as Markdown."""
+    notes = "\n".join(f"- {note}" for note in found["notes"])
+    return "\n\n".join(part for part in (table(*header_and_rows(found)), EXPLANATION, notes) if part) + "\n"
+
+
+def write_comparison(found: Mapping[str, Any], out: Path) -> None:
+    """Write `comparison.json`, `comparison.md` and `comparison.html`."""
+    from likeness.evaluate import page
+
+    title = " against ".join(found["names"])
+    parts = [f"<h1>{page.escape(title)}</h1>", page.table(*header_and_rows(found)), f"<p>{EXPLANATION}</p>"]
+    write_whole(out / "comparison.json", json.dumps(found, indent=1))
+    write_whole(out / "comparison.md", f"# {title}\n\n{markdown_of(found)}")
+    write_whole(out / "comparison.html", page.document(title, [*parts, page.listing("Notes", found["notes"])]))

@@ -1,0 +1,139 @@
+"""The portraits that an evaluation measures, made by any number of processes.
+
+Every process walks through all faces, its own share first; what is there already is passed over. So the files are the
+same for any number of processes, none waits for another, a dead one is made up for, and a stopped run goes on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from likeness.data.folder import read_photo
+from likeness.encoders.latent import LatentCodec, through
+from likeness.evaluate.config import Protocol, conditions_of
+from likeness.evaluate.faces import Face
+from likeness.pipelines.generate import generate, resolve
+from likeness.pipelines.record import recipe_of, write_picture
+from likeness.types import InputError, PortraitRequest
+
+ROUND = 1_000_000
+"""Distance of the seeds of two rounds."""
+
+Report = Callable[[str, int, int], None]
+"""Called as (what is being done, done, in all)."""
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and how many there are, as torchrun and its like tell: RANK and WORLD_SIZE.
+
+    Raises:
+        InputError: they are no such numbers.
+    """
+    told = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not all(text.isdigit() for text in told) or not int(told[0]) < int(told[1]):
+        raise InputError(f"RANK is {told[0]} and WORLD_SIZE {told[1]}: the rank must count from 0 to WORLD_SIZE - 1")
+    return int(told[0]), int(told[1])
+
+
+def own_first(count: int, rank: int, world: int) -> list[int]:
+    """All numbers below `count`: every `world`-th from `rank` on, then those of the other processes from the end."""
+    own = list(range(rank, count, world))
+    return own + sorted(set(range(count)) - set(own), reverse=True)
+
+
+def seed_of(face: Face, number_of_round: int) -> int:
+    """The seed of a face's portrait: its number, moved by the round."""
+    return face.number + number_of_round * ROUND
+
+
+def portrait_file(out: Path, given: str, number_of_round: int, face: Face) -> Path:
+    """Where a portrait lies."""
+    return out / "pictures" / given / str(number_of_round) / f"{face.name}.png"
+
+
+def ceiling_file(out: Path, face: Face) -> Path:
+    """Where the photograph lies that went through the autoencoder."""
+    return out / "pictures" / "ceiling" / f"{face.name}.png"
+
+
+def request_for(face: Face, given: str, number_of_round: int, protocol: Protocol, pipeline: Any) -> PortraitRequest:
+    """The resolved request of a portrait."""
+    request = PortraitRequest(
+        prompt=face.caption,
+        control_image={name: face.conditions[name] for name in conditions_of(given)},
+        num_inference_steps=protocol.steps,
+        guidance_scale=protocol.guidance_scale,
+        seed=seed_of(face, number_of_round),
+    )
+    return resolve(request, pipeline)
+
+
+def make_portraits(
+    pipeline: Any,
+    faces: Sequence[Face],
+    protocol: Protocol,
+    out: Path,
+    *,
+    model: str,
+    fingerprint: str,
+    report: Report,
+) -> dict[str, str]:
+    """Make what is not there yet: a picture with its recipe for every face, set and round.
+
+    Args:
+        pipeline: a pipeline of this package.
+        faces: what is asked for.
+        protocol: how.
+        out: folder of the evaluation.
+        model: the name under which the pipeline was loaded, for the recipes.
+        fingerprint: hash of its weights.
+        report: told about progress.
+
+    Returns:
+        Condition file -> why it cannot be read; portraits that need it were not made.
+    """
+    rank, world = rank_and_world()
+    faults: dict[str, str] = {}
+    for given in protocol.given:
+        for number_of_round in range(protocol.seeds):
+            for done, index in enumerate(own_first(len(faces), rank, world)):
+                face = faces[index]
+                file = portrait_file(out, given, number_of_round, face)
+                if not file.is_file():
+                    try:
+                        request = request_for(face, given, number_of_round, protocol, pipeline)
+                    except InputError as error:
+                        faults[face.name] = str(error)
+                        continue
+                    pictures, _ = generate(pipeline, request, [request.seed])
+                    recipe = recipe_of(request, pipeline, model=model, fingerprint=fingerprint)
+                    write_picture(pictures[0], file, recipe)
+                report(f"portraits from {given}", done + 1, len(faces))
+    return faults
+
+
+def make_ceiling(pipeline: Any, faces: Sequence[Face], size: int, out: Path, report: Report) -> dict[str, str]:
+    """The photographs through the pipeline's autoencoder: what no portrait of it can surpass.
+
+    Returns:
+        Name of the face -> why its photograph cannot be read.
+    """
+    codec, faults = LatentCodec(pipeline.vae), {}
+    rank, world = rank_and_world()
+    for done, index in enumerate(own_first(len(faces), rank, world)):
+        face = faces[index]
+        file = ceiling_file(out, face)
+        if not file.is_file():
+            try:
+                picture = through(codec, read_photo(face.photo, size))
+            except InputError as error:
+                faults[face.name] = str(error)
+                continue
+            write_picture(Image.fromarray(picture), file, None)
+        report("photographs through the autoencoder", done + 1, len(faces))
+    return faults

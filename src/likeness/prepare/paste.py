@@ -1,0 +1,160 @@
+"""An edited portrait back into the photo it was cut from, by the transform that `align` has kept.
+
+Beyond the portrait's square the photo's pixels are the very same; within, the portrait shows, and at its border both
+are mixed. The photo must be the file that was aligned: its SHA-256 is compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+from likeness.conditions.framing import inverse, move, rescaled
+from likeness.conditions.pictures import existing_path, open_picture
+from likeness.data.folder import read_folder, read_photo
+from likeness.files import write_whole
+from likeness.pipelines.formats import format_of
+from likeness.pipelines.record import GENERATED, IPTC, RDF, XMP_KEY
+from likeness.prepare.align import resample
+from likeness.types import InputError
+
+FEATHER = 0.1
+"""Width of the border in which portrait and photo are mixed, as a share of the portrait's side."""
+
+BAND = 256
+"""Rows of the photo that are mixed at a time, so that a large face needs no more memory than a small one."""
+
+COMPOSITE = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
+"""IPTC digital source type of a photo into which a trained model's picture was laid."""
+
+
+def paste_file(
+    portrait: Path, aligned: Path, photo: Path, out: Path, *, face: str | None = None, feather: float = FEATHER
+) -> str:
+    """Paste a portrait into its photo and write the result.
+
+    Args:
+        portrait: the edited portrait, square, of any size.
+        aligned: the folder that `align_photos` wrote.
+        photo: the photo.
+        out: file to write: .png and .webp keep every pixel, .jpg rounds them all.
+        face: `file_name` of the portrait as it was aligned; needed where the photo has several faces and the edited
+            portrait has another name than the aligned one.
+        feather: width of the mixed border, as a share of the portrait's side.
+
+    Returns:
+        `file_name` of the row that was used.
+
+    Raises:
+        InputError: a file cannot be read or written, the photo is not one of the folder, or it is not clear which face.
+    """
+    kind = format_of(out)
+    row = row_of(aligned, photo, portrait, face)
+    given = open_picture(portrait)
+    original = open_picture(photo)
+    pixels = paste_portrait(
+        read_photo(photo), read_photo(portrait), np.array(row["transform"]), row["size"], feather=feather
+    )
+    picture = Image.fromarray(pixels)
+    if "A" in original.getbands() and kind != "JPEG":
+        picture.putalpha(original.getchannel("A"))
+    write_whole(out, encoded(picture, kind, original.info.get("icc_profile"), generated=is_generated(given)))
+    return row["file_name"]
+
+
+def row_of(aligned: Path, photo: Path, portrait: Path, face: str | None) -> dict[str, Any]:
+    """`transform`, `size` and `file_name` of the face that a portrait belongs to."""
+    sha256 = hashlib.sha256(existing_path(photo).read_bytes()).hexdigest()
+    rows = [row for row in read_folder(aligned) if isinstance(row.get("aligned"), dict)]
+    if not rows:
+        raise InputError(f"{aligned} keeps no transforms: give a folder that `likeness prepare align` wrote")
+    rows = [row for row in rows if row["aligned"].get("sha256") == sha256]
+    if not rows:
+        raise InputError(f"{photo} is none of the photos of {aligned}, or was changed since: give the file as it was")
+    names = [row["file_name"].name for row in rows]
+    if face is not None:
+        rows = [row for row in rows if row["file_name"].name == Path(face).name]
+    elif len(rows) > 1:
+        rows = [row for row in rows if row["file_name"].stem == portrait.stem]
+    if len(rows) != 1:
+        raise InputError(f"{photo} has several faces: name one with --face ({', '.join(names)})")
+    return {**rows[0]["aligned"], "file_name": f"images/{rows[0]['file_name'].name}"}
+
+
+def paste_portrait(
+    photo: np.ndarray, portrait: np.ndarray, transform: np.ndarray, size: int, *, feather: float = FEATHER
+) -> np.ndarray:
+    """A photo with a portrait laid in.
+
+    Args:
+        photo: uint8 [H, W, 3].
+        portrait: uint8 [S, S, 3], of any size S.
+        transform: [2, 3], photo -> portrait of `size` pixels.
+        size: pixels a side for which the transform is stated.
+        feather: width of the mixed border, as a share of the portrait's side: more than 0, at most 0.5.
+
+    Returns:
+        uint8 [H, W, 3], equal to the photo beyond the portrait.
+
+    Raises:
+        InputError: the portrait is not square, or the feather is out of its range.
+    """
+    height, width = photo.shape[:2]
+    side = len(portrait)
+    if portrait.shape[1] != side:
+        raise InputError(f"the portrait is {portrait.shape[1]}x{side}: it must be square, as it was cut")
+    if not 0 < feather <= 0.5:
+        raise InputError(f"the feather is {feather:g}: it must be more than 0 and at most 0.5 of the portrait's side")
+    transform = rescaled(transform, size, side)
+    corners = move(np.array([[0, 0], [side, 0], [0, side], [side, side]]), inverse(transform))
+    left, top = np.clip(np.floor(corners.min(axis=0)).astype(int), 0, [width, height])
+    right, bottom = np.clip(np.ceil(corners.max(axis=0)).astype(int), 0, [width, height])
+    rim = 8  # so that samples at the portrait's edge do not see past it
+    padded = np.pad(portrait, ((rim, rim), (rim, rim), (0, 0)), mode="edge")
+    result = photo.copy()
+    for start in range(top, bottom, BAND):
+        stop = min(start + BAND, bottom)
+        x, y = np.meshgrid(np.arange(left, right) + 0.5, np.arange(start, stop) + 0.5)
+        places = move(np.stack([x, y], axis=-1), transform)  # [h, w, 2]
+        inside = np.minimum(places, side - places).min(axis=-1) / (feather * side)
+        rising = np.clip(inside, 0, 1)[..., None]
+        weight = rising * rising * (3 - 2 * rising)  # [h, w, 1]
+        offset = move(np.array([left, start]), transform) + rim
+        laid = resample(padded, np.concatenate([transform[:, :2], offset[:, None]], axis=1), right - left, stop - start)
+        own = photo[start:stop, left:right]
+        result[start:stop, left:right] = np.rint(own + weight * (laid.astype(np.float64) - own))
+    return result
+
+
+def is_generated(portrait: Image.Image) -> bool:
+    """Whether a portrait carries IPTC's mark of generated media."""
+    packet = portrait.info.get(XMP_KEY) or portrait.info.get("xmp") or b""
+    return GENERATED in (packet.decode("utf-8", "replace") if isinstance(packet, bytes) else packet)
+
+
+def encoded(picture: Image.Image, kind: str, profile: bytes | None, *, generated: bool) -> bytes:
+    """The content of a picture's file: its colour profile, and a mark of generated media where the portrait had one."""
+    options: dict[str, Any] = {
+        "JPEG": {"quality": 95, "subsampling": 0},
+        "WEBP": {"lossless": True, "exact": True},
+    }.get(kind, {})
+    if profile:
+        options["icc_profile"] = profile
+    if generated:
+        packet = (
+            f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="{RDF}"><rdf:Description rdf:about="" '
+            f'xmlns:Iptc4xmpExt="{IPTC}" Iptc4xmpExt:DigitalSourceType="{COMPOSITE}"/></rdf:RDF></x:xmpmeta>'
+        )
+        if kind == "PNG":
+            options["pnginfo"] = PngImagePlugin.PngInfo()
+            options["pnginfo"].add_itxt(XMP_KEY, packet)
+        else:
+            options["xmp"] = packet.encode()
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()

@@ -1,0 +1,363 @@
+"""Photos to portraits and back: pixels where the transform says, photos untouched elsewhere, work that goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+from scipy import ndimage
+
+from likeness.annotators.landmarks import find_faces
+from likeness.cli import main
+from likeness.conditions import CONDITIONS
+from likeness.conditions.framing import inverse, move, portrait_transform
+from likeness.conditions.keypoints import STROKES
+from likeness.data.folder import read_folder, read_photo
+from likeness.prepare.align import JOURNAL, align_files, cut_portrait, photo_files
+from likeness.prepare.paste import COMPOSITE, paste_file, paste_portrait
+from likeness.types import InputError
+
+SHARED = Path(os.environ.get("LIKENESS_SHARED", Path(__file__).parents[3] / "shared"))
+MODEL = SHARED / "weights" / "face_landmarker" / "face_landmarker.task"
+FACES = SHARED / "data" / "celebamask-hq" / "images"
+
+DOTS = {"red": (230, 20, 20), "blue": (20, 20, 230), "green": (20, 200, 20)}
+"""Right eye, left eye and mouth of the faces drawn here."""
+
+
+def similarity(scale: float, degrees: float, shift: tuple[float, float]) -> np.ndarray:
+    """float64 [2, 3]."""
+    angle = np.radians(degrees)
+    rotation = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    return np.concatenate([rotation, np.array(shift, dtype=np.float64)[:, None]], axis=1)
+
+
+def draw(photo: Image.Image, where: np.ndarray) -> None:
+    """A face of dots, 100 wide before `where` moves it."""
+    drawing, scale = ImageDraw.Draw(photo), float(np.hypot(*where[:, 0]))
+    for place, radius, colour in (
+        ((50, 50), 48, (205, 160, 130)),
+        ((30, 40), 6, DOTS["red"]),
+        ((70, 40), 6, DOTS["blue"]),
+        ((50, 78), 6, DOTS["green"]),
+    ):
+        x, y = move(np.array(place), where)
+        reach = radius * scale
+        drawing.ellipse((x - reach, y - reach, x + reach, y + reach), fill=colour)
+
+
+def find_dots(picture: np.ndarray) -> list[np.ndarray]:
+    """A finder of such faces, from left to right; like a real one it loses those that are small beside the picture."""
+    spots = []
+    for colour in DOTS.values():
+        near = np.abs(picture.astype(np.int16) - np.array(colour, np.int16)).max(axis=2) < 60
+        labels, _ = ndimage.label(near)
+        big = [i for i, area in enumerate(np.bincount(labels.ravel())) if i and area > 1e-4 * labels.size]
+        spots.append(sorted(ndimage.center_of_mass(near, labels, big), key=lambda place: place[1]))
+    faces = []
+    if len({len(places) for places in spots}) > 1:
+        return []
+    for right_eye, left_eye, mouth in zip(*spots, strict=True):
+        right_eye, left_eye, mouth = (np.array(place)[::-1] + 0.5 for place in (right_eye, left_eye, mouth))
+        points = np.tile((right_eye + left_eye + mouth) / 3, (478, 1))
+        points[list(STROKES["r_eye"][3])], points[list(STROKES["l_eye"][3])] = right_eye, left_eye
+        points[[61, 291]] = mouth
+        points[234], points[454] = points[4] + (right_eye - left_eye) / 2, points[4] + (left_eye - right_eye) / 2
+        faces.append((points / picture.shape[1::-1]).astype(np.float32))
+    return faces
+
+
+def settings(**changes) -> dict:
+    return {"size": 96, "every": False, "strict": False, "landmarker": "dots 1", **changes}
+
+
+def align(photos: Path, out: Path, **changes):
+    return align_files(photo_files(photos, out), photos, out, find_dots, settings(**changes))
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """One face, three faces in a folder below, none, and a file that is no picture."""
+    root = tmp_path / "photos"
+    (root / "trip").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    ground = ndimage.gaussian_filter(rng.uniform(60, 140, (400, 600, 3)), (8, 8, 0)).astype(np.uint8)
+    one = Image.fromarray(ground)
+    draw(one, similarity(1.5, 12, (200, 80)))
+    one.save(root / "one.png")
+    three = Image.fromarray(ground)
+    for scale, place in ((0.8, (20, 40)), (1.4, (180, 150)), (1.0, (430, 90))):
+        draw(three, similarity(scale, 0, place))
+    three.save(root / "trip" / "one.png")
+    Image.fromarray(ground).save(root / "field.jpg")
+    (root / "broken.jpg").write_bytes(b"no picture")
+    return root
+
+
+# Cutting and pasting, as functions
+
+
+@pytest.mark.parametrize("scale", [0.07, 0.3, 1.0, 2.7])
+def test_pixels_come_from_where_the_transform_says(scale):
+    """On a slope every resampling gives the value at the very place: half a pixel of offset would show."""
+    y, x = np.mgrid[0:600, 0:800] + 0.5
+    slope = np.stack([x / 4, y / 3, 60 + (x + y) / 10], axis=-1)  # levels at pixel centres
+    photo = np.rint(slope).astype(np.uint8)
+    size = int(min(64, 250 * scale))
+    centre = np.array([400.0, 300.0])
+    transform = similarity(scale, 17, (0, 0))
+    transform[:, 2] = size / 2 - transform[:, :2] @ centre
+    portrait = cut_portrait(photo, transform, size)
+    places = move(np.stack(np.meshgrid(np.arange(size) + 0.5, np.arange(size) + 0.5), axis=-1), inverse(transform))
+    wanted = np.stack([places[..., 0] / 4, places[..., 1] / 3, 60 + places.sum(-1) / 10], axis=-1)
+    assert np.abs(portrait - wanted).max() < 1.1  # rounding, twice
+    assert np.abs((portrait - wanted).mean(axis=(0, 1))).max() < 0.1
+
+
+def test_borders_fade_outside_only():
+    rng = np.random.default_rng(0)
+    photo = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    transform = np.array([[1.0, 0, 32], [0, 1.0, 32]])  # the photo fills the middle of a portrait of 128
+    portrait = cut_portrait(photo, transform, 128)
+    assert np.array_equal(portrait[32:96, 32:96], photo)
+    assert portrait[:4, :4].std() < 0.2 * photo.std()  # far beyond: an even tone
+    assert abs(portrait[28:31, 40:90].astype(float).mean() - photo.mean()) < 40  # near: the reflected photo
+
+
+def test_pasting_leaves_the_rest_alone():
+    rng = np.random.default_rng(0)
+    photo = rng.integers(0, 256, (700, 500, 3), dtype=np.uint8)  # more rows than are mixed at a time
+    transform = similarity(0.3, 20, (10, -30))
+    portrait = np.full((128, 128, 3), 90, np.uint8)
+    result = paste_portrait(photo, portrait, transform, 128)
+    y, x = np.mgrid[0:700, 0:500] + 0.5
+    places = move(np.stack([x, y], axis=-1), transform)
+    outside = ((places <= 0) | (places >= 128)).any(axis=-1)
+    assert 0.2 < outside.mean() < 0.9
+    assert np.array_equal(result[outside], photo[outside])
+    middle = ((places > 13) & (places < 115)).all(axis=-1)
+    assert np.abs(result[middle].astype(int) - 90).max() <= 1
+    # the same at another size of the portrait
+    larger = paste_portrait(photo, np.full((256, 256, 3), 90, np.uint8), transform, 128)
+    assert np.abs(larger.astype(int) - result).max() <= 1
+
+
+@pytest.mark.parametrize("scale", [0.4, 1.0, 2.5])
+def test_an_unedited_portrait_changes_little(scale):
+    rng = np.random.default_rng(0)
+    photo = ndimage.gaussian_filter(rng.uniform(0, 255, (500, 500, 3)), (4, 4, 0))
+    photo = np.rint((photo - photo.min()) / np.ptp(photo) * 255).astype(np.uint8)
+    size = int(300 * scale)
+    transform = similarity(scale, -15, (0, 0))
+    transform[:, 2] = size / 2 - transform[:, :2] @ [120, 250]  # a part of it lies beyond the photo
+    result = paste_portrait(photo, cut_portrait(photo, transform, size), transform, size)
+    assert np.abs(result.astype(int) - photo).mean() < 1
+    assert np.abs(result.astype(int) - photo).max() < 12
+
+
+def test_refused_portraits():
+    photo = np.zeros((64, 64, 3), np.uint8)
+    with pytest.raises(InputError, match="32x16: it must be square"):
+        paste_portrait(photo, photo[:16, :32], similarity(1, 0, (0, 0)), 32)
+    with pytest.raises(InputError, match="the feather is 0"):
+        paste_portrait(photo, photo, similarity(1, 0, (0, 0)), 64, feather=0)
+
+
+# Whole folders
+
+
+def test_a_pile_of_photos(photos, tmp_path):
+    found = align(photos, tmp_path / "out")
+    assert found.portraits == 2
+    assert found.without == ["field.jpg"]
+    assert list(found.unreadable) == ["broken.jpg"]
+    rows = read_folder(tmp_path / "out")
+    assert [row["aligned"]["photo"] for row in rows] == ["one.png", "trip/one.png"]
+    assert len({row["file_name"].name for row in rows}) == 2  # although the photos have one name
+    for row in rows:
+        portrait = read_photo(row["file_name"])
+        assert portrait.shape == (96, 96, 3)
+        (points,) = find_dots(portrait)
+        # upright, the eyes level and where the recipe has them: half a side is 1.8 times the way from eyes to mouth
+        assert np.allclose(portrait_transform(points * 96.0, 96), [[1, 0, 0], [0, 1, 0]], atol=0.8)
+        reading = CONDITIONS["keypoints"].read(row["keypoints_file_name"])
+        assert np.abs(reading.raw - points).max() < 0.01
+        assert row["keypoints_made_by"] == "dots 1"
+    # of the three faces the largest, which begins at (180, 150) and is 140 wide
+    eyes = move(np.array([180 + 42.0, 150 + 56.0]), np.array(rows[1]["aligned"]["transform"]))
+    assert np.abs(eyes - find_dots(read_photo(rows[1]["file_name"]))[0][33] * 96).max() < 1
+
+
+def test_all_faces_of_a_photo(photos, tmp_path):
+    found = align(photos, tmp_path / "out", every=True)
+    assert found.portraits == 4
+    widths = [1 / row["aligned"]["transform"][0][0] for row in read_folder(tmp_path / "out")][1:]
+    assert widths == sorted(widths, reverse=True)
+
+
+def test_small_faces_are_found_through_windows():
+    photo = Image.new("RGB", (1200, 800), (90, 90, 90))
+    draw(photo, similarity(0.65, 0, (750, 450)))
+    picture = np.array(photo)
+    assert find_dots(picture) == []
+    (points,) = find_faces(find_dots, picture)
+    assert np.allclose(points[33], [750 + 19.5, 450 + 26], atol=1)
+
+
+def test_faces_that_are_off(photos, tmp_path):
+    # 1.5 times smaller than their portraits and more: all of them
+    found = align(photos, tmp_path / "noted", size=512)
+    assert found.portraits == 2
+    assert all("small: enlarged" in " ".join(faults) for faults in found.faults.values())
+    found = align(photos, tmp_path / "strict", size=512, strict=True)
+    assert found.portraits == 0
+    assert len(found.left_out) == 2
+    assert not (tmp_path / "strict" / "metadata.jsonl").exists()
+
+
+def test_goes_on_and_keeps_what_others_added(photos, tmp_path):
+    out = tmp_path / "out"
+    calls = []
+
+    def interrupted(done, total):
+        calls.append(done)
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        align_files(photo_files(photos, out), photos, out, find_dots, settings(), interrupted)
+    with (out / JOURNAL).open("a") as journal:
+        journal.write('\n{"photo": "trip/one.png", "sha')  # killed while writing
+    first = read_journal(out)
+    assert len(first) == 2
+    written = {path: path.stat().st_mtime_ns for path in (out / "images").iterdir()}
+    align(photos, out)
+    assert all(path.stat().st_mtime_ns == then for path, then in written.items())
+    rows = [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]
+    rows[0]["text"] = ["a face"]
+    (out / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (photos / "broken.jpg").unlink()
+    Image.open(photos / "one.png").rotate(8).save(photos / "two.png")
+    align(photos, out)
+    rows = read_folder(out)
+    assert [row["aligned"]["photo"] for row in rows] == ["one.png", "trip/one.png", "two.png"]
+    assert rows[0]["text"] == ["a face"]
+    with pytest.raises(InputError, match="was aligned with size 96: keep to that"):
+        align(photos, out, size=64)
+
+
+def read_journal(out: Path) -> list[str]:
+    """Photos that are done."""
+    found = []
+    for line in (out / JOURNAL).read_text().splitlines()[1:]:
+        try:
+            found.append(json.loads(line)["photo"])
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def test_no_photos(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        photo_files(tmp_path / "none", tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no photos"):
+        photo_files(tmp_path / "empty", tmp_path / "out")
+
+
+def test_pasting_by_the_row(photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    align(photos, out, every=True)
+    rows = read_folder(out)
+    edited = tmp_path / "edited.png"
+    Image.new("RGB", (192, 192), (10, 10, 10)).save(edited)
+    # one face: the photo's hash is enough
+    main(["prepare", "paste", str(edited), "--aligned", str(out), "--photo", str(photos / "one.png"), "--out",
+          str(tmp_path / "pasted.png")])  # fmt: skip
+    assert f"images/{rows[0]['file_name'].name} laid into" in capsys.readouterr().out
+    before, after = read_photo(photos / "one.png"), read_photo(tmp_path / "pasted.png")
+    y, x = np.mgrid[0:400, 0:600] + 0.5
+    places = move(np.stack([x, y], axis=-1), np.array(rows[0]["aligned"]["transform"]))
+    outside = ((places <= 0) | (places >= 96)).any(axis=-1)
+    assert np.array_equal(before[outside], after[outside])
+    assert (after[~outside] == 10).mean() > 0.5
+    # several: by the portrait's own name or by --face
+    several = photos / "trip" / "one.png"
+    with pytest.raises(InputError, match="has several faces: name one with --face"):
+        paste_file(edited, out, several, tmp_path / "no.png")
+    named = tmp_path / rows[2]["file_name"].name
+    Image.new("RGB", (96, 96)).save(named)
+    assert paste_file(named, out, several, tmp_path / "a.png") == f"images/{named.name}"
+    assert paste_file(edited, out, several, tmp_path / "b.png", face=named.name) == f"images/{named.name}"
+    # another photo than the one that was aligned
+    Image.open(several).rotate(1).save(tmp_path / "other.png")
+    with pytest.raises(InputError, match=r"other\.png is none of the photos"):
+        paste_file(edited, out, tmp_path / "other.png", tmp_path / "no.png")
+    with pytest.raises(InputError, match="must end in"):
+        paste_file(edited, out, several, tmp_path / "no.bmp")
+    assert not (tmp_path / "no.png").exists()
+
+
+def test_profile_transparency_and_the_mark_of_generated_media(photos, tmp_path):
+    from likeness.pipelines.record import GENERATED, XMP_KEY
+
+    source = Image.open(photos / "one.png").convert("RGBA")
+    source.putalpha(Image.linear_gradient("L").resize(source.size))
+    source.save(photos / "one.png", icc_profile=b"a profile")
+    out = tmp_path / "out"
+    align(photos, out)
+    (row,) = (row for row in read_folder(out) if row["aligned"]["photo"] == "one.png")
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_itxt(XMP_KEY, f'<x:xmpmeta DigitalSourceType="{GENERATED}"/>')
+    Image.open(row["file_name"]).save(tmp_path / "edited.png", pnginfo=info)
+    for name, marked in (("edited.png", True), (str(row["file_name"]), False)):
+        for form in ("png", "webp"):
+            target = tmp_path / f"pasted.{form}"
+            paste_file(tmp_path / name, out, photos / "one.png", target)
+            pasted = Image.open(target)
+            assert np.array_equal(np.array(pasted.getchannel("A")), np.array(source.getchannel("A")))
+            assert pasted.info["icc_profile"] == b"a profile"
+            packet = pasted.info.get(XMP_KEY) or pasted.info.get("xmp") or b""
+            text = packet.decode() if isinstance(packet, bytes) else packet
+            assert (COMPOSITE in text) == marked
+
+
+# By MediaPipe, where its model is at hand
+
+
+@pytest.mark.skipif(not MODEL.is_file() or not FACES.is_dir(), reason="LIKENESS_SHARED holds no landmarker or no faces")
+def test_photographs_by_the_command(tmp_path, capsys):
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    names = sorted(FACES.iterdir())[:3]
+    canvas = Image.new("RGB", (900, 700), (120, 120, 120))
+    for number, path in enumerate(names):
+        face = Image.open(path).convert("RGB").resize((260, 260)).rotate(15 * (number - 1), Image.Resampling.BICUBIC)
+        one = canvas.copy()
+        one.paste(face, (100 + 200 * number, 200))
+        one.save(photos / f"{number}.png")
+    canvas.save(photos / "empty.png")
+    arguments = ["prepare", "align", str(photos), str(out), "--landmarker", str(MODEL), "--size", "128"]
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 1
+    printed = capsys.readouterr()
+    assert "3 portraits" in printed.out
+    assert "empty.png: no face was found" in printed.err
+    assert "tilted" not in printed.err
+    tilts = []
+    for row in read_folder(out):
+        transform = np.array(row["aligned"]["transform"])
+        tilts.append(np.degrees(np.arctan2(transform[1, 0], transform[0, 0])))
+        # CelebA-HQ's pictures are framed so already: the square around the face is the picture that was laid in
+        assert 1 / np.hypot(*transform[:, 0]) * 128 == pytest.approx(260, rel=0.12)
+    assert (
+        np.abs(np.array(tilts) - [15, 0, -15][: len(tilts)]).max() < 5
+        or np.abs(np.array(tilts) - [-15, 0, 15][: len(tilts)]).max() < 5
+    )

@@ -1,0 +1,443 @@
+"""Captions from an endpoint: a real server on this machine that answers, stumbles, refuses, hangs and vanishes."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import resource
+import signal
+import time
+from email.utils import formatdate
+from pathlib import Path
+
+import pytest
+from chat_server import DROP, HANG, chat_server, failed, said
+from drawn import drawn_mask
+from PIL import Image
+
+from likeness.cli import main
+from likeness.conditions.pictures import mask_picture
+from likeness.data.synthetic import draw_face
+from likeness.prepare.caption.endpoint import Meter, open_endpoint
+from likeness.prepare.caption.face import Plan
+from likeness.prepare.caption.journal import open_journal
+from likeness.prepare.caption.models import Answer, Question
+from likeness.prepare.caption.prompts import PROMPTS, describe
+from likeness.prepare.caption.stage import caption_folder, load_counter
+from likeness.types import InputError
+
+DATED = "dated"
+
+LOOKS = ("red", "green", "black", "grey", "brown", "white", "golden", "silver", "dark", "fair")
+
+
+def caption_for(text: str) -> str:
+    """A good caption, another for every prompt."""
+    number = next((n for n, name in enumerate(PROMPTS) if PROMPTS[name] in text), 0)
+    return f"A woman with {LOOKS[number]} hair and a smile on her lips."
+
+
+def answering(text, picture, number):
+    return said(caption_for(text))
+
+
+@pytest.fixture(scope="module")
+def count():
+    return load_counter()
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Four faces; the first has a mask and CelebA's attributes, the second a caption of its own."""
+    root = tmp_path / "faces"
+    (root / "images").mkdir(parents=True)
+    rows = []
+    for index in range(4):
+        Image.fromarray(draw_face(0, index, 64).image).save(root / "images" / f"{index}.png")
+        rows.append({"file_name": f"images/{index}.png", "identity": index})
+    mask_picture(drawn_mask()).save(root / "mask.png")
+    rows[0] |= {"mask_file_name": "mask.png", "attributes": {"Male": False, "Smiling": True}}
+    rows[1]["text"] = "my own words"
+    (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def texts(folder: Path) -> list:
+    return [json.loads(line).get("text") for line in (folder / "metadata.jsonl").read_text().splitlines()]
+
+
+def record(folder: Path) -> list[list[dict]]:
+    return [json.loads(line)["captions"] for line in (folder / "captions.jsonl").read_text().splitlines()]
+
+
+def caption(folder: Path, *options: str, code: int = 0) -> None:
+    """The command, and its exit code."""
+    try:
+        main(["prepare", "caption", str(folder), *options])
+        found = 0
+    except SystemExit as end:
+        found = end.code or 0
+    assert found == code
+
+
+def test_ten_captions_a_face_with_their_origin(folder, capsys):
+    with chat_server(answering) as server:
+        caption(folder, "--vlm", server.address)
+        assert len(server.asked) == 40
+        assert {body["model"] for body in server.asked} == {"tiny-vlm"}
+        assert all(body["temperature"] == 0 for body in server.asked)
+        assert server.asked[0]["authorization"] is None
+        before = (folder / "metadata.jsonl").read_bytes(), (folder / "captions.jsonl").read_bytes()
+        caption(folder, "--vlm", server.address)  # again: nothing is asked, nothing changes
+        assert len(server.asked) == 40
+    assert before == ((folder / "metadata.jsonl").read_bytes(), (folder / "captions.jsonl").read_bytes())
+    wanted = [caption_for(describe(name)) for name in PROMPTS]
+    assert texts(folder) == [wanted, ["my own words", *wanted], wanted, wanted]
+    own, natural = record(folder)[1][:2]
+    assert own == {"text": "my own words", "source": "given"}
+    assert natural["prompt"] == "natural"
+    assert natural["model"] == "tiny-vlm"
+    assert natural["raw"] == natural["text"] == wanted[0]
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    assert rows[0]["mask_file_name"] == "mask.png"
+    assert rows[3]["identity"] == 3
+    assert "4 faces, 41 captions; 40 requests, 4000 tokens" in capsys.readouterr().out
+
+
+def test_the_picture_is_shown_upright_and_bounded(folder):
+    sizes = []
+
+    def look(text, picture, number):
+        sizes.append(picture.size)
+        return said(caption_for(text))
+
+    turned = Image.new("RGB", (90, 60), "red")
+    turned.save(folder / "images" / "0.png", exif=exif_turned())
+    with chat_server(look) as server:
+        caption(folder, "--vlm", server.address, "--prompts", "brief", "--pixels", "40", "--parallel", "1")
+    assert sizes == [(27, 40), (40, 40), (40, 40), (40, 40)]
+
+
+def exif_turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    return exif
+
+
+def test_only_what_changed_is_asked_again(folder):
+    with chat_server(answering) as server:
+        caption(folder, "--vlm", server.address)
+        Image.fromarray(draw_face(0, 9, 64).image).save(folder / "images" / "2.png")
+        server.asked.clear()
+        caption(folder, "--vlm", server.address)
+        assert len(server.asked) == 10
+        server.asked.clear()
+        caption(folder, "--vlm", server.address, "--max-tokens", "12")  # shorter: nothing is asked
+        assert server.asked == []
+        assert all("length: " in c["touched"][-1] for c in record(folder)[2])
+        caption(folder, "--vlm", server.address, "--vlm-fields", '{"temperature": null, "top_k": 1}')
+        assert len(server.asked) == 40
+        assert "temperature" not in server.asked[0]
+        assert server.asked[0]["top_k"] == 1
+
+
+def test_bad_answers_are_left_out_with_the_reason(folder, capsys):
+    def reply(text, picture, number):
+        if PROMPTS["hair"] in text:
+            return said("I'm sorry, but I can't help with that.")
+        if PROMPTS["age"] in text:
+            return said("The image shows a woman with a smile. Her hair is long and", "length")
+        if PROMPTS["light"] in text:
+            return said(None)
+        return said("A bald woman in soft light.") if PROMPTS["face"] in text else said(caption_for(text))
+
+    with chat_server(reply) as server:
+        caption(folder, "--vlm", server.address)
+    by_prompt = {c["prompt"]: c for c in record(folder)[0]}
+    assert by_prompt["hair"]["dropped"].startswith("refusal: ")
+    assert by_prompt["hair"]["raw"].startswith("I'm sorry")
+    assert by_prompt["light"]["dropped"] == "empty: no words"
+    assert by_prompt["age"]["text"] == "A woman with a smile."
+    assert [why.partition(":")[0] for why in by_prompt["age"]["touched"]] == ["picture", "truncated"]
+    assert by_prompt["face"]["dropped"].startswith('mask: the caption says "bald", but hair is ')
+    assert "A bald woman in soft light." in texts(folder)[2]  # no mask, nothing against it
+    assert "left out: 4 refusal, 4 empty, 1 mask" in capsys.readouterr().out
+
+
+def test_a_refiner_is_told_the_facts_and_checked(folder):
+    def reply(text, picture, number):
+        if picture is not None:
+            return said("A smiling woman with red hair, wearing glasses.")
+        assert "Caption: A smiling woman with red hair, wearing glasses." in text
+        if "Not in the picture: glasses" in text:
+            assert "It holds: smiling." in text
+            assert 'Contradiction: the caption says "glasses", but the mask has no eye_g' in text
+            return said("<think>No glasses there.</think>A smiling woman with red hair.")
+        return said("A smiling woman with red hair, wearing glasses and a crown.")  # invents
+
+    with chat_server(reply, ("vlm", "llm")) as server:
+        options = ["--vlm", server.address, "--vlm-name", "vlm", "--prompts", "natural"]
+        caption(folder, *options, "--refiner", server.address, "--refiner-name", "llm", "--replace")
+        assert [body["model"] for body in server.asked].count("llm") == 4
+        caption(folder, *options, "--refiner", server.address, "--refiner-name", "llm", "--replace")
+        assert len(server.asked) == 8
+    (first,), (given, second) = record(folder)[:2]
+    assert first["text"] == "A smiling woman with red hair."
+    assert first["refiner"] == "llm"
+    assert first["refined"].startswith("<think>")
+    assert first["touched"] == ["refined: 8 to 6 words"]
+    assert second["dropped"] == 'refined: its check brought in "crown"'
+    assert given["dropped"].startswith("replaced")
+    assert texts(folder) == [["A smiling woman with red hair."], [], [], []]
+
+
+def test_what_may_pass_is_tried_again(folder, count):
+    stumbles = {
+        0: failed(500, "worker died"),
+        1: failed(429, "slow down", Retry_After="0.3"),
+        2: (200, {}, b"{not json"),
+        3: (200, {}, b'{"choices": []}'),
+        4: DROP,
+        5: DATED,
+        6: HANG,
+    }
+
+    def reply(text, picture, number):
+        if stumbles.get(number) == DATED:
+            return failed(429, "slow down", Retry_After=formatdate(time.time() + 2, usegmt=True))
+        return stumbles.get(number) or answering(text, picture, number)
+
+    with chat_server(reply) as server:
+        meter = Meter(first_wait=0.01, timeout=0.3, tries=8)
+        plan = Plan(vlm=open_endpoint(server.address, None, meter), prompts=("brief",))
+        report = caption_folder(folder, plan, count, meter=meter, parallel=1)
+        at = [body["at"] for body in server.asked]
+    assert report.used == 5
+    assert not report.failed
+    assert meter.requests == len(at) == 4 + len(stumbles)
+    assert at[2] - at[1] >= 0.3  # as the server asked
+    assert at[6] - at[5] >= 0.9  # a date has whole seconds: at least one of the two
+
+
+def test_waits_double(folder, count):
+    with chat_server(lambda *_: failed(503, "overloaded")) as server:
+        meter = Meter(first_wait=0.05, tries=5)
+        plan = Plan(vlm=open_endpoint(server.address, "m", meter))
+        with pytest.raises(InputError, match=r"gives no answer: 503 .*: overloaded, 5 times in"):
+            caption_folder(folder, plan, count, meter=meter, parallel=1)
+        at = [body["at"] for body in server.asked]
+    waits = [after - before for before, after in itertools.pairwise(at)]
+    assert len(waits) == 4
+    assert all(wait >= 0.05 * 2**n * 0.75 for n, wait in enumerate(waits))
+
+
+def test_a_server_that_vanishes_leaves_what_it_said(folder, capsys):
+    with chat_server(lambda t, p, n: answering(t, p, n) if n < 17 else DROP) as server:
+        caption(folder, "--vlm", server.address, "--tries", "1", "--parallel", "1", code=2)
+        address = server.address
+    error = capsys.readouterr().err
+    assert "gives no answer" in error
+    assert "the 17 answers of this run are kept in" in error
+    assert texts(folder)[0] is None  # nothing half-written
+    assert not (folder / "captions.jsonl").exists()
+    caption(folder, "--vlm", address, "--vlm-name", "tiny-vlm", "--tries", "1", code=2)
+    assert "refused" in capsys.readouterr().err.lower()
+    with chat_server(answering) as server:
+        caption(folder, "--vlm", server.address)
+        assert len(server.asked) == 23
+
+
+def test_a_refusal_for_good_says_why(folder, monkeypatch, capsys):
+    for status, message in ((401, "bad key"), (404, "no such model"), (400, "images are not supported")):
+        with chat_server(lambda *_, s=status, m=message: failed(s, m)) as server:
+            caption(folder, "--vlm", server.address, "--parallel", "1", code=2)
+            assert len(server.asked) == (3 if status == 400 else 1)
+        assert message in capsys.readouterr().err
+    with chat_server(answering, ("a", "b")) as server:
+        caption(folder, "--vlm", server.address, code=2)
+        assert "serves a, b: name one" in capsys.readouterr().err
+        caption(folder, "--vlm", server.address, "--vlm-key", "NOT_SET_ANYWHERE", code=2)
+        assert "NOT_SET_ANYWHERE" in capsys.readouterr().err
+        monkeypatch.setenv("MY_KEY", "secret")
+        caption(folder, "--vlm", server.address, "--vlm-key", "MY_KEY", "--vlm-name", "a")
+        assert server.asked[0]["authorization"] == "Bearer secret"
+    assert "secret" not in "".join(p.read_text() for p in folder.glob("*.jsonl"))
+    with chat_server(lambda *_: (302, {"Location": "http://127.0.0.1:9/v1"}, b"")) as server:
+        caption(folder, "--vlm", server.address, "--vlm-name", "c", code=2)
+        assert "302" in capsys.readouterr().err
+    with chat_server(lambda *_: failed(429, "quota", Retry_After="86400")) as server:
+        caption(folder, "--vlm", server.address, "--vlm-name", "c", code=2)
+        assert "asks to come back in 86400 s" in capsys.readouterr().err
+
+
+def test_one_picture_that_is_refused_does_not_stop_the_rest(folder, capsys):
+    def reply(text, picture, number):
+        return failed(400, "content filter") if picture.size == (32, 32) else answering(text, picture, number)
+
+    Image.new("RGB", (32, 32)).save(folder / "images" / "1.png")
+    (folder / "images" / "2.png").write_bytes(b"broken")
+    with chat_server(reply) as server:
+        caption(folder, "--vlm", server.address, "--parallel", "1", code=1)
+        assert [len(captions or ()) for captions in texts(folder)] == [10, 1, 0, 10]
+        error = capsys.readouterr().err
+        assert "images/1.png: 400 Bad Request: content filter" in error
+        assert "images/2.png is no picture" in error
+        server.reply = answering
+        caption(folder, "--vlm", server.address, code=1)
+        assert len(texts(folder)[1]) == 11
+
+
+def test_budget_and_pace(folder, count, capsys):
+    with chat_server(answering) as server:
+        caption(folder, "--vlm", server.address, "--budget", "13", "--parallel", "1", code=1)
+        assert len(server.asked) == 13
+        assert "the budget is spent: 3 faces lack captions" in capsys.readouterr().err
+        assert [len(found) for found in texts(folder)] == [10, 4, 0, 0]
+        caption(folder, "--vlm", server.address, "--budget", "500tokens", "--parallel", "1", code=1)
+        assert len(server.asked) == 18  # 100 tokens each
+        caption(folder, "--vlm", server.address, "--budget", "1,000")
+        assert len(server.asked) == 40
+        caption(folder, "--vlm", server.address, "--budget", "lots", code=2)
+        server.asked.clear()
+        meter = Meter(requests_per_minute=600)
+        plan = Plan(vlm=open_endpoint(server.address, None, meter, fields='{"seed": 1}'), prompts=("brief", "hair"))
+        caption_folder(folder, plan, count, meter=meter)
+        at = sorted(body["at"] for body in server.asked)
+        assert at[-1] - at[0] >= 7 * 0.1 - 0.05
+    with chat_server(lambda *_: said("A woman with red hair.", tokens=None)) as server:
+        caption(folder, "--vlm", server.address, "--vlm-name", "d", "--budget", "9tokens", code=2)
+        assert "give the budget in requests" in capsys.readouterr().err
+
+
+def test_several_at_the_same_time(folder, count):
+    def slow(text, picture, number):
+        time.sleep(0.05)
+        return answering(text, picture, number)
+
+    for parallel in (1, 4):
+        with chat_server(slow) as server:
+            (folder / "answers.jsonl").unlink(missing_ok=True)
+            caption(folder, "--vlm", server.address, "--prompts", "natural", "brief", "--parallel", str(parallel))
+            assert server.most_running <= parallel
+            assert (server.most_running > 1) == (parallel > 1)
+
+
+def test_killed_at_any_moment_nothing_is_asked_twice(folder):
+    """SIGKILL while answers come in; the next run asks what is not in the journal, and a torn line is asked anew."""
+
+    def slow(text, picture, number):
+        time.sleep(0.02)
+        return answering(text, picture, number)
+
+    journal = folder / "answers.jsonl"
+    with chat_server(slow) as server:
+        for kill, wanted in enumerate((1, 4, 9, 11, 17, 22), start=1):
+            child = os.fork()
+            if not child:
+                with contextlib.suppress(BaseException):
+                    caption(folder, "--vlm", server.address, "--parallel", "2")
+                os._exit(0)
+            while len(server.asked) < wanted:
+                time.sleep(0.001)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            time.sleep(0.1)  # until the server has heard of it
+            answers = journal.read_bytes().count(b"\n")
+            assert answers <= len(server.asked) <= answers + 2 * kill  # lost: what two threads were waiting for
+            assert texts(folder)[0] is None
+        with journal.open("ab") as file:
+            file.write(journal.read_bytes()[:50])  # torn
+        before = len(server.asked)
+        caption(folder, "--vlm", server.address)
+        assert len(server.asked) - before == 40 - answers
+    lines = journal.read_bytes().splitlines()
+    assert len({json.loads(line)["key"] for line in lines}) == len(lines) == 40
+    assert [len(found) for found in texts(folder)] == [10, 11, 10, 10]
+
+
+def test_journal(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    with open_journal(path) as journal:
+        journal.add("a" * 32, Answer("é\n2", False), prompt="x")
+        assert journal.find("a" * 32) == Answer("é\n2", False)
+        assert journal.find("a" * 16 + "b" * 16) is None
+        with pytest.raises(InputError, match="another process"), open_journal(path):
+            pass
+    with open_journal(path) as journal:
+        journal.add("0" * 32, Answer("zero"))
+        assert journal.find("a" * 32) == Answer("é\n2", False)
+        assert journal.find("f" * 32) is None
+    path.write_text(path.read_text() + "hello\n")
+    with pytest.raises(InputError, match="line 3 is no answer"), open_journal(path):
+        pass
+    with pytest.raises(InputError, match="cannot write"), open_journal(Path("/dev/null/answers.jsonl")):
+        pass
+
+
+def test_a_full_disk_keeps_whole_lines(tmp_path):
+    path, (soft, hard) = tmp_path / "answers.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    with open_journal(path) as journal:
+        journal.add("a" * 32, Answer("one"))
+        before = path.read_bytes()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, hard))
+        try:
+            with pytest.raises(InputError, match=r"cannot write .*answers\.jsonl"):
+                journal.add("b" * 32, Answer("two"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert path.read_bytes() == before
+        journal.add("b" * 32, Answer("two"))
+    with open_journal(path) as journal:
+        assert [journal.find(letter * 32) for letter in "ab"] == [Answer("one"), Answer("two")]
+
+
+def test_grammar_offline(folder, capsys):
+    caption(folder, "--grammar", code=1)  # the other three have no attributes of CelebA's
+    assert "3.png: it has no attributes of CelebA's" in capsys.readouterr().err
+    first = texts(folder)
+    assert len(first[0]) == 10
+    assert first[1:] == [["my own words"], [], []]
+    assert not any("man" in text.split() for text in first[0])
+    caption(folder, "--grammar", code=1)
+    assert texts(folder) == first
+    caption(folder, "--grammar", "--seed", "1", code=1)
+    assert texts(folder)[0] != first[0]
+    with chat_server(answering) as server:
+        caption(folder, "--vlm", server.address, "--prompts", "brief")
+    assert len(texts(folder)[0]) == 11
+
+
+def test_refusals(folder, capsys):
+    for options, wanted in (
+        ([], "nothing to caption with"),
+        (["--grammar", "--prompts", "poem"], "no prompt 'poem'"),
+        (["--grammar", "--refiner", "http://localhost:1/v1", "--refiner-name", "x"], "give --vlm as well"),
+        (["--vlm", "http://user:pass@localhost/v1"], "must be plain"),
+        (["--vlm", "http://localhost:1/v1", "--vlm-name", "m", "--vlm-fields", "["], "are not JSON"),
+        (["--vlm", "some/checkpoint", "--vlm-name", "m"], "is a checkpoint"),
+        (["--grammar", "--max-tokens", "2"], "max tokens must be at least 8"),
+        (["--grammar", "--components", "nowhere"], "holds no tokenizer"),
+    ):
+        caption(folder, *options, code=2)
+        error = capsys.readouterr().err
+        assert wanted in error
+        assert "pass@" not in error
+    (folder / "captions.jsonl").write_text("{}\n")
+    caption(folder, "--grammar", code=2)
+    assert "line 1 is no record" in capsys.readouterr().err
+
+
+def test_an_address_without_a_path_means_v1():
+    with chat_server(answering) as server:
+        for address in (
+            server.address,
+            server.address[:-3],
+            server.address + "/chat/completions",
+            server.address + "/",
+        ):
+            model = open_endpoint(address, None, Meter())
+            (answer,) = model.answer([Question("who?")])
+            assert answer.finished
+            assert model.name == "tiny-vlm"

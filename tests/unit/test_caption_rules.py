@@ -1,0 +1,221 @@
+"""The rule filter, shortening, facts, checks and the record: each on the texts that models really write."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from drawn import drawn_mask
+
+from likeness.conditions.classes import CLASS_INDEX
+from likeness.prepare.caption.facts import facts_of, without_contradictions
+from likeness.prepare.caption.pieces import pieces_of, shorten
+from likeness.prepare.caption.prompts import PROMPTS, describe
+from likeness.prepare.caption.record import merge
+from likeness.prepare.caption.refine import accept
+from likeness.prepare.caption.rules import RULES, filter_answer
+from likeness.prepare.caption.stage import load_counter
+
+CLEAN = (
+    "A young woman with long, wavy brown hair smiles at the camera, wearing small gold earrings.",
+    "woman, about thirty, long blond hair, arched eyebrows, blue eyes, full lips, fair skin, smiling, earrings",
+    "The man has a short grey beard and a receding hairline. His mouth is closed, and his brows are slightly raised.",
+    "An elderly man with a bald head, wrinkles around the eyes, and a five-o'clock shadow.",
+    "A middle-aged Asian man wears a V-neck T-shirt and round glasses; soft light falls from the left.",
+    "She wears no jewelry. Her hair is pulled back into a low bun, with a few loose strands.",
+    "A close-up of a woman with freckles, red hair and green eyes",
+)
+MENDED = {
+    "The image shows a woman with red hair.": ("picture", "A woman with red hair."),
+    "In this image, there is a man with a beard. He is smiling.": ("picture", "A man with a beard. He is smiling."),
+    "This is a close-up portrait of a man with glasses.": ("picture", "A close-up portrait of a man with glasses."),
+    "A woman with red hair. The overall image has a warm mood.": ("picture", "A woman with red hair."),
+    "The background of the image is dark. The woman smiles.": ("picture", "The background is dark. The woman smiles."),
+    "**Hair:** *wavy*, with a `fringe` on her face.": ("markup", "Hair: wavy, with a fringe on her face."),
+    "- woman\n- long brown hair\n- green eyes\n- smiling": ("markup", "woman, long brown hair, green eyes, smiling"),
+    "# Portrait\nA man with a grey beard and blue eyes.": ("markup", "A man with a grey beard and blue eyes."),
+    "Here is a caption: A man with a grey beard.": ("label", "A man with a grey beard."),
+    "Sure! Caption: \"A man with a grey beard.\"": ("label", "A man with a grey beard."),
+    "A man with a grey beard. I think he is happy.": ("first-person", "A man with a grey beard."),
+    "A man with a grey beard. His ears are not visible.": ("unseen", "A man with a grey beard."),
+    "woman, red hair, eye color unclear, full lips, smiling": ("unseen", "woman, red hair, full lips, smiling"),
+    "A woman with red hair. She looks like Julia Roberts.": ("name", "A woman with red hair."),
+    "A woman smiles. A woman smiles. She has red hair.": ("repeated", "A woman smiles. She has red hair."),
+    "A woman with red hair. She is wearing a pair of": ("truncated", "A woman with red hair."),
+    "A woman with red hair \U0001f60a\ufe0f and a smile.": ("symbols", "A woman with red hair and a smile."),
+    "A woman\u2019s face \u2014 red hair, green eyes.": ("symbols", "A woman's face, red hair, green eyes."),
+    "<think>Is it a man?</think>\nA man with a beard.": ("thinking", "A man with a beard."),
+}  # fmt: skip
+
+DROPPED = {
+    "": "empty",
+    " \n": "empty",
+    "<think>The face is": "thinking",
+    "I'm sorry, but I can't help with identifying people.": "refusal",
+    "As an AI, I do not see pictures. A woman.": "refusal",
+    "I\u2019m unable to describe the person in this picture.": "refusal",
+    '{"caption": "a woman with red hair"}': "markup",
+    "Brad Pitt with a short beard and blue eyes.": "name",
+    "A Young Woman With Red Hair And Green Eyes": "name",
+    "Eine junge Frau mit roten Haaren und blauen Augen.": "english",
+    "Une jeune femme souriante aux cheveux roux et aux yeux verts.": "english",
+    "Νεαρή γυναίκα με κόκκινα μαλλιά.": "english",
+    "一位年轻女子,红色头发。": "english",
+    "red hair and a smile on her face and a smile on her face and a smile on her face": "repeated",
+    "A woman with long brown hair and": "truncated",
+    "Smiling woman.": "short",
+    "I see her in my mind.": "first-person",
+}
+
+
+@pytest.mark.parametrize("text", CLEAN)
+def test_good_captions_pass_untouched(text):
+    filtered = filter_answer(text)
+    assert (filtered.text, filtered.touched) == (text, [])
+
+
+@pytest.mark.parametrize(("text", "wanted"), MENDED.items())
+def test_rules_mend(text, wanted):
+    filtered = filter_answer(text)
+    rule, mended = wanted
+    assert filtered.text == mended
+    assert rule in [touched.partition(":")[0] for touched in filtered.touched]
+    assert all(touched.partition(": ")[2] for touched in filtered.touched)
+
+
+@pytest.mark.parametrize(("text", "rule"), DROPPED.items())
+def test_rules_drop(text, rule):
+    filtered = filter_answer(text)
+    assert filtered.text == ""
+    assert filtered.touched[-1].startswith(f"{rule}: ")
+
+
+def test_every_rule_is_tried_above():
+    tried = {rule for rule, _ in MENDED.values()} | set(DROPPED.values())
+    assert tried == set(RULES)
+
+
+def test_what_the_model_did_not_finish_loses_its_end():
+    assert filter_answer("A woman with red hair. She wears a blue", finished=False).text == "A woman with red hair."
+    assert filter_answer("woman, red hair, green eyes, full li", finished=False).text == "woman, red hair, green eyes"
+    assert filter_answer("A woman with red hair and gr", finished=False).touched[-1].startswith("truncated")
+
+
+def test_prompts_are_ten_and_differ():
+    assert len(PROMPTS) == 10
+    assert len({describe(name) for name in PROMPTS}) == 10
+
+
+@pytest.fixture(scope="module")
+def count():
+    return load_counter()
+
+
+def test_shortened_at_a_sentence_a_phrase_a_word(count):
+    three = "A woman with red hair smiles. " + " ".join(["She has green eyes and a small nose."] * 12)
+    short, how = shorten(three, count, 40)
+    assert count(short) <= 40 < count(three)
+    assert three.startswith(short)
+    assert short.endswith("nose.")
+    assert how == f"{count(three)} to {count(short)} tokens, cut after a sentence"
+    one = "A woman with " + ", ".join(["long wavy red hair", "green eyes", "a small nose", "full lips"] * 8) + "."
+    short, how = shorten(one, count, 40)
+    assert count(short) <= 40
+    assert one.startswith(short + ",")
+    assert "phrase" in how
+    words = "hair " * 90
+    short, how = shorten(words.strip(), count, 40)
+    assert set(short.split()) == {"hair"}
+    assert "word" in how
+    assert shorten("A woman.", count, 40) == ("A woman.", "")
+    assert shorten("A" * 500, count, 8)[0] == ""
+
+
+def test_no_cut_leaves_half_a_word_or_a_loose_end(count):
+    rng = np.random.default_rng(0)
+    parts = ["a woman with red hair", "wearing a hat and a scarf", "her five-o'clock look", "in the soft evening light"]
+    for _ in range(100):
+        text = "".join(parts[int(i)] + (", ", " and ", ". ")[int(rng.integers(3))] for i in rng.integers(4, size=30))
+        short, _ = shorten(text.strip(), count, int(rng.integers(12, 77)))
+        assert text.startswith(short)
+        assert not text[len(short) : len(short) + 1].isalpha()
+        assert short.split()[-1] not in ("a", "and", "with", "the")
+
+
+def test_pieces():
+    assert pieces_of("A man. He wears a hat.") == (["A man.", "He wears a hat."], " ")
+    assert pieces_of("man, old, hat, beard")[1] == ", "
+    assert pieces_of("He is Mr. Smith, 5.5 feet tall.")[0] == ["He is Mr. Smith, 5.5 feet tall."]
+
+
+def test_facts_name_attributes_parts_and_contradictions():
+    row = {"attributes": {"Smiling": True, "Eyeglasses": False, "Young": -1, "Attractive": True, "hair": "red"}}
+    facts = facts_of(row, drawn_mask(), "A bald man.")
+    assert "It holds: smiling." in facts
+    assert "It does not hold: eyeglasses, young." in facts
+    assert "Known: hair red." in facts
+    assert "attractive" not in facts.lower()
+    share = 100 * (drawn_mask() == CLASS_INDEX["hair"]).mean()
+    assert f"hair {share:.1f} %" in facts
+    assert "Not in the picture: glasses" in facts
+    assert 'Contradiction: the caption says "bald"' in facts
+    assert facts_of({}, None, "A man.") == "none"
+
+
+def test_what_the_mask_contradicts_goes():
+    kept, why = without_contradictions(drawn_mask(), "A man with blue eyes. He is bald. He smiles.")
+    assert kept == "A man with blue eyes. He smiles."
+    assert why[0].startswith('mask: the caption says "bald", but hair is')
+    kept, why = without_contradictions(drawn_mask(), "man, bald, blue eyes, glasses, smiling")
+    assert kept == "man, blue eyes, smiling"
+    assert len(why) == 2
+    assert without_contradictions(None, "He is bald.") == ("He is bald.", [])
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "why"),
+    [
+        ("A man with blue eyes.", "A man with blue eyes.", "refined: 7 to 5 words"),
+        ("A bald man with blue eyes.", "A bald man with blue eyes.", None),
+        ("<think>hm</think> Caption: A man with blue eyes.", "A man with blue eyes.", "refined"),
+        ("A man with brown hair and blue eyes.", "A man with brown hair and blue eyes.", "refined"),  # from the facts
+        ("NONE", "", "nothing of it is supported"),
+        ("none.", "", "nothing of it is supported"),
+        ("A man with blue eyes and freckles.", "", 'brought in "freckles"'),
+        ("A woman with blue eyes.", "", 'brought in "woman"'),
+        ("I'm sorry, I cannot help with that.", "", "gave no caption (refusal"),
+        ("", "", "gave no caption (empty"),
+    ],
+)  # fmt: skip
+def test_a_check_may_take_away_but_not_invent(answer, text, why):
+    caption = "A bald man with blue eyes."
+    filtered = accept(answer, caption, "It holds: brown hair.")
+    assert filtered.text == text
+    assert (filtered.touched == []) if why is None else (why.replace("7", "6") in filtered.touched[-1])
+
+
+def used(captions):
+    return [caption["text"] for caption in captions if "dropped" not in caption]
+
+
+def test_record_keeps_what_others_wrote_and_what_was_taken_out():
+    vlm = [{"text": t, "source": "vlm", "model": "m", "prompt": p} for t, p in (("one", "a"), ("two", "b"))]
+    first = merge(["mine"], [], vlm, False)
+    assert used(first) == ["mine", "one", "two"]
+    assert used(merge(used(first), first, vlm, False)) == used(first)  # again: nothing changes
+    # another model adds, the same model replaces
+    other = [{"text": "three", "source": "vlm", "model": "n", "prompt": "a"}]
+    assert used(merge(used(first), first, other, False)) == ["mine", "one", "two", "three"]
+    again = [caption | {"text": caption["text"] + "!"} for caption in vlm]
+    assert used(merge(used(first), first, again, False)) == ["mine", "one!", "two!"]
+    # taken out by hand, written by hand
+    edited = merge(["mine", "two", "yours"], first, vlm, False)
+    assert used(edited) == ["mine", "yours", "two"]
+    assert [c["dropped"] for c in edited if "dropped" in c] == ["by-hand: taken out of the metadata"]
+    assert used(merge(used(edited), edited, vlm, False)) == used(edited)
+    # replaced on request, yet not forgotten
+    replaced = merge(used(first), first, other, True)
+    assert used(replaced) == ["three"]
+    assert {c["text"] for c in replaced} == {"mine", "one", "two", "three"}
+    # said twice
+    twins = [caption | {"text": "Same."} for caption in vlm]
+    assert used(merge([], [], twins, False)) == ["Same."]

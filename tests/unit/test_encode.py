@@ -1,0 +1,381 @@
+"""Stores: what was encoded is what the files are, nothing is encoded twice, and nothing is ever stale."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from builders import save_components, tiny_flux_pipeline
+from likeness import cli
+from likeness.conditions import CONDITIONS
+from likeness.data.folder import captions_of, column_of, read_folder, read_photo
+from likeness.data.store import Store
+from likeness.encoders.latent import LatentCodec, to_tensor
+from likeness.pipelines.load import Components, load_components
+from likeness.prepare.encode import encode_folder
+from likeness.prepare.synthetic import write_synthetic
+from likeness.prepare.why import why
+from likeness.train.config import DataRecipe
+from likeness.train.step import make_batch
+from likeness.types import InputError
+
+SIZE, FACES, FILES = 32, 10, 4
+PICTURES = FACES * FILES
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """Ten drawn faces with three conditions each, tiny components, and their store."""
+    root = tmp_path_factory.mktemp("prepared")
+    write_synthetic(root / "faces", FACES, SIZE, seed=0)
+    save_components(root / "components")
+    encode_folder(root / "faces", root / "shards", load_components(root / "components"), size=SIZE)
+    return root
+
+
+@pytest.fixture(scope="module")
+def parts(prepared) -> Components:
+    return load_components(prepared / "components")
+
+
+@pytest.fixture
+def faces(prepared, tmp_path) -> Path:
+    """A copy of the faces that a test may change."""
+    return Path(shutil.copytree(prepared / "faces", tmp_path / "faces"))
+
+
+def read_rows(faces: Path) -> list[dict]:
+    return [json.loads(line) for line in (faces / "train/metadata.jsonl").read_text().splitlines()]
+
+
+def write_rows(faces: Path, rows: list[dict]) -> None:
+    (faces / "train/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def redraw(path: Path, value: int) -> None:
+    """Change one pixel of a picture, keeping its size in bytes and its time of modification where possible."""
+    state = path.stat()
+    picture = Image.open(path)
+    picture.putpixel((value % SIZE, value // SIZE % SIZE), value % 256 if picture.mode in "LP" else (value % 256, 9, 9))
+    picture.save(path)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+def assert_same(one: Store, other: Store) -> None:
+    assert len(one) == len(other)
+    assert one.conditions == other.conditions
+    for index in range(len(one)):
+        a, b = one[index], other[index]
+        assert a.captions == b.captions
+        assert a.conditions.keys() == b.conditions.keys()
+        for x, y in zip([a.latents, *a.conditions.values()], [b.latents, *b.conditions.values()], strict=True):
+            assert torch.allclose(x, y, atol=2e-3)  # a picture's last bit may depend on the others of its pass
+
+
+def test_store_holds_what_was_encoded(prepared, parts):
+    store, codec = Store(prepared / "shards"), LatentCodec(parts.vae)
+    assert len(store) == FACES
+    assert store.conditions == ["mask", "sketch", "keypoints"]
+    for number, row in enumerate(read_folder(prepared / "faces")):
+        sample = store[number]
+        assert sample.latents.shape == (4, 4, 4)
+        assert sample.log_variance is None
+        assert list(sample.captions) == list(captions_of(row))
+        picture = codec.encode(to_tensor([read_photo(row["file_name"], SIZE)]))[0]
+        assert torch.allclose(sample.latents, picture, atol=2e-3)
+        for name, condition in CONDITIONS.items():
+            drawn = condition.render(condition.read(row[column_of(name)]).raw, SIZE, SIZE)
+            assert torch.allclose(sample.conditions[name], codec.encode(to_tensor([drawn]))[0], atol=2e-3)
+
+
+def test_views_mirror_and_vary(prepared, parts, tmp_path):
+    encode_folder(prepared / "faces", tmp_path / "views", parts, size=SIZE, views=2)
+    store, plain = Store(tmp_path / "views"), Store(prepared / "shards")
+    assert len(store) == 20
+    assert store[3].captions == store[13].captions
+    assert torch.allclose(store[3].latents, plain[3].latents, atol=2e-3)
+    picture = read_photo(read_folder(prepared / "faces")[3]["file_name"], SIZE)
+    mirrored = LatentCodec(parts.vae).encode(to_tensor([picture[:, ::-1]]))[0]
+    assert torch.allclose(store[13].latents, mirrored, atol=2e-3)
+    mask = CONDITIONS["mask"]
+    labels = mask.resize(mask.read(read_folder(prepared / "faces")[3]["mask_file_name"]).raw, SIZE, SIZE)
+    exact = LatentCodec(parts.vae).encode(to_tensor([mask.render(mask.flip(labels), SIZE, SIZE)]))[0]
+    off = (store[13].conditions["mask"] - exact).abs().mean()
+    assert 0.01 < off / exact.std() < 0.7  # varied, yet the mirrored mask of this face
+
+
+def test_faces_that_lack_a_condition_keep_the_others(faces, parts, tmp_path):
+    rows = read_rows(faces)
+    del rows[2]["keypoints_file_name"]
+    write_rows(faces, rows)
+    encode_folder(faces, tmp_path / "s", parts, size=SIZE)
+    store = Store(tmp_path / "s")
+    assert [set(store[i].conditions) for i in (1, 2)] == [{"mask", "sketch", "keypoints"}, {"mask", "sketch"}]
+    data = DataRecipe(shards=("s",), condition_shares={"keypoints": 1.0})
+    batch = make_batch([store[1], store[2]], [0, 1], data, ["keypoints"], torch.zeros(1), torch.ones(1), seed=0)
+    assert batch.condition_index.tolist() == [[0], [-1]]
+
+
+def test_interrupted_and_run_again(prepared, parts, tmp_path):
+    """Stopped after every file that is written: nothing is encoded twice, and there is no store before its end."""
+    out, encoded, runs = tmp_path / "shards", 0, 0
+    plain = encode_folder(prepared / "faces", tmp_path / "whole", parts, size=SIZE)
+    assert plain == {"faces": FACES, "encoded": PICTURES, "captions": 0, "missing": 0}
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    while not (out / "manifest.json").is_file():
+        with pytest.raises(InputError, match=r"manifest.json is missing"):
+            Store(out)
+        runs += 1
+        assert runs < 10
+        try:  # `PIXELS` are one pass here, so that every file is written before the first report
+            found = encode_folder(
+                prepared / "faces", out, parts, size=SIZE, share=(runs % 3, 3), shard_bytes=600, progress=stop
+            )
+        except KeyboardInterrupt:
+            continue
+        encoded += found["encoded"]
+    assert encoded == 0  # it was all done by runs that were stopped
+    assert_same(Store(out), Store(tmp_path / "whole"))
+    keys = [key for file in out.glob("latents-*") for key in load_keys(file)]
+    assert len(keys) == len(set(keys)) == PICTURES
+
+
+def load_keys(file: Path) -> list[bytes]:
+    from safetensors.torch import load_file
+
+    return [key.numpy().tobytes() for key in load_file(file)["keys"]]
+
+
+def test_shares_together_are_the_whole(faces, prepared, parts, tmp_path):
+    """Three processes of which one is killed; then two go on: no entry is made twice."""
+    rows = read_rows(faces)
+    write_rows(faces, rows * 30)  # several blocks; a face that is there twice is encoded once
+    for number, path in enumerate(sorted((faces / "train/masks").iterdir())):
+        redraw(path, number)
+    out, encoded = tmp_path / "shards", []
+    for share in ((1, 3), (0, 2), (1, 2)):
+        found = encode_folder(faces, out, parts, size=SIZE, share=share, text_features=True)
+        encoded.append((found["encoded"], found["captions"]))
+        assert (out / "manifest.json").is_file() == (found["missing"] == 0)
+    assert found["missing"] == 0
+    captions = {"", *(caption for row in rows for caption in row["text"])}
+    assert [sum(column) for column in zip(*encoded, strict=True)] == [PICTURES, len(captions)]
+    store = Store(out)
+    assert len(store) == 30 * FACES
+    assert torch.equal(store[3].latents, store[293].latents)
+    assert torch.allclose(store[293].latents, Store(prepared / "shards")[3].latents, atol=2e-3)
+
+
+def contents(faces: Path) -> set[tuple[str, bytes]]:
+    """Every (column, hash of a file) that a folder names: what there is to encode in one view."""
+    rows = read_folder(faces)
+    columns = ["file_name", *map(column_of, CONDITIONS)]
+    return {(name, sha256(row[name].read_bytes()).digest()) for row in rows for name in columns if name in row}
+
+
+def mutate(faces: Path, kind: str, rng: random.Random, number: int) -> None:
+    rows = read_rows(faces)
+    row, root = rng.choice(rows), faces / "train"
+    if kind in ("file_name", "mask_file_name", "sketch_file_name"):
+        if kind in row:
+            redraw(root / row[kind], number)
+    elif kind == "touch":
+        os.utime(root / row["file_name"])
+    elif kind == "rename":
+        old, new = row["file_name"], f"images/renamed_{number}.png"
+        (root / old).rename(root / new)
+        for each in rows:
+            each["file_name"] = new if each["file_name"] == old else each["file_name"]
+    elif kind == "shuffle":
+        rng.shuffle(rows)
+    elif kind == "insert":
+        new = f"images/new_{number}.png"
+        colour = (number * 7 % 256, number % 256, 3)
+        Image.new("RGB", (SIZE, SIZE), colour).save(root / new)
+        rows.insert(rng.randrange(len(rows)), {"file_name": new, "text": f"a new face {number}"})
+    elif kind == "duplicate":
+        rows.append(dict(row))
+    elif kind == "delete" and len(rows) > 5:
+        rows.remove(row)
+    elif kind == "caption":
+        row["text"] = [f"another caption {number}"]
+    elif kind == "drop":
+        row.pop("sketch_file_name", None)
+    elif kind == "share":
+        row["sketch_file_name"] = rng.choice([r["sketch_file_name"] for r in rows if "sketch_file_name" in r])
+    write_rows(faces, rows)
+
+
+KINDS = ("file_name", "mask_file_name", "sketch_file_name", "touch", "rename", "shuffle", "insert", "duplicate")
+KINDS += ("delete", "caption", "drop", "share")
+
+
+def test_mutations_lead_to_the_necessary_encoding_only(faces, parts, tmp_path):
+    rng, out = random.Random(0), tmp_path / "shards"
+    encode_folder(faces, out, parts, size=SIZE, views=2, shard_bytes=3000)
+    assert Store(out).manifest["columns"] == ["image", "mask", "sketch", "keypoints"]
+    before = contents(faces)
+    for number in range(2 * len(KINDS)):
+        mutate(faces, KINDS[number % len(KINDS)], rng, number)
+        after = contents(faces)
+        found = encode_folder(faces, out, parts, size=SIZE, views=2, shard_bytes=3000)
+        assert found["encoded"] == 2 * len(after - before), KINDS[number % len(KINDS)]
+        assert found["missing"] == 0
+        before = after
+        if number % 8 == 7:
+            shutil.rmtree(tmp_path / "fresh", ignore_errors=True)
+            encode_folder(faces, tmp_path / "fresh", parts, size=SIZE, views=2)
+            assert_same(Store(out), Store(tmp_path / "fresh"))
+    stored = sum(count for _, count in Store(out).manifest["latents"])
+    assert stored <= 2 * 2 * len(after)  # what nobody needs is left out
+
+
+def test_views_and_conditions_are_added_without_starting_anew(faces, parts, tmp_path):
+    rows = read_rows(faces)
+    write_rows(faces, [{key: row[key] for key in ("file_name", "mask_file_name", "text")} for row in rows])
+    encode = lambda views: encode_folder(faces, tmp_path / "s", parts, size=SIZE, views=views)["encoded"]  # noqa: E731
+    assert encode(1) == 2 * FACES
+    assert Store(tmp_path / "s").conditions == ["mask"]
+    write_rows(faces, rows)
+    assert encode(1) == 2 * FACES  # sketches and keypoints
+    assert encode(3) == 7 * FACES  # pictures mirrored, conditions twice; the third view's picture is the first's
+    store = Store(tmp_path / "s")
+    assert torch.equal(store[4].latents, store[24].latents)
+    assert not torch.equal(store[4].conditions["mask"], store[24].conditions["mask"])
+    with pytest.raises(InputError, match="has 3 views"):
+        encode(2)
+
+
+def test_moments_are_drawn_from_in_training(prepared, tmp_path):
+    """An autoencoder with a distribution: pictures are another draw each time, conditions the mean."""
+    tiny_flux_pipeline().save_pretrained(tmp_path / "flux")
+    parts = load_components(tmp_path / "flux")
+    found = encode_folder(prepared / "faces", tmp_path / "s", parts, size=SIZE)
+    assert found["encoded"] == PICTURES
+    store = Store(tmp_path / "s")
+    row, sample = read_folder(prepared / "faces")[2], store[2]
+    moments = parts.vae.encode(to_tensor([read_photo(row["file_name"], SIZE)])).latent_dist
+    assert torch.allclose(sample.latents, moments.mean[0], atol=2e-3)
+    assert torch.allclose(sample.log_variance, moments.logvar[0], atol=2e-2)
+    mask = CONDITIONS["mask"]
+    drawn = to_tensor([mask.render(mask.read(row["mask_file_name"]).raw, SIZE, SIZE)])
+    assert torch.allclose(sample.conditions["mask"], parts.vae.encode(drawn).latent_dist.mode()[0], atol=2e-3)
+
+    data, zero, one = DataRecipe(shards=(), condition_shares={"mask": 1.0}), torch.zeros(1), torch.ones(1)
+    draw = lambda positions: make_batch([sample] * len(positions), positions, data, ["mask"], zero, one, seed=0)  # noqa: E731
+    batch = draw(range(2000))
+    spread = torch.exp(0.5 * sample.log_variance)
+    assert torch.allclose(batch.clean.std(dim=0) / spread, torch.ones(4, 4, 4), atol=0.1)
+    assert ((batch.clean.mean(dim=0) - sample.latents).abs() < 0.12 * spread).all()
+    assert torch.equal(draw([7, 3]).clean[1], batch.clean[3])
+    assert torch.equal(batch.condition_latents[0, 0], sample.conditions["mask"])
+
+
+def test_text_features_replace_the_tower(faces, parts, tmp_path):
+    encode = lambda **options: encode_folder(faces, tmp_path / "s", parts, size=SIZE, shard_bytes=9000, **options)  # noqa: E731
+    rows = read_rows(faces)
+    captions = {"", *(caption for row in rows for caption in row["text"])}
+    assert encode(text_features=True)["captions"] == len(captions)
+    rows[0]["text"] = ["words never said before", rows[1]["text"][0]]
+    write_rows(faces, rows)
+    found = encode()  # a store that has features keeps having them
+    assert (found["encoded"], found["captions"]) == (0, 1)
+    samples = [Store(tmp_path / "s")[index] for index in range(FACES)]
+    assert [len(sample.text) for sample in samples] == [len(row["text"]) + 1 for row in rows]
+    data = DataRecipe(shards=(), condition_shares={"mask": 1.0}, text_dropout=0.3)
+    batch = make_batch(samples, range(FACES), data, ["mask"], torch.zeros(1), torch.ones(1), seed=0)
+    assert "" in batch.captions
+    expected = parts.text_features(batch.captions)
+    for stored, fresh in zip(batch.text, expected, strict=True):
+        assert torch.allclose(stored, fresh, atol=2e-3, rtol=2e-3)
+
+
+def test_refusals(prepared, faces, parts, tmp_path):
+    with pytest.raises(InputError, match="made with another size"):
+        encode_folder(prepared / "faces", prepared / "shards", parts, size=64)
+    with pytest.raises(InputError, match="made with another precision"):
+        encode_folder(prepared / "faces", prepared / "shards", parts, size=SIZE, precision="bf16")
+    with pytest.raises(InputError, match="not a multiple"):
+        encode_folder(prepared / "faces", tmp_path / "s", parts, size=SIZE + 1)
+    (faces / "train/masks/000004.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"000004.png is empty"):
+        encode_folder(faces, tmp_path / "s", parts, size=SIZE)
+    (faces / "train/masks/000004.png").unlink()
+    with pytest.raises(InputError, match=r"000004.png cannot be read"):
+        encode_folder(faces, tmp_path / "s", parts, size=SIZE)
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "manifest.json").write_text(json.dumps({"schema": 1, "conditions": [], "shards": []}))
+    for use in (lambda: Store(old), lambda: encode_folder(faces, old, parts, size=SIZE)):
+        with pytest.raises(InputError, match="another version"):
+            use()
+
+
+def test_damaged_files_are_named_and_made_again(prepared, parts, tmp_path):
+    out = tmp_path / "s"
+    encode = lambda: encode_folder(prepared / "faces", out, parts, size=SIZE, shard_bytes=3000)["encoded"]  # noqa: E731
+    encode()
+    for kind, lost in (("latents", None), ("rows", 0), ("places", 0)):
+        file = sorted(out.glob(f"{kind}-*"))[0]
+        lost = len(load_keys(file)) if lost is None else lost
+        file.write_bytes(file.read_bytes()[:100])
+        with pytest.raises(InputError, match=f"{file.name} cannot be read"):
+            Store(out)
+        assert encode() == lost
+        assert_same(Store(out), Store(prepared / "shards"))
+    (out / ".latents-0123.safetensors.4567.partial").write_bytes(b"half")
+    assert encode() == 0
+    assert_same(Store(out), Store(prepared / "shards"))
+
+
+def test_why(faces, prepared, parts, tmp_path):
+    out, mask = tmp_path / "s", faces / "train/masks/000003.png"
+    encode_folder(faces, out, parts, size=SIZE, views=2)
+    assert why(faces, out, mask) == ["row 4, mask of images/000003.png: nothing to encode: its content is in the store"]
+    redraw(mask, 5)
+    assert why(faces, out, mask) == [
+        "row 4, mask of images/000003.png: 2 to encode: its content is not what was encoded"
+    ]
+    rows = read_rows(faces)
+    Image.new("RGB", (SIZE, SIZE)).save(faces / "train/images/new.png")
+    write_rows(faces, [{"file_name": "images/new.png"}, *rows])
+    (told,) = why(faces, out, faces / "train/images/new.png")
+    assert told.startswith("row 1, image of images/new.png: 2 to encode: the store has no face of that name")
+    with pytest.raises(InputError, match="no row of"):
+        why(faces, out, faces / "train/images/nowhere.png")
+
+
+def test_command(prepared, tmp_path, capsys):
+    out = tmp_path / "s"
+    given = [str(prepared / "faces"), str(out), "--components", str(prepared / "components"), "--size", str(SIZE)]
+    cli.main(["prepare", "encode", *given])
+    assert f"{FACES} faces, {PICTURES} pictures and 0 captions encoded now" in capsys.readouterr().out
+    cli.main(["prepare", "encode", *given, "--why", str(prepared / "faces/train/images/000001.png")])
+    assert "nothing to encode" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_processes_under_torchrun(faces, prepared, tmp_path):
+    rows = read_rows(faces)
+    write_rows(faces, rows * 30)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "likeness.cli", "prepare", "encode", str(faces), str(tmp_path / "s"), "--size", str(SIZE)]
+    run = [*launch, *command, "--components", str(prepared / "components")]
+    found = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    store = Store(tmp_path / "s")
+    assert len(store) == 30 * FACES
+    assert torch.allclose(store[227].latents, Store(prepared / "shards")[7].latents, atol=2e-3)

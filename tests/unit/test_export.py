@@ -1,0 +1,138 @@
+"""Export and back: pictures, masks, sketches, keypoints, captions and all other columns come back as they were."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import layouts
+import numpy as np
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from likeness.cli import main
+from likeness.data.folder import read_folder, read_record
+from likeness.prepare.export import FORMS, export
+from likeness.prepare.ingest.write import ingest
+from likeness.types import InputError
+
+FILE_COLUMNS = ("file_name", "mask_file_name", "sketch_file_name")
+
+
+def run(*arguments: object) -> int:
+    """Exit code of a command."""
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    return 0
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A prepared folder of two splits, rows of which lack this or that."""
+    layouts.imagefolder(tmp_path / "source")
+    ingest(tmp_path / "source", tmp_path / "folder")
+    return tmp_path / "folder"
+
+
+def contents(folder: Path, split: str) -> list[dict[str, object]]:
+    """The rows of a split with the contents of their files."""
+    rows = []
+    for row in read_folder(folder / split):
+        points = json.loads(row.pop("keypoints_file_name").read_text()) if "keypoints_file_name" in row else None
+        files = {
+            column: (row.pop(column).name, path.read_bytes())
+            for column, path in list(row.items())
+            if column in FILE_COLUMNS
+        }
+        rows.append({**row, **files, "keypoints": points})
+    return rows
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_round_trip(folder, tmp_path, form, capsys):
+    assert run("prepare", "export", folder, tmp_path / "out", "--format", form) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'out'}: 2 train, 1 test, 0 skipped\n"
+    assert run("prepare", "ingest", tmp_path / "out", tmp_path / "back") == 0
+    assert f"looks like {form}" in capsys.readouterr().err
+    for split in ("train", "test"):
+        assert contents(tmp_path / "back", split) == contents(folder, split)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_licence_and_split_go_along(tmp_path, form):
+    layouts.celebamask(tmp_path / "source")
+    ingest(tmp_path / "source", tmp_path / "folder", held_out=1)
+    export(tmp_path / "folder", tmp_path / "out", form)
+    ingest(tmp_path / "out", tmp_path / "back")
+    first, back = read_record(tmp_path / "folder"), read_record(tmp_path / "back")
+    assert "no redistribution" in back["licence"]
+    assert back["licence"] == first["licence"]
+    assert read_record(tmp_path / "out")["split_is"] == first["split_is"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_stopped_it_goes_on(tmp_path, form):
+    layouts.parquet(tmp_path / "source")
+    ingest(tmp_path / "source", tmp_path / "folder")
+    export(tmp_path / "folder", tmp_path / "whole", form, shard=5)
+
+    def stop(done: int, total: int) -> None:
+        if done == 13:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(tmp_path / "folder", tmp_path / "out", form, shard=5, progress=stop)
+    assert not list((tmp_path / "out").rglob("*.partial"))
+    written = [path for path in (tmp_path / "out").rglob("*.*") if path.suffix not in (".json", ".jsonl")]
+    before = {path: path.stat().st_mtime_ns for path in written}
+    assert before
+    export(tmp_path / "folder", tmp_path / "out", form, shard=5)
+    assert all(path.stat().st_mtime_ns == moment for path, moment in before.items())  # not written again
+    names = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.*")]
+    assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in names)
+    ingest(tmp_path / "out", tmp_path / "back")
+    assert contents(tmp_path / "back", "train") == contents(tmp_path / "folder", "train")
+
+
+def test_webdataset_is_one_that_others_read(folder, tmp_path):
+    export(folder, tmp_path / "out", "webdataset")
+    with tarfile.open(tmp_path / "out" / "train-000000.tar") as archive:
+        names = archive.getnames()
+    assert names[:4] == ["0.png", "0.mask.png", "0.json", "0.txt"]
+    assert all(name.startswith("1.") for name in names[4:])  # a sample lies together
+
+
+def test_parquet_is_as_hugging_face_has_it(folder, tmp_path):
+    export(folder, tmp_path / "out", "parquet")
+    table = pyarrow.parquet.read_table(tmp_path / "out" / "data" / "train-00000-of-00001.parquet")
+    features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
+    assert features == {name: {"_type": "Image"} for name in ("image", "mask", "sketch")}
+    row = table.to_pylist()[0]
+    assert row["image"]["path"] == "0.png"
+    assert Image.open(io.BytesIO(row["mask"]["bytes"])).mode == "P"
+    assert row["sketch"] is None
+    assert row["text"] == ["face 0", "smiling"]
+    assert np.shape(row["keypoints"]["points"]) == (68, 2)
+
+
+def test_refusals(folder, tmp_path, capsys):
+    assert (
+        run("prepare", "export", tmp_path / "source" / "train" / "images", tmp_path / "out", "--format", "parquet") == 2
+    )
+    assert "has no metadata.jsonl" in capsys.readouterr().err
+    export(folder, tmp_path / "out", "parquet")
+    assert run("prepare", "export", folder, tmp_path / "out", "--format", "webdataset") == 2
+    assert "holds another export" in capsys.readouterr().err
+    assert run("prepare", "export", folder, folder, "--format", "webdataset") == 2
+    assert "holds another export" in capsys.readouterr().err
+    layouts.put(tmp_path, "file", "no folder")
+    assert run("prepare", "export", folder, tmp_path / "file" / "out", "--format", "webdataset") == 2
+    assert "cannot write" in capsys.readouterr().err
+    (folder / "train" / "metadata.jsonl").write_text('{"file_name": "../../secret.png"}\n')
+    with pytest.raises(InputError, match="points outside the folder"):
+        export(folder, tmp_path / "other", "imagefolder")

@@ -1,0 +1,596 @@
+"""Ingest: every layout from its own files through the command line, bad input, interruption, splits and geometry."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+import zlib
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import layouts
+import numpy as np
+import pytest
+from drawn import drawn_mask, drawn_sketch
+from layouts import SIDE, pack, picture, put
+from PIL import Image
+
+from likeness.cli import main, prepare
+from likeness.conditions.classes import FLIP_PAIRS
+from likeness.conditions.mask_schemes import exchange
+from likeness.conditions.pictures import open_picture
+from likeness.data.folder import read_folder, read_record
+from likeness.prepare.caption.grammar import ATTRIBUTES
+from likeness.prepare.check import check_folder
+from likeness.prepare.export import FORMS
+from likeness.prepare.ingest.recognise import LAYOUTS
+from likeness.prepare.ingest.splits import SPLITS
+from likeness.prepare.ingest.write import ingest
+from likeness.types import InputError
+
+
+def run(*arguments: object) -> int:
+    """Exit code of a command."""
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    return 0
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def unfinished(out: Path) -> list[Path]:
+    """What must not be there before a run has ended: metadata, and files written in part."""
+    return [*out.rglob("metadata.jsonl"), *out.rglob("*.partial")]
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+CASES = {
+    # source, layout, arguments, faces by split
+    "celeba": (layouts.celeba, "celeba", ("--held-out", 3), {"train": 8, "test": 4}),
+    "celebamask": (layouts.celebamask, "celebamask", ("--held-out", 1), {"train": 3, "test": 1}),
+    "celeba_hq": (layouts.celeba_hq, "celebamask", ("--held-out", 1), {"train": 3, "test": 1}),
+    "mm_celeba": (layouts.mm_celeba, "mm_celeba", (), {"train": 2, "test": 1}),
+    "ffhq": (layouts.ffhq, "ffhq", (), {"train": 2, "validation": 1}),
+    "face_mogle": (layouts.face_mogle, "face_mogle", (), {"train": 3, "test": 1}),
+    "mmface_dit": (layouts.mmface_dit, "mmface_dit", (), {"train": 3, "test": 1}),
+    "folder": (layouts.folder, "folder", (), {"train": 3}),
+    "imagefolder": (layouts.imagefolder, "imagefolder", (), {"train": 2, "test": 1}),
+    "parquet": (layouts.parquet, "parquet", (), {"train": 20, "test": 2}),
+    "webdataset": (layouts.webdataset, "webdataset", (), {"train": 3, "test": 1}),
+}
+
+
+PACKED = [case for case in CASES if case not in ("parquet", "webdataset")]  # those are read where they lie only
+
+
+@pytest.mark.parametrize(("case", "packed"), [*((case, False) for case in CASES), *((case, True) for case in PACKED)])
+def test_every_layout(case, packed, tmp_path, capsys):
+    build, layout, arguments, counts = CASES[case]
+    build(tmp_path / "source")
+    source = pack(tmp_path / "source", tmp_path / "source.zip", "some folder/") if packed else tmp_path / "source"
+    out = tmp_path / "out"
+    assert run("prepare", "ingest", source, out, *arguments) == 0
+    told = capsys.readouterr()
+    assert f"looks like {layout}: {LAYOUTS[layout].look}" in told.err
+    assert ", ".join(f"{count} {name}" for name, count in counts.items()) in told.out
+    assert {split: len(read_folder(out / split)) for split in counts} == counts
+    assert (sorted(path.name for path in out.iterdir() if path.is_dir())) == sorted(counts)
+    record = read_record(out / "train")
+    assert f"split {record['split']}: {record['split_is']}" in told.err
+    assert record["layout"] == layout
+    assert record["faces"] == counts
+    assert record["licence"]
+    for split in counts:
+        for row in read_folder(out / split):
+            assert Image.open(row["file_name"]).size[0] == Image.open(row["file_name"]).size[1]
+            if "mask_file_name" in row:
+                assert np.array_equal(np.asarray(Image.open(row["mask_file_name"])), drawn_mask(SIDE))
+            if "sketch_file_name" in row:
+                assert np.array_equal(np.asarray(Image.open(row["sketch_file_name"])), drawn_sketch(SIDE))
+    assert not {found.kind for found in check_folder(out).findings} - {"shared-condition"}  # all have the one mask
+
+
+def test_the_command_names_every_layout_and_split():
+    hints = get_type_hints(prepare.ingest)
+    assert set(get_args(hints["layout"])) == {"auto", *LAYOUTS}
+    assert set(get_args(hints["split"])) == {"auto", *SPLITS}
+    assert set(get_args(get_type_hints(prepare.export)["format"])) == set(FORMS)
+
+
+def ingested(tmp_path: Path, build, **options) -> Path:
+    build(tmp_path / "source")
+    ingest(tmp_path / "source", tmp_path / "out", **options)
+    return tmp_path / "out"
+
+
+def test_celeba_keeps_persons_apart_and_crops(tmp_path):
+    out = ingested(tmp_path, layouts.celeba, held_out=3, size=32)
+    train, test = read_folder(out), read_folder(out / "test")
+    assert not {row["identity"] for row in train} & {row["identity"] for row in test}
+    row = train[0]
+    source = Image.open(tmp_path / "source" / "img_align_celeba" / f"{row['file_name'].stem}.jpg")
+    expected = source.crop((9, 36, 169, 196)).resize((32, 32), Image.Resampling.LANCZOS)
+    assert np.array_equal(pixels(row["file_name"]), np.asarray(expected))
+    assert len(set(row["text"])) == 10
+    assert row["attributes"].keys() == set(ATTRIBUTES)
+
+
+def test_celeba_skips_and_reports(tmp_path, capsys):
+    layouts.celeba(tmp_path / "source")
+    pictures = tmp_path / "source" / "img_align_celeba"
+    (pictures / "000001.jpg").write_bytes(b"broken")
+    Image.new("RGB", (64, 64)).save(pictures / "000002.jpg")
+    Image.new("RGB", (178, 218)).save(pictures / "999999.jpg")
+    (pictures / "000003.jpg").write_bytes(b"")
+    assert run("prepare", "ingest", tmp_path / "source", tmp_path / "out", "--held-out", 2) == 0
+    told = capsys.readouterr()
+    assert "4 skipped" in told.out
+    assert "64x64, not 178x218" in told.err
+    skipped = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert {entry["name"] for entry in skipped} == {"000001", "000002", "000003", "999999.jpg"}
+    assert "no attributes or no identity" in told.err
+    assert not list((tmp_path / "out").rglob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda root: (root / "list_attr_celeba.txt").unlink(), "list_attr_celeba.txt cannot be read"),
+        (lambda root: put(root, "list_attr_celeba.txt", "1\nHat\na.jpg 1\n"), "not CelebA's attribute list"),
+        (lambda root: put(root, "list_attr_celeba.txt", b"\xff\xfe\x00"), "no text in UTF-8"),
+        (lambda root: put(root, "identity_CelebA.txt", "000001.jpg\n"), "identity_CelebA.txt, line 1"),
+        (lambda root: (root / "identity_CelebA.txt").unlink(), "12 of 12 faces have no identity"),
+        (lambda root: [path.unlink() for path in (root / "img_align_celeba").iterdir()], "holds no .jpg"),
+        (lambda root: put(root, "list_attr_celeba.txt", layouts.attribute_list(["1.jpg"])), "holds no faces"),
+    ],
+)
+def test_celeba_refusals(tmp_path, change, words):
+    layouts.celeba(tmp_path / "source")
+    change(tmp_path / "source")
+    with pytest.raises(InputError, match=words):
+        ingest(tmp_path / "source", tmp_path / "out", layout="celeba", held_out=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_attribute_line_is_named(tmp_path):
+    layouts.celeba(tmp_path / "source")
+    path = tmp_path / "source" / "list_attr_celeba.txt"
+    lines = path.read_text().splitlines()
+    lines[4] += " 1"
+    path.write_text("\n".join(lines))
+    with pytest.raises(InputError, match="line 5"):
+        ingest(tmp_path / "source", tmp_path / "out", held_out=2)
+
+
+def test_exchanged_sides_are_put_right(tmp_path):
+    source = tmp_path / "source"
+    layouts.celebamask(source)
+    put(source, "masks/1.png", layouts.mask_picture(exchange(drawn_mask(SIDE), FLIP_PAIRS)))
+    found = ingest(source, tmp_path / "out", held_out=1)
+    assert found == {"train": 3, "test": 1, "repaired": 1, "skipped": {}}
+    for row in [*read_folder(tmp_path / "out"), *read_folder(tmp_path / "out" / "test")]:
+        assert np.array_equal(np.asarray(Image.open(row["mask_file_name"])), drawn_mask(SIDE))
+
+
+def test_celeba_hq_knows_attributes(tmp_path):
+    rows = read_folder(ingested(tmp_path, layouts.celeba_hq, split="none"))
+    assert [row["file_name"].name for row in rows] == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]  # copied as they are
+    assert all(len(row["text"]) == 10 and row["attributes"].keys() == set(ATTRIBUTES) for row in rows)
+
+
+def test_mm_celeba_captions_and_sketches(tmp_path):
+    rows = read_folder(ingested(tmp_path, layouts.mm_celeba))
+    assert rows[0]["text"] == ["This is face 0.", "She smiles."]
+    assert all("sketch_file_name" in row for row in rows)
+
+
+def test_ffhq_keeps_the_licence_of_each_picture(tmp_path):
+    out = ingested(tmp_path, layouts.ffhq, size=32)
+    row = read_folder(out)[1]
+    assert (row["license"], row["author"], row["photo_url"]) == ("CC BY 2.0", "A. Nobody", "photo 1")
+    assert json.loads(row["keypoints_file_name"].read_text())["size"] == [1024, 1024]
+    assert "CC BY-NC-SA 4.0" in read_record(out)["licence"]
+
+
+def test_mmface_dit_takes_both_parts(tmp_path):
+    rows = read_folder(ingested(tmp_path, layouts.mmface_dit))
+    assert [row["file_name"].stem for row in rows] == ["0", "1", "ffhq_00000"]
+    assert [row["text"] for row in rows] == [["face 0"], ["face 1"], ["a face of FFHQ"]]
+    assert all("mask_file_name" in row and "sketch_file_name" in row for row in rows)
+
+
+def test_face_mogle_zips_beside_each_other(tmp_path):
+    layouts.face_mogle(tmp_path / "unpacked")
+    source = tmp_path / "source"
+    source.mkdir()
+    pack(tmp_path / "unpacked" / "face", source / "face.zip", "face/")
+    pack(tmp_path / "unpacked" / "mask", source / "mask.zip")
+    (tmp_path / "unpacked" / "text.json").rename(source / "text.json")
+    found = ingest(source, tmp_path / "out")
+    assert found == {"train": 3, "test": 1, "skipped": {}}
+    row = read_folder(tmp_path / "out" / "test")[0]
+    assert row["text"] == ["face 27000", "smiling"]
+    assert row["file_name"].read_bytes() == (tmp_path / "unpacked" / "face" / "27000.jpg").read_bytes()
+
+
+def test_captions_from_elsewhere(tmp_path):
+    layouts.folder(tmp_path / "source")
+    put(tmp_path / "words", "deep/1.txt", "the second\n")
+    assert run("prepare", "ingest", tmp_path / "source", tmp_path / "out", "--captions", tmp_path / "words") == 0
+    rows = read_folder(tmp_path / "out")
+    assert [row.get("text") for row in rows] == [["the first face"], ["the second"], None]
+
+
+def test_imagefolder_keeps_further_columns(tmp_path):
+    rows = read_folder(ingested(tmp_path, layouts.imagefolder))
+    assert [row["text"] for row in rows] == [["face 0", "smiling"], ["one caption, no list"]]
+    assert [(row["camera"], row["year"], row["identity"]) for row in rows] == [
+        ("drawn", 2020, "0"),
+        ("drawn", 2021, "1"),
+    ]
+    assert "sketch_file_name" not in rows[0]
+
+
+def test_imagefolder_reports_what_is_not_there(tmp_path):
+    source = tmp_path / "source"
+    layouts.imagefolder(source)
+    lines = [json.loads(line) for line in (source / "train" / "metadata.jsonl").read_text().splitlines()]
+    lines[0] |= {"mask_file_name": "masks/none.png", "depth_file_name": "images/0.png"}
+    lines += [{"file_name": "images/gone.png"}, {"file_name": "images/1.png", "text": 7}]
+    put(source, "train/metadata.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    found = ingest(source, tmp_path / "out")
+    assert found["train"] == 2
+    assert found["skipped"].keys() == {"masks/none.png", "column depth_file_name", "images/gone.png", "1"}
+    assert "neither a caption nor a list" in found["skipped"]["1"]
+
+
+def test_webdataset_reads_text_and_json(tmp_path):
+    rows = read_folder(ingested(tmp_path, layouts.webdataset))
+    assert [row["text"] for row in rows] == [["face 0"], ["face 1"], ["face 2"]]
+    assert rows[0]["url"] == "drawn"
+
+
+def test_parquet_names_rows_without_a_path(tmp_path):
+    rows = read_folder(ingested(tmp_path, layouts.parquet))
+    assert [row["file_name"].name for row in rows][:3] == ["0.png", "train-00000-of-00001_000001.png", "2.png"]
+    assert ["mask_file_name" in row for row in rows][:2] == [False, True]
+    assert [row["text"] for row in rows] == [[f"face {index}"] for index in range(20)]
+    for index, row in enumerate(rows):
+        assert np.array_equal(pixels(row["file_name"]), np.asarray(picture(index)))
+
+
+# Splits
+
+
+def test_celeba_partition_by_list_and_by_threshold(tmp_path):
+    layouts.celeba_hq(tmp_path / "source")
+    ingest(tmp_path / "source", tmp_path / "one", split="celeba")
+    numbers = {"100": 0, "162771": 1, "182637": 1, "182638": 2}
+    lines = "".join(f"{int(number):06d}.jpg {part}\n" for number, part in numbers.items())
+    put(tmp_path / "source", "Eval/list_eval_partition.txt", lines)
+    ingest(tmp_path / "source", tmp_path / "two", split="celeba")
+    for out in (tmp_path / "one", tmp_path / "two"):
+        found = {
+            split: [row["file_name"].stem for row in read_folder(out / split)] for split in read_record(out)["faces"]
+        }
+        assert found == {"train": ["0"], "validation": ["1", "2"], "test": ["3"]}
+        assert "list_eval_partition.txt" in read_record(out / "test")["split_is"]
+
+
+def test_faces_that_a_split_does_not_list_are_left_out(tmp_path):
+    layouts.mm_celeba(tmp_path / "source")
+    assert ingest(tmp_path / "source", tmp_path / "out")["skipped"] == {"3": "the split lists it nowhere"}
+
+
+def test_shared_persons_are_told(tmp_path):
+    layouts.celeba(tmp_path / "source")
+    told: list[str] = []
+    ingest(tmp_path / "source", tmp_path / "out", split="random", held_out=6, tell=told.append)
+    assert any("persons are in more than one split" in line for line in told)
+
+
+@pytest.mark.parametrize(
+    ("split", "words"),
+    [
+        ("celeba", "needs CelebA-HQ-to-CelebA-mapping.txt"),
+        ("mm_celeba", "needs train/filenames.pickle"),
+        ("person", "have no identity"),
+        ("random", "ask for fewer"),
+    ],
+)
+def test_splits_that_the_source_cannot_give(tmp_path, split, words):
+    layouts.celebamask(tmp_path / "source")
+    with pytest.raises(InputError, match=words):
+        ingest(tmp_path / "source", tmp_path / "out", split=split, held_out=3 if split == "person" else 50)
+    assert not (tmp_path / "out").exists()
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch stolen",)
+
+
+@pytest.mark.parametrize(
+    "content", [pickle.dumps(Evil()), pickle.dumps([1, 2]), pickle.dumps({"a": "b"}), b"no pickle"]
+)
+def test_pickles_of_anything_else_are_refused(tmp_path, content, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    layouts.mm_celeba(tmp_path / "source")
+    put(tmp_path / "source", "train/filenames.pickle", content)
+    with pytest.raises(InputError, match="no plain list of file names"):
+        ingest(tmp_path / "source", tmp_path / "out")
+    assert not (tmp_path / "stolen").exists()
+
+
+# Recognition
+
+
+def test_several_layouts_are_refused_with_the_candidates(tmp_path, capsys):
+    layouts.imagefolder(tmp_path / "source")
+    layouts.webdataset(tmp_path / "source")
+    assert run("prepare", "ingest", tmp_path / "source", tmp_path / "out") == 2
+    told = capsys.readouterr().err
+    assert "could be imagefolder (metadata.jsonl) and webdataset (*.tar): say which with --layout" in told
+    assert run("prepare", "ingest", tmp_path / "source", tmp_path / "out", "--layout", "webdataset") == 0
+
+
+def test_pictures_deep_in_folders_are_not_taken_for_granted(tmp_path):
+    put(tmp_path / "source", "a/b/1.jpg", picture(0))
+    put(tmp_path / "source", "a/c/1.jpg", picture(1))
+    with pytest.raises(InputError, match="--layout folder takes the 2 pictures"):
+        ingest(tmp_path / "source", tmp_path / "out")
+    ingest(tmp_path / "source", tmp_path / "out", layout="folder")
+    assert [row["file_name"].name for row in read_folder(tmp_path / "out")] == ["a_b_1.jpg", "a_c_1.jpg"]
+
+
+# Bad input
+
+
+def bomb(side: int = 30000) -> bytes:
+    """A small PNG file that claims to be very large."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
+
+
+def slip(root: Path) -> None:
+    root.mkdir()
+    with zipfile.ZipFile(root / "face.zip", "w") as archive:
+        archive.writestr("../../evil.png", b"")
+
+
+def one_row(**row: object):
+    return lambda root: (put(root, "metadata.jsonl", row), put(root, "0.png", picture(0)))
+
+
+BAD = {
+    "no source": (lambda root: None, "does not exist"),
+    "empty": (lambda root: root.mkdir(), "holds no pictures either"),
+    "zip that leads out": (slip, "points outside the folder"),
+    "broken zip": (lambda root: put(root, "face.zip", b"PK\x03\x04 no archive"), "no zip archive that can be read"),
+    "metadata leads out": (one_row(file_name="../secret.png"), "line 1 names '../secret.png', which points outside"),
+    "metadata is absolute": (one_row(file_name="/etc/passwd"), "points outside the folder"),
+    "mask leads out": (one_row(file_name="0.png", mask_file_name="..\\..\\x.png"), "points outside the folder"),
+    "no file name": (one_row(text="a face"), "every row needs a file_name"),
+    "no JSON": (lambda root: put(root, "metadata.jsonl", "{"), "line 1 is not valid JSON"),
+    "only a bomb": (lambda root: put(root, "0.png", bomb()), "too many pixels to be opened safely"),
+    "only corrupt": (lambda root: put(root, "0.jpg", layouts.content(picture(0), "JPEG")[:500]), "may be truncated"),
+    "not square": (lambda root: put(root, "0.jpg", picture(0, (64, 80))), "--crop takes its middle"),
+    "no Parquet": (lambda root: put(root, "0.parquet", b"PAR1 nothing PAR1"), "no Parquet file that can be read"),
+    "no tar": (lambda root: put(root, "0.tar", b"\x1f\x8b nothing"), "no whole, uncompressed tar archive"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_sources_are_one_sentence(case, tmp_path, capsys):
+    build, words = BAD[case]
+    build(tmp_path / "source")
+    assert run("prepare", "ingest", tmp_path / "source", tmp_path / "out") == 2
+    told = capsys.readouterr().err
+    assert words in told
+    assert "Traceback" not in told
+    assert not list(tmp_path.rglob("evil.png"))
+    assert not unfinished(tmp_path / "out")
+
+
+def test_bad_files_among_good_ones_are_left_out(tmp_path):
+    source = tmp_path / "source"
+    layouts.celebamask(source, 6)
+    put(source, "images/0.jpg", bomb())
+    put(source, "masks/1.png", bomb())
+    put(source, "masks/2.png", Image.new("RGB", (SIDE, SIDE), (1, 2, 3)))
+    put(source, "masks/3.png", layouts.mask().resize((SIDE, SIDE // 2), Image.Resampling.NEAREST))
+    found = ingest(source, tmp_path / "out", split="none")
+    assert found["train"] == 5
+    assert found["skipped"].keys() == {"0", *(f"mask_file_name of {index}" for index in (1, 2, 3))}
+    assert "the mask is 64x32, its picture 64x64" in found["skipped"]["mask_file_name of 3"]
+    assert ["mask_file_name" in row for row in read_folder(tmp_path / "out")] == [False, False, False, True, True]
+
+
+def test_broken_files_in_archives_are_left_out(tmp_path):
+    layouts.folder(tmp_path / "unpacked")
+    source = pack(tmp_path / "unpacked", tmp_path / "source.zip")
+    data = bytearray(source.read_bytes())
+    with zipfile.ZipFile(source) as archive:
+        at = archive.getinfo("1.jpg").header_offset + 60
+    data[at : at + 8] = bytes(8)  # the checksum no longer fits
+    source.write_bytes(data)
+    found = ingest(source, tmp_path / "out")
+    assert found["train"] == 2
+    assert "is broken" in found["skipped"]["1"]
+
+
+def test_truncated_shard(tmp_path):
+    layouts.webdataset(tmp_path / "source")
+    shard = tmp_path / "source" / "train-000000.tar"
+    shard.write_bytes(shard.read_bytes()[:5000])
+    with pytest.raises(InputError, match=r"train-000000\.tar is no whole|cut short"):
+        ingest(tmp_path / "source", tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, capsys):
+    layouts.folder(tmp_path / "source")
+    put(tmp_path, "file", "no folder")
+    for out in (tmp_path / "file" / "out", Path("/proc/out")):
+        assert run("prepare", "ingest", tmp_path / "source", out) == 2
+        assert "cannot write" in capsys.readouterr().err
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+from likeness.cli import main
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("most", [3000, 30000], ids=["picture", "metadata"])
+def test_full_disk(tmp_path, most):
+    """No file may grow beyond `most` bytes, as on a disk that is full; afterwards the same command goes on."""
+    layouts.folder(tmp_path / "source")
+    noise = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)  # about 12 KB
+    put(tmp_path / "source", "1.png", Image.fromarray(noise))
+    put(tmp_path / "source", "2.txt", "a very long caption " * 2000)
+    out = tmp_path / "out"
+    command = ["prepare", "ingest", str(tmp_path / "source"), str(out)]
+    done = subprocess.run([sys.executable, "-c", LIMITED, str(most), *command], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"cannot write {out}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not unfinished(out)
+    for path in (*out.rglob("*.png"), *out.rglob("*.jpg")):
+        Image.open(path).load()  # whole
+    assert run(*command) == 0
+    assert len(read_folder(out)) == 4
+
+
+# Going on
+
+
+def test_stopped_anywhere_it_goes_on(tmp_path):
+    layouts.imagefolder(tmp_path / "source")
+    ingest(tmp_path / "source", tmp_path / "whole", size=32)
+    for moment in (1, 2, 3):
+        out = tmp_path / f"stopped {moment}"
+
+        def stop(done: int, total: int, moment: int = moment) -> None:
+            if done == moment:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            ingest(tmp_path / "source", out, size=32, progress=stop)
+        assert not unfinished(out)
+        ingest(tmp_path / "source", out, size=32)
+        assert files(out) == files(tmp_path / "whole")
+
+
+def test_killed_it_goes_on(tmp_path):
+    layouts.celeba(tmp_path / "source", 24)
+    ingest(tmp_path / "source", tmp_path / "whole", held_out=6, size=256)
+    out = tmp_path / "out"
+    command = ["prepare", "ingest", str(tmp_path / "source"), str(out), "--held-out", "6", "--size", "256"]
+    process = subprocess.Popen([sys.executable, "-m", "likeness.cli", *command], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("*/images/*.png")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not list(out.rglob("metadata.jsonl"))
+    assert run(*command) == 0
+    assert {name: data for name, data in files(out).items() if ".partial" not in name} == files(tmp_path / "whole")
+
+
+def test_complete_folders_are_left_alone(tmp_path, capsys):
+    layouts.folder(tmp_path / "source")
+    command = ("prepare", "ingest", tmp_path / "source", tmp_path / "out")
+    assert run(*command) == 0
+    annotated = {"file_name": "images/0.jpg", "mask_file_name": "masks/0.png"}
+    put(tmp_path / "out", "train/metadata.jsonl", annotated)  # as if annotated meanwhile
+    assert run(*command) == 0
+    assert "complete already" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "train" / "metadata.jsonl").read_text()) == annotated
+    assert run(*command, "--size", 32) == 2
+    assert "was begun with size None, not 32" in capsys.readouterr().err
+    put(tmp_path / "other", "something.txt", "")
+    assert run("prepare", "ingest", tmp_path / "source", tmp_path / "other") == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+# Geometry and names
+
+
+def test_crop_cuts_conditions_alike(tmp_path):
+    source = tmp_path / "source"
+    wide = np.pad(drawn_mask(SIDE), ((0, 0), (20, 12)))
+    put(source, "0.png", Image.fromarray(np.pad(np.asarray(picture(0)), ((0, 0), (20, 12), (0, 0)))))
+    put(source, "mask.png", layouts.mask_picture(wide.repeat(2, 0).repeat(2, 1)))  # at twice the size
+    put(source, "sketch.png", Image.fromarray(np.pad(drawn_sketch(SIDE), ((0, 0), (20, 12)), constant_values=255)))
+    points = np.add(layouts.points()["points"], (20, 0))
+    put(source, "points.json", {"points": points.tolist(), "size": [SIDE + 32, SIDE]})
+    row = {"file_name": "0.png", "mask_file_name": "mask.png", "sketch_file_name": "sketch.png"}
+    put(source, "metadata.jsonl", row | {"keypoints_file_name": "points.json"})
+    ingest(source, tmp_path / "out", crop=True)
+    (row,) = read_folder(tmp_path / "out")
+    left = (SIDE + 32 - SIDE) // 2
+    assert np.array_equal(pixels(row["file_name"]), pixels(source / "0.png")[:, left : left + SIDE])
+    assert np.array_equal(np.asarray(Image.open(row["mask_file_name"]))[::2, ::2], wide[:, left : left + SIDE])
+    lines = np.asarray(Image.open(source / "sketch.png"))[:, left : left + SIDE]
+    assert np.array_equal(np.asarray(Image.open(row["sketch_file_name"])), lines)
+    found = np.array(json.loads(row["keypoints_file_name"].read_text())["points"])
+    assert np.allclose(found * SIDE, points - (left, 0), atol=1e-3)
+
+
+def test_pictures_are_turned_upright_and_made_rgb(tmp_path):
+    source = tmp_path / "source"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    source.mkdir()
+    picture(0).save(source / "turned.jpg", exif=exif, quality=95)
+    picture(1).convert("L").save(source / "grey.png")
+    picture(2).save(source / "plain.jpg")
+    ingest(source, tmp_path / "out")
+    rows = {row["file_name"].stem: row["file_name"] for row in read_folder(tmp_path / "out")}
+    assert np.array_equal(pixels(rows["turned"]), np.rot90(pixels(source / "turned.jpg"), -1))
+    assert Image.open(rows["grey"]).mode == "RGB"
+    assert rows["plain"].read_bytes() == (source / "plain.jpg").read_bytes()
+
+
+def test_names_are_unique_and_safe(tmp_path):
+    source = tmp_path / "source"
+    for name in ("a.jpg", "a.png", "A.jpg", "strange ?name*.jpg", "ü.jpg"):
+        put(source, name, picture(len(name)))
+    ingest(source, tmp_path / "out")
+    names = [row["file_name"].stem for row in read_folder(tmp_path / "out")]
+    assert sorted(names) == ["A", "a-2", "a-3", "strange_name_", "ü"]
+
+
+def test_limit(tmp_path):
+    out = ingested(tmp_path, layouts.celeba, limit=5, held_out=1)
+    assert sum(read_record(out)["faces"].values()) == 5
+    with pytest.raises(InputError, match="leaves no faces"):
+        ingest(tmp_path / "source", tmp_path / "none", limit=0)
+
+
+def test_open_picture_takes_bytes():
+    assert open_picture(layouts.content(picture(0)), "face").size == (SIDE, SIDE)
+    with pytest.raises(InputError, match=r"^face is empty"):
+        open_picture(b"", "face")
