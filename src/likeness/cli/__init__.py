@@ -38,6 +38,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "mask": mask_help,
     "models": portraits.models,
     "train": training.train,
+    "average": training.average,
     "prepare": prepare_help,
     "convert": convert_help,
 }
