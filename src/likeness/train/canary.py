@@ -9,7 +9,6 @@ pairs, predicts the other half better with the right partner than with the wrong
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -23,14 +22,14 @@ from likeness.parallel import own
 from likeness.pipelines.load import Components
 from likeness.train.config import MDiTFaceAdapter, TrainRecipe
 from likeness.train.learner import Learner
-from likeness.train.networks import condition_names
+from likeness.train.networks import condition_names, share_of
 from likeness.train.step import Batch, text_of
 from likeness.train.validate import by_time, face_losses, faces_with, fixed_faces
 
 FACES = 32
 """Faces that are measured with each condition."""
 PAIRS = 128
-"""Pairs of condition and picture that are kept of the batches, the newest."""
+"""Pairs of condition and picture that are kept of the batches, of different faces, the newest."""
 FEW_PAIRS = 64
 """With fewer nothing is said of them."""
 CLEAR = 4.0
@@ -57,7 +56,7 @@ class Canary:
         self.compiled = recipe.compile
         self.adapted = isinstance(recipe.network, MDiTFaceAdapter) or bool(recipe.trained)
         self.rows = {name: list(learner.model.config.condition_names).index(name) for name in condition_names(recipe)}
-        self.shares = recipe.data.condition_shares
+        self.shares = {name: share_of(recipe, name) for name in self.rows}
         mean, std = (
             torch.tensor(components.settings[key], dtype=torch.float32).reshape(1, -1, 1, 1)
             for key in ("latent_mean", "latent_std")
@@ -68,7 +67,8 @@ class Canary:
             if len(samples) > 1:
                 text = text_of([sample.captions[0] if sample.captions else "" for sample in samples], components)
                 self.faces[name] = fixed_faces(samples, name, text, objective, mean, std)
-        self.pairs = {name: deque[tuple[Tensor, Tensor]](maxlen=PAIRS) for name in self.rows}
+        self.pairs: dict[str, dict[float, tuple[Tensor, Tensor]]] = {name: {} for name in self.rows}
+        self.given = dict.fromkeys(self.rows, 0)
         self.watched, self.steps = 0, 0
         self.idle: set[str] = set()
         self.before = self.some_weights()
@@ -84,7 +84,17 @@ class Canary:
             self.watched += len(batch.clean)
             for name, row in self.rows.items():
                 for sample, place in (batch.condition_index == row).nonzero().tolist():
-                    self.pairs[name].append((batch.condition_latents[sample, place], batch.clean[sample]))
+                    self.keep_pair(name, batch.condition_latents[sample, place], batch.clean[sample])
+
+    def keep_pair(self, name: str, condition: Tensor, picture: Tensor) -> None:
+        """Keep a pair; a face once, since few faces seen often could be learnt by heart, and the oldest go first."""
+        pairs = self.pairs[name]
+        face = picture.double().sum().item()
+        pairs.pop(face, None)
+        pairs[face] = (condition, picture)
+        if len(pairs) > PAIRS:
+            del pairs[next(iter(pairs))]
+        self.given[name] += 1
 
     def look(self) -> tuple[dict[str, float], list[str]]:
         """What is found now: numbers to keep, and sentences, those that begin with ALARM first. Every process must
@@ -111,14 +121,16 @@ class Canary:
         model.train()
         for name, pairs in self.pairs.items():
             if len(pairs) >= FEW_PAIRS:
-                values[f"{name}_pairs"] = fit = pairing(*(torch.stack(side) for side in zip(*pairs, strict=True)))
+                values[f"{name}_pairs"] = fit = pairing(
+                    *(torch.stack(side) for side in zip(*pairs.values(), strict=True))
+                )
                 if fit < CLEAR:
                     alarms.append(
                         f"ALARM: in the batches, pictures have no more to do with their own {name} than with another's "
                         f"({fit:.1f} standard errors)"
                     )
-            elif self.watched * self.share(name) > 4 * FEW_PAIRS:
-                alarms.append(f"ALARM: of {self.watched} samples only {len(pairs)} had a {name}")
+            if self.watched * self.shares[name] > FEW_PAIRS and not self.given[name]:
+                alarms.append(f"ALARM: of {self.watched} samples none had a {name}")
         values["alarms"] = len(alarms)
         return values, alarms + notes
 
@@ -149,10 +161,6 @@ class Canary:
                 if len(numbers):  # a rank's part of few rows may be empty
                     kept[name] = numbers[:: max(1, len(numbers) // 64)].clone()
         return kept
-
-    def share(self, name: str) -> float:
-        """How often the recipe wants a condition."""
-        return sum(share for kind, share in self.shares.items() if name in kind.split("+")) / sum(self.shares.values())
 
 
 def certainty(gains: Tensor) -> float:

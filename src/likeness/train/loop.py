@@ -31,7 +31,7 @@ from likeness.train.checkpoint import newest, save_state
 from likeness.train.config import FREE, MDiTFaceAdapter, TrainRecipe
 from likeness.train.learner import Learner
 from likeness.train.metrics import Reporter
-from likeness.train.networks import build_network, choose_trained, condition_names, start_from
+from likeness.train.networks import build_network, choose_trained, condition_names, share_of, start_from
 from likeness.train.optim import Ema, learning_rate, make_optimizers
 from likeness.train.page import write_page
 from likeness.train.posthoc import keep_averages
@@ -222,7 +222,7 @@ def open_stores(recipe: TrainRecipe, folders: Sequence[str], components: Compone
         if store.manifest["codec"] != components.codec_hash:
             raise InputError(f"{store.folder} was encoded with another autoencoder: encode it again")
         for name in condition_names(recipe):
-            if name not in store.conditions:
+            if name not in store.conditions and share_of(recipe, name):
                 raise InputError(f"{store.folder} has no {name}, but the recipe's condition_shares ask for it")
     return stores
 

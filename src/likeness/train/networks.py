@@ -114,6 +114,12 @@ def condition_names(recipe: TrainRecipe) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for share in recipe.data.condition_shares for name in parts_of(share)))
 
 
+def share_of(recipe: TrainRecipe, condition: str) -> float:
+    """How often a sample is meant to have a condition, 0 to 1. One of share 0 has its row, but is not learnt."""
+    shares = recipe.data.condition_shares
+    return sum(share for kind, share in shares.items() if condition in parts_of(kind)) / sum(shares.values())
+
+
 def rope_axes(head_dim: int) -> tuple[int, int, int]:
     """How a head's values are shared among (0, row, column), as FLUX's 128 are: (16, 56, 56); all even."""
     each = 7 * head_dim // 8 // 4 * 2

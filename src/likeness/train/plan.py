@@ -34,7 +34,7 @@ GB = 1e9
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.03, "muon": 8.0}
-"""Bytes of optimizer state a trained weight; 8-bit states have a scale for every 256; Muon's half is for its matrices."""
+"""Bytes of optimizer state a trained weight; 8-bit ones have a scale for every 256 numbers; Muon's are fewer."""
 
 
 @dataclass(frozen=True, kw_only=True)
