@@ -42,7 +42,7 @@ def test_trace():
     one, four = trace(recipe, 1, STANDS), trace(recipe, 4, STANDS)
     assert one.parameters == 4 * one.trained
     assert four.flops == pytest.approx(4 * one.flops, rel=0.1)
-    assert four.operations == one.operations
+    assert four.operations == pytest.approx(one.operations, rel=0.05)
     saving = dataclasses.replace(recipe, network=dataclasses.replace(recipe.network, gradient_checkpointing=True))
     again = trace(saving, 4, STANDS)
     assert again.alive < four.alive
@@ -69,15 +69,16 @@ def test_what_would_fit():
     (only,) = fitting(recipe, DEVICES["h200"], 1, STANDS)
     assert only[0] == "as it is"
     assert only[2]
-    needs = only[1].memory
-    frugal = fitting(recipe, dataclasses.replace(DEVICES["h200"], memory=0.97 * needs), 1, STANDS)
-    assert [fits for _, _, fits in frugal] == [*[False] * (len(frugal) - 1), True]
-    assert "gradient_checkpointing" in frugal[-1][0]
     tried = fitting(recipe, dataclasses.replace(DEVICES["h200"], memory=1.0), 1, STANDS)
     assert not any(fits for _, _, fits in tried)
     assert "micro_batch=1 optimizer.name=adamw8bit" in tried[-1][0]
-    adamw, eight = tried[-2][1], tried[-1][1]
-    assert adamw.memory > eight.memory
+    needs = [plan.memory for _, plan, _ in tried]
+    assert needs == sorted(needs, reverse=True)
+    frugal = fitting(recipe, dataclasses.replace(DEVICES["h200"], memory=needs[1] + 1), 1, STANDS)
+    assert [(setting, fits) for setting, _, fits in frugal] == [
+        ("as it is", False),
+        ("network.gradient_checkpointing=true", True),
+    ]
 
 
 def test_batch_is_made_of_passes():

@@ -28,13 +28,17 @@ from likeness.train.validate import by_time, face_losses, faces_with, fixed_face
 
 FACES = 32
 """Faces that are measured with each condition."""
-PAIRS = 128
+PAIRS = 256
 """Pairs of condition and picture that are kept of the batches, of different faces, the newest."""
-FEW_PAIRS = 64
-"""With fewer nothing is said of them."""
+FEW_PAIRS = 128
+"""With fewer nothing is said of them,"""
+FEW_PLACES = 64
+"""nor where latents are smaller than 8 x 8."""
 CLEAR = 4.0
-"""Standard errors by which the right partner must be better. Of 64 true pairs the least seen was 5.8, of shuffled ones
-the most 3.0 (masks, sketches and keypoints of photographs at 128 px)."""
+"""Standard errors that are no accident: the verdict on whether a condition is used."""
+CHANCE = 2.0
+"""Standard errors that may be chance: the alarm about pairs. 128 true pairs had 8.7 or more, shuffled ones 1.6 or less
+(masks, sketches and keypoints of photographs at 128 px, 9 sets of each, four shuffles)."""
 PATIENCE = 10
 """Steps before the weights and the dependence on the condition are judged: residual branches begin at zero."""
 IDLE = 0.25
@@ -120,11 +124,11 @@ class Canary:
             notes.append(f"{name} {verdict} ({use}, {gain:.1f} standard errors)")
         model.train()
         for name, pairs in self.pairs.items():
-            if len(pairs) >= FEW_PAIRS:
+            if len(pairs) >= FEW_PAIRS and next(iter(pairs.values()))[0][0].numel() >= FEW_PLACES:
                 values[f"{name}_pairs"] = fit = pairing(
                     *(torch.stack(side) for side in zip(*pairs.values(), strict=True))
                 )
-                if fit < CLEAR:
+                if fit < CHANCE:
                     alarms.append(
                         f"ALARM: in the batches, pictures have no more to do with their own {name} than with another's "
                         f"({fit:.1f} standard errors)"
