@@ -14,7 +14,7 @@ from likeness.config import load_toml
 from likeness.train.calibrate import STANDS, reference
 from likeness.train.config import TrainRecipe
 from likeness.train.devices import DEVICES
-from likeness.train.plan import Meter, Stands, fitting, layouts, predict, trace
+from likeness.train.plan import Meter, Stands, fitting, layouts, predict, trace, trace_blocks
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -47,6 +47,15 @@ def test_trace():
     again = trace(saving, 4, STANDS)
     assert again.alive < four.alive
     assert 1.1 < again.flops / four.flops < 4 / 3 + 0.01  # forward twice: at most a third more
+
+
+def test_blocks_follow_from_few():
+    """Two and three blocks say what six cost."""
+    recipe = reference(64, 6, 2, "bf16")
+    short, whole = trace(recipe, 2, STANDS), trace_blocks(recipe, 2, STANDS, [6])
+    for name in ("parameters", "trained", "gradients", "block", "flops", "operations", "moved"):
+        assert getattr(short, name) == getattr(whole, name), name
+    assert short.alive == pytest.approx(whole.alive, rel=0.02)
 
 
 def test_layouts_trade_memory_for_communication():

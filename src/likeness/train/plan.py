@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,13 +131,30 @@ class Meter(TorchDispatchMode):
 
 
 def trace(recipe: TrainRecipe, micro: int, stands: Stands) -> Trace:
-    """Count what a micro-batch of `micro` images costs."""
+    """Count what a micro-batch of `micro` images costs. Blocks of a kind cost the same: two and three of each are
+    counted, and the rest follows.
+    """
+    depths = depths_of(recipe)
+    few = [min(depth, 2) for depth in depths]
+    counted = trace_blocks(recipe, micro, stands, few)
+    total = dataclasses.asdict(counted)
+    for kind, depth in enumerate(depths):
+        if depth > 2:
+            more = trace_blocks(recipe, micro, stands, [n + (kind == at) for at, n in enumerate(few)])
+            for name in total.keys() - {"block"}:
+                total[name] += (depth - 2) * (getattr(more, name) - getattr(counted, name))
+    return Trace(**total)
+
+
+def trace_blocks(recipe: TrainRecipe, micro: int, stands: Stands, depths: Sequence[int]) -> Trace:
+    """Count with so many blocks of each kind."""
     side = recipe.defaults.get("size", 256) // 8
     most = max(1, *(len(parts_of(share)) for share in recipe.data.condition_shares))
     objective = make_objective(recipe.objective)
-    torch.manual_seed(0)
+    if objective.config()["name"] == "ddpm":  # looks its noise levels up, which shapes cannot; flow costs the same
+        objective = make_objective({"name": "rectified_flow"})
     with FakeTensorMode():
-        network = fake_network(recipe, stands)
+        network = fake_network(recipe, stands, depths)
         if recipe.network.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         network.train()
@@ -146,19 +164,17 @@ def trace(recipe: TrainRecipe, micro: int, stands: Stands) -> Trace:
         )
         conditions = torch.zeros(micro, most, stands.channels, side, side)
         index = torch.zeros(micro, most, dtype=torch.long)
-        time = torch.zeros(micro)
-        # objectives may look numbers up, which shapes alone cannot: the loss of the flow costs the same
-        objective = make_objective({"name": "rectified_flow"}) if objective.config()["name"] == "ddpm" else objective
         with Meter() as meter:
             with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
-                loss = loss_of(network, objective, latents, latents.clone(), time, text, conditions, index)
+                loss = loss_of(
+                    network, objective, latents, latents.clone(), torch.zeros(micro), text, conditions, index
+                )
             loss.backward()
         named = dict(network.named_parameters())
-        trained = sum(p.numel() for p in named.values() if p.requires_grad)
         blocks = [m for m in network.modules() if type(m).__name__ in network._no_split_modules]
         return Trace(
             parameters=sum(p.numel() * p.element_size() for p in named.values()),
-            trained=trained,
+            trained=sum(p.numel() for p in named.values() if p.requires_grad),
             gradients=sum(p.numel() * 4 for p in named.values() if p.grad is not None),
             block=max(sum(p.numel() for p in block.parameters()) for block in blocks),
             alive=meter.peak,
@@ -168,15 +184,33 @@ def trace(recipe: TrainRecipe, micro: int, stands: Stands) -> Trace:
         )
 
 
-def fake_network(recipe: TrainRecipe, stands: Stands) -> Any:
-    """The network of a recipe; an adapter's base has FLUX.1's size where it is not a folder that says otherwise."""
+def depths_of(recipe: TrainRecipe) -> list[int]:
+    """Blocks of each kind."""
     if isinstance(recipe.network, MDiTFaceAdapter):
-        config = Path(recipe.network.base) / "transformer" / "config.json"
-        sizes = read_json(config) if config.is_file() else {}
-        sizes = {key: value for key, value in sizes.items() if not key.startswith("_")}
-        base = MDiTFaceTransformer.from_config({**sizes, "condition_names": (), "attention": recipe.network.attention})
+        sizes = base_sizes(recipe.network)
+        return [sizes.get("num_layers", 19), sizes.get("num_single_layers", 38)]
+    return [value for name in ("depth", "single_depth") if (value := getattr(recipe.network, name, None)) is not None]
+
+
+def base_sizes(network: MDiTFaceAdapter) -> dict[str, Any]:
+    """What an adapter's base says of itself; nothing where it is no folder here: then it has FLUX.1's size."""
+    config = Path(network.base) / "transformer" / "config.json"
+    sizes = read_json(config) if config.is_file() else {}
+    return {key: value for key, value in sizes.items() if not key.startswith("_")}
+
+
+def fake_network(recipe: TrainRecipe, stands: Stands, depths: Sequence[int] | None = None) -> Any:
+    """The network of a recipe, with so many blocks of each kind where that is said."""
+    if isinstance(recipe.network, MDiTFaceAdapter):
+        sizes = base_sizes(recipe.network) | {"condition_names": (), "attention": recipe.network.attention}
+        if depths:
+            sizes |= {"num_layers": depths[0], "num_single_layers": depths[1]}
+        base = MDiTFaceTransformer.from_config(sizes)
         network: nn.Module = begin_adapter(base.to(torch.bfloat16), adapter_of(recipe))
     else:
+        if depths:
+            changed: Any = dict(zip(("depth", "single_depth"), depths, strict=False))
+            recipe = dataclasses.replace(recipe, network=dataclasses.replace(recipe.network, **changed))
         network = build_network(
             recipe,
             channels=stands.channels,
