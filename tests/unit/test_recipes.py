@@ -12,12 +12,12 @@ from likeness.config import load_toml
 from likeness.models.mditface import MDiTFaceTransformer
 from likeness.objectives import make_objective
 from likeness.train.config import MDiTFaceAdapter
-from likeness.train.networks import adapter_of, begin_adapter, build_network
+from likeness.train.networks import adapter_of, begin_adapter, build_network, choose_trained
 from likeness.train.optim import trained_parameters
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 
-WIDTHS = {"mmface_256_rfm": (16, 1024), "mmface_256_ddpm": (16, 1024)}
+WIDTHS = {f"mmface_{size}_{objective}": (16, 1024) for size in (256, 512) for objective in ("rfm", "ddpm")}
 """(latent channels, text width) of the components that a recipe is meant for; (16, 192) otherwise."""
 
 PARAMETERS = {
@@ -26,6 +26,10 @@ PARAMETERS = {
     "mditface_mini": 11_859_392,
     "mmface_256_rfm": 1_345_299_776,
     "mmface_256_ddpm": 1_345_299_776,
+    "mmface_512_rfm": 1_345_299_776,
+    "mmface_512_ddpm": 1_345_299_776,
+    "finetune_mini": 10_923_328,
+    "add_keypoints": 4 * 192,
 }
 """The published 1,345,298,624 and one more condition row: `none`."""
 
@@ -47,6 +51,7 @@ def test_recipe(path):
         return
     with torch.device("meta"):
         model = build_network(recipe, channels=channels, text_dim=text, pooled_dim=text, text_tokens=77)
+    choose_trained(model, recipe)
     assert sum(p.numel() for p in trained_parameters(model).values()) == PARAMETERS[path.stem]
     make_objective(recipe.objective)
     assert recipe.optimizer.images % recipe.optimizer.batch == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +74,7 @@ def recipe(root: Path, images: int = 24, **changes: str) -> TrainRecipe:
 def weights(run: Path) -> dict[str, torch.Tensor]:
     state = load_state(run)
     assert state is not None
-    return {**state["model"], **{f"ema.{name}": value for name, value in state["ema"].items()}}
+    return state
 
 
 def test_sampler_sees_every_face_once_an_epoch():
@@ -133,14 +134,14 @@ def test_stopped_and_resumed_is_never_stopped(prepared, tmp_path, monkeypatch, n
     loop.train(given, tmp_path / "whole")
     real = loop.save_state
 
-    def save_and_die(run, seen, state, keep):
-        real(run, seen, state, keep)
+    def save_and_die(*arguments):
+        real(*arguments)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loop, "save_state", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         loop.train(given, tmp_path / "parts")
-    assert load_state(tmp_path / "parts")["seen"] == 12
+    assert [path.name for path in states(tmp_path / "parts")] == ["000000000012"]
     monkeypatch.setattr(loop, "save_state", real)
     loop.train(given, tmp_path / "parts")
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
@@ -228,13 +229,16 @@ def test_condition_without_data_is_refused(prepared, tmp_path):
 
 def test_checkpoints_are_whole_and_few(tmp_path):
     for seen in (10, 20, 30):
-        save_state(tmp_path, seen, {"seen": seen}, keep=2)
-    assert [path.stem for path in states(tmp_path)] == ["000000000020", "000000000030"]
+        save_state(tmp_path, seen, {"weight": torch.full((3,), float(seen))}, keep=2)
+    assert [path.name for path in states(tmp_path)] == ["000000000020", "000000000030"]
     # what a killed process leaves is not taken for a state
-    (tmp_path / "checkpoints" / "000000000040.partial").write_bytes(b"half")
-    assert load_state(tmp_path)["seen"] == 30
-    (tmp_path / "checkpoints" / "000000000040.pt").write_bytes(b"broken")
-    with pytest.raises(InputError, match="000000000040"):
+    shutil.copytree(states(tmp_path)[-1], tmp_path / "checkpoints" / "000000000040.partial")
+    assert load_state(tmp_path)["weight"].tolist() == [30.0] * 3
+    broken = tmp_path / "checkpoints" / "000000000050"
+    shutil.copytree(states(tmp_path)[-1], broken)
+    data = broken / "__0_0.distcp"
+    data.write_bytes(data.read_bytes()[:20])
+    with pytest.raises(InputError, match="000000000050"):
         load_state(tmp_path)
 
 
@@ -257,7 +261,7 @@ def test_power_law_average():
     for step, value in enumerate(values, start=1):
         with torch.no_grad():
             model.weight.fill_(value)
-        ema.update(model, step)
+        ema.update(step)
     steps = torch.arange(1, 201, dtype=torch.float64)
     share = steps**ema.gamma / (steps**ema.gamma).sum()
     assert ema.weights["weight"].item() == pytest.approx((share * values).sum().item(), abs=0.02)

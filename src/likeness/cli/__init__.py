@@ -44,6 +44,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "mask": mask_help,
     "models": portraits.models,
     "train": training.train,
+    "average": training.average,
     "evaluate": evaluation.evaluate,
     "compare": evaluation.compare,
     "prepare": prepare_help,

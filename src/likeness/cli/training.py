@@ -18,20 +18,47 @@ def train(
     overrides: tyro.conf.Positional[tuple[str, ...]] = (),
     *,
     out: Path | None = None,
+    plan: bool = False,
+    device: str | None = None,
+    gpus: int = 1,
 ) -> None:
-    """Train what a recipe describes; to resume, run the same command again.
+    """Train what a recipe describes; to resume, run the same command again. On several GPUs: torchrun, see launch/.
 
     Args:
         recipe: A TOML file; its `kind` says what it trains.
         overrides: Changes to it, as section.key=value.
         out: Folder of the run; runs/<name of the recipe> by default.
+        plan: Do not train: predict memory and time, and say which setting would fit.
+        device: With --plan: a device such as h200, rtx-5000-ada; without it this machine is measured.
+        gpus: With --plan: how many of them.
     """
     from likeness.config import load_toml
 
     kind, train_it = trainer_of(recipe)
     config = load_toml(recipe, kind, (*overrides,))
     quiet_libraries()
+    if plan:
+        if config.kind != "transformer":
+            raise InputError(f"{recipe} trains a component; --plan is for transformers")
+        from likeness.train.plan import describe
+
+        print(describe(config, device, gpus))
+        return
     train_it(config, out or Path("runs") / recipe.stem)
+
+
+def average(run: PathArgument, width: tyro.conf.Positional[float], *, seen: int | None = None) -> None:
+    """Publish a run's weights with another average than the one it was trained with, chosen afterwards.
+
+    Args:
+        run: Folder of a run whose recipe has optimizer.ema_choices.
+        width: Relative width of the average; larger reaches further back.
+        seen: Images at which it ends; the last checkpoint by default.
+    """
+    from likeness.train.posthoc import average_of
+
+    quiet_libraries()
+    print(average_of(run, width, seen))
 
 
 def trainer_of(path: Path) -> tuple[type, Callable[[Any, Path], Any]]:

@@ -88,20 +88,23 @@ def add_adapter(transformer: MDiTFaceTransformer, adapter: Adapter) -> None:
     transformer.add_adapter(lora, adapter_name=NAME)
 
 
-def save_adapter(transformer: MDiTFaceTransformer, folder: Path, adapter: Adapter) -> None:
+def save_adapter(
+    transformer: MDiTFaceTransformer, folder: Path, adapter: Adapter, state: Mapping[str, Tensor] | None = None
+) -> None:
     """Write the adapter of a network.
 
     Args:
         transformer: a network with the adapter (`add_adapter`, `load_adapter`).
         folder: where.
         adapter: its configuration.
+        state: its weights, where the network's own are spread over processes.
 
     Raises:
         InputError: the network has no adapter, another one than `adapter` says, or the folder cannot be written.
     """
     if NAME not in getattr(transformer, "peft_config", {}):
         raise InputError("the network has no MDiTFace adapter to save")
-    state = adapter_state(transformer)
+    state = state or adapter_state(transformer)
     refuse(compare(state, expected(transformer, adapter)), "the network's adapter is not as its configuration says")
     write_whole(folder / WEIGHTS, save({name: value.contiguous().cpu() for name, value in state.items()}))
     write_whole(folder / ADAPTER, json.dumps(to_dict(adapter), indent=2))

@@ -88,14 +88,17 @@ class DataRecipe:
     `none` is a sample without. They need not sum to 1."""
     text_dropout: float = 0.1
     """How often the caption is replaced by the empty string."""
+    validation: tuple[str, ...] = ()
+    """Stores of other faces, which the canary measures; without any it takes faces of the training itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerRecipe:
     """How it is learnt."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """`muon`: Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for all else; both take the same rate."""
+    name: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """`adamw8bit`: AdamW whose states take a byte a number; `muon`: Muon (Jordan et al. 2024) for the matrices of the
+    blocks, AdamW for all else; both take the same rate."""
     images: int
     """Images to see in all; every other count of progress is in images, too."""
     batch: int
@@ -113,7 +116,10 @@ class OptimizerRecipe:
     clip: float = 1.0
     """Largest gradient norm."""
     ema: float = 0.1
-    """Relative width of the power-law weight average."""
+    """Relative width of the power-law weight average that is published."""
+    ema_choices: tuple[float, ...] = ()
+    """Widths of further averages. With any, all averages are kept at every checkpoint, and `likeness average` makes one
+    of whatever width from them afterwards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +153,10 @@ class TrainRecipe:
     """What the published pipeline does where a request is silent: size, steps, guidance_scale, guidance_interval."""
     preview: tuple[PreviewRecipe, ...] = ()
     """Portraits to make at every checkpoint."""
+    start: str | None = None
+    """A model to go on from: a bundled name, a folder or a hub id; None begins with random weights."""
+    trained: tuple[str, ...] = ()
+    """Beginnings of the names of the parameters to train, such as "condition_embed"; empty trains all."""
     seed: int = 0
     """Seed of every random draw."""
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -155,12 +165,27 @@ class TrainRecipe:
     """Fuse the network with torch.compile: a minute at the start, faster steps after."""
     threads: int | None = None
     """CPU threads; None leaves torch's choice."""
+    layout: Literal["replicate", "shard", "hybrid"] = "shard"
+    """How weights lie on several processes: whole on each, spread over all, or spread within each machine."""
+    micro_batch: int | None = None
+    """Images that a process computes at once; None takes its whole share of a batch, fewer adds gradients up."""
     log_every: int = 4800
     """Images between reports."""
     checkpoint_every: int = 24_000
     """Images between checkpoints."""
+    canary_every: int = 0
+    """Images between looks at whether it learns (`likeness.train.canary`); 0 never looks."""
     keep: int = 2
     """Checkpoints kept."""
+    tensorboard: bool = False
+    """Write TensorBoard's event files, too."""
+    wandb: str | None = None
+    """Project at Weights & Biases to report to, where it is installed and set up."""
+
+
+FREE = ("threads", "compile", "layout", "micro_batch", "log_every", "checkpoint_every", "canary_every", "keep")
+FREE += ("preview", "defaults", "tensorboard", "wandb")
+"""What changes speed, length or reports and may differ between the starts of one run; the length, too."""
 
 
 def parts_of(share: str) -> Sequence[str]:

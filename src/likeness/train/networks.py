@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import ModelMixin
+from torch import nn
 
 from likeness.models.mditface import MDiTFaceTransformer
 from likeness.models.mmface import MMFaceTransformer
 from likeness.models.tied_weights import NEW
 from likeness.pipelines.adapters import Adapter, add_adapter
-from likeness.pipelines.load import FLUX, find, read_json
+from likeness.pipelines.load import FLUX, find, load_part, read_json
 from likeness.train.config import MDiTFaceAdapter, MDiTFaceNetwork, TrainRecipe, parts_of
 from likeness.types import InputError
 
@@ -115,7 +118,58 @@ def condition_names(recipe: TrainRecipe) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for share in recipe.data.condition_shares for name in parts_of(share)))
 
 
+def share_of(recipe: TrainRecipe, condition: str) -> float:
+    """How often a sample is meant to have a condition, 0 to 1. One of share 0 has its row, but is not learnt."""
+    shares = recipe.data.condition_shares
+    return sum(share for kind, share in shares.items() if condition in parts_of(kind)) / sum(shares.values())
+
+
 def rope_axes(head_dim: int) -> tuple[int, int, int]:
     """How a head's values are shared among (0, row, column), as FLUX's 128 are: (16, 56, 56); all even."""
     each = 7 * head_dim // 8 // 4 * 2
     return head_dim - 2 * each, each, each
+
+
+def start_from(network: Any, recipe: TrainRecipe) -> None:
+    """Give a network the weights of the model that a recipe starts from. Rows of the condition embedding go by name, so
+    that conditions may be added or left out; the rows of new ones keep their first values.
+
+    Raises:
+        InputError: the model is an adapter, or its network is another than the recipe's.
+    """
+    if recipe.start is None:
+        return
+    folder = find(recipe.start)
+    if not (folder / "model_index.json").is_file() or isinstance(recipe.network, MDiTFaceAdapter):
+        raise InputError(f"start is {recipe.start}: only a whole network can be gone on from, not an adapter")
+    given = load_part(folder / "transformer", *read_json(folder / "model_index.json")["transformer"])
+    for key, value in network.config.items():
+        if not key.startswith("_") and key != "condition_names" and plain(given.config.get(key)) != plain(value):
+            raise InputError(f"{recipe.start} has {key} = {given.config.get(key)}, but the recipe makes it {value}")
+    weights = given.state_dict()
+    rows, names = weights.pop("condition_embed.weight"), list(given.config.condition_names)
+    network.load_state_dict(weights, strict=False)
+    with torch.no_grad():
+        for row, name in enumerate(network.config.condition_names):
+            if name in names:
+                network.condition_embed.weight[row] = rows[names.index(name)]
+
+
+def plain(value: Any) -> Any:
+    """A configuration's value as JSON has it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def choose_trained(network: nn.Module, recipe: TrainRecipe) -> None:
+    """Freeze all but the parameters that the recipe names.
+
+    Raises:
+        InputError: it names none that there is.
+    """
+    for beginning in recipe.trained:
+        if not any(name.startswith(beginning) for name, _ in network.named_parameters()):
+            names = sorted({name.split(".")[0] for name, _ in network.named_parameters()})
+            raise InputError(f"trained has {beginning!r}, but the network's parameters begin with {', '.join(names)}")
+    for name, parameter in network.named_parameters():
+        if recipe.trained and not name.startswith(recipe.trained):
+            parameter.requires_grad_(False)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from likeness.parallel import own
 from likeness.train.config import OptimizerRecipe
 from likeness.types import InputError
 
@@ -32,17 +32,17 @@ class Ema:
     """
 
     def __init__(self, model: nn.Module, relative_width: float = 0.1) -> None:
-        self.gamma = power_of(relative_width)
+        self.model, self.relative_width, self.gamma = model, relative_width, power_of(relative_width)
         # clones keep the dtype, device and sharding of the parameters they follow
         self.weights = {name: p.detach().clone() for name, p in trained_parameters(model).items()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
+    def update(self, step: int) -> None:
         """Follow the model after optimizer step number `step`, counted from 1."""
         beta = (1 - 1 / step) ** (self.gamma + 1)
-        parameters = trained_parameters(model)
-        own: list[torch.Tensor] = list(parameters.values())
-        torch._foreach_lerp_([self.weights[name] for name in parameters], own, 1 - beta)
+        parameters = trained_parameters(self.model)
+        theirs: list[torch.Tensor] = [own(parameter.detach()) for parameter in parameters.values()]
+        torch._foreach_lerp_([own(self.weights[name]) for name in parameters], theirs, 1 - beta)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
@@ -52,26 +52,12 @@ class Ema:
             parameters[name].copy_(weight)
 
     @torch.no_grad()
-    def swap(self, model: nn.Module) -> None:
+    def swap(self) -> None:
         """Exchange the average and the model's own weights; a second call exchanges them back."""
-        for name, parameter in trained_parameters(model).items():
-            own = parameter.detach().clone()
+        for name, parameter in trained_parameters(self.model).items():
+            theirs = parameter.detach().clone()
             parameter.copy_(self.weights[name])
-            self.weights[name].copy_(own)
-
-
-def load_trained(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Put saved values into the parameters that are trained.
-
-    Raises:
-        InputError: the state is of another network.
-    """
-    parameters = trained_parameters(model)
-    if parameters.keys() != state.keys() or any(parameters[name].shape != state[name].shape for name in state):
-        raise InputError("the checkpoint is of another network than the recipe's: choose another run folder")
-    with torch.no_grad():
-        for name, value in state.items():
-            parameters[name].copy_(value)
+            self.weights[name].copy_(theirs)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -88,13 +74,19 @@ def power_of(relative_width: float) -> float:
 
 
 def make_optimizers(model: nn.Module, recipe: OptimizerRecipe) -> list[torch.optim.Optimizer]:
-    """The optimizers of a transformer: AdamW, or Muon for the matrices of its blocks and AdamW for all else.
+    """The optimizers of a transformer: AdamW, AdamW with states of 8 bits (Dettmers et al. 2022; torchao's, since
+    bitsandbytes' cannot be sharded), or Muon for the matrices of its blocks and AdamW for all else.
 
     Modulations stay with AdamW: they begin at zero, and their outputs are scales and gates, no features to be turned.
+
+    Raises:
+        InputError: torchao is not installed.
     """
     named = trained_parameters(model)
     inner = {n for n, p in named.items() if recipe.name == "muon" and p.ndim == 2 and is_inner(n)}
     settings = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+    if recipe.name == "adamw8bit":
+        return [adamw8bit()(list(named.values()), betas=recipe.betas, **settings)]
     rest = [parameter for name, parameter in named.items() if name not in inner]
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, betas=recipe.betas, fused=True, **settings)]
     if inner:
@@ -108,6 +100,10 @@ def is_inner(name: str) -> bool:
     return "blocks." in name and "modulation" not in name and ".norm" not in name  # FLUX: norm1.linear and the like
 
 
-def clip_gradients(parameters: Iterable[torch.Tensor], limit: float) -> torch.Tensor:
-    """Scale the gradients to a norm of at most `limit`; returns the norm before, as a tensor (no host sync)."""
-    return nn.utils.clip_grad_norm_(list(parameters), limit)
+def adamw8bit() -> Any:
+    """torchao's class, which fuses itself with torch.compile when it takes its first step."""
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise InputError("the optimizer adamw8bit needs torchao: pip install 'likeness[train]'") from error
+    return AdamW8bit

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -95,7 +95,7 @@ def make_batch(
     )
 
 
-def loss_of(
+def losses_of(
     network: nn.Module,
     objective: Objective,
     clean: Tensor,
@@ -105,8 +105,13 @@ def loss_of(
     condition_latents: Tensor,
     condition_index: Tensor,
 ) -> Tensor:
-    """Mean over the batch of weight(t) times the mean squared error at x_t, float32."""
+    """weight(t) times the mean squared error at x_t of each sample, float32 [B]."""
     noisy = objective.corrupt(clean, noise, time)  # [B, C, h, w]
     prediction = network(noisy, objective.model_time(time), text, condition_latents, condition_index)
     error = (prediction.float() - objective.target(clean, noise, time)).square().mean(dim=(1, 2, 3))  # [B]
-    return (objective.weight(time) * error).mean()
+    return objective.weight(time) * error
+
+
+def loss_of(network: nn.Module, objective: Objective, *inputs: Any) -> Tensor:
+    """The mean of `losses_of` over the batch: what is made small."""
+    return losses_of(network, objective, *inputs).mean()

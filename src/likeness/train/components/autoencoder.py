@@ -23,9 +23,10 @@ from likeness.config import to_dict
 from likeness.data.ahead import read_ahead
 from likeness.data.folder import column_of, read_folder, read_photo
 from likeness.encoders.latent import LatentCodec, through
-from likeness.train.checkpoint import load_state, save_state
+from likeness.train.checkpoint import save_state
+from likeness.train.learner import Learner
 from likeness.train.metrics import Reporter
-from likeness.train.optim import Ema, clip_gradients, learning_rate
+from likeness.train.optim import Ema, learning_rate
 from likeness.types import InputError
 
 
@@ -168,41 +169,33 @@ def train_autoencoder(recipe: AutoencoderRecipe, run: Path) -> None:
     torch.manual_seed(recipe.seed)
     model = build(recipe).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-    ema = Ema(model, recipe.ema)
-    seen = 0
-    if state := load_state(run):
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema.weights = {name: weight.to(device) for name, weight in state["ema"].items()}
-        seen = state["seen"]
+    learner = Learner(model=model, optimizers=[optimizer], averages=[Ema(model, recipe.ema)])
+    learner.resume(run)
     loss_of = torch.compile(reconstruction_loss) if recipe.compile else reconstruction_loss
     latent_shape = (recipe.batch, recipe.latent_channels, recipe.size // 8, recipe.size // 8)
-    reporter = Reporter(run, recipe.images, seen)
-    averaged = publish(model, ema, recipe, run)
+    reporter = Reporter(run, recipe.images, learner.seen)
+    averaged = publish(learner, recipe, run)
     pictures = Pictures(recipe.train, recipe.shares, recipe.size, recipe.seed)
-    for batch in batches(pictures, seen, recipe.images, recipe.batch):
+    for batch in batches(pictures, learner.seen, recipe.images, recipe.batch):
+        seen = learner.seen
         batch = batch.to(device, memory_format=torch.channels_last)
         noise = torch.randn(latent_shape, generator=torch.Generator().manual_seed(recipe.seed + seen)).to(device)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(seen, recipe.images, recipe.learning_rate, recipe.warmup, "cosine")
         with torch.autocast(device, torch.bfloat16):
             loss = loss_of(model, batch, noise, recipe)
         loss.backward()
-        norm = clip_gradients(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        seen += recipe.batch
-        ema.update(model, seen // recipe.batch)
+        rate = learning_rate(seen, recipe.images, recipe.learning_rate, recipe.warmup, "cosine")
+        norm = learner.step(rate, clip=1.0)
+        learner.count(recipe.batch)
+        seen = learner.seen
         if seen % (recipe.batch * 50) == 0:
             reporter.report(seen, loss=loss.item(), gradient_norm=norm.item())
         if seen % recipe.checkpoint_every < recipe.batch or seen >= recipe.images:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.weights, "seen": seen}
-            save_state(run, seen, state)
-            averaged = publish(model, ema, recipe, run)
-    if seen >= recipe.images:
+            averaged = publish(learner, recipe, run)
+            save_state(run, seen, learner.state())
+    if learner.seen >= recipe.images:
         for folder in recipe.test:
             measured = measure(averaged, read_folder(folder), recipe.size)
-            reporter.report(seen, **measured)
+            reporter.report(learner.seen, **measured)
 
 
 @torch.no_grad()
@@ -241,10 +234,10 @@ def measure(vae: AutoencoderDC, rows: list[dict[str, Any]], size: int) -> dict[s
     return measured
 
 
-def publish(model: AutoencoderDC, ema: Ema, recipe: AutoencoderRecipe, run: Path) -> AutoencoderDC:
+def publish(learner: Learner, recipe: AutoencoderRecipe, run: Path) -> AutoencoderDC:
     """Write the averaged weights as a diffusers folder, `run/model`, and return that model."""
     averaged = build(recipe)
-    averaged.load_state_dict(model.state_dict())
-    ema.copy_to(averaged)
+    averaged.load_state_dict(learner.model.state_dict())
+    learner.averages[0].copy_to(averaged)
     averaged.save_pretrained(run / "model")
     return averaged.eval()

@@ -32,9 +32,10 @@ from likeness.config import to_dict
 from likeness.data.ahead import read_ahead
 from likeness.data.folder import column_of, read_folder, read_photo
 from likeness.data.sampler import stream
-from likeness.train.checkpoint import load_state, save_state
+from likeness.train.checkpoint import save_state
+from likeness.train.learner import Learner
 from likeness.train.metrics import Reporter
-from likeness.train.optim import Ema, clip_gradients, learning_rate
+from likeness.train.optim import Ema, learning_rate
 from likeness.types import InputError
 
 
@@ -261,45 +262,31 @@ def train_face_parser(recipe: FaceParserRecipe, run: Path) -> None:
     torch.manual_seed(recipe.seed)
     network = build(recipe).to(device).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.05)
-    ema = Ema(network, recipe.ema)
-    seen = 0
-    if state := load_state(run):
-        network.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema.weights = {name: weight.to(device) for name, weight in state["ema"].items()}
-        seen = state["seen"]
+    learner = Learner(model=network, optimizers=[optimizer], averages=[Ema(network, recipe.ema)])
+    learner.resume(run)
     compiled = torch.compile(loss_of) if recipe.compile else loss_of
-    reporter = Reporter(run, recipe.images, seen)
-    for inputs, labels in batches(examples, seen, recipe.images, recipe.batch):
-        torch.manual_seed(recipe.seed + seen)  # dropout's stream: a function of progress
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(seen, recipe.images, recipe.learning_rate, recipe.warmup, "cosine")
+    reporter = Reporter(run, recipe.images, learner.seen)
+    for inputs, labels in batches(examples, learner.seen, recipe.images, recipe.batch):
+        torch.manual_seed(recipe.seed + learner.seen)  # dropout's stream: a function of progress
         with torch.autocast(device, torch.bfloat16):
             loss = compiled(network, inputs.to(device), labels.to(device), weights)
         loss.backward()
-        norm = clip_gradients(network.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        seen += recipe.batch
-        ema.update(network, seen // recipe.batch)
+        rate = learning_rate(learner.seen, recipe.images, recipe.learning_rate, recipe.warmup, "cosine")
+        norm = learner.step(rate, clip=1.0)
+        learner.count(recipe.batch)
+        seen = learner.seen
         if seen % (recipe.batch * 20) == 0:
             reporter.report(seen, loss=loss.item(), gradient_norm=norm.item())
         if seen % recipe.checkpoint_every < recipe.batch or seen >= recipe.images:
-            state = {
-                "model": network.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "ema": ema.weights,
-                "seen": seen,
-            }
-            save_state(run, seen, state)
-            reporter.report(seen, **measure(publish(network, ema, recipe, run), test, recipe))
+            reporter.report(seen, **measure(publish(learner, recipe, run), test, recipe))
+            save_state(run, seen, learner.state())
 
 
-def publish(network: nn.Module, ema: Ema, recipe: FaceParserRecipe, run: Path) -> Any:
+def publish(learner: Learner, recipe: FaceParserRecipe, run: Path) -> Any:
     """Write the averaged network as a transformers folder, `run/model`, and return it."""
     averaged = build(recipe)
-    averaged.load_state_dict(network.state_dict())
-    ema.copy_to(averaged)
+    averaged.load_state_dict(learner.model.state_dict())
+    learner.averages[0].copy_to(averaged)
     averaged.config.image_size = recipe.size  # what whoever uses it must know
     averaged.eval().save_pretrained(run / "model")
     return averaged

@@ -40,9 +40,10 @@ from likeness.encoders.text_image import (
     save_attribute_head,
     to_ids,
 )
-from likeness.train.checkpoint import load_state, save_state
+from likeness.train.checkpoint import newest, save_state
+from likeness.train.learner import Learner
 from likeness.train.metrics import Reporter
-from likeness.train.optim import Ema, clip_gradients, learning_rate
+from likeness.train.optim import Ema, learning_rate
 from likeness.types import InputError
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
@@ -393,9 +394,8 @@ def train_text_image(recipe: TextImageRecipe, run: Path) -> None:
         torch.set_num_threads(recipe.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows, test = captioned_rows(recipe.train), captioned_rows(recipe.test)
-    state = load_state(run)
     folder = run / "model" / "tokenizer"
-    if state:  # the embeddings belong to the tokenizer that they were begun with
+    if newest(run):  # the embeddings belong to the tokenizer that they were begun with
         tokenizer = CLIPTokenizer.from_pretrained(folder)
     else:
         captions = (caption for row in rows for caption in captions_of(row))
@@ -408,46 +408,34 @@ def train_text_image(recipe: TextImageRecipe, run: Path) -> None:
     head = nn.Linear(recipe.vision_width, sum(sizes)).to(device) if classes else None
     both = nn.ModuleDict({"clip": clip} if head is None else {"clip": clip, "head": head})
     optimizers = make_optimizers(both, recipe)
-    ema = Ema(clip, recipe.ema)
-    seen = 0
-    if state:
-        both.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        ema.weights = {name: weight.to(device) for name, weight in state["ema"].items()}
-        seen = state["seen"]
+    learner = Learner(model=both, optimizers=optimizers, averages=[Ema(clip, recipe.ema)])
+    learner.resume(run)
     if device == "cpu":
         clip.set_attn_implementation("eager")  # for so few tokens the fused one takes longer, backward above all
     loss_of = torch.compile(losses) if recipe.compile else losses
-    reporter = Reporter(run, recipe.images, seen)
+    reporter = Reporter(run, recipe.images, learner.seen)
     clip.train()
-    for batch in Pairs(recipe, rows, tokenizer, classes).batches(seen):
+    for batch in Pairs(recipe, rows, tokenizer, classes).batches(learner.seen):
         batch = Batch(*(tensor.to(device) for tensor in batch))
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = learning_rate(seen, recipe.images, recipe.learning_rate, recipe.warmup, "cosine")
         with torch.autocast(device, torch.bfloat16):
             loss, naming = loss_of(clip, head, sizes, batch)
         (loss + recipe.attributes * naming).backward()
-        norm = clip_gradients(both.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        rate = learning_rate(learner.seen, recipe.images, recipe.learning_rate, recipe.warmup, "cosine")
+        norm = learner.step(rate, clip=1.0)
         with torch.no_grad():
             clip.logit_scale.clamp_(max=LARGEST_SCALE)
-        seen += recipe.batch
-        ema.update(clip, seen // recipe.batch)
+        learner.count(recipe.batch)
+        seen = learner.seen
         if seen % (recipe.batch * 50) == 0:
             scale = clip.logit_scale.exp().item()
             values = {"loss": loss.item(), "gradient_norm": norm.item(), "logit_scale": scale}
             reporter.report(seen, **values, **({"attribute_loss": naming.item()} if classes else {}))
         if seen % recipe.checkpoint_every < recipe.batch or seen >= recipe.images:
-            averaged = publish(clip, ema, recipe, tokenizer, run)
+            averaged = publish(clip, learner, recipe, tokenizer, run)
             if head is not None:
                 save_attribute_head(AttributeHead(head.weight, head.bias, classes), run / "model")
             reporter.report(seen, **retrieval(averaged, tokenizer, test, recipe.size, recipe.choices))
-            state = {"model": both.state_dict(), "ema": ema.weights, "seen": seen}
-            state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-            save_state(run, seen, state)
+            save_state(run, seen, learner.state())
 
 
 def make_optimizers(model: nn.Module, recipe: TextImageRecipe) -> list[torch.optim.Optimizer]:
@@ -467,11 +455,11 @@ def make_optimizers(model: nn.Module, recipe: TextImageRecipe) -> list[torch.opt
     ]
 
 
-def publish(clip: CLIPModel, ema: Ema, recipe: TextImageRecipe, tokenizer: Any, run: Path) -> CLIPModel:
+def publish(clip: CLIPModel, learner: Learner, recipe: TextImageRecipe, tokenizer: Any, run: Path) -> CLIPModel:
     """Write the averaged weights as transformers folders under `run/model`; returns the averaged model."""
     averaged = build(recipe, tokenizer, clip.device)
     averaged.load_state_dict(clip.state_dict())
-    ema.copy_to(averaged)
+    learner.averages[0].copy_to(averaged)
     averaged.eval().save_pretrained(run / "model" / "clip")
     averaged.text_model.save_pretrained(run / "model" / "text_encoder")
     return averaged

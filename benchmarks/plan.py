@@ -1,0 +1,79 @@
+"""What `--plan` predicts against what is measured on this machine, for networks that the calibration has not seen.
+
+    python benchmarks/plan.py [--precision bf16]
+
+Time: the median of five steps. Memory: what a process of its own takes more at its peak than it did before it built the
+network (weights, gradients, AdamW's states, activations).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import resource
+import subprocess
+import sys
+
+import torch
+
+from likeness.train.calibrate import STANDS, measured_step, reference, this_machine
+from likeness.train.config import TrainRecipe
+from likeness.train.devices import Device
+from likeness.train.plan import GB, predict, trace
+
+NETWORKS = ((256, 6, 8, 32), (320, 4, 5, 64), (512, 8, 8, 16), (768, 6, 12, 8))
+"""(width, blocks, heads, images)."""
+
+
+def checkpointed(recipe: TrainRecipe) -> TrainRecipe:
+    return dataclasses.replace(recipe, network=dataclasses.replace(recipe.network, gradient_checkpointing=True))
+
+
+def measured_memory(arguments: list[str]) -> float:
+    """Peak of a step in a process of its own, above what it had before, in bytes."""
+    done = subprocess.run([sys.executable, __file__, "--one", *arguments], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def one(width: int, depth: int, heads: int, images: int, precision: str, saving: bool) -> None:
+    """The child: a small network first, so that libraries have what they want, then the one that is measured."""
+    measured_step(reference(64, 2, 2, precision), 2, STANDS, steps=1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    recipe = reference(width, depth, heads, precision)
+    measured_step(checkpointed(recipe) if saving else recipe, images, STANDS, steps=2)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--one", nargs=6)
+    options = parser.parse_args()
+    if options.one:
+        *sizes, precision, saving = options.one
+        one(*map(int, sizes), precision, saving == "True")
+        return
+    device: Device = dataclasses.replace(this_machine(options.precision), base=0.0, slack=1.0)
+    print(f"{torch.get_num_threads()} threads, {options.precision}: {device.flops / 1e9:.0f} GFLOP/s, ", end="")
+    print(f"{device.bandwidth / GB:.1f} GB/s, {device.launch * 1e6:.1f} us an operation")
+    print("width x blocks, images       time: predicted, measured, off       memory: predicted, measured, off")
+    for saving in (False, True):
+        for width, depth, heads, images in NETWORKS:
+            recipe = reference(width, depth, heads, options.precision)
+            recipe = checkpointed(recipe) if saving else recipe
+            traced = trace(recipe, images, STANDS)
+            batch = dataclasses.replace(recipe.optimizer, batch=images)
+            plan = predict(dataclasses.replace(recipe, optimizer=batch), traced, device, 1, images, STANDS)
+            memory = plan.memory - 4 * traced.trained  # the timed step keeps no average
+            seconds = measured_step(recipe, images, STANDS)
+            found = measured_memory([*map(str, (width, depth, heads, images)), options.precision, str(saving)])
+            print(
+                f"{width:4d} x {depth}, {images:3d}{' checkpointed' if saving else '':13s} "
+                f"{plan.seconds:8.3f} s {seconds:8.3f} s {plan.seconds / seconds - 1:+6.0%}     "
+                f"{memory / GB:7.3f} GB {found / GB:7.3f} GB {memory / found - 1:+6.0%}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Trains in child processes that are killed at awkward moments, then lets one finish: as a machine that fails does.
+
+    killed.py recipe.json RUN MOMENT...      MOMENT: a path below RUN whose appearing is the signal to kill
+
+The children are forked after the imports, which take longer than the training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from likeness.config import build
+from likeness.train import loop
+from likeness.train.config import TrainRecipe
+
+torch.set_num_threads(1)
+recipe = build(TrainRecipe, json.loads(Path(sys.argv[1]).read_text()))
+run = Path(sys.argv[2])
+for moment in (*sys.argv[3:], None):
+    child = os.fork()
+    if not child:
+        loop.train(recipe, run)
+        os._exit(0)
+    while moment and not (run / moment).exists():
+        time.sleep(0.0005)
+        if os.waitpid(child, os.WNOHANG)[0]:
+            sys.exit(f"it ended before {moment} was seen")
+    if moment:
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if moment is None and status:
+        sys.exit("the last one failed")
+    print(moment, status, sorted(path.name for path in (run / "checkpoints").glob("*")), flush=True)

@@ -1,0 +1,176 @@
+"""Two processes learn what one does, in every layout; a run may change their number; and a killed run loses nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from builders import save_components, tiny_flux_pipeline
+from likeness.config import build
+from likeness.parallel import mesh_shape
+from likeness.pipelines.load import load_components
+from likeness.prepare.encode import encode_folder
+from likeness.prepare.synthetic import write_synthetic
+from likeness.train import loop
+from likeness.train.checkpoint import load_state
+from likeness.train.config import TrainRecipe
+from likeness.types import InputError
+
+SIZE = 32
+HERE = Path(__file__).parent
+MMFACE = {"name": "mmface", "hidden_size": 32, "depth": 2, "heads": 2}
+MDITFACE = {"name": "mditface", "hidden_size": 32, "depth": 1, "single_depth": 1, "heads": 2}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Ten drawn faces, tiny components and a tiny FLUX.1, and shards by both autoencoders."""
+    root = tmp_path_factory.mktemp("distributed")
+    write_synthetic(root / "faces", 10, SIZE, seed=0)
+    save_components(root / "components")
+    tiny_flux_pipeline().save_pretrained(root / "flux")
+    for base, shards in (("components", "shards"), ("flux", "flux_shards")):
+        encode_folder(root / "faces", root / shards, load_components(root / base), size=SIZE)
+    return root
+
+
+def job(root: Path, network: dict[str, Any] | None = None, images: int = 16, **changes: Any) -> dict[str, Any]:
+    """Values of a recipe: 4 images a step, a constant rate, float32."""
+    adapter = bool(network) and network["name"] == "mditface_adapter"
+    optimizer = {"images": images, "batch": 4, "learning_rate": 1e-3, "decay": "constant"}
+    values = {
+        "network": network or MMFACE,
+        "data": {
+            "shards": [str(root / ("flux_shards" if adapter else "shards"))],
+            "condition_shares": {"mask": 0.5, "sketch": 0.3, "none": 0.2},
+            **({} if adapter else {"components": str(root / "components")}),
+        },
+        "optimizer": optimizer | changes.pop("optimizer", {}),
+        "defaults": {"size": SIZE, "steps": 2},
+        "precision": "fp32",
+        "log_every": 4,
+        "checkpoint_every": 8,
+    }
+    return values | changes
+
+
+def alone(values: dict[str, Any], run: Path) -> dict[str, torch.Tensor]:
+    """The state that a run of one process ends with."""
+    loop.train(build(TrainRecipe, values), run)
+    return load_state(run)
+
+
+@pytest.fixture(scope="module")
+def runs(root) -> Path:
+    """All runs of two processes, in one launch: starting them takes longer than the training."""
+    adapter = {"name": "mditface_adapter", "base": str(root / "flux"), "rank": 2, "alpha": 2}
+    jobs = {
+        "replicate": job(root, layout="replicate"),
+        "shard": job(root, layout="shard"),
+        "accumulate": job(root, layout="shard", micro_batch=1),
+        "accumulate_replicate": job(root, layout="replicate", micro_batch=1),
+        "checkpointing": job(root, MMFACE | {"gradient_checkpointing": True}),
+        "muon": job(root, optimizer={"name": "muon"}),
+        "bf16": job(root, precision="bf16", canary_every=8),
+        "two_then_one": job(root, images=8),
+        "one_then_two": job(root),
+        "mditface": job(root, MDITFACE),
+        "adapter": job(root, adapter, precision="bf16"),
+        "not_a_number": job(root, optimizer={"learning_rate": 1e30}),
+        "indivisible": job(root, micro_batch=3),
+    }
+    alone(job(root, images=8), root / "one_then_two")
+    (root / "jobs.json").write_text(json.dumps([[values, str(root / name)] for name, values in jobs.items()]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(HERE / "worker.py"), str(root / "jobs.json")], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return root
+
+
+def assert_close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], tolerance: float = 2e-5) -> None:
+    """Equal names, and weights equal to float tolerance; AdamW turns a rounded gradient near 0 into a step of 1e-3."""
+    assert found.keys() == wanted.keys()
+    weights = [name for name in wanted if name.startswith("model/")]
+    assert weights
+    for name in weights:
+        off = (found[name] - wanted[name]).abs()
+        assert off.mean() < tolerance, name
+
+
+@pytest.fixture(scope="module")
+def plain(root) -> dict[str, torch.Tensor]:
+    return alone(job(root), root / "plain")
+
+
+@pytest.mark.parametrize("name", ["replicate", "shard", "accumulate", "accumulate_replicate", "checkpointing"])
+def test_two_processes_learn_what_one_does(runs, plain, name):
+    assert_close(load_state(runs / name), plain)
+    assert (runs / name / "model" / "model_index.json").is_file()
+
+
+def test_parts_of_a_batch_add_up(root, plain, tmp_path):
+    """4 x 1 = 1 x 4: four micro-batches of one image are a batch of four."""
+    assert_close(alone(job(root, micro_batch=1), tmp_path), plain)
+
+
+def test_other_networks_and_optimizers(runs, root, tmp_path):
+    adapter = {"name": "mditface_adapter", "base": str(root / "flux"), "rank": 2, "alpha": 2}
+    assert_close(load_state(runs / "mditface"), alone(job(root, MDITFACE), tmp_path / "mditface"))
+    assert_close(load_state(runs / "muon"), alone(job(root, optimizer={"name": "muon"}), tmp_path / "muon"), 2e-4)
+    assert_close(load_state(runs / "adapter"), alone(job(root, adapter, precision="bf16"), tmp_path / "adapter"), 2e-4)
+    assert_close(load_state(runs / "bf16"), alone(job(root, precision="bf16"), tmp_path / "bf16"), 2e-4)
+    assert (runs / "adapter" / "model" / "adapter.safetensors").is_file()
+    lines = [json.loads(line) for line in (runs / "bf16" / "metrics.jsonl").read_text().splitlines()]
+    assert {"canary/mask_right", "canary/sketch_none"} <= {key for line in lines for key in line}
+
+
+def test_the_number_of_processes_may_change(runs, root, plain):
+    assert_close(load_state(runs / "one_then_two"), plain)
+    assert_close(alone(job(root), runs / "two_then_one"), plain)
+
+
+def test_all_processes_stop_together(runs):
+    for name, words in (("not_a_number", "the batch of images"), ("indivisible", "batch of 4 cannot be cut")):
+        refusals = [(runs / f"{name}.refused.{rank}").read_text() for rank in (0, 1)]
+        assert words in refusals[0]
+        assert refusals[0] == refusals[1]
+
+
+def test_layouts():
+    assert mesh_shape("replicate", 16, 8) == (16, 1)
+    assert mesh_shape("shard", 16, 8) == (1, 16)
+    assert mesh_shape("hybrid", 16, 8) == (2, 8)
+    with pytest.raises(InputError, match="equal size"):
+        mesh_shape("hybrid", 12, 8)
+
+
+def test_killed_anywhere(root, plain, tmp_path):
+    """SIGKILL while a state is written, after it, and while the model is published: bit-identical in the end."""
+    values = job(root, checkpoint_every=4, preview=[{"prompt": "a face", "seed": 1}])
+    whole = alone(values, tmp_path / "whole")
+    (tmp_path / "recipe.json").write_text(json.dumps(values))
+    moments = [
+        "checkpoints/000000000004.partial",
+        "checkpoints/000000000008",
+        "model.partial",
+        "previews/000000000012.png",
+    ]
+    command = [sys.executable, str(HERE / "killed.py"), str(tmp_path / "recipe.json"), str(tmp_path / "run"), *moments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    found = load_state(tmp_path / "run")
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    for path in ("model/transformer/diffusion_pytorch_model.safetensors", "previews/000000000016.png"):
+        assert (tmp_path / "run" / path).read_bytes() == (tmp_path / "whole" / path).read_bytes()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    reference = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["seen"], line["loss"]) for line in lines] == [(line["seen"], line["loss"]) for line in reference]

@@ -1,0 +1,25 @@
+"""One rank of a torchrun: trains every job of a JSON file in turn, and writes down by rank why a job was refused.
+
+torchrun --nproc-per-node 2 worker.py jobs.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from likeness.config import build
+from likeness.train import loop
+from likeness.train.config import TrainRecipe
+from likeness.types import InputError
+
+torch.set_num_threads(1)
+for values, run in json.loads(Path(sys.argv[1]).read_text()):
+    try:
+        loop.train(build(TrainRecipe, values), Path(run))
+    except InputError as error:
+        Path(f"{run}.refused.{os.environ['RANK']}").write_text(str(error))
