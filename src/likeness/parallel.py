@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -97,7 +97,7 @@ def mesh_shape(layout: Layout, size: int, local: int) -> tuple[int, int]:
     return size // shard, shard
 
 
-def shard_model(model: nn.Module, world: World, precision: Literal["bf16", "fp32"]) -> None:
+def shard_model(model: Any, world: World, precision: Literal["bf16", "fp32"]) -> None:
     """Spread a network over the mesh, block by block; it must have the same weights in every process.
 
     Weights stay float32; in bf16 they travel and compute as such, and gradients are added up in float32. Inputs are not

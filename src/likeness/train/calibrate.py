@@ -48,11 +48,10 @@ def this_machine(precision: str = "bf16") -> Device:
     flop, byte, launch = np.maximum(prices, 1e-6) / scale
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory
-        rest = {"together": torch.cuda.device_count()}
-    else:
-        memory, rest = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), {"together": 1, "link": 5e9}
-    device = Device(memory=memory, flops=1 / flop, bandwidth=1 / byte, launch=launch)
-    return dataclasses.replace(device, **rest)
+        device = Device(memory=memory, flops=1 / flop, bandwidth=1 / byte, launch=launch)
+        return dataclasses.replace(device, together=torch.cuda.device_count())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Device(memory=memory, flops=1 / flop, bandwidth=1 / byte, launch=launch, together=1, link=5e9)
 
 
 def measured_step(recipe: TrainRecipe, micro: int, stands: Stands, steps: int = 5) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,8 @@ class Canary:
         self.learner, self.objective, self.precision = learner, objective, recipe.precision
         self.compiled = recipe.compile
         self.adapted = isinstance(recipe.network, MDiTFaceAdapter) or bool(recipe.trained)
-        self.rows = {name: list(learner.model.config.condition_names).index(name) for name in condition_names(recipe)}
+        model: Any = learner.model
+        self.rows = {name: list(model.config.condition_names).index(name) for name in condition_names(recipe)}
         self.shares = {name: share_of(recipe, name) for name in self.rows}
         mean, std = (
             torch.tensor(components.settings[key], dtype=torch.float32).reshape(1, -1, 1, 1)

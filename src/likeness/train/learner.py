@@ -63,7 +63,7 @@ class Learner:
         state = {f"model/{name}": value for name, value in self.model.state_dict().items() if name not in frozen}
         for number, average in enumerate(self.averages):
             state |= {f"average/{number}/{name}": value for name, value in average.weights.items()}
-        names = {parameter: name for name, parameter in trained.items()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in trained.items()}
         for number, optimizer in enumerate(self.optimizers):
             for parameter, values in optimizer.state.items():
                 for key, value in values.items():
