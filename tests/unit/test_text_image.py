@@ -200,7 +200,8 @@ def test_resume_equals_never_stopping(recipe: TextImageRecipe, run: Path, tmp_pa
     torch.manual_seed(123)
     train_text_image(recipe, tmp_path)
     whole, resumed = load_state(run), load_state(tmp_path)
-    assert whole and resumed
+    assert whole is not None
+    assert resumed is not None
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
     assert states(tmp_path)[-1].name == states(run)[-1].name == f"{recipe.images:012d}"
