@@ -204,29 +204,21 @@ def tiny_components() -> Components:
 
 def tiny_pipeline(condition_names: tuple[str, ...] = ("mask", "sketch", "keypoints", "none")) -> MMFacePipeline:
     """A whole pipeline at 32 px, 4 steps."""
-    parts = tiny_components()
-    objective = RectifiedFlow()
-    pipeline = MMFacePipeline(
-        transformer=tiny_transformer(condition_names),
-        vae=parts.vae,
-        text_encoder=parts.text_encoder,
-        tokenizer=parts.tokenizer,
-        scheduler=objective.scheduler(),
-        objective=objective.config(),
-        defaults={"size": 32, "steps": 4, "guidance_scale": 2.0},
-        **parts.settings,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return whole_pipeline(MMFacePipeline, tiny_transformer(condition_names))
 
 
 def tiny_mditface_pipeline(**changes) -> MDiTFacePipeline:
     """The form with one text tower, at 32 px, 4 steps, classifier-free guidance: that of the bundled mini."""
+    network = {"guidance_embeds": False, "spatial_stream": "full", **changes}
+    return whole_pipeline(MDiTFacePipeline, tiny_mditface(**network))
+
+
+def whole_pipeline(pipeline_class, transformer):
+    """A transformer with the tiny components."""
     parts = tiny_components()
     objective = RectifiedFlow()
-    network = {"guidance_embeds": False, "spatial_stream": "full", **changes}
-    pipeline = MDiTFacePipeline(
-        transformer=tiny_mditface(**network),
+    pipeline = pipeline_class(
+        transformer=transformer,
         vae=parts.vae,
         text_encoder=parts.text_encoder,
         tokenizer=parts.tokenizer,
@@ -255,3 +247,14 @@ def save_components(folder: Path) -> Path:
     }
     (folder / "components.json").write_text(json.dumps(index))
     return folder
+
+
+def run(*arguments: object) -> int:
+    """Exit code of a command."""
+    from likeness.cli import main
+
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    return 0

@@ -61,6 +61,18 @@ class World:
 ALONE = World()
 
 
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and how many there are, as torchrun and its like tell: RANK and WORLD_SIZE.
+
+    Raises:
+        InputError: they are no such numbers.
+    """
+    told = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not all(text.isdigit() for text in told) or not int(told[0]) < int(told[1]):
+        raise InputError(f"RANK is {told[0]} and WORLD_SIZE {told[1]}: the rank must count from 0 to WORLD_SIZE - 1")
+    return int(told[0]), int(told[1])
+
+
 def begin(layout: Layout = "shard") -> World:
     """Join the processes that `torchrun` started, or be alone.
 
@@ -71,7 +83,7 @@ def begin(layout: Layout = "shard") -> World:
         InputError: the ranks cannot be laid out so.
     """
     cuda = torch.cuda.is_available()
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    _, size = rank_and_world()
     if size == 1:
         return World(device="cuda" if cuda else "cpu")
     local = int(os.environ["LOCAL_RANK"])

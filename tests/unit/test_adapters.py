@@ -16,8 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from builders import tiny_flux, tiny_flux_pipeline, tiny_mditface_pipeline, tiny_pipeline
-from likeness.cli import main
+from builders import run, tiny_flux, tiny_flux_pipeline, tiny_mditface_pipeline, tiny_pipeline
 from likeness.data.synthetic import draw_face
 from likeness.models.layers import patchify
 from likeness.models.tied_weights import lora_targets
@@ -398,15 +397,6 @@ def test_networks_that_take_no_adapter(root):
 
 
 # --- The command line
-
-
-def run(*arguments: object) -> int:
-    """Exit code of a command."""
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as stopped:
-        return int(stopped.code or 0)
-    return 0
 
 
 def test_generate_and_replay(root, tmp_path, capsys):

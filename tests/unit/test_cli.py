@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from builders import tiny_pipeline
-from likeness.cli import main
+from builders import run, tiny_pipeline
 from likeness.data.synthetic import draw_face
 
 
@@ -36,15 +35,6 @@ def folder(tmp_path_factory) -> Path:
     weights = broken / "transformer" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:500])
     return root
-
-
-def run(*arguments: object) -> int:
-    """Exit code of a command."""
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as stopped:
-        return int(stopped.code or 0)
-    return 0
 
 
 def test_help_needs_no_torch():

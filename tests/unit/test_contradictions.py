@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from drawn import drawn_mask
 
-from likeness.cli import main
+from builders import run
 from likeness.conditions.classes import CLASS_INDEX
 from likeness.conditions.contradictions import contradictions
 from likeness.conditions.edits import remove, save
@@ -189,15 +189,6 @@ def test_true_captions_of_drawn_faces_raise_no_alarm_and_others_do():
 def test_no_labels_are_refused():
     with pytest.raises(InputError, match="from 0 to 18"):
         contradictions(np.full((9, 9), 77, np.uint8), "bald")
-
-
-def run(*arguments: object) -> int:
-    """Exit code of a command."""
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as stopped:
-        return int(stopped.code or 0)
-    return 0
 
 
 def test_the_command(tmp_path, capsys):

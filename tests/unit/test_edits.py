@@ -12,7 +12,7 @@ from drawn import drawn_mask
 from PIL import Image
 from scipy import ndimage
 
-from likeness.cli import main
+from builders import run
 from likeness.conditions import edits
 from likeness.conditions.classes import CLASS_INDEX, CLASSES
 from likeness.conditions.edits import BENEATH, SHOWS
@@ -400,15 +400,6 @@ def test_what_changed_is_told():
 
 
 # The command line
-
-
-def run(*arguments: object) -> int:
-    """Exit code of a command."""
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as stopped:
-        return int(stopped.code or 0)
-    return 0
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from builders import tiny_clip, tiny_face_parser, tiny_pipeline, tiny_tokenizer
+from builders import run, tiny_clip, tiny_face_parser, tiny_pipeline, tiny_tokenizer
 from likeness.cli import main
 from likeness.data.folder import read_folder
 from likeness.encoders.text_image import AttributeHead, save_attribute_head
@@ -394,14 +394,6 @@ def test_report(root, results):
 def test_metrics_are_whole():
     for name, metric in METRICS.items():
         assert sum(way is not None for way in (metric.values, metric.distance, metric.rounds)) == 1, name
-
-
-def run(*arguments: object) -> int:
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as stopped:
-        return int(stopped.code or 0)
-    return 0
 
 
 def test_command_line(root, tmp_path, capsys):

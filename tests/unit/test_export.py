@@ -13,22 +13,13 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from likeness.cli import main
+from builders import run
 from likeness.data.folder import read_folder, read_record
 from likeness.prepare.export import FORMS, export
 from likeness.prepare.ingest.write import ingest
 from likeness.types import InputError
 
 FILE_COLUMNS = ("file_name", "mask_file_name", "sketch_file_name")
-
-
-def run(*arguments: object) -> int:
-    """Exit code of a command."""
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as stopped:
-        return int(stopped.code or 0)
-    return 0
 
 
 @pytest.fixture

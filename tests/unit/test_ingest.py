@@ -22,7 +22,8 @@ from drawn import drawn_mask, drawn_sketch
 from layouts import SIDE, pack, picture, put
 from PIL import Image
 
-from likeness.cli import main, prepare
+from builders import run
+from likeness.cli import prepare
 from likeness.conditions.classes import FLIP_PAIRS
 from likeness.conditions.mask_schemes import exchange
 from likeness.conditions.pictures import open_picture
@@ -34,15 +35,6 @@ from likeness.prepare.ingest.recognise import LAYOUTS
 from likeness.prepare.ingest.splits import SPLITS
 from likeness.prepare.ingest.write import ingest
 from likeness.types import InputError
-
-
-def run(*arguments: object) -> int:
-    """Exit code of a command."""
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as stopped:
-        return int(stopped.code or 0)
-    return 0
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -16,13 +16,13 @@ from diffusers import FluxPipeline
 from PIL import Image
 
 from builders import (
+    run,
     save_components,
     tiny_flux_pipeline,
     tiny_mditface,
     tiny_mditface_pipeline,
     tiny_pipeline,
 )
-from likeness.cli import main
 from likeness.conditions import CONDITIONS
 from likeness.data.synthetic import draw_face
 from likeness.encoders.latent import to_tensor
@@ -347,15 +347,6 @@ def test_packed(folder, face):
     assert type(packed) is type(whole) is MDiTFacePipeline
     assert np.array_equal(make(whole), make(tiny_mditface_pipeline()))
     np.testing.assert_allclose(make(packed), make(whole), atol=0.02)
-
-
-def run(*arguments: object) -> int:
-    """Exit code of a command."""
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as stopped:
-        return int(stopped.code or 0)
-    return 0
 
 
 def test_generate_and_replay(folder, tmp_path, capsys):

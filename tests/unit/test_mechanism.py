@@ -12,9 +12,8 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from builders import tiny_face_parser, tiny_mditface_pipeline, tiny_pipeline
+from builders import run, tiny_face_parser, tiny_mditface_pipeline, tiny_pipeline
 from likeness.annotators.face_parser import parse_faces
-from likeness.cli import main
 from likeness.conditions import CONDITIONS
 from likeness.data.synthetic import draw_face
 from likeness.evaluate.heat_map import CELL, RAMP, heat_maps
@@ -232,15 +231,6 @@ def folder(tmp_path_factory) -> Path:
     Image.fromarray(face.mask).save(root / "mask.png")
     Image.fromarray(face.sketch).save(root / "sketch.png")
     return root
-
-
-def run(*arguments: object) -> int:
-    """Exit code of a command."""
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as stopped:
-        return int(stopped.code or 0)
-    return 0
 
 
 @pytest.mark.parametrize(

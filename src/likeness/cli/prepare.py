@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Literal
@@ -276,10 +275,11 @@ def encode(
 
         print("\n".join(reasons(folder, out, why)))
         return
+    from likeness.parallel import rank_and_world
     from likeness.pipelines.load import load_components
     from likeness.prepare.encode import encode_folder
 
-    share = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
+    share = rank_and_world()
     parts = load_components(components) if components else load_components()
     options = {"size": size, "views": views, "precision": precision, "text_features": text_features, "share": share}
     with progress_bar("Encoding") as advance:

@@ -20,7 +20,7 @@ from likeness.evaluate.config import CEILING, REAL, RESULTS, SCORES, TRAIN, Prot
 from likeness.evaluate.extractors import EXTRACTORS
 from likeness.evaluate.faces import Face, faces_hash, read_faces
 from likeness.evaluate.features import Extractor, Missing, observe
-from likeness.evaluate.generate import Report, rank_and_world
+from likeness.evaluate.generate import Report
 from likeness.evaluate.metrics import METRICS, Metric
 from likeness.evaluate.numbers import by_class, likest_photos, numbers_of
 from likeness.evaluate.sets import (
@@ -33,6 +33,7 @@ from likeness.evaluate.sets import (
     usual_size,
 )
 from likeness.files import write_whole
+from likeness.parallel import rank_and_world
 from likeness.types import InputError
 
 SCHEMA = 1

@@ -6,7 +6,6 @@ same for any number of processes, none waits for another, a dead one is made up 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from likeness.data.folder import read_photo
 from likeness.encoders.latent import LatentCodec, through
 from likeness.evaluate.config import Protocol, conditions_of
 from likeness.evaluate.faces import Face
+from likeness.parallel import rank_and_world
 from likeness.pipelines.generate import generate, resolve
 from likeness.pipelines.record import recipe_of, write_picture
 from likeness.types import InputError, PortraitRequest
@@ -26,18 +26,6 @@ ROUND = 1_000_000
 
 Report = Callable[[str, int, int], None]
 """Called as (what is being done, done, in all)."""
-
-
-def rank_and_world() -> tuple[int, int]:
-    """This process's number and how many there are, as torchrun and its like tell: RANK and WORLD_SIZE.
-
-    Raises:
-        InputError: they are no such numbers.
-    """
-    told = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if not all(text.isdigit() for text in told) or not int(told[0]) < int(told[1]):
-        raise InputError(f"RANK is {told[0]} and WORLD_SIZE {told[1]}: the rank must count from 0 to WORLD_SIZE - 1")
-    return int(told[0]), int(told[1])
 
 
 def own_first(count: int, rank: int, world: int) -> list[int]:
