@@ -1,12 +1,14 @@
-"""Stores, measured: stages and throughput with one process and two, what a thousand changes of a prepared folder
-cost, what kills at random moments leave behind, and memory whatever the count.
+"""Stores, measured: from pictures to shards in one command, stages and throughput with one process and two, what a
+thousand changes of a prepared folder cost, what kills at random moments leave behind, and memory whatever the count.
 
 python benchmarks/encode.py                       # all parts, in about ten minutes
+python benchmarks/encode.py --parts whole --source CelebA --limit 300     # CelebA's official folder; without: all faces
 python benchmarks/encode.py --parts mutations --faces 100 --mutations 1000
 python benchmarks/encode.py --parts rows --rows 1000000
 
-Faces are drawn; the autoencoder and the text tower are the bundled ones. Right is what the autoencoder gives of a file
-when it is asked by itself; off by the rounding of a pass with others is allowed, 0.02 of latents about 1 wide.
+Faces are drawn where no source is given; autoencoder, text tower and face parser are the bundled ones. Right is what
+the autoencoder gives of a file when it is asked by itself; off by the rounding of a pass with others is allowed, 0.02
+of latents about 1 wide.
 """
 
 from __future__ import annotations
@@ -51,13 +53,19 @@ CHANGES += ("delete", "caption", "drop", "share")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"stages": stages, "throughput": throughput, "mutations": mutations, "kills": kills, "rows": million}
+    parts = {"whole": whole, "stages": stages, "throughput": throughput, "mutations": mutations, "kills": kills}
+    parts |= {"rows": million}
     parser.add_argument("--parts", nargs="*", choices=parts, default=list(parts))
     parser.add_argument("--faces", type=int, default=100)
     parser.add_argument("--mutations", type=int, default=1000)
     parser.add_argument("--together", type=int, default=4, help="changes before the store is brought in line")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--source", type=Path, help="pictures in a layout that `likeness prepare ingest` knows")
+    parser.add_argument("--limit", type=int, help="faces of the source to take")
+    parser.add_argument("--landmarker", type=Path, help="MediaPipe's face_landmarker.task, for keypoints")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--out", type=Path, help="where the whole part writes; run again, it goes on")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -66,6 +74,30 @@ def main() -> None:
             root.mkdir()
             print(f"\n{name}", flush=True)
             parts[name](root, options)
+
+
+def whole(root: Path, options: argparse.Namespace) -> None:
+    """`likeness prepare shards`: what it says of its stages, and its peak memory."""
+    source = options.source
+    if source is None:
+        write_synthetic(root / "drawn", options.faces, 128, seed=0)
+        source = root_of(root / "drawn") / "images"
+    held_out = min(1000, (options.limit or 10_000) // 10)
+    command = ["prepare", "shards", str(source), str(options.out or root / "out"), "--held-out", str(held_out)]
+    for name in ("limit", "landmarker", "precision"):
+        value = getattr(options, name)
+        command += [] if value is None else [f"--{name}", str(value)]
+    measured("in all", ["-m", "likeness.cli", *command])
+
+
+def measured(name: str, arguments: list[str]) -> None:
+    """Run Python and say how long it took, by the clock and of the processor, and its peak memory."""
+    started = time.monotonic()
+    _, status, used = os.wait4(subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL).pid, 0)
+    assert status == 0
+    seconds, memory = time.monotonic() - started, used.ru_maxrss // 1024
+    busy = used.ru_utime + used.ru_stime
+    print(f"{name}: {seconds:.0f} s, {busy:.0f} s of processor time, peak memory {memory} MB", flush=True)
 
 
 def stages(root: Path, options: argparse.Namespace) -> None:
@@ -93,14 +125,18 @@ def stages(root: Path, options: argparse.Namespace) -> None:
 
 
 def throughput(root: Path, options: argparse.Namespace) -> None:
-    """One process against two, of one thread each, from loaded models to a finished store; each twice, in turn."""
+    """One process against two, of one thread each, from loaded models to a finished store; each twice, in turn. The
+    ratio by the clock needs two cores for itself; that of processor time tells what two do twice, whatever else runs.
+    """
     write_synthetic(root / "faces", 6 * options.faces, 128, seed=0)
-    rates = {}
+    context = multiprocessing.get_context("fork")
+    rates, busy = {}, {world: context.Value("d") for world in (1, 2)}
     for world in (1, 2, 1, 2):
         out = root / f"store_{world}"
         shutil.rmtree(out, ignore_errors=True)
-        barrier = multiprocessing.get_context("fork").Barrier(world + 1)
-        workers = [forked(encode_share, root / "faces", out, (rank, world), barrier) for rank in range(world)]
+        barrier = context.Barrier(world + 1)
+        given = (barrier, busy[world])
+        workers = [forked(encode_share, root / "faces", out, (rank, world), *given) for rank in range(world)]
         barrier.wait()
         started = time.monotonic()
         for worker in workers:
@@ -109,6 +145,7 @@ def throughput(root: Path, options: argparse.Namespace) -> None:
     told = {world: ", ".join(f"{rate:.1f}" for rate in found) for world, found in rates.items()}
     ratio = sum(rates[2]) / sum(rates[1])
     print(f"pictures a second, fp32: one process {told[1]}; two {told[2]}; ratio {ratio:.2f}", flush=True)
+    print(f"processor time: two processes take {busy[2].value / busy[1].value:.3f} of one", flush=True)
 
 
 def mutations(root: Path, options: argparse.Namespace) -> None:
@@ -136,34 +173,35 @@ def mutations(root: Path, options: argparse.Namespace) -> None:
 
 
 def kills(root: Path, options: argparse.Namespace) -> None:
-    """SIGKILL at random moments of a run that has to encode a third of the faces anew: afterwards the store is that of
-    the last run that finished, or the new one.
+    """SIGKILL at random moments of a run, by one process and by two in turn, that has to encode a third of the faces
+    anew: afterwards the store is that of the last run that finished, or the new one.
     """
     rng, parts = random.Random(1), load_components()
     faces, out = root / "faces", root / "store"
     write_synthetic(faces, options.faces, SIZE, seed=0)
     folder = root_of(faces)
-    encode = lambda: encode_folder(faces, out, parts, size=SIZE, shard_bytes=2**16)  # noqa: E731
+    encode = lambda share=(0, 1): encode_folder(faces, out, parts, size=SIZE, share=share, shard_bytes=2**16)  # noqa: E731
     encode()
     codec()  # loaded before the first fork
-    old, long = files_of(folder), 0.0
+    old = files_of(folder)
     killed = new_ones = bad = 0
     for number in range(options.kills):
         for change in range(options.faces // 3):
             mutate(faces, rng.choice(["file_name", "mask_file_name", "shuffle", "insert"]), rng, 1000 * number + change)
         new = files_of(folder)
-        if not long:  # how long such a run takes, on a copy
-            shutil.copytree(out, root / "copy")
-            started = time.monotonic()
-            worker = forked(encode_folder, faces, root / "copy", parts, size=SIZE, shard_bytes=2**16)
-            worker.join()
-            long = time.monotonic() - started
-        worker = forked(encode)
-        worker.join(rng.uniform(0, 1.1 * long))
-        if worker.exitcode is None:
-            os.kill(worker.pid or 0, signal.SIGKILL)
-            worker.join()
-            killed += 1
+        shutil.copytree(out, root / "copy")  # how long this run takes, on a copy: the load of a machine changes
+        started = time.monotonic()
+        worker = forked(encode_folder, faces, root / "copy", parts, size=SIZE, shard_bytes=2**16)
+        worker.join()
+        long = time.monotonic() - started
+        shutil.rmtree(root / "copy")
+        world, before = 1 + number % 2, killed
+        for worker in [forked(encode, (rank, world)) for rank in range(world)]:
+            worker.join(rng.uniform(0, 1.1 * long))
+            if worker.exitcode is None:
+                os.kill(worker.pid or 0, signal.SIGKILL)
+                worker.join()
+                killed = before + 1
         if wrong_records(faces, out):
             restore(old)
             bad += wrong_records(faces, out)
@@ -183,7 +221,7 @@ def kills(root: Path, options: argparse.Namespace) -> None:
 
 
 def million(root: Path, options: argparse.Namespace) -> None:
-    """Peak memory of encoding and of reading a folder of many rows: a hundred faces' files, captions of their own."""
+    """Peak memory of annotating, encoding and reading a folder of many rows: a hundred faces' files, own captions."""
     write_synthetic(root / "faces", 100, SIZE, seed=0)
     path = root_of(root / "faces") / "metadata.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -196,18 +234,19 @@ def million(root: Path, options: argparse.Namespace) -> None:
     print(f"{options.rows} rows, metadata of {size:.0f} MB")
     command = ["-m", "likeness.cli", "prepare", "encode", str(root / "faces"), str(root / "store"), "--size", str(SIZE)]
     look = "from likeness.data.store import Store; s = Store({!r}); [s[i] for i in range(0, len(s), len(s) // 1000)]"
-    uses = {"encoding": command, "again": command, "1000 faces": ["-c", look.format(str(root / "store"))]}
-    for name, use in uses.items():
-        started = time.monotonic()
-        _, status, used = os.wait4(subprocess.Popen([sys.executable, *use], stdout=subprocess.DEVNULL).pid, 0)
-        assert status == 0
-        print(f"{name}: {time.monotonic() - started:.0f} s, peak memory {used.ru_maxrss // 1024} MB", flush=True)
+    measured("annotating, nothing to add", ["-m", "likeness.cli", "prepare", "annotate", str(root / "faces")])
+    measured("encoding", command)
+    measured("again", command)
+    measured("1000 faces", ["-c", look.format(str(root / "store"))])
 
 
-def encode_share(faces: Path, out: Path, share: tuple[int, int], barrier: Any) -> None:
+def encode_share(faces: Path, out: Path, share: tuple[int, int], barrier: Any, busy: Any) -> None:
     parts = load_components()
     barrier.wait()
+    before = time.process_time()
     encode_folder(faces, out, parts, size=128, share=share)
+    with busy.get_lock():
+        busy.value += time.process_time() - before
 
 
 def contents(faces: Path) -> set[tuple[str, bytes]]:

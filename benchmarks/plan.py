@@ -1,25 +1,28 @@
 """What `--plan` predicts against what is measured on this machine, for networks that the calibration has not seen.
 
-    python benchmarks/plan.py [--precision bf16]
+    python benchmarks/plan.py [--precision bf16] [--networks 4]
 
-Time: the median of five steps. Memory: what a process of its own takes more at its peak than it did before it built the
-network (weights, gradients, AdamW's states, activations).
+Time: the median of five steps; with one thread (OMP_NUM_THREADS=1) the processor's, to which other programs add
+nothing. Memory: what a process of its own takes more at its peak than it did before it built the network (weights,
+gradients, AdamW's states, activations).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import resource
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
 from likeness.train.calibrate import STANDS, measured_step, reference, this_machine
 from likeness.train.config import TrainRecipe
 from likeness.train.devices import Device
-from likeness.train.plan import GB, predict, trace
+from likeness.train.plan import GB, predict
+from likeness.train.trace import trace
 
 NETWORKS = ((256, 6, 8, 32), (320, 4, 5, 64), (512, 8, 8, 16), (768, 6, 12, 8))
 """(width, blocks, heads, images)."""
@@ -38,27 +41,34 @@ def measured_memory(arguments: list[str]) -> float:
 def one(width: int, depth: int, heads: int, images: int, precision: str, saving: bool) -> None:
     """The child: a small network first, so that libraries have what they want, then the one that is measured."""
     measured_step(reference(64, 2, 2, precision), 2, STANDS, steps=1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     recipe = reference(width, depth, heads, precision)
     measured_step(checkpointed(recipe) if saving else recipe, images, STANDS, steps=2)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    print(peak() - before)
+
+
+def peak() -> float:
+    """The most bytes this process had so far. `getrusage` would begin with those of the process that started it."""
+    (kib,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024.0 * int(kib)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--networks", type=int, default=len(NETWORKS), help="how many of them")
     parser.add_argument("--one", nargs=6)
     options = parser.parse_args()
     if options.one:
         *sizes, precision, saving = options.one
         one(*map(int, sizes), precision, saving == "True")
         return
-    device: Device = dataclasses.replace(this_machine(options.precision), base=0.0, slack=1.0)
+    device: Device = dataclasses.replace(this_machine(options.precision), base=0.0)
     print(f"{torch.get_num_threads()} threads, {options.precision}: {device.flops / 1e9:.0f} GFLOP/s, ", end="")
     print(f"{device.bandwidth / GB:.1f} GB/s, {device.launch * 1e6:.1f} us an operation")
     print("width x blocks, images       time: predicted, measured, off       memory: predicted, measured, off")
     for saving in (False, True):
-        for width, depth, heads, images in NETWORKS:
+        for width, depth, heads, images in NETWORKS[: options.networks]:
             recipe = reference(width, depth, heads, options.precision)
             recipe = checkpointed(recipe) if saving else recipe
             traced = trace(recipe, images, STANDS)

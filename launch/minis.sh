@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The mini family from the two data sets to packed models: data, face parser, autoencoder, text tower, transformer.
+# The mini family from the two data sets to packed models: data, face parser, autoencoder, text tower, transformers.
 #
 #   launch/minis.sh DATA [OUT]
 #
 # DATA holds celeba/ and celebamask-hq/ in their official layouts (docs/minis.md), OUT (default: here) gets data/ and
 # runs/. Every step goes on where it stopped: to resume, run the same command again. LANDMARKER may name MediaPipe's
-# face_landmarker.task: then there are keypoints, too.
+# face_landmarker.task: then there are keypoints, too. HELD_OUT is how many faces of celeba/ are only measured (1000).
 set -euo pipefail
 data=$(realpath "$1")
 recipes=$(realpath "$(dirname "$0")/../recipes")
@@ -13,11 +13,13 @@ examples=$(realpath "$(dirname "$0")/../examples")
 mkdir -p "${2:-.}" && cd "${2:-.}"
 [ -e examples ] || ln -s "$examples" examples # the recipes' previews name files in it
 landmarks=(${LANDMARKER:+--landmarker "$LANDMARKER"})
-train() { likeness train "$recipes/$1.toml" --out "runs/$1"; }
+shares=() # the recipes' own, with keypoints
+[ -n "${LANDMARKER:-}" ] || shares=('data.condition_shares={mask=0.45, sketch=0.35, none=0.2}')
+train() { likeness train "$recipes/$1.toml" "${@:2}" --out "runs/$1"; }
 
 # 1. Faces: one geometry, split by person, captions, hand-made masks
 [ -f data/celeba/test/metadata.jsonl ] || \
-    likeness prepare ingest "$data/celeba" data/celeba --layout celeba --size 128
+    likeness prepare ingest "$data/celeba" data/celeba --layout celeba --size 128 --held-out "${HELD_OUT:-1000}"
 [ -f data/celebamask/test/metadata.jsonl ] || \
     likeness prepare ingest "$data/celebamask-hq" data/celebamask --layout celebamask --size 512 --held-out 80
 [ -f data/synthetic/train/metadata.jsonl ] || likeness prepare synthetic data/synthetic --count 8000
@@ -42,6 +44,8 @@ likeness prepare encode data/celeba/train data/shards/celeba --components data/c
 likeness prepare encode data/celebamask/train data/shards/celebamask --components data/common --views 2 --precision bf16
 likeness prepare encode data/celeba/test data/shards/test --components data/common
 
-# 5. The transformer, packed beside what it stands on
-train mmface_mini
-likeness prepare pack runs/mmface_mini/model data/mmface-mini
+# 5. The transformers, packed beside what they stand on
+for model in mmface mditface; do
+    train "${model}_mini" "${shares[@]}"
+    likeness prepare pack "runs/${model}_mini/model" "data/$model-mini"
+done

@@ -5,14 +5,24 @@
 #
 # One machine: nothing else is needed; PROCESSES limits the number of GPUs (on a CPU it says how many processes).
 # Several: run it on each with the same MACHINES and MASTER (host:port of one of them) in the environment.
-# A run that stops, also by a loss that is no number, is started again from its last checkpoint, three times.
+# A run that stops, also by a loss that is no number, is started again from its last checkpoint, three times (RESTARTS);
+# one whose recipe or data are refused is not.
 set -euo pipefail
-[ $# -ge 1 ] || { sed -n '2,8s/^# \?//p' "$0" >&2; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,9s/^# \?//p' "$0" >&2; exit 2; }
 processes=${PROCESSES:-gpu}
+if [ "$processes" = gpu ] && ! compgen -G '/dev/nvidia[0-9]*' >/dev/null && ! [ -e /dev/kfd ] && ! [ -e /dev/dxg ]; then
+    echo "torchrun.sh: there is no GPU here; PROCESSES=2 trains on the CPU in two processes" >&2
+    exit 2
+fi
 if [ "${MACHINES:-1}" -gt 1 ]; then
     where=(--nnodes "$MACHINES" --rdzv-backend c10d --rdzv-endpoint "${MASTER:?set MASTER=host:port of one machine}" --rdzv-id "${RUN_ID:-likeness}")
 else
     where=(--standalone)
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
-exec torchrun "${where[@]}" --nproc-per-node "$processes" --max-restarts "${RESTARTS:-3}" -m likeness.cli train "$@"
+# torchrun restarts after every failure. Exit code 2 is a refusal, which all processes meet alike and no restart mends:
+# it is noted, and to torchrun it is an end like any other.
+refused=$(mktemp -u)
+torchrun "${where[@]}" --nproc-per-node "$processes" --max-restarts "${RESTARTS:-3}" --no-python \
+    bash -c 'likeness train "$@" || { code=$?; [ $code -eq 2 ] || exit $code; touch "$0"; }' "$refused" "$@"
+[ ! -e "$refused" ] || { rm "$refused"; exit 2; }

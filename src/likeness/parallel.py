@@ -8,7 +8,8 @@ mesh and runs the plain modules: its bits are those of a program without this fi
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from likeness.types import InputError
@@ -56,6 +57,19 @@ class World:
         """Whether all processes say so."""
         bad = torch.tensor(float(not good), device=self.device)
         return not mean_over_ranks(bad, self).item()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is refused in one process within a `with` block is refused in all at its end, so that none waits for one
+        that has stopped.
+        """
+        problem = None
+        try:
+            yield
+        except InputError as error:
+            problem = error
+        if not self.agree(problem is None):
+            raise problem or InputError("another process was refused; its message says why")
 
 
 ALONE = World()
@@ -122,6 +136,14 @@ def shard_model(model: Any, world: World, precision: Literal["bf16", "fp32"]) ->
     blocks = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     for module in (*blocks, model):
         fully_shard(module, mesh=world.mesh, mp_policy=policy)
+    if hasattr(model, "static_cache"):  # the other way into a network
+        register_fsdp_forward_method(model, "static_cache")
+
+
+def spread_again(model: nn.Module) -> None:
+    """After passes without a backward one, whose end does this: spread the outermost weights over the ranks again."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def synchronise(model: nn.Module, world: World, last: bool) -> None:

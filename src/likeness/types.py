@@ -20,6 +20,12 @@ class InputError(ValueError):
     """
 
 
+class TryAgain(InputError):
+    """What the same command, run again, gets past without a change: the command line exits with code 75, by which
+    launchers know it (EX_TEMPFAIL of sysexits.h).
+    """
+
+
 class TextFeatures(NamedTuple):
     """What a text encoder says of B captions. A named tuple, so that torch sees the tensors inside."""
 

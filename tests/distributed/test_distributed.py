@@ -25,6 +25,9 @@ from likeness.types import InputError
 SIZE = 32
 HERE = Path(__file__).parent
 MMFACE = {"name": "mmface", "hidden_size": 32, "depth": 2, "heads": 2}
+WIDE = MMFACE | {"hidden_size": 64}  # so wide that halves of its matrices have 8-bit states
+EIGHT_BIT = {"name": "adamw8bit"}
+WISH = [{"prompt": "a face", "seed": 1}]
 MDITFACE = {"name": "mditface", "hidden_size": 32, "depth": 1, "single_depth": 1, "heads": 2}
 
 
@@ -78,15 +81,24 @@ def runs(root) -> Path:
         "checkpointing": job(root, MMFACE | {"gradient_checkpointing": True}),
         "muon": job(root, optimizer={"name": "muon"}),
         "bf16": job(root, precision="bf16", canary_every=8),
+        "eight_bit": job(root, WIDE, optimizer=EIGHT_BIT),
+        "eight_bit_parts": job(root, WIDE, images=8, optimizer=EIGHT_BIT),
+        "eight_bit_parts again": job(root, WIDE, optimizer=EIGHT_BIT),
+        "eight_bit_two_then_one": job(root, WIDE, images=8, optimizer=EIGHT_BIT),
+        "eight_bit_one_then_two": job(root, WIDE, optimizer=EIGHT_BIT),
         "two_then_one": job(root, images=8),
         "one_then_two": job(root),
         "mditface": job(root, MDITFACE),
-        "adapter": job(root, adapter, precision="bf16"),
+        "adapter": job(root, adapter, precision="bf16", canary_every=8, preview=WISH),
         "not_a_number": job(root, optimizer={"learning_rate": 1e30}),
         "indivisible": job(root, micro_batch=3),
     }
     alone(job(root, images=8), root / "one_then_two")
-    (root / "jobs.json").write_text(json.dumps([[values, str(root / name)] for name, values in jobs.items()]))
+    with torch.compiler.set_stance("force_eager"):  # torchao's optimizer would compile itself for a minute
+        alone(job(root, WIDE, images=8, optimizer=EIGHT_BIT), root / "eight_bit_one_then_two")
+    (root / "jobs.json").write_text(
+        json.dumps([[values, str(root / name.split()[0])] for name, values in jobs.items()])
+    )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*command, str(HERE / "worker.py"), str(root / "jobs.json")], capture_output=True, text=True, timeout=600
@@ -128,6 +140,9 @@ def test_other_networks_and_optimizers(runs, root, tmp_path):
     assert_close(load_state(runs / "adapter"), alone(job(root, adapter, precision="bf16"), tmp_path / "adapter"), 2e-4)
     assert_close(load_state(runs / "bf16"), alone(job(root, precision="bf16"), tmp_path / "bf16"), 2e-4)
     assert (runs / "adapter" / "model" / "adapter.safetensors").is_file()
+    assert [path.name for path in sorted((runs / "adapter" / "previews").iterdir())] == [
+        f"{n:012d}.png" for n in (8, 16)
+    ]
     lines = [json.loads(line) for line in (runs / "bf16" / "metrics.jsonl").read_text().splitlines()]
     assert {"canary/mask_right", "canary/sketch_none"} <= {key for line in lines for key in line}
 
@@ -135,6 +150,20 @@ def test_other_networks_and_optimizers(runs, root, tmp_path):
 def test_the_number_of_processes_may_change(runs, root, plain):
     assert_close(load_state(runs / "one_then_two"), plain)
     assert_close(alone(job(root), runs / "two_then_one"), plain)
+
+
+def test_eight_bit_states(runs, root, tmp_path):
+    """They are spread like the weights, and a run may be cut, and change the number of its processes, as any other."""
+    with torch.compiler.set_stance("force_eager"):
+        plain = alone(job(root, WIDE, optimizer=EIGHT_BIT), tmp_path / "plain")
+        assert_close(load_state(runs / "eight_bit"), plain)
+        assert_close(load_state(runs / "eight_bit_one_then_two"), plain)
+        found, parts = load_state(runs / "eight_bit"), load_state(runs / "eight_bit_parts")
+        assert all(torch.equal(found[name], parts[name]) for name in found)
+        assert_close(alone(job(root, WIDE, optimizer=EIGHT_BIT), runs / "eight_bit_two_then_one"), plain)
+    weights = sum(value.numel() for name, value in found.items() if name.startswith("model/"))
+    kept = sum(path.stat().st_size for path in (runs / "eight_bit/checkpoints/000000000016").iterdir())
+    assert kept < 14 * weights  # weights, average and states of 32 bits would take 16 bytes each
 
 
 def test_all_processes_stop_together(runs):

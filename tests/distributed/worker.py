@@ -18,6 +18,7 @@ from likeness.train.config import TrainRecipe
 from likeness.types import InputError
 
 torch.set_num_threads(1)
+torch.compiler.set_stance("force_eager")  # torchao's optimizer would compile itself for a minute
 for values, run in json.loads(Path(sys.argv[1]).read_text()):
     try:
         loop.train(build(TrainRecipe, values), Path(run))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hostile import bomb, full_disk, read_only, snapshot
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
@@ -259,6 +260,33 @@ def read_journal(out: Path) -> list[str]:
         except json.JSONDecodeError:
             continue
     return found
+
+
+def test_a_full_disk_a_read_only_folder_and_a_bomb(photos, tmp_path):
+    align(photos, tmp_path / "whole")
+    (photos / "broken.jpg").write_bytes(bomb())
+    out, edited = tmp_path / "out", tmp_path / "edited.png"
+    out.mkdir()
+    with read_only(out), pytest.raises(InputError, match="cannot write"):
+        align(photos, out)
+    wanted = snapshot(tmp_path / "whole")
+    for most in (100, len(wanted["metadata.jsonl"]) - 1, max(map(len, wanted.values())) - 1):
+        with full_disk(most), pytest.raises(InputError, match=f"cannot write {out}"):
+            align(photos, out)
+        assert not (out / "metadata.jsonl").exists()
+    assert "too many pixels" in align(photos, out).unreadable["broken.jpg"]
+    found = snapshot(out)
+    assert {name: found[name] for name in wanted if name != JOURNAL} == {
+        name: content for name, content in wanted.items() if name != JOURNAL
+    }
+    portrait = next(row["file_name"] for row in read_folder(out) if row["aligned"]["photo"] == "one.png")
+    paste = lambda portrait: paste_file(portrait, out, photos / "one.png", edited)  # noqa: E731
+    with full_disk(100), pytest.raises(InputError, match="cannot write"):
+        paste(portrait)
+    (tmp_path / "bomb.png").write_bytes(bomb())
+    with pytest.raises(InputError, match="too many pixels"):
+        paste(tmp_path / "bomb.png")
+    assert not edited.exists()
 
 
 def test_no_photos(tmp_path):

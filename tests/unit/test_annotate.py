@@ -82,6 +82,27 @@ def test_without_parser(folder):
     assert [("mask_file_name" in row) for row in read_folder(folder)] == [True, False, False]
 
 
+def test_the_parser_goes_by_the_size_of_the_pictures(folder, capsys, monkeypatch):
+    main(["prepare", "annotate", str(folder)])
+    assert "2 mask added, 3 sketch added" in capsys.readouterr().out
+    rows = read_folder(folder)
+    assert [row.get("mask_made_by", "hand").split()[0] for row in rows] == [
+        "hand",
+        *2 * ["SegformerForSemanticSegmentation"],
+    ]
+    for row in rows:
+        Image.open(row["file_name"]).resize((320, 320)).save(row["file_name"])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    main(["prepare", "annotate", str(folder)])  # no row lacks a mask: no parser is asked for
+    with pytest.raises(SystemExit):
+        main(["prepare", "annotate", str(folder), "--redo", "mask"])
+    told = capsys.readouterr().err
+    assert "jonathandinu/face-parsing is neither here nor on the hub" in told
+    assert "--parser bundled needs no download" in told
+    main(["prepare", "annotate", str(folder), "--parser", "none", "--redo", "sketch"])
+    assert "0 sketch added" in capsys.readouterr().out
+
+
 def other_parser(parser: Path, where: Path) -> Path:
     """The same network with other weights."""
     network = SegformerForSemanticSegmentation.from_pretrained(parser)
@@ -164,7 +185,19 @@ def test_sketches_by_u2net(folder, tmp_path, capsys):
     torch.manual_seed(0)
     torch.save(U2Net(dict.fromkeys(PORTRAIT, (2, 2))).state_dict(), tmp_path / "u2net_portrait.pth")
     annotate_folder(folder)
-    main(["prepare", "annotate", str(folder), "--sketcher", str(tmp_path / "u2net_portrait.pth"), "--redo", "sketch"])
+    main(
+        [
+            "prepare",
+            "annotate",
+            str(folder),
+            "--sketcher",
+            str(tmp_path / "u2net_portrait.pth"),
+            "--parser",
+            "none",
+            "--redo",
+            "sketch",
+        ]
+    )
     assert "3 sketch added" in capsys.readouterr().out
     rows = read_folder(folder)
     assert all(row["sketch_made_by"].startswith("U2Net ") for row in rows)

@@ -88,3 +88,8 @@ def test_pictures_depend_on_their_position_only(faces):
 def test_missing_column_is_refused(faces):
     with pytest.raises(InputError, match="depth_file_name"):
         Pictures((str(faces),), {"image": 0.5, "depth": 0.5}, 32, seed=0)
+
+
+def test_channels_that_the_shortcut_cannot_divide_are_refused(faces):
+    with pytest.raises(InputError, match="encoder_channels end in 12: choose a multiple of latent_channels, 8"):
+        build(recipe(faces, encoder_channels=(4, 8, 12), latent_channels=8))

@@ -21,11 +21,10 @@ from likeness.cli import main
 from likeness.conditions.pictures import mask_picture
 from likeness.data.synthetic import draw_face
 from likeness.prepare.caption.endpoint import Meter, open_endpoint
-from likeness.prepare.caption.face import Plan
-from likeness.prepare.caption.journal import open_journal
-from likeness.prepare.caption.models import Answer, Question
+from likeness.prepare.caption.models import Answer, Question, load_counter
 from likeness.prepare.caption.prompts import PROMPTS, describe
-from likeness.prepare.caption.stage import caption_folder, load_counter
+from likeness.prepare.caption.records import open_journal
+from likeness.prepare.caption.stage import Plan, caption_folder
 from likeness.types import InputError
 
 DATED = "dated"

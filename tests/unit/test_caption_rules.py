@@ -7,13 +7,11 @@ import pytest
 from drawn import drawn_mask
 
 from likeness.conditions.classes import CLASS_INDEX
-from likeness.prepare.caption.facts import facts_of, without_contradictions
-from likeness.prepare.caption.pieces import pieces_of, shorten
+from likeness.prepare.caption.models import load_counter
 from likeness.prepare.caption.prompts import PROMPTS, describe
-from likeness.prepare.caption.record import merge
-from likeness.prepare.caption.refine import accept
-from likeness.prepare.caption.rules import RULES, filter_answer
-from likeness.prepare.caption.stage import load_counter
+from likeness.prepare.caption.records import merge
+from likeness.prepare.caption.refine import accept, facts_of, without_contradictions
+from likeness.prepare.caption.rules import RULES, filter_answer, pieces_of, shorten
 
 CLEAN = (
     "A young woman with long, wavy brown hair smiles at the camera, wearing small gold earrings.",

@@ -11,11 +11,12 @@ import sys
 from hashlib import sha256
 from pathlib import Path
 
+import layouts
 import pytest
 import torch
 from PIL import Image
 
-from builders import save_components, tiny_flux_pipeline
+from builders import run, save_components, tiny_flux_pipeline
 from likeness import cli
 from likeness.conditions import CONDITIONS
 from likeness.data.folder import captions_of, column_of, read_folder, read_photo
@@ -365,6 +366,23 @@ def test_command(prepared, tmp_path, capsys):
     assert f"{FACES} faces, {PICTURES} pictures and 0 captions encoded now" in capsys.readouterr().out
     cli.main(["prepare", "encode", *given, "--why", str(prepared / "faces/train/images/000001.png")])
     assert "nothing to encode" in capsys.readouterr().out
+
+
+def test_from_pictures_to_shards_in_one_command(prepared, tmp_path, capsys):
+    layouts.celeba(tmp_path / "source")
+    given = [tmp_path / "source", tmp_path / "out", "--size", SIZE, "--held-out", 4]
+    command = ["prepare", "shards", *given, "--components", prepared / "components"]
+    assert run(*command) == 0
+    told = capsys.readouterr()
+    assert [line.split(":")[0] for line in told.err.splitlines() if line.endswith("images a second")] == [
+        "ingesting", "annotating", "encoding",
+    ]  # fmt: skip
+    store = Store(tmp_path / "out" / "shards")
+    assert (len(store), store.conditions) == (8, ["mask", "sketch"])
+    assert len(store[0].captions) == 10
+    assert all({"mask_file_name", "sketch_file_name"} <= row.keys() for row in read_folder(tmp_path / "out/faces/test"))
+    assert run(*command) == 0
+    assert "8 faces, 0 pictures and 0 captions encoded now" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -6,12 +6,10 @@ import json
 import os
 import pickle
 import signal
-import struct
 import subprocess
 import sys
 import time
 import zipfile
-import zlib
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -19,6 +17,7 @@ import layouts
 import numpy as np
 import pytest
 from drawn import drawn_mask, drawn_sketch
+from hostile import bomb
 from layouts import SIDE, pack, picture, put
 from PIL import Image
 
@@ -237,6 +236,38 @@ def test_imagefolder_keeps_further_columns(tmp_path):
     assert "sketch_file_name" not in rows[0]
 
 
+def test_null_is_absent(tmp_path):
+    """Tools that write tables fill gaps with null: ingested, and read as it is."""
+    source = tmp_path / "source"
+    absent = {"mask_file_name": None, "sketch_file_name": None, "text": None, "identity": None}
+    put(source, "metadata.jsonl", json.dumps({"file_name": "0.png", **absent}) + "\n")
+    put(source, "0.png", picture(0))
+    for folder in (source, tmp_path / "out"):
+        assert [row.keys() for row in read_folder(folder)] == [{"file_name"}]
+        assert check_folder(folder).findings == []
+        if folder == source:
+            assert ingest(source, tmp_path / "out") == {"train": 1, "skipped": {}}
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"file_name": "0.png", "mask_file_name": 7}, "mask_file_name is 7, which names no file"),
+        ({"file_name": "0\0.png"}, "which names no file"),
+        ({"file_name": "../0.png"}, "points outside the folder"),
+        ({"file_name": "0.png", "sketch_file_name": "/etc/passwd"}, "points outside the folder"),
+        ({"file_name": "0.png", "text": {"caption": "a face"}}, "neither a caption nor a list of captions"),
+        ({"file_name": "0.png", "text": ["a face", None]}, "neither a caption nor a list of captions"),
+        ({"file_name": None}, "every row needs a file_name"),
+        (["0.png"], "every row needs a file_name"),
+    ],
+)
+def test_rows_that_cannot_be_read(tmp_path, row, words):
+    put(tmp_path, "metadata.jsonl", json.dumps({"file_name": "0.png"}) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(InputError, match=f"line 2.*{words}"):
+        read_folder(tmp_path)
+
+
 def test_imagefolder_reports_what_is_not_there(tmp_path):
     source = tmp_path / "source"
     layouts.imagefolder(source)
@@ -295,6 +326,39 @@ def test_shared_persons_are_told(tmp_path):
     assert any("persons are in more than one split" in line for line in told)
 
 
+def test_persons_are_kept_apart_where_all_are_known(tmp_path):
+    source = tmp_path / "source"
+    layouts.celeba_hq(source)
+    put(
+        source, "identity_CelebA.txt", "".join(f"{file:06d}.jpg {file % 2}\n" for file in (100, 162771, 182637, 182638))
+    )
+    found = ingest(source, tmp_path / "out", held_out=1)
+    assert found == {"train": 2, "test": 2, "skipped": {}}  # two faces a person
+    assert read_record(tmp_path / "out")["split"] == "person"
+    people = [{row["identity"] for row in read_folder(tmp_path / "out" / split)} for split in ("train", "test")]
+    assert not set.intersection(*people)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_pictures_of_one_split_in_another_are_told(tmp_path, stopped):
+    source, told = tmp_path / "source", []
+    for index in range(6):
+        put(source, f"{'test' if index < 2 else 'train'}/{index}.png", picture(index))
+    put(source, "train/1.jpg", layouts.content(picture(1).resize((80, 80)), "JPEG"))  # another size, compressed
+    put(source, "train/2.jpg", layouts.content(picture(2), "JPEG"))  # twice, but in one split
+    if stopped:
+        with pytest.raises(KeyboardInterrupt):
+            ingest(source, tmp_path / "out", progress=interrupted)
+    ingest(source, tmp_path / "out", tell=told.append)
+    assert told[-1].startswith("1 pictures of train are in another split, too, or nearly")
+    assert [found.kind for found in check_folder(tmp_path / "out").findings if found.kind == "leak"] == ["leak"]
+
+
+def interrupted(done: int, total: int) -> None:
+    if done == total:
+        raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize(
     ("split", "words"),
     [
@@ -350,18 +414,6 @@ def test_pictures_deep_in_folders_are_not_taken_for_granted(tmp_path):
 
 
 # Bad input
-
-
-def bomb(side: int = 30000) -> bytes:
-    """A small PNG file that claims to be very large."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-    )
 
 
 def slip(root: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 import shutil
@@ -12,16 +13,21 @@ import pytest
 import torch
 from PIL import Image
 
-from likeness.cli import main
+from builders import run
+from likeness.cli import changes_first, main
+from likeness.cli.training import train
 from likeness.pipelines.generate import generate, resolve
-from likeness.pipelines.load import load
+from likeness.pipelines.load import load, load_components
+from likeness.prepare.encode import encode_folder
 from likeness.train import loop
 from likeness.train.checkpoint import load_state, save_state, states
 from likeness.train.optim import Ema, make_optimizers, power_of
 from likeness.train.page import write_page
 from likeness.train.posthoc import average_of, solve
-from likeness.types import InputError, PortraitRequest
-from runs import metrics, prepare, small, weights_of
+from likeness.types import InputError, PortraitRequest, TryAgain
+from runs import SIZE, metrics, prepare, small, weights_of
+
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +45,7 @@ def test_a_batch_that_is_no_number(root, tmp_path, monkeypatch):
     real = loop.make_batch
     monkeypatch.setattr(loop, "make_batch", spoil)
     given = small(root)
-    with pytest.raises(InputError, match=r"loss is nan .* images 12 to 15"):
+    with pytest.raises(TryAgain, match=r"loss is nan .* images 12 to 15"):
         loop.train(given, tmp_path / "run")
     (line,) = (tmp_path / "run" / "non_finite.jsonl").read_text().splitlines()
     assert json.loads(line)["positions"] == [12, 15]
@@ -54,6 +60,56 @@ def test_a_batch_that_is_no_number(root, tmp_path, monkeypatch):
     loop.train(given, tmp_path / "other")
     other = load_state(tmp_path / "other")
     assert all(torch.equal(found[name], other[name]) for name in found)
+
+
+def test_exit_codes(root, tmp_path, monkeypatch, capsys):
+    """75 says that the same command goes on by itself, 2 that it does not."""
+    real = loop.make_batch
+    monkeypatch.setattr(loop, "make_batch", lambda *given: (b := real(*given))._replace(clean=b.clean * float("inf")))
+    where = [f'data.shards=["{root}/shards"]', f"data.components={root}/components", "precision=fp32"]
+    size = ["network.hidden_size=32", "optimizer.images=8", "optimizer.batch=4", "defaults.size=32", "canary_every=0"]
+    command = ["train", RECIPES / "debug.toml", "--out", tmp_path / "run", *where, *size]
+    assert run(*command) == 75
+    assert "run the same command again" in capsys.readouterr().err
+    assert run(*command, "optimizer.batch=0") == 2
+    assert "the recipe's optimizer.batch is 0: it must be at least 1" in capsys.readouterr().err
+
+
+def test_changes_may_stand_anywhere():
+    given = ["r.toml", "a=1", "--plan", "b.c=2", "--out", "x=y", "--gpus=2", "d=[3]"]
+    assert changes_first(train, given) == ["r.toml", "a=1", "b.c=2", "d=[3]", "--plan", "--out", "x=y", "--gpus=2"]
+    assert changes_first(train, ["r.toml"]) == ["r.toml"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"optimizer": {"images": 2}}, "optimizer.images is 2: it must be at least a batch, 4"),
+        ({"optimizer": {"learning_rate": 0.0}}, "learning_rate is 0.0: it must be above 0"),
+        ({"optimizer": {"ema": 0.5}}, "optimizer.ema is 0.5"),
+        ({"optimizer": {"warmup": -1}}, "warmup is -1: it must be at least 0"),
+        ({"shares": {"mask": 0.0}}, "the sum of data.condition_shares is 0"),
+        ({"shares": {"mask": 1.0, "none": -0.5}}, "data.condition_shares.none is -0.5"),
+        ({"keep": 0}, "keep is 0"),
+        ({"preview": [{"keypoints": "no.json"}]}, "preview 1 has a keypoints, which the recipe's condition_shares"),
+        ({"preview": [{"mask": "no.png"}]}, r"no\.png"),
+        ({"network": {"patch_size": 3}}, r"cannot be cut into patches of 3"),
+        ({"network": {"heads": 3}}, "must be a multiple of 12"),
+    ],
+)
+def test_refused_before_work_begins(root, tmp_path, changes, words):
+    with pytest.raises(InputError, match=words):
+        loop.train(small(root, **changes), tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_stores_that_do_not_go_together(root, tmp_path):
+    parts = load_components(root / "components")
+    encode_folder(root / "faces", tmp_path / "large", parts, size=2 * SIZE)
+    given = small(root)
+    both = dataclasses.replace(given.data, shards=(*given.data.shards, str(tmp_path / "large")))
+    with pytest.raises(InputError, match="shards differ in size"):
+        loop.train(dataclasses.replace(given, data=both), tmp_path / "run")
 
 
 def test_too_many_such_batches(root, tmp_path):

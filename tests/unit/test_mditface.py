@@ -11,9 +11,9 @@ from diffusers.models.embeddings import apply_rotary_emb
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from builders import TINY_FLUX, tiny_flux, tiny_mditface
+from builders import TINY_FLUX, run, tiny_flux, tiny_mditface
+from likeness.evaluate.cost import mditface_costs
 from likeness.models.layers import patchify, unpatchify
 from likeness.models.mditface import MDiTFaceTransformer, grid_ids
 from likeness.models.static_cache import StaticCache
@@ -569,73 +569,28 @@ def test_fusing_is_refused_where_weights_are_shared():
 # --- Costs at full size
 
 
-def linear_and_norm_macs(network: nn.Module, call) -> int:
-    """Multiply-accumulates as thop counts them: Linear layers without bias, LayerNorms at two a value, attention
-    products, RMSNorms and activations at nothing.
-    """
-    total = 0
-
-    def count(module: nn.Module, _, output: torch.Tensor) -> None:
-        nonlocal total
-        total += output.numel() * (module.in_features if isinstance(module, nn.Linear) else 2)
-
-    handles = [m.register_forward_hook(count) for m in network.modules() if isinstance(m, (nn.Linear, nn.LayerNorm))]
-    call()
-    for handle in handles:
-        handle.remove()
-    return total
-
-
-def all_macs(call) -> int:
-    """Every matrix product, those of attention included."""
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops() // 2
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("mode", "paper", "true"),
-    [("holistic", 185.79, 226.90), ("hard", 6.64, 22.43), ("decoupled", 9.95, 26.20)],
-)
-@torch.no_grad()
-def test_the_costs_of_table_4(mode, paper, true):
+def test_the_costs_of_table_4(capsys):
     """Added cost of a mask at 512 px in 28 steps, 10^12 multiply-accumulates. The paper's Table 4 has 185.79 (b) and
-    9.95 (d), and no number that we know for (c). They are those of thop, which does not see attention's products;
-    `true` counts them.
+    9.95 (d), and no number that we know for (c). They are those of thop, which does not see attention's products.
     """
-    with torch.device("meta"):
-        model = MDiTFaceTransformer(attention=mode)
-        flux_count = sum(parameter.numel() for parameter in model.parameters()) - 3 * 3072
-        model.requires_grad_(False)
-        model.add_adapter(LoraConfig(r=8, lora_alpha=8, target_modules=lora_targets(model)))
-        given = {
-            "latents": torch.empty(1, 16, 64, 64),
-            "time": torch.empty(1),
-            "text": TextFeatures(torch.empty(1, 512, 4096), torch.empty(1, 768)),
-            "condition_latents": torch.empty(1, 1, 16, 64, 64),
-            "condition_index": torch.empty(1, 1, dtype=torch.long),
-        }
-        adapter = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        assert adapter == 28_975_616  # OminiControl's set at rank 8: 0.24 % of FLUX.1-dev
-        assert round(100 * adapter / flux_count, 4) == 0.2435
-        cache = None
-        if mode != "holistic":
-            request = given["condition_latents"], given["condition_index"]
-            layers = model.static_pathway(model.context_embedder(given["text"].tokens), given["text"].pooled, *request)
-            cache = StaticCache(
-                layers=layers,
-                text=given["text"],
-                condition_latents=request[0],
-                condition_index=request[1],
-                complete=True,
-            )
-            assert cache.bytes == 2 * 717_225_984  # 717 MB in bf16; float32 here
-        for count, wanted in ((lambda call: linear_and_norm_macs(model, call), paper), (all_macs, true)):
-            plain = count(lambda: model(**without(given)))
-            first = count(lambda: model(**given))
-            later = first if cache is None else count(lambda: model(**given, static_cache=cache))
-            assert round((first + 27 * later - 28 * plain) / 1e12, 2) == wanted
+    assert run("cost", "mditface") == 0
+    rows = {name: values for name, *values in map(str.split, capsys.readouterr().out.splitlines()) if len(values) == 8}
+    added = {name: (values[1], values[4]) for name, values in rows.items()}
+    assert added["holistic"] == ("185.79", "226.90")
+    assert added["hard"] == ("6.64", "22.43")
+    assert added["decoupled"] == ("9.95", "26.20")
+    assert added["concat"] == ("0.86", "0.86")  # no token more, so no product of attention more
+    # saved of what holistic adds; the cache in MB; OminiControl's set, 0.24 % of FLUX.1-dev's 11.9 G, and one row
+    assert rows["decoupled"][2::3] == ["94.6%", "88.5%"]
+    assert rows["decoupled"][6:] == ["717", "28,978,688"]
+
+
+def test_cost_of_impossible_requests_is_refused():
+    with pytest.raises(InputError, match="the size 100 is not a multiple of 16"):
+        mditface_costs(size=100)
+    with pytest.raises(InputError, match="steps is 0"):
+        mditface_costs(steps=0)
 
 
 # --- Training, sizes, refusals

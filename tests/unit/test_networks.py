@@ -56,6 +56,7 @@ def test_rope_axes_are_even_and_like_those_of_flux():
     [
         (MMFACE, {"mask+sketch": 1.0}, 24, "one condition at a time"),
         (MMFACE, {"mask": 1.0}, 16, "one text tower"),
+        (MMFACE | {"heads": 3}, {"mask": 1.0}, 24, "hidden_size is 32: with 3 heads it must be a multiple of 12"),
         (MDITFACE | {"hidden_size": 36}, {"mask": 1.0}, 24, "must be a multiple of"),
         (MDITFACE | {"name": "unet"}, {"mask": 1.0}, 24, "'unet'; choose one of 'mmface', 'mditface'"),
         (MDITFACE | {"patch_size": 2}, {"mask": 1.0}, 24, "unknown key 'patch_size'"),

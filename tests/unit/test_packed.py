@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from builders import tiny_clip, tiny_face_parser, tiny_text_encoder, tiny_tokenizer, tiny_transformer, tiny_vae
+from likeness.encoders.text_image import AttributeHead, load_attribute_head, save_attribute_head
 from likeness.objectives import RectifiedFlow
 from likeness.pipelines.load import (
     load,
@@ -65,7 +66,10 @@ def bundle(tmp_path_factory) -> Path:
     tiny_vae().save_pretrained(root / "autoencoder" / "model")
     tiny_text_encoder().save_pretrained(root / "text" / "model" / "text_encoder")
     tiny_tokenizer().save_pretrained(root / "text" / "model" / "tokenizer")
-    tiny_clip().save_pretrained(root / "text" / "model" / "clip")
+    clip = tiny_clip()
+    clip.save_pretrained(root / "text" / "model" / "clip")
+    matrix = torch.ones(2, clip.config.vision_config.hidden_size)
+    save_attribute_head(AttributeHead(matrix, torch.ones(2), {"Smiling": ["False", "True"]}), root / "text" / "model")
     tiny_face_parser().save_pretrained(root / "parser" / "model")
     runs = (root / "autoencoder", root / "text")
     join_components(*runs, root / "common", root / "faces", size=32, face_parser=root / "parser")
@@ -120,6 +124,9 @@ def test_what_measures_is_packed_beside(bundle):
     given = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     wanted, found = (model.get_image_features(given).pooler_output for model in (tiny_clip(), clip))
     assert (found - wanted).norm() / wanted.norm() < 0.05
+    head = load_attribute_head(bundle / "common")
+    assert head.classes == {"Smiling": ["False", "True"]}
+    assert torch.equal(head.weight, load_attribute_head(bundle / "text" / "model").weight)
     with pytest.raises(InputError, match="text-image pair"):
         load_text_image(bundle / "mini")
 

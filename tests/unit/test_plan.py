@@ -14,7 +14,8 @@ from likeness.config import load_toml
 from likeness.train.calibrate import STANDS, reference
 from likeness.train.config import TrainRecipe
 from likeness.train.devices import DEVICES
-from likeness.train.plan import Meter, Stands, fitting, layouts, predict, trace, trace_blocks
+from likeness.train.plan import fitting, layouts, predict
+from likeness.train.trace import FLUX_STANDS, Meter, Stands, trace, trace_blocks
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -47,6 +48,15 @@ def test_trace():
     again = trace(saving, 4, STANDS)
     assert again.alive < four.alive
     assert 1.1 < again.flops / four.flops < 4 / 3 + 0.01  # forward twice: at most a third more
+
+
+def test_attention_on_an_accelerator():
+    """There it is fused, also in bf16, where a CPU in training writes it out: less is moved."""
+    recipe = reference(64, 2, 2, "bf16")
+    cpu, gpu = (trace(recipe, 4, STANDS, accelerator=accelerator) for accelerator in (False, True))
+    assert gpu.moved < cpu.moved
+    assert gpu.trained == cpu.trained
+    assert trace(recipe, 4, STANDS) == cpu
 
 
 def test_blocks_follow_from_few():
@@ -103,14 +113,31 @@ def test_command(capsys):
     out = capsys.readouterr().out
     assert "364,224 of them trained" in out
     assert "as it is" in out
-    assert "2 shard" in out
+    main(["train", str(RECIPES / "debug.toml"), "--plan", "--layouts", "--device", "h200", "optimizer.batch=8"])
+    told = capsys.readouterr().out.splitlines()
+    assert "8 images on each, 8 in a machine" in told[0]
+    assert told[2] == "| devices | replicate | shard | hybrid |"
+    assert [line.split()[1] for line in told[4:]] == ["1", "8", "16", "64", "512"]
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", str(RECIPES / "debug.toml"), "--layouts"])
+    assert "--layouts is a form of --plan" in capsys.readouterr().err
     for arguments, words in (
         (["--device", "abacus"], "no data sheet of 'abacus'"),
         (["--gpus", "5"], "among 5 devices"),
+        (["--layouts", "--device", "abacus"], "no data sheet of 'abacus'"),
     ):
         with pytest.raises(SystemExit, match="2"):
             main(["train", str(RECIPES / "debug.toml"), "--plan", "--device", "h100", *arguments])
         assert words in capsys.readouterr().err
+
+
+def test_adapter_without_its_base():
+    """The base in bf16, frozen; the adapter's weights in float32, and gradients for them alone."""
+    recipe = load_toml(RECIPES / "mditface_lora_512.toml", TrainRecipe)
+    traced = trace(recipe, 1, FLUX_STANDS, accelerator=True)
+    assert traced.trained == 28_975_616 + 3072
+    assert traced.gradients == 4 * traced.trained
+    assert traced.parameters == pytest.approx(2 * 11.9e9, rel=0.02)
 
 
 def test_published_size_without_its_components():

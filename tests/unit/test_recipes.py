@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,15 @@ from likeness.cli.training import trainer_of
 from likeness.config import load_toml
 from likeness.models.mditface import MDiTFaceTransformer
 from likeness.objectives import make_objective
-from likeness.train.config import MDiTFaceAdapter
-from likeness.train.networks import adapter_of, begin_adapter, build_network, choose_trained
+from likeness.train.config import MDiTFaceAdapter, TrainRecipe
+from likeness.train.networks import (
+    adapter_of,
+    begin_adapter,
+    build_network,
+    choose_trained,
+    condition_names,
+    share_of,
+)
 from likeness.train.optim import trained_parameters
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
@@ -37,6 +46,19 @@ TRAINED = {"mditface_lora_512": 28_975_616 + 3072}
 """Of an adapter on FLUX.1-dev: the LoRA that gives the costs of the paper's Table 4, and one condition row."""
 
 
+def test_fine_tuning_needs_what_annotate_makes():
+    """Masks and sketches come from the bundled parser; keypoints would need a file of one's own."""
+    recipe = load_toml(RECIPES[0].parent / "finetune_mini.toml", TrainRecipe)
+    assert {name for name in condition_names(recipe) if share_of(recipe, name)} == {"mask", "sketch"}
+    assert "keypoints" in condition_names(recipe)
+
+
+def states(path: Path, parameters: int) -> bool:
+    """Whether the comment that a recipe begins with says these parameters, the memory and the time to expect."""
+    comment = " ".join(itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines()))
+    return f"{parameters:,}" in comment and " GB" in comment and bool(re.search(r" h\b|hours|minutes", comment))
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe(path):
     kind, _ = trainer_of(path)
@@ -48,10 +70,12 @@ def test_recipe(path):
         with torch.device("meta"):
             model = begin_adapter(MDiTFaceTransformer(condition_names=()), adapter_of(recipe))
         assert sum(p.numel() for p in trained_parameters(model).values()) == TRAINED[path.stem]
+        assert states(path, TRAINED[path.stem])
         return
     with torch.device("meta"):
         model = build_network(recipe, channels=channels, text_dim=text, pooled_dim=text, text_tokens=77)
     choose_trained(model, recipe)
     assert sum(p.numel() for p in trained_parameters(model).values()) == PARAMETERS[path.stem]
+    assert states(path, PARAMETERS[path.stem])
     make_objective(recipe.objective)
     assert recipe.optimizer.images % recipe.optimizer.batch == 0

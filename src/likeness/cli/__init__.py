@@ -1,20 +1,21 @@
 """The command line. Every heavy import is inside its command, so that `--help` answers at once.
 
-What the user gave wrongly (`InputError`) is one sentence on stderr and exit code 2; anything else is our fault and
-keeps its traceback.
+What the user gave wrongly (`InputError`) is one sentence on stderr and exit code 2, or 75 where the same command may be
+run again as it is; anything else is our fault and keeps its traceback.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import tyro
 
 from likeness.cli import caption, evaluation, mask, portraits, prepare, study, training
 from likeness.cli.terminal import quiet_torchao
-from likeness.types import InputError
+from likeness.types import InputError, TryAgain
 
 
 def mask_help() -> None:
@@ -49,6 +50,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": evaluation.compare,
     "prepare": prepare_help,
     "study": study_help,
+    "cost": study.cost,
     "convert": convert_help,
 }
 
@@ -75,6 +77,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
         "caption": caption.caption,
         "check": prepare.check,
         "encode": prepare.encode,
+        "shards": prepare.shards,
         "components": prepare.components,
         "pack": prepare.pack,
     },
@@ -94,6 +97,21 @@ def run(commands: dict[str, Callable[..., None]], program: str, arguments: list[
     )
 
 
+def changes_first(command: Callable[..., None], arguments: Sequence[str]) -> list[str]:
+    """The arguments with words such as data.batch=8 that follow an option moved before the options: tyro takes all
+    positional words in one place, users add changes at the end.
+    """
+    flags = {
+        f"--{name}" for name, parameter in inspect.signature(command).parameters.items() if parameter.default is False
+    }
+    first = next((at for at, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    moved, rest, wanted = [], [], False  # wanted: the word before is an option that takes a value
+    for word in arguments[first:]:
+        (moved if "=" in word and not wanted and not word.startswith("-") else rest).append(word)
+        wanted = word.startswith("--") and "=" not in word and word not in flags
+    return [*arguments[:first], *moved, *rest]
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `likeness`."""
     given = sys.argv[1:] if arguments is None else arguments
@@ -102,10 +120,12 @@ def main(arguments: list[str] | None = None) -> None:
         if given and given[0] in GROUPS:
             run(GROUPS[given[0]], f"likeness {given[0]}", given[1:] or ["--help"])
         else:
+            if given and given[0] in COMMANDS:
+                given = [given[0], *changes_first(COMMANDS[given[0]], given[1:])]
             run(COMMANDS, "likeness", given or ["--help"])
     except InputError as error:
         print(f"likeness: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(75 if isinstance(error, TryAgain) else 2)
     except KeyboardInterrupt:
         print("likeness: stopped; run the same command again to go on", file=sys.stderr)
         sys.exit(130)

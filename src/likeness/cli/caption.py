@@ -69,9 +69,9 @@ def caption(
         seed: Seed of the grammar.
     """
     from likeness.prepare.caption.endpoint import Meter
-    from likeness.prepare.caption.face import Plan
+    from likeness.prepare.caption.models import load_counter, open_model
     from likeness.prepare.caption.prompts import PROMPTS
-    from likeness.prepare.caption.stage import caption_folder, load_counter, open_model
+    from likeness.prepare.caption.stage import Plan, caption_folder
 
     quiet_libraries()
     most = read_budget(budget)

@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Literal
 
 from likeness.cli.terminal import PathArgument, progress_bar, quiet_libraries, tell, tell_counts
+
+Layout = Literal[
+    "auto",
+    "celeba",
+    "celebamask",
+    "mm_celeba",
+    "ffhq",
+    "face_mogle",
+    "mmface_dit",
+    "imagefolder",
+    "parquet",
+    "webdataset",
+    "folder",
+]
+Split = Literal["auto", "given", "none", "person", "random", "celeba", "face_mogle", "mm_celeba"]
 
 
 def synthetic(out: PathArgument, *, count: int = 1000, size: int = 128, seed: int = 0) -> None:
@@ -29,20 +45,8 @@ def ingest(
     source: PathArgument,
     out: PathArgument,
     *,
-    layout: Literal[
-        "auto",
-        "celeba",
-        "celebamask",
-        "mm_celeba",
-        "ffhq",
-        "face_mogle",
-        "mmface_dit",
-        "imagefolder",
-        "parquet",
-        "webdataset",
-        "folder",
-    ] = "auto",
-    split: Literal["auto", "given", "none", "person", "random", "celeba", "face_mogle", "mm_celeba"] = "auto",
+    layout: Layout = "auto",
+    split: Split = "auto",
     size: int | None = None,
     crop: bool = False,
     captions: Path | None = None,
@@ -166,7 +170,7 @@ def paste(
 def annotate(
     folder: PathArgument,
     *,
-    parser: str | None = None,
+    parser: str = "auto",
     exchanged: bool = False,
     sketches: bool = True,
     sketcher: Path | None = None,
@@ -178,8 +182,8 @@ def annotate(
 
     Args:
         folder: A folder with metadata.jsonl; run again to go on after an interruption.
-        parser: Face parser: bundled, a folder, or a hub id such as jonathandinu/face-parsing, which is better for
-            portraits of 512 pixels; without it no masks are added.
+        parser: Face parser: bundled, a folder, or a hub id; none adds no masks. By default the bundled one for pictures
+            of up to 256 pixels, and jonathandinu/face-parsing from the hub for larger ones.
         exchanged: The parser's left is the viewer's left.
         sketches: Whether to add sketches.
         sketcher: U2-Net's weights, u2net_portrait.pth; without them an extractor that needs none draws.
@@ -187,14 +191,14 @@ def annotate(
         redo: Make anew what another annotator made of these; hand-made files stay.
         device: Where parser and U2-Net run, such as cuda; the CPU by default.
     """
-    from likeness.data.folder import read_folder
+    from likeness.data.folder import each_row
     from likeness.prepare.annotate import annotate_folder, makers_of
 
     quiet_libraries()
     with progress_bar("Annotating") as advance:
         made = annotate_folder(
             folder,
-            parser=parser,
+            parser=None if parser == "none" else parser,
             exchanged=exchanged,
             sketches=sketches,
             sketcher=sketcher,
@@ -204,7 +208,7 @@ def annotate(
             progress=advance,
         )
     print(f"{folder}: " + ", ".join(f"{count} {name} added" for name, count in made.items()))
-    for name, makers in makers_of(read_folder(folder)).items():
+    for name, makers in makers_of(each_row(folder)).items():
         if len([maker for maker in makers if maker != "hand"]) > 1:
             counts = ", ".join(f"{count} by {maker}" for maker, count in makers.most_common())
             tell([f"{name}: {counts}; --redo {name} makes them anew by one"])
@@ -287,6 +291,62 @@ def encode(
     told = f"{out}: {found['faces']} faces, {found['encoded']} pictures and {found['captions']} captions encoded now"
     left = f", {found['missing']} still missing: other processes encode them, or run the command again"
     print(told + (left if found["missing"] else ""))
+
+
+def shards(
+    source: PathArgument,
+    out: PathArgument,
+    *,
+    layout: Layout = "auto",
+    split: Split = "auto",
+    size: int = 128,
+    crop: bool = False,
+    held_out: int = 1000,
+    limit: int | None = None,
+    parser: str = "auto",
+    landmarker: Path | None = None,
+    components: Path | None = None,
+    views: int = 1,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    device: str | None = None,
+) -> None:
+    """From pictures in any known layout to training shards in one go: ingest, annotate and encode.
+
+    Writes OUT/faces, the prepared folder, and OUT/shards; says how long each stage took.
+
+    Args:
+        source: Folder or zip archive with the pictures.
+        out: Folder to write; run again to go on after an interruption.
+        layout: How the source lies; auto finds out, and asks where several fit.
+        split: What is kept for measuring; auto takes the usual one of the layout.
+        size: Pixels a side.
+        crop: Take the middle of pictures that are not square, instead of leaving them out.
+        held_out: Faces kept for measuring by the splits person (at least) and random.
+        limit: Faces to take at most.
+        parser: Face parser, as `annotate` takes it.
+        landmarker: MediaPipe's face_landmarker.task; without it no keypoints are added.
+        components: Folder with autoencoder and text tower; the bundled ones by default.
+        views: Versions of each face, as `encode` makes them.
+        precision: Of the autoencoder; bf16 is about three times as fast on a CPU.
+        device: Where the parser runs, such as cuda; the CPU by default.
+    """
+    from likeness.prepare.faults import metadata_lines, splits_of
+
+    faces, ended = out / "faces", [(time.monotonic(), time.process_time())]
+
+    def say(stage: str, count: int) -> None:
+        ended.append((time.monotonic(), time.process_time()))
+        seconds, busy = (after - before for before, after in zip(*ended[-2:], strict=True))
+        tell([f"{stage}: {seconds:.0f} s, {busy:.0f} s of processor time, {count / seconds:.1f} images a second"])
+
+    ingest(source, faces, layout=layout, split=split, size=size, crop=crop, held_out=held_out, limit=limit)
+    counts = {name: sum(1 for _ in metadata_lines(faces, name)) for name in splits_of(faces)}
+    say("ingesting", sum(counts.values()))
+    for name in counts:
+        annotate(faces / name, parser=parser, landmarker=landmarker, device=device)
+    say("annotating", sum(counts.values()))
+    encode(faces, out / "shards", components=components, size=size, views=views, precision=precision)
+    say("encoding", counts["train"])
 
 
 def components(

@@ -1,4 +1,4 @@
-"""Commands that look into a network while it works: `likeness study ...`."""
+"""Commands that look into a network: at work (`likeness study ...`), and what it costs (`likeness cost`)."""
 
 from __future__ import annotations
 
@@ -137,6 +137,44 @@ def positions(
     print(f"without any condition: {mean(found['without']):.3f}; one token is {found['unit']} pixels")
     panels = [{"accuracy": found["accuracy"], moved: found["moved"]}]
     write(out, "positions", subject, request, found, heat_maps(panels, rows, [str(s) for s in seeds], "seed"))
+
+
+def cost(
+    network: tyro.conf.Positional[Literal["mditface"]],
+    *,
+    size: int = 512,
+    steps: int = 28,
+    text_tokens: int = 512,
+    conditions: int = 1,
+    rank: int = 8,
+) -> None:
+    """What a mask adds to a portrait by MDiTFace on FLUX.1-dev: operations and memory of every form of attention.
+
+    Counted on the network at full size, without weights; half a minute.
+
+    Args:
+        network: The network.
+        size: Pixels a side.
+        steps: Sampling steps.
+        text_tokens: Tokens of the prompt.
+        conditions: How many masks, sketches and keypoints at once.
+        rank: Of the adapter's LoRA.
+    """
+    from likeness.evaluate.cost import mditface_costs
+
+    plain, *forms = mditface_costs(size=size, steps=steps, text_tokens=text_tokens, conditions=conditions, rank=rank)
+    holistic = next(form for form in forms if form.attention == "holistic")
+    most = holistic.convention - plain.convention, holistic.products - plain.products
+    print(f"10^12 multiply-accumulates of one portrait, {size} px, {steps} steps, {text_tokens} text tokens, ", end="")
+    print(f"{conditions} condition{'s' * (conditions > 1)}, LoRA rank {rank}")
+    print(f"{'':10}{'Linear, LayerNorm':>30}{'all products':>30}{'cache':>12}{'adapter':>12}")
+    print(f"{'':10}" + f"{'in all':>10}{'added':>10}{'saving':>10}" * 2 + f"{'MB, bf16':>12}{'parameters':>12}")
+    for row in (plain, *forms):
+        line = f"{row.attention:10}"
+        for macs, none, whole in zip(row[1:3], plain[1:3], most, strict=True):
+            line += f"{macs / 1e12:10.2f}{(macs - none) / 1e12:10.2f}{1 - (macs - none) / whole:10.1%}"
+        print(f"{line}{row.cache / 1e6:12.0f}{row.adapter:12,}")
+    print("saving: of what holistic attention adds; the left count is that of the paper's Table 4 (docs/mditface.md)")
 
 
 def prepare(subject: Subject) -> tuple[Any, PortraitRequest]:

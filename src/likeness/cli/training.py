@@ -19,6 +19,7 @@ def train(
     *,
     out: Path | None = None,
     plan: bool = False,
+    layouts: bool = False,
     device: str | None = None,
     gpus: int = 1,
 ) -> None:
@@ -29,6 +30,7 @@ def train(
         overrides: Changes to it, as section.key=value.
         out: Folder of the run; runs/<name of the recipe> by default.
         plan: Do not train: predict memory and time, and say which setting would fit.
+        layouts: With --plan: what the layouts on 1 to 512 devices need and send, instead.
         device: With --plan: a device such as h200, rtx-5000-ada; without it this machine is measured.
         gpus: With --plan: how many of them.
     """
@@ -37,12 +39,17 @@ def train(
     kind, train_it = trainer_of(recipe)
     config = load_toml(recipe, kind, (*overrides,))
     quiet_libraries()
+    if layouts and not plan:
+        raise InputError("--layouts is a form of --plan: give both")
     if plan:
         if config.kind != "transformer":
             raise InputError(f"{recipe} trains a component; --plan is for transformers")
-        from likeness.train.plan import describe
+        from likeness.train.config import check
+        from likeness.train.plan import describe, describe_layouts
 
-        print(describe(config, device, gpus))
+        check(config)
+
+        print(describe_layouts(config, device) if layouts else describe(config, device, gpus))
         return
     train_it(config, out or Path("runs") / recipe.stem)
 

@@ -315,8 +315,8 @@ class MDiTFaceTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             The prediction, [B, C, h, w].
 
         Raises:
-            InputError: shapes that do not fit, an unknown row or a negative strength (these two are looked at only on
-                the CPU: elsewhere a look is a wait), guidance that nothing embeds, a cache of another request.
+            InputError: shapes that do not fit, an unknown row or a negative strength (these two are looked at only
+                where `can_look`), guidance that nothing embeds, a cache of another request.
         """
         self.check(latents, text, condition_latents, condition_index, condition_scale)
         (height, width), conditions, mode = latents.shape[-2:], condition_index.shape[1], self.config.attention
@@ -481,10 +481,10 @@ class MDiTFaceTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         ):
             if found is not None and found.shape != wanted:
                 raise InputError(f"{name} has the shape {tuple(found.shape)}; this batch needs {wanted}")
-        rows = condition_index.flatten().tolist() if condition_index.device.type == "cpu" else []
+        rows = condition_index.flatten().tolist() if can_look(condition_index) else []
         if any(not -1 <= row < len(names) for row in rows):
             raise InputError(f"condition rows {rows}; this network has 0 to {len(names) - 1} for {', '.join(names)}")
-        if condition_scale is not None and condition_scale.device.type == "cpu" and (condition_scale < 0).any():
+        if condition_scale is not None and can_look(condition_scale) and (condition_scale < 0).any():
             raise InputError(f"condition strengths {condition_scale.tolist()}; none may be negative")
 
     def check_static(self) -> None:
@@ -539,7 +539,12 @@ def strengths(condition_index: Tensor, condition_scale: Tensor | None) -> Tensor
 
 
 def complete(condition_index: Tensor, static_cache: StaticCache | None) -> bool:
-    """Whether no condition is absent, so that attention needs no mask. On an accelerator only a cache knows."""
+    """Whether no condition is absent, so that attention needs no mask. Where nobody can look, only a cache knows."""
     if static_cache is not None and condition_index is static_cache.condition_index:
         return static_cache.complete
-    return condition_index.device.type == "cpu" and bool((condition_index >= 0).all())
+    return can_look(condition_index) and bool((condition_index >= 0).all())
+
+
+def can_look(x: Tensor) -> bool:
+    """Whether values may be read: not on an accelerator, where it is a wait, nor in a graph, which it would break."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()

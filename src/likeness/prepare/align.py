@@ -34,7 +34,7 @@ from likeness.conditions.framing import (
 )
 from likeness.conditions.pictures import png_bytes
 from likeness.data.folder import METADATA, column_of, condition_file, read_photo
-from likeness.files import write_whole
+from likeness.files import write_whole, writing_whole
 from likeness.prepare.annotate import keypoints_file, made_by_column
 from likeness.types import InputError
 
@@ -110,11 +110,11 @@ def align_files(
 ) -> Aligned:
     """Align photos below `root` by any finder of faces; `settings` has `size`, `every`, `strict` and `landmarker`."""
     aligned = Aligned()
-    rows: list[dict[str, Any]] = []
+    rows: dict[str, str] = {}  # as JSON: a million rows fit into memory so
     done = open_journal(out, settings)
     for number, file in enumerate(files, start=1):
         record = one_photo(file, file.relative_to(root).as_posix(), out, find, done, **settings)
-        rows += record["rows"]
+        rows |= {row["file_name"]: json.dumps(row, ensure_ascii=False) for row in record["rows"]}
         tally(aligned, record)
         if progress is not None:
             progress(number, len(files))
@@ -136,22 +136,27 @@ def photo_files(photos: Path, out: Path) -> list[Path]:
     return files
 
 
-def open_journal(out: Path, settings: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
-    """What is done already: (photo, SHA-256) -> its record. A line that an interruption cut off is left aside."""
+def open_journal(out: Path, settings: dict[str, Any]) -> dict[tuple[str, str], str]:
+    """What is done already: (photo, SHA-256) -> its record as JSON. A line that was cut off is left aside."""
     path = out / JOURNAL
-    lines: list[Any] = []
+    first: dict[str, Any] = {}
+    done: dict[tuple[str, str], str] = {}
     if path.is_file():
-        for line in path.read_text().splitlines():
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    if not lines:
+        with path.open() as lines:
+            for line in lines:
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+                if first:
+                    done[record["photo"], record["sha256"]] = line
+                first = first or record
+    if not first:
         write_whole(path, json.dumps(settings))
         return {}
-    if other := [f"{name} {lines[0].get(name)}" for name in settings if lines[0].get(name) != settings[name]]:
+    if other := [f"{name} {first.get(name)}" for name in settings if first.get(name) != settings[name]]:
         raise InputError(f"{out} was aligned with {', '.join(other)}: keep to that, or choose another folder")
-    return {(record["photo"], record["sha256"]): record for record in lines[1:]}
+    return done
 
 
 def one_photo(
@@ -159,7 +164,7 @@ def one_photo(
     name: str,
     out: Path,
     find: FaceFinder,
-    done: dict[tuple[str, str], dict[str, Any]],
+    done: dict[tuple[str, str], str],
     *,
     size: int,
     every: bool,
@@ -169,7 +174,7 @@ def one_photo(
     """The record of one photo: its rows, and what is to be said of it. Portraits and keypoints are written."""
     try:
         sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-        known = done.get((name, sha256))
+        known = json.loads(done.get((name, sha256), "null"))
         if known and all((out / row["file_name"]).is_file() for row in known["rows"]):
             return known
         photo = read_photo(file)
@@ -237,15 +242,17 @@ def tally(aligned: Aligned, record: dict[str, Any]) -> None:
             (aligned.faults if stem in kept else aligned.left_out)[f"{record['photo']} ({stem})"] = faults
 
 
-def write_metadata(out: Path, rows: list[dict[str, Any]]) -> None:
-    """The rows, with the columns that others have added to them since, after rows of earlier runs."""
+def write_metadata(out: Path, rows: dict[str, str]) -> None:
+    """The rows, JSON by `file_name`, with the columns that others have added since, after rows of earlier runs."""
     path = out / METADATA
-    old = [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.is_file() else []
-    before = {row["file_name"]: row for row in old}
-    fresh = {row["file_name"]: row for row in rows}
-    merged = [row for name, row in before.items() if name not in fresh]
-    merged += [{**before.get(name, {}), **row} for name, row in fresh.items()]
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in merged))
+    before: dict[str, str] = {}
+    if path.is_file():
+        with path.open(encoding="utf-8") as lines:
+            before = {json.loads(line)["file_name"]: line for line in lines if line.strip()}
+    with writing_whole(path) as metadata:
+        for name in [*(name for name in before if name not in rows), *rows]:
+            row = {**json.loads(before.get(name, "{}")), **json.loads(rows.get(name, "{}"))}
+            metadata.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 
 def cut_portrait(photo: np.ndarray, transform: np.ndarray, size: int) -> np.ndarray:

@@ -36,6 +36,18 @@ def fingerprint(picture: Image.Image) -> bytes:
     return b"".join(np.packbits(values > np.median(values[1:])).tobytes() for values in low)
 
 
+def shared_pictures(fingerprints: bytes | bytearray, held_out: np.ndarray) -> int:
+    """How many pictures for training show what one that is held out shows.
+
+    Args:
+        fingerprints: 40 bytes for each of N pictures, one after the other.
+        held_out: bool [N].
+    """
+    order = np.argsort(~held_out, kind="stable")  # those that are held out come first, so that the others match them
+    first = first_alike(np.frombuffer(fingerprints, np.uint8).reshape(-1, 40)[order].tobytes())
+    return int((held_out[order][first] & ~held_out[order]).sum())
+
+
 def first_alike(fingerprints: bytes | bytearray) -> np.ndarray:
     """The first picture that is the same as each picture: itself, where there is no earlier one.
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,13 +22,19 @@ from PIL import Image
 from likeness.annotators.face_parser import Translated, parse_faces, sides_exchanged
 from likeness.annotators.landmarks import Landmarker, landmarker_name, open_landmarker
 from likeness.conditions.pictures import MADE_BY, mask_picture, png_bytes
-from likeness.data.folder import CONDITION_FILES, METADATA, column_of, condition_file, read_folder, read_photo, root_of
-from likeness.files import write_whole
-from likeness.pipelines.load import load_face_parser, load_sketcher, network_name
+from likeness.data.folder import CONDITION_FILES, METADATA, column_of, condition_file, each_row, read_photo, root_of
+from likeness.files import write_whole, writing_whole
+from likeness.pipelines.load import checkpoint_file, load_face_parser, load_sketcher, network_name
 from likeness.types import InputError
 
 TOGETHER = 16
 """Faces a pass of a parser that sees 192 pixels; one that sees more takes fewer, for the same memory."""
+
+LARGE = 256
+"""Pixels a side up to which the bundled parser is good enough."""
+
+HUB_PARSER = "jonathandinu/face-parsing"
+"""A SegFormer-B5 for larger portraits."""
 
 
 class Annotator(NamedTuple):
@@ -55,7 +62,8 @@ def annotate_folder(
 
     Args:
         folder: a directory with `metadata.jsonl`, or its parent with a `train` split.
-        parser: a face parser, as `load_face_parser` finds it; None adds no masks.
+        parser: a face parser, as `load_face_parser` finds it; `auto` takes the bundled one up to `LARGE` pixels and
+            `HUB_PARSER` beyond, where a row lacks a mask; None adds no masks.
         exchanged: the parser's left is the viewer's left.
         sketches: whether to add sketches.
         sketcher: U2-Net's weights; None draws by the extractor that needs none.
@@ -70,10 +78,11 @@ def annotate_folder(
     Raises:
         InputError: a picture or an annotator cannot be read, its sides are exchanged, or a file cannot be written.
     """
-    rows = read_folder(folder)
     root = root_of(folder)
-    check_names(rows, root)
+    count, lacking = survey(root)
     made: dict[str, int] = {}
+    if parser == "auto":
+        parser = usual_parser(next(each_row(root))["file_name"]) if lacking or "mask" in redo else None
     with ExitStack() as opened:
         annotators: dict[str, Annotator] = {}
         if parser is not None:
@@ -85,15 +94,50 @@ def annotate_folder(
             annotators["keypoints"] = keypoints_annotator(find, landmarker_name(landmarker))
         if missing := [name for name in redo if name not in annotators]:
             raise InputError(f"nothing is there to make each {missing[0]} anew: name what makes it, too")
-        for start in range(0, len(rows), TOGETHER):
+        metadata = opened.enter_context(writing_whole(root / METADATA))
+        rows, done = each_row(root), 0
+        while some := list(islice(rows, TOGETHER)):
             for name, annotator in annotators.items():
-                some = rows[start : start + TOGETHER]
                 made[name] = made.get(name, 0) + add_condition(some, name, annotator, root, redo=name in redo)
+            for row in some:
+                line = {column: relative(value, root) for column, value in row.items()}
+                metadata.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            done += len(some)
             if progress is not None:
-                progress(min(start + TOGETHER, len(rows)), len(rows))
-    lines = [json.dumps({k: relative(v, root) for k, v in row.items()}, ensure_ascii=False) + "\n" for row in rows]
-    write_whole(root / METADATA, "".join(lines))
+                progress(done, count)
     return made
+
+
+def survey(root: Path) -> tuple[int, bool]:
+    """How many rows there are, and whether one lacks a mask. A million are numbers here, since rows would be gigabytes.
+
+    Raises:
+        InputError: two pictures would share a mask, such as a.png and a.jpg.
+    """
+    taken: dict[int, int] = {}
+    count, lacking = 0, False
+    for row in each_row(root):
+        place = place_of(row, "mask", root)
+        if taken.setdefault(hash(place), hash(row["file_name"])) != hash(row["file_name"]):
+            other = next(other["file_name"] for other in each_row(root) if place_of(other, "mask", root) == place)
+            raise InputError(f"{other} and {row['file_name'].name} would share one mask: rename one of them")
+        count, lacking = count + 1, lacking or column_of("mask") not in row
+    return count, lacking
+
+
+def usual_parser(picture: Path) -> str:
+    """The parser for pictures of this size.
+
+    Raises:
+        InputError: it is on the hub, which cannot be reached.
+    """
+    if max(read_photo(picture).shape) <= LARGE:
+        return "bundled"
+    try:
+        checkpoint_file(HUB_PARSER, "config.json")
+    except InputError as error:
+        raise InputError(f"{error}; --parser bundled needs no download, but sees 192 pixels only") from error
+    return HUB_PARSER
 
 
 def add_condition(rows: list[dict[str, Any]], name: str, annotator: Annotator, root: Path, *, redo: bool) -> int:
@@ -122,15 +166,6 @@ def place_of(row: dict[str, Any], name: str, root: Path) -> Path:
     return root / condition_file(name, str(own.relative_to("images") if own.is_relative_to("images") else own))
 
 
-def check_names(rows: list[dict[str, Any]], root: Path) -> None:
-    """Refuse pictures that would share a mask, such as a.png and a.jpg."""
-    taken: dict[Path, Path] = {}
-    for row in rows:
-        other = taken.setdefault(place_of(row, "mask", root), row["file_name"])
-        if other != row["file_name"]:
-            raise InputError(f"{other} and {row['file_name'].name} would share one mask: rename one of them")
-
-
 def made_by_column(condition: str) -> str:
     """The column that says who made a condition."""
     return f"{condition}_made_by"
@@ -148,12 +183,14 @@ def maker_of(file: Path) -> str | None:
         return None
 
 
-def makers_of(rows: Sequence[dict[str, Any]]) -> dict[str, Counter[str]]:
+def makers_of(rows: Iterable[dict[str, Any]]) -> dict[str, Counter[str]]:
     """Condition -> who made how many of it; `hand` where nobody says so."""
-    return {
-        name: Counter(row.get(made_by_column(name), "hand") for row in rows if column_of(name) in row)
-        for name in CONDITION_FILES
-    }
+    makers: dict[str, Counter[str]] = {name: Counter() for name in CONDITION_FILES}
+    for row in rows:
+        for name, counts in makers.items():
+            if column_of(name) in row:
+                counts[row.get(made_by_column(name), "hand")] += 1
+    return makers
 
 
 def mask_annotator(source: str | Path, *, exchanged: bool = False, device: str | None = None) -> Annotator:

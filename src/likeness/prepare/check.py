@@ -194,7 +194,7 @@ def examine(folder: Path, row: Row) -> Seen:
         if off > ASTRAY:
             sentence = f"the keypoints lie {off:.2f} widths of the face away from the eyes, nose and lips of the mask"
             seen.tell(column_of("keypoints"), "misplaced-keypoints", sentence, None)
-    if "text" in row.values:
+    if row.values.get("text") is not None:
         for kind, sentence in mend_captions(row.values["text"], KINDS)[1]:
             seen.tell("text", kind, sentence, "captions")
     return seen

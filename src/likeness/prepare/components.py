@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, CLIPModel, CLIPTextModel
 
 from likeness.data.folder import read_folder, read_photo
 from likeness.encoders.latent import LatentCodec, to_tensor
+from likeness.encoders.text_image import load_attribute_head, save_attribute_head
 from likeness.files import write_whole
 from likeness.pipelines.load import load_component, load_face_parser
 from likeness.pipelines.packed import save_packed
@@ -37,7 +38,7 @@ def join_components(
 
     Args:
         autoencoder: run folder of an autoencoder.
-        text: run folder of a text tower; its picture tower is kept, too.
+        text: run folder of a text tower; its picture tower and attribute head are kept, too.
         out: folder to write.
         data: prepared folder whose pictures are measured.
         size: pixels a side.
@@ -58,6 +59,8 @@ def join_components(
     save_packed(encoder, out / "text_encoder")
     tokenizer.save_pretrained(out / "tokenizer")
     save_packed(CLIPModel.from_pretrained(text / "model" / "clip").eval(), out / "clip")
+    if (head := load_attribute_head(text / "model")) is not None:
+        save_attribute_head(head, out)
     if face_parser:
         save_packed(load_face_parser(face_parser / "model")[0], out / "face_parser")
 

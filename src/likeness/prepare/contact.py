@@ -122,7 +122,7 @@ def picture_of(path: Path, column: str) -> Image.Image | None:
 def words_of(row: Row, findings: list[Finding]) -> tuple[str, list[str], list[str]]:
     """Where the row is, what is wrong with it, and its captions."""
     split, line, name = row.place
-    text = row.values.get("text", [])
+    text = row.values.get("text") or []
     captions = [str(caption) for caption in (text if isinstance(text, list) else [text])]
     where = f"{split}/{METADATA}".removeprefix("./")
     return f"{where}, line {line}: {name}", [f"{found.kind}: {found.sentence}" for found in findings], captions

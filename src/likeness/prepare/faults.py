@@ -91,8 +91,9 @@ class Row:
 
     @property
     def files(self) -> dict[str, Any]:
-        """Column -> file as the metadata names it."""
-        return {key: name for key, name in self.values.items() if key == "file_name" or key.endswith("_file_name")}
+        """Column -> file as the metadata names it; null is no file."""
+        columns = [key for key in self.values if key == "file_name" or key.endswith("_file_name")]
+        return {key: self.values[key] for key in columns if self.values[key] is not None}
 
 
 def splits_of(folder: Path) -> list[str]:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from likeness.data.store import Store
 from likeness.objectives import Objective
-from likeness.parallel import own
+from likeness.parallel import own, spread_again
 from likeness.pipelines.load import Components
 from likeness.train.config import MDiTFaceAdapter, TrainRecipe
 from likeness.train.learner import Learner
@@ -37,9 +37,9 @@ FEW_PLACES = 64
 """nor where latents are smaller than 8 x 8."""
 CLEAR = 4.0
 """Standard errors that are no accident: the verdict on whether a condition is used."""
-CHANCE = 2.0
-"""Standard errors that may be chance: the alarm about pairs. 128 true pairs had 8.7 or more, shuffled ones 1.6 or less
-(masks, sketches and keypoints of photographs at 128 px, 9 sets of each, four shuffles)."""
+CHANCE = 4.0
+"""Standard errors that may be chance: the alarm about pairs. 128 true pairs had 8.7 or more, shuffled ones 2.7 or less
+(masks, sketches and keypoints of drawn faces and of photographs, 128 px, 9 sets of each, four shuffles)."""
 PATIENCE = 10
 """Steps before the weights and the dependence on the condition are judged: residual branches begin at zero."""
 IDLE = 0.25
@@ -125,6 +125,7 @@ class Canary:
             verdict = "is used" if gain > CLEAR else "is not used yet" if gain > -CLEAR else "MISLEADS"
             notes.append(f"{name} {verdict} ({use}, {gain:.1f} standard errors)")
         model.train()
+        spread_again(model)
         for name, pairs in self.pairs.items():
             if len(pairs) >= FEW_PAIRS and next(iter(pairs.values()))[0][0].numel() >= FEW_PLACES:
                 values[f"{name}_pairs"] = fit = pairing(

@@ -117,7 +117,12 @@ def load_state(run: Path) -> dict[str, Tensor] | None:
 
 
 def unreadable(path: Path, error: BaseException) -> InputError:
-    """What to say of a damaged state."""
+    """What to say of a state that is damaged, or cannot be cut for so many ranks."""
+    if "block boundary" in reason_of(error):  # torchao's
+        return InputError(
+            f"the 8-bit states in {path} cannot be cut for so many processes: go on with the number that wrote it, or "
+            "a divisor or double of that"
+        )
     return InputError(f"the checkpoint {path} cannot be read ({reason_of(error)}); delete it to resume before it")
 
 

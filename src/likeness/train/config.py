@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from likeness.types import InputError
+
 
 @dataclass(frozen=True, kw_only=True)
 class MMFaceNetwork:
@@ -186,6 +188,38 @@ class TrainRecipe:
 FREE = ("threads", "compile", "layout", "micro_batch", "log_every", "checkpoint_every", "canary_every", "keep")
 FREE += ("preview", "defaults", "tensorboard", "wandb")
 """What changes speed, length or reports and may differ between the starts of one run; the length, too."""
+
+
+EVERY = ("log_every", "checkpoint_every", "canary_every")
+WIDEST = 0.28
+"""No power-law average has a relative width above 0.289: that is the plain mean of all weights."""
+
+
+def check(recipe: TrainRecipe) -> None:
+    """Refuse numbers with which nothing can be learnt.
+
+    Raises:
+        InputError: at the first of them.
+    """
+    o, shares = recipe.optimizer, recipe.data.condition_shares
+    for name, value, good, wanted in (
+        ("optimizer.batch", o.batch, o.batch >= 1, "at least 1"),
+        ("optimizer.images", o.images, o.images >= o.batch, f"at least a batch, {o.batch}"),
+        ("optimizer.learning_rate", o.learning_rate, o.learning_rate > 0, "above 0"),
+        ("optimizer.clip", o.clip, o.clip > 0, "above 0"),
+        ("optimizer.warmup", o.warmup, o.warmup >= 0, "at least 0"),
+        ("optimizer.weight_decay", o.weight_decay, o.weight_decay >= 0, "at least 0"),
+        ("optimizer.betas", list(o.betas), all(0 <= beta < 1 for beta in o.betas), "from 0 to below 1"),
+        *(("optimizer.ema", w, 0 < w <= WIDEST, f"above 0, at most {WIDEST}") for w in (o.ema, *o.ema_choices)),
+        ("data.text_dropout", recipe.data.text_dropout, 0 <= recipe.data.text_dropout <= 1, "from 0 to 1"),
+        *((f"data.condition_shares.{name}", share, share >= 0, "at least 0") for name, share in shares.items()),
+        ("the sum of data.condition_shares", sum(shares.values()), sum(shares.values()) > 0, "above 0"),
+        ("data.shards", list(recipe.data.shards), bool(recipe.data.shards), "one folder of shards or more"),
+        ("keep", recipe.keep, recipe.keep >= 1, "at least 1"),
+        *((name, getattr(recipe, name), getattr(recipe, name) >= 0, "at least 0") for name in EVERY),
+    ):
+        if not good:
+            raise InputError(f"the recipe's {name} is {value}: it must be {wanted}")
 
 
 def parts_of(share: str) -> Sequence[str]:

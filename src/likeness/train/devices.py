@@ -34,6 +34,8 @@ class Device:
     """Bytes taken before anything is computed."""
     slack: float = 1.08
     """What allocation wastes."""
+    accelerator: bool = True
+    """Whether attention is always fused; networks write it out in bf16 training on a CPU."""
 
 
 def sheet(memory: float, flops: float, bandwidth: float, **rest: float) -> Device:

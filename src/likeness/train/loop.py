@@ -23,21 +23,21 @@ from likeness.data.sampler import Sampler
 from likeness.data.store import Sample, Store
 from likeness.files import write_whole
 from likeness.objectives import Objective, make_objective
-from likeness.parallel import World, mean_over_ranks, shard_model, synchronise
+from likeness.parallel import World, mean_over_ranks, shard_model, spread_again, synchronise
 from likeness.pipelines.catalogue import BUNDLED, COMMON
 from likeness.pipelines.load import Components, load_components
 from likeness.train.canary import Canary
 from likeness.train.checkpoint import newest, save_state
-from likeness.train.config import FREE, MDiTFaceAdapter, TrainRecipe
+from likeness.train.config import FREE, MDiTFaceAdapter, TrainRecipe, check
 from likeness.train.learner import Learner
 from likeness.train.metrics import Reporter
 from likeness.train.networks import build_network, choose_trained, condition_names, share_of, start_from
 from likeness.train.optim import Ema, learning_rate, make_optimizers
 from likeness.train.page import write_page
 from likeness.train.posthoc import keep_averages
-from likeness.train.publish import preview, publish
+from likeness.train.publish import averaged_pipeline, preview, publish, wishes
 from likeness.train.step import Batch, loss_of, make_batch
-from likeness.types import InputError, TextFeatures
+from likeness.types import InputError, TextFeatures, TryAgain
 
 NON_FINITE = "non_finite.jsonl"
 """The batches whose loss or gradient was not a number; a run that goes on passes them over."""
@@ -52,35 +52,39 @@ def train(recipe: TrainRecipe, run: Path) -> Path:
         The published pipeline, `run/model`.
 
     Raises:
-        InputError: data, components, processes or an earlier state do not fit the recipe; or a loss or gradient that is
-            no number: then the batch is recorded, and the same command goes on from the last checkpoint without it.
+        InputError: data, components, processes or an earlier state do not fit the recipe.
+        TryAgain: a loss or gradient is no number: the batch is recorded, and the same command goes on from the last
+            checkpoint without it.
     """
     # 1. Build
     world = parallel.begin(recipe.layout)
-    micro_batch(recipe, world)  # refuses before anything is written
-    if world.main:
-        run.mkdir(parents=True, exist_ok=True)
-        keep_recipe(recipe, run)
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    base = recipe.network.base if isinstance(recipe.network, MDiTFaceAdapter) else BUNDLED / COMMON
-    components = load_components(recipe.data.components or base)
-    stores = open_stores(recipe, recipe.data.shards, components)
-    unseen = open_stores(recipe, recipe.data.validation, components)
-    try:
-        objective = make_objective(recipe.objective)
-    except ValueError as error:
-        raise InputError(f"the recipe's objective cannot be used: {error}") from error
-    torch.manual_seed(recipe.seed)  # initial weights only; every later draw has a stream of its own
-    model: Any = build_network(
-        recipe,
-        channels=stores[0][0].latents.shape[0],
-        text_dim=components.text_encoder.config.hidden_size,
-        pooled_dim=components.text_encoder.config.hidden_size,
-        text_tokens=components.settings["max_text_tokens"],
-    )
-    start_from(model, recipe)
-    choose_trained(model, recipe)
+    with world.together():
+        check(recipe)
+        micro_batch(recipe, world)  # before anything is written, as are the previews' files
+        wishes(recipe)
+        if world.main:
+            run.mkdir(parents=True, exist_ok=True)
+            keep_recipe(recipe, run)
+        if recipe.threads:
+            torch.set_num_threads(recipe.threads)
+        base = recipe.network.base if isinstance(recipe.network, MDiTFaceAdapter) else BUNDLED / COMMON
+        components = load_components(recipe.data.components or base)
+        stores = open_stores(recipe, recipe.data.shards, components)
+        unseen = open_stores(recipe, recipe.data.validation, components)
+        try:
+            objective = make_objective(recipe.objective)
+        except ValueError as error:
+            raise InputError(f"the recipe's objective cannot be used: {error}") from error
+        torch.manual_seed(recipe.seed)  # initial weights only; every later draw has a stream of its own
+        model: Any = build_network(
+            recipe,
+            channels=stores[0][0].latents.shape[0],
+            text_dim=components.text_encoder.config.hidden_size,
+            pooled_dim=components.text_encoder.config.hidden_size,
+            text_tokens=components.settings["max_text_tokens"],
+        )
+        start_from(model, recipe)
+        choose_trained(model, recipe)
     if recipe.network.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     model.to(world.device).train()
@@ -106,7 +110,8 @@ def train(recipe: TrainRecipe, run: Path) -> Path:
     total, size = recipe.optimizer.images, recipe.optimizer.batch
     passed_over = non_finite_batches(run)
     starts = [start for start in range(learner.seen, total, size) if start not in passed_over]
-    reporter = Reporter(run, total, learner.seen, recipe) if world.main else None
+    with world.together():
+        reporter = Reporter(run, total, learner.seen, recipe) if world.main else None
     canary = Canary(recipe, learner, components, objective, unseen or stores) if recipe.canary_every else None
     recent: list[tuple[int, Tensor, Tensor]] = []  # start, loss and gradient norm of each step since the last report
     for start, batches in zip(starts, read_batches(recipe, stores, model, components, world, starts), strict=True):
@@ -161,16 +166,20 @@ def save(
     """Publish, preview, and write a state, in this order: whoever finds a state finds what it published. Where the disk
     is full the run goes on, and the next checkpoint tries again; the last one must succeed.
     """
-    adapted = isinstance(recipe.network, MDiTFaceAdapter)  # a base in bf16 with parts in float32
+    adapted = isinstance(recipe.network, MDiTFaceAdapter)
+    pipeline, weights = averaged_pipeline(recipe, learner, components, objective)
     try:
-        pipeline = publish(recipe, learner, components, objective, run)
-        if pipeline and not (adapted and learner.world.size > 1):  # there the base is spread over the processes
-            with torch.autocast(learner.world.kind, torch.bfloat16, enabled=adapted):
-                preview(recipe, pipeline, run, learner.seen)
+        with learner.world.together():
+            if learner.world.main:
+                publish(recipe, pipeline, weights, components, run)
+        with learner.world.together(), torch.autocast(learner.world.kind, torch.bfloat16, enabled=adapted):
+            if pipeline:
+                preview(recipe, pipeline, run, learner.seen, learner.world)
     except InputError as error:
         go_on(error, last)
     finally:
         if adapted:
+            spread_again(learner.model)
             learner.averages[0].swap()
             learner.model.train()
     try:
@@ -225,6 +234,13 @@ def open_stores(recipe: TrainRecipe, folders: Sequence[str], components: Compone
         raise InputError("some of the recipe's shards have text features and others not, or others: encode all alike")
     if towers - {None} and towers != {components.text_hash()}:
         raise InputError(f"{stores[0].folder} holds text features of another text tower: encode it again")
+    if empty := [store.folder for store in stores if not len(store)]:
+        raise InputError(f"{empty[0]} holds no face: encode a folder that has some")
+    sizes, patch = {tuple(store[0].latents.shape) for store in stores}, getattr(recipe.network, "patch_size", 2)
+    if len(sizes) > 1:
+        raise InputError(f"the recipe's shards differ in size ({sorted(sizes)}, channels first): encode all alike")
+    if any(side % patch for _, *sides in sizes for side in sides):
+        raise InputError(f"latents of {sorted(sizes)[0]}, channels first, cannot be cut into patches of {patch}")
     for store in stores:
         if store.manifest["codec"] != components.codec_hash:
             raise InputError(f"{store.folder} was encoded with another autoencoder: encode it again")
@@ -269,7 +285,7 @@ def finite(recent: Sequence[tuple[int, Tensor, Tensor]], run: Path, batch: int, 
     """The mean loss of these steps and their last gradient norm, over all processes.
 
     Raises:
-        InputError: in every process alike, one of them is not finite; the batch is recorded first.
+        TryAgain: in every process alike, one of them is not finite; the batch is recorded first.
     """
     losses = mean_over_ranks(torch.stack([loss for _, loss, _ in recent]), world)
     norms = torch.stack([norm for _, _, norm in recent])
@@ -278,12 +294,12 @@ def finite(recent: Sequence[tuple[int, Tensor, Tensor]], run: Path, batch: int, 
         return losses.mean().item(), norms[-1].item()
     number = good.index(False)
     start, loss, norm = recent[number][0], losses[number].item(), norms[number].item()
-    if world.main:
+    with world.together():
         line = {"start": start, "positions": [start, start + batch - 1], "loss": str(loss), "gradient_norm": str(norm)}
         earlier = (run / NON_FINITE).read_text() if (run / NON_FINITE).is_file() else ""
-        write_whole(run / NON_FINITE, earlier + json.dumps(line) + "\n")
-    world.wait()
-    raise InputError(
+        if world.main:
+            write_whole(run / NON_FINITE, earlier + json.dumps(line) + "\n")
+    raise TryAgain(
         f"the loss is {loss} and the gradient norm {norm} in the batch of images {start} to {start + batch - 1} "
         f"(recorded in {run / NON_FINITE}): run the same command again to go on from the last checkpoint without it, "
         "or lower the learning rate"

@@ -50,10 +50,11 @@ class Reporter:
             self.speed = (seen - self.last_seen) / max(now - self.last_time, 1e-9)
         self.last_seen, self.last_time = seen, now
         left = clock((self.total - seen) / self.speed) if self.speed else "unknown time"
-        self.keep(seen, {"images_per_second": round(self.speed, 2), "memory_gb": peak_memory(), **values})
+        memory = peak_memory()
+        self.keep(seen, {"images_per_second": round(self.speed, 2), "memory_gb": memory, **values})
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         print(
-            f"{seen:>9,}/{self.total:,} images  {numbers}  {self.speed:.1f} images/s  {left} left",
+            f"{seen:>9,}/{self.total:,} images  {numbers}  {self.speed:.1f} images/s  {memory:.2f} GB  {left} left",
             file=sys.stderr,
             flush=True,
         )

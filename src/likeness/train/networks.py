@@ -66,6 +66,8 @@ def build_network(
     several = [share for share in recipe.data.condition_shares if "+" in share]
     if several:
         raise InputError(f"condition_shares has {several[0]!r}, but MMFace-DiT takes one condition at a time")
+    if n.hidden_size % (4 * n.heads):  # whole heads, in pairs of values along two axes
+        raise InputError(f"hidden_size is {n.hidden_size}: with {n.heads} heads it must be a multiple of {4 * n.heads}")
     if pooled_dim != text_dim:
         raise InputError(
             f"MMFace-DiT takes one text tower; here tokens are {text_dim} and the pooled text {pooled_dim} wide"

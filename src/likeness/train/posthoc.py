@@ -29,9 +29,10 @@ def keep_averages(learner: Learner, run: Path) -> None:
         return
     for average in learner.averages:
         weights = gather(average.weights, learner.world)
-        if learner.world.main:
-            content = save({name: value.half().contiguous() for name, value in weights.items()})
-            write_whole(run / FOLDER / f"{learner.seen:012d}-{average.relative_width}.safetensors", content)
+        with learner.world.together():
+            if learner.world.main:
+                content = save({name: value.half().contiguous() for name, value in weights.items()})
+                write_whole(run / FOLDER / f"{learner.seen:012d}-{average.relative_width}.safetensors", content)
 
 
 def average_of(run: Path, width: float, seen: int | None = None) -> Path:

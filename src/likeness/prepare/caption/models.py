@@ -1,4 +1,4 @@
-"""A model that answers questions, whether it runs here or behind an address: what the stage knows of it.
+"""A model that answers questions, behind an address (`endpoint`) or here (`checkpoint`): what the stage knows of it.
 
 One user message a question, decoded greedily, so that the same question has the same answer and answers can be kept by
 their question.
@@ -7,12 +7,19 @@ their question.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
+
+from likeness.pipelines.catalogue import BUNDLED, COMMON
+from likeness.types import InputError
+
+if TYPE_CHECKING:
+    from likeness.prepare.caption.endpoint import Meter
 
 ANSWER_TOKENS = 256
 """Most tokens of an answer: three times a caption, so that one that is too long can be cut at a sentence."""
@@ -46,6 +53,38 @@ class Model:
     """Answers in order, each as soon as it is there."""
 
 
+def open_model(
+    given: str, *, sees: bool, meter: Meter, name: str | None, fields: str, key_variable: str | None
+) -> Model:
+    """A model by its address or its checkpoint.
+
+    Args:
+        given: address of an endpoint, or a hub name or folder for transformers.
+        sees: whether it must read pictures.
+        meter: what an endpoint counts in.
+        name: of the model at an endpoint.
+        fields: JSON of further fields of an endpoint's requests.
+        key_variable: environment variable of an endpoint's key.
+
+    Raises:
+        InputError: it cannot be opened, or an option belongs to endpoints only.
+    """
+    if is_address(given):
+        from likeness.prepare.caption.endpoint import open_endpoint
+
+        return open_endpoint(given, name, meter, fields=fields, key_variable=key_variable)
+    if name is not None or fields != "{}":
+        raise InputError(f"{given} is a checkpoint: names and fields are for endpoints, whose address begins with http")
+    from likeness.prepare.caption.checkpoint import open_language_model, open_vision_model
+
+    return open_vision_model(given) if sees else open_language_model(given)
+
+
+def is_address(given: str) -> bool:
+    """Whether a model is given by the address of an endpoint."""
+    return given.startswith(("http://", "https://"))
+
+
 def question_key(model: Model, text: str, picture: str = "") -> str:
     """What an answer is kept under, 32 hexadecimal digits.
 
@@ -58,20 +97,28 @@ def question_key(model: Model, text: str, picture: str = "") -> str:
     return hashlib.sha256(parts.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
-def is_address(given: str) -> bool:
-    """Whether a model is given by the address of an endpoint."""
-    return given.startswith(("http://", "https://"))
+def load_counter(components: Path = BUNDLED / COMMON) -> Callable[[str], int]:
+    """Counts tokens, start and end among them, with the tokenizer of a pipeline folder or of `common/`.
 
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
 
-def checkpoint_name(given: str) -> str:
-    """A hub name as it is; a folder by its name and a hash of its configuration and of samples of its weights."""
-    folder = Path(given)
-    if not folder.is_dir():
-        return given
-    digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.json"), *folder.glob("*.jinja"), *folder.glob("*.safetensors")]):
-        digest.update(f"{file.name} {file.stat().st_size} ".encode())
-        with file.open("rb") as opened:
-            opened.seek(max(0, file.stat().st_size - 2**16))
-            digest.update(opened.read())
-    return f"{folder.resolve().name}@{digest.hexdigest()[:8]}"
+    from likeness.pipelines.load import first_line
+
+    places = (components / "tokenizer", components.parent / COMMON / "tokenizer", components)
+    where = next((place for place in places if (place / "tokenizer_config.json").is_file()), None)
+    if where is None:
+        raise InputError(f"{components} holds no tokenizer: give a model's folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"the tokenizer in {where} cannot be read: {first_line(error)}") from error
+    turn = threading.Lock()  # fast tokenizers change themselves while they encode
+
+    def count(text: str) -> int:
+        with turn:
+            return len(tokenizer(text, truncation=False, verbose=False)["input_ids"])
+
+    return count

@@ -1,40 +1,71 @@
-"""Caption a prepared folder: ask, filter, check, shorten; record where every caption comes from.
+"""Caption a prepared folder: ask, filter, refine, shorten; record where every caption comes from.
 
-What models answer is kept as soon as it is there (`answers.jsonl`, see `journal`). Everything else is a function of
-the answers and is computed anew by every run, so that a killed run asks nothing twice, and another limit or rule asks
-nothing at all. `captions.jsonl` (see `record`) and `metadata.jsonl` are written at the end, both or neither.
+What models answer is kept as soon as it is there. Everything else is a function of the answers and is computed anew by
+every run, so that a killed run asks nothing twice, and another limit or rule asks nothing at all. `captions.jsonl` (see
+`records`) and `metadata.jsonl` are written at the end, both or neither. A caption that cannot be made good is kept too,
+with the reason in `dropped`, so that nothing vanishes unexplained.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import threading
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+from PIL import Image
+
+from likeness.conditions.pictures import open_picture
 from likeness.data.folder import METADATA, captions_of, each_row, root_of
 from likeness.files import writing_whole
-from likeness.pipelines.catalogue import BUNDLED, COMMON
-from likeness.pipelines.load import first_line
-from likeness.prepare.caption.endpoint import Meter
-from likeness.prepare.caption.face import Asking, Outcome, Plan, caption_face
-from likeness.prepare.caption.journal import open_journal
-from likeness.prepare.caption.models import Model, is_address
-from likeness.prepare.caption.pieces import Count
-from likeness.prepare.caption.prompts import PROMPTS
-from likeness.prepare.caption.record import is_used, merge, open_record
+from likeness.prepare.caption.endpoint import Meter, Refused, Spent
+from likeness.prepare.caption.grammar import ATTRIBUTES, write_captions
+from likeness.prepare.caption.models import Answer, Model, Question, question_key
+from likeness.prepare.caption.prompts import PROMPTS, describe, refine
+from likeness.prepare.caption.records import (
+    ANSWERS,
+    CAPTIONS,
+    Caption,
+    Journal,
+    is_used,
+    merge,
+    open_journal,
+    open_record,
+)
+from likeness.prepare.caption.refine import accept, facts_of, read_labels, without_contradictions
+from likeness.prepare.caption.rules import Count, filter_answer, shorten
 from likeness.types import InputError
 
-ANSWERS = "answers.jsonl"
-CAPTIONS = "captions.jsonl"
-
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run is to do."""
+
+    vlm: Model | None = None
+    """Describes the pictures; None asks no model."""
+    refiner: Model | None = None
+    """Checks what `vlm` said against attributes and mask; None leaves that to the masks alone."""
+    grammar: bool = False
+    """Whether to write captions from CelebA's attributes, where rows have them."""
+    prompts: Sequence[str] = tuple(PROMPTS)
+    """Names of `PROMPTS`: a caption each."""
+    max_tokens: int = 77
+    """Most tokens of a caption, its start and end among them."""
+    pixels: int = 768
+    """Pixels of the longer side of what `vlm` sees, at most."""
+    replace: bool = False
+    """Whether captions that this run does not make are left out of the metadata."""
+    seed: int = 0
+    """Seed of the grammar."""
 
 
 @dataclass
@@ -114,58 +145,6 @@ def caption_folder(
     return report
 
 
-def open_model(
-    given: str, *, sees: bool, meter: Meter, name: str | None, fields: str, key_variable: str | None
-) -> Model:
-    """A model by its address or its checkpoint.
-
-    Args:
-        given: address of an endpoint, or a hub name or folder for transformers.
-        sees: whether it must read pictures.
-        meter: what an endpoint counts in.
-        name: of the model at an endpoint.
-        fields: JSON of further fields of an endpoint's requests.
-        key_variable: environment variable of an endpoint's key.
-
-    Raises:
-        InputError: it cannot be opened, or an option belongs to endpoints only.
-    """
-    if is_address(given):
-        from likeness.prepare.caption.endpoint import open_endpoint
-
-        return open_endpoint(given, name, meter, fields=fields, key_variable=key_variable)
-    if name is not None or fields != "{}":
-        raise InputError(f"{given} is a checkpoint: names and fields are for endpoints, whose address begins with http")
-    from likeness.prepare.caption import local
-
-    return local.open_vision_model(given) if sees else local.open_language_model(given)
-
-
-def load_counter(components: Path = BUNDLED / COMMON) -> Count:
-    """Counts tokens, start and end among them, with the tokenizer of a pipeline folder or of `common/`.
-
-    Raises:
-        InputError: there is none, or it cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    places = (components / "tokenizer", components.parent / COMMON / "tokenizer", components)
-    where = next((place for place in places if (place / "tokenizer_config.json").is_file()), None)
-    if where is None:
-        raise InputError(f"{components} holds no tokenizer: give a model's folder")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"the tokenizer in {where} cannot be read: {first_line(error)}") from error
-    turn = threading.Lock()  # fast tokenizers change themselves while they encode
-
-    def count(text: str) -> int:
-        with turn:
-            return len(tokenizer(text, truncation=False, verbose=False)["input_ids"])
-
-    return count
-
-
 def check_plan(plan: Plan, parallel: int) -> None:
     """Refuse what cannot be done."""
     unknown = [name for name in plan.prompts if name not in PROMPTS]
@@ -226,3 +205,152 @@ def relative(value: Any, root: Path) -> Any:
 def line_of(record: dict[str, Any]) -> bytes:
     """A line of a JSONL file."""
     return (json.dumps(record, ensure_ascii=False) + "\n").encode()
+
+
+# One face
+
+
+class Outcome(NamedTuple):
+    """What became of one face."""
+
+    captions: list[Caption]
+    fault: str = ""
+    """Why it could not be captioned."""
+    complete: bool = True
+    """Whether every question was answered, rather than the budget spent."""
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Asks models what they were not asked before."""
+
+    journal: Journal
+    meter: Meter
+
+    def __call__(
+        self, model: Model, texts: Mapping[str, str], picture: Image.Image | None = None, **about: str
+    ) -> dict[str, Answer]:
+        """Answers by key; fewer than questions where the budget is spent or the run is being stopped.
+
+        Args:
+            model: whom to ask.
+            texts: key -> the message.
+            picture: what all of them are about.
+            about: what the journal notes beside the answers.
+        """
+        answers = {key: answer for key in texts if (answer := self.journal.find(key)) is not None}
+        lacking = [key for key in texts if key not in answers]
+        if lacking and not self.meter.stopped.is_set():
+            questions = [Question(texts[key], picture) for key in lacking]
+            with suppress(Spent):
+                for key, answer in zip(lacking, model.answer(questions), strict=True):
+                    self.journal.add(key, answer, model=model.name, **about)
+                    answers[key] = answer
+        return answers
+
+    def lacks(self, texts: Mapping[str, str]) -> bool:
+        """Whether one of the questions, by key, was never answered."""
+        return any(self.journal.find(key) is None for key in texts)
+
+
+def caption_face(row: dict[str, Any], name: str, plan: Plan, count: Count, ask: Asking) -> Outcome:
+    """The captions of one face, those that are left out among them.
+
+    Args:
+        row: of the metadata, files as absolute paths.
+        name: its `file_name` in the metadata.
+        plan: what to do.
+        count: a text -> its tokens.
+        ask: how models are asked.
+
+    Raises:
+        InputError: a model cannot be asked any more, or its answer cannot be kept.
+    """
+    captions = grammar_captions(row, name, plan.seed) if plan.grammar else []
+    complete = True
+    if plan.vlm is None and not captions:
+        return Outcome([], "it has no attributes of CelebA's, such as Smiling, to write captions from")
+    if plan.vlm is not None:
+        try:
+            content, labels = row["file_name"].read_bytes(), read_labels(row)
+            about = f"{hashlib.sha256(content).hexdigest()} at most {plan.pixels} pixels"
+            texts = {question_key(plan.vlm, describe(prompt), about): describe(prompt) for prompt in plan.prompts}
+            picture = look(content, name, plan.pixels) if ask.lacks(texts) else None
+        except OSError as error:
+            return Outcome([], f"it cannot be read: {error.strerror or error}")
+        except InputError as error:
+            return Outcome([], str(error))
+        try:
+            answers = ask(plan.vlm, texts, picture, file_name=name)
+            described = [
+                describe_caption(prompt, plan.vlm, answers[key])
+                for prompt, key in zip(plan.prompts, texts, strict=True)
+                if key in answers
+            ]
+            if plan.refiner is not None:
+                described = checked_captions(plan.refiner, row, labels, described, name, ask)
+        except Refused as error:
+            return Outcome([], str(error))
+        complete = len(described) == len(plan.prompts)
+        for caption in filter(is_used, described):
+            change(caption, *without_contradictions(labels, caption["text"]))
+        captions += described
+    for caption in filter(is_used, captions):
+        text, how = shorten(caption["text"], count, plan.max_tokens)
+        change(caption, text, [f"length: {how}"] if how else [])
+    return Outcome(captions, complete=complete)
+
+
+def look(content: bytes, name: str, pixels: int) -> Image.Image:
+    """A picture file as it is shown to a model: upright, RGB, its longer side at most `pixels`."""
+    picture = open_picture(content, name).convert("RGB")
+    picture.thumbnail((pixels, pixels), Image.Resampling.LANCZOS)
+    return picture
+
+
+def describe_caption(prompt: str, model: Model, answer: Answer) -> Caption:
+    """What the rules make of a model's answer."""
+    filtered = filter_answer(answer.text, answer.finished)
+    caption = {"text": "", "source": "vlm", "prompt": prompt, "model": model.name, "raw": answer.text}
+    change(caption, filtered.text, filtered.touched)
+    return caption
+
+
+def checked_captions(
+    refiner: Model, row: dict[str, Any], labels: np.ndarray | None, captions: list[Caption], name: str, ask: Asking
+) -> list[Caption]:
+    """The captions after their check; without those whose check is not there yet."""
+    facts = {id(caption): facts_of(row, labels, caption["text"]) for caption in filter(is_used, captions)}
+    texts = {c["prompt"]: refine(facts[id(c)], c["text"]) for c in filter(is_used, captions)}
+    keys = {prompt: question_key(refiner, text) for prompt, text in texts.items()}
+    answers = ask(refiner, {keys[prompt]: text for prompt, text in texts.items()}, file_name=name)
+    checked = []
+    for caption in captions:
+        if is_used(caption):
+            answer = answers.get(keys[caption["prompt"]])
+            if answer is None:
+                continue
+            verdict = accept(answer.text, caption["text"], facts[id(caption)], answer.finished)
+            caption |= {"refiner": refiner.name, "refined": answer.text}
+            change(caption, verdict.text, verdict.touched)
+        checked.append(caption)
+    return checked
+
+
+def grammar_captions(row: dict[str, Any], name: str, seed: int) -> list[Caption]:
+    """Ten captions from CelebA's attributes, the same for the same face and seed; none where there are no such."""
+    attributes = row.get("attributes")
+    if not isinstance(attributes, dict) or not set(attributes) & set(ATTRIBUTES):
+        return []
+    holds = {key: value is True or value == 1 for key, value in attributes.items() if key in ATTRIBUTES}
+    rng = np.random.default_rng([seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])])
+    return [{"text": text, "source": "grammar"} for text in write_captions(holds, rng)]
+
+
+def change(caption: Caption, text: str, why: Sequence[str]) -> None:
+    """Give a caption another text, and say why; one that is left with none is dropped."""
+    caption["text"] = text
+    if why:
+        caption["touched"] = [*caption.get("touched", ()), *why]
+    if not text:
+        caption["dropped"] = why[-1]

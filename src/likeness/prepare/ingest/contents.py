@@ -70,13 +70,13 @@ def open_face(face: Face, frame: Frame) -> tuple[Image.Image, Box, bytes, str]:
     return image, box, content, suffix
 
 
-def picture_content(image: Image.Image, box: Box, size: int | None) -> bytes:
-    """A picture as PNG: cropped, resized, RGB."""
+def framed(image: Image.Image, box: Box, size: int | None) -> Image.Image:
+    """A picture cropped, resized, RGB; pixels only, no profile or comment of the source."""
     image = image.convert("RGB")
     image = image if box is None else image.crop(box)
     if size is not None and image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.LANCZOS)
-    return png_bytes(Image.fromarray(np.asarray(image)))  # pixels only: no profile or comment of the source
+    return Image.fromarray(np.asarray(image))
 
 
 def mask_content(source: Any, box: Box, size: tuple[int, int]) -> tuple[bytes, bool]:

@@ -18,11 +18,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from likeness.conditions import CONDITIONS
+from likeness.conditions.pictures import open_picture, png_bytes
 from likeness.data.ahead import read_ahead
 from likeness.data.folder import METADATA, RECORD, column_of, condition_file
 from likeness.files import write_whole, writing_whole
-from likeness.prepare.ingest.contents import CONTENTS, KEPT, Frame, open_face, picture_content
+from likeness.prepare.alike import fingerprint, shared_pictures
+from likeness.prepare.ingest.contents import CONTENTS, KEPT, Frame, framed, open_face
 from likeness.prepare.ingest.face import Face, Faces, File, Skipped, json_of, lines_of, parse_json
 from likeness.prepare.ingest.layouts import rank
 from likeness.prepare.ingest.recognise import LAYOUTS, UNKNOWN_TERMS, recognise
@@ -46,6 +50,8 @@ class Written:
     row: dict[str, Any]
     skipped: list[Skipped] = field(default_factory=list)
     repaired: bool = False
+    fingerprint: bytes = b""
+    """What its picture is known again by."""
 
 
 def ingest(
@@ -97,7 +103,14 @@ def ingest(
     if layout == "auto":
         layout = recognise(tree)
         tell(f"{source} looks like {layout}: {LAYOUTS[layout].look}")
-    split = LAYOUTS[layout].split if split == "auto" else split
+
+    def faces() -> Faces:
+        return islice_faces(LAYOUTS[layout].faces(tree), limit)
+
+    if split == "auto":
+        split = LAYOUTS[layout].split
+        if split == "random" and all(face.identity is not None for face in faces() if isinstance(face, Face)):
+            split = "person"
     words = caption_files(captions) if captions else {}
     record = {
         "kind": KIND,
@@ -117,9 +130,6 @@ def ingest(
         left = [parse_json(line, SKIPPED) for line in lines_of(out / SKIPPED)] if (out / SKIPPED).is_file() else []
         return {**json_of(out / RECORD)["faces"], "skipped": {entry["name"]: entry["reason"] for entry in left}}
 
-    def faces() -> Faces:
-        return islice_faces(LAYOUTS[layout].faces(tree), limit)
-
     splits = assign(split, (face for face in faces() if isinstance(face, Face)), tree, held_out, seed)
     if not splits:
         left = next((face for face in faces() if isinstance(face, Skipped)), None)
@@ -131,6 +141,9 @@ def ingest(
     people = counts.pop("shared people", 0)
     if people:
         tell(f"{people} persons are in more than one split: --split person keeps them apart")
+    if alike := counts.pop("shared pictures", 0):
+        told = f"{alike} pictures of train are in another split, too, or nearly"
+        tell(f"{told}: `likeness prepare check {out}` lists them")
     names = sorted({name for name in splits if name is not None}, key=rank)
     written = {name: counts.pop(name) for name in names if counts[name]}
     if not written:
@@ -219,6 +232,7 @@ def write_faces(
     skipped: dict[str, str] = {}
     people: dict[str, str] = {}
     shared: set[str] = set()
+    prints, held_out = bytearray(), bytearray()
     threads = os.cpu_count() or 1
     done = 0
     with ExitStack() as opened:
@@ -233,6 +247,8 @@ def write_faces(
                 rows[written.split].write(json.dumps(written.row, ensure_ascii=False).encode() + b"\n")
                 counts[written.split] += 1
                 counts["repaired"] += written.repaired
+                prints += written.fingerprint
+                held_out.append(written.split != "train")
                 person = written.row.get("identity")
                 if person is not None and people.setdefault(person, written.split) != written.split:
                     shared.add(person)
@@ -242,6 +258,7 @@ def write_faces(
     if not counts["repaired"]:
         del counts["repaired"]
     counts["shared people"] = len(shared)
+    counts["shared pictures"] = shared_pictures(prints, np.frombuffer(held_out, np.bool_))
     return counts, skipped
 
 
@@ -297,7 +314,10 @@ def write_face(
             write_whole(target, made)
         if picture is None:
             picture = folder / "images" / f"{name}{suffix or '.png'}"
-            write_whole(picture, content if suffix else picture_content(image, box, frame.size))
+            image = framed(image, box, frame.size)
+            write_whole(picture, content if suffix else png_bytes(image))
+            written.fingerprint = fingerprint(image)
+    written.fingerprint = written.fingerprint or fingerprint(open_picture(picture))
     row = {"file_name": f"images/{picture.name}"}
     row |= {column_of(key): condition_file(key, name) for key, target in targets.items() if target.is_file()}
     try:

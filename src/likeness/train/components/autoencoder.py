@@ -81,7 +81,16 @@ class AutoencoderRecipe:
 
 
 def build(recipe: AutoencoderRecipe) -> AutoencoderDC:
-    """The network of a recipe. A first stage without layers makes the stem go to half the size at once."""
+    """The network of a recipe. A first stage without layers makes the stem go to half the size at once.
+
+    Raises:
+        InputError: the last channels are no multiple of the latent's, as the shortcuts between them need.
+    """
+    for name, channels in (("encoder", recipe.encoder_channels), ("decoder", recipe.decoder_channels)):
+        if channels[-1] % recipe.latent_channels:
+            raise InputError(
+                f"{name}_channels end in {channels[-1]}: choose a multiple of latent_channels, {recipe.latent_channels}"
+            )
     return AutoencoderDC(
         latent_channels=recipe.latent_channels,
         encoder_block_out_channels=(recipe.encoder_channels[0] // 2, *recipe.encoder_channels),

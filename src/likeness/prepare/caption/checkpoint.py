@@ -6,14 +6,16 @@ built without that part. For millions of captions serve the model with vLLM and 
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from likeness.pipelines.load import first_line
-from likeness.prepare.caption.models import ANSWER_TOKENS, Answer, Model, Question, checkpoint_name
+from likeness.prepare.caption.models import ANSWER_TOKENS, Answer, Model, Question
 from likeness.types import InputError
 
 
@@ -100,6 +102,20 @@ def greedy(checkpoint: str, network: Any, tokenizer: Any, encode: Any) -> Model:
 
     settings = f"greedy, {ANSWER_TOKENS} tokens"
     return Model(checkpoint_name(checkpoint), settings, answer)
+
+
+def checkpoint_name(given: str) -> str:
+    """A hub name as it is; a folder by its name and a hash of its configuration and of samples of its weights."""
+    folder = Path(given)
+    if not folder.is_dir():
+        return given
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.json"), *folder.glob("*.jinja"), *folder.glob("*.safetensors")]):
+        digest.update(f"{file.name} {file.stat().st_size} ".encode())
+        with file.open("rb") as opened:
+            opened.seek(max(0, file.stat().st_size - 2**16))
+            digest.update(opened.read())
+    return f"{folder.resolve().name}@{digest.hexdigest()[:8]}"
 
 
 def load_network(kind: Any, checkpoint: str) -> Any:

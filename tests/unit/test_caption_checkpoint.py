@@ -30,7 +30,7 @@ from transformers import (
 from builders import randomise, save_components
 from likeness.cli import main
 from likeness.data.synthetic import draw_face
-from likeness.prepare.caption import local
+from likeness.prepare.caption import checkpoint
 from likeness.prepare.caption.models import Question
 from likeness.prepare.caption.prompts import PROMPTS
 from likeness.types import InputError
@@ -132,7 +132,7 @@ def save(kind: type, config, folder: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _short_answers(monkeypatch):
     """Random weights never come to an end: 12 tokens of it are enough."""
-    monkeypatch.setattr(local, "ANSWER_TOKENS", 12)
+    monkeypatch.setattr(checkpoint, "ANSWER_TOKENS", 12)
 
 
 def pictures() -> list[Image.Image]:
@@ -142,7 +142,7 @@ def pictures() -> list[Image.Image]:
 @pytest.mark.parametrize("save_model", [save_internvl, save_qwen2_vl, save_llava])
 def test_a_checkpoint_answers_about_pictures(tmp_path, save_model):
     folder = save_model(tmp_path / "model")
-    model = local.open_vision_model(str(folder))
+    model = checkpoint.open_vision_model(str(folder))
     first, second = Image.new("RGB", (64, 64), "white"), pictures()[0]
     alone = [next(model.answer([Question("Who is it?", picture)])) for picture in (first, second)]
     together = list(
@@ -159,7 +159,7 @@ def test_a_checkpoint_answers_about_pictures(tmp_path, save_model):
 
 def test_a_checkpoint_answers_text(tmp_path):
     folder = save_qwen3(tmp_path / "llm")
-    model = local.open_language_model(str(folder))
+    model = checkpoint.open_language_model(str(folder))
     questions = [Question("Check this."), Question("A longer question than the other one.")]
     tokenizer, network = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     for question, answer in zip(questions, model.answer(questions), strict=True):
@@ -176,7 +176,7 @@ def test_an_end_is_told_from_a_cut(tmp_path):
         network.lm_head.weight.zero_()  # all words are as likely, so it takes the first
     network.generation_config.eos_token_id = [0, 1]  # which is one of its ends
     network.save_pretrained(folder)
-    (answer,) = local.open_language_model(str(folder)).answer([Question("Hello")])
+    (answer,) = checkpoint.open_language_model(str(folder)).answer([Question("Hello")])
     assert answer.finished
     assert answer.text == ""
 
@@ -206,15 +206,15 @@ def test_a_folder_from_end_to_end(tmp_path, capsys):
 
 def test_refusals(tmp_path):
     with pytest.raises(InputError, match="no chat template"):
-        local.open_language_model(str(save_qwen3(tmp_path / "base", template=None)))
+        checkpoint.open_language_model(str(save_qwen3(tmp_path / "base", template=None)))
     with pytest.raises(InputError, match="reads pictures and texts"):
-        local.open_vision_model(str(save_qwen3(tmp_path / "blind")))
+        checkpoint.open_vision_model(str(save_qwen3(tmp_path / "blind")))
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="cannot be loaded"):
-        local.open_vision_model(str(tmp_path / "empty"))
+        checkpoint.open_vision_model(str(tmp_path / "empty"))
     with pytest.raises(InputError, match="cannot be loaded"):
-        local.open_language_model(str(tmp_path / "empty"))
+        checkpoint.open_language_model(str(tmp_path / "empty"))
     broken = save_internvl(tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(InputError, match="cannot be loaded"):
-        local.open_vision_model(str(broken))
+        checkpoint.open_vision_model(str(broken))

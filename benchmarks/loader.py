@@ -1,0 +1,90 @@
+"""Does loading from shards keep up with training? Images a second that the loader gives, against those that the step of
+`recipes/mmface_mini.toml` takes, in turns in one run.
+
+    python benchmarks/loader.py SHARDS... [--rounds 3] [network.depth=4 ...]
+
+The loader is the loop's own: one thread that reads captions and latents, draws times and noise, and makes batches. The
+step is the loop's, too: text tower, network, backward pass, optimizer and average.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from likeness.config import load_toml
+from likeness.data.store import Store
+from likeness.objectives import make_objective
+from likeness.parallel import ALONE
+from likeness.pipelines.catalogue import BUNDLED, COMMON
+from likeness.pipelines.load import load_components
+from likeness.train import loop
+from likeness.train.config import TrainRecipe
+from likeness.train.learner import Learner
+from likeness.train.networks import build_network
+from likeness.train.optim import Ema, make_optimizers
+from likeness.train.step import loss_of
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "mmface_mini.toml"
+READ_AHEAD, BATCHES, STEPS = 6, 20, 3
+"""Batches that may lie ready and are not counted; batches and steps of a round."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="+", help="folders of shards, and changes of the recipe as key=value")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    folders = [word for word in options.words if "=" not in word]
+    changes = [f"data.shards={folders}", *(word for word in options.words if "=" in word)]
+    recipe = load_toml(RECIPE, TrainRecipe, tuple(changes))
+    components, stores = load_components(BUNDLED / COMMON), [Store(folder) for folder in folders]
+    torch.manual_seed(0)
+    width = components.text_encoder.config.hidden_size
+    tokens, channels = components.settings["max_text_tokens"], stores[0][0].latents.shape[0]
+    model: Any = build_network(recipe, channels=channels, text_dim=width, pooled_dim=width, text_tokens=tokens)
+    averages = [Ema(model)]
+    learner = Learner(model=model, optimizers=make_optimizers(model, recipe.optimizer), averages=averages)
+    objective, batch = make_objective(recipe.objective), recipe.optimizer.batch
+    batches = loop.read_batches(recipe, stores, model, components, ALONE, range(0, 10**9, batch))
+
+    def step(one: Any) -> None:
+        text = components.text_features(one.captions) if one.text is None else one.text
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
+            times = objective.sample_time(one.uniform)
+            given = (one.clean, one.noise, times, text, one.condition_latents, one.condition_index)
+            loss_of(model, objective, *given).backward()
+        learner.step(1e-4, recipe.optimizer.clip)
+        learner.count(batch)
+
+    loaded, learnt = [], []
+    (first,) = next(batches)
+    step(first)
+    for _ in range(options.rounds):
+        for _ in itertools.islice(batches, READ_AHEAD):
+            pass
+        begun = time.perf_counter()
+        for _ in itertools.islice(batches, BATCHES):
+            pass
+        loaded.append(BATCHES * batch / (time.perf_counter() - begun))
+        time.sleep(1)  # the thread fills what it reads ahead, and rests while steps are timed
+        begun = time.perf_counter()
+        for _ in range(STEPS):
+            step(first)
+        learnt.append(STEPS * batch / (time.perf_counter() - begun))
+    give, take = statistics.median(loaded), statistics.median(learnt)
+    faces = sum(len(store) for store in stores)
+    form = f"{faces} faces, batch {batch}, {torch.get_num_threads()} threads"
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{form}: the loader gives {give:.0f} images a second, a step of {size:,} parameters takes {take:.1f}")
+    print(f"ratio {give / take:.0f}")
+
+
+if __name__ == "__main__":
+    main()
