@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +30,18 @@ SIZE = 256
 PORTRAITS: dict[str, tuple[str, int]] = {
     "smile": ("a smiling woman with blond hair", 4),
     "long-hair": ("a young woman with long brown hair, wearing earrings", 5),
-    "short-hair": ("a man with black hair and a beard", 4),
-    "fringe": ("a woman with wavy brown hair and bangs", 4),
+    "short-hair": ("a man with black hair and a beard", 9),
+    "fringe": ("a woman with wavy brown hair and bangs", 9),
 }
 """Name of the files -> (sentence, seed)."""
 
 
 def main() -> None:
+    with open_landmarker(Path(sys.argv[1])) if len(sys.argv) > 1 else nullcontext() as find:
+        make(find)
+
+
+def make(find: Callable[[np.ndarray], np.ndarray | None] | None) -> None:
     pipeline = likeness.load()
     parser, parser_size = load_face_parser()
     for name, (sentence, seed) in PORTRAITS.items():
@@ -43,12 +50,9 @@ def main() -> None:
         (mask,) = parse_faces(parser, [picture], size=parser_size)
         mask_picture(mask).save(HERE / "masks" / f"{name}.png", optimize=True)
         Image.fromarray(extract_sketch(picture)).save(HERE / "sketches" / f"{name}.png", optimize=True)
-        if len(sys.argv) > 1:
-            with open_landmarker(Path(sys.argv[1])) as find:
-                points = find(picture)
-            if points is not None:
-                content = {"points": np.round(points * SIZE, 1).tolist(), "size": [SIZE, SIZE]}
-                (HERE / "keypoints" / f"{name}.json").write_text(json.dumps(content) + "\n")
+        if find is not None and (points := find(picture)) is not None:
+            content = {"points": np.round(points * SIZE, 1).tolist(), "size": [SIZE, SIZE]}
+            (HERE / "keypoints" / f"{name}.json").write_text(json.dumps(content) + "\n")
 
 
 if __name__ == "__main__":
