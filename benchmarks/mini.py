@@ -18,7 +18,8 @@ from likeness.data.folder import read_folder
 from likeness.data.store import Store
 from likeness.evaluate.config import BUNDLED, Protocol
 from likeness.evaluate.evaluation import evaluate
-from likeness.evaluate.report import markdown_table, write_report
+from likeness.evaluate.page import write_report
+from likeness.evaluate.report import markdown_table
 from likeness.train.components.autoencoder import measure
 from likeness.train.validate import condition_losses
 

@@ -1,12 +1,15 @@
-"""Files are written whole or not at all: to a temporary name beside them, then renamed."""
+"""Files are written whole or not at all, to a temporary name beside them, then renamed; what cannot be read is one
+sentence.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from likeness.types import InputError
 
@@ -52,3 +55,18 @@ def writing_whole(path: Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError):
             raise InputError(f"cannot write {path}: {error.strerror or error}") from error
         raise
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file, or one sentence about why not."""
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

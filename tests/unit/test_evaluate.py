@@ -23,7 +23,8 @@ from likeness.evaluate.faces import read_faces
 from likeness.evaluate.features import Missing
 from likeness.evaluate.generate import own_first
 from likeness.evaluate.metrics import METRICS
-from likeness.evaluate.report import published_tables, write_report
+from likeness.evaluate.page import write_report
+from likeness.evaluate.report import published_tables
 from likeness.prepare.synthetic import write_synthetic
 from likeness.types import InputError
 

@@ -69,9 +69,9 @@ def caption(
         seed: Seed of the grammar.
     """
     from likeness.prepare.caption.endpoint import Meter
-    from likeness.prepare.caption.models import load_counter, open_model
+    from likeness.prepare.caption.models import load_counter
     from likeness.prepare.caption.prompts import PROMPTS
-    from likeness.prepare.caption.stage import Plan, caption_folder
+    from likeness.prepare.caption.stage import Plan, caption_folder, open_model
 
     quiet_libraries()
     most = read_budget(budget)

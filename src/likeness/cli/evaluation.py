@@ -50,7 +50,8 @@ def evaluate(
     )
     if results is None:
         return
-    from likeness.evaluate.report import markdown_table, write_report
+    from likeness.evaluate.page import write_report
+    from likeness.evaluate.report import markdown_table
 
     write_report(results, out)
     tell_faults(results)
@@ -102,7 +103,7 @@ def compare(
         results = run_evaluation(model, str(faces), folder, asked, None, None, device, dtype)
         if results is None:
             return
-        from likeness.evaluate.report import write_report
+        from likeness.evaluate.page import write_report
 
         write_report(results, folder)
         tell_faults(results)

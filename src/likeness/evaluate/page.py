@@ -1,4 +1,5 @@
-"""An evaluation as one HTML page that needs no other file: tables, bars, portraits beside what they were made from.
+"""The report of an evaluation: tables in Markdown, and one HTML page that needs no other file, with bars and portraits
+beside what they were made from.
 
 Plain HTML with inline SVG and pictures inside the page; no script, nothing from the network.
 """
@@ -21,12 +22,14 @@ from likeness.evaluate.config import SCORES, conditions_of
 from likeness.evaluate.metrics import METRICS
 from likeness.evaluate.report import (
     header_of,
+    markdown,
     protocol_lines,
     published_tables,
     rounded,
     rows_of,
     warnings_of,
 )
+from likeness.files import write_whole
 from likeness.types import InputError
 
 SIDE = 96
@@ -47,6 +50,12 @@ h2 { margin-top: 2.5rem } .quiet { color: #666; font-size: 13px }
 figure > div { display: flex; gap: 2px } figcaption { font-size: 12px; color: #444; line-height: 1.3 }
 img { width: 96px; height: 96px; display: block; background: #eee }
 """
+
+
+def write_report(results: Mapping[str, Any], out: Path) -> None:
+    """Write `report.md` and `report.html` beside the results."""
+    write_whole(out / "report.md", markdown(results))
+    write_whole(out / "report.html", page_of(results, out))
 
 
 def page_of(results: Mapping[str, Any], out: Path) -> str:

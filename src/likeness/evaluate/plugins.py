@@ -27,7 +27,8 @@ from likeness.data.folder import read_photo
 from likeness.evaluate.config import Protocol
 from likeness.evaluate.faces import Face
 from likeness.evaluate.features import Extractor, Missing
-from likeness.pipelines.load import first_line, weights_hash
+from likeness.files import first_line
+from likeness.pipelines.load import weights_hash
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Radford et al. 2021."""

@@ -1,4 +1,4 @@
-"""What an evaluation found, as Markdown and as one page: `page.py` has the page's drawing.
+"""What an evaluation found, as tables in Markdown; `page.py` writes them, and the page with pictures.
 
 A table has a row a metric and a column a set of portraits, then the floor (another face's condition or caption) and the
 ceiling (photographs through the autoencoder), without which a score says little.
@@ -13,7 +13,6 @@ from typing import Any
 
 from likeness.evaluate.config import CEILING
 from likeness.evaluate.metrics import METRICS
-from likeness.files import write_whole
 
 PUBLISHED = Path(__file__).with_name("published.toml")
 
@@ -23,14 +22,6 @@ BETTER = {"higher": "↑", "lower": "↓"}
 def published_tables() -> list[dict[str, Any]]:
     """The numbers that papers print, with their sources."""
     return tomllib.loads(PUBLISHED.read_text())["table"]
-
-
-def write_report(results: Mapping[str, Any], out: Path) -> None:
-    """Write `report.md` and `report.html`, which needs no other file, beside the results."""
-    from likeness.evaluate.page import page_of
-
-    write_whole(out / "report.md", markdown(results))
-    write_whole(out / "report.html", page_of(results, out))
 
 
 def rounded(value: float | str | None) -> str:

@@ -21,11 +21,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from likeness.config import build, to_dict
-from likeness.files import write_whole
+from likeness.files import first_line, read_json, write_whole
 from likeness.models.mditface import MDiTFaceTransformer
 from likeness.models.tied_weights import NEW, lora_targets
 from likeness.pipelines.catalogue import ADAPTER
-from likeness.pipelines.load import first_line, read_json
 from likeness.types import InputError
 
 WEIGHTS = "adapter.safetensors"

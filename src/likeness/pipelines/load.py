@@ -24,6 +24,7 @@ from likeness.annotators.sketch import DRAWING, extract_sketch
 from likeness.annotators.u2net import draw_sketch, load_u2net
 from likeness.conditions.classes import CLASSES
 from likeness.encoders.text import encode_text, encode_text_flux
+from likeness.files import first_line, read_json
 from likeness.pipelines.catalogue import ADAPTER, BUNDLED, COMMON, DEFAULT, bundled_models
 from likeness.pipelines.packed import PACKED, load_packed
 from likeness.types import InputError, TextFeatures
@@ -212,21 +213,6 @@ def component_class(library: str, class_name: str) -> Any:
             f"the model asks for {library}.{class_name}; only diffusers, transformers and likeness are run"
         )
     return getattr(importlib.import_module(library), class_name)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file, or one sentence about why not."""
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
-from likeness.files import write_whole
+from likeness.files import read_json, write_whole
 from likeness.pipelines.catalogue import COMMON
-from likeness.pipelines.load import component_class, load_components, read_json
+from likeness.pipelines.load import component_class, load_components
 from likeness.pipelines.packed import save_packed
 from likeness.types import InputError
 

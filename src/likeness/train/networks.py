@@ -8,11 +8,12 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
+from likeness.files import read_json
 from likeness.models.mditface import MDiTFaceTransformer
 from likeness.models.mmface import MMFaceTransformer
 from likeness.models.tied_weights import NEW
 from likeness.pipelines.adapters import Adapter, add_adapter
-from likeness.pipelines.load import FLUX, find, load_part, read_json
+from likeness.pipelines.load import FLUX, find, load_part
 from likeness.train.config import MDiTFaceAdapter, MDiTFaceNetwork, TrainRecipe, parts_of
 from likeness.types import InputError
 

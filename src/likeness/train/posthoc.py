@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save
 
-from likeness.files import write_whole
+from likeness.files import read_json, write_whole
 from likeness.parallel import gather
-from likeness.pipelines.load import load_part, read_json
+from likeness.pipelines.load import load_part
 from likeness.train.learner import Learner
 from likeness.train.optim import power_of
 from likeness.types import InputError

@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from likeness.files import read_json
 from likeness.models import layers, mditface
 from likeness.models.mditface import MDiTFaceTransformer
 from likeness.objectives import make_objective
-from likeness.pipelines.load import read_json
 from likeness.train.config import MDiTFaceAdapter, TrainRecipe, parts_of
 from likeness.train.networks import adapter_of, begin_adapter, build_network, choose_trained
 from likeness.train.step import loss_of

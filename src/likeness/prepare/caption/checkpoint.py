@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from likeness.pipelines.load import first_line
+from likeness.files import first_line
 from likeness.prepare.caption.models import ANSWER_TOKENS, Answer, Model, Question
 from likeness.types import InputError
 

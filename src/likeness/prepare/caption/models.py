@@ -11,15 +11,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image
 
 from likeness.pipelines.catalogue import BUNDLED, COMMON
 from likeness.types import InputError
-
-if TYPE_CHECKING:
-    from likeness.prepare.caption.endpoint import Meter
 
 ANSWER_TOKENS = 256
 """Most tokens of an answer: three times a caption, so that one that is too long can be cut at a sentence."""
@@ -53,38 +50,6 @@ class Model:
     """Answers in order, each as soon as it is there."""
 
 
-def open_model(
-    given: str, *, sees: bool, meter: Meter, name: str | None, fields: str, key_variable: str | None
-) -> Model:
-    """A model by its address or its checkpoint.
-
-    Args:
-        given: address of an endpoint, or a hub name or folder for transformers.
-        sees: whether it must read pictures.
-        meter: what an endpoint counts in.
-        name: of the model at an endpoint.
-        fields: JSON of further fields of an endpoint's requests.
-        key_variable: environment variable of an endpoint's key.
-
-    Raises:
-        InputError: it cannot be opened, or an option belongs to endpoints only.
-    """
-    if is_address(given):
-        from likeness.prepare.caption.endpoint import open_endpoint
-
-        return open_endpoint(given, name, meter, fields=fields, key_variable=key_variable)
-    if name is not None or fields != "{}":
-        raise InputError(f"{given} is a checkpoint: names and fields are for endpoints, whose address begins with http")
-    from likeness.prepare.caption.checkpoint import open_language_model, open_vision_model
-
-    return open_vision_model(given) if sees else open_language_model(given)
-
-
-def is_address(given: str) -> bool:
-    """Whether a model is given by the address of an endpoint."""
-    return given.startswith(("http://", "https://"))
-
-
 def question_key(model: Model, text: str, picture: str = "") -> str:
     """What an answer is kept under, 32 hexadecimal digits.
 
@@ -105,7 +70,7 @@ def load_counter(components: Path = BUNDLED / COMMON) -> Callable[[str], int]:
     """
     from transformers import AutoTokenizer
 
-    from likeness.pipelines.load import first_line
+    from likeness.files import first_line
 
     places = (components / "tokenizer", components.parent / COMMON / "tokenizer", components)
     where = next((place for place in places if (place / "tokenizer_config.json").is_file()), None)

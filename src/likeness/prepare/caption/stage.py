@@ -25,7 +25,7 @@ from PIL import Image
 from likeness.conditions.pictures import open_picture
 from likeness.data.folder import METADATA, captions_of, each_row, root_of
 from likeness.files import writing_whole
-from likeness.prepare.caption.endpoint import Meter, Refused, Spent
+from likeness.prepare.caption.endpoint import Meter, Refused, Spent, open_endpoint
 from likeness.prepare.caption.grammar import ATTRIBUTES, write_captions
 from likeness.prepare.caption.models import Answer, Model, Question, question_key
 from likeness.prepare.caption.prompts import PROMPTS, describe, refine
@@ -354,3 +354,28 @@ def change(caption: Caption, text: str, why: Sequence[str]) -> None:
         caption["touched"] = [*caption.get("touched", ()), *why]
     if not text:
         caption["dropped"] = why[-1]
+
+
+def open_model(
+    given: str, *, sees: bool, meter: Meter, name: str | None, fields: str, key_variable: str | None
+) -> Model:
+    """A model by its address or its checkpoint.
+
+    Args:
+        given: address of an endpoint, or a hub name or folder for transformers.
+        sees: whether it must read pictures.
+        meter: what an endpoint counts in.
+        name: of the model at an endpoint.
+        fields: JSON of further fields of an endpoint's requests.
+        key_variable: environment variable of an endpoint's key.
+
+    Raises:
+        InputError: it cannot be opened, or an option belongs to endpoints only.
+    """
+    if given.startswith(("http://", "https://")):
+        return open_endpoint(given, name, meter, fields=fields, key_variable=key_variable)
+    if name is not None or fields != "{}":
+        raise InputError(f"{given} is a checkpoint: names and fields are for endpoints, whose address begins with http")
+    from likeness.prepare.caption.checkpoint import open_language_model, open_vision_model
+
+    return open_vision_model(given) if sees else open_language_model(given)
