@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from builders import save_components
+from builders import save_components, tiny_flux_pipeline
 from likeness.config import build
 from likeness.pipelines.load import load_components
 from likeness.prepare.encode import encode_folder
@@ -18,11 +18,14 @@ from likeness.train.config import TrainRecipe
 SIZE = 32
 
 
-def prepare(root: Path, count: int) -> Path:
-    """Drawn faces, tiny components and shards below `root`."""
+def prepare(root: Path, count: int, *, flux: bool = False) -> Path:
+    """Drawn faces, tiny components and shards below `root`; with `flux` a tiny FLUX.1 and `flux_shards`, too."""
     write_synthetic(root / "faces", count, SIZE, seed=0)
     save_components(root / "components")
     encode_folder(root / "faces", root / "shards", load_components(root / "components"), size=SIZE)
+    if flux:
+        tiny_flux_pipeline().save_pretrained(root / "flux")
+        encode_folder(root / "faces", root / "flux_shards", load_components(root / "flux"), size=SIZE)
     return root
 
 

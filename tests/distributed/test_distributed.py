@@ -11,18 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from builders import save_components, tiny_flux_pipeline
 from likeness.config import build
 from likeness.parallel import mesh_shape
-from likeness.pipelines.load import load_components
-from likeness.prepare.encode import encode_folder
-from likeness.prepare.synthetic import write_synthetic
 from likeness.train import loop
 from likeness.train.checkpoint import load_state
 from likeness.train.config import TrainRecipe
 from likeness.types import InputError
+from runs import SIZE, prepare
 
-SIZE = 32
 HERE = Path(__file__).parent
 MMFACE = {"name": "mmface", "hidden_size": 32, "depth": 2, "heads": 2}
 WIDE = MMFACE | {"hidden_size": 64}  # so wide that halves of its matrices have 8-bit states
@@ -34,13 +30,7 @@ MDITFACE = {"name": "mditface", "hidden_size": 32, "depth": 1, "single_depth": 1
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     """Ten drawn faces, tiny components and a tiny FLUX.1, and shards by both autoencoders."""
-    root = tmp_path_factory.mktemp("distributed")
-    write_synthetic(root / "faces", 10, SIZE, seed=0)
-    save_components(root / "components")
-    tiny_flux_pipeline().save_pretrained(root / "flux")
-    for base, shards in (("components", "shards"), ("flux", "flux_shards")):
-        encode_folder(root / "faces", root / shards, load_components(root / base), size=SIZE)
-    return root
+    return prepare(tmp_path_factory.mktemp("distributed"), 10, flux=True)
 
 
 def job(root: Path, network: dict[str, Any] | None = None, images: int = 16, **changes: Any) -> dict[str, Any]:

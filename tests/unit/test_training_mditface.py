@@ -9,34 +9,25 @@ import pytest
 import torch
 from PIL import Image
 
-from builders import save_components, tiny_flux_pipeline
 from likeness.config import build
 from likeness.data.store import Store
 from likeness.models.mditface import MDiTFaceTransformer
 from likeness.pipelines.generate import generate, resolve
-from likeness.pipelines.load import load, load_components
-from likeness.prepare.encode import encode_folder
-from likeness.prepare.synthetic import write_synthetic
+from likeness.pipelines.load import load
 from likeness.train import loop
 from likeness.train.checkpoint import load_state
 from likeness.train.config import TrainRecipe
 from likeness.train.validate import condition_losses
 from likeness.types import InputError, PortraitRequest
+from runs import SIZE, prepare
 
-SIZE = 32
 NETWORK = {"name": "mditface", "hidden_size": 32, "depth": 1, "single_depth": 1, "heads": 2}
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
     """Six drawn faces; FLUX.1 and components of a mini, tiny; shards by the autoencoders of both."""
-    root = tmp_path_factory.mktemp("prepared")
-    write_synthetic(root / "faces", 6, SIZE, seed=0)
-    save_components(root / "components")
-    tiny_flux_pipeline().save_pretrained(root / "flux")
-    for base, shards in (("components", "shards"), ("flux", "flux_shards")):
-        encode_folder(root / "faces", root / shards, load_components(root / base), size=SIZE)
-    return root
+    return prepare(tmp_path_factory.mktemp("prepared"), 6, flux=True)
 
 
 def recipe(root: Path, network: dict, shards: str, components: str | None, **changes) -> TrainRecipe:
