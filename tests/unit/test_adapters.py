@@ -263,6 +263,26 @@ def test_a_lora_of_the_text_encoder(root):
     assert (make(pipeline) - before).abs().max() > 1e-4
 
 
+def test_loras_of_the_text_encoder_act_together(root):
+    """As their parts in the transformer do; a replay has them both."""
+    pipeline = load(root / "flux")
+    layer = next(n for n, m in pipeline.text_encoder.named_modules() if n.endswith("layers.0.self_attn.q_proj"))
+    for number, name in enumerate(("one", "two")):
+        down, up = torch.randn(2, 32, generator=torch.Generator().manual_seed(number)), torch.ones(32, 2)
+        state = {f"text_encoder.{layer}.lora_A.weight": down, f"text_encoder.{layer}.lora_B.weight": up}
+        pipeline.load_lora_weights(state, name)
+    assert pipeline.text_encoder.get_submodule(layer).active_adapters == ["one", "two"]
+
+
+def test_deleted_loras_leave_a_folder_that_loads(root, tmp_path):
+    pipeline = load(root / "flux")
+    before = make(pipeline)
+    pipeline.load_lora_weights(root / "style", "style")
+    pipeline.delete_adapters("style")
+    pipeline.save_pretrained(tmp_path)
+    assert torch.equal(make(load(tmp_path)), before)
+
+
 def test_a_lora_without_its_prefix(root):
     """As a single network's `save_lora_adapter` writes it."""
     pipeline, other = load(root / "flux"), load(root / "flux")
@@ -475,6 +495,25 @@ def test_recipes_hold_what_acts(root, mask):
     assert acting(tiny_pipeline()) == {}
     with pytest.raises(InputError, match=r"has the LoRA a\.safetensors, but MMFacePipeline takes none"):
         act_again(tiny_pipeline(), {"x": {"scale": 1.0, "source": "a.safetensors", "strict": True}})
+
+
+def test_strengths_are_recorded_to_the_bit(root, tmp_path):
+    """Thirds, ranks that differ from layer to layer, and rsLoRA's scale; nothing where LoRAs are off."""
+    network = tiny_flux()
+    layers = ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.to_q")
+    ranks = {layers[0]: 3, layers[1]: 7}
+    network.add_adapter(LoraConfig(rank_pattern=ranks, lora_alpha=5, use_rslora=True, target_modules=list(layers)))
+    state = get_peft_model_state_dict(randomised(network, 0.1))
+    config = network.peft_config["default"].to_dict()
+    FluxPipeline.save_lora_weights(tmp_path / "rs", state, transformer_lora_adapter_metadata=config)
+    pipeline = load(root / "flux")
+    pipeline.load_lora_weights(tmp_path / "rs", "rs")
+    pipeline.set_adapters("rs", 1 / 3)
+    again = load(root / "flux")
+    act_again(again, json.loads(json.dumps(acting(pipeline))))
+    assert torch.equal(make(again), make(pipeline))
+    pipeline.disable_lora()
+    assert acting(pipeline) == {}
 
 
 def test_strengths_by_block_cannot_be_recorded(root):

@@ -38,6 +38,8 @@ def test_nothing_needless_is_evaluated():
     assert passes({}, 1.0, 0.0) == (Pass(None, False, 1.0),)
     assert passes({"mask": Control()}, 1.0, 0.0) == (Pass("mask", False, 1.0),)
     assert [p.condition for p in passes({"mask": Control()}, 4.0, 0.0)] == ["mask", "mask"]
+    tenths = {"mask": Control(scale=0.7), "sketch": Control(scale=0.2), "keypoints": Control(scale=0.1)}
+    assert None not in [p.condition for p in passes(tenths, 1.0, 0.0)]  # 1 - (0.7 + 0.2 + 0.1) is 1e-16
     halves = {"mask": Control(scale=0.5), "sketch": Control(scale=0.5)}
     assert [p.condition for p in passes(halves, 1.0, 0.0)] == ["mask", "sketch"]
     assert [p.condition for p in passes({"mask": Control(), "sketch": Control()}, 1.0, 0.0)] == [None, "mask", "sketch"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -128,6 +129,32 @@ def test_folder_makes_pictures(release, tmp_path, name, objective, size):
     pipeline.register_to_config(max_text_tokens=12)
     picture = pipeline("a face", height=32, width=32, num_inference_steps=2, output_type="np").images
     assert picture.shape == (1, 32, 32, 3)
+
+
+def test_padding_is_that_of_stable_diffusion(release, tmp_path):
+    """Whatever the tokenizer pads with: the network reads the padding, too."""
+    tiny_text_encoder().save_pretrained(tmp_path / "encoder" / "text_encoder")
+    tiny_tokenizer().save_pretrained(tmp_path / "encoder" / "tokenizer")
+    convert_release(release, tmp_path / "out", text_encoder=tmp_path / "encoder")
+    ids = load(tmp_path / "out").tokenizer("a", padding="max_length", max_length=12).input_ids
+    assert ids[-1] == tiny_tokenizer().convert_tokens_to_ids("!") != tiny_tokenizer().pad_token_id
+
+
+def test_scaled_latents_of_a_tiny_autoencoder(release, tmp_path):
+    """y = s (z - m), as taef1 gives it, and z itself become the same latents: s z."""
+    vae = AutoencoderTiny(
+        latent_channels=16,
+        encoder_block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        num_encoder_blocks=(1, 1, 1, 1),
+        num_decoder_blocks=(1, 1, 1, 1),
+    )
+    vae.save_pretrained(tmp_path / "vae")
+    convert_release(release, tmp_path / "out", vae=tmp_path / "vae")
+    tiny = load(tmp_path / "out").config
+    z = torch.linspace(-3, 3, 7)
+    y = 0.3611 * (z - 0.1159)
+    torch.testing.assert_close((y - tiny.latent_mean) / tiny.latent_std, 0.3611 * z)
 
 
 def test_release_is_known_by_its_folder_and_gaps_are_named(release, tmp_path):

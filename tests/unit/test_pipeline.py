@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchHeunDiscreteScheduler
+from diffusers import DDPMScheduler, FlowMatchHeunDiscreteScheduler
 
 from builders import tiny_mditface_pipeline, tiny_pipeline
 from likeness.data.synthetic import draw_face
@@ -188,6 +188,47 @@ def test_other_schedulers_and_objectives():
         assert np.isfinite(make(pipeline)).all()
 
 
+def test_samplers_with_noise_draw_it_from_the_generator():
+    """Each picture from its own: again the same, and alone as in a batch."""
+    pipeline, objective = tiny_pipeline(), DDPM()
+    pipeline.register_to_config(objective=objective.config())
+    pipeline.scheduler = DDPMScheduler.from_config(objective.scheduler().config)
+    both = make(pipeline, [PROMPT, "a man"], numbers=(1, 2))
+    assert np.array_equal(make(pipeline, [PROMPT, "a man"], numbers=(1, 2)), both)
+    assert np.array_equal(make(pipeline, "a man", numbers=(2,))[0], both[1])
+
+
+def test_texts_that_nothing_reads_are_not_encoded(pipeline):
+    """Without guidance a negative prompt changes no bit, and what is cut from it is not told."""
+    plain = pipeline(PROMPT, guidance_scale=1.0, generator=seeds(7), output_type="np")
+    if not pipeline.transformer.config.get("guidance_embeds"):
+        negative = pipeline(PROMPT, "long " * 40, guidance_scale=1.0, generator=seeds(7), output_type="np")
+        assert np.array_equal(negative.images, plain.images)
+        assert negative.notes == []
+        assert "the negative prompt is longer" in pipeline(PROMPT, "long " * 40).notes[0]
+
+
+def test_what_diffusers_users_bring(pipeline, faces):
+    """NumPy's numbers, tensors as conditions, None for no negative prompt; callbacks find how many steps there are."""
+    steps = []
+    given = {"height": np.int64(32), "width": np.int64(32), "num_inference_steps": np.int64(4), "negative_prompt": None}
+    watch = lambda pipe, *_: steps.append((pipe.num_timesteps, pipe.interrupt)) or {}  # noqa: E731
+    mask = {"mask": torch.from_numpy(faces[0]["mask"].copy())}
+    made = pipeline(
+        PROMPT, control_image=mask, generator=seeds(7), output_type="np", callback_on_step_end=watch, **given
+    )
+    assert np.array_equal(made.images, make(pipeline, control={"mask": faces[0]["mask"]}))
+    assert steps == 4 * [(4, False)]
+
+
+@pytest.mark.parametrize("setting", [{"condition_resize": "nearest"}, {"defaults": {"stepz": 2}}])
+@pytest.mark.parametrize("made", [tiny_pipeline, tiny_mditface_pipeline])
+def test_settings_that_nothing_knows_are_refused(made, setting):
+    whole = made()
+    with pytest.raises(InputError, match="nearest|stepz"):
+        type(whole)(**whole.components, **setting)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_save_and_load(tmp_path, faces, dtype):
     pipeline = tiny_pipeline()
@@ -253,6 +294,13 @@ def test_cut_words_begin_with_a_word(pipeline):
         ({"control_image": {"depth": np.zeros((8, 8), np.uint8)}}, "'depth' is unknown"),
         ({"conditioning_scale": {"mask": 1.0}}, "no such condition is given"),
         ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "callbacks"),
+        ({"height": 0}, "the size 32x0"),
+        ({"height": "32"}, "height is '32'"),
+        ({"prompt": []}, "list of prompt is empty"),
+        ({"control_image": np.zeros((8, 8), np.uint8)}, "control_image is of the type ndarray"),
+        ({"guidance_interval": 0.5}, "two numbers"),
+        ({"guidance_interval": (0.8, 0.2)}, "the lower noise level comes first"),
+        ({"sigmas": [1.0, 0.5], "timesteps": [999, 500]}, "both given"),
     ],
 )
 def test_refusals(pipeline, change, words):
@@ -264,6 +312,7 @@ def test_refusals(pipeline, change, words):
     ("change", "words"),
     [
         ({"conditioning_scale": -1.0}, "scale of mask"),
+        ({"conditioning_scale": [0.5]}, r"conditioning_scale is \[0.5\]"),
         ({"control_guidance_start": 0.8, "control_guidance_end": 0.2}, "acts from"),
         ({"control_guidance_end": 1.5}, "acts from"),
     ],

@@ -136,6 +136,9 @@ def test_jpeg_without_room_keeps_the_hashes(made, tmp_path):
     assert found["conditions"]["sketch"]["sha256"] == large["conditions"]["sketch"]["sha256"]
     with pytest.raises(InputError, match="does not hold its sketch"):
         request_of(found)
+    with pytest.raises(InputError, match="too long for a JPEG"):
+        write_picture(picture, tmp_path / "b.jpg", {**recipe, "prompt": "long " * 8000})
+    assert not (tmp_path / "b.jpg").exists()
 
 
 @pytest.mark.parametrize(

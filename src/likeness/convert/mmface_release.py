@@ -48,9 +48,13 @@ RELEASES: dict[str, Release] = {
 }
 """The three published checkpoints; each lies in a folder `checkpoint-<step>`."""
 
+FLUX_SCALE, FLUX_SHIFT = 0.3611, 0.1159
+"""FLUX.1's latents are FLUX_SCALE (z - FLUX_SHIFT), z what its autoencoder gives."""
+
+PADDING = "!"
+"""Token 0 of CLIP's vocabulary, with which Stable Diffusion 2.1 pads captions."""
+
 COMPATIBILITY: dict[str, Any] = {
-    "latent_mean": 0.0,  # the published latents are not shifted by FLUX's 0.1159
-    "latent_std": 1 / 0.3611,
     "text_layer": -2,  # penultimate layer, without the final norm; the pooled text is the EOS token after it
     "max_text_tokens": 77,
     "condition_resize": "lanczos",  # masks were resized as pictures
@@ -246,15 +250,17 @@ def convert_release(
     transformer = convert_state(state, which.kind, heads)
     objective = RectifiedFlow(time_sampling="uniform", time_scale=TIME_SCALE) if which.kind == "flow" else DDPM()
     encoder, tokenizer = load_text_encoder(text_encoder) if text_encoder else (None, None)
+    autoencoder = load_vae(vae) if vae else None
     pipeline = MMFacePipeline(
         transformer=transformer,
-        vae=load_vae(vae) if vae else None,
+        vae=autoencoder,
         text_encoder=encoder,
         tokenizer=tokenizer,
         scheduler=objective.scheduler(),
         objective=objective.config(),
         defaults={"size": which.size, "steps": 50, "guidance_scale": 7.5},
         **COMPATIBILITY,
+        **latent_statistics(autoencoder),
     )
     pipeline.save_pretrained(out)
     (out / "source.json").write_text(json.dumps({"release": release or file.parent.name, "file": file.name}, indent=2))
@@ -269,14 +275,31 @@ def convert_release(
     return missing
 
 
+def latent_statistics(vae: Any) -> dict[str, float]:
+    """`latent_mean` and `latent_std` with which an autoencoder gives the latents of the releases: FLUX_SCALE z, without
+    the shift. taef1, whose latents y = FLUX_SCALE (z - FLUX_SHIFT) are scaled already, lacks the shift alone.
+    """
+    from diffusers import AutoencoderTiny
+
+    if isinstance(vae, AutoencoderTiny):
+        return {"latent_mean": -FLUX_SCALE * FLUX_SHIFT, "latent_std": 1.0}
+    return {"latent_mean": 0.0, "latent_std": 1 / FLUX_SCALE}
+
+
 def load_text_encoder(folder: Path) -> tuple[Any, Any]:
-    """A CLIP text model and its tokenizer from a folder, or from the two subfolders of a pipeline folder."""
+    """A CLIP text model and its tokenizer from a folder, or from the two subfolders of a pipeline folder.
+
+    The network reads all 77 tokens, the padding, too: it must be that of Stable Diffusion 2.1, "!", where the same
+    vocabulary in other repositories is padded with the end token.
+    """
     from transformers import CLIPTextModel, CLIPTokenizer
 
     model = folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder
     tokenizer = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
     try:
-        return CLIPTextModel.from_pretrained(model), CLIPTokenizer.from_pretrained(tokenizer)
+        encoder, words = CLIPTextModel.from_pretrained(model), CLIPTokenizer.from_pretrained(tokenizer)
+        words.pad_token = PADDING
+        return encoder, words
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} holds no CLIP text model with its tokenizer: {error}") from error
 

@@ -62,7 +62,7 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     return turned.to(x.dtype)
 
 
-def heads_of(x: Tensor, heads: int) -> Tensor:
+def split_heads(x: Tensor, heads: int) -> Tensor:
     """[B, N, D] -> [B, H, N, d]."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 

@@ -25,14 +25,14 @@ from likeness.models.layers import (
     TimeEmbedding,
     attend,
     grid_angles,
-    heads_of,
     modulate,
     patchify,
     rope_angles,
     rotate,
+    split_heads,
     unpatchify,
 )
-from likeness.types import TextFeatures
+from likeness.types import InputError, TextFeatures
 
 
 class Modulation(NamedTuple):
@@ -66,7 +66,7 @@ class JointAttention(nn.Module):
 
     def forward(self, image: Tensor, text: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         qkv = torch.cat([self.image_qkv(image), self.text_qkv(text)], dim=1)  # [B, N + L, 3 D]
-        query, key, value = (heads_of(x, self.heads) for x in qkv.chunk(3, dim=-1))  # [B, H, N + L, d]
+        query, key, value = (split_heads(x, self.heads) for x in qkv.chunk(3, dim=-1))  # [B, H, N + L, d]
         x = attend(rotate(query, rope), rotate(key, rope), value)  # [B, N + L, D]
         image, text = x.split([image.shape[1], text.shape[1]], dim=1)  # [B, N, D], [B, L, D]
         return self.image_out(image), self.text_out(text)
@@ -122,7 +122,7 @@ class MMFaceTransformer(ModelMixin, ConfigMixin):
         rope_theta: base of the rotary frequencies.
 
     Raises:
-        ValueError: widths that do not divide.
+        InputError: widths that do not divide.
     """
 
     _supports_gradient_checkpointing = True
@@ -146,9 +146,9 @@ class MMFaceTransformer(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         if hidden_size % (4 * heads):
-            raise ValueError(f"hidden_size {hidden_size} must be a multiple of 4 heads = {4 * heads}")
+            raise InputError(f"hidden_size {hidden_size} must be a multiple of 4 heads = {4 * heads}")
         if text_rope not in ("sequential", "none"):
-            raise ValueError(f"text_rope is {text_rope!r}; choose sequential or none")
+            raise InputError(f"text_rope is {text_rope!r}; choose sequential or none")
         self.gradient_checkpointing = False
         self.patch_embed = nn.Linear(2 * latent_channels * patch_size**2, hidden_size)
         self.text_embed = nn.Linear(text_dim, hidden_size)
@@ -206,13 +206,13 @@ class MMFaceTransformer(ModelMixin, ConfigMixin):
             The prediction, [B, C, h, w].
 
         Raises:
-            ValueError: a size the patches do not divide, more text tokens than allowed, or more than one condition.
+            InputError: a size the patches do not divide, more text tokens than allowed, or more than one condition.
         """
         height, width = latents.shape[-2:]
         self.check(height, width, text.tokens.shape[1], condition_index.shape[1])
 
         present = condition_index[:, 0] >= 0  # [B]
-        condition = condition_latents[:, 0] * present[:, None, None, None].to(latents.dtype)  # [B, C, h, w]
+        condition = condition_latents[:, 0].masked_fill(~present[:, None, None, None], 0)  # [B, C, h, w]
         patches = patchify(torch.cat([latents, condition], dim=1), self.config.patch_size)  # [B, N, 2 C p p]
         image = self.patch_embed(patches)  # [B, N, D]
         tokens = self.text_embed(text.tokens)  # [B, L, D]
@@ -261,8 +261,8 @@ class MMFaceTransformer(ModelMixin, ConfigMixin):
         """Refuse shapes this network cannot take."""
         patch = self.config.patch_size
         if height % patch or width % patch:
-            raise ValueError(f"a latent of {height}x{width} cannot be cut into patches of {patch}")
+            raise InputError(f"a latent of {height}x{width} cannot be cut into patches of {patch}")
         if text_tokens > self.config.max_text_tokens:
-            raise ValueError(f"{text_tokens} text tokens; this network takes at most {self.config.max_text_tokens}")
+            raise InputError(f"{text_tokens} text tokens; this network takes at most {self.config.max_text_tokens}")
         if conditions != 1:
-            raise ValueError(f"MMFace takes one condition a pass, not {conditions}; combine them by guidance")
+            raise InputError(f"MMFace takes one condition a pass, not {conditions}; combine them by guidance")

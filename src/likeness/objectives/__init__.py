@@ -8,6 +8,7 @@ from typing import Any
 from likeness.objectives.base import Objective
 from likeness.objectives.ddpm import DDPM
 from likeness.objectives.flow import RectifiedFlow
+from likeness.types import InputError
 
 OBJECTIVES: dict[str, type[RectifiedFlow] | type[DDPM]] = {"rectified_flow": RectifiedFlow, "ddpm": DDPM}
 
@@ -18,13 +19,13 @@ def make_objective(config: Mapping[str, Any]) -> Objective:
     """The objective of a configuration: `{"name": "rectified_flow" | "ddpm", ...fields}`.
 
     Raises:
-        ValueError: an unknown name or field, or a value out of range.
+        InputError: an unknown name or field, or a value out of range.
     """
     fields = dict(config)
     name = fields.pop("name", None)
     if name not in OBJECTIVES:
-        raise ValueError(f"the objective {name!r} is unknown; choose one of {', '.join(OBJECTIVES)}")
+        raise InputError(f"the objective {name!r} is unknown; choose one of {', '.join(OBJECTIVES)}")
     try:
         return OBJECTIVES[name](**fields)
     except TypeError as error:
-        raise ValueError(f"the configuration of the objective {name!r} does not fit: {error}") from error
+        raise InputError(f"the configuration of the objective {name!r} does not fit: {error}") from error

@@ -16,6 +16,7 @@ from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from likeness.objectives.base import column
+from likeness.types import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +36,9 @@ class DDPM:
 
     def __post_init__(self) -> None:
         if self.prediction not in ("epsilon", "v_prediction"):
-            raise ValueError(f"prediction is {self.prediction!r}; choose epsilon or v_prediction")
+            raise InputError(f"prediction is {self.prediction!r}; choose epsilon or v_prediction")
         if self.snr_gamma is not None and self.snr_gamma <= 0:
-            raise ValueError("snr_gamma must be positive, or null for no weight")
+            raise InputError("snr_gamma must be positive, or null for no weight")
 
     @cached_property
     def alpha_squared(self) -> Tensor:

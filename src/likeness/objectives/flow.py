@@ -16,6 +16,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from likeness.objectives.base import column
+from likeness.types import InputError
 
 TIMESTEPS = 1000  # diffusers' flow schedulers count time in thousandths
 
@@ -37,9 +38,9 @@ class RectifiedFlow:
 
     def __post_init__(self) -> None:
         if self.time_sampling not in ("uniform", "logit_normal"):
-            raise ValueError(f"time_sampling is {self.time_sampling!r}; choose uniform or logit_normal")
+            raise InputError(f"time_sampling is {self.time_sampling!r}; choose uniform or logit_normal")
         if self.shift <= 0 or self.logit_std <= 0 or self.time_scale <= 0:
-            raise ValueError("shift, logit_std and time_scale must be positive")
+            raise InputError("shift, logit_std and time_scale must be positive")
 
     def sample_time(self, uniform: Tensor) -> Tensor:
         time = uniform.to(torch.float32)

@@ -8,6 +8,7 @@ network key by key before anything is changed, because PEFT would leave out sile
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -239,7 +240,9 @@ def load_lora(pipeline: Any, source: Any, name: str | None = None, *, strict: bo
         pipeline.load_lora_into_transformer(fitting, transformer=transformer, **common)
         transformer.set_adapter([*before, name])
     if any(layer.startswith("text_encoder.") for layer in layers):
+        before = encoder.active_adapters() if getattr(encoder, "peft_config", {}) else []
         pipeline.load_lora_into_text_encoder(fitting, text_encoder=encoder, prefix="text_encoder", **common)
+        encoder.set_adapter([*before, name])
     pipeline.loras[name] = {"source": None if isinstance(source, Mapping) else str(source), "strict": strict, **options}
     return [f"{key}: {reason}" for key, reason in sorted(reasons.items())]
 
@@ -279,18 +282,35 @@ def acting(pipeline: Any) -> dict[str, dict[str, Any]]:
     """What acts on a pipeline's networks beside their own weights, for the recipe: name -> its `scale`, None where
     it differs from layer to layer; and of LoRAs of others, how `load_lora` was called.
     """
-    found: dict[str, set[float]] = {}
+    found: dict[str, list[Any]] = {}
     for network in (pipeline.transformer, pipeline.text_encoder):
         for layer in network.modules() if getattr(network, "peft_config", {}) else ():
-            for name in layer.active_adapters if hasattr(layer, "lora_A") else ():
-                scales = found.setdefault(name, set())  # in the order in which they are added up
+            for name in layer.active_adapters if hasattr(layer, "lora_A") and not layer.disable_adapters else ():
+                layers = found.setdefault(name, [])  # in the order in which they are added up
                 if name in layer.scaling:
-                    scales.add(round(layer.scaling[name] * layer.r[name] / layer.lora_alpha[name], 6))
+                    layers.append(layer)
     known = getattr(pipeline, "loras", {})
-    return {
-        name: {"scale": next(iter(scales)) if len(scales) == 1 else None, **known.get(name, {})}
-        for name, scales in found.items()
-    }
+    return {name: {"scale": strength(layers, name), **known.get(name, {})} for name, layers in found.items()}
+
+
+def strength(layers: Sequence[Any], name: str) -> float | None:
+    """What `set_adapters` was given for a LoRA: the number, round if possible, that gives the scales of all its layers
+    again to the bit; None where they differ.
+    """
+    known = []  # scale = strength * alpha / divisor
+    for layer in layers:
+        rank = layer.r[name]
+        divisor = math.sqrt(rank) if layer.use_rslora.get(name) else rank
+        known.append((layer.scaling[name], layer.lora_alpha[name], divisor))
+    found = [scale * divisor / alpha for scale, alpha, divisor in known]
+    if max(found) - min(found) > 1e-6:
+        return None
+    near = [
+        round(found[0], 6),
+        *(y for x in found for y in (x, math.nextafter(x, -math.inf), math.nextafter(x, math.inf))),
+    ]
+    fits = (x for x in near if all(x * alpha / divisor == scale for scale, alpha, divisor in known))
+    return next(fits, found[0])
 
 
 def act_again(pipeline: Any, recorded: Mapping[str, Mapping[str, Any]]) -> None:

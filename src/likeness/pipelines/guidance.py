@@ -51,7 +51,7 @@ def passes(controls: Mapping[str, Control], guidance_scale: float, progress: flo
     terms: list[tuple[str | None, float]] = [(None, 1 - sum(active.values())), *active.items()]
     found = []
     for condition, weight in terms:
-        if weight == 0:
+        if abs(weight) < 1e-9:  # such as 1 - (0.7 + 0.2 + 0.1)
             continue
         if guidance_scale != 0:
             found.append(Pass(condition, False, weight * guidance_scale))

@@ -172,7 +172,9 @@ def find(source: str | Path) -> Path:
         # not what repositories hold beside the pipeline, such as FLUX.1's weights a second time
         return Path(snapshot_download(str(source), allow_patterns=["*.json", "*/*", "adapter.safetensors"]))
     except Exception as error:  # the hub's many ways to say no: offline, gated, absent
-        raise InputError(f"the model {source} is neither here nor on the hub: {first_line(error)}") from error
+        raise InputError(
+            f"the model {source} is neither here nor on the hub ({first_line(error)}): give the folder it is in"
+        ) from error
 
 
 def load_component(folder: Path, library: str, class_name: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -261,7 +263,8 @@ def load_components(folder: str | Path = BUNDLED / COMMON) -> Components:
     index = read_json(common if common.is_file() else folder / "model_index.json")
     parts = {}
     flux = index.get("_class_name") == FLUX
-    for part in ("vae", "text_encoder", "tokenizer", *(("text_encoder_2", "tokenizer_2", "scheduler") if flux else ())):
+    second = ("text_encoder_2", "tokenizer_2") if flux or (index.get("text_encoder_2") or [None])[0] else ()
+    for part in ("vae", "text_encoder", "tokenizer", *second, *(("scheduler",) if flux else ())):
         where = folder / part if (folder / part).is_dir() else folder.parent / COMMON / part
         if not where.is_dir() or not index.get(part):
             raise InputError(f"{folder} has no {part}")

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, SchedulerMixin
 from diffusers.loaders import FluxLoraLoaderMixin
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
@@ -22,6 +23,7 @@ from likeness.encoders.text import encode_text, encode_text_flux
 from likeness.models.mditface import PATCH, MDiTFaceTransformer
 from likeness.models.static_cache import StaticCache
 from likeness.pipelines.adapters import NAME, load_lora, unload_adapter
+from likeness.pipelines.arguments import check_settings
 from likeness.pipelines.portrait import Call, Job, PortraitPipeline
 from likeness.types import InputError, TextFeatures
 
@@ -76,6 +78,7 @@ class MDiTFacePipeline(PortraitPipeline, FluxLoraLoaderMixin):
         defaults: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        check_settings(condition_resize, defaults or {}, DEFAULTS)
         if not isinstance(transformer, MDiTFaceTransformer):
             raise InputError(
                 f"the transformer is a {type(transformer).__name__}: load FLUX.1 with likeness.load(folder), or pass "
@@ -194,6 +197,9 @@ class MDiTFacePipeline(PortraitPipeline, FluxLoraLoaderMixin):
         if others := [name for name in names if name != NAME]:
             super().delete_adapters(others)
             self.loras = {name: entry for name, entry in self.loras.items() if name not in others}
+        for network in (self.transformer, self.text_encoder):
+            if not getattr(network, "peft_config", {}):
+                recurse_remove_peft_layers(network)  # what is left would give the weights other names in a folder
 
     def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
         """Remove all LoRAs; with MDiTFace's own adapter go its conditions."""
@@ -203,7 +209,7 @@ class MDiTFacePipeline(PortraitPipeline, FluxLoraLoaderMixin):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in diffusers, but refused with LoRAs on: the folder could not be read again."""
-        if getattr(self.transformer, "peft_config", {}):
+        if any(getattr(network, "peft_config", {}) for network in (self.transformer, self.text_encoder)):
             raise InputError("LoRAs are no part of a model folder: save an adapter with `save_adapter`, or unload them")
         super().save_pretrained(*args, **kwargs)
 

@@ -16,6 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from likeness.encoders.text import encode_text
 from likeness.models.mmface import MMFaceTransformer, Modulation
+from likeness.pipelines.arguments import check_settings
 from likeness.pipelines.guidance import Pass, passes
 from likeness.pipelines.portrait import Call, Job, PortraitPipeline
 from likeness.types import InputError, TextFeatures
@@ -24,7 +25,9 @@ DEFAULTS: dict[str, Any] = {"size": 256, "steps": 50, "guidance_scale": 7.5, "gu
 """What a request leaves open, where a checkpoint does not say otherwise."""
 
 MODULATION_ROWS = 512
-"""Most samples whose modulations are kept: in the published network this is 0.4 GB in bf16."""
+"""Most samples of a group of pictures whose modulations are kept: in the published network this is 0.4 GB in bf16. On a
+CPU every picture is such a group, and a bound that depended on their number would change bits.
+"""
 
 
 class Step(NamedTuple):
@@ -80,6 +83,7 @@ class MMFacePipeline(PortraitPipeline):
         defaults: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        check_settings(condition_resize, defaults or {}, DEFAULTS)
         self.register_modules(
             transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler
         )

@@ -11,6 +11,7 @@ B pictures, C latent channels, h x w latent size, P passes through the network.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,10 +25,12 @@ from torch import Tensor
 
 from likeness.conditions import CONDITIONS
 from likeness.conditions.base import Condition, Reading
+from likeness.conditions.pictures import check_aspect
 from likeness.encoders.latent import LatentCodec, spatial_factor, to_pixels, to_tensor
 from likeness.encoders.text import cut_words
 from likeness.objectives import make_objective
 from likeness.objectives.flow import dynamic_shift
+from likeness.pipelines.arguments import interval_of, number, own_steps, spread, whole_number
 from likeness.pipelines.guidance import Control
 from likeness.pipelines.output import PortraitOutput
 from likeness.types import InputError, TextFeatures
@@ -97,7 +100,7 @@ class PortraitPipeline(DiffusionPipeline):
     def __call__(
         self,
         prompt: str | Sequence[str] = "",
-        negative_prompt: str | Sequence[str] = "",
+        negative_prompt: str | Sequence[str] | None = None,
         control_image: Mapping[str, Any] | None = None,
         *,
         height: int | None = None,
@@ -123,8 +126,8 @@ class PortraitPipeline(DiffusionPipeline):
         Args:
             prompt: one sentence or one a picture; "" means no text.
             negative_prompt: what to steer away from, likewise.
-            control_image: condition name -> a path, image or array (`likeness.conditions`), or a list of them, one a
-                prompt, with None where a picture has no such condition.
+            control_image: condition name -> a path, image, array or tensor (`likeness.conditions`), or a list of them,
+                one a prompt, with None where a picture has no such condition.
             height: pixels, a multiple of the autoencoder's factor times the patch size; None: the checkpoint's size.
             width: likewise.
             num_inference_steps: steps of the sampler, at least 1.
@@ -136,14 +139,16 @@ class PortraitPipeline(DiffusionPipeline):
             control_guidance_start: fraction of the steps at which a condition begins to act, likewise.
             control_guidance_end: fraction at which it ceases to act, likewise.
             num_images_per_prompt: pictures a prompt; those of one prompt follow one another.
-            generator: one a picture, or one for all, from which the pictures draw their noise in turn.
+            generator: one a picture, or one for all, from which the pictures draw their noise in turn, also that of
+                samplers which add some at every step.
             latents: initial noise [B, C, h, w] instead of drawing it.
             sigmas: the scheduler's noise levels, instead of the objective's.
-            timesteps: the scheduler's timesteps, instead of the objective's.
+            timesteps: the scheduler's timesteps, likewise; not both.
             output_type: `pil`, `np` ([B, H, W, 3] in [0, 1]), `pt` ([B, 3, H, W] in [0, 1]) or `latent`.
             return_dict: whether to return a `PortraitOutput` or a tuple.
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after every step; it may return
-                other latents, and stops the loop by setting `pipeline._interrupt`.
+                other latents, and stops the loop by setting `pipeline._interrupt`. Such state on the pipeline, as
+                everywhere in diffusers, is of one call at a time.
             callback_on_step_end_tensor_inputs: what the callback is given: `latents`.
 
         Raises:
@@ -151,31 +156,37 @@ class PortraitPipeline(DiffusionPipeline):
         """
         # 1. Check what was asked for, and spread it over the pictures
         defaults = self.config.defaults
-        height, width = height or defaults["size"], width or defaults["size"]
-        steps = defaults["steps"] if num_inference_steps is None else num_inference_steps
-        guidance = float(defaults["guidance_scale"] if guidance_scale is None else guidance_scale)
-        interval = defaults["guidance_interval"] if guidance_interval is None else guidance_interval
-        prompts, negatives, images = spread(prompt, negative_prompt, control_image or {}, num_images_per_prompt)
+        height = whole_number(defaults["size"] if height is None else height, "height")
+        width = whole_number(defaults["size"] if width is None else width, "width")
+        steps = whole_number(
+            defaults["steps"] if num_inference_steps is None else num_inference_steps, "num_inference_steps"
+        )
+        guidance = number(defaults["guidance_scale"] if guidance_scale is None else guidance_scale, "guidance_scale")
+        interval = interval_of(defaults["guidance_interval"] if guidance_interval is None else guidance_interval)
+        prompts, negatives, images = spread(prompt, negative_prompt, control_image, num_images_per_prompt)
         self.check_family(negatives)
         self.check_inputs(height, width, steps, guidance, output_type, callback_on_step_end_tensor_inputs)
         controls = self.controls(images, conditioning_scale, control_guidance_start, control_guidance_end)
+        if guidance == 1 or self.transformer.config.get("guidance_embeds"):
+            negatives = prompts  # nothing reads them
         self._interrupt = False
 
         # 2. Encode text and conditions, each distinct one once
         notes: list[str] = []
         texts = list(dict.fromkeys([*prompts, *negatives]))
-        text = self.encode_prompts(texts, notes)
+        text = self.encode_prompts(texts, prompts, notes)
         condition_latents, condition_rows, conditions = self.encode_conditions(images, height, width, notes)
 
         # 3. Draw the noise and lay out the steps
-        latents = self.prepare_latents(latents, len(prompts), tuple(condition_latents.shape[1:]), generator)
-        scheduler = copy.deepcopy(self.scheduler)  # its state belongs to this call, so that calls may overlap
+        generators = list(generator) if isinstance(generator, Sequence) else generator
+        latents = self.prepare_latents(latents, len(prompts), tuple(condition_latents.shape[1:]), generators)
+        scheduler = copy.deepcopy(self.scheduler)  # its state belongs to this call
         objective = make_objective(self.config.objective)
         shift = {}
         if scheduler.config.get("use_dynamic_shifting"):
             shift = {"mu": dynamic_shift(latents[0, 0].numel() // self.patch_size**2, scheduler.config)}
         if sigmas is not None or timesteps is not None:
-            chosen = {"sigmas": list(sigmas)} if sigmas is not None else {"timesteps": list(timesteps or ())}
+            chosen = own_steps(scheduler, sigmas=sigmas, timesteps=timesteps)
             scheduler.set_timesteps(**chosen, **shift, device=latents.device)
         elif type(scheduler) is type(objective.scheduler()):
             scheduler.set_timesteps(**objective.schedule(steps), **shift, device=latents.device)
@@ -184,6 +195,8 @@ class PortraitPipeline(DiffusionPipeline):
         latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
         times = objective.time_of(scheduler.timesteps)  # [S]
         levels = objective.noise_level(times.cpu()).tolist()
+        self._num_timesteps = len(times)
+        noise = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
 
         # 4. Plan the passes of every group of pictures that run together
         job = Job(
@@ -214,7 +227,7 @@ class PortraitPipeline(DiffusionPipeline):
                     output = self.transformer(scaled[call.items].to(dtype), time, **call.arguments).float()
                     for item, weight, one in zip(call.items, call.weights, output, strict=True):
                         prediction[item] += weight * one
-                latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+                latents = scheduler.step(prediction, timestep, latents, **noise, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     given = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
                     latents = (callback_on_step_end(self, i, timestep, given) or {}).get("latents", latents)
@@ -224,6 +237,16 @@ class PortraitPipeline(DiffusionPipeline):
         images_out = self.decode(latents, output_type)
         self.maybe_free_model_hooks()
         return PortraitOutput(images=images_out, notes=notes) if return_dict else (images_out,)
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the present call, for callbacks."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has stopped the present call."""
+        return self._interrupt
 
     def groups(self, count: int) -> list[range]:
         """Which pictures run together: on a CPU each by itself, so that its bits depend on nothing else."""
@@ -235,18 +258,13 @@ class PortraitPipeline(DiffusionPipeline):
     ) -> None:
         """Refuse what cannot be made, in one sentence."""
         unit = spatial_factor(self.vae) * self.patch_size
-        if (
-            not (isinstance(height, int) and isinstance(width, int))
-            or height % unit
-            or width % unit
-            or min(height, width) < unit
-        ):
+        if height % unit or width % unit or min(height, width) < unit:
             near = [max(unit, round(side / unit) * unit) for side in (width, height)]
             raise InputError(
                 f"the size {width}x{height} cannot be made: both sides must be multiples of {unit}; "
                 f"the nearest is {near[0]}x{near[1]}"
             )
-        if not isinstance(steps, int) or steps < 1:
+        if steps < 1:
             raise InputError(f"the number of steps is {steps}; it must be a whole number of at least 1")
         if not math.isfinite(guidance) or guidance < 0:
             raise InputError(f"the guidance scale is {guidance}; it must be a finite number of at least 0")
@@ -280,11 +298,15 @@ class PortraitPipeline(DiffusionPipeline):
             if name not in rows:
                 raise InputError(f"this checkpoint was not trained with {name}: it takes {usable}")
 
-        def of(values: float | Mapping[str, float], name: str, otherwise: float) -> float:
-            return float(values.get(name, otherwise) if isinstance(values, Mapping) else values)
+        def of(values: float | Mapping[str, float], name: str, otherwise: float, what: str) -> float:
+            return number(values.get(name, otherwise) if isinstance(values, Mapping) else values, what)
 
         control = {
-            name: Control(scale=of(scale, name, 1.0), start=of(start, name, 0.0), end=of(end, name, 1.0))
+            name: Control(
+                scale=of(scale, name, 1.0, "conditioning_scale"),
+                start=of(start, name, 0.0, "control_guidance_start"),
+                end=of(end, name, 1.0, "control_guidance_end"),
+            )
             for name in given
         }
         for name, c in control.items():
@@ -294,12 +316,13 @@ class PortraitPipeline(DiffusionPipeline):
                 raise InputError(f"{name} acts from {c.start} to {c.end}; both must lie in [0, 1], the start first")
         return [{name: control[name] for name in image} for image in images]
 
-    def encode_prompts(self, texts: Sequence[str], notes: list[str]) -> TextFeatures:
+    def encode_prompts(self, texts: Sequence[str], prompts: Sequence[str], notes: list[str]) -> TextFeatures:
         """Features of distinct texts, tokens [T, L, D]; notes which words did not fit."""
         limit = self.config.max_text_tokens
         for text in texts:
             if cut := cut_words(getattr(self, "tokenizer_2", None) or self.tokenizer, text, limit):
-                notes.append(f"the prompt is longer than {limit} tokens; this was cut: {cut!r}")
+                which = "prompt" if text in prompts else "negative prompt"
+                notes.append(f"the {which} is longer than {limit} tokens; this was cut: {cut!r}")
         return TextFeatures(*(x.to(self._execution_device, self.transformer.dtype) for x in self.text_features(texts)))
 
     def encode_conditions(
@@ -323,8 +346,12 @@ class PortraitPipeline(DiffusionPipeline):
                 if key not in numbers:
                     reading = source
                     if not isinstance(source, Reading):
-                        reading = CONDITIONS[name].read(source)
+                        reading = CONDITIONS[name].read(source.cpu().numpy() if isinstance(source, Tensor) else source)
                         notes.extend([f"{name}: {reading.scheme}", *(f"{name}: {note}" for note in reading.notes)])
+                    if reading.size is not None:
+                        check_aspect(
+                            (round(reading.size[1]), round(reading.size[0])), (height, width), f"picture of the {name}"
+                        )
                     pictures.append(render(CONDITIONS[name], reading.raw, height, width, self.config.condition_resize))
                     rows.append(names.index(name))
                     numbers[key] = len(pictures)
@@ -342,7 +369,7 @@ class PortraitPipeline(DiffusionPipeline):
         latents: Tensor | None,
         count: int,
         shape: tuple[int, ...],
-        generator: torch.Generator | Sequence[torch.Generator] | None,
+        generator: torch.Generator | list[torch.Generator] | None,
     ) -> Tensor:
         """Initial noise [B, C, h, w], float32. Each picture draws its own, so that a batch changes nothing."""
         device = self._execution_device
@@ -350,7 +377,7 @@ class PortraitPipeline(DiffusionPipeline):
             if tuple(latents.shape) != (count, *shape):
                 raise InputError(f"latents have the shape {tuple(latents.shape)}; this call needs {(count, *shape)}")
             return latents.to(device, torch.float32)
-        generators = list(generator) if isinstance(generator, Sequence) else [generator] * count
+        generators = generator if isinstance(generator, list) else [generator] * count
         if len(generators) != count:
             raise InputError(f"{len(generators)} generators for {count} pictures: give one, or one a picture")
         drawn = [
@@ -374,40 +401,6 @@ class PortraitPipeline(DiffusionPipeline):
         if output_type == "np":
             return pictures.add(1).div(2).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(picture) for picture in to_pixels(pictures)]
-
-
-def spread(
-    prompt: str | Sequence[str], negative_prompt: str | Sequence[str], control_image: Mapping[str, Any], per_prompt: int
-) -> tuple[list[str], list[str], list[dict[str, Any]]]:
-    """Prompts, negative prompts and conditions, one a picture.
-
-    A single value serves all pictures; lists must agree in length. Every entry is repeated `per_prompt` times.
-    """
-    if not isinstance(per_prompt, int) or per_prompt < 1:
-        raise InputError(f"num_images_per_prompt is {per_prompt}; it must be a whole number of at least 1")
-    columns: dict[str, Any] = {"prompt": prompt, "negative prompt": negative_prompt, **control_image}
-    lengths = {name: len(value) for name, value in columns.items() if isinstance(value, (list, tuple))}
-    count = max(lengths.values(), default=1)
-    for name, length in lengths.items():
-        if length not in (1, count):
-            longest = next(other for other, size in lengths.items() if size == count)
-            raise InputError(
-                f"{length} values of {name} do not match {count} of {longest}: "
-                "if a batch size is not 1, it must be the same for prompts and conditions"
-            )
-
-    def of(value: Any, index: int) -> Any:
-        if not isinstance(value, (list, tuple)):
-            return value
-        return value[index if len(value) > 1 else 0]
-
-    items = [index for index in range(count) for _ in range(per_prompt)]
-    prompts, negatives = [of(prompt, i) for i in items], [of(negative_prompt, i) for i in items]
-    for text in (*prompts, *negatives):
-        if not isinstance(text, str):
-            raise InputError(f"a prompt is {text!r}, which is not text")
-    images = [{name: of(value, i) for name, value in control_image.items() if of(value, i) is not None} for i in items]
-    return prompts, negatives, images
 
 
 def render(condition: Condition, raw: np.ndarray, height: int, width: int, resize: str) -> np.ndarray:

@@ -227,7 +227,7 @@ def write_picture(picture: Image.Image, path: Path, recipe: Mapping[str, Any] | 
         recipe: its recipe, or None to write pixels only.
 
     Raises:
-        InputError: the suffix is unknown or the file cannot be written.
+        InputError: the suffix is unknown, the recipe too long for the format, or the file cannot be written.
     """
     kind = format_of(path)
     options: dict[str, Any] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
@@ -246,7 +246,12 @@ def write_picture(picture: Image.Image, path: Path, recipe: Mapping[str, Any] | 
             exif.get_ifd(EXIF_POINTER)[USER_COMMENT] = comment
             options |= {"exif": exif, "xmp": packet.encode()}
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    try:
+        picture.save(buffer, kind, **options)
+    except ValueError as error:  # JPEG's blocks hold 64 KiB
+        raise InputError(
+            f"the recipe of {path} is too long for a {kind}: write a .png, or use --no-metadata"
+        ) from error
     write_whole(path, buffer.getvalue())
 
 
