@@ -7,7 +7,9 @@ import json
 import numpy as np
 import pytest
 from drawn import drawn_points
+from PIL import Image
 
+from builders import tiny_pipeline
 from likeness.conditions.keypoints import FLIPS, STROKES, flip, read, render, resize
 from likeness.types import InputError
 
@@ -46,6 +48,24 @@ def test_every_form_gives_the_same_points(tmp_path, form):
     assert reading.raw.dtype == np.float32
     np.testing.assert_allclose(reading.raw, POINTS, atol=1e-6)
     assert "68 iBUG" in reading.scheme
+
+
+def test_pts_takes_its_size_from_the_picture_beside_it(tmp_path):
+    """iBUG's files hold pixels, counted from 1, and no size."""
+    rows = "\n".join(f"{x:.8f}\t{y:.8f}" for x, y in POINTS * SIZE + 1)
+    (tmp_path / "face.pts").write_text(f"version: 1\nn_points: 68\n{{\n{rows}\n}}\n")
+    with pytest.raises(InputError, match="put the picture beside"):
+        read(tmp_path / "face.pts")
+    Image.new("RGB", SIZE).save(tmp_path / "face.jpg")
+    reading = read(tmp_path / "face.pts")
+    np.testing.assert_allclose(reading.raw, POINTS, atol=1e-6)
+    assert reading.size == SIZE
+
+
+def test_points_of_a_wide_picture_are_not_squeezed():
+    wide = {"points": (POINTS * SIZE).tolist(), "size": SIZE}
+    with pytest.raises(InputError, match="picture of the keypoints is 200x100 but the portrait is 32x32"):
+        tiny_pipeline()("", control_image={"keypoints": wide}, height=32, width=32)
 
 
 def test_refusals(tmp_path):

@@ -10,6 +10,7 @@ from PIL import Image
 from likeness.conditions import CONDITIONS
 from likeness.conditions.classes import CLASSES, FLIP_PAIRS, ORDERS, PALETTE, PALETTES, PART_ALIASES, order_table
 from likeness.conditions.mask import flip, read, render, resize
+from likeness.conditions.mask_repair import distinct
 from likeness.conditions.mask_schemes import exchange
 from likeness.types import InputError
 
@@ -135,9 +136,30 @@ def test_part_files(tmp_path):
     reading = read(tmp_path)
     np.testing.assert_array_equal(reading.raw, face)
     assert "part files" in reading.scheme
+    hair = (face == CLASSES.index("hair")).astype(np.uint8)  # white throughout, and transparent where there is none
+    Image.fromarray(np.dstack([np.full((*face.shape, 3), 255, np.uint8), 255 * hair])).save(tmp_path / "00012_hair.png")
+    np.testing.assert_array_equal(read(tmp_path).raw, face)
+    Image.fromarray(13 * hair).save(tmp_path / "00012_hair.png")
+    with pytest.raises(InputError, match=r"00012_hair\.png paints nothing: its values reach 13"):
+        read(tmp_path)
     Image.fromarray(np.zeros((128, 128), np.uint8)).save(tmp_path / "00013_skin.png")
     with pytest.raises(InputError, match="parts of 2 faces"):
         read(tmp_path)
+
+
+def test_transparent_pixels_of_grey_masks_are_background():
+    alpha = np.where(FACE == CLASSES.index("hair"), 0, 255).astype(np.uint8)
+    reading = read(Image.merge("LA", [Image.fromarray(FACE), Image.fromarray(alpha)]))
+    np.testing.assert_array_equal(reading.raw, np.where(alpha, FACE, 0))
+    assert "transparent" in reading.notes[0]
+
+
+def test_distinct_values_of_large_pictures():
+    packed = np.random.default_rng(0).integers(0, 1 << 24, (1024, 1024)).astype(np.int32)
+    packed[:1000] = 7
+    values, which = distinct(packed)
+    np.testing.assert_array_equal(values[which], packed)
+    np.testing.assert_array_equal(values, np.unique(packed))
 
 
 @pytest.mark.parametrize("damage", ["bilinear", "bicubic", "lanczos", "jpeg"])

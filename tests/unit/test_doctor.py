@@ -37,6 +37,7 @@ def test_it_tells_the_three_kinds_apart(tmp_path):
     }
     for path, kind in kinds.items():
         assert inspect(path).condition == kind
+    assert inspect(PALETTE[drawn_mask(478)]).condition == "mask"  # 478 points have no third axis
 
 
 def test_a_sound_mask_has_no_problems_and_a_true_table():

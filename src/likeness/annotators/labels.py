@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from likeness.conditions.classes import CLASS_INDEX, CLASSES, FLIP_PAIRS
+from likeness.conditions.classes import CLASS_INDEX, CLASSES, COUNTERPART
 from likeness.types import InputError
 
 NAMES: dict[str, tuple[str, ...]] = {
@@ -65,7 +65,6 @@ def classes_of(labels: Sequence[str], where: str, *, exchanged: bool = False) ->
     if missing := [name for name in NEEDED if CLASS_INDEX[name] not in classes]:
         raise InputError(f"{where} has no label for {', '.join(missing)}: it is no face parser")
     if exchanged:
-        other = {a: b for pair in FLIP_PAIRS for a, b in (pair, pair[::-1])}
-        classes = [other.get(index, index) for index in classes]
+        classes = [COUNTERPART.get(index, index) for index in classes]
     assert all(index < len(CLASSES) for index in classes)
     return tuple(classes)

@@ -29,6 +29,9 @@ class Reading:
     """The form that was recognised, in a few words: "palette PNG, CelebAMask-HQ colours"."""
     notes: tuple[str, ...] = ()
     """What was changed or looks odd, one sentence each."""
+    size: tuple[float, float] | None = None
+    """(width, height) of the picture that points were found in, where it is known: fractions of a wide picture are no
+    fractions of a square one."""
 
 
 @dataclass(frozen=True, kw_only=True)

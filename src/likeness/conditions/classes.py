@@ -38,6 +38,9 @@ CLASS_INDEX: dict[str, int] = {name: index for index, name in enumerate(CLASSES)
 FLIP_PAIRS: tuple[tuple[int, int], ...] = ((4, 5), (6, 7), (8, 9))
 """(person's left, person's right) of eyes, brows and ears: what mirroring a mask exchanges."""
 
+COUNTERPART: dict[int, int] = {a: b for pair in FLIP_PAIRS for a, b in (pair, pair[::-1])}
+"""The same both ways."""
+
 PART_ALIASES: dict[str, str] = {"ear_r": "earring", "neck_l": "necklace"}
 """Names of the official part files (`<id>_ear_r.png`) that differ from ours."""
 

@@ -78,7 +78,8 @@ def inspect(source: Source, name: str | None = None) -> Report:
 
 def _candidates(source: Source) -> tuple[str, ...]:
     if isinstance(source, np.ndarray):
-        points = source.ndim in (2, 3) and source.shape[-1] in (2, 3) and source.shape[-2] in FLIPS
+        points = source.ndim == 2 or (source.ndim == 3 and len(source) == 1)
+        points = points and source.shape[-1] in (2, 3) and source.shape[-2] in FLIPS
         return ("keypoints",) if points else ("mask", "sketch")
     if isinstance(source, str | os.PathLike):
         suffix = Path(source).suffix.lower()

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from likeness.conditions.classes import CLASS_INDEX, CLASSES, FLIP_PAIRS
+from likeness.conditions.classes import CLASS_INDEX, CLASSES, COUNTERPART
 from likeness.conditions.layout import INSIDE, exchanged_pairs, measure
 from likeness.conditions.mask import flip, resize
 from likeness.conditions.mask_schemes import exchange as exchange_classes
@@ -165,8 +165,7 @@ def mirror(labels: np.ndarray, classes: Names = ()) -> np.ndarray:
     if not classes:
         return flip(labels)
     chosen = present_classes(labels, classes)
-    counterpart = {a: b for pair in FLIP_PAIRS for a, b in (pair, pair[::-1])}
-    made = [counterpart.get(index, index) for index in chosen]
+    made = [COUNTERPART.get(index, index) for index in chosen]
     # The middle is where a mirrored face lies on itself; what is to be mirrored has no say in it.
     mirrored = flip(labels)
     factor, source, target = _fit(mirrored, labels, without={*chosen, *made})

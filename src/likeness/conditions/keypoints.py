@@ -7,7 +7,6 @@ points lack, are read and kept but not drawn.
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from likeness.conditions.base import Condition, Reading, Source
-from likeness.conditions.pictures import describe, existing_path, load_array
+from likeness.conditions.pictures import describe, existing_path, load_array, open_picture
 from likeness.conditions.vary import vary_points
 from likeness.types import InputError
 
@@ -87,6 +86,9 @@ def _permutation_478() -> np.ndarray:
     return order
 
 
+BLANKS = str.maketrans(",;\t", "   ")
+"""What may stand between numbers, as blanks."""
+
 FLIPS: dict[int, np.ndarray] = {68: np.array(FLIP_68), 478: _permutation_478()}
 """Number of points -> int [P], the permutation of mirroring."""
 
@@ -96,9 +98,9 @@ def read(source: Source | dict) -> Reading:
 
     Args:
         source: .json (`{"points": [[x, y], ...], "size": [width, height]}` or a bare list), .npy, .npz, .txt or .csv
-            (two or three numbers a line), .pts (iBUG), or an array [P, 2] or [P, 3], of which x and y are used.
-            P is 68 (iBUG) or 478 (MediaPipe); .pts counts pixels from 1, all others from 0. A dict is what the .json
-            file would hold.
+            (two or three numbers a line), .pts (iBUG; its size is that of the picture of the same name beside it), or
+            an array [P, 2] or [P, 3], of which x and y are used. P is 68 (iBUG) or 478 (MediaPipe); .pts counts pixels
+            from 1, all others from 0. A dict is what the .json file would hold.
 
     Returns:
         raw float32 [P, 2], (x, y); [0, 1] spans the picture.
@@ -134,7 +136,7 @@ def read(source: Source | dict) -> Reading:
         if points.max() > 1.5 or points.min() < -0.5:
             raise InputError(
                 f"the points of {where} are pixels (up to {points.max():.0f}) of a picture of unknown size: "
-                'add "size": [width, height] in a JSON file, or divide them by the size'
+                'add "size": [width, height] in a JSON file, divide them by the size, or put the picture beside a .pts'
             )
     inside = ((points >= 0) & (points <= 1)).all(axis=1).mean()
     if inside < 0.5:
@@ -149,7 +151,10 @@ def read(source: Source | dict) -> Reading:
         notes.append("the person's left eye lies left of the right one in the picture: the sides look exchanged")
     kind = "iBUG" if len(points) == 68 else "MediaPipe"
     return Reading(
-        raw=points.astype(np.float32), scheme=f"{len(points)} {kind} points, {form}, {unit}", notes=tuple(notes)
+        raw=points.astype(np.float32),
+        scheme=f"{len(points)} {kind} points, {form}, {unit}",
+        notes=tuple(notes),
+        size=None if size is None else (size[0], size[1]),
     )
 
 
@@ -195,17 +200,25 @@ def _load(path: Path) -> tuple[str, object, tuple[float, ...] | None]:
         return _from_document(document, str(path))
     pts = "{" in text
     body = text[text.index("{") + 1 :].split("}")[0] if pts else text
-    rows = [row for row in csv.reader(body.replace(",", " ").replace(";", " ").split("\n"), delimiter=" ") if any(row)]
+    rows = [row for row in (line.split() for line in body.translate(BLANKS).splitlines()) if row]
     numbers = []
     for line, row in enumerate(rows):
         try:
-            numbers.append([float(cell) for cell in row if cell.strip()])
+            numbers.append([float(cell) for cell in row])
         except ValueError as error:
             if line:  # the first line may be a header
                 raise InputError(f"{path} has a line that is no numbers: {' '.join(row)[:40]!r}") from error
     # iBUG counts pixels from 1.
     values = [[number - 1 for number in row] for row in numbers] if pts else numbers
-    return "iBUG pts" if pts else suffix[1:], values, None
+    return "iBUG pts" if pts else suffix[1:], values, _size_beside(path) if pts else None
+
+
+def _size_beside(path: Path) -> tuple[float, ...] | None:
+    """(width, height) of the picture of the same name, as iBUG's data have it."""
+    for suffix in (".jpg", ".jpeg", ".png", ".JPG", ".PNG"):
+        if path.with_suffix(suffix).is_file():
+            return open_picture(path.with_suffix(suffix)).size
+    return None
 
 
 def _from_document(document: object, where: str) -> tuple[str, object, tuple[float, ...] | None]:

@@ -76,12 +76,14 @@ def _read_picture(picture: Image.Image, where: str, order: str | None, jpeg: boo
         raise InputError(
             f"{where} is black and white: a mask needs a class for every pixel; is it a sketch (--sketch)?"
         )
-    if picture.mode in ("L", "LA", "I", "I;16", "I;16B", "I;16L"):
-        values = np.asarray(picture.getchannel(0) if picture.mode == "LA" else picture)
+    if picture.mode == "LA" and picture.getchannel(1).getextrema() == (255, 255):
+        picture = picture.getchannel(0)
+    if picture.mode in ("L", "I", "I;16", "I;16B", "I;16L"):
+        values = np.asarray(picture)
         if jpeg and 0 < values.max() < 2 * len(CLASSES):
             raise InputError(f"{where} holds class numbers in a JPEG, which changes them: save it as PNG")
         return _read_array(values, where, order)
-    if picture.mode in ("RGBA", "PA", "RGBa", "La"):
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         return _read_array(np.asarray(picture.convert("RGBA")), where, order)
     return _read_array(np.asarray(picture.convert("RGB")), where, order)
 
@@ -178,7 +180,15 @@ def paint_parts(files: Mapping[int, Path | Image.Image], where: str) -> Reading:
     """
     labels: np.ndarray | None = None
     for index, path in sorted(files.items()):
-        values = np.asarray(open_picture(path).convert("L"))
+        picture = open_picture(path)
+        if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)
+        values = np.asarray(picture.convert("L"))
+        if 1 < values.max() <= 127:
+            raise InputError(
+                f"{describe(path)} paints nothing: its values reach {values.max()}, a part is white on black"
+            )
         painted = values > (127 if values.max() > 1 else 0)
         if labels is None:
             labels = np.zeros(values.shape, dtype=np.uint8)

@@ -35,7 +35,7 @@ def nearest_colours(rgb: np.ndarray, *palettes: np.ndarray) -> list[tuple[np.nda
         For each palette: int16 [H, W], the row; and int16 [H, W], the largest difference over the channels.
     """
     packed = (rgb[..., 0].astype(np.int32) << 16) | (rgb[..., 1].astype(np.int32) << 8) | rgb[..., 2]
-    values, where = np.unique(packed, return_inverse=True)
+    values, where = distinct(packed)  # [N], [H, W]
     unpacked = np.stack([values >> 16, values >> 8 & 255, values & 255], axis=1).astype(np.int16)  # [N, 3]
     found = []
     for colours in palettes:
@@ -45,8 +45,22 @@ def nearest_colours(rgb: np.ndarray, *palettes: np.ndarray) -> list[tuple[np.nda
             candidate = np.abs(unpacked - colour).max(axis=1).astype(np.int16)
             best[candidate < distance] = row
             distance = np.minimum(distance, candidate)
-        found.append((best[where].reshape(packed.shape), distance[where].reshape(packed.shape)))
+        found.append((best[where], distance[where]))
     return found
+
+
+def distinct(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct values of numbers below 2^24, [N], and which of them each is, [H, W]. In large pictures by a table,
+    six times as fast as by sorting.
+    """
+    if packed.size < 1 << 20:
+        values, number = np.unique(packed, return_inverse=True)
+        return values, number.reshape(packed.shape)
+    seen, number = np.zeros(1 << 24, dtype=bool), np.empty(1 << 24, dtype=np.int32)
+    seen[packed] = True
+    values = np.flatnonzero(seen)
+    number[values] = np.arange(len(values))
+    return values, number[packed]
 
 
 def _mixtures(colours: np.ndarray) -> np.ndarray:

@@ -39,12 +39,14 @@ def describe(source: Source | bytes) -> str:
 
 def existing_path(source: str | Path) -> Path:
     """`source` as a path that exists. Raises `InputError` when it does not."""
-    path = Path(source).expanduser()
     try:
+        path = Path(source).expanduser()
         if not path.exists():
             raise InputError(f"{path} does not exist: check the path")
+    except RuntimeError as error:  # ~somebody
+        raise InputError(f"{source} cannot be opened: there is no such user") from error
     except OSError as error:  # such as a name that is too long
-        raise InputError(f"{str(path)[:80]} cannot be opened: {error.strerror or error}") from error
+        raise InputError(f"{str(source)[:80]} cannot be opened: {error.strerror or error}") from error
     return path
 
 
