@@ -48,6 +48,8 @@ def load_toml(path: str | Path | None, cls: type[T], overrides: tuple[str, ...] 
         table = values
         for name in tables:
             table = table.setdefault(name, {})
+            if not isinstance(table, dict):
+                raise InputError(f"the override {override!r} goes below {name}, which is {table!r} and no table")
         table[last] = value
     return build(cls, values, where="the settings" if path is None else str(path))
 

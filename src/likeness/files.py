@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,18 +15,17 @@ from typing import Any, BinaryIO
 from likeness.types import InputError
 
 
-def write_whole(path: Path, content: bytes | str, *, mark: str = "") -> None:
+def write_whole(path: Path, content: bytes | str) -> None:
     """Write a file, making its folder where there is none.
 
     Args:
         path: the file.
         content: text is written as UTF-8.
-        mark: for the temporary name, where several processes may write the same at the same time.
 
     Raises:
         InputError: it cannot be written; what was there before is untouched.
     """
-    partial = path.with_name(f".{path.name}{mark}.partial")
+    partial = partial_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -43,7 +43,7 @@ def writing_whole(path: Path) -> Iterator[BinaryIO]:
     Raises:
         InputError: it cannot be written; what was there before is untouched.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
@@ -55,6 +55,11 @@ def writing_whole(path: Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError):
             raise InputError(f"cannot write {path}: {error.strerror or error}") from error
         raise
+
+
+def partial_name(path: Path) -> Path:
+    """A name beside `path` that no other process takes: several may write the same file at the same time."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -54,8 +54,8 @@ class World:
             dist.barrier()
 
     def agree(self, good: bool) -> bool:
-        """Whether all processes say so."""
-        bad = torch.tensor(float(not good), device=self.device)
+        """Whether all processes say so. They tell one another on the CPU: no accelerator is waited for."""
+        bad = torch.tensor(float(not good))
         return not mean_over_ranks(bad, self).item()
 
     @contextmanager
@@ -152,6 +152,8 @@ def synchronise(model: nn.Module, world: World, last: bool) -> None:
     """
     if isinstance(model, FSDPModule) and world.mesh is not None:
         model.set_requires_gradient_sync(last or world.mesh.size(1) > 1)
+        if world.mesh.size(0) > 1:
+            model.set_requires_all_reduce(last)
 
 
 def mean_over_ranks(values: Tensor, world: World) -> Tensor:

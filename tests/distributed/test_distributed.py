@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -82,7 +83,10 @@ def runs(root) -> Path:
         "adapter": job(root, adapter, precision="bf16", canary_every=8, preview=WISH),
         "not_a_number": job(root, optimizer={"learning_rate": 1e30}),
         "indivisible": job(root, micro_batch=3),
+        "no_place": job(root),
     }
+    (root / "no_place").mkdir()
+    (root / "no_place" / "checkpoints").write_text("no folder")
     alone(job(root, images=8), root / "one_then_two")
     with torch.compiler.set_stance("force_eager"):  # torchao's optimizer would compile itself for a minute
         alone(job(root, WIDE, images=8, optimizer=EIGHT_BIT), root / "eight_bit_one_then_two")
@@ -161,6 +165,9 @@ def test_all_processes_stop_together(runs):
         refusals = [(runs / f"{name}.refused.{rank}").read_text() for rank in (0, 1)]
         assert words in refusals[0]
         assert refusals[0] == refusals[1]
+    refusals = [(runs / f"no_place.refused.{rank}").read_text() for rank in (0, 1)]
+    assert "cannot write the checkpoint" in refusals[0]
+    assert "another process was refused" in refusals[1]
 
 
 def test_layouts():
@@ -169,6 +176,20 @@ def test_layouts():
     assert mesh_shape("hybrid", 16, 8) == (2, 8)
     with pytest.raises(InputError, match="equal size"):
         mesh_shape("hybrid", 12, 8)
+
+
+def test_machines_meet_once_a_step():
+    """Layout hybrid, two machines of two: gradients are spread within a machine after every pass, and added up between
+    the machines after the last.
+    """
+    given = os.environ | {"PYTHONPATH": str(HERE.parent)}
+    command = [sys.executable, str(HERE / "pretended.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=given, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    (spread, added), (spread_thrice, added_thrice) = found["1"], found["3"]
+    assert added > 0
+    assert (spread_thrice, added_thrice) == (3 * spread, added)
 
 
 def test_killed_anywhere(root, plain, tmp_path):

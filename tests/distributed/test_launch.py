@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from likeness.config import load_toml
 from likeness.train import loop
-from likeness.train.checkpoint import load_state
+from likeness.train.checkpoint import load_state, states
 from likeness.train.config import TrainRecipe
 from runs import SIZE, prepare
 
@@ -40,24 +42,25 @@ def environment(**given: str) -> dict[str, str]:
 
 
 def test_two_machines_of_two(root, tmp_path):
-    """Layout hybrid on a mesh of (2, 2): weights spread within a machine and repeated on the other; what is learnt is
-    what one process learns.
+    """Layout hybrid on a mesh of (2, 2): weights spread within a machine and repeated on the other; what is learnt, in
+    two passes a step, is what one process learns.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [TORCHRUN, DEBUG, "--out", tmp_path / "run", *shortened(root), "layout=hybrid"]
-    given = environment(MACHINES="2", MASTER=f"127.0.0.1:{port}", RUN_ID="test", RESTARTS="0")
-    machines = [subprocess.Popen(command, env=given, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    given = [*shortened(root), "optimizer.images=32", "optimizer.batch=8"]
+    command = [TORCHRUN, DEBUG, "--out", tmp_path / "run", *given, "layout=hybrid", "micro_batch=1"]
+    where = environment(MACHINES="2", MASTER=f"127.0.0.1:{port}", RUN_ID="test", RESTARTS="0")
+    machines = [subprocess.Popen(command, env=where, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [machine.communicate(timeout=300)[1] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said[0][-3000:] + said[1][-3000:]
-    loop.train(load_toml(DEBUG, TrainRecipe, (*shortened(root), "threads=1")), tmp_path / "alone")
+    loop.train(load_toml(DEBUG, TrainRecipe, (*given, "threads=1")), tmp_path / "alone")
     found, wanted = load_state(tmp_path / "run"), load_state(tmp_path / "alone")
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         if name.startswith("model/"):
             assert (found[name] - value).abs().mean() < 2e-5, name
-    assert len(list((tmp_path / "run/checkpoints/000000000016").glob("*.distcp"))) == 4  # every process has its part
+    assert len(list((tmp_path / "run/checkpoints/000000000032").glob("*.distcp"))) == 4  # every process has its part
 
 
 def test_what_is_refused_is_not_started_again(root, tmp_path):
@@ -67,6 +70,27 @@ def test_what_is_refused_is_not_started_again(root, tmp_path):
     assert done.returncode == 2, done.stderr[-3000:]
     assert done.stderr.count("a batch of 5 cannot be cut into parts") == 2
     assert not (tmp_path / "run").exists()
+
+
+def test_told_to_end(root, tmp_path):
+    """SIGTERM to the script, as SLURM sends it: every process gets it, a state is written, and the exit code says that
+    the same command goes on.
+    """
+    command = [TORCHRUN, DEBUG, *shortened(root), "optimizer.images=40000", "checkpoint_every=40000"]
+    script = subprocess.Popen([*command, "--out", tmp_path], env=environment(), stderr=subprocess.PIPE, text=True)
+    while script.poll() is None and not reported(tmp_path):
+        time.sleep(0.05)
+    script.terminate()
+    errors = script.communicate(timeout=300)[1]
+    assert script.returncode == 75, errors[-3000:]
+    assert errors.count("run the same command again to go on") == 2
+    (state,) = states(tmp_path)
+    assert 0 < int(state.name) < 40_000
+
+
+def reported(run: Path) -> bool:
+    """Whether a run has reported anything yet."""
+    return (run / "metrics.jsonl").is_file() and bool((run / "metrics.jsonl").read_text())
 
 
 @pytest.mark.skipif(bool(list(Path("/dev").glob("nvidia[0-9]*"))), reason="there is a GPU")
@@ -97,3 +121,5 @@ def test_slurm(tmp_path):
         *words,
     ]
     assert subprocess.run(["bash", script], env=given, capture_output=True).returncode == 2
+    (log,) = re.findall(r"^#SBATCH --output=(.*)$", script.read_text(), re.MULTILINE)
+    assert Path(log).parent == Path()  # SLURM makes no folders, and a checkout has none for runs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from likeness.prepare.synthetic import write_synthetic
 from likeness.train.checkpoint import load_state, states
 from likeness.train.components import autoencoder
 from likeness.train.components.autoencoder import AutoencoderRecipe, Pictures, build, measure, train_autoencoder
+from likeness.train.components.face_parser import FaceParserRecipe, train_face_parser
+from likeness.train.components.text_image import TextImageRecipe, train_text_image
+from likeness.train.run import held
 from likeness.types import InputError
 
 
@@ -75,6 +79,40 @@ def test_resume_is_exact(faces, tmp_path, monkeypatch):
     whole, parts = load_state(tmp_path / "whole"), load_state(tmp_path / "parts")
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_another_recipe_is_refused(faces, tmp_path):
+    train_autoencoder(recipe(faces, images=8, checkpoint_every=8), tmp_path)
+    with pytest.raises(InputError, match="begun with another learning_rate"):
+        train_autoencoder(recipe(faces, images=16, learning_rate=1e-4), tmp_path)
+    train_autoencoder(recipe(faces, images=16), tmp_path)  # its length is free
+    assert [int(path.name) for path in states(tmp_path)] == [8, 16]
+
+
+def test_a_loss_that_is_no_number(faces, tmp_path):
+    """It ends the run before anything is written of it."""
+    with pytest.raises(InputError, match=r"the loss is (nan|inf) .*lower the learning rate"):
+        train_autoencoder(recipe(faces, learning_rate=1e30, checkpoint_every=8), tmp_path)
+    assert all(value.isfinite().all() for value in load_state(tmp_path).values())
+
+
+@pytest.mark.parametrize(
+    ("train", "given"),
+    [
+        (train_autoencoder, AutoencoderRecipe(train=("x",), test=("x",), shares={"image": 1.0}, images=8)),
+        (train_text_image, TextImageRecipe(train=("x",), test=("x",), images=8)),
+        (train_face_parser, FaceParserRecipe(train=("x",), test=("x",), images=8)),
+    ],
+)
+def test_components_are_trained_one_at_a_time(train, given, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="checkpoint_every is 0: it must be at least 1"):
+        train(dataclasses.replace(given, checkpoint_every=0), tmp_path)
+    with held(tmp_path), pytest.raises(InputError, match="another process trains in"):
+        train(given, tmp_path)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=f"kind '{given.kind}' is trained by one process"):
+        train(given, tmp_path)
 
 
 def test_pictures_depend_on_their_position_only(faces):

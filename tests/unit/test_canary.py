@@ -11,7 +11,7 @@ import torch
 from builders import save_components
 from likeness.data.store import IMAGE, write_manifest, write_part
 from likeness.pipelines.load import load_components
-from likeness.train import loop
+from likeness.train import canary, loop
 from likeness.train.canary import CHANCE, CLEAR, certainty, pairing
 from runs import metrics, small
 
@@ -55,7 +55,8 @@ def alarms(root: Path, run: Path) -> list[str]:
     """What the canary cries in a run of `STEPS` steps."""
     optimizer = {"images": 8 * STEPS, "batch": 8}
     every = 8 * STEPS // 2
-    given = small(root, {"mask": 0.9, "none": 0.1}, optimizer=optimizer, canary_every=every, checkpoint_every=8 * STEPS)
+    steps = {"optimizer": optimizer, "canary_every": every, "checkpoint_every": 8 * STEPS}
+    given = small(root, {"mask": 0.9, "none": 0.1}, defaults={"size": 64, "steps": 2}, **steps)
     loop.train(given, run)
     said = [sentence for line in metrics(run) for sentence in line.get("canary", [])]
     assert any(sentence.startswith("mask ") for sentence in said)
@@ -89,6 +90,22 @@ def test_condition_never_given(root, tmp_path, monkeypatch):
     real = loop.make_batch
     monkeypatch.setattr(loop, "make_batch", without)
     assert any("none had a mask" in alarm for alarm in alarms(root, tmp_path))
+
+
+def test_what_no_face_has_is_not_looked_for(root, tmp_path, monkeypatch):
+    """A condition of share 0 that the shards lack: their faces are not all read at the start."""
+    read = {}
+
+    def counted(name, samples, count):
+        found = list(samples)
+        read[name] = len(found)
+        return real(name, found, count)
+
+    real = canary.faces_with
+    monkeypatch.setattr(canary, "faces_with", counted)
+    shares, optimizer = {"mask": 0.9, "keypoints": 0.0, "none": 0.1}, {"images": 8, "batch": 8}
+    loop.train(small(root, shares, defaults={"size": 64, "steps": 2}, optimizer=optimizer, canary_every=8), tmp_path)
+    assert read == {"mask": FACES, "keypoints": 0}
 
 
 @pytest.mark.parametrize("how", ["no gradient wanted", "no optimizer"])

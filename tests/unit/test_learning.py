@@ -13,17 +13,20 @@ import pytest
 import torch
 from PIL import Image
 
-from builders import run
-from likeness.cli import changes_first, main
+from builders import run, tiny_vae
+from likeness.cli import main, words_first
+from likeness.cli.evaluation import compare
 from likeness.cli.training import train
 from likeness.pipelines.generate import generate, resolve
 from likeness.pipelines.load import load, load_components
 from likeness.prepare.encode import encode_folder
 from likeness.train import loop
 from likeness.train.checkpoint import load_state, save_state, states
+from likeness.train.metrics import Reporter
 from likeness.train.optim import Ema, make_optimizers, power_of
 from likeness.train.page import write_page
 from likeness.train.posthoc import average_of, solve
+from likeness.train.run import held
 from likeness.types import InputError, PortraitRequest, TryAgain
 from runs import SIZE, metrics, prepare, small, weights_of
 
@@ -73,12 +76,16 @@ def test_exit_codes(root, tmp_path, monkeypatch, capsys):
     assert "run the same command again" in capsys.readouterr().err
     assert run(*command, "optimizer.batch=0") == 2
     assert "the recipe's optimizer.batch is 0: it must be at least 1" in capsys.readouterr().err
+    assert run(*command, "optimizer.images.x=1") == 2
+    assert "goes below images, which is 8 and no table" in capsys.readouterr().err
 
 
-def test_changes_may_stand_anywhere():
+def test_words_may_stand_anywhere():
     given = ["r.toml", "a=1", "--plan", "b.c=2", "--out", "x=y", "--gpus=2", "d=[3]"]
-    assert changes_first(train, given) == ["r.toml", "a=1", "b.c=2", "d=[3]", "--plan", "--out", "x=y", "--gpus=2"]
-    assert changes_first(train, ["r.toml"]) == ["r.toml"]
+    assert words_first(train, given) == ["r.toml", "a=1", "b.c=2", "d=[3]", "--plan", "--out", "x=y", "--gpus=2"]
+    assert words_first(train, ["--plan", "r.toml", "a=1", "--gpus", "2"]) == ["r.toml", "a=1", "--plan", "--gpus", "2"]
+    given = ["--allow", "steps", "size", "A@steps=3", "--out", "x", "B"]
+    assert words_first(compare, given) == ["A@steps=3", "B", "--allow", "steps", "size", "--out", "x"]
 
 
 @pytest.mark.parametrize(
@@ -91,6 +98,12 @@ def test_changes_may_stand_anywhere():
         ({"shares": {"mask": 0.0}}, "the sum of data.condition_shares is 0"),
         ({"shares": {"mask": 1.0, "none": -0.5}}, "data.condition_shares.none is -0.5"),
         ({"keep": 0}, "keep is 0"),
+        ({"checkpoint_every": 0}, "checkpoint_every is 0: it must be at least 1"),
+        ({"log_every": 0}, "log_every is 0: it must be at least 1"),
+        ({"seed": -1}, "seed is -1: it must be at least 0"),
+        ({"defaults": {"size": SIZE, "guidance": 9.0}}, "the recipe's defaults: unknown key 'guidance'; known are"),
+        ({"defaults": {"size": 512}}, "holds faces of 32 px, but the recipe's defaults.size is 512"),
+        ({"defaults": {}}, "holds faces of 32 px, but the recipe's defaults.size is not given"),
         ({"preview": [{"keypoints": "no.json"}]}, "preview 1 has a keypoints, which the recipe's condition_shares"),
         ({"preview": [{"mask": "no.png"}]}, r"no\.png"),
         ({"network": {"patch_size": 3}}, r"cannot be cut into patches of 3"),
@@ -110,6 +123,35 @@ def test_stores_that_do_not_go_together(root, tmp_path):
     both = dataclasses.replace(given.data, shards=(*given.data.shards, str(tmp_path / "large")))
     with pytest.raises(InputError, match="shards differ in size"):
         loop.train(dataclasses.replace(given, data=both), tmp_path / "run")
+    unseen = dataclasses.replace(given.data, validation=(str(tmp_path / "large"),))
+    with pytest.raises(InputError, match="large holds faces of 64 px"):
+        loop.train(dataclasses.replace(given, data=unseen), tmp_path / "run")
+
+
+def test_models_on_another_autoencoder(root, tmp_path):
+    """The components were trained anew under the same name, and the faces encoded again: no older model goes on."""
+    now, new = tmp_path / "now", tmp_path / "new"
+    now.symlink_to(root)
+    old = loop.train(small(now, optimizer={"images": 4}), tmp_path / "run")
+    shutil.copytree(root / "components", new / "components")
+    vae = tiny_vae()
+    with torch.no_grad():
+        next(vae.parameters()).mul_(1.1)
+    vae.save_pretrained(new / "components" / "vae")
+    encode_folder(root / "faces", new / "shards", load_components(new / "components"), size=SIZE)
+    now.unlink()
+    now.symlink_to(new)
+    for folder, start in (("run", None), ("other", str(old))):
+        with pytest.raises(InputError, match="run/model was trained on another autoencoder"):
+            loop.train(small(now, start=start), tmp_path / folder)
+
+
+def test_one_training_a_folder(root, tmp_path):
+    """A second one is refused; the first one's end opens the folder again."""
+    given = small(root, optimizer={"images": 4})
+    with held(tmp_path / "run"), pytest.raises(InputError, match="another process trains in"):
+        loop.train(given, tmp_path / "run")
+    loop.train(given, tmp_path / "run")
 
 
 def test_too_many_such_batches(root, tmp_path):
@@ -137,6 +179,22 @@ def test_full_disk(root, tmp_path, capsys):
     assert "training goes on" in capsys.readouterr().err
     loop.train(small(root, optimizer={"images": 16}), tmp_path / "run")
     assert [path.name for path in states(tmp_path / "run")] == ["000000000008", "000000000016"]
+
+
+def test_reports_on_a_full_disk(tmp_path, capsys):
+    reporter = Reporter(tmp_path, 100, 0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+        reporter.report(10, loss=2.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, old)
+    assert "metrics.jsonl: File too large; training goes on" in capsys.readouterr().err
+    reporter.report(20, loss=1.0)
+    reporter.close()
+    assert [line["seen"] for line in metrics(tmp_path)] == [20]
 
 
 def test_a_new_condition_leaves_the_old_ones_alone(root, tmp_path):
@@ -200,6 +258,9 @@ def test_averages_may_be_chosen_afterwards(root, tmp_path, capsys):
     assert all((same[name] - published[name]).abs().max() < 1e-3 for name in published)
     assert average_of(run, 0.15, seen=16).name == "model-0.15"
     load(run / "model-0.15")
+    for width in (0.5, 0.0, -0.1):
+        with pytest.raises(InputError, match=rf"the width is {width}: it must be above 0, at most 0\.28"):
+            average_of(run, width)
     loop.train(small(root, optimizer={"images": 4}), tmp_path / "plain")
     with pytest.raises(InputError, match="kept no averages"):
         average_of(tmp_path / "plain", 0.1)

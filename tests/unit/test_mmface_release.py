@@ -12,7 +12,7 @@ from diffusers import AutoencoderTiny
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from builders import tiny_text_encoder, tiny_tokenizer, tiny_vae
+from builders import run, tiny_text_encoder, tiny_tokenizer, tiny_vae
 from likeness.convert.mmface_release import convert_release, convert_state
 from likeness.objectives import make_objective
 from likeness.pipelines.load import load
@@ -164,6 +164,11 @@ def test_release_is_known_by_its_folder_and_gaps_are_named(release, tmp_path):
     assert "autoencoder" in missing[1]
     with pytest.raises(InputError, match="no vae and no text_encoder"):
         load(tmp_path / "out")("a face", height=32, width=32, num_inference_steps=1)
+
+
+def test_heads_of_another_width(release, tmp_path):
+    assert run("convert", "mmface-release", release, tmp_path / "out", "--heads", 4) == 0
+    assert json.loads((tmp_path / "out" / "transformer" / "config.json").read_text())["heads"] == 4
 
 
 def test_every_key_that_does_not_fit_is_listed():

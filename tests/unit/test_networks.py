@@ -8,7 +8,8 @@ import torch
 from likeness.config import build
 from likeness.models.mditface import MDiTFaceTransformer
 from likeness.models.mmface import MMFaceTransformer
-from likeness.train.config import TrainRecipe
+from likeness.pipelines import mditface, mmface
+from likeness.train.config import DEFAULTS, TrainRecipe
 from likeness.train.networks import build_network, condition_names, rope_axes
 from likeness.types import InputError
 
@@ -49,6 +50,10 @@ def test_rope_axes_are_even_and_like_those_of_flux():
         assert sum(axes) == head
         assert min(axes) > 0
         assert all(axis % 2 == 0 for axis in axes)
+
+
+def test_defaults_are_those_of_the_pipelines():
+    assert set(DEFAULTS) == set(mmface.DEFAULTS) == set(mditface.DEFAULTS)
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,12 @@ def test_broken_folders_are_named(bundle, tmp_path):
         load(tmp_path)
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "nowhere"])
+def test_devices_that_are_not_there_are_refused(device):
+    with pytest.raises(InputError, match=f"the device '{device}' cannot be used here"):
+        load(device=device)
+
+
 def test_hub_ids_fail_with_a_sentence(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InputError, match="neither here nor on the hub"):

@@ -125,6 +125,9 @@ def test_command(capsys):
         (["--device", "abacus"], "no data sheet of 'abacus'"),
         (["--gpus", "5"], "among 5 devices"),
         (["--layouts", "--device", "abacus"], "no data sheet of 'abacus'"),
+        (["micro_batch=3"], "a batch of 16 cannot be cut into parts of 3 for 1 processes"),
+        (["--layouts", "micro_batch=3"], "a batch of 16 cannot be cut into parts of 3"),
+        (["objective.name=abacus"], "the objective 'abacus' is unknown"),
     ):
         with pytest.raises(SystemExit, match="2"):
             main(["train", str(RECIPES / "debug.toml"), "--plan", "--device", "h100", *arguments])

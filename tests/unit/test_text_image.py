@@ -16,7 +16,7 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from likeness.config import load_toml
 from likeness.data.folder import read_photo
-from likeness.encoders.text import cut_words, encode_text
+from likeness.encoders.text import cut_words, encode_text, to_ids
 from likeness.encoders.text_image import load_attribute_head, name_attributes, reduced
 from likeness.train.checkpoint import load_state, states
 from likeness.train.components.text_image import (
@@ -30,7 +30,6 @@ from likeness.train.components.text_image import (
     contrastive_loss,
     losses,
     retrieval,
-    to_ids,
     train_text_image,
     train_tokenizer,
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,7 @@ from likeness.train.config import DataRecipe, TrainRecipe
 from likeness.train.optim import Ema, learning_rate, make_optimizers, power_of
 from likeness.train.step import make_batch
 from likeness.train.validate import condition_losses
-from likeness.types import InputError, PortraitRequest
+from likeness.types import InputError, PortraitRequest, TryAgain
 
 SIZE = 32
 
@@ -149,6 +151,28 @@ def test_stopped_and_resumed_is_never_stopped(prepared, tmp_path, monkeypatch, n
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     previews = [sorted((tmp_path / name / "previews").iterdir())[-1].read_bytes() for name in ("whole", "parts")]
     assert previews[0] == previews[1]
+
+
+def test_told_to_end(prepared, tmp_path, monkeypatch):
+    """SIGTERM within a step: a state is written after it, and the same command goes on to what it would have been."""
+    loop.train(recipe(prepared), tmp_path / "whole")
+    steps = []
+
+    def told_in_the_fourth(*arguments):
+        steps.append(len(steps) + 1)
+        if steps[-1] == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    real = loop.loss_of
+    monkeypatch.setattr(loop, "loss_of", told_in_the_fourth)
+    with pytest.raises(TryAgain, match="told to end after 16 images: run the same command again to go on"):
+        loop.train(recipe(prepared), tmp_path / "parts")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert [int(path.name) for path in states(tmp_path / "parts")] == [12, 16]
+    loop.train(recipe(prepared), tmp_path / "parts")
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 def test_muon_takes_the_matrices_of_the_blocks(prepared):

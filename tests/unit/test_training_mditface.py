@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -111,6 +112,20 @@ def test_adapter_on_flux(prepared, adapter_recipe, tmp_path, monkeypatch):
     with_mask = generate(pipeline, request, [1])[0][0]
     words = resolve(PortraitRequest(prompt="a face"), pipeline)
     assert with_mask.tobytes() != generate(pipeline, words, [1])[0][0].tobytes()
+
+
+def test_the_canary_keeps_a_face_once(adapter_recipe, tmp_path, monkeypatch):
+    """Although its latents are drawn anew from the autoencoder's distribution every time."""
+    made = []
+
+    def kept(*arguments):
+        made.append(real(*arguments))
+        return made[0]
+
+    real = loop.Canary
+    monkeypatch.setattr(loop, "Canary", kept)
+    loop.train(dataclasses.replace(adapter_recipe, canary_every=16, preview=()), tmp_path)
+    assert made[0].given["mask"] > 6 >= len(made[0].pairs["mask"])
 
 
 def test_adapter_is_the_average(adapter_recipe, tmp_path):

@@ -104,6 +104,7 @@ def mmface_release(
     release: Literal["ddpm-256", "rfm-256", "rfm-512"] | None = None,
     text_encoder: Path | None = None,
     vae: Path | None = None,
+    heads: int | None = None,
 ) -> None:
     """Turn a released MMFace-DiT checkpoint into a folder that likeness loads.
 
@@ -113,9 +114,10 @@ def mmface_release(
         release: Which release it is, where the path does not tell.
         text_encoder: Folder of Stable Diffusion 2.1's text encoder and tokenizer.
         vae: Folder of FLUX.1's autoencoder.
+        heads: Attention heads, where they are not 72 wide, as in every release.
     """
     from likeness.convert.mmface_release import convert_release
 
-    missing = convert_release(file, out, release=release, text_encoder=text_encoder, vae=vae)
+    missing = convert_release(file, out, release=release, text_encoder=text_encoder, vae=vae, heads=heads)
     print(out)
     tell([f"missing: {sentence}" for sentence in missing])

@@ -12,7 +12,6 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -172,7 +171,7 @@ def write_part(folder: Path, kind: str, tensors: dict[str, Tensor]) -> str:
     name = f"{kind}-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
     file = folder / name
     if not file.is_file() or file.stat().st_size != len(content):
-        write_whole(file, content, mark=f".{secrets.token_hex(4)}")
+        write_whole(file, content)
     return name
 
 

@@ -79,14 +79,21 @@ def encode_text_flux(
     )
 
 
+def to_ids(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> Tensor:
+    """Token numbers of B captions, padded or cut to L = `max_tokens`: [B, L]."""
+    encoded = tokenizer(
+        list(captions), padding="max_length", max_length=max_tokens, truncation=True, return_tensors="pt"
+    )
+    return encoded.input_ids
+
+
 def token_ids(
     tokenizer: Any, text_encoder: Any, captions: Sequence[str], max_tokens: int, together: bool
 ) -> Sequence[Tensor]:
     """Token numbers of captions, [b, L] each: one caption at a time on a CPU, since its bits must not depend on what
     else is in the batch, unless `together`.
     """
-    ids = tokenizer(list(captions), padding="max_length", max_length=max_tokens, truncation=True, return_tensors="pt")
-    ids = ids.input_ids.to(text_encoder.device)  # [B, L]
+    ids = to_ids(tokenizer, captions, max_tokens).to(text_encoder.device)  # [B, L]
     return ids.split(1) if ids.device.type == "cpu" and not together else (ids,)
 
 

@@ -36,14 +36,6 @@ class AttributeHead(NamedTuple):
     """Attribute -> its values, in the order of the classes."""
 
 
-def to_ids(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> Tensor:
-    """Token ids [B, L], padded and cut to `max_tokens`, as `encode_text` makes them."""
-    encoded = tokenizer(
-        list(captions), padding="max_length", max_length=max_tokens, truncation=True, return_tensors="pt"
-    )
-    return encoded.input_ids
-
-
 def reduced(pictures: Sequence[np.ndarray], size: int) -> Tensor:
     """B uint8 pictures, brought to `size` by areas, as the picture tower takes them: [B, 3, size, size] in [-1, 1]."""
     box = Image.Resampling.BOX

@@ -69,7 +69,8 @@ class Canary:
         )
         self.faces = {}
         for name in self.rows:
-            samples = faces_with(name, (store[index] for store in stores for index in range(len(store))), FACES)
+            having = [store for store in stores if name in store.conditions]  # a search for what is not there is long
+            samples = faces_with(name, (store[index] for store in having for index in range(len(store))), FACES)
             if len(samples) > 1:
                 text = components.text_features([sample.captions[0] if sample.captions else "" for sample in samples])
                 self.faces[name] = fixed_faces(samples, name, text, objective, mean, std)
@@ -93,9 +94,11 @@ class Canary:
                     self.keep_pair(name, batch.condition_latents[sample, place], batch.clean[sample])
 
     def keep_pair(self, name: str, condition: Tensor, picture: Tensor) -> None:
-        """Keep a pair; a face once, since few faces seen often could be learnt by heart, and the oldest go first."""
+        """Keep a pair; a face once, since few faces seen often could be learnt by heart, and the oldest go first. Faces
+        are told apart by their conditions: of a distribution the picture is drawn anew every time.
+        """
         pairs = self.pairs[name]
-        face = picture.double().sum().item()
+        face = condition.double().sum().item()
         pairs.pop(face, None)
         pairs[face] = (condition, picture)
         if len(pairs) > PAIRS:

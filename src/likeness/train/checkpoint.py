@@ -35,28 +35,36 @@ def save_state(run: Path, seen: int, state: Mapping[str, Tensor], keep: int = 2,
     """
     path = run / FOLDER / f"{seen:012d}"
     partial = path.with_suffix(".partial")
-    problem: BaseException | None = None
     try:
-        if world.main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        world.wait()
-        with quiet():
+        with world.together(), writing(path):
+            if world.main:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+        with world.together(), writing(path), quiet():
             dcp.save(dict(state), storage_writer=FileSystemWriter(partial, sync_files=True), no_dist=world.size == 1)
-    except (OSError, RuntimeError, CheckpointException) as error:
-        problem = error
-    if not world.agree(problem is None):
+        with world.together(), writing(path):
+            if world.main:
+                shutil.rmtree(path, ignore_errors=True)  # the same state, where a run is repeated
+                os.replace(partial, path)
+    except InputError:
         if world.main:
             shutil.rmtree(partial, ignore_errors=True)
-        reason = reason_of(problem) if problem else "another process failed"
-        raise InputError(f"cannot write the checkpoint {path}: {reason}; earlier checkpoints are intact") from problem
+        raise
     if world.main:
-        shutil.rmtree(path, ignore_errors=True)  # the same state, where a run is repeated
-        os.replace(partial, path)
         for old in states(run)[:-keep]:
-            shutil.rmtree(old)
-    world.wait()
+            shutil.rmtree(old, ignore_errors=True)  # what stays goes with the next one
     return path
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What cannot be written within a `with` block is one sentence."""
+    try:
+        yield
+    except (OSError, RuntimeError, CheckpointException) as error:
+        raise InputError(
+            f"cannot write the checkpoint {path}: {reason_of(error)}; earlier checkpoints are intact"
+        ) from error
 
 
 def states(run: Path) -> list[Path]:

@@ -186,11 +186,12 @@ class TrainRecipe:
 
 
 FREE = ("threads", "compile", "layout", "micro_batch", "log_every", "checkpoint_every", "canary_every", "keep")
-FREE += ("preview", "defaults", "tensorboard", "wandb")
-"""What changes speed, length or reports and may differ between the starts of one run; the length, too."""
+FREE += ("preview", "defaults", "tensorboard", "wandb", "optimizer.images", "network.gradient_checkpointing")
+"""What changes speed, length or reports and may differ between the starts of one run."""
 
+DEFAULTS = ("size", "steps", "guidance_scale", "guidance_interval")
+"""Keys of `TrainRecipe.defaults`."""
 
-EVERY = ("log_every", "checkpoint_every", "canary_every")
 WIDEST = 0.28
 """No power-law average has a relative width above 0.289: that is the plain mean of all weights."""
 
@@ -216,10 +217,30 @@ def check(recipe: TrainRecipe) -> None:
         ("the sum of data.condition_shares", sum(shares.values()), sum(shares.values()) > 0, "above 0"),
         ("data.shards", list(recipe.data.shards), bool(recipe.data.shards), "one folder of shards or more"),
         ("keep", recipe.keep, recipe.keep >= 1, "at least 1"),
-        *((name, getattr(recipe, name), getattr(recipe, name) >= 0, "at least 0") for name in EVERY),
+        ("log_every", recipe.log_every, recipe.log_every >= 1, "at least 1"),
+        ("checkpoint_every", recipe.checkpoint_every, recipe.checkpoint_every >= 1, "at least 1"),
+        ("canary_every", recipe.canary_every, recipe.canary_every >= 0, "at least 0"),
+        ("seed", recipe.seed, recipe.seed >= 0, "at least 0"),
     ):
         if not good:
             raise InputError(f"the recipe's {name} is {value}: it must be {wanted}")
+    if unknown := sorted(recipe.defaults.keys() - set(DEFAULTS)):
+        raise InputError(f"the recipe's defaults: unknown key {unknown[0]!r}; known are {', '.join(sorted(DEFAULTS))}")
+
+
+def micro_batch(recipe: TrainRecipe, processes: int) -> int:
+    """Images that a process computes at once.
+
+    Raises:
+        InputError: they do not divide the batch.
+    """
+    batch, micro = recipe.optimizer.batch, recipe.micro_batch or recipe.optimizer.batch // processes
+    if micro < 1 or batch % (micro * processes):
+        raise InputError(
+            f"a batch of {batch} cannot be cut into parts of {max(micro, 1)} for {processes} processes: "
+            "change optimizer.batch, micro_batch or their number"
+        )
+    return micro
 
 
 def parts_of(share: str) -> Sequence[str]:

@@ -8,8 +8,11 @@ a micro-batch changes what is learnt from. "To resume, run the same command agai
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,10 @@ import torch
 from torch import Tensor
 
 from likeness import parallel
-from likeness.config import build, to_dict
 from likeness.data.ahead import read_ahead
 from likeness.data.sampler import Sampler
 from likeness.data.store import Sample, Store
+from likeness.encoders.latent import spatial_factor
 from likeness.files import write_whole
 from likeness.objectives import Objective, make_objective
 from likeness.parallel import World, mean_over_ranks, shard_model, spread_again, synchronise
@@ -28,14 +31,15 @@ from likeness.pipelines.catalogue import BUNDLED, COMMON
 from likeness.pipelines.load import Components, load_components
 from likeness.train.canary import Canary
 from likeness.train.checkpoint import newest, save_state
-from likeness.train.config import FREE, MDiTFaceAdapter, TrainRecipe, check
+from likeness.train.config import FREE, MDiTFaceAdapter, TrainRecipe, check, micro_batch
 from likeness.train.learner import Learner
 from likeness.train.metrics import Reporter
-from likeness.train.networks import build_network, choose_trained, condition_names, share_of, start_from
+from likeness.train.networks import build_network, choose_trained, condition_names, same_codec, share_of, start_from
 from likeness.train.optim import Ema, learning_rate, make_optimizers
 from likeness.train.page import write_page
 from likeness.train.posthoc import keep_averages
 from likeness.train.publish import averaged_pipeline, preview, publish, wishes
+from likeness.train.run import held, keep_recipe
 from likeness.train.step import Batch, loss_of, make_batch
 from likeness.types import InputError, TextFeatures, TryAgain
 
@@ -52,29 +56,35 @@ def train(recipe: TrainRecipe, run: Path) -> Path:
         The published pipeline, `run/model`.
 
     Raises:
-        InputError: data, components, processes or an earlier state do not fit the recipe.
+        InputError: data, components, processes or an earlier state do not fit the recipe, or another process trains in
+            `run`.
         TryAgain: a loss or gradient is no number: the batch is recorded, and the same command goes on from the last
-            checkpoint without it.
+            checkpoint without it. Or the process was told to terminate: a state is written, and the same command goes
+            on from there.
     """
-    # 1. Build
     world = parallel.begin(recipe.layout)
+    with ExitStack() as stack:
+        with world.together():
+            check(recipe)
+            micro_batch(recipe, world.size)  # before anything is written, as are the previews' files
+            wishes(recipe)
+            if world.main:
+                stack.enter_context(held(run))
+                keep_recipe(recipe, run, FREE)
+        return learn(recipe, run, world, stack.enter_context(terminations()))
+
+
+def learn(recipe: TrainRecipe, run: Path, world: World, told: Sequence[int]) -> Path:
+    """The training itself, in a folder that is held; it ends early when `told` is no longer empty."""
+    # 1. Build
     with world.together():
-        check(recipe)
-        micro_batch(recipe, world)  # before anything is written, as are the previews' files
-        wishes(recipe)
-        if world.main:
-            run.mkdir(parents=True, exist_ok=True)
-            keep_recipe(recipe, run)
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
         base = recipe.network.base if isinstance(recipe.network, MDiTFaceAdapter) else BUNDLED / COMMON
         components = load_components(recipe.data.components or base)
         stores = open_stores(recipe, recipe.data.shards, components)
         unseen = open_stores(recipe, recipe.data.validation, components)
-        try:
-            objective = make_objective(recipe.objective)
-        except ValueError as error:
-            raise InputError(f"the recipe's objective cannot be used: {error}") from error
+        objective = make_objective(recipe.objective)
         torch.manual_seed(recipe.seed)  # initial weights only; every later draw has a stream of its own
         model: Any = build_network(
             recipe,
@@ -83,7 +93,9 @@ def train(recipe: TrainRecipe, run: Path) -> Path:
             pooled_dim=components.text_encoder.config.hidden_size,
             text_tokens=components.settings["max_text_tokens"],
         )
-        start_from(model, recipe)
+        start_from(model, recipe, components.codec_hash)
+        if newest(run):
+            same_codec(run / "model", components.codec_hash)
         choose_trained(model, recipe)
     if recipe.network.gradient_checkpointing:
         model.enable_gradient_checkpointing()
@@ -138,11 +150,12 @@ def train(recipe: TrainRecipe, run: Path) -> Path:
 
         # 4. Look, report and save
         seen, last = learner.seen, start == starts[-1]
+        stop = not world.agree(not told) and not last
         look, report, keep = (
             every > 0 and (last or seen // every != before // every)
             for every in (recipe.canary_every, recipe.log_every, recipe.checkpoint_every)
         )
-        if not (look or report or keep):
+        if not (look or report or keep or stop):
             continue
         mean, gradient = finite(recent, run, size, world)
         if canary and look:
@@ -155,6 +168,10 @@ def train(recipe: TrainRecipe, run: Path) -> Path:
             recent.clear()
         if keep:
             save(recipe, learner, components, objective, run, last)
+        elif stop:  # its end is near: what is published can wait
+            save_state(run, seen, learner.state(), recipe.keep, world)
+        if stop:
+            raise TryAgain(f"told to end after {seen:,} images: run the same command again to go on")
     if reporter:
         reporter.close()
     return run / "model"
@@ -198,36 +215,24 @@ def go_on(error: InputError, last: bool) -> None:
     print(f"{error}; training goes on", file=sys.stderr, flush=True)
 
 
-def micro_batch(recipe: TrainRecipe, world: World) -> int:
-    """Images that a process computes at once.
-
-    Raises:
-        InputError: they do not divide the batch.
+@contextmanager
+def terminations() -> Iterator[list[int]]:
+    """The SIGTERMs that come within a `with` block: so schedulers announce the end. Python hands them to its main
+    thread only; in another one none are seen.
     """
-    batch, micro = recipe.optimizer.batch, recipe.micro_batch or recipe.optimizer.batch // world.size
-    if micro < 1 or batch % (micro * world.size):
-        raise InputError(
-            f"a batch of {batch} cannot be cut into parts of {max(micro, 1)} for {world.size} processes: "
-            "change optimizer.batch, micro_batch or their number"
-        )
-    return micro
-
-
-def keep_recipe(recipe: TrainRecipe, run: Path) -> None:
-    """Write the resolved recipe beside the results; a run begun with another one is refused."""
-    path, values = run / "recipe.json", to_dict(recipe)
-    if path.is_file() and newest(run):
-        before = to_dict(build(TrainRecipe, json.loads(path.read_text()), where=str(path)))
-        before["optimizer"]["images"] = recipe.optimizer.images
-        before["network"]["gradient_checkpointing"] = recipe.network.gradient_checkpointing
-        changed = [key for key in values if key not in FREE and before[key] != values[key]]
-        if changed:
-            raise InputError(f"{run} was begun with another {changed[0]}: choose another folder, or restore the recipe")
-    write_whole(path, json.dumps(values, indent=2))
+    told: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield told
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def open_stores(recipe: TrainRecipe, folders: Sequence[str], components: Components) -> list[Store]:
-    """These stores, all encoded with these very components."""
+    """These stores, all encoded with these very components, at the size that will be published."""
     stores = [Store(folder) for folder in folders]
     towers = {store.tower for store in stores}
     if len(towers) > 1:
@@ -241,6 +246,12 @@ def open_stores(recipe: TrainRecipe, folders: Sequence[str], components: Compone
         raise InputError(f"the recipe's shards differ in size ({sorted(sizes)}, channels first): encode all alike")
     if any(side % patch for _, *sides in sizes for side in sides):
         raise InputError(f"latents of {sorted(sizes)[0]}, channels first, cannot be cut into patches of {patch}")
+    factor, size = spatial_factor(components.vae), recipe.defaults.get("size")
+    if other := {factor * side for _, *sides in sizes for side in sides} - {size}:
+        raise InputError(
+            f"{stores[0].folder} holds faces of {other.pop()} px, but the recipe's defaults.size is "
+            f"{'not given' if size is None else size}: the two must be the same"
+        )
     for store in stores:
         if store.manifest["codec"] != components.codec_hash:
             raise InputError(f"{store.folder} was encoded with another autoencoder: encode it again")
@@ -263,7 +274,7 @@ def read_batches(
         torch.tensor(components.settings[key], dtype=torch.float32).reshape(1, -1, 1, 1)
         for key in ("latent_mean", "latent_std")
     )
-    micro = micro_batch(recipe, world)
+    micro = micro_batch(recipe, world.size)
 
     def sample_at(position: int) -> Sample:
         index = sampler[position]

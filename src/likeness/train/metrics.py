@@ -30,14 +30,13 @@ class Reporter:
         recipe: a recipe that may ask for TensorBoard or Weights & Biases.
 
     Raises:
-        InputError: one of those is not installed.
+        InputError: one of those is not installed, or the folder cannot be written.
     """
 
     def __init__(self, run: Path, total: int, seen: int, recipe: Any = None) -> None:
-        path = run / METRICS
-        if path.is_file():
-            write_whole(path, "".join(f"{json.dumps(line)}\n" for line in read_metrics(run) if line["seen"] <= seen))
-        self.file = path.open("a")
+        self.path = run / METRICS
+        lines = read_metrics(run) if self.path.is_file() else []
+        write_whole(self.path, "".join(f"{json.dumps(line)}\n" for line in lines if line["seen"] <= seen))
         self.total = total
         self.last_seen, self.last_time, self.speed = seen, time.monotonic(), 0.0
         self.board = tensorboard(run, seen) if getattr(recipe, "tensorboard", False) else None
@@ -66,20 +65,22 @@ class Reporter:
             print(f"{seen:>9,} canary: {sentence}", file=sys.stderr, flush=True)
 
     def keep(self, seen: int, values: Mapping[str, Any]) -> None:
-        """Write a line everywhere but on the terminal."""
-        self.file.write(json.dumps({"seen": seen, **values}) + "\n")
-        self.file.flush()
+        """Write a line everywhere but on the terminal. Where the disk is full it is said and lost: the run goes on."""
         numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-        if self.board:
-            for name, value in numbers.items():
-                self.board.add_scalar(name, value, seen)
-            self.board.flush()
-        if self.project:
-            self.project.log(numbers, step=seen)
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"seen": seen, **values}) + "\n")
+            if self.board:
+                for name, value in numbers.items():
+                    self.board.add_scalar(name, value, seen)
+                self.board.flush()
+            if self.project:
+                self.project.log(numbers, step=seen)
+        except OSError as error:
+            print(f"cannot write {self.path}: {error.strerror or error}; training goes on", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """The run is over."""
-        self.file.close()
         if self.board:
             self.board.close()
         if self.project:

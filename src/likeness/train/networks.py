@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from likeness.pipelines.adapters import Adapter, add_adapter
 from likeness.pipelines.load import FLUX, find, load_part
 from likeness.train.config import MDiTFaceAdapter, MDiTFaceNetwork, TrainRecipe, parts_of
 from likeness.types import InputError
+
+CODEC = "codec.json"
+"""What says in a published folder which autoencoder it stands on."""
 
 
 def build_network(
@@ -133,18 +137,34 @@ def rope_axes(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * each, each, each
 
 
-def start_from(network: Any, recipe: TrainRecipe) -> None:
+def same_codec(model: Path, codec: str) -> None:
+    """Refuse to go on from a published model that stands on another autoencoder than the one of this hash; folders that
+    were not trained here do not say on which they stand.
+    """
+    if (model / CODEC).is_file() and read_json(model / CODEC)["codec"] != codec:
+        raise InputError(
+            f"{model} was trained on another autoencoder: name the components that it was trained on, or begin anew"
+        )
+
+
+def start_from(network: Any, recipe: TrainRecipe, codec: str) -> None:
     """Give a network the weights of the model that a recipe starts from. Rows of the condition embedding go by name, so
     that conditions may be added or left out; the rows of new ones keep their first values.
 
+    Args:
+        network: built by the recipe.
+        recipe: the run.
+        codec: hash of its autoencoder.
+
     Raises:
-        InputError: the model is an adapter, or its network is another than the recipe's.
+        InputError: the model is an adapter, or its network or autoencoder is another than the recipe's.
     """
     if recipe.start is None:
         return
     folder = find(recipe.start)
     if not (folder / "model_index.json").is_file() or isinstance(recipe.network, MDiTFaceAdapter):
         raise InputError(f"start is {recipe.start}: only a whole network can be gone on from, not an adapter")
+    same_codec(folder, codec)
     given = load_part(folder / "transformer", *read_json(folder / "model_index.json")["transformer"])
     for key, value in network.config.items():
         if not key.startswith("_") and key != "condition_names" and plain(given.config.get(key)) != plain(value):

@@ -14,7 +14,7 @@ from typing import Any
 from likeness.parallel import Layout
 from likeness.pipelines.catalogue import BUNDLED, COMMON
 from likeness.pipelines.load import load_components
-from likeness.train.config import MDiTFaceAdapter, TrainRecipe
+from likeness.train.config import MDiTFaceAdapter, TrainRecipe, micro_batch
 from likeness.train.devices import DEVICES, Device
 from likeness.train.trace import FLUX_STANDS, Stands, Trace, trace
 from likeness.types import InputError
@@ -142,8 +142,8 @@ def describe(recipe: TrainRecipe, name: str | None, gpus: int) -> str:
     """
     if gpus < 1 or recipe.optimizer.batch % gpus:
         raise InputError(f"a batch of {recipe.optimizer.batch} cannot be shared among {gpus} devices")
+    micro = micro_batch(recipe, gpus)
     device, stands = device_named(name, recipe), stands_of(recipe)
-    micro = recipe.micro_batch or recipe.optimizer.batch // gpus
     traced = trace(recipe, micro, stands, device.accelerator)
     prices = "measured here" if name is None else "from its data sheet"
     lines = [
@@ -164,8 +164,9 @@ def describe_layouts(recipe: TrainRecipe, name: str | None) -> str:
     devices, the recipe's batch on each, as a Markdown table.
 
     Raises:
-        InputError: there is no data about such a device.
+        InputError: there is no data about such a device, or `micro_batch` does not divide the batch.
     """
+    micro_batch(recipe, 1)
     device, stands = device_named(name, recipe), stands_of(recipe)
     lines = [
         f"{name or 'this machine'}, {recipe.optimizer.batch} images on each, {device.together} in a machine: memory, "

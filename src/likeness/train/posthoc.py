@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save
 from likeness.files import read_json, write_whole
 from likeness.parallel import gather
 from likeness.pipelines.load import load_part
+from likeness.train.config import WIDEST
 from likeness.train.learner import Learner
 from likeness.train.optim import power_of
 from likeness.types import InputError
@@ -44,8 +45,10 @@ def average_of(run: Path, width: float, seen: int | None = None) -> Path:
         seen: images at which it ends; None takes the last checkpoint.
 
     Raises:
-        InputError: the run kept no averages, or its model is an adapter.
+        InputError: there is no average of that width, the run kept none, or its model is an adapter.
     """
+    if not 0 < width <= WIDEST:
+        raise InputError(f"the width is {width}: it must be above 0, at most {WIDEST}")
     kept = {}
     for path in sorted((run / FOLDER).glob("*.safetensors")):
         images, _, relative = path.stem.partition("-")

@@ -24,7 +24,7 @@ from likeness.pipelines.mditface import MDiTFacePipeline
 from likeness.pipelines.mmface import MMFacePipeline
 from likeness.train.config import MDiTFaceAdapter, TrainRecipe
 from likeness.train.learner import Learner
-from likeness.train.networks import adapter_of, condition_names
+from likeness.train.networks import CODEC, adapter_of, condition_names
 from likeness.types import InputError, PortraitRequest
 
 PIPELINE_OF = {"mmface": MMFacePipeline, "mditface": MDiTFacePipeline, "mditface_adapter": MDiTFacePipeline}
@@ -89,7 +89,7 @@ def publish(recipe: TrainRecipe, pipeline: Any, weights: dict[str, Tensor], comp
             save_adapter(pipeline.transformer, fresh, adapter_of(recipe), weights)
         else:
             pipeline.save_pretrained(fresh)
-        write_whole(fresh / "codec.json", json.dumps({"codec": components.codec_hash}))
+        write_whole(fresh / CODEC, json.dumps({"codec": components.codec_hash}))
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(fresh, folder)

@@ -7,7 +7,6 @@ not moments. Noise on the latents during training keeps the decoder smooth aroun
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ from diffusers import AutoencoderDC
 
 from likeness.conditions import CONDITIONS
 from likeness.conditions.classes import CLASSES, PALETTE
-from likeness.config import to_dict
 from likeness.data.ahead import read_ahead
 from likeness.data.folder import column_of, read_folder, read_photo
 from likeness.encoders.latent import LatentCodec, through
@@ -27,6 +25,7 @@ from likeness.train.checkpoint import save_state
 from likeness.train.learner import Learner
 from likeness.train.metrics import Reporter
 from likeness.train.optim import Ema, learning_rate
+from likeness.train.run import begun, finite_numbers
 from likeness.types import InputError
 
 
@@ -168,10 +167,15 @@ def train_autoencoder(recipe: AutoencoderRecipe, run: Path) -> None:
     """Train, resuming from `run` where it has a state, and publish the average to `run/model`.
 
     Raises:
-        InputError: a folder of the recipe is not as it should be.
+        InputError: another process trains in `run`, it was begun with another recipe, the loss is no number, or a
+            folder of the recipe is not as it should be.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "recipe.json").write_text(json.dumps(to_dict(recipe), indent=2))
+    with begun(recipe, run):
+        learn(recipe, run)
+
+
+def learn(recipe: AutoencoderRecipe, run: Path) -> None:
+    """The training itself, in a folder that is held."""
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -196,9 +200,13 @@ def train_autoencoder(recipe: AutoencoderRecipe, run: Path) -> None:
         norm = learner.step(rate, clip=1.0)
         learner.count(recipe.batch)
         seen = learner.seen
-        if seen % (recipe.batch * 50) == 0:
+        report = seen % (recipe.batch * 50) == 0
+        keep = seen % recipe.checkpoint_every < recipe.batch or seen >= recipe.images
+        if report or keep:
+            finite_numbers(seen, loss.item(), norm.item())
+        if report:
             reporter.report(seen, loss=loss.item(), gradient_norm=norm.item())
-        if seen % recipe.checkpoint_every < recipe.batch or seen >= recipe.images:
+        if keep:
             averaged = publish(learner, recipe, run)
             save_state(run, seen, learner.state())
     if learner.seen >= recipe.images:

@@ -6,7 +6,6 @@ can judge generated pictures. So few masks need strong augmentation: geometry, c
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,6 @@ from transformers import (
 from likeness.annotators.face_parser import MEAN, STD, confusion_of, parse_faces
 from likeness.conditions import CONDITIONS
 from likeness.conditions.classes import CLASSES
-from likeness.config import to_dict
 from likeness.data.ahead import read_ahead
 from likeness.data.folder import column_of, read_folder, read_photo
 from likeness.data.sampler import stream
@@ -36,6 +34,7 @@ from likeness.train.checkpoint import save_state
 from likeness.train.learner import Learner
 from likeness.train.metrics import Reporter
 from likeness.train.optim import Ema, learning_rate
+from likeness.train.run import begun, finite_numbers
 from likeness.types import InputError
 
 
@@ -250,10 +249,15 @@ def train_face_parser(recipe: FaceParserRecipe, run: Path) -> None:
     """Train, resuming from `run` where it has a state, and publish the average to `run/model`.
 
     Raises:
-        InputError: a folder of the recipe is missing or has no masks.
+        InputError: another process trains in `run`, it was begun with another recipe, the loss is no number, or a
+            folder of the recipe is missing or has no masks.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "recipe.json").write_text(json.dumps(to_dict(recipe), indent=2))
+    with begun(recipe, run):
+        learn(recipe, run)
+
+
+def learn(recipe: FaceParserRecipe, run: Path) -> None:
+    """The training itself, in a folder that is held."""
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -275,9 +279,13 @@ def train_face_parser(recipe: FaceParserRecipe, run: Path) -> None:
         norm = learner.step(rate, clip=1.0)
         learner.count(recipe.batch)
         seen = learner.seen
-        if seen % (recipe.batch * 20) == 0:
+        report = seen % (recipe.batch * 20) == 0
+        keep = seen % recipe.checkpoint_every < recipe.batch or seen >= recipe.images
+        if report or keep:
+            finite_numbers(seen, loss.item(), norm.item())
+        if report:
             reporter.report(seen, loss=loss.item(), gradient_norm=norm.item())
-        if seen % recipe.checkpoint_every < recipe.batch or seen >= recipe.images:
+        if keep:
             reporter.report(seen, **measure(publish(learner, recipe, run), test, recipe))
             save_state(run, seen, learner.state())
 

@@ -26,11 +26,11 @@ from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
-from likeness.config import to_dict
 from likeness.data.ahead import read_ahead
 from likeness.data.folder import captions_of, read_folder, read_photo
 from likeness.data.sampler import Sampler, stream
 from likeness.encoders.latent import to_tensor
+from likeness.encoders.text import to_ids
 from likeness.encoders.text_image import (
     AttributeHead,
     embed_captions,
@@ -38,12 +38,12 @@ from likeness.encoders.text_image import (
     finds,
     most_tokens,
     save_attribute_head,
-    to_ids,
 )
 from likeness.train.checkpoint import newest, save_state
 from likeness.train.learner import Learner
 from likeness.train.metrics import Reporter
 from likeness.train.optim import Ema, learning_rate
+from likeness.train.run import begun, finite_numbers
 from likeness.types import InputError
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
@@ -386,10 +386,15 @@ def train_text_image(recipe: TextImageRecipe, run: Path) -> None:
     attributes, `attributes.safetensors` is what names them.
 
     Raises:
-        InputError: a folder of the recipe is not as it should be.
+        InputError: another process trains in `run`, it was begun with another recipe, the loss is no number, or a
+            folder of the recipe is not as it should be.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "recipe.json").write_text(json.dumps(to_dict(recipe), indent=2))
+    with begun(recipe, run):
+        learn(recipe, run)
+
+
+def learn(recipe: TextImageRecipe, run: Path) -> None:
+    """The training itself, in a folder that is held."""
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -426,11 +431,15 @@ def train_text_image(recipe: TextImageRecipe, run: Path) -> None:
             clip.logit_scale.clamp_(max=LARGEST_SCALE)
         learner.count(recipe.batch)
         seen = learner.seen
-        if seen % (recipe.batch * 50) == 0:
+        report = seen % (recipe.batch * 50) == 0
+        keep = seen % recipe.checkpoint_every < recipe.batch or seen >= recipe.images
+        if report or keep:
+            finite_numbers(seen, loss.item(), norm.item())
+        if report:
             scale = clip.logit_scale.exp().item()
             values = {"loss": loss.item(), "gradient_norm": norm.item(), "logit_scale": scale}
             reporter.report(seen, **values, **({"attribute_loss": naming.item()} if classes else {}))
-        if seen % recipe.checkpoint_every < recipe.batch or seen >= recipe.images:
+        if keep:
             averaged = publish(clip, learner, recipe, tokenizer, run)
             if head is not None:
                 save_attribute_head(AttributeHead(head.weight, head.bias, classes), run / "model")
