@@ -19,6 +19,7 @@ from likeness.conditions.framing import inverse, move, portrait_transform
 from likeness.conditions.keypoints import STROKES
 from likeness.data.folder import read_folder, read_photo
 from likeness.prepare.align import JOURNAL, align_files, cut_portrait, photo_files
+from likeness.prepare.annotate import annotate_folder
 from likeness.prepare.paste import COMPOSITE, paste_file, paste_portrait
 from likeness.types import InputError
 
@@ -295,6 +296,27 @@ def test_no_photos(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no photos"):
         photo_files(tmp_path / "empty", tmp_path / "out")
+
+
+def test_photos_are_found_as_ingest_finds_them(photos, tmp_path):
+    (photos / "link").symlink_to(photos / "trip")
+    (photos / "again").symlink_to(photos)
+    (photos / "trip" / "._one.png").write_bytes(b"of another system")
+    found = [path.relative_to(photos).as_posix() for path in photo_files(photos, photos / "ready")]
+    assert found == ["broken.jpg", "field.jpg", "link/one.png", "one.png"]  # a folder once, whatever leads to it
+    with pytest.raises(InputError, match="where portraits would pass for photos: write to another folder"):
+        photo_files(photos, photos)
+
+
+def test_names_that_are_no_text_or_too_long(photos, tmp_path):
+    latin = os.fsdecode(b"caf\xe9.png")
+    (photos / "one.png").rename(photos / latin)
+    (photos / "trip" / "one.png").rename(photos / ("脸" * 82 + ".png"))
+    assert align(photos, tmp_path / "out").portraits == 2
+    rows = {row["aligned"]["photo"]: row["file_name"].name for row in read_folder(tmp_path / "out")}
+    assert rows[latin].startswith("caf_-")
+    annotate_folder(tmp_path / "out")
+    assert all("sketch_file_name" in row for row in read_folder(tmp_path / "out"))
 
 
 def test_pasting_by_the_row(photos, tmp_path, capsys):

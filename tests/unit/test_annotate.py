@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,16 @@ def test_goes_on_without_redoing(folder, parser):
     assert (folder / "metadata.jsonl").read_text() == after
 
 
+def test_all_splits_of_a_folder(folder, parser, tmp_path, capsys):
+    for split in ("train", "test"):
+        shutil.copytree(folder, tmp_path / "splits" / split)
+    main(["prepare", "annotate", str(tmp_path / "splits"), "--parser", str(parser)])
+    assert "masks added: 4, sketches added: 6" in capsys.readouterr().out
+    for split in ("train", "test"):
+        rows = read_folder(tmp_path / "splits" / split)
+        assert all(row["sketch_file_name"].is_relative_to(tmp_path / "splits" / split) for row in rows)
+
+
 def test_without_parser(folder):
     assert annotate_folder(folder) == {"sketch": 3}
     assert [("mask_file_name" in row) for row in read_folder(folder)] == [True, False, False]
@@ -84,7 +95,7 @@ def test_without_parser(folder):
 
 def test_the_parser_goes_by_the_size_of_the_pictures(folder, capsys, monkeypatch):
     main(["prepare", "annotate", str(folder)])
-    assert "2 mask added, 3 sketch added" in capsys.readouterr().out
+    assert "masks added: 2, sketches added: 3" in capsys.readouterr().out
     rows = read_folder(folder)
     assert [row.get("mask_made_by", "hand").split()[0] for row in rows] == [
         "hand",
@@ -100,7 +111,7 @@ def test_the_parser_goes_by_the_size_of_the_pictures(folder, capsys, monkeypatch
     assert "jonathandinu/face-parsing is neither here nor on the hub" in told
     assert "--parser bundled needs no download" in told
     main(["prepare", "annotate", str(folder), "--parser", "none", "--redo", "sketch"])
-    assert "0 sketch added" in capsys.readouterr().out
+    assert "sketches added: 0" in capsys.readouterr().out
 
 
 def other_parser(parser: Path, where: Path) -> Path:
@@ -198,7 +209,7 @@ def test_sketches_by_u2net(folder, tmp_path, capsys):
             "sketch",
         ]
     )
-    assert "3 sketch added" in capsys.readouterr().out
+    assert "sketches added: 3" in capsys.readouterr().out
     rows = read_folder(folder)
     assert all(row["sketch_made_by"].startswith("U2Net ") for row in rows)
     assert Image.open(rows[0]["sketch_file_name"]).size == (64, 64)

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import resource
+import shutil
 import signal
 import time
 from email.utils import formatdate
@@ -105,6 +106,19 @@ def test_ten_captions_a_face_with_their_origin(folder, capsys):
     assert "4 faces, 41 captions; 40 requests, 4000 tokens" in capsys.readouterr().out
 
 
+def test_all_splits_of_a_folder(folder, tmp_path, capsys):
+    for split in ("train", "test"):
+        shutil.copytree(folder, tmp_path / "splits" / split)
+    (tmp_path / "splits/test/images/3.png").write_bytes(b"broken")
+    with chat_server(answering) as server:
+        caption(tmp_path / "splits", "--vlm", server.address, "--prompts", "brief", code=1)
+    assert [len(found or ()) for found in texts(tmp_path / "splits/train")] == [1, 2, 1, 1]
+    assert [len(found or ()) for found in texts(tmp_path / "splits/test")] == [1, 2, 1, 0]
+    told = capsys.readouterr()
+    assert "8 faces, 9 captions" in told.out
+    assert "test/images/3.png: " in told.err
+
+
 def test_the_picture_is_shown_upright_and_bounded(folder):
     sizes = []
 
@@ -190,7 +204,7 @@ def test_a_refiner_is_told_the_facts_and_checked(folder):
     assert first["touched"] == ["refined: 8 to 6 words"]
     assert second["dropped"] == 'refined: its check brought in "crown"'
     assert given["dropped"].startswith("replaced")
-    assert texts(folder) == [["A smiling woman with red hair."], [], [], []]
+    assert texts(folder) == [["A smiling woman with red hair."], None, None, None]  # no empty lists, which are faults
 
 
 def test_what_may_pass_is_tried_again(folder, count):
@@ -257,11 +271,13 @@ def test_a_refusal_for_good_says_why(folder, monkeypatch, capsys):
         assert message in capsys.readouterr().err
     with chat_server(answering, ("a", "b")) as server:
         caption(folder, "--vlm", server.address, code=2)
-        assert "serves a, b: name one" in capsys.readouterr().err
-        caption(folder, "--vlm", server.address, "--vlm-key", "NOT_SET_ANYWHERE", code=2)
-        assert "NOT_SET_ANYWHERE" in capsys.readouterr().err
+        assert "serves a, b: name one of its models by --vlm-name" in capsys.readouterr().err
+        caption(folder, "--vlm", server.address, "--vlm-key-variable", "sk-secret", code=2)
+        told = capsys.readouterr().err
+        assert "give its name, not the key, to --vlm-key-variable" in told
+        assert "sk-secret" not in told
         monkeypatch.setenv("MY_KEY", "secret")
-        caption(folder, "--vlm", server.address, "--vlm-key", "MY_KEY", "--vlm-name", "a")
+        caption(folder, "--vlm", server.address, "--vlm-key-variable", "MY_KEY", "--vlm-name", "a")
         assert server.asked[0]["authorization"] == "Bearer secret"
     assert "secret" not in "".join(p.read_text() for p in folder.glob("*.jsonl"))
     with chat_server(lambda *_: (302, {"Location": "http://127.0.0.1:9/v1"}, b"")) as server:
@@ -294,7 +310,7 @@ def test_budget_and_pace(folder, count, capsys):
         caption(folder, "--vlm", server.address, "--budget", "13", "--parallel", "1", code=1)
         assert len(server.asked) == 13
         assert "the budget is spent: 3 faces lack captions" in capsys.readouterr().err
-        assert [len(found) for found in texts(folder)] == [10, 4, 0, 0]
+        assert [len(found or ()) for found in texts(folder)] == [10, 4, 0, 0]
         caption(folder, "--vlm", server.address, "--budget", "500tokens", "--parallel", "1", code=1)
         assert len(server.asked) == 18  # 100 tokens each
         caption(folder, "--vlm", server.address, "--budget", "1,000")
@@ -398,7 +414,7 @@ def test_grammar_offline(folder, capsys):
     assert "3.png: it has no attributes of CelebA's" in capsys.readouterr().err
     first = texts(folder)
     assert len(first[0]) == 10
-    assert first[1:] == [["my own words"], [], []]
+    assert first[1:] == [["my own words"], None, None]
     assert not any("man" in text.split() for text in first[0])
     caption(folder, "--grammar", code=1)
     assert texts(folder) == first

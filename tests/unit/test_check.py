@@ -254,7 +254,7 @@ def test_a_clean_folder_has_no_faults(clean, capsys):
     assert (checked.rows, checked.findings) == (2 * DRAWN, [])
     assert steps[-1] == (2 * DRAWN, 2 * DRAWN)
     assert run(clean) == 0
-    assert capsys.readouterr().out == f"{2 * DRAWN} rows, no faults\n"
+    assert capsys.readouterr().out == f"rows: {2 * DRAWN}, no faults\n"
     assert run(clean / "train") == 0  # a split by itself
     assert files(clean) == before
 

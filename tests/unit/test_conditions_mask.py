@@ -148,7 +148,7 @@ def test_part_files(tmp_path):
 
 
 def test_transparent_pixels_of_grey_masks_are_background():
-    alpha = np.where(FACE == CLASSES.index("hair"), 0, 255).astype(np.uint8)
+    alpha = np.where(CLASSES.index("hair") == FACE, 0, 255).astype(np.uint8)
     reading = read(Image.merge("LA", [Image.fromarray(FACE), Image.fromarray(alpha)]))
     np.testing.assert_array_equal(reading.raw, np.where(alpha, FACE, 0))
     assert "transparent" in reading.notes[0]

@@ -364,6 +364,8 @@ def test_command(prepared, tmp_path, capsys):
     given = [str(prepared / "faces"), str(out), "--components", str(prepared / "components"), "--size", str(SIZE)]
     cli.main(["prepare", "encode", *given])
     assert f"{FACES} faces, {PICTURES} pictures and 0 captions encoded now" in capsys.readouterr().out
+    assert run("prepare", "encode", *given, "--device", "nowhere") == 2
+    assert "there is no device nowhere here" in capsys.readouterr().err
     cli.main(["prepare", "encode", *given, "--why", str(prepared / "faces/train/images/000001.png")])
     assert "nothing to encode" in capsys.readouterr().out
 
@@ -383,6 +385,27 @@ def test_from_pictures_to_shards_in_one_command(prepared, tmp_path, capsys):
     assert all({"mask_file_name", "sketch_file_name"} <= row.keys() for row in read_folder(tmp_path / "out/faces/test"))
     assert run(*command) == 0
     assert "8 faces, 0 pictures and 0 captions encoded now" in capsys.readouterr().out
+
+
+def test_of_several_splits_train_is_encoded_and_it_is_said(prepared, faces, tmp_path, capsys):
+    shutil.copytree(faces / "train", faces / "test")
+    given = (faces, tmp_path / "s", "--components", prepared / "components", "--size", SIZE)
+    assert run("prepare", "encode", *given) == 0
+    told = capsys.readouterr()
+    assert "of test, train only train is encoded" in told.err
+    assert f"{FACES} faces" in told.out
+
+
+@pytest.mark.parametrize("wrong", ["components", "landmarker", "split"])
+def test_what_would_fail_later_is_told_before_the_work(prepared, tmp_path, wrong, capsys):
+    source, out = tmp_path / "source", tmp_path / "out"
+    layouts.put(source, "test/0.png" if wrong == "split" else "0.png", layouts.picture(0))
+    options = {"components": prepared / "components"} | ({} if wrong == "split" else {wrong: tmp_path / "none"})
+    given = [word for name, value in options.items() for word in (f"--{name}", value)]
+    assert run("prepare", "shards", source, out, *given) == 2
+    assert ("has test but no train" if wrong == "split" else f"{tmp_path / 'none'}") in capsys.readouterr().err
+    assert not list(out.rglob("sketches"))
+    assert out.exists() == (wrong == "split")
 
 
 @pytest.mark.slow

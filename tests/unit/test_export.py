@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from PIL import Image
 
 from builders import run
 from likeness.data.folder import read_folder, read_record
+from likeness.prepare.check import check_folder
 from likeness.prepare.export import FORMS, export
 from likeness.prepare.ingest.write import ingest
+from likeness.prepare.mend import apply_fixes, write_fixes
 from likeness.types import InputError
 
 FILE_COLUMNS = ("file_name", "mask_file_name", "sketch_file_name")
@@ -88,6 +91,42 @@ def test_stopped_it_goes_on(tmp_path, form):
     assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in names)
     ingest(tmp_path / "out", tmp_path / "back")
     assert contents(tmp_path / "back", "train") == contents(tmp_path / "folder", "train")
+
+
+@pytest.mark.parametrize("again", ["export", "ingest"])
+def test_rows_that_were_left_out_stay_out(folder, tmp_path, again):
+    train = folder / "train"
+    shutil.copyfile(train / "images/0.png", train / "images/2.png")
+    with (train / "metadata.jsonl").open("a") as metadata:
+        metadata.write(json.dumps({"file_name": "images/2.png"}) + "\n")
+    write_fixes(train, [found for found in check_folder(train).findings if found.kind == "duplicate"])
+    assert apply_fixes(train) == {"drop-row": 1}
+    form = ("--format", "imagefolder") if again == "export" else ()
+    assert run("prepare", again, train, tmp_path / "out", *form) == 0
+    assert len(read_folder(tmp_path / "out")) == len(read_folder(train)) == 2
+
+
+def test_names_with_points_do_not_meet(tmp_path):
+    rows = [{"file_name": name} for name in ("img.1.png", "img_1.png")]
+    for number, row in enumerate(rows):
+        layouts.put(tmp_path / "source", row["file_name"], layouts.picture(number))
+    layouts.put(tmp_path / "source", "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    export(tmp_path / "source", tmp_path / "out", "webdataset")
+    with tarfile.open(tmp_path / "out" / "train-000000.tar") as archive:
+        assert archive.getnames() == ["img_1.png", "img_1.json", "img_1-2.png", "img_1-2.json"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_attributes_of_any_kind(tmp_path, form):
+    """Those that are not all true or false go into a table as JSON, and come back."""
+    attributes = [{"Smiling": True}, {"age": 34, "Smiling": False}]
+    rows = [{"file_name": f"{number}.png", "attributes": has} for number, has in enumerate(attributes)]
+    for number, row in enumerate(rows):
+        layouts.put(tmp_path / "source", row["file_name"], layouts.picture(number))
+    layouts.put(tmp_path / "source", "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert run("prepare", "export", tmp_path / "source", tmp_path / "out", "--format", form) == 0
+    ingest(tmp_path / "out", tmp_path / "back")
+    assert [row["attributes"] for row in read_folder(tmp_path / "back")] == attributes
 
 
 def test_webdataset_is_one_that_others_read(folder, tmp_path):

@@ -132,7 +132,7 @@ def test_celeba_skips_and_reports(tmp_path, capsys):
     assert "4 skipped" in told.out
     assert "64x64, not 178x218" in told.err
     skipped = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
-    assert {entry["name"] for entry in skipped} == {"000001", "000002", "000003", "999999.jpg"}
+    assert {entry["name"].rpartition("/")[2] for entry in skipped} == {"000001", "000002", "000003", "999999.jpg"}
     assert "no attributes or no identity" in told.err
     assert not list((tmp_path / "out").rglob("*.partial"))
 
@@ -189,6 +189,18 @@ def test_mm_celeba_captions_and_sketches(tmp_path):
     assert all("sketch_file_name" in row for row in rows)
 
 
+def test_masks_and_captions_of_padded_names_are_found(tmp_path):
+    source, told = tmp_path / "source", []
+    for index in range(2):
+        put(source, f"images/{index}.jpg", picture(index))
+        put(source, f"masks/{index:05d}.png", layouts.mask())
+        put(source, f"text/{index:05d}.txt", f"face {index}")
+    ingest(source, tmp_path / "out", split="none", tell=told.append)
+    rows = read_folder(tmp_path / "out")
+    assert [("mask_file_name" in row, row["text"]) for row in rows] == [(True, ["face 0"]), (True, ["face 1"])]
+    assert "2 faces: 2 with a mask, 0 with a sketch, 0 with keypoints, 2 with captions" in told
+
+
 def test_ffhq_keeps_the_licence_of_each_picture(tmp_path):
     out = ingested(tmp_path, layouts.ffhq, size=32)
     row = read_folder(out)[1]
@@ -224,6 +236,19 @@ def test_captions_from_elsewhere(tmp_path):
     assert run("prepare", "ingest", tmp_path / "source", tmp_path / "out", "--captions", tmp_path / "words") == 0
     rows = read_folder(tmp_path / "out")
     assert [row.get("text") for row in rows] == [["the first face"], ["the second"], None]
+
+
+def test_captions_of_pictures_in_folders(tmp_path):
+    """By the path, where the name alone would fit several; files that fit no face are told."""
+    source, told = tmp_path / "source", []
+    for number, name in enumerate(("train/a", "train/sub/a", "test/a", "test/sub/b")):
+        put(source, f"{name}.png", picture(number))
+        put(tmp_path / "words", f"{name}.txt", name)
+    put(tmp_path / "words", "train/other.txt", "nobody")
+    ingest(source, tmp_path / "out", captions=tmp_path / "words", tell=told.append)
+    texts = {split: [row["text"] for row in read_folder(tmp_path / "out" / split)] for split in ("train", "test")}
+    assert texts == {"train": [["train/a"], ["train/sub/a"]], "test": [["test/a"], ["test/sub/b"]]}
+    assert told[-1] == f"files of captions that were not used: 1, such as {tmp_path / 'words/train/other.txt'}"
 
 
 def test_imagefolder_keeps_further_columns(tmp_path):
@@ -277,8 +302,9 @@ def test_imagefolder_reports_what_is_not_there(tmp_path):
     put(source, "train/metadata.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     found = ingest(source, tmp_path / "out")
     assert found["train"] == 2
-    assert found["skipped"].keys() == {"masks/none.png", "column depth_file_name", "images/gone.png", "1"}
-    assert "neither a caption nor a list" in found["skipped"]["1"]
+    missing = {"train/masks/none.png", "column depth_file_name", "train/images/gone.png"}
+    assert found["skipped"].keys() == {*missing, "train/1"}
+    assert "neither a caption nor a list" in found["skipped"]["train/1"]
 
 
 def test_webdataset_reads_text_and_json(tmp_path):
@@ -323,7 +349,7 @@ def test_shared_persons_are_told(tmp_path):
     layouts.celeba(tmp_path / "source")
     told: list[str] = []
     ingest(tmp_path / "source", tmp_path / "out", split="random", held_out=6, tell=told.append)
-    assert any("persons are in more than one split" in line for line in told)
+    assert any(line.startswith("persons in more than one split: ") for line in told)
 
 
 def test_persons_are_kept_apart_where_all_are_known(tmp_path):
@@ -339,6 +365,21 @@ def test_persons_are_kept_apart_where_all_are_known(tmp_path):
     assert not set.intersection(*people)
 
 
+def test_small_sets_hold_out_a_tenth(tmp_path):
+    assert ingest_of(layouts.celeba, tmp_path / "celeba", count=24) == {
+        "train": 22,
+        "test": 2,
+    }  # a person has two faces
+    assert ingest_of(layouts.celebamask, tmp_path / "celebamask", count=4) == {"train": 3, "test": 1}
+
+
+def ingest_of(build, root: Path, **options) -> dict[str, int]:
+    """Faces by split where nothing is asked for."""
+    build(root / "source", **options)
+    assert run("prepare", "ingest", root / "source", root / "out") == 0
+    return read_record(root / "out")["faces"]
+
+
 @pytest.mark.parametrize("stopped", [False, True])
 def test_pictures_of_one_split_in_another_are_told(tmp_path, stopped):
     source, told = tmp_path / "source", []
@@ -350,7 +391,7 @@ def test_pictures_of_one_split_in_another_are_told(tmp_path, stopped):
         with pytest.raises(KeyboardInterrupt):
             ingest(source, tmp_path / "out", progress=interrupted)
     ingest(source, tmp_path / "out", tell=told.append)
-    assert told[-1].startswith("1 pictures of train are in another split, too, or nearly")
+    assert told[-1].startswith("pictures of train that are in another split, too, or nearly: 1;")
     assert [found.kind for found in check_folder(tmp_path / "out").findings if found.kind == "leak"] == ["leak"]
 
 
@@ -365,7 +406,7 @@ def interrupted(done: int, total: int) -> None:
         ("celeba", "needs CelebA-HQ-to-CelebA-mapping.txt"),
         ("mm_celeba", "needs train/filenames.pickle"),
         ("person", "have no identity"),
-        ("random", "ask for fewer"),
+        ("random", "50 of 4 complete faces would be held out: ask for fewer by --held-out"),
     ],
 )
 def test_splits_that_the_source_cannot_give(tmp_path, split, words):
@@ -402,6 +443,13 @@ def test_several_layouts_are_refused_with_the_candidates(tmp_path, capsys):
     told = capsys.readouterr().err
     assert "could be imagefolder (metadata.jsonl) and webdataset (*.tar): say which with --layout" in told
     assert run("prepare", "ingest", tmp_path / "source", tmp_path / "out", "--layout", "webdataset") == 0
+
+
+def test_a_prepared_folder_is_no_celeba_hq(tmp_path):
+    """Portraits that were aligned and annotated lie in images and masks."""
+    layouts.imagefolder(tmp_path / "source")
+    ingest(tmp_path / "source" / "train", tmp_path / "out")
+    assert read_record(tmp_path / "out")["layout"] == "imagefolder"
 
 
 def test_pictures_deep_in_folders_are_not_taken_for_granted(tmp_path):
@@ -465,8 +513,8 @@ def test_bad_files_among_good_ones_are_left_out(tmp_path):
     put(source, "masks/3.png", layouts.mask().resize((SIDE, SIDE // 2), Image.Resampling.NEAREST))
     found = ingest(source, tmp_path / "out", split="none")
     assert found["train"] == 5
-    assert found["skipped"].keys() == {"0", *(f"mask_file_name of {index}" for index in (1, 2, 3))}
-    assert "the mask is 64x32, its picture 64x64" in found["skipped"]["mask_file_name of 3"]
+    assert found["skipped"].keys() == {"train/0", *(f"mask_file_name of train/{index}" for index in (1, 2, 3))}
+    assert "the mask is 64x32, its picture 64x64" in found["skipped"]["mask_file_name of train/3"]
     assert ["mask_file_name" in row for row in read_folder(tmp_path / "out")] == [False, False, False, True, True]
 
 
@@ -480,7 +528,7 @@ def test_broken_files_in_archives_are_left_out(tmp_path):
     source.write_bytes(data)
     found = ingest(source, tmp_path / "out")
     assert found["train"] == 2
-    assert "is broken" in found["skipped"]["1"]
+    assert "is broken" in found["skipped"]["train/1"]
 
 
 def test_truncated_shard(tmp_path):
@@ -530,6 +578,23 @@ def test_full_disk(tmp_path, most):
 # Going on
 
 
+def test_what_is_wrong_can_be_put_right_as_it_says(tmp_path, capsys):
+    put(tmp_path / "source", "0.jpg", picture(0, (64, 80)))
+    command = ("prepare", "ingest", tmp_path / "source", tmp_path / "out")
+    assert run(*command) == 2
+    assert "--crop takes its middle" in capsys.readouterr().err
+    assert run(*command, "--crop") == 0
+    assert len(read_folder(tmp_path / "out")) == 1
+
+
+def test_what_was_written_into_the_source_is_not_ingested(tmp_path, monkeypatch):
+    layouts.folder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        ingest(Path(), Path("ready"), progress=interrupted)
+    assert ingest(Path(), Path("ready")) == {"train": 3, "skipped": {}}
+
+
 def test_stopped_anywhere_it_goes_on(tmp_path):
     layouts.imagefolder(tmp_path / "source")
     ingest(tmp_path / "source", tmp_path / "whole", size=32)
@@ -570,7 +635,7 @@ def test_complete_folders_are_left_alone(tmp_path, capsys):
     annotated = {"file_name": "images/0.jpg", "mask_file_name": "masks/0.png"}
     put(tmp_path / "out", "train/metadata.jsonl", annotated)  # as if annotated meanwhile
     assert run(*command) == 0
-    assert "complete already" in capsys.readouterr().err
+    assert "is ingested already, 3 faces: for new pictures choose another folder" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "train" / "metadata.jsonl").read_text()) == annotated
     assert run(*command, "--size", 32) == 2
     assert "was begun with size None, not 32" in capsys.readouterr().err
@@ -625,6 +690,32 @@ def test_names_are_unique_and_safe(tmp_path):
     ingest(source, tmp_path / "out")
     names = [row["file_name"].stem for row in read_folder(tmp_path / "out")]
     assert sorted(names) == ["A", "a-2", "a-3", "strange_name_", "ü"]
+
+
+def test_pictures_of_one_name_in_two_splits_are_left_out_each(tmp_path):
+    put(tmp_path / "source", "train/1.jpg", picture(1))
+    for split in ("train", "test"):
+        put(tmp_path / "source", f"{split}/0.jpg", b"broken")
+    assert ingest(tmp_path / "source", tmp_path / "out")["skipped"].keys() == {"train/0", "test/0"}
+
+
+def test_names_that_are_no_text_or_too_long(tmp_path):
+    source, latin = tmp_path / "source", os.fsdecode(b"caf\xe9")
+    put(source, f"{latin}.png", picture(0))
+    put(source, f"{latin}s.png", b"broken")
+    put(source, "脸" * 82 + ".png", picture(1))
+    put(source, "metadata.jsonl", json.dumps({"file_name": "a.png", "text": "half \ud83d"}))
+    put(source, "a.png", picture(2))
+    (source / "metadata.jsonl").rename(tmp_path / "metadata.jsonl")
+    assert run("prepare", "ingest", source, tmp_path / "out") == 0
+    names = [row["file_name"].stem for row in read_folder(tmp_path / "out")]
+    assert sorted(names) == ["a", "caf_", "脸" * 66]
+    (left,) = (tmp_path / "out/skipped.jsonl").read_text().splitlines()
+    assert json.loads(left)["name"] == "train/caf_s"
+    assert f"{latin}s.png" in json.loads(left)["reason"]
+    (tmp_path / "metadata.jsonl").rename(source / "metadata.jsonl")
+    assert run("prepare", "ingest", source, tmp_path / "rows") == 0
+    assert [row["text"] for row in read_folder(tmp_path / "rows")] == [["half \ud83d"]]
 
 
 def test_limit(tmp_path):

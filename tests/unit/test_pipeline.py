@@ -225,7 +225,7 @@ def test_what_diffusers_users_bring(pipeline, faces):
 @pytest.mark.parametrize("made", [tiny_pipeline, tiny_mditface_pipeline])
 def test_settings_that_nothing_knows_are_refused(made, setting):
     whole = made()
-    with pytest.raises(InputError, match="nearest|stepz"):
+    with pytest.raises(InputError, match=r"nearest|stepz"):
         type(whole)(**whole.components, **setting)
 
 

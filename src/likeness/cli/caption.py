@@ -23,8 +23,8 @@ def caption(
     refiner_name: str | None = None,
     vlm_fields: str = "{}",
     refiner_fields: str = "{}",
-    vlm_key: str | None = None,
-    refiner_key: str | None = None,
+    vlm_key_variable: str | None = None,
+    refiner_key_variable: str | None = None,
     prompts: tuple[str, ...] = (),
     components: Path | None = None,
     max_tokens: int = 77,
@@ -36,6 +36,7 @@ def caption(
     tries: int = 6,
     timeout: float = 120.0,
     seed: int = 0,
+    device: str | None = None,
 ) -> None:
     """Caption a prepared folder by a vision-language model that is checked, or by a grammar over CelebA's attributes.
 
@@ -43,7 +44,7 @@ def caption(
     captioned, 1 when some could not be or the budget was spent, 2 when it cannot go on.
 
     Args:
-        folder: A folder with metadata.jsonl; run again to go on after an interruption.
+        folder: A folder with metadata.jsonl, or the parent of such splits; run again to go on after an interruption.
         vlm: What describes the pictures: address of an OpenAI-compatible endpoint such as http://localhost:8000/v1, or
             a checkpoint of transformers such as OpenGVLab/InternVL3-8B-hf.
         refiner: What checks the captions against attributes and mask: an address, or a checkpoint such as
@@ -53,11 +54,13 @@ def caption(
         refiner_name: The same for the refiner.
         vlm_fields: JSON of further fields of each request, such as '{"top_p": 0.9}'; null takes one out.
         refiner_fields: The same for the refiner, such as '{"chat_template_kwargs": {"enable_thinking": false}}'.
-        vlm_key: Environment variable that holds the endpoint's key; LIKENESS_API_KEY by default, where it is set.
-        refiner_key: The same for the refiner.
+        vlm_key_variable: Name of the environment variable that holds the endpoint's key; LIKENESS_API_KEY by default,
+            where it is set.
+        refiner_key_variable: The same for the refiner.
         prompts: Names of the prompts to use: natural, brief, cues, hair, face, expression, accessories, age, light,
             portrait; all by default.
-        components: Folder of a model whose tokenizer counts; the bundled one by default.
+        components: Folder of the model that is to be trained, whose tokenizer counts; by default that of the bundled
+            ones, which makes about two tokens of a word.
         max_tokens: Most tokens of a caption, its start and end among them; longer ones are cut after a sentence.
         pixels: Pixels of the longer side of what the model is shown, at most.
         replace: Leave captions of other origin out of the metadata; captions.jsonl keeps them.
@@ -67,6 +70,7 @@ def caption(
         tries: How often a request is made before the endpoint counts as gone; the waits double from 1 s.
         timeout: Seconds without a word after which a request counts as failed.
         seed: Seed of the grammar.
+        device: Where checkpoints run, such as cuda; the CPU by default.
     """
     from likeness.prepare.caption.endpoint import Meter
     from likeness.prepare.caption.models import load_counter
@@ -83,11 +87,13 @@ def caption(
     plan = Plan(**options, replace=replace, seed=seed)
     count = load_counter(components) if components else load_counter()
     given = {
-        "vlm": (vlm, vlm_name, vlm_fields, vlm_key),
-        "refiner": (refiner, refiner_name, refiner_fields, refiner_key),
+        "vlm": (vlm, vlm_name, vlm_fields, vlm_key_variable),
+        "refiner": (refiner, refiner_name, refiner_fields, refiner_key_variable),
     }
     models = {
-        role: open_model(model, sees=role == "vlm", meter=meter, name=name, fields=fields, key_variable=key)
+        role: open_model(
+            model, sees=role == "vlm", meter=meter, name=name, fields=fields, key_variable=key, device=device
+        )
         for role, (model, name, fields, key) in given.items()
         if model is not None
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from likeness.cli.terminal import PathArgument, progress_bar, quiet_libraries, tell, tell_counts
+from likeness.types import InputError
 
 Layout = Literal[
     "auto",
@@ -50,7 +51,7 @@ def ingest(
     size: int | None = None,
     crop: bool = False,
     captions: Path | None = None,
-    held_out: int = 1000,
+    held_out: int | None = None,
     seed: int = 0,
     limit: int | None = None,
 ) -> None:
@@ -59,13 +60,14 @@ def ingest(
     Args:
         source: Folder or zip archive with the pictures.
         out: Folder to write; run again to go on after an interruption.
-        layout: How the source lies; auto finds out, and asks where several fit.
+        layout: How the source lies; auto finds out, and names them where several fit.
         split: What is kept for measuring; auto takes the usual one of the layout.
         size: Pixels a side of the pictures; as they are by default. Masks and sketches keep their size.
         crop: Take the middle of pictures that are not square, instead of leaving them out.
         captions: Folder or archive with NAME.txt, a caption a line, where captions lie elsewhere.
-        held_out: Faces kept for measuring by the splits person (at least) and random.
-        seed: Of these splits.
+        held_out: Faces kept for measuring by the splits person (at least) and random: 1000 by default, of smaller sets
+            a tenth.
+        seed: Seed of these splits.
         limit: Faces to take at most.
     """
     from likeness.prepare.ingest.write import ingest as ingest_faces
@@ -181,18 +183,19 @@ def annotate(
     """Add masks, sketches and keypoints to a prepared folder where it lacks them.
 
     Args:
-        folder: A folder with metadata.jsonl; run again to go on after an interruption.
+        folder: A folder with metadata.jsonl, or the parent of such splits; run again to go on after an interruption.
         parser: Face parser: bundled, a folder, or a hub id; none adds no masks. By default the bundled one for pictures
             of up to 256 pixels, and jonathandinu/face-parsing from the hub for larger ones.
-        exchanged: The parser's left is the viewer's left.
+        exchanged: Whether the parser's left is the viewer's left.
         sketches: Whether to add sketches.
         sketcher: U2-Net's weights, u2net_portrait.pth; without them an extractor that needs none draws.
         landmarker: MediaPipe's face_landmarker.task; without it no keypoints are added.
-        redo: Make anew what another annotator made of these; hand-made files stay.
+        redo: Conditions to make anew where another annotator made them; hand-made files stay.
         device: Where parser and U2-Net run, such as cuda; the CPU by default.
     """
     from likeness.data.folder import each_row
     from likeness.prepare.annotate import annotate_folder, makers_of
+    from likeness.prepare.faults import splits_of
 
     quiet_libraries()
     with progress_bar("Annotating") as advance:
@@ -207,8 +210,10 @@ def annotate(
             device=device,
             progress=advance,
         )
-    print(f"{folder}: " + ", ".join(f"{count} {name} added" for name, count in made.items()))
-    for name, makers in makers_of(each_row(folder)).items():
+    nouns = {"mask": "masks", "sketch": "sketches", "keypoints": "keypoints"}
+    print(f"{folder}: " + ", ".join(f"{nouns[name]} added: {count}" for name, count in made.items()))
+    rows = (row for split in splits_of(folder) for row in each_row(folder / split))
+    for name, makers in makers_of(rows).items():
         if len([maker for maker in makers if maker != "hand"]) > 1:
             counts = ", ".join(f"{count} by {maker}" for maker, count in makers.most_common())
             tell([f"{name}: {counts}; --redo {name} makes them anew by one"])
@@ -257,6 +262,7 @@ def encode(
     views: int = 1,
     precision: Literal["fp32", "bf16"] = "fp32",
     text_features: bool = False,
+    device: str | None = None,
     why: Path | None = None,
 ) -> None:
     """Encode a prepared folder into training shards; run again after a change, it encodes what changed.
@@ -264,14 +270,15 @@ def encode(
     Under torchrun every process takes its share: torchrun --nproc-per-node 2 -m likeness.cli prepare encode ...
 
     Args:
-        folder: A folder with metadata.jsonl.
+        folder: A folder with metadata.jsonl, or the parent of splits, of which train is encoded.
         out: Folder of the shards; run again to go on after an interruption.
         components: Folder with autoencoder and text tower; the bundled ones by default.
         size: Pixels a side.
         views: Versions of each face: the first as it is; more are mirrored in turn, with conditions as another hand
             would have given them.
-        precision: Of the autoencoder; bf16 is about three times as fast on a CPU.
+        precision: Precision of the autoencoder; bf16 is about three times as fast on a CPU.
         text_features: Encode the captions, too, so that training does not need to: for large text towers.
+        device: Where autoencoder and text towers run, such as cuda; the CPU by default.
         why: Encode nothing, but say why this picture or condition would be encoded again.
     """
     if why is not None:
@@ -282,12 +289,18 @@ def encode(
     from likeness.parallel import rank_and_world
     from likeness.pipelines.load import load_components
     from likeness.prepare.encode import encode_folder
+    from likeness.prepare.faults import splits_of
 
     share = rank_and_world()
+    splits = splits_of(folder)
+    if "train" in splits and len(splits) > 1 and not share[0]:
+        tell([f"of {', '.join(sorted(splits))} only train is encoded: name a folder to encode that one"])
     parts = load_components(components) if components else load_components()
-    options = {"size": size, "views": views, "precision": precision, "text_features": text_features, "share": share}
+    options = {"size": size, "views": views, "precision": precision, "text_features": text_features}
     with progress_bar("Encoding") as advance:
-        found = encode_folder(folder, out, parts, **options, progress=None if share[0] else advance)
+        found = encode_folder(
+            folder, out, parts, **options, device=device, share=share, progress=None if share[0] else advance
+        )
     told = f"{out}: {found['faces']} faces, {found['encoded']} pictures and {found['captions']} captions encoded now"
     left = f", {found['missing']} still missing: other processes encode them, or run the command again"
     print(told + (left if found["missing"] else ""))
@@ -301,7 +314,7 @@ def shards(
     split: Split = "auto",
     size: int = 128,
     crop: bool = False,
-    held_out: int = 1000,
+    held_out: int | None = None,
     limit: int | None = None,
     parser: str = "auto",
     landmarker: Path | None = None,
@@ -317,21 +330,29 @@ def shards(
     Args:
         source: Folder or zip archive with the pictures.
         out: Folder to write; run again to go on after an interruption.
-        layout: How the source lies; auto finds out, and asks where several fit.
+        layout: How the source lies; auto finds out, and names them where several fit.
         split: What is kept for measuring; auto takes the usual one of the layout.
         size: Pixels a side.
         crop: Take the middle of pictures that are not square, instead of leaving them out.
-        held_out: Faces kept for measuring by the splits person (at least) and random.
+        held_out: Faces kept for measuring by the splits person (at least) and random: 1000 by default, of smaller sets
+            a tenth.
         limit: Faces to take at most.
         parser: Face parser, as `annotate` takes it.
         landmarker: MediaPipe's face_landmarker.task; without it no keypoints are added.
         components: Folder with autoencoder and text tower; the bundled ones by default.
         views: Versions of each face, as `encode` makes them.
-        precision: Of the autoencoder; bf16 is about three times as fast on a CPU.
-        device: Where the parser runs, such as cuda; the CPU by default.
+        precision: Precision of the autoencoder; bf16 is about three times as fast on a CPU.
+        device: Where parser and autoencoder run, such as cuda; the CPU by default.
     """
+    from likeness.annotators.landmarks import open_landmarker
+    from likeness.pipelines.load import load_components
     from likeness.prepare.faults import metadata_lines, splits_of
 
+    if components is not None:  # what is wrong with these two is told before hours of work
+        load_components(components)
+    if landmarker is not None:
+        with open_landmarker(landmarker):
+            pass
     faces, ended = out / "faces", [(time.monotonic(), time.process_time())]
 
     def say(stage: str, count: int) -> None:
@@ -341,11 +362,14 @@ def shards(
 
     ingest(source, faces, layout=layout, split=split, size=size, crop=crop, held_out=held_out, limit=limit)
     counts = {name: sum(1 for _ in metadata_lines(faces, name)) for name in splits_of(faces)}
+    if "train" not in counts:
+        told = f"{faces} has {', '.join(counts)} but no train"
+        raise InputError(f"{told}: choose another --split, such as none, and another folder")
     say("ingesting", sum(counts.values()))
-    for name in counts:
-        annotate(faces / name, parser=parser, landmarker=landmarker, device=device)
+    annotate(faces, parser=parser, landmarker=landmarker, device=device)
     say("annotating", sum(counts.values()))
-    encode(faces, out / "shards", components=components, size=size, views=views, precision=precision)
+    options = {"size": size, "views": views, "precision": precision, "device": device}
+    encode(faces, out / "shards", components=components, **options)
     say("encoding", counts["train"])
 
 

@@ -275,7 +275,7 @@ def convert_release(
     return missing
 
 
-def latent_statistics(vae: Any) -> dict[str, float]:
+def latent_statistics(vae: Any) -> dict[str, Any]:
     """`latent_mean` and `latent_std` with which an autoencoder gives the latents of the releases: FLUX_SCALE z, without
     the shift. taef1, whose latents y = FLUX_SCALE (z - FLUX_SHIFT) are scaled already, lacks the shift alone.
     """

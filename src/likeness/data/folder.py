@@ -113,7 +113,17 @@ def root_of(folder: str | Path) -> Path:
     for root in (Path(folder), Path(folder) / "train"):
         if (root / METADATA).is_file():
             return root.resolve()
-    raise InputError(f"{folder} has no {METADATA}; `likeness prepare` writes one")
+    raise InputError(
+        f"{folder} has no {METADATA}, nor has a folder train in it: `likeness prepare ingest PICTURES OUT` writes one"
+    )
+
+
+def line_of(row: dict[str, Any]) -> bytes:
+    """A row, with its files by name, as a line of the metadata.
+
+    Half a surrogate pair, as in names that are no UTF-8, cannot be encoded, but its backslash form is its JSON.
+    """
+    return json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
 
 def column_of(condition: str) -> str:

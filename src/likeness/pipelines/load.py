@@ -77,6 +77,7 @@ def load(
         InputError: there is no such model, or its folder is broken; the sentence names the file. What is quantized is
             not FLUX.1, or torchao is missing. There is no accelerator to offload from.
     """
+    check_device(device)
     if offload and (device == "cpu" or not torch.accelerator.is_available()):
         raise InputError("there is nothing to offload from: parts are moved to an accelerator, and there is none")
     folder = find(source)
@@ -96,6 +97,15 @@ def load(
         pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def check_device(device: str | None) -> None:
+    """Refuse a device that this machine, or this build of PyTorch, does not have; None is the CPU."""
+    try:
+        torch.empty(0, device=device or "cpu")
+    except (RuntimeError, AssertionError) as error:
+        what = f"the device {device!r} cannot be used here ({first_line(error)})"
+        raise InputError(f"{what}: leave it out to run on the CPU") from error
 
 
 def load_folder(
@@ -347,6 +357,7 @@ def load_sketcher(weights: Path | None = None, *, device: str | None = None) -> 
     Raises:
         InputError: the weights cannot be used.
     """
+    check_device(device)
     if weights is None:
         return extract_sketch, f"XDoG {DRAWING}"
     network = load_u2net(weights).to(device or "cpu")

@@ -33,13 +33,12 @@ from likeness.conditions.framing import (
     portrait_transform,
 )
 from likeness.conditions.pictures import png_bytes
-from likeness.data.folder import METADATA, column_of, condition_file, read_photo
+from likeness.data.folder import METADATA, column_of, condition_file, line_of, read_photo
 from likeness.files import write_whole, writing_whole
 from likeness.prepare.annotate import keypoints_file, made_by_column
+from likeness.prepare.ingest.face import plain_name
+from likeness.prepare.ingest.tree import PICTURES, walk
 from likeness.types import InputError
-
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-"""Files of a folder that are taken for photos."""
 
 JOURNAL = ".aligned.jsonl"
 """What is done: a line of settings, then one a photo."""
@@ -124,15 +123,17 @@ def align_files(
 
 
 def photo_files(photos: Path, out: Path) -> list[Path]:
-    """The photos of a folder in order of their names, `out` left aside."""
+    """The photos of a folder in order of their names, `out` and hidden files left aside; links are followed."""
     if photos.is_file():
         return [photos]
     if not photos.is_dir():
         raise InputError(f"{photos} does not exist: give a folder of photos, or one photo")
-    files = [path for path in sorted(photos.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file()]
-    files = [path for path in files if not path.resolve().is_relative_to(out.resolve())]
+    if photos.resolve().is_relative_to(out.resolve()):
+        raise InputError(f"{photos} lies in {out}, where portraits would pass for photos: write to another folder")
+    files = [photos / folder / name for folder, names in walk(photos, out) for name in names]
+    files = sorted(path for path in files if path.suffix.lower() in PICTURES)
     if not files:
-        raise InputError(f"{photos} holds no photos ({', '.join(SUFFIXES)})")
+        raise InputError(f"{photos} holds no photos ({', '.join(PICTURES)})")
     return files
 
 
@@ -185,7 +186,7 @@ def one_photo(
     faces = find_faces(find, photo, every=every)
     for number, found in enumerate(faces if every else faces[:1]):
         points = second_look(find, photo, found)
-        stem = f"{file.stem}-{sha256[:8]}" + (f"-{number}" if number else "")
+        stem = f"{plain_name(file.stem)}-{sha256[:8]}" + (f"-{number}" if number else "")
         transform = portrait_transform(points, size)
         own = move(points, transform)  # [478, 2] in pixels of the portrait
         faults = framing_faults(framing_of(points, width, height, size))
@@ -252,7 +253,7 @@ def write_metadata(out: Path, rows: dict[str, str]) -> None:
     with writing_whole(path) as metadata:
         for name in [*(name for name in before if name not in rows), *rows]:
             row = {**json.loads(before.get(name, "{}")), **json.loads(rows.get(name, "{}"))}
-            metadata.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            metadata.write(line_of(row))
 
 
 def cut_portrait(photo: np.ndarray, transform: np.ndarray, size: int) -> np.ndarray:

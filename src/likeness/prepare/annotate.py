@@ -22,9 +22,10 @@ from PIL import Image
 from likeness.annotators.face_parser import Translated, parse_faces, sides_exchanged
 from likeness.annotators.landmarks import Landmarker, landmarker_name, open_landmarker
 from likeness.conditions.pictures import MADE_BY, mask_picture, png_bytes
-from likeness.data.folder import CONDITION_FILES, METADATA, column_of, condition_file, each_row, read_photo, root_of
+from likeness.data.folder import CONDITION_FILES, METADATA, column_of, condition_file, each_row, line_of, read_photo
 from likeness.files import write_whole, writing_whole
 from likeness.pipelines.load import checkpoint_file, load_face_parser, load_sketcher, network_name
+from likeness.prepare.faults import splits_of
 from likeness.types import InputError
 
 TOGETHER = 16
@@ -61,7 +62,7 @@ def annotate_folder(
     """Annotate every row of a prepared folder that lacks a mask, a sketch or keypoints.
 
     Args:
-        folder: a directory with `metadata.jsonl`, or its parent with a `train` split.
+        folder: a directory with `metadata.jsonl`, or the parent of such splits.
         parser: a face parser, as `load_face_parser` finds it; `auto` takes the bundled one up to `LARGE` pixels and
             `HUB_PARSER` beyond, where a row lacks a mask; None adds no masks.
         exchanged: the parser's left is the viewer's left.
@@ -78,11 +79,11 @@ def annotate_folder(
     Raises:
         InputError: a picture or an annotator cannot be read, its sides are exchanged, or a file cannot be written.
     """
-    root = root_of(folder)
-    count, lacking = survey(root)
+    roots = [(folder / split).resolve() for split in splits_of(folder)]
+    counts, lack = zip(*map(survey, roots), strict=True)
     made: dict[str, int] = {}
     if parser == "auto":
-        parser = usual_parser(next(each_row(root))["file_name"]) if lacking or "mask" in redo else None
+        parser = usual_parser(next(each_row(roots[0]))["file_name"]) if any(lack) or "mask" in redo else None
     with ExitStack() as opened:
         annotators: dict[str, Annotator] = {}
         if parser is not None:
@@ -94,17 +95,18 @@ def annotate_folder(
             annotators["keypoints"] = keypoints_annotator(find, landmarker_name(landmarker))
         if missing := [name for name in redo if name not in annotators]:
             raise InputError(f"nothing is there to make each {missing[0]} anew: name what makes it, too")
-        metadata = opened.enter_context(writing_whole(root / METADATA))
-        rows, done = each_row(root), 0
-        while some := list(islice(rows, TOGETHER)):
-            for name, annotator in annotators.items():
-                made[name] = made.get(name, 0) + add_condition(some, name, annotator, root, redo=name in redo)
-            for row in some:
-                line = {column: relative(value, root) for column, value in row.items()}
-                metadata.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-            done += len(some)
-            if progress is not None:
-                progress(done, count)
+        done = 0
+        for root in roots:
+            with writing_whole(root / METADATA) as metadata:
+                rows = each_row(root)
+                while some := list(islice(rows, TOGETHER)):
+                    for name, annotator in annotators.items():
+                        made[name] = made.get(name, 0) + add_condition(some, name, annotator, root, redo=name in redo)
+                    for row in some:
+                        metadata.write(line_of({column: relative(value, root) for column, value in row.items()}))
+                    done += len(some)
+                    if progress is not None:
+                        progress(done, sum(counts))
     return made
 
 

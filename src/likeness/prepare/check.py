@@ -382,7 +382,7 @@ def unlisted_files(memory: Memory, folder: Path) -> list[Finding]:
 def format_findings(checked: Checked, examples: int = 3) -> str:
     """The findings as plain text: a line a kind with its counts, then the first examples of each."""
     if not checked.findings:
-        return f"{checked.rows} rows, no faults"
+        return f"rows: {checked.rows}, no faults"
     by_kind = {kind: [found for found in checked.findings if found.kind == kind] for kind in KINDS}
     by_kind = {kind: findings for kind, findings in by_kind.items() if findings}
     mendable = {kind: sum(found.fix is not None for found in findings) for kind, findings in by_kind.items()}
@@ -396,5 +396,5 @@ def format_findings(checked: Checked, examples: int = 3) -> str:
             lines[-1] += f" -> {MENDING[found.fix]}" if found.fix else ""
         if len(findings) > examples:
             lines.append(f"  and {len(findings) - examples} more")
-    total = f"{checked.rows} rows, {len(checked.findings)} faults, {sum(mendable.values())} of them can be mended"
+    total = f"rows: {checked.rows}, faults: {len(checked.findings)}, mendable: {sum(mendable.values())}"
     return "\n".join([*lines, "", total])

@@ -23,6 +23,7 @@ from likeness.data.ahead import read_ahead
 from likeness.data.folder import METADATA, captions_of, column_of, read_photo, root_of
 from likeness.data.store import IMAGE, LOG_VARIANCE, MANIFEST, read_manifest, write_manifest, write_part
 from likeness.encoders.latent import LatentCodec, spatial_factor, to_tensor
+from likeness.files import first_line
 from likeness.pipelines.load import Components
 from likeness.prepare.pool import LATENTS, TEXT, Pool, Table
 from likeness.prepare.sources import FILES, Hashes, Plan, each_block, hash_file, write_rows
@@ -60,6 +61,7 @@ def encode_folder(
     views: int = 1,
     precision: Literal["fp32", "bf16"] = "fp32",
     text_features: bool = False,
+    device: str | None = None,
     share: tuple[int, int] = (0, 1),
     shard_bytes: int = 2**26,
     progress: Callable[[int, int], None] | None = None,
@@ -67,7 +69,7 @@ def encode_folder(
     """Bring a store in line with a folder.
 
     Args:
-        folder: a prepared folder (`likeness.data.folder`).
+        folder: a prepared folder (`likeness.data.folder`): of a parent of splits `train` only.
         out: the store's folder; run again to go on after an interruption or a change.
         components: autoencoder, text towers and their settings.
         size: pixels a side.
@@ -75,6 +77,7 @@ def encode_folder(
             conditions are varied (`likeness.conditions.vary`).
         precision: of the autoencoder; latents are stored as float16. bf16 is about three times as fast on a CPU.
         text_features: whether to encode captions, too; a store that has their features keeps having them.
+        device: where autoencoder and text towers run, such as cuda, one for each process; None is the CPU.
         share: (number of this process, number of processes).
         shard_bytes: bytes of latents or text features a file.
         progress: called as (faces done, faces in all), for pictures and then for captions.
@@ -85,7 +88,7 @@ def encode_folder(
         when there are none.
 
     Raises:
-        InputError: a file cannot be read, or `out` holds something else.
+        InputError: a file cannot be read, `out` holds something else, or there is no such device.
     """
     factor = spatial_factor(components.vae)
     if size % factor:
@@ -93,10 +96,14 @@ def encode_folder(
     if views < 1:
         raise InputError(f"views is {views}: every face needs at least one")
     root = root_of(folder)
-    device = torch.device("cuda", share[0] % torch.cuda.device_count()) if torch.cuda.is_available() else "cpu"
-    vae = components.vae.to(device=device, memory_format=torch.channels_last)
+    place = device or "cpu"
+    place = f"cuda:{share[0] % max(1, torch.cuda.device_count())}" if place == "cuda" else place
+    try:
+        trial = torch.zeros(1, 3, 2 * factor, 2 * factor, device=place)
+    except (RuntimeError, AssertionError) as error:  # of a torch without that kind of device, the second
+        raise InputError(f"there is no device {device} here: {first_line(error)}") from error
+    vae = components.vae.to(device=place, memory_format=torch.channels_last)
     codec = LatentCodec(vae, together=True)
-    trial = torch.zeros(1, 3, 2 * factor, 2 * factor, device=device)
     plan = Plan(
         codec=components.codec_hash,
         moments=codec.moments(trial)[1] is not None,

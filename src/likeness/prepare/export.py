@@ -12,12 +12,13 @@ import json
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import chain, groupby, islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from likeness.conditions import CONDITIONS
-from likeness.data.folder import METADATA, RECORD, column_of, condition_file
+from likeness.data.folder import METADATA, RECORD, column_of, condition_file, line_of
 from likeness.files import write_whole, writing_whole
 from likeness.prepare.ingest.face import Face, Skipped, content_of, json_of
 from likeness.prepare.ingest.layouts import imagefolder, metadata_folders
@@ -70,7 +71,9 @@ def export(
     """
     tree = open_tree(folder)
     if not metadata_folders(tree):
-        raise InputError(f"{folder} has no {METADATA}, nor has a folder in it; `likeness prepare` writes one")
+        raise InputError(
+            f"{folder} has no {METADATA}, nor has a folder in it: `likeness prepare ingest PICTURES OUT` writes one"
+        )
     skipped: dict[str, str] = {}
     counts: Counter[str] = Counter()
     for face in imagefolder(tree):
@@ -98,7 +101,7 @@ def export(
     write_whole(out / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     columns = columns_of(imagefolder(tree)) if form == "parquet" else {}
     done = 0
-    for split, faces in splits_of(tree):
+    for split, faces in splits_of(tree, form):
         for _ in FORMS[form](out, split, faces, Shards(counts[split], shard), columns):
             done += 1
             if progress is not None:
@@ -106,9 +109,11 @@ def export(
     return {**counts, "skipped": skipped}
 
 
-def splits_of(tree: Tree) -> Iterator[tuple[str, Iterator[Named]]]:
+def splits_of(tree: Tree, form: str) -> Iterator[tuple[str, Iterator[Named]]]:
     """Each split with its faces and their names."""
     faces = (face for face in imagefolder(tree) if isinstance(face, Face))
+    if form == "webdataset":  # a key ends at the first point
+        faces = (replace(face, name=face.name.replace(".", "_")) for face in faces)
     for split, group in groupby(faces, key=lambda face: face.split or "train"):
         yield split, ((face, name) for face, _, name in with_names(group, repeat(split)) if isinstance(face, Face))
 
@@ -156,7 +161,7 @@ def to_imagefolder(out: Path, split: str, faces: Iterator[Named], shards: Shards
                 row[column_of(key) if key else "file_name"] = file
                 if not (out / split / file).is_file():
                     write_whole(out / split / file, content)
-            metadata.write(json.dumps({**row, **row_of(face)}, ensure_ascii=False).encode() + b"\n")
+            metadata.write(line_of({**row, **row_of(face)}))
             yield
 
 
@@ -168,8 +173,7 @@ def to_webdataset(out: Path, split: str, faces: Iterator[Named], shards: Shards,
             yield from (None for _ in shard)
             continue
         with writing_whole(path) as file, tarfile.open(fileobj=file, mode="w") as archive:
-            for face, name in shard:
-                key = name.replace(".", "_")  # a key ends at the first point
+            for face, key in shard:
                 row = row_of(face)
                 for kind, (suffix, content) in pictures_of(face).items():
                     add_file(archive, f"{key}.{kind}.{suffix}" if kind else f"{key}.{suffix}", content)
@@ -236,8 +240,10 @@ def columns_of(faces: Iterable[Face | Skipped]) -> Columns:
             columns["keypoints"] = "points"
         if face.identity is not None:
             columns["identity"] = "text"
-        if face.attributes is not None:
-            columns["attributes"] = columns.get("attributes", {}) | dict.fromkeys(face.attributes)
+        if face.attributes:
+            known, values = columns.get("attributes", {}), face.attributes.values()
+            plain = known != "json" and all(isinstance(value, bool) for value in values)
+            columns["attributes"] = known | dict.fromkeys(face.attributes) if plain else "json"
         for key, value in face.more.items():
             kind = KINDS.get(type(value), "json")
             columns[key] = kind if columns.get(key, kind) == kind else "json"

@@ -106,7 +106,9 @@ def splits_of(folder: Path) -> list[str]:
         return ["."]
     found = [path.parent.name for path in folder.glob(f"*/{METADATA}") if path.parent.name != BEFORE]
     if not found:
-        raise InputError(f"{folder} has no {METADATA}, nor has a folder in it; `likeness prepare` writes one")
+        raise InputError(
+            f"{folder} has no {METADATA}, nor has a folder in it: `likeness prepare ingest PICTURES OUT` writes one"
+        )
     return sorted(found, key=lambda split: (split == "train", split))
 
 

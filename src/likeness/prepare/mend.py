@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from likeness.conditions import CONDITIONS, doctor
-from likeness.data.folder import METADATA, column_of
+from likeness.data.folder import METADATA, column_of, line_of
 from likeness.files import write_whole
 from likeness.prepare.faults import BEFORE, KINDS, MENDING, Finding, Row, metadata_lines, read_rows, splits_of
 from likeness.types import InputError
@@ -182,8 +182,7 @@ def mend_split(folder: Path, split: str, todo: dict[tuple[str, int], list[Findin
             yield row.raw if row.raw.endswith(b"\n") else row.raw + b"\n"
         elif not any(found.fix == "drop-row" for found in findings):
             values = mend_row(folder, row, findings)
-            # Half a surrogate pair has no UTF-8, but its backslash form is its JSON.
-            yield json.dumps(values, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+            yield line_of(values)
 
 
 def mend_row(folder: Path, row: Row, findings: list[Finding]) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def each_block(folder: Path) -> Iterator[list[dict[str, Any]]]:
 def write_rows(out: Path, root: Path, rows: Sequence[dict[str, Any]], stamps: np.ndarray, sources: np.ndarray) -> str:
     """Write what a store keeps of some rows themselves; returns the file's name."""
     told = [[row["file_name"].relative_to(root).as_posix(), list(captions_of(row))] for row in rows]
-    lines = [json.dumps(line, ensure_ascii=False).encode() for line in told]
+    lines = [json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") for line in told]
     tensors = {
         "lines": torch.frombuffer(bytearray(b"".join(lines)), dtype=torch.uint8),
         "ends": torch.tensor([len(line) for line in lines]).cumsum(0),

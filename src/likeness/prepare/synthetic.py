@@ -62,7 +62,7 @@ def _claim(out: Path, size: int, seed: int) -> None:
         if found != wanted:
             held = {name: found.get(name) for name in wanted} if isinstance(found, dict) else "something else"
             raise InputError(f"{out} already holds {held}, not {wanted}; choose another folder.")
-    elif out.is_dir() and any(path.name != f".{RECORD}.partial" for path in out.iterdir()):
+    elif out.is_dir() and any(not path.name.startswith(f".{RECORD}.") for path in out.iterdir()):
         raise InputError(f"{out} is not empty and holds no {RECORD} of drawn faces; choose another folder.")
     out.mkdir(parents=True, exist_ok=True)
     if not record.exists():

@@ -19,11 +19,12 @@ from likeness.prepare.caption.models import ANSWER_TOKENS, Answer, Model, Questi
 from likeness.types import InputError
 
 
-def open_vision_model(checkpoint: str) -> Model:
+def open_vision_model(checkpoint: str, device: str | None = None) -> Model:
     """A checkpoint of transformers that answers questions about pictures, such as `OpenGVLab/InternVL3-8B-hf`.
 
     Args:
         checkpoint: hub name or folder; nothing of its own code is run.
+        device: where it runs; None is the CPU.
 
     Raises:
         InputError: it cannot be loaded, needs torchvision, or has no chat template.
@@ -31,7 +32,7 @@ def open_vision_model(checkpoint: str) -> Model:
     from transformers import AutoModelForImageTextToText
 
     processor = load_processor(checkpoint)
-    network = load_network(AutoModelForImageTextToText, checkpoint)
+    network = load_network(AutoModelForImageTextToText, checkpoint, device)
 
     def encode(questions: Sequence[Question]) -> Any:
         texts = [
@@ -48,11 +49,12 @@ def open_vision_model(checkpoint: str) -> Model:
     return greedy(checkpoint, network, processor.tokenizer, encode)
 
 
-def open_language_model(checkpoint: str) -> Model:
+def open_language_model(checkpoint: str, device: str | None = None) -> Model:
     """A checkpoint of transformers that answers questions in text, such as `Qwen/Qwen3-8B`.
 
     Args:
         checkpoint: hub name or folder; nothing of its own code is run.
+        device: where it runs; None is the CPU.
 
     Raises:
         InputError: it cannot be loaded or has no chat template.
@@ -64,7 +66,7 @@ def open_language_model(checkpoint: str) -> Model:
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"the tokenizer of {checkpoint} cannot be loaded: {first_line(error)}") from error
     check_template(checkpoint, tokenizer)
-    network = load_network(AutoModelForCausalLM, checkpoint)
+    network = load_network(AutoModelForCausalLM, checkpoint, device)
 
     def encode(questions: Sequence[Question]) -> Any:
         texts = [
@@ -118,11 +120,10 @@ def checkpoint_name(given: str) -> str:
     return f"{folder.resolve().name}@{digest.hexdigest()[:8]}"
 
 
-def load_network(kind: Any, checkpoint: str) -> Any:
-    """The network of a checkpoint, in its own precision, on the accelerator where there is one."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def load_network(kind: Any, checkpoint: str, device: str | None) -> Any:
+    """The network of a checkpoint, in its own precision, on a device."""
     try:
-        network = kind.from_pretrained(checkpoint, dtype="auto").to(device).eval()
+        network = kind.from_pretrained(checkpoint, dtype="auto").to(device or "cpu").eval()
     except Exception as error:  # hub, files and safetensors have many ways to say no
         raise InputError(f"the model {checkpoint} cannot be loaded: {first_line(error)}") from error
     network.generation_config.temperature = network.generation_config.top_p = network.generation_config.top_k = None

@@ -130,7 +130,10 @@ def open_endpoint(
     if not isinstance(extra, dict):
         raise InputError(f'the further fields {fields!r} must be a JSON object, such as {{"top_p": 0.9}}')
     if key_variable is not None and not os.environ.get(key_variable):
-        raise InputError(f"the environment variable {key_variable}, which is to hold the key of {root}, is not set")
+        raise InputError(  # without what was given, which may be the key itself
+            f"no environment variable of the given name holds the key of {root}: set one, and give its name, not the "
+            "key, to --vlm-key-variable or --refiner-key-variable"
+        )
     key = os.environ.get(key_variable or KEY_VARIABLE, "")
     channels = threading.local()
     refused = [REFUSED_IN_A_ROW - 3]  # before the first success, three refusals are about all questions
@@ -188,7 +191,8 @@ def only_model(reply: dict[str, Any], root: str) -> str:
     """The name of the one model that is served."""
     names = [entry["id"] for entry in reply.get("data") or [] if isinstance(entry, dict) and "id" in entry]
     if len(names) != 1:
-        raise InputError(f"{root} serves {', '.join(sorted(names)[:8]) or 'no model'}: name one of its models")
+        served = ", ".join(sorted(names)[:8]) or "no model"
+        raise InputError(f"{root} serves {served}: name one of its models by --vlm-name or --refiner-name")
     return names[0]
 
 

@@ -9,7 +9,6 @@ with the reason in `dropped`, so that nothing vanishes unexplained.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from likeness.conditions.pictures import open_picture
-from likeness.data.folder import METADATA, captions_of, each_row, root_of
+from likeness.data.folder import METADATA, captions_of, each_row, line_of
 from likeness.files import writing_whole
 from likeness.prepare.caption.endpoint import Meter, Refused, Spent, open_endpoint
 from likeness.prepare.caption.grammar import ATTRIBUTES, write_captions
@@ -41,6 +40,7 @@ from likeness.prepare.caption.records import (
 )
 from likeness.prepare.caption.refine import accept, facts_of, read_labels, without_contradictions
 from likeness.prepare.caption.rules import Count, filter_answer, shorten
+from likeness.prepare.faults import splits_of
 from likeness.types import InputError
 
 Row = dict[str, Any]
@@ -95,7 +95,7 @@ def caption_folder(
     """Caption every row of a prepared folder. A row that cannot be captioned stays as it is.
 
     Args:
-        folder: a directory with `metadata.jsonl`, or its parent with a `train` split.
+        folder: a directory with `metadata.jsonl`, or the parent of such splits; each keeps its own records.
         plan: what to do.
         count: a text -> its tokens, as `load_counter` gives it.
         meter: what the endpoints of `plan` count in; it is stopped when the run stops.
@@ -107,8 +107,23 @@ def caption_folder(
             is kept), or a file cannot be written.
     """
     check_plan(plan, parallel)
-    root, meter = root_of(folder), meter or Meter()
-    report = Captioned(sum(1 for _ in each_row(root)))
+    splits, meter = splits_of(folder), meter or Meter()
+    report = Captioned(sum(1 for split in splits for _ in each_row(folder / split)))
+    done = 0
+    for split in splits:
+        with closing(caption_split((folder / split).resolve(), plan, count, meter, parallel)) as captioned:
+            for name, outcome, dropped in captioned:
+                tally(report, name if split == "." else f"{split}/{name}", outcome, dropped)
+                done += 1
+                if progress is not None:
+                    progress(done, report.faces)
+    return report
+
+
+def caption_split(
+    root: Path, plan: Plan, count: Count, meter: Meter, parallel: int
+) -> Generator[tuple[str, Outcome, list[str | None]]]:
+    """Caption the rows of one folder; (name, what became of it, why each caption is not used or None) of each face."""
     with open_journal(root / ANSWERS) as journal, open_record(root / CAPTIONS) as previous:
 
         def one(row: Row) -> tuple[Row, Outcome]:
@@ -124,17 +139,14 @@ def caption_folder(
                 writing_whole(root / CAPTIONS) as record,
                 writing_whole(root / METADATA) as metadata,  # takes its place first: see `record`
             ):
-                for number, (row, outcome) in enumerate(done, start=1):
+                for row, outcome in done:
                     name, current = name_of(row, root), captions_of(row)
                     captions = merge(current, previous(name), outcome.captions, plan.replace and not outcome.fault)
                     texts = [caption["text"] for caption in captions if is_used(caption)]
                     record.write(line_of({"file_name": name, "captions": captions}))
-                    metadata.write(
-                        line_of({key: relative(value, root) for key, value in row.items()} | {"text": texts})
-                    )
-                    tally(report, name, outcome, [caption.get("dropped") for caption in captions])
-                    if progress is not None:
-                        progress(number, report.faces)
+                    columns = {key: relative(value, root) for key, value in row.items() if key != "text"}
+                    metadata.write(line_of(columns | ({"text": texts} if texts else {})))
+                    yield name, outcome, [caption.get("dropped") for caption in captions]
         except InputError as error:
             if not journal.added:
                 raise
@@ -142,7 +154,6 @@ def caption_folder(
                 f"{error}; the {journal.added} answers of this run are kept in {journal.path}: run the same command "
                 "again to go on"
             ) from error
-    return report
 
 
 def check_plan(plan: Plan, parallel: int) -> None:
@@ -200,11 +211,6 @@ def name_of(row: Row, root: Path) -> str:
 def relative(value: Any, root: Path) -> Any:
     """A file as the metadata names it; anything else as it is."""
     return value.relative_to(root).as_posix() if isinstance(value, Path) else value
-
-
-def line_of(record: dict[str, Any]) -> bytes:
-    """A line of a JSONL file."""
-    return (json.dumps(record, ensure_ascii=False) + "\n").encode()
 
 
 # One face
@@ -357,7 +363,14 @@ def change(caption: Caption, text: str, why: Sequence[str]) -> None:
 
 
 def open_model(
-    given: str, *, sees: bool, meter: Meter, name: str | None, fields: str, key_variable: str | None
+    given: str,
+    *,
+    sees: bool,
+    meter: Meter,
+    name: str | None,
+    fields: str,
+    key_variable: str | None,
+    device: str | None = None,
 ) -> Model:
     """A model by its address or its checkpoint.
 
@@ -368,6 +381,7 @@ def open_model(
         name: of the model at an endpoint.
         fields: JSON of further fields of an endpoint's requests.
         key_variable: environment variable of an endpoint's key.
+        device: where a checkpoint runs; None is the CPU.
 
     Raises:
         InputError: it cannot be opened, or an option belongs to endpoints only.
@@ -378,4 +392,4 @@ def open_model(
         raise InputError(f"{given} is a checkpoint: names and fields are for endpoints, whose address begins with http")
     from likeness.prepare.caption.checkpoint import open_language_model, open_vision_model
 
-    return open_vision_model(given) if sees else open_language_model(given)
+    return open_vision_model(given, device) if sees else open_language_model(given, device)

@@ -93,14 +93,18 @@ def celeba_hq(tree: Tree, captions: dict[str, str] | None = None, sketches: dict
     for number, (stem, path) in enumerate(pictures.items()):
         key = str(int(stem)) if stem.isdigit() else stem
         attributes = as_attributes(names, rows[f"{key}.jpg"]) if f"{key}.jpg" in rows else None
-        picture, mask = tree.file(path), tree.file(masks.get(stem, ""))
+        names_of = dict.fromkeys((stem, key, key.zfill(5)))  # 1, and 00001 in another folder
+        mask, sketch, words = (
+            tree.file(next((files[name] for name in names_of if name in files), ""))
+            for files in (masks, sketches or {}, captions or {})
+        )
+        picture = tree.file(path)
         assert picture is not None
-        words = tree.file((captions or {}).get(stem, ""))
         yield Face(
             name=stem,
             picture=picture,
             mask=parts.get(key) or mask,
-            sketch=tree.file((sketches or {}).get(stem) or (sketches or {}).get(key.zfill(5), "")),
+            sketch=sketch,
             captions=partial(lines_of, words) if words else partial(grammar, attributes, stem, number),
             attributes=attributes,
             identity=people.get(originals.get(key, "")),

@@ -6,6 +6,7 @@ Contents are read when a face is written, so that going through a million faces 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +17,9 @@ from likeness.types import InputError
 
 MOST_BYTES = 2**28
 """Larger files are refused: no picture of a face is, but an archive may pretend to be small."""
+
+NAME_BYTES = 200
+"""Most bytes of a name: file systems take 255, of which suffixes and numbers need some."""
 
 CAPTION_KEYS = ("text", "captions", "caption")
 """Columns in which captions stand, the first that is there; `text` is what the others become."""
@@ -49,7 +53,8 @@ class Face:
     """A file, or {"points": [[x, y], ...], "size": [width, height]}."""
     captions: Callable[[], Sequence[str]] = tuple
     """Gives the captions when they are needed."""
-    attributes: Mapping[str, bool] | None = None
+    attributes: Mapping[str, Any] | None = None
+    """Name -> true or false; from other tools, any value."""
     identity: str | None = None
     """The person."""
     split: str | None = None
@@ -89,6 +94,12 @@ def content_of(file: File) -> bytes:
 def name_of(file: File) -> str:
     """How messages call a file."""
     return file.name if isinstance(file, Packed) else str(file)
+
+
+def plain_name(name: str) -> str:
+    """A name that every file system takes: letters, digits, and `_.+-` for the rest, at most `NAME_BYTES` bytes."""
+    plain = re.sub(r"[^\w.+-]+", "_", name).strip(".")
+    return plain.encode()[:NAME_BYTES].decode(errors="ignore") or "face"
 
 
 def text_of(file: File) -> str:
@@ -135,8 +146,10 @@ def face_of_row(row: Mapping[str, Any], **files: Any) -> Face:
         raise InputError(f"the {column} of {name} is neither a caption nor a list of captions")
     attributes, points, identity = row.get("attributes"), row.get("keypoints"), row.get("identity")
     if attributes is not None:
+        if isinstance(attributes, str):  # as a table has them whose values are not all true or false
+            attributes = parse_json(attributes, f"attributes of {name}")
         if not isinstance(attributes, dict):
-            raise InputError(f"the attributes of {name} are no names with true or false")
+            raise InputError(f"the attributes of {name} are no names with values")
         attributes = {key: value for key, value in attributes.items() if value is not None}
     if points is not None:
         if not isinstance(points, dict):

@@ -15,6 +15,7 @@ import numpy as np
 
 from likeness.conditions import CONDITIONS
 from likeness.data.folder import METADATA, column_of
+from likeness.prepare.faults import BEFORE
 from likeness.prepare.ingest.face import Face, Faces, File, Skipped, face_of_row, json_of, lines_of, parse_json, text_of
 from likeness.prepare.ingest.tree import PICTURES, Tree, check_inside, depth, join
 from likeness.types import InputError
@@ -132,7 +133,7 @@ def row_or_reason(row: dict[str, Any], **files: Any) -> Faces:
     try:
         face = face_of_row(row, **files)
     except InputError as error:
-        yield Skipped(files["name"], str(error))
+        yield Skipped(join(files.get("split") or "", files["name"]), str(error))
         return
     yield face if captions is None else replace(face, captions=captions)
 
@@ -232,9 +233,9 @@ def imagefolder(tree: Tree) -> Faces:
 
 
 def metadata_folders(tree: Tree) -> list[str]:
-    """The folders with a `metadata.jsonl`: the top, or right below it."""
+    """The folders with a `metadata.jsonl`: the top, or right below it; not what was kept when the data was mended."""
     found = [folder for folder, names in tree.folders.items() if METADATA in names and "/" not in folder]
-    return sorted(found, key=lambda folder: (rank(SPLIT_NAMES.get(folder, "train")), folder))
+    return sorted({*found} - {BEFORE}, key=lambda folder: (rank(SPLIT_NAMES.get(folder, "train")), folder))
 
 
 def face_of_line(tree: Tree, place: str, number: int, line: bytes, split: str | None, told: set[str]) -> Faces:
@@ -255,9 +256,11 @@ def face_of_line(tree: Tree, place: str, number: int, line: bytes, split: str | 
         elif isinstance(name, str):
             files[condition] = tree.file(join(place, check_inside(name, where)))
             if files[condition] is None and condition != "picture":
-                yield Skipped(name, f"{column_of(condition)} of line {number} names it, but it is not there")
+                yield Skipped(
+                    join(place, name), f"{column_of(condition)} of line {number} names it, but it is not there"
+                )
     if files["picture"] is None:
-        yield Skipped(row["file_name"], f"line {number} of {METADATA} names it, but it is not there")
+        yield Skipped(join(place, row["file_name"]), f"line {number} of {METADATA} names it, but it is not there")
         return
     stem = check_inside(row["file_name"], where).rpartition(".")[0].removeprefix("images/")
     yield from row_or_reason(row, name=stem.replace("/", "_"), split=split, **files)

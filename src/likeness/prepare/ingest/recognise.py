@@ -1,6 +1,6 @@
 """Which layout a source has: every layout with the sign it is known by and what its publishers allow.
 
-A layout is chosen only where it is the only one whose sign is there; otherwise the user is asked.
+A layout is chosen only where it is the only one whose sign is there; otherwise the user has to say which.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from likeness.data.folder import METADATA
 from likeness.prepare.ingest import celeba, layouts, tables
 from likeness.prepare.ingest.face import Faces
 from likeness.prepare.ingest.tree import PICTURES, Tree
@@ -35,10 +36,11 @@ class Layout:
 
 
 def has_hq(tree: Tree) -> bool:
-    """CelebA-HQ's pictures, by its own folder, or `images` with masks at the top."""
+    """CelebA-HQ's pictures, by its own folder, or `images` with masks at the top that no metadata lists."""
     named = tree.folder(celeba.HQ_PICTURES[0]) is not None
     return named or (
-        any(name in tree.folders for name in celeba.HQ_PICTURES[1:])
+        METADATA not in tree.folders.get("", {})
+        and any(name in tree.folders for name in celeba.HQ_PICTURES[1:])
         and (has_parts(tree) or any(name in tree.folders for name in celeba.HQ_MASKS))
     )
 

@@ -28,6 +28,9 @@ SPLITS: dict[str, str] = {
 }
 """Name of a split -> what it is, and its source."""
 
+HELD_OUT = 1000
+"""Faces that `person` and `random` keep for measuring where the user does not say; of smaller sets a tenth."""
+
 VALIDATION, TEST = 162771, 182638
 """The first files of CelebA that its partition keeps for validation and test: what list_eval_partition.txt says.
 
@@ -59,11 +62,16 @@ def assign(split: str, faces: Iterable[Face], tree: Tree, held_out: int, seed: i
     return [of(face) for face in faces]
 
 
+def usual_held_out(faces: int) -> int:
+    """How many of some faces are held out where the user does not say."""
+    return min(HELD_OUT, max(1, faces // 10)) if faces > 1 else 0
+
+
 def drawn(split: str, faces: Iterable[Face], held_out: int, seed: int) -> list[str | None]:
     """`person` and `random`."""
     people = [face.identity for face in faces]
     if people and len(people) <= held_out:
-        raise InputError(f"there are {len(people)} complete faces; {held_out} are to be held out: ask for fewer")
+        raise InputError(f"{held_out} of {len(people)} complete faces would be held out: ask for fewer by --held-out")
     rng = np.random.default_rng(seed)
     if split == "random":
         test = {int(index) for index in rng.permutation(len(people))[:held_out]}

@@ -96,8 +96,12 @@ def join(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
-def open_tree(source: Path) -> Tree:
-    """What a folder, or a zip archive, holds. Hidden files are passed over.
+def open_tree(source: Path, out: Path | None = None) -> Tree:
+    """What a folder, or a zip archive, holds.
+
+    Args:
+        source: the folder or archive.
+        out: a folder to leave aside, since what is written there is not of the source.
 
     Raises:
         InputError: there is no such source, or an archive is broken, has a password, or names files outside itself.
@@ -114,15 +118,8 @@ def open_tree(source: Path) -> Tree:
         return Tree(source.parent, {"": {source.name: None}})
     if not source.is_dir():
         raise InputError(f"{source} does not exist: give the folder or archive that holds the pictures")
-    folders, archives, seen = {}, [], set()
-    for place, inner, names in os.walk(source, followlinks=True, onerror=refuse_folder):
-        real = os.path.realpath(place)
-        inner[:] = [] if real in seen else sorted(name for name in inner if not name.startswith("."))
-        if real in seen:  # a link to a folder further up
-            continue
-        seen.add(real)
-        folder = Path(place).relative_to(source).as_posix().removeprefix(".")
-        names = [name for name in names if not name.startswith(".")]
+    folders, archives = {}, []
+    for folder, names in walk(source, out):
         archives += [join(folder, name) for name in names if name.lower().endswith(".zip")]
         if names:
             folders[folder] = dict.fromkeys(names)
@@ -131,6 +128,19 @@ def open_tree(source: Path) -> Tree:
         if not any(known == folder or known.startswith(f"{folder}/") for known in folders):
             add_archive(folders, source / name, folder)
     return Tree(source, folders)
+
+
+def walk(source: Path, out: Path | None = None) -> Iterator[tuple[str, list[str]]]:
+    """Each folder in `source` ("" is itself) with its files; links are followed, hidden files and `out` left aside."""
+    seen = {os.path.realpath(out)} - {os.path.realpath(source)} if out is not None else set()
+    for place, inner, names in os.walk(source, followlinks=True, onerror=refuse_folder):
+        real = os.path.realpath(place)
+        inner[:] = [] if real in seen else sorted(name for name in inner if not name.startswith("."))
+        if real in seen:  # `out`, or a link to a folder further up
+            continue
+        seen.add(real)
+        folder = Path(place).relative_to(source).as_posix().removeprefix(".")
+        yield folder, [name for name in names if not name.startswith(".")]
 
 
 def refuse_folder(error: OSError) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -23,21 +22,35 @@ import numpy as np
 from likeness.conditions import CONDITIONS
 from likeness.conditions.pictures import open_picture, png_bytes
 from likeness.data.ahead import read_ahead
-from likeness.data.folder import METADATA, RECORD, column_of, condition_file
+from likeness.data.folder import METADATA, RECORD, column_of, condition_file, line_of
 from likeness.files import write_whole, writing_whole
 from likeness.prepare.alike import fingerprint, shared_pictures
 from likeness.prepare.ingest.contents import CONTENTS, KEPT, Frame, framed, open_face
-from likeness.prepare.ingest.face import Face, Faces, File, Skipped, json_of, lines_of, parse_json
+from likeness.prepare.ingest.face import (
+    Face,
+    Faces,
+    File,
+    Skipped,
+    json_of,
+    lines_of,
+    name_of,
+    parse_json,
+    plain_name,
+)
 from likeness.prepare.ingest.layouts import rank
 from likeness.prepare.ingest.recognise import LAYOUTS, UNKNOWN_TERMS, recognise
-from likeness.prepare.ingest.splits import SPLITS, assign
-from likeness.prepare.ingest.tree import Tree, open_tree
+from likeness.prepare.ingest.splits import SPLITS, assign, usual_held_out
+from likeness.prepare.ingest.tree import Tree, join, open_tree
 from likeness.types import InputError
 
 KIND = "likeness ingest"
 
 SKIPPED = "skipped.jsonl"
 """Lists what was left out, with the reason."""
+
+PARTS = {"a mask": column_of("mask"), "a sketch": column_of("sketch")}
+PARTS |= {"keypoints": column_of("keypoints"), "captions": "text"}
+"""What a face may have, in words -> its column."""
 
 Progress = Callable[[int, int], None]
 
@@ -52,6 +65,8 @@ class Written:
     repaired: bool = False
     fingerprint: bytes = b""
     """What its picture is known again by."""
+    words: str = ""
+    """The file its captions came from, where they lie elsewhere."""
 
 
 def ingest(
@@ -63,7 +78,7 @@ def ingest(
     size: int | None = None,
     crop: bool = False,
     captions: Path | None = None,
-    held_out: int = 1000,
+    held_out: int | None = None,
     seed: int = 0,
     limit: int | None = None,
     progress: Progress | None = None,
@@ -73,13 +88,14 @@ def ingest(
 
     Args:
         source: a folder or a zip archive.
-        out: folder to write; run again to go on after an interruption.
+        out: folder to write; run again to go on after an interruption. Where it lies in the source, it is left aside.
         layout: one of `LAYOUTS`, or `auto` to find out.
         split: one of `SPLITS`, or `auto` for the usual one of the layout.
         size: pixels a side of the pictures, 8 to 8192; None leaves them as they are. Conditions keep their size.
         crop: whether to take the middle of pictures that are not square; otherwise they are left out.
         captions: folder or archive with `<name>.txt`, a caption a line, for sources whose captions lie elsewhere.
-        held_out: faces kept for measuring by the splits `person` (at least) and `random`.
+        held_out: faces kept for measuring by the splits `person` (at least) and `random`; None is 1000, or a tenth of
+            a smaller set.
         seed: of these splits.
         limit: faces to take at most, the first ones.
         progress: called as (faces done, faces in all).
@@ -99,7 +115,7 @@ def ingest(
         raise InputError(f"a limit of {limit} leaves no faces: ask for 1 or more")
     if layout not in ("auto", *LAYOUTS) or split not in ("auto", *SPLITS):
         raise InputError(f"there is no layout {layout} or no split {split}: see `likeness prepare ingest --help`")
-    tree = open_tree(source)
+    tree = open_tree(source, out)
     if layout == "auto":
         layout = recognise(tree)
         tell(f"{source} looks like {layout}: {LAYOUTS[layout].look}")
@@ -111,6 +127,11 @@ def ingest(
         split = LAYOUTS[layout].split
         if split == "random" and all(face.identity is not None for face in faces() if isinstance(face, Face)):
             split = "person"
+    if held_out is None and (out / RECORD).is_file():  # as it was begun, though the source may have grown
+        held_out = json_of(out / RECORD).get("held_out")
+    if held_out is None:
+        drawn = split in ("person", "random")
+        held_out = usual_held_out(sum(isinstance(face, Face) for face in faces())) if drawn else 0
     words = caption_files(captions) if captions else {}
     record = {
         "kind": KIND,
@@ -126,9 +147,10 @@ def ingest(
         **licence_of(tree, layout),
     }
     if is_complete(out, record):
-        tell(f"{out} is complete already; choose another folder to ingest anew")
+        known = json_of(out / RECORD)["faces"]
+        tell(f"{out} is ingested already, {sum(known.values())} faces: for new pictures choose another folder")
         left = [parse_json(line, SKIPPED) for line in lines_of(out / SKIPPED)] if (out / SKIPPED).is_file() else []
-        return {**json_of(out / RECORD)["faces"], "skipped": {entry["name"]: entry["reason"] for entry in left}}
+        return {**known, "skipped": {entry["name"]: entry["reason"] for entry in left}}
 
     splits = assign(split, (face for face in faces() if isinstance(face, Face)), tree, held_out, seed)
     if not splits:
@@ -137,21 +159,27 @@ def ingest(
         raise InputError(f"{source} holds no faces in the layout {layout}{first}")
     tell(f"split {split}: {SPLITS[split]}")
     write_record(out, record)
-    counts, skipped = write_faces(faces(), splits, out, Frame(size=size, crop=crop), words, progress)
-    people = counts.pop("shared people", 0)
-    if people:
-        tell(f"{people} persons are in more than one split: --split person keeps them apart")
-    if alike := counts.pop("shared pictures", 0):
-        told = f"{alike} pictures of train are in another split, too, or nearly"
-        tell(f"{told}: `likeness prepare check {out}` lists them")
+    counts, skipped, used = write_faces(faces(), splits, out, Frame(size=size, crop=crop), words, progress)
+    people, alike = counts.pop("shared people", 0), counts.pop("shared pictures", 0)
+    has = ", ".join(f"{counts.pop(part, 0)} with {part}" for part in PARTS)
     names = sorted({name for name in splits if name is not None}, key=rank)
     written = {name: counts.pop(name) for name in names if counts[name]}
     if not written:
+        (out / RECORD).unlink(missing_ok=True)  # begun with nothing: the next try may be another
         name, reason = next(iter(skipped.items()), ("", ""))
         raise InputError(f"none of the {len(splits)} faces of {source} can be used; {name}: {reason}")
+    tell(f"{sum(written.values())} faces: {has}")
+    if unused := sorted({name_of(file) for file in words.values()} - used):
+        tell(f"files of captions that were not used: {len(unused)}, such as {unused[0]}")
+    if people:
+        tell(f"persons in more than one split: {people}; --split person keeps them apart")
+    if alike:
+        tell(
+            f"pictures of train that are in another split, too, or nearly: {alike}; `likeness prepare check` lists them"
+        )
     if skipped or (out / SKIPPED).is_file():
-        lines = (json.dumps({"name": name, "reason": reason}, ensure_ascii=False) for name, reason in skipped.items())
-        write_whole(out / SKIPPED, "".join(f"{line}\n" for line in lines))
+        lines = ({"name": name, "reason": reason} for name, reason in skipped.items())
+        write_whole(out / SKIPPED, b"".join(line_of(left) for left in lines))
     write_record(out, {**record, "faces": written, "skipped": len(skipped)})
     return {**written, **counts, "skipped": skipped}
 
@@ -192,7 +220,7 @@ def is_complete(out: Path, record: dict[str, Any]) -> bool:
                 told = ", ".join(f"{key} {found.get(key)!r}, not {record[key]!r}" for key in other[:3])
                 raise InputError(f"{out} was begun with {told}: choose another folder, or remove it")
             return "faces" in found and all((out / split / METADATA).is_file() for split in found["faces"])
-        if out.exists() and any(entry.name != f".{RECORD}.partial" for entry in out.iterdir()):
+        if out.exists() and any(not entry.name.startswith(f".{RECORD}.") for entry in out.iterdir()):
             raise InputError(
                 f"{out} is not empty and was not begun by `likeness prepare ingest`: choose another folder"
             )
@@ -206,17 +234,20 @@ def write_record(out: Path, record: dict[str, Any]) -> None:
 
 
 def caption_files(source: Path) -> dict[str, File]:
-    """Stem -> text file, of all in a folder or archive."""
+    """Name of a face -> its text file: `sub_a` and `a` for sub/a.txt, unless another file is called so, too."""
     tree = open_tree(source)
-    found = {}
+    whole: dict[str, File] = {}
+    ends: dict[str, list[File]] = {}
     for folder in tree.folders:
         for stem, name in tree.pictures(folder, (".txt",)).items():
-            file = tree.file(name)
+            file, parts = tree.file(name), join(folder, stem).split("/")
             assert file is not None
-            found[stem] = file
-    if not found:
+            whole["_".join(parts)] = file
+            for start in range(1, len(parts)):
+                ends.setdefault("_".join(parts[start:]), []).append(file)
+    if not whole:
         raise InputError(f"{source} holds no text files: captions are <name>.txt, one a line")
-    return found
+    return {name: files[0] for name, files in ends.items() if len(files) == 1} | whole
 
 
 def write_faces(
@@ -226,12 +257,15 @@ def write_faces(
     frame: Frame,
     words: dict[str, File],
     progress: Progress | None,
-) -> tuple[Counter[str], dict[str, str]]:
-    """Write all faces and, at the end, each split's metadata; how many of each, and what was left out."""
+) -> tuple[Counter[str], dict[str, str], set[str]]:
+    """Write all faces and, at the end, each split's metadata; how many of each, what was left out, files of `words`
+    that were used.
+    """
     counts: Counter[str] = Counter()
     skipped: dict[str, str] = {}
     people: dict[str, str] = {}
     shared: set[str] = set()
+    used: set[str] = set()
     prints, held_out = bytearray(), bytearray()
     threads = os.cpu_count() or 1
     done = 0
@@ -244,8 +278,10 @@ def write_faces(
             if isinstance(written, Written):
                 if written.split not in rows:
                     rows[written.split] = opened.enter_context(writing_whole(out / written.split / METADATA))
-                rows[written.split].write(json.dumps(written.row, ensure_ascii=False).encode() + b"\n")
+                rows[written.split].write(line_of(written.row))
                 counts[written.split] += 1
+                counts.update(part for part, column in PARTS.items() if column in written.row)
+                used.add(written.words)
                 counts["repaired"] += written.repaired
                 prints += written.fingerprint
                 held_out.append(written.split != "train")
@@ -259,7 +295,7 @@ def write_faces(
         del counts["repaired"]
     counts["shared people"] = len(shared)
     counts["shared pictures"] = shared_pictures(prints, np.frombuffer(held_out, np.bool_))
-    return counts, skipped
+    return counts, skipped, used
 
 
 def with_names(
@@ -272,7 +308,7 @@ def with_names(
         if isinstance(face, Skipped):
             yield face, None, ""
             continue
-        split, plain = next(waiting), re.sub(r"[^\w.+-]+", "_", face.name).strip(".")[:120] or "face"
+        split, plain = next(waiting), plain_name(face.name)
         name, again = plain, 2
         while (split, name.casefold()) in taken:
             name, again = f"{plain}-{again}", again + 1
@@ -293,7 +329,7 @@ def write_face(
         return face
     if split is None:
         return Skipped(name, "the split lists it nowhere")
-    written, folder = Written(split, {}), out / split
+    written, folder, where = Written(split, {}), out / split, f"{split}/{name}"
     stems = [folder / "images" / f"{name}{suffix}" for suffix in KEPT.values()]
     picture = next((path for path in stems if path.is_file()), None)
     targets = {key: folder / condition_file(key, name) for key in CONDITIONS if getattr(face, key) is not None}
@@ -301,14 +337,14 @@ def write_face(
         try:
             image, box, content, suffix = open_face(face, frame)
         except InputError as error:
-            return Skipped(name, str(error))
+            return Skipped(where, str(error))
         for key, target in targets.items():
             if target.is_file():
                 continue
             try:
                 made, repaired = CONTENTS[key](getattr(face, key), box, image.size)
             except InputError as error:
-                written.skipped.append(Skipped(f"{column_of(key)} of {name}", str(error)))
+                written.skipped.append(Skipped(f"{column_of(key)} of {where}", str(error)))
                 continue
             written.repaired |= repaired
             write_whole(target, made)
@@ -321,11 +357,13 @@ def write_face(
     row = {"file_name": f"images/{picture.name}"}
     row |= {column_of(key): condition_file(key, name) for key, target in targets.items() if target.is_file()}
     try:
-        captions = lines_of(words[face.name]) if face.name in words else face.captions()
+        elsewhere = words.get(f"{face.split}_{face.name}") or words.get(face.name)
+        written.words = name_of(elsewhere) if elsewhere else ""
+        captions = lines_of(elsewhere) if elsewhere else face.captions()
         captions = [caption.strip() for caption in captions if caption.strip()]
     except InputError as error:
         captions = []
-        written.skipped.append(Skipped(f"captions of {name}", str(error)))
+        written.skipped.append(Skipped(f"captions of {where}", str(error)))
     own = {"text": captions or None, "attributes": face.attributes, "identity": face.identity}
     written.row = {**row, **{key: value for key, value in own.items() if value is not None}, **face.more}
     return written
