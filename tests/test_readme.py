@@ -1,4 +1,4 @@
-"""Every command and every line of Python in the README works, in order."""
+"""Every command and every line of Python in the README works, in order; so do the mask tools, and all links."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> list[str]:
+    return [line for block in blocks("sh", text) for line in block.splitlines() if line.strip()]
 
 
 def run(arguments: list[str]) -> int:
@@ -41,7 +45,7 @@ def test_there_is_a_bundled_model():
 
 
 def test_commands(workplace, capsys):
-    lines = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
+    lines = commands(README)
     assert len(lines) >= 9
     for line in lines:
         program, *arguments = shlex.split(line)
@@ -58,8 +62,34 @@ def test_python(workplace):
     assert (workplace / "smile.png").is_file()
 
 
-def test_links_lead_somewhere():
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    assert links
-    for link in links:
-        assert link.startswith("http") or (ROOT / link).exists(), link
+def test_mask_tools(workplace, capsys):
+    text = (ROOT / "docs" / "masks.md").read_text()
+    lines = commands(text)
+    assert len(lines) >= 11
+    for line in lines:
+        assert run(shlex.split(line)[1:]) == 0, f"{line}: {capsys.readouterr().err}"
+        told = capsys.readouterr()
+        assert len(told.out.splitlines()) == (2 if line.startswith("likeness mask check") else 1), line
+        assert told.err.count(".png: ") == line.split("--out")[0].count(".png"), line
+    assert all(f"`{finding}`" in text for finding in told.out.splitlines())
+
+
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *ROOT.glob("*/*.md")], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    """Links, and paths that are named from the root of the project."""
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert link.startswith("http") or (page.parent / link).exists(), link
+    for path in re.findall(r"`((?:src|docs|tests|recipes|benchmarks|examples|launch)/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_pages_do_not_get_in_one_anothers_way():
+    """Who walks from the README through training and fine-tuning gives no folder two contents."""
+    told: dict[str, list[str]] = {}
+    for page in ("README.md", "docs/training.md", "docs/fine-tuning.md"):
+        for command in re.findall(r"likeness prepare ((?:synthetic|encode) data/[^`#\n]+)", (ROOT / page).read_text()):
+            words = shlex.split(command)
+            out = words[1 if words[0] == "synthetic" else 2]
+            assert told.setdefault(out, words) == words, out
+    assert len(told) >= 10

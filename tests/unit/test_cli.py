@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +42,10 @@ def folder(tmp_path_factory) -> Path:
 def test_help_needs_no_torch():
     """Help answers at once because nothing heavy is imported for it."""
     code = "import sys; from likeness.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "main(['--version'])\n"
     code += "print([m for m in ('torch', 'diffusers', 'transformers', 'PIL', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip().endswith("[]")
+    assert done.stdout.strip().endswith(f"likeness {version('likeness')}\n[]")
     for command in ("generate", "replay", "inspect", "mask", "models", "train", "evaluate", "compare", "prepare"):
         assert command in done.stdout
 
@@ -53,6 +56,25 @@ def test_help_needs_no_torch():
 def test_help_of_every_command(command, capsys):
     assert run(command, "--help") == 0
     assert f"likeness {command}" in capsys.readouterr().out
+
+
+def test_words_have_names(capsys):
+    assert run("prepare", "ingest", "--help") == 0
+    assert "SOURCE OUT\n" in capsys.readouterr().out
+
+
+def test_stopped(tmp_path, monkeypatch, capsys):
+    """Ctrl-C promises to go on only where the same command does."""
+
+    class Interrupted(io.StringIO):
+        def write(self, text):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stdout", Interrupted())
+    assert run("models") == 130
+    assert capsys.readouterr().err == "likeness: stopped\n"
+    assert run("prepare", "synthetic", tmp_path, "--count", 1, "--size", 32) == 130
+    assert capsys.readouterr().err.endswith("likeness: stopped; run the same command again to go on\n")
 
 
 def test_generate_all_conditions_and_replay(folder, tmp_path, capsys):
@@ -129,6 +151,8 @@ def test_unconditional_face_default_name_and_stripping(folder, tmp_path, capsys,
         (["--mask", "{}/mask.png", "--mask-scale", "-1"], "scale of mask"),
         (["--out", "{}/mask.png/face.png"], "not a folder"),
         (["--out", "{}/face.tiff"], "must end in"),
+        (["--out", "{}"], "it is a folder; name a file in it"),
+        (["--lora", "a=0.5", "b=0.7"], "takes no LoRA: a would"),
         (["--model", "{}/absent"], "no model"),
         (["--model", "{}"], "no model_index.json"),
         (["--model", "{}/broken"], "broken"),

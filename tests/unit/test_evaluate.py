@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -11,20 +13,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import ttest_1samp
 
-from builders import run, tiny_clip, tiny_face_parser, tiny_pipeline, tiny_tokenizer
+from builders import randomise, run, tiny_clip, tiny_face_parser, tiny_pipeline, tiny_tokenizer
 from likeness.cli import main
+from likeness.cli.evaluation import own_device
 from likeness.data.folder import read_folder
 from likeness.encoders.text_image import AttributeHead, save_attribute_head
-from likeness.evaluate.compare import compare_evaluations, read_evaluation
+from likeness.evaluate.compare import Evaluation, compare_evaluations, difference, read_evaluation
 from likeness.evaluate.config import Protocol
 from likeness.evaluate.evaluation import evaluate
-from likeness.evaluate.faces import read_faces
-from likeness.evaluate.features import Missing
+from likeness.evaluate.faces import faces_hash, read_faces
+from likeness.evaluate.features import Extractor, Missing, key_of
 from likeness.evaluate.generate import own_first
 from likeness.evaluate.metrics import METRICS
+from likeness.evaluate.numbers import by_class
 from likeness.evaluate.page import write_report
-from likeness.evaluate.report import published_tables
+from likeness.evaluate.plugins import ask, score_in
+from likeness.evaluate.report import published_tables, rounded
 from likeness.prepare.synthetic import write_synthetic
 from likeness.types import InputError
 
@@ -115,6 +121,33 @@ def test_portraits_are_those_of_generate(root, results, tmp_path):
     assert np.array_equal(np.asarray(Image.open(made)), np.asarray(Image.open(tmp_path / "one.png")))
 
 
+def test_a_changed_folder_is_made_anew(root, tmp_path):
+    """Another caption, mask or row gives another portrait, another photograph another ceiling; the rest stays."""
+    shutil.copytree(root / "faces" / "train", tmp_path / "faces")
+    settings = protocol_of(root, given=("mask",), metrics=("ssim",))
+    evaluate(tmp_path / "faces", tmp_path / "out", settings, pipeline=tiny_pipeline(), model="t")
+    made, ceiling = tmp_path / "out" / "pictures" / "mask" / "0", tmp_path / "out" / "pictures" / "ceiling"
+    rows = read_folder(tmp_path / "faces")
+    names = [row["file_name"].stem for row in rows]
+    before = {name: ((made / f"{name}.png").read_bytes(), (ceiling / f"{name}.png").read_bytes()) for name in names}
+    times = {name: (made / f"{name}.png").stat().st_mtime_ns for name in names}
+    lines = [json.loads(line) for line in (tmp_path / "faces" / "metadata.jsonl").read_text().splitlines()]
+    lines[0]["text"][0] = "somebody else"
+    lines[4], lines[5] = lines[5], lines[4]
+    (tmp_path / "faces" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    shutil.copy(rows[2]["mask_file_name"], rows[1]["mask_file_name"])
+    rows[3]["mask_file_name"].write_text("no mask")
+    shutil.copy(rows[7]["file_name"], rows[6]["file_name"])
+    found = evaluate(tmp_path / "faces", tmp_path / "out", settings, pipeline=tiny_pipeline(), model="t")
+    assert names[3] in {fault["file"] for fault in found["faults"]}
+    assert number(found, "ssim", "mask")["n"] == COUNT - 1  # what cannot be made anew is not measured as it was
+    for row, name in enumerate(names):
+        if row != 3:
+            assert ((made / f"{name}.png").read_bytes() != before[name][0]) == (row in (0, 1, 4, 5)), row
+            assert ((made / f"{name}.png").stat().st_mtime_ns != times[name]) == (row in (0, 1, 4, 5)), row
+        assert ((ceiling / f"{name}.png").read_bytes() != before[name][1]) == (row == 6), row
+
+
 def test_another_method_of_making_is_refused(root, results):
     with pytest.raises(InputError, match=r"its steps is 2, now it is 3"):
         evaluate(root / "faces", root / "first", protocol_of(root, steps=3), pipeline=tiny_pipeline(), model="t")
@@ -136,7 +169,29 @@ def test_every_number_has_its_protocol_and_interval(results):
     assert len(number(results, "pixel_accuracy", "mask")["by_seed"]) == 2
     assert number(results, "pixel_accuracy", "mask", "another")
     assert number(results, "ssim", "ceiling")
-    assert {entry["class"] for entry in results["classes"]["mask"]} >= {"skin", "hair"}
+    classes = {entry["class"]: entry for entry in results["classes"]["mask"]}
+    assert set(classes) >= {"skin", "hair"}
+    assert classes["skin"]["n"] == COUNT  # faces, of which each has two portraits
+
+
+def test_classes_of_what_could_not_be_read():
+    """A round without one readable picture has values of no form; two rounds are one mask a face."""
+    unread, read = np.full((3, 1), np.nan), np.zeros((3, 2, 19, 3))
+    read[:, :, 1] = (4, 8, 6)
+    read[0] = np.nan
+    assert by_class([unread]) == []
+    (skin,) = by_class([read, unread, read])
+    assert (skin["class"], skin["n"], skin["iou"], skin["shown"]) == ("skin", 2, 0.4, 1.0)
+
+
+def test_attributes_belong_to_the_faces(root):
+    """Whoever edits attributes gets new answers about them, and no comparison with the old."""
+    faces, _ = read_faces(root / "faces", protocol_of(root))
+    edited = [dataclasses.replace(faces[0], attributes={**faces[0].attributes, "hat": "red"}), *faces[1:]]
+    extractor = Extractor(name="e", what="", hash="", look=lambda pictures, faces: np.zeros((len(pictures), 1)))
+    files = [face.photo for face in faces]
+    assert faces_hash(edited) != faces_hash(faces)
+    assert key_of(extractor, files, edited, 32) != key_of(extractor, files, faces, 32)
 
 
 def test_bias_is_named(results):
@@ -192,7 +247,12 @@ def test_training_photographs_are_found_again(root, tmp_path):
     pictures = copies(root, tmp_path / "photos")
     found = evaluate(root / "faces", tmp_path / "out", settings, images=pictures)
     assert number(found, "nearest_training", "none")["value"] == pytest.approx(1, abs=1e-4)
-    assert number(found, "nearest_training", "none")["protocol"]["train_n"] == COUNT
+    protocol = number(found, "nearest_training", "none")["protocol"]
+    assert protocol["train_n"] == COUNT
+    write_synthetic(tmp_path / "faces", COUNT, 32, seed=1)  # as many faces, and the folder has the same name
+    other = dataclasses.replace(settings, train=str(tmp_path / "faces"))
+    again = evaluate(root / "faces", tmp_path / "out", other, images=pictures)
+    assert number(again, "nearest_training", "none")["protocol"]["train"] != protocol["train"]
     assert len(found["nearest"]["none"]) == 8
     for row, photo, cosine in found["nearest"]["none"]:
         assert cosine == pytest.approx(1, abs=1e-4)
@@ -311,21 +371,61 @@ def test_other_protocols_are_refused(root, results, tmp_path):
     evaluate(root / "faces", tmp_path / "faces", fewer, pipeline=tiny_pipeline(), model="t")
     with pytest.raises(InputError, match="cannot be compared: faces is"):
         compare_evaluations({"two": read_evaluation(root / "first"), "faces": read_evaluation(tmp_path / "faces")})
+    both = {"two": read_evaluation(root / "first"), "faces": read_evaluation(tmp_path / "faces")}
+    with pytest.raises(InputError, match=r"have other faces \(12 and 11 of them"):
+        compare_evaluations(both, allow=("faces",))
     with pytest.raises(InputError, match="no finished evaluation"):
         read_evaluation(tmp_path)
+
+
+def test_settings_may_differ_by_their_own_names(root, results, tmp_path):
+    """Size, caption and judge go by other names in the protocol of a number; each set has its own photographs."""
+    shutil.copytree(root / "pair", tmp_path / "pair")
+    randomise(tiny_clip()).save_pretrained(tmp_path / "pair" / "clip")
+    few = {"seeds": 2, "given": ("mask",), "metrics": ("fd_text_image", "ssim")}
+    changes = {"larger": {"size": 48}, "other": {"caption": "longest", "text_image": str(tmp_path / "pair")}}
+    for name, own in changes.items():
+        shutil.copytree(root / "first" / "pictures", tmp_path / name / "pictures")
+        evaluate(root / "faces", tmp_path / name, protocol_of(root, **few, **own), pipeline=tiny_pipeline(), model="t")
+        both = {"first": read_evaluation(root / "first"), name: read_evaluation(tmp_path / name)}
+        for setting in own:
+            with pytest.raises(InputError, match="cannot be compared"):
+                compare_evaluations(both, allow=[*(set(own) - {setting})])
+        found = compare_evaluations(both, allow=tuple(own))
+        apart = {entry["metric"]: entry["value"] for entry in found["differences"]}
+        values = {entry["metric"]: entry["values"] for entry in found["values"]}["fd_text_image"]
+        assert apart["fd_text_image"] == pytest.approx(values[name]["value"] - values["first"]["value"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("apart", "p"),
+    [
+        ([1.0, 1.0], 0.5),  # as often as not two faces differ the same way
+        ([1.0, 1.1, 0.9, 1.0, 1.0], 2**-4),
+        ([1.0, 2.0, -0.5, 0.3, 0.2], ttest_1samp([1.0, 2.0, -0.5, 0.3, 0.2], 0).pvalue),
+        ([0.0] * 6 + [1.0] * 4, 2**-3),
+        ([0.0, 0.0], 1.0),
+    ],
+)
+def test_few_faces_decide_little(apart, p):
+    scores = [{"ssim/none": np.zeros(len(apart))}, {"ssim/none": np.array(apart)}]
+    found = difference(METRICS["ssim"], "ssim", "none", *(Evaluation({}, own) for own in scores))
+    assert found["p"] == pytest.approx(p, abs=1e-4)
 
 
 # Plug-ins, report, command line
 
 
 class Judge(BaseHTTPRequestHandler):
-    """Answers 0.25 to whoever sends a picture and a caption."""
+    """Answers 0.25 to whoever sends a picture and a caption, and nothing about nobody."""
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         text, picture = body["messages"][0]["content"]
         good = text["text"].strip() and picture["image_url"]["url"].startswith("data:image/png;base64,")
-        answer = json.dumps({"choices": [{"message": {"content": "Score: 0.25" if good else "?"}}]}).encode()
+        told = "Score: 0.25" if good else "?"
+        told = None if text["text"].endswith("nobody") else told  # a refusal
+        answer = json.dumps({"choices": [{"message": {"content": told}}]}).encode()
         self.send_response(200)
         self.end_headers()
         self.wfile.write(answer)
@@ -342,6 +442,7 @@ def test_llm_score(root, tmp_path):
     try:
         found = evaluate(root / "faces", tmp_path, settings, pipeline=tiny_pipeline(), model="t")
         assert number(found, "llm_score", "none")["value"] == 0.25
+        assert np.isnan(ask(address, "m", np.zeros((8, 8, 3), np.uint8), "nobody"))
     finally:
         server.shutdown()
         server.server_close()
@@ -350,6 +451,21 @@ def test_llm_score(root, tmp_path):
     other = protocol_of(root, metrics=("llm_score",), given=("none",), count=4, judge=address, judge_model="m")
     found = evaluate(root / "faces", tmp_path, other, pipeline=tiny_pipeline(), model="t")
     assert "does not answer" in found["missing"][0]["why"]  # and nothing is kept of it
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("0.7", 0.7),
+        ("Score: 1", 1.0),
+        ("-0.5", None),
+        ("I rate this 1 portrait 0.3", None),
+        ("8/10", None),
+        ("?", None),
+    ],
+)
+def test_one_number_is_a_score(answer, score):
+    assert score_in(answer) == score if score is not None else np.isnan(score_in(answer))
 
 
 def test_published_networks(root, tmp_path):
@@ -385,11 +501,20 @@ def test_report(root, results):
     assert "MMFace-DiT (F)" in page
     told = (root / "first" / "report.md").read_text()
     assert "| Mask: pixel accuracy ↑ | 12 |" in told
+    assert "| MMFace-DiT (F) | 16.63 | 0.34 | 0.53 |" in told  # with the digits they are printed with
+    assert "| DDGI | 56.57 | 0.43 |" in told
     assert "not comparable" in told
     assert "extractor" not in published_tables()[0]
     for table in published_tables():
         assert all(len(row) == 1 + len(table["columns"]) for row in table["rows"])
         assert table["source"].startswith("arXiv ")
+
+
+def test_small_numbers_are_not_rounded_away():
+    assert [rounded(value) for value in (3e-5, -0.0002, 0.0, 0.25, 31.6942)] == [
+        "3.0e-05", "-2.0e-04", "0.0000", "0.2500", "31.69",
+    ]  # fmt: skip
+    assert rounded(0.5, "+") == "+0.5000"
 
 
 def test_metrics_are_whole():
@@ -401,7 +526,7 @@ def test_command_line(root, tmp_path, capsys):
     judges = [f"face_parser={root}/parser", f"text_image={root}/pair"]
     common = [*judges, "metrics=edge_f_score,ssim", "given=mask", "count=4", "draws=100"]
     out = tmp_path / "out"
-    assert run("evaluate", root / "model", root / "faces", *common, "steps=1", "--out", out) == 0
+    assert run("evaluate", "--out", out, root / "model", root / "faces", *common, "--dtype", "fp32", "steps=1") == 0
     told = capsys.readouterr().out
     assert "| Photograph: SSIM ↑ | 4 |" in told
     assert {"results.json", "report.md", "report.html"} <= {path.name for path in out.iterdir()}
@@ -417,11 +542,19 @@ def test_command_line(root, tmp_path, capsys):
         (["evaluate", root / "model", root / "absent", "--out", tmp_path / "x"], "metadata.jsonl"),
         (["evaluate", root / "model", root / "faces", "--protocol", tmp_path / "p.toml", "--out", out], "'steeps'"),
         (["compare", out, "--out", tmp_path / "x"], "needs two"),
+        (["compare", out, f"{root}/model@count=3", "--faces", root, "--out", tmp_path / "x"], "other faces"),
         (["compare", out, root / "model", "--out", tmp_path / "x"], "name --faces"),
     ):
         assert run(*arguments) == 2
         assert words in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_an_accelerator_of_its_own(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert own_device("cuda") == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert [own_device(device) for device in ("cuda", "cuda:1", "cpu", None)] == ["cuda:3", "cuda:1", "cpu", None]
 
 
 def test_missing_is_bad_input():

@@ -7,9 +7,11 @@ run again as it is; anything else is our fault and keeps its traceback.
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 
 import tyro
 
@@ -86,6 +88,12 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
 }
 """Commands that have commands of their own."""
 
+MANY_WORDS = ("train", "evaluate", "compare")
+"""Commands that take any number of words."""
+
+RESUMED = ("train", "evaluate", "compare", "prepare")
+"""Commands that go on where they were stopped."""
+
 
 def run(commands: dict[str, Callable[..., None]], program: str, arguments: list[str]) -> None:
     """Parse the arguments and call the command they name."""
@@ -94,22 +102,28 @@ def run(commands: dict[str, Callable[..., None]], program: str, arguments: list[
         prog=program,
         description="Portraits from words, semantic masks and sketches.",
         args=arguments,
+        config=(tyro.conf.PositionalMetavarFromFieldName,),
     )
 
 
-def changes_first(command: Callable[..., None], arguments: Sequence[str]) -> list[str]:
-    """The arguments with words such as data.batch=8 that follow an option moved before the options: tyro takes all
-    positional words in one place, users add changes at the end.
+def words_first(command: Callable[..., None], arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command that takes any number of words, these moved before the options: users mix them, tyro
+    reads all words in one place.
     """
-    flags = {
-        f"--{name}" for name, parameter in inspect.signature(command).parameters.items() if parameter.default is False
-    }
-    first = next((at for at, word in enumerate(arguments) if word.startswith("-")), len(arguments))
-    moved, rest, wanted = [], [], False  # wanted: the word before is an option that takes a value
-    for word in arguments[first:]:
-        (moved if "=" in word and not wanted and not word.startswith("-") else rest).append(word)
-        wanted = word.startswith("--") and "=" not in word and word not in flags
-    return [*arguments[:first], *moved, *rest]
+    options = {f"--{name}": parameter.default for name, parameter in inspect.signature(command).parameters.items()}
+    words, rest, takes = [], [], 0.0  # takes: how many values the last option still takes
+    for word in arguments:
+        if word.startswith("-"):
+            rest.append(word)
+            default = options.get(word)
+            single = 0 if isinstance(default, bool) or "=" in word or not word.startswith("--") else 1
+            takes = math.inf if isinstance(default, tuple) else single
+        elif takes == 1 or (takes and "=" not in word):  # a list of values ends where a change begins
+            rest.append(word)
+            takes -= 1
+        else:
+            words.append(word)
+    return [*words, *rest]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -117,17 +131,20 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     quiet_torchao()
     try:
-        if given and given[0] in GROUPS:
+        if given == ["--version"]:
+            print(f"likeness {version('likeness')}")
+        elif given and given[0] in GROUPS:
             run(GROUPS[given[0]], f"likeness {given[0]}", given[1:] or ["--help"])
         else:
-            if given and given[0] in COMMANDS:
-                given = [given[0], *changes_first(COMMANDS[given[0]], given[1:])]
+            if given and given[0] in MANY_WORDS:
+                given = [given[0], *words_first(COMMANDS[given[0]], given[1:])]
             run(COMMANDS, "likeness", given or ["--help"])
     except InputError as error:
         print(f"likeness: {error}", file=sys.stderr)
         sys.exit(75 if isinstance(error, TryAgain) else 2)
     except KeyboardInterrupt:
-        print("likeness: stopped; run the same command again to go on", file=sys.stderr)
+        again = "; run the same command again to go on" if given[:1] and given[0] in RESUMED else ""
+        print(f"likeness: stopped{again}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output is gone: `likeness models | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

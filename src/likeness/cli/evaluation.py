@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ def evaluate(
             whatever they were made from. A MODEL then lends its autoencoder for the ceiling.
         protocol: A TOML file with the protocol.
         base: The base model of an adapter, where it is not the one that the adapter names.
-        device: Where to compute, such as cuda; the CPU by default.
+        device: Where to compute, such as cuda; the CPU by default. Under torchrun, cuda gives every process its own.
         dtype: Number format of the portraits' computation.
     """
     names, changes = split_sources(sources)
@@ -88,6 +89,10 @@ def compare(
         raise InputError(f"compare was given {' '.join(names) or 'nothing'}; it needs two evaluations or models")
     if len(set(names)) < len(names):
         raise InputError("compare was given the same source twice")
+    if counted := [name for name in names if re.search(r"[@,]\s*count\s*=", name)]:
+        raise InputError(
+            f"{counted[0]} would be measured on other faces than the others: say count=... for all of them"
+        )
     evaluations, own = {}, set(allow)
     for name in names:
         if (Path(name) / "results.json").is_file():
@@ -146,6 +151,7 @@ def run_evaluation(
     from likeness.evaluate.evaluation import evaluate as measure
 
     quiet_libraries()
+    device = own_device(device)
     pipeline = None if model is None else load_pipeline(model, dtype, device, base)
     with progress_bar("Evaluating") as advance:
         return measure(
@@ -158,6 +164,12 @@ def run_evaluation(
             device=device or "cpu",
             report=lambda what, done, total: advance(done, total),
         )
+
+
+def own_device(device: str | None) -> str | None:
+    """The accelerator of this process, where torchrun started several on a machine and no number was given."""
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if device == "cuda" and local else device
 
 
 def tell_faults(results: dict[str, Any]) -> None:

@@ -62,7 +62,7 @@ def generate(
         lora: LoRAs made for FLUX.1, files, folders or hub ids, each as FILE or FILE=STRENGTH.
         lora_strict: Whether a LoRA that fits in part only is refused.
         steps: Sampling steps; the model's own by default.
-        guidance_scale: How strongly the words act, 1 for plainly; the model's own by default.
+        guidance_scale: How strongly the words act, 1 without guidance; the model's own by default.
         seed: Seed of the first portrait, the next ones count up; random by default.
         count: How many portraits.
         size: Pixels, as 128 or 128x160 (width x height).
@@ -258,6 +258,8 @@ def output_paths(out: Path | None, suffix: str, count: int) -> list[Path]:
         free = (f"portrait-{number:03d}" for number in range(1, 10**6) if f"portrait-{number:03d}" not in taken)
         paths = [Path(f"{next(free)}.{suffix}") for _ in range(count)]
     else:
+        if out.is_dir():
+            raise InputError(f"cannot write {out}: it is a folder; name a file in it")
         out = out if out.suffix else out.with_suffix(f".{suffix}")
         format_of(out)
         paths = [out] if count == 1 else [out.with_stem(f"{out.stem}-{number}") for number in range(1, count + 1)]
@@ -265,6 +267,6 @@ def output_paths(out: Path | None, suffix: str, count: int) -> list[Path]:
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise InputError(f"cannot write {paths[0]}: {existing} is not a folder that can be written")
-    if any(path.is_dir() for path in paths):
-        raise InputError(f"cannot write {paths[0]}: it is a folder; name a file")
+    if folders := [path for path in paths if path.is_dir()]:
+        raise InputError(f"cannot write {folders[0]}: it is a folder; name a file")
     return paths

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from likeness.evaluate import distances
 from likeness.evaluate.config import CEILING, REAL, RESULTS, SCORES
@@ -32,6 +33,13 @@ FOLLOWING = ("n", "train_n", "extractor")
 """What follows from the faces and from the extractor's hash; pairs are taken of the faces that both have."""
 UNKNOWN = ("steps", "guidance_scale")
 """What pictures of another method do not tell."""
+JUDGES = ("face_parser", "text_image", "landmarker", "inception", "clip_large", "dinov2", "lpips", "topiq")
+CALLED = {
+    "size": ("resolution", "extractor_hash"),
+    "caption": ("caption", "faces"),
+    **dict.fromkeys((*JUDGES, "judge", "judge_model"), ("extractor_hash",)),
+}
+"""Setting -> what the protocol of a number has in its place; the others have their own names there."""
 
 
 @dataclass(frozen=True)
@@ -92,16 +100,23 @@ def compare_evaluations(evaluations: Mapping[str, Evaluation], allow: Sequence[s
 
     Args:
         evaluations: name -> evaluation, at least two.
-        allow: parts of the protocol that may differ.
+        allow: settings, or parts of the protocol, that may differ.
 
     Returns:
         `names`; `values`, each number of each evaluation; `differences`, each with `of` and `minus`, its value, 95 %
         interval, p, and whether it is significant at 5 % over all of them (Holm 1979); `notes`.
 
     Raises:
-        InputError: protocols differ, or there is nothing that all of them have.
+        InputError: protocols or faces differ, or there is nothing that all of them have.
     """
     names, notes = list(evaluations), []
+    allow = [part for name in allow for part in CALLED.get(name, (name,))]
+    rows = [[face["name"] for face in evaluation.results["faces"]] for evaluation in evaluations.values()]
+    if "faces" in allow and (other := next((at for at, row in enumerate(rows) if row != rows[0]), None)):
+        raise InputError(
+            f"{names[0]} and {names[other]} have other faces ({len(rows[0])} and {len(rows[other])} of them), and "
+            "differences are taken face by face: measure both on the same"
+        )
     by_place = [
         {(n["metric"], n["given"]): n for n in evaluation.results["numbers"] if n["against"] == "own"}
         for evaluation in evaluations.values()
@@ -128,7 +143,7 @@ def compare_evaluations(evaluations: Mapping[str, Evaluation], allow: Sequence[s
 
 
 def difference(
-    metric: Metric, key: str, given: str, first: Evaluation, second: Evaluation, draws: int = 2000
+    metric: Metric, key: str, given: str, first: Evaluation, second: Evaluation, draws: int = 100
 ) -> dict[str, Any] | None:
     """Second minus first over the faces that both have; None where fewer than two do."""
     if metric.distance is None:
@@ -136,33 +151,44 @@ def difference(
         apart = apart[~np.isnan(apart)]
         if len(apart) < 2:
             return None
-        rng = np.random.default_rng(0)
-        means = np.array([apart[rng.integers(len(apart), size=len(apart))].mean() for _ in range(draws)])
-        return told(float(apart.mean()), means - means.mean(), len(apart))
-    name = f"{metric.extractor}/{given}/features"
-    rounds = [first.scores[name], second.scores[name]]  # [R, N, D] each
-    real = first.scores[f"{metric.extractor}/{REAL}/features"]  # [N, D]
-    both = ~np.isnan(np.concatenate([*rounds, real[None]])).any(axis=(0, 2))
-    if both.sum() < metric.least:
+        error = float(apart.std(ddof=1)) / math.sqrt(len(apart))
+        return told(float(apart.mean()), error, len(apart), int(np.count_nonzero(apart)))
+    name, photographs = f"{metric.extractor}/{given}/features", f"{metric.extractor}/{REAL}/features"
+    sets = [(own.scores[name], own.scores[photographs]) for own in (first, second)]  # [R, N, D], [N, D]
+    unknown = [np.isnan(np.concatenate([made, real[None]])).any(axis=(0, 2)) for made, real in sets]
+    both = np.flatnonzero(~np.any(unknown, axis=0))
+    if len(both) < metric.least:
         return None
-    made, real = [features[:, both] for features in rounds], real[both]
 
     def apart_at(rows: np.ndarray) -> float:
         assert metric.distance is not None
-        ours, theirs = ([metric.distance(x[rows], real[rows]) for x in features] for features in made)
+        ours, theirs = ([metric.distance(x[rows], real[rows]) for x in made] for made, real in sets)
         return float(np.mean(theirs) - np.mean(ours))
 
-    chosen, factor = distances.parts(len(real), draws // 20)
-    values = np.array([apart_at(part) for part in chosen])
-    return told(apart_at(np.arange(len(real))), factor * (values - values.mean()), len(real))
+    chosen, factor = distances.parts(len(both), draws)
+    error = factor * np.std([apart_at(both[part]) for part in chosen], ddof=1)
+    return told(apart_at(both), float(error), len(both), len(both))
 
 
-def told(value: float, strays: np.ndarray, count: int) -> dict[str, Any]:
-    """A difference with its interval and the chance p of one as large where there is none (normal approximation)."""
-    low, high = value + np.percentile(strays, (2.5, 97.5))
-    error = float(strays.std(ddof=1))
-    p = math.erfc(abs(value) / (error * math.sqrt(2))) if error > 0 else float(value == 0)
-    return {"value": value, "low": float(low), "high": float(high), "p": p, "n": count}
+def told(value: float, error: float, count: int, apart: int) -> dict[str, Any]:
+    """A difference with its 95 % interval and the chance p of one as large where there is none.
+
+    Args:
+        value: the difference.
+        error: its standard error.
+        count: faces that it was taken over; Student's t of count - 1 degrees of freedom allows for few.
+        apart: how many of them differ. Were their signs a matter of chance, all would be alike with 2^(1 - apart): p is
+            never less, also where the differences show no spread.
+    """
+    reach = error * float(stats.t.ppf(0.975, count - 1))
+    p = 2 * float(stats.t.sf(abs(value) / error, count - 1)) if error > 0 else float(value == 0)
+    return {
+        "value": value,
+        "low": value - reach,
+        "high": value + reach,
+        "p": max(p, min(1, 2.0 ** (1 - apart))),
+        "n": count,
+    }
 
 
 def holm(differences: list[dict[str, Any]]) -> None:
@@ -191,8 +217,8 @@ def header_and_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]
                 f"{metric.title} {BETTER[metric.better]}",
                 entry["given"],
                 *(rounded(numbers[name]["value"]) for name in found["names"]),
-                f"{entry['value']:+.4f}{pair}",
-                f"{entry['low']:+.4f} to {entry['high']:+.4f}",
+                f"{rounded(entry['value'], '+')}{pair}",
+                f"{rounded(entry['low'], '+')} to {rounded(entry['high'], '+')}",
                 str(entry["n"]),
                 f"{verdict} (p = {entry['p']:.2g})",
             ]
@@ -201,8 +227,8 @@ def header_and_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]
 
 
 EXPLANATION = (
-    "Differences face by face (second minus first), bootstrap over faces, for sets over random parts of them. "
-    "Significant: at 5 % over all differences of this table together (Holm)."
+    "Differences face by face (second minus first); their spread is that of the faces, for sets of random parts of "
+    "them (Student's t). Significant: at 5 % over all differences of this table together (Holm)."
 )
 
 

@@ -23,6 +23,7 @@ from likeness.annotators.sketch import DRAWING, extract_sketch
 from likeness.conditions.keypoints import STROKES
 from likeness.data.folder import read_photo
 from likeness.encoders import text_image as pair
+from likeness.encoders.text import to_ids
 from likeness.evaluate import plugins
 from likeness.evaluate.config import BUNDLED, Protocol
 from likeness.evaluate.faces import Face, mask_counts, raw_condition
@@ -133,7 +134,7 @@ def text_image(protocol: Protocol, size: int, device: str) -> Extractor:
     @torch.no_grad()
     def look(pictures: Sequence[np.ndarray], faces: Sequence[Face]) -> np.ndarray:
         seen = pair.embed_pictures(clip, prepare(pictures).to(device))
-        ids = pair.to_ids(tokenizer, [face.caption for face in faces], pair.most_tokens(clip)).to(device)
+        ids = to_ids(tokenizer, [face.caption for face in faces], pair.most_tokens(clip)).to(device)
         told = pair.embed_captions(clip, ids) * torch.tensor([[bool(face.caption)] for face in faces]).to(device)
         return torch.stack([seen, told], dim=1).cpu().numpy()  # [B, 2, P]
 

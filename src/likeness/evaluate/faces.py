@@ -108,10 +108,13 @@ def mask_counts(found: Sequence[np.ndarray], faces: Sequence[Face]) -> np.ndarra
 
 
 def faces_hash(faces: Sequence[Face]) -> str:
-    """SHA-256 over names, captions and file sizes: two evaluations of the same hash asked for the same faces."""
+    """SHA-256 over names, captions, attributes and file sizes: two evaluations of the same hash asked for the same
+    faces.
+    """
     digest = hashlib.sha256()
     for face in faces:
         files = {"photo": face.photo, **face.conditions}
         sizes = {name: path.stat().st_size if path.is_file() else 0 for name, path in files.items()}
-        digest.update(json.dumps([face.number, face.name, face.caption, sizes], sort_keys=True).encode())
+        told = [face.number, face.name, face.caption, *([face.attributes] if face.attributes else []), sizes]
+        digest.update(json.dumps(told, sort_keys=True).encode())
     return digest.hexdigest()[:16]

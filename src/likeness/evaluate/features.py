@@ -156,6 +156,8 @@ def key_of(extractor: Extractor, files: Sequence[Path], faces: Sequence[Face], s
     digest = hashlib.sha256(f"{extractor.hash} {size}".encode())
     for file, face in zip(files, faces, strict=True):
         digest.update(f"{file.name} {face.name} {face.caption} ".encode())
+        if face.attributes:
+            digest.update(json.dumps(face.attributes, sort_keys=True).encode())
         for path in (file, face.photo, *face.conditions.values(), *face.another.values()):
             stat = path.stat() if path.is_file() else None
             digest.update(f"{stat.st_size} {stat.st_mtime_ns} ".encode() if stat else b"- ")

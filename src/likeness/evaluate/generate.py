@@ -7,6 +7,7 @@ same for any number of processes, none waits for another, a dead one is made up 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from likeness.evaluate.config import Protocol, conditions_of
 from likeness.evaluate.faces import Face
 from likeness.parallel import rank_and_world
 from likeness.pipelines.generate import generate, resolve
-from likeness.pipelines.record import recipe_of, write_picture
+from likeness.pipelines.record import read_recipe, recipe_of, write_picture
 from likeness.types import InputError, PortraitRequest
 
 ROUND = 1_000_000
@@ -61,6 +62,20 @@ def request_for(face: Face, given: str, number_of_round: int, protocol: Protocol
     return resolve(request, pipeline)
 
 
+def made_of(file: Path, request: PortraitRequest) -> bool:
+    """Whether a portrait is there and was made of this request: the folder may have changed since.
+
+    Model, steps and guidance are not looked at: all portraits of an evaluation have the same.
+    """
+    try:
+        recipe, _ = read_recipe(file)
+    except InputError:  # none is there
+        return False
+    hashes = {name: sha256(reading.raw.tobytes()).hexdigest() for name, reading in request.control_image.items()}
+    there = {name: entry["sha256"] for name, entry in recipe["conditions"].items()}
+    return (recipe["prompt"], recipe["seed"], there) == (request.prompt, request.seed, hashes)
+
+
 def make_portraits(
     pipeline: Any,
     faces: Sequence[Face],
@@ -71,7 +86,8 @@ def make_portraits(
     fingerprint: str,
     report: Report,
 ) -> dict[str, str]:
-    """Make what is not there yet: a picture with its recipe for every face, set and round.
+    """Make what is not there yet, or of what the folder held before: a picture with its recipe for every face, set and
+    round.
 
     Args:
         pipeline: a pipeline of this package.
@@ -92,12 +108,13 @@ def make_portraits(
             for done, index in enumerate(own_first(len(faces), rank, world)):
                 face = faces[index]
                 file = portrait_file(out, given, number_of_round, face)
-                if not file.is_file():
-                    try:
-                        request = request_for(face, given, number_of_round, protocol, pipeline)
-                    except InputError as error:
-                        faults[face.name] = str(error)
-                        continue
+                try:
+                    request = request_for(face, given, number_of_round, protocol, pipeline)
+                except InputError as error:
+                    faults[face.name] = str(error)
+                    file.unlink(missing_ok=True)
+                    continue
+                if not made_of(file, request):
                     pictures, _ = generate(pipeline, request, [request.seed])
                     recipe = recipe_of(request, pipeline, model=model, fingerprint=fingerprint)
                     write_picture(pictures[0], file, recipe)
@@ -105,8 +122,13 @@ def make_portraits(
     return faults
 
 
+def changed_since(file: Path, photo: Path) -> bool:
+    """Whether the photograph was written after the file that was made of it."""
+    return photo.is_file() and photo.stat().st_mtime_ns > file.stat().st_mtime_ns
+
+
 def make_ceiling(pipeline: Any, faces: Sequence[Face], size: int, out: Path, report: Report) -> dict[str, str]:
-    """The photographs through the pipeline's autoencoder: what no portrait of it can surpass.
+    """The photographs through the pipeline's autoencoder: what a portrait would score that is the photograph itself.
 
     Returns:
         Name of the face -> why its photograph cannot be read.
@@ -116,7 +138,7 @@ def make_ceiling(pipeline: Any, faces: Sequence[Face], size: int, out: Path, rep
     for done, index in enumerate(own_first(len(faces), rank, world)):
         face = faces[index]
         file = ceiling_file(out, face)
-        if not file.is_file():
+        if not file.is_file() or changed_since(file, face.photo):
             try:
                 picture = through(codec, read_photo(face.photo, size))
             except InputError as error:

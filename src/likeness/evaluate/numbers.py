@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,8 +47,6 @@ def numbers_of(
         own = {**common, "given": given}
         if key == "retrieval":
             own["choices"] = protocol.choices
-        if metric.reference == TRAIN:
-            own |= {"train": Path(protocol.train or "").resolve().name, "train_n": len(found[TRAIN][0])}
         if metric.distance is not None:
             assert reference is not None
             numbers.append(told | set_number(metric, rounds, reference, own, protocol))
@@ -150,23 +147,31 @@ def set_number(
     return {**number, "by_seed": seeds, "warning": warning, "protocol": {**own, "n": min(counts)}}
 
 
-def by_class(counts: np.ndarray) -> list[dict[str, Any]]:
+def by_class(rounds: Sequence[np.ndarray]) -> list[dict[str, Any]]:
     """Each class over all pictures: intersection over union of the pooled pixels, and how often it is shown.
 
     Args:
-        counts: pixels right, given and found, [N, 19, 3]; rows of NaN are left out.
+        rounds: what the face parser said in each round, [N, 2, 19, 3]; rows of NaN are left out, and so is a round of
+            which no picture could be read.
+
+    Returns:
+        `class`; `n`, masks that have it; `iou`; `shown`, the mean over faces of the share of their portraits, with its
+        interval.
     """
-    counts = counts[~np.isnan(counts).any(axis=(1, 2))]
-    iou = scores.class_iou(counts.sum(axis=0)[None])[0] if len(counts) else np.full(len(CLASSES), np.nan)
+    known = [found[:, 0] for found in rounds if readable(found).any()]
+    if not known:
+        return []
+    counts = np.stack(known)  # [R, N, 19, 3]
+    iou = scores.class_iou(np.nansum(counts, axis=(0, 1))[None])[0]  # [19]
+    shown = scores.mean_known(np.moveaxis(scores.shown(counts), 0, -1))  # [N, 19]
     table = []
     for index, name in enumerate(CLASSES):
-        having = counts[:, index, 1] > 0
-        if not having.any():
+        found = shown[~np.isnan(shown[:, index]), index]
+        if not len(found):
             continue
-        found = scores.shown(counts[having])[:, index]
         low, high = scores.interval(found, draws=500)
         recall = {"shown": float(found.mean()), "low": low, "high": high}
-        table.append({"class": name, "n": int(having.sum()), "iou": float(iou[index]), **recall})
+        table.append({"class": name, "n": len(found), "iou": float(iou[index]), **recall})
     return table
 
 

@@ -221,7 +221,6 @@ def published() -> str:
     """The papers' tables."""
     parts = ["<h2>Published, under other protocols: not comparable with the numbers above</h2>"]
     for entry in published_tables():
-        rows = [[value if isinstance(value, str) else rounded(value) for value in row] for row in entry["rows"]]
-        parts.append(f"<h3>{escape(entry['title'])}</h3>" + table(["method", *entry["columns"]], rows))
+        parts.append(f"<h3>{escape(entry['title'])}</h3>" + table(["method", *entry["columns"]], entry["rows"]))
         parts.append(f'<p class="quiet">Source: {escape(entry["source"])}. Not stated: {escape(entry["unknown"])}.</p>')
     return "".join(parts)

@@ -228,6 +228,10 @@ def ask(address: str, model: str, picture: np.ndarray, caption: str) -> float:
         raise Missing(
             f"the judge at {address} does not answer ({first_line(error)}): run again when it does"
         ) from error
-    number = re.search(r"\d*\.?\d+", told)
-    value = float(number[0]) if number else np.nan
-    return value if 0 <= value <= 1 else np.nan
+    return score_in(told) if isinstance(told, str) else np.nan
+
+
+def score_in(answer: str) -> float:
+    """The one number from 0 to 1 in an answer; NaN where there is none, another, or several."""
+    numbers = [float(number) for number in re.findall(r"-?\d*\.?\d+", answer)]
+    return numbers[0] if len(numbers) == 1 and 0 <= numbers[0] <= 1 else np.nan

@@ -20,15 +20,20 @@ BETTER = {"higher": "↑", "lower": "↓"}
 
 
 def published_tables() -> list[dict[str, Any]]:
-    """The numbers that papers print, with their sources."""
-    return tomllib.loads(PUBLISHED.read_text())["table"]
+    """The numbers that papers print, as texts, so that they keep the digits they are printed with."""
+    return tomllib.loads(PUBLISHED.read_text(), parse_float=str)["table"]
 
 
-def rounded(value: float | str | None) -> str:
-    """A number as tables show it: four places below 10, two above."""
-    if value is None or isinstance(value, str):
-        return value or "-"
-    return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
+def rounded(value: float, sign: str = "") -> str:
+    """A number as tables show it: four places below 10, two above; what four places would hide (KID), by its power of
+    ten.
+
+    Args:
+        value: the number.
+        sign: "+" for differences.
+    """
+    form = ".1e" if 0 < abs(value) < 5e-4 else ".4f" if abs(value) < 10 else ".2f"
+    return f"{value:{sign}{form}}"
 
 
 def cell(number: Mapping[str, Any] | None) -> str:
@@ -113,7 +118,6 @@ def markdown(results: Mapping[str, Any]) -> str:
         parts += [f"## Classes, {given}", table(["class", "n", "IoU, pixels pooled", "shown"], rows)]
     parts.append("## Published, under other protocols: not comparable with the numbers above")
     for entry in published_tables():
-        rows = [[rounded(value) if not isinstance(value, str) else value for value in row] for row in entry["rows"]]
-        parts += [f"### {entry['title']}", table(["method", *entry["columns"]], rows)]
+        parts += [f"### {entry['title']}", table(["method", *entry["columns"]], entry["rows"])]
         parts.append(f"Source: {entry['source']}. Not stated: {entry['unknown']}.")
     return "\n\n".join(parts) + "\n"

@@ -58,7 +58,7 @@ def mean_iou(counts: np.ndarray, absent: float | None = None) -> np.ndarray:
 
 
 def shown(counts: np.ndarray) -> np.ndarray:
-    """Whether each class that was given is found where it was, [N, 19]: 1, 0, or NaN where it was not given."""
+    """Whether each class that was given is found where it was, [..., 19]: 1, 0, or NaN where it was not given."""
     right, given, _ = np.moveaxis(counts, -1, 0)
     return np.where(given > 0, (right >= SHOWN * given).astype(float), np.nan)
 
