@@ -392,7 +392,7 @@ def test_of_several_splits_train_is_encoded_and_it_is_said(prepared, faces, tmp_
     given = (faces, tmp_path / "s", "--components", prepared / "components", "--size", SIZE)
     assert run("prepare", "encode", *given) == 0
     told = capsys.readouterr()
-    assert "of test, train only train is encoded" in told.err
+    assert "train is encoded, not test" in told.err
     assert f"{FACES} faces" in told.out
 
 

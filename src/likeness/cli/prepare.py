@@ -294,7 +294,8 @@ def encode(
     share = rank_and_world()
     splits = splits_of(folder)
     if "train" in splits and len(splits) > 1 and not share[0]:
-        tell([f"of {', '.join(sorted(splits))} only train is encoded: name a folder to encode that one"])
+        others = ", ".join(sorted(set(splits) - {"train"}))
+        tell([f"train is encoded, not {others}: to encode that, give its own folder"])
     parts = load_components(components) if components else load_components()
     options = {"size": size, "views": views, "precision": precision, "text_features": text_features}
     with progress_bar("Encoding") as advance:
