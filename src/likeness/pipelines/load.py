@@ -398,5 +398,5 @@ def weights_hash(model: torch.nn.Module) -> str:
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
         value = value.dequantize() if hasattr(value, "qdata") else value  # torchao's
-        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+        digest.update(value.detach().float().cpu().contiguous().numpy().reshape(-1).view(np.uint8))  # not copied
     return digest.hexdigest()

@@ -6,7 +6,6 @@ process ends, is never left behind.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -41,10 +40,12 @@ def held(run: Path) -> Iterator[None]:
         raise InputError(f"cannot write {run}: {error.strerror or error}") from error
     with file:
         try:
+            import fcntl  # Windows has none
+
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(f"another process trains in {run}: wait for its end, or choose another folder") from error
-        except OSError:  # no locks here
+        except (ImportError, OSError):  # no locks here
             pass
         yield
 
