@@ -146,12 +146,14 @@ def describe(recipe: TrainRecipe, name: str | None, gpus: int) -> str:
     device, stands = device_named(name, recipe), stands_of(recipe)
     traced = trace(recipe, micro, stands, device.accelerator)
     prices = "measured here" if name is None else "from its data sheet"
+    felt = device.bandwidth < (1e13 if device.accelerator else 1e12)  # else the fit has found it to cost nothing
+    memory = f"{device.bandwidth / GB:.3g} GB/s" if felt else "reading and writing cost nothing beside that"
     lines = [
         f"weights: {traced.parameters / GB:.3g} GB, {traced.trained:,} of them trained",
         f"a pass of {micro} images: {traced.flops / 1e12:.4g} TFLOP, {traced.moved / GB:.3g} GB read and written, "
         f"{traced.operations:,} operations",
         f"{gpus} x {name or 'this machine'}, {device.memory / GB:.0f} GB each, {prices}: "
-        f"{device.flops / 1e12:.3g} TFLOP/s, {device.bandwidth / GB:.3g} GB/s",
+        f"{device.flops / 1e12:.3g} TFLOP/s, {memory}",
         f"{'memory':>10} {'step':>10} {'images/s':>10}  setting",
     ]
     for setting, plan, fits in fitting(recipe, device, gpus, stands):
