@@ -13,6 +13,9 @@ COMMON = "common"
 ADAPTER = "adapter.json"
 """What makes a folder an adapter, which stands on a base model elsewhere (`likeness.pipelines.adapters`)."""
 
+CODEC = "codec.json"
+"""What says in a published folder which autoencoder it stands on."""
+
 DEFAULT = "mmface-mini"
 """What is loaded where no model is named."""
 

@@ -104,8 +104,8 @@ def check_device(device: str | None) -> None:
     try:
         torch.empty(0, device=device or "cpu")
     except (RuntimeError, AssertionError) as error:
-        what = f"the device {device!r} cannot be used here ({first_line(error)})"
-        raise InputError(f"{what}: leave it out to run on the CPU") from error
+        what = f"there is no device {device} here: {first_line(error)}"
+        raise InputError(f"{what}; leave it out to run on the CPU") from error
 
 
 def load_folder(

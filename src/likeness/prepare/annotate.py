@@ -24,7 +24,7 @@ from likeness.annotators.landmarks import Landmarker, landmarker_name, open_land
 from likeness.conditions.pictures import MADE_BY, mask_picture, png_bytes
 from likeness.data.folder import CONDITION_FILES, METADATA, column_of, condition_file, each_row, line_of, read_photo
 from likeness.files import write_whole, writing_whole
-from likeness.pipelines.load import checkpoint_file, load_face_parser, load_sketcher, network_name
+from likeness.pipelines.load import check_device, checkpoint_file, load_face_parser, load_sketcher, network_name
 from likeness.prepare.faults import splits_of
 from likeness.types import InputError
 
@@ -198,6 +198,7 @@ def makers_of(rows: Iterable[dict[str, Any]]) -> dict[str, Counter[str]]:
 def mask_annotator(source: str | Path, *, exchanged: bool = False, device: str | None = None) -> Annotator:
     """Palette PNGs by a face parser."""
     network, size = load_face_parser(source, exchanged=exchanged)
+    check_device(device)
     network.to(device or "cpu")
     made_by = network_name(network)
     together = max(1, TOGETHER * 192**2 // size**2)

@@ -23,8 +23,7 @@ from likeness.data.ahead import read_ahead
 from likeness.data.folder import METADATA, captions_of, column_of, read_photo, root_of
 from likeness.data.store import IMAGE, LOG_VARIANCE, MANIFEST, read_manifest, write_manifest, write_part
 from likeness.encoders.latent import LatentCodec, spatial_factor, to_tensor
-from likeness.files import first_line
-from likeness.pipelines.load import Components
+from likeness.pipelines.load import Components, check_device
 from likeness.prepare.pool import LATENTS, TEXT, Pool, Table
 from likeness.prepare.sources import FILES, Hashes, Plan, each_block, hash_file, write_rows
 from likeness.types import InputError
@@ -98,10 +97,8 @@ def encode_folder(
     root = root_of(folder)
     place = device or "cpu"
     place = f"cuda:{share[0] % max(1, torch.cuda.device_count())}" if place == "cuda" else place
-    try:
-        trial = torch.zeros(1, 3, 2 * factor, 2 * factor, device=place)
-    except (RuntimeError, AssertionError) as error:  # of a torch without that kind of device, the second
-        raise InputError(f"there is no device {device} here: {first_line(error)}") from error
+    check_device(place)
+    trial = torch.zeros(1, 3, 2 * factor, 2 * factor, device=place)
     vae = components.vae.to(device=place, memory_format=torch.channels_last)
     codec = LatentCodec(vae, together=True)
     plan = Plan(

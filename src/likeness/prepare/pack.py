@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from likeness.files import read_json, write_whole
-from likeness.pipelines.catalogue import COMMON
+from likeness.pipelines.catalogue import CODEC, COMMON
 from likeness.pipelines.load import component_class, load_components
 from likeness.pipelines.packed import save_packed
 from likeness.types import InputError
@@ -21,10 +21,10 @@ def pack_model(model: Path, out: Path) -> None:
     """
     index = read_json(model / "model_index.json")
     common = load_components(out.parent / COMMON)
-    if read_json(model / "codec.json")["codec"] != common.codec_hash:
+    if read_json(model / CODEC)["codec"] != common.codec_hash:
         raise InputError(f"{model} was trained on another autoencoder than the one in {out.parent / COMMON}")
     transformer = component_class(*index["transformer"]).from_pretrained(model / "transformer")
     save_packed(transformer, out / "transformer")
     shutil.copytree(model / "scheduler", out / "scheduler", dirs_exist_ok=True)
-    shutil.copy(model / "codec.json", out / "codec.json")
+    shutil.copy(model / CODEC, out / CODEC)
     write_whole(out / "model_index.json", json.dumps(index, indent=2))

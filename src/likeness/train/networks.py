@@ -14,12 +14,10 @@ from likeness.models.mditface import MDiTFaceTransformer
 from likeness.models.mmface import MMFaceTransformer
 from likeness.models.tied_weights import NEW
 from likeness.pipelines.adapters import Adapter, add_adapter
+from likeness.pipelines.catalogue import CODEC
 from likeness.pipelines.load import FLUX, find, load_part
 from likeness.train.config import MDiTFaceAdapter, MDiTFaceNetwork, TrainRecipe, parts_of
 from likeness.types import InputError
-
-CODEC = "codec.json"
-"""What says in a published folder which autoencoder it stands on."""
 
 
 def build_network(

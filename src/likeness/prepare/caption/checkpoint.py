@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from likeness.files import first_line
+from likeness.pipelines.load import check_device
 from likeness.prepare.caption.models import ANSWER_TOKENS, Answer, Model, Question
 from likeness.types import InputError
 
@@ -122,6 +123,7 @@ def checkpoint_name(given: str) -> str:
 
 def load_network(kind: Any, checkpoint: str, device: str | None) -> Any:
     """The network of a checkpoint, in its own precision, on a device."""
+    check_device(device)
     try:
         network = kind.from_pretrained(checkpoint, dtype="auto").to(device or "cpu").eval()
     except Exception as error:  # hub, files and safetensors have many ways to say no
