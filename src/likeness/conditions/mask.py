@@ -25,7 +25,15 @@ from likeness.conditions.mask_schemes import (
     read_palette,
     side_notes,
 )
-from likeness.conditions.pictures import LEAST_SIDE, check_aspect, describe, existing_path, load_array, open_picture
+from likeness.conditions.pictures import (
+    LEAST_SIDE,
+    TRANSPARENT,
+    check_aspect,
+    describe,
+    existing_path,
+    load_array,
+    open_picture,
+)
 from likeness.conditions.vary import vary_labels
 from likeness.types import InputError
 
@@ -83,7 +91,7 @@ def _read_picture(picture: Image.Image, where: str, order: str | None, jpeg: boo
         if jpeg and 0 < values.max() < 2 * len(CLASSES):
             raise InputError(f"{where} holds class numbers in a JPEG, which changes them: save it as PNG")
         return _read_array(values, where, order)
-    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+    if picture.mode in TRANSPARENT:
         return _read_array(np.asarray(picture.convert("RGBA")), where, order)
     return _read_array(np.asarray(picture.convert("RGB")), where, order)
 
@@ -181,7 +189,7 @@ def paint_parts(files: Mapping[int, Path | Image.Image], where: str) -> Reading:
     labels: np.ndarray | None = None
     for index, path in sorted(files.items()):
         picture = open_picture(path)
-        if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+        if picture.mode in TRANSPARENT or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)
         values = np.asarray(picture.convert("L"))

@@ -24,6 +24,9 @@ ASPECT_TOLERANCE = 0.01
 MADE_BY = "likeness:made_by"
 """PNG text field; Software is what other programs write into hand-made files."""
 
+TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")
+"""Pillow's modes with an alpha channel."""
+
 LEAST_SIDE = 8
 """Pixels: nothing smaller can hold a face."""
 

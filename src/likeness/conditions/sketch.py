@@ -15,7 +15,15 @@ from scipy import ndimage
 from likeness.conditions.base import Condition, Reading, Source
 from likeness.conditions.mask_repair import nearest_colours
 from likeness.conditions.mask_schemes import UNION
-from likeness.conditions.pictures import LEAST_SIDE, check_aspect, describe, existing_path, load_array, open_picture
+from likeness.conditions.pictures import (
+    LEAST_SIDE,
+    TRANSPARENT,
+    check_aspect,
+    describe,
+    existing_path,
+    load_array,
+    open_picture,
+)
 from likeness.conditions.vary import vary_lines
 from likeness.types import InputError
 
@@ -77,7 +85,7 @@ def _picture_pixels(picture: Image.Image) -> np.ndarray:
         return (values / (257.0 if values.max() > 255 else 1.0)).clip(0, 255).astype(np.uint8)
     if picture.mode in ("1", "L"):
         return np.asarray(picture.convert("L"))
-    if picture.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in picture.info:
+    if picture.mode in TRANSPARENT or "transparency" in picture.info:
         return np.asarray(picture.convert("RGBA"))
     return np.asarray(picture.convert("RGB"))
 

@@ -7,7 +7,6 @@ same for any number of processes, none waits for another, a dead one is made up 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from likeness.evaluate.config import Protocol, conditions_of
 from likeness.evaluate.faces import Face
 from likeness.parallel import rank_and_world
 from likeness.pipelines.generate import generate, resolve
-from likeness.pipelines.record import read_recipe, recipe_of, write_picture
+from likeness.pipelines.record import hash_of, read_recipe, recipe_of, write_picture
 from likeness.types import InputError, PortraitRequest
 
 ROUND = 1_000_000
@@ -71,7 +70,7 @@ def made_of(file: Path, request: PortraitRequest) -> bool:
         recipe, _ = read_recipe(file)
     except InputError:  # none is there
         return False
-    hashes = {name: sha256(reading.raw.tobytes()).hexdigest() for name, reading in request.control_image.items()}
+    hashes = {name: hash_of(reading.raw) for name, reading in request.control_image.items()}
     there = {name: entry["sha256"] for name, entry in recipe["conditions"].items()}
     return (recipe["prompt"], recipe["seed"], there) == (request.prompt, request.seed, hashes)
 

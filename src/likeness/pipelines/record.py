@@ -80,7 +80,7 @@ def recipe_of(
         "conditions": {
             name: {
                 "scheme": reading.scheme,
-                "sha256": hashlib.sha256(reading.raw.tobytes()).hexdigest(),
+                "sha256": hash_of(reading.raw),
                 "data": embed(reading.raw),
                 "scale": request.conditioning_scale.get(name, 1.0),
                 "start": request.control_guidance_start.get(name, 0.0),
@@ -146,7 +146,7 @@ def request_of(recipe: Mapping[str, Any]) -> PortraitRequest:
             if entry["data"] is None:
                 raise InputError(f"the recipe does not hold its {name} (the file format had no room for it)")
             raw = unembed(entry["data"])
-            if hashlib.sha256(raw.tobytes()).hexdigest() != entry["sha256"]:
+            if hash_of(raw) != entry["sha256"]:
                 raise InputError(f"the recipe's {name} was changed: its hash does not fit")
             readings[name] = Reading(raw=raw, scheme=entry["scheme"])
         return PortraitRequest(
@@ -164,6 +164,11 @@ def request_of(recipe: Mapping[str, Any]) -> PortraitRequest:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"the recipe is damaged: {error!r}") from error
+
+
+def hash_of(raw: np.ndarray) -> str:
+    """SHA-256 of a condition's raw form, by which recipes know it."""
+    return hashlib.sha256(raw.tobytes()).hexdigest()
 
 
 def embed(raw: np.ndarray) -> dict[str, Any]:
