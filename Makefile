@@ -1,18 +1,21 @@
-# Thin targets: each is one obvious command. A stamp records what the environment was installed from.
+# Thin targets: each is one obvious command. Stamps record what was installed from which files.
 PYTHON ?= python3
-BIN := .venv/bin
-STAMP := .venv/.installed
+VENV ?= .venv
+PACKAGE ?= --editable .
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+LOCK := requirements/torch.txt requirements/core.txt requirements/dev.txt
 
-.PHONY: demo test check lint format clean
+.PHONY: demo test test-newest test-oldest lint check format lock clean
 
-demo: $(STAMP)  ## A portrait from an example mask and a sentence, with the bundled model, offline, on the CPU
+demo: $(VENV)/.core  ## Generate an image from an example mask and a sentence: bundled model, offline, CPU
 	$(BIN)/likeness generate "a smiling woman with blond hair" --mask examples/masks/smile.png --seed 9 --out demo.png
-	@echo "The portrait is in $(CURDIR)/demo.png"
+	@echo "The image is $(CURDIR)/demo.png"
 
-test: $(STAMP).dev  ## The test suite
+test: $(VENV)/.dev  ## Run the test suite
 	$(BIN)/python -m pytest -n 2
 
-lint: $(STAMP).dev  ## Style, types and import layers
+lint: $(VENV)/.dev  ## Check style, types and import layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
@@ -20,20 +23,49 @@ lint: $(STAMP).dev  ## Style, types and import layers
 
 check: lint test  ## Everything CI checks
 
-format: $(STAMP).dev  ## Rewrite in the project's style
+format: $(VENV)/.dev  ## Rewrite in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build demo.png
+	rm -rf .venv .venv-newest .venv-oldest build demo.png
 
-.venv:
-	$(PYTHON) -m venv .venv
-
-$(STAMP): pyproject.toml | .venv
-	$(BIN)/python -m pip install --quiet --editable .
+# The lock files list every package with the hashes of its files, so pip resolves nothing. torch is installed after them by
+# version only: its CPU and CUDA builds are different files, and an installed build of that version is kept.
+define install
+	$(PIP) install --quiet --no-deps --require-hashes -r $(1)
+	$(PIP) install --quiet -r requirements/torch.txt
+	$(PIP) install --quiet --no-deps --no-build-isolation $(PACKAGE)
+	$(PIP) check
 	touch $@
+endef
 
-$(STAMP).dev: pyproject.toml | .venv
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
-	touch $@ $(STAMP)
+$(VENV):
+	$(PYTHON) -m venv $@
+
+$(VENV)/.core: pyproject.toml $(LOCK) | $(VENV)
+	$(call install,requirements/core.txt)
+
+$(VENV)/.dev: pyproject.toml $(LOCK) | $(VENV)
+	$(call install,requirements/dev.txt)
+	touch $(VENV)/.core
+
+COMPILE := $(BIN)/uv pip compile pyproject.toml --quiet --python-version 3.11 --no-header --no-annotate
+UNIVERSAL := --universal --generate-hashes --constraint requirements/torch.txt --no-emit-package torch
+
+lock: $(VENV)/.dev  ## Renew the lock files: the newest versions that pyproject.toml allows
+	$(COMPILE) $(UNIVERSAL) --upgrade --extra dev --output-file requirements/dev.txt
+	$(COMPILE) $(UNIVERSAL) --constraint requirements/dev.txt --output-file requirements/core.txt
+
+test-newest:  ## Run the suite with the newest versions that pyproject.toml allows
+	rm -rf .venv-newest && $(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet -r requirements/torch.txt
+	.venv-newest/bin/python -m pip install --quiet --upgrade --editable ".[dev]"
+	.venv-newest/bin/python -m pytest -n 2
+
+test-oldest: $(VENV)/.dev  ## Run the suite with the oldest versions that pyproject.toml allows
+	$(COMPILE) --extra dev --resolution lowest-direct --constraint requirements/torch.txt --output-file build/oldest.txt
+	rm -rf .venv-oldest && $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --no-deps -r build/oldest.txt
+	.venv-oldest/bin/python -m pip install --quiet --no-deps --editable .
+	.venv-oldest/bin/python -m pytest -n 2

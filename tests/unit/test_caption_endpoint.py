@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import signal
+import threading
 import time
 from email.utils import formatdate
 from pathlib import Path
@@ -224,7 +225,7 @@ def test_what_may_pass_is_tried_again(folder, count):
         return stumbles.get(number) or answering(text, picture, number)
 
     with chat_server(reply) as server:
-        meter = Meter(first_wait=0.01, timeout=0.3, tries=8)
+        meter = Meter(first_wait=0.01, timeout=3, tries=8)
         plan = Plan(vlm=open_endpoint(server.address, None, meter), prompts=("brief",))
         report = caption_folder(folder, plan, count, meter=meter, parallel=1)
         at = [body["at"] for body in server.asked]
@@ -319,21 +320,24 @@ def test_budget_and_pace(folder, count, capsys):
         server.asked.clear()
         meter = Meter(requests_per_minute=600)
         plan = Plan(vlm=open_endpoint(server.address, None, meter, fields='{"seed": 1}'), prompts=("brief", "hair"))
+        started = time.monotonic()
         caption_folder(folder, plan, count, meter=meter)
-        at = sorted(body["at"] for body in server.asked)
-        assert at[-1] - at[0] >= 7 * 0.1 - 0.05
+        assert time.monotonic() - started >= 7 * 0.1  # 8 requests: at least 7 intervals
     with chat_server(lambda *_: said("A woman with red hair.", tokens=None)) as server:
         caption(folder, "--vlm", server.address, "--vlm-name", "d", "--budget", "9tokens", code=2)
         assert "give the budget in requests" in capsys.readouterr().err
 
 
 def test_several_at_the_same_time(folder, count):
-    def slow(text, picture, number):
-        time.sleep(0.05)
-        return answering(text, picture, number)
-
     for parallel in (1, 4):
-        with chat_server(slow) as server:
+        met = threading.Barrier(2, timeout=60)
+
+        def reply(text, picture, number, met=met, parallel=parallel):
+            if parallel > 1 and number < 2:
+                met.wait()  # the first two requests are answered only once both have arrived
+            return answering(text, picture, number)
+
+        with chat_server(reply) as server:
             (folder / "answers.jsonl").unlink(missing_ok=True)
             caption(folder, "--vlm", server.address, "--prompts", "natural", "brief", "--parallel", str(parallel))
             assert server.most_running <= parallel
@@ -359,7 +363,8 @@ def test_killed_at_any_moment_nothing_is_asked_twice(folder):
                 time.sleep(0.001)
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            time.sleep(0.1)  # until the server has heard of it
+            while server.running:
+                time.sleep(0.001)
             answers = journal.read_bytes().count(b"\n")
             assert answers <= len(server.asked) <= answers + 2 * kill  # lost: what two threads were waiting for
             assert texts(folder)[0] is None
