@@ -1,6 +1,4 @@
-"""Files are written whole or not at all, to a temporary name beside them, then renamed; what cannot be read is one
-sentence.
-"""
+"""Write files atomically: to a temporary name in the same folder, then renamed. Read JSON."""
 
 from __future__ import annotations
 
@@ -16,49 +14,63 @@ from likeness.types import InputError
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
-    """Write a file, making its folder where there is none.
+    """Write a file atomically. Its folder is created if missing.
 
     Args:
         path: the file.
         content: text is written as UTF-8.
 
     Raises:
-        InputError: it cannot be written; what was there before is untouched.
+        InputError: the file cannot be written; its former content is unchanged.
     """
-    partial = partial_name(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    with writing_whole(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
-def writing_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file that is written bit by bit in a `with` block, and is there only when the block has ended well.
+def writing_whole(path: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
+    """Open a file to be written in a `with` block; it appears under its name only if the block succeeds.
+
+    Args:
+        path: the file; its folder is created if missing.
+        overwrite: whether to replace an existing file.
 
     Raises:
-        InputError: it cannot be written; what was there before is untouched.
+        InputError: the file cannot be written; its former content is unchanged.
+        FileExistsError: the file exists, and `overwrite` is False.
     """
     partial = partial_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             yield file
-        os.replace(partial, path)
-    except BaseException as error:
+        (os.replace if overwrite else rename_new)(partial, path)
+    except OSError as error:
+        if not overwrite and isinstance(error, FileExistsError) and os.path.lexists(path):
+            raise  # not that the folder is a file
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def rename_new(source: Path, target: Path) -> None:
+    """Rename a file unless the target exists. Of several processes one succeeds, the others raise `FileExistsError`."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
         raise
+    except OSError:  # a file system without hard links: reserve the name by an empty file, then replace that
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL))
+        try:
+            os.replace(source, target)
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
 
 
 def partial_name(path: Path) -> Path:
-    """A name beside `path` that no other process takes: several may write the same file at the same time."""
+    """Return a temporary name in the folder of `path`, different for every call and process."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 
 

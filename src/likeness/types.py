@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import torch
+
+
+DtypeName = Literal["auto", "fp32", "bf16", "fp16"]
+"""Number format of a computation; `auto` depends on the device (`likeness.device.choose_dtype`)."""
 
 
 class InputError(ValueError):
@@ -62,5 +66,10 @@ class PortraitRequest:
     """Pixels; None takes the checkpoint's own."""
     width: int | None = None
     """Pixels; None takes the checkpoint's own."""
+    upscale: bool = False
+    """If the model was not trained at this size, generate at the nearest trained size with the same aspect ratio and
+    resample."""
+    force_size: bool = False
+    """Generate at this size even if the model was not trained at it."""
     seed: int = 0
     """Seed of this picture's noise: 0 <= seed < 2**63."""

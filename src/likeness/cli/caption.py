@@ -36,7 +36,7 @@ def caption(
     tries: int = 6,
     timeout: float = 120.0,
     seed: int = 0,
-    device: str | None = None,
+    device: str = "auto",
 ) -> None:
     """Caption a prepared folder by a vision-language model that is checked, or by a grammar over CelebA's attributes.
 
@@ -70,7 +70,7 @@ def caption(
         tries: How often a request is made before the endpoint counts as gone; the waits double from 1 s.
         timeout: Seconds without a word after which a request counts as failed.
         seed: Seed of the grammar.
-        device: Where checkpoints run, such as cuda; the CPU by default.
+        device: Device of checkpoints, for example cuda or cpu. Default: automatic.
     """
     from likeness.prepare.caption.endpoint import Meter
     from likeness.prepare.caption.models import load_counter

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tyro
 
 from likeness.cli.terminal import progress_bar, quiet_libraries, tell
-from likeness.types import InputError
+from likeness.types import DtypeName, InputError
 
 
 def evaluate(
@@ -21,8 +20,8 @@ def evaluate(
     images: Path | None = None,
     protocol: Path | None = None,
     base: str | None = None,
-    device: str | None = None,
-    dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
+    device: str = "auto",
+    dtype: DtypeName = "auto",
 ) -> None:
     """Measure a model on held-out faces: `likeness evaluate MODEL FACES [key=value ...] --out DIR`.
 
@@ -37,8 +36,8 @@ def evaluate(
             whatever they were made from. A MODEL then lends its autoencoder for the ceiling.
         protocol: A TOML file with the protocol.
         base: The base model of an adapter, where it is not the one that the adapter names.
-        device: Where to compute, such as cuda; the CPU by default. Under torchrun, cuda gives every process its own.
-        dtype: Number format of the portraits' computation.
+        device: Device, for example cuda or cpu. Default: automatic. Under torchrun each process takes its own GPU.
+        dtype: Number format: fp32, bf16 or fp16. Default: automatic, fp32 on a CPU, bf16 or fp16 on an accelerator.
     """
     names, changes = split_sources(sources)
     least, most = (1, 2) if images is not None else (2, 2)
@@ -67,8 +66,8 @@ def compare(
     faces: Path | None = None,
     protocol: Path | None = None,
     allow: tuple[str, ...] = (),
-    device: str | None = None,
-    dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
+    device: str = "auto",
+    dtype: DtypeName = "auto",
 ) -> None:
     """Say which differences between models or settings are significant: `likeness compare A B ... --out DIR`.
 
@@ -79,8 +78,8 @@ def compare(
         faces: Prepared folder for models among the sources.
         protocol: A TOML file with the protocol.
         allow: Parts of the protocol that may differ since they are what is compared, such as steps.
-        device: Where to compute, such as cuda; the CPU by default.
-        dtype: Number format of the portraits' computation.
+        device: Device, for example cuda or cpu. Default: automatic.
+        dtype: Number format: fp32, bf16 or fp16. Default: automatic, fp32 on a CPU, bf16 or fp16 on an accelerator.
     """
     from likeness.evaluate.compare import compare_evaluations, markdown_of, read_evaluation, write_comparison
 
@@ -143,16 +142,17 @@ def run_evaluation(
     settings: Any,
     images: Path | None,
     base: str | None,
-    device: str | None,
-    dtype: str,
+    device: str,
+    dtype: DtypeName,
 ) -> dict[str, Any] | None:
     """One evaluation with a bar."""
     from likeness.cli.portraits import load_pipeline
+    from likeness.device import choose_device
     from likeness.evaluate.evaluation import evaluate as measure
 
     quiet_libraries()
-    device = own_device(device)
-    pipeline = None if model is None else load_pipeline(model, dtype, device, base)
+    place = choose_device(device)
+    pipeline = None if model is None else load_pipeline(model, dtype, place, base)
     with progress_bar("Evaluating") as advance:
         return measure(
             Path(faces),
@@ -161,15 +161,9 @@ def run_evaluation(
             pipeline=pipeline,
             model=model or "",
             images=images,
-            device=device or "cpu",
+            device=place,
             report=lambda what, done, total: advance(done, total),
         )
-
-
-def own_device(device: str | None) -> str | None:
-    """The accelerator of this process, where torchrun started several on a machine and no number was given."""
-    local = os.environ.get("LOCAL_RANK")
-    return f"cuda:{local}" if device == "cuda" and local else device
 
 
 def tell_faults(results: dict[str, Any]) -> None:

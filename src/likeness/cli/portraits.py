@@ -1,18 +1,24 @@
-"""Commands that make portraits, and say what a file or a model is."""
+"""Commands that generate images, and describe files and models."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import secrets
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
+from likeness.cli.output import exit_on_sigterm, image_names, save_image
 from likeness.cli.terminal import PathArgument, progress_bar, quiet_libraries, tell
-from likeness.types import InputError, PortraitRequest
+from likeness.types import DtypeName, InputError, PortraitRequest
+
+DTYPE_NAMES: dict[str, DtypeName] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+"""Number format in a recipe -> `--dtype`."""
+
+MOST_IMAGES = 1000
+"""Upper bound of `--count`."""
 
 
 def generate(
@@ -36,52 +42,59 @@ def generate(
     seed: int | None = None,
     count: int = 1,
     size: str | None = None,
-    out: Path | None = None,
+    upscale: bool = False,
+    force_size: bool = False,
+    out: str | None = None,
     format: Literal["png", "jpg", "webp"] = "png",
     metadata: bool = True,
-    device: str | None = None,
-    dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
+    device: str = "auto",
+    dtype: DtypeName = "auto",
     quantize: Literal["int8"] | None = None,
     offload: bool = False,
 ) -> None:
-    """Make portraits from words, a mask, a sketch or keypoints, in any combination.
+    """Generate face images from text, a mask, a sketch or keypoints, in any combination.
 
     Args:
-        prompt: What to show; without it and without a condition, any face.
-        negative_prompt: What to steer away from.
-        mask: Semantic mask; `likeness inspect` says what forms are read.
+        prompt: Text prompt. Without a prompt and a condition: any face.
+        negative_prompt: What the image should not show.
+        mask: Semantic mask; `likeness inspect` lists the supported forms.
         sketch: Dark lines on white.
         keypoints: 68 or 478 points (.json, .npy, .csv, .pts).
-        mask_scale: Strength of the mask; 0 is the same as leaving it out.
+        mask_scale: Strength of the mask; 0 is the same as no mask.
         sketch_scale: Strength of the sketch.
         keypoints_scale: Strength of the keypoints.
-        control_guidance_start: Fraction of the steps at which conditions begin to act.
-        control_guidance_end: Fraction of the steps at which they cease to act.
-        model: A bundled model, a folder of a model or an adapter, or a hub id.
-        base: The base model of an adapter, where it is not the one that the adapter names.
-        lora: LoRAs made for FLUX.1, files, folders or hub ids, each as FILE or FILE=STRENGTH.
-        lora_strict: Whether a LoRA that fits in part only is refused.
-        steps: Sampling steps; the model's own by default.
-        guidance_scale: How strongly the words act, 1 without guidance; the model's own by default.
-        seed: Seed of the first portrait, the next ones count up; random by default.
-        count: How many portraits.
-        size: Pixels, as 128 or 128x160 (width x height).
-        out: File to write, or its stem for several; the next free portrait-001 by default.
-        format: File format where `out` does not say.
-        metadata: Whether the file carries its recipe and the mark of generated media.
-        device: Where to compute, such as cuda; the CPU by default.
-        dtype: Number format of the computation.
-        quantize: Keep the matrices of FLUX.1's transformer in 8 bits.
-        offload: Keep on the accelerator only the part of the model that runs.
+        control_guidance_start: Fraction of the steps at which conditions start to act.
+        control_guidance_end: Fraction of the steps at which conditions stop acting.
+        model: Bundled model, folder of a model or an adapter, or hub id.
+        base: Base model of an adapter. Default: the one that the adapter names.
+        lora: LoRAs made for FLUX.1: files, folders or hub ids, each as FILE or FILE=STRENGTH.
+        lora_strict: Reject a LoRA that fits only in part.
+        steps: Sampling steps. Default: that of the model.
+        guidance_scale: Classifier-free guidance scale; 1 disables guidance. Default: that of the model.
+        seed: Seed of the first image; each further image uses the next seed. Default: random.
+        count: Number of images, at most 1000. Each is written as soon as it is made.
+        size: Size in pixels, as 128 or 128x160 (width x height): one that the model was trained at.
+        upscale: If the model was not trained at SIZE, generate at the nearest trained size and resample (Lanczos).
+        force_size: Generate at SIZE even if the model was not trained at it. Expect artifacts.
+        out: File, its stem for several images, or a folder (with a trailing slash it is created if missing). Default:
+            the current folder. In a folder, images get the next free name portrait-001, portrait-002, ...
+        format: File format if OUT has no suffix.
+        metadata: Write the recipe and the mark of generated media into the file.
+        device: Device, for example cuda or cpu. Default: automatic.
+        dtype: Number format: fp32, bf16 or fp16. Default: automatic, fp32 on a CPU, bf16 or fp16 on an accelerator.
+        quantize: Store the matrices of FLUX.1's transformer in 8 bits.
+        offload: Keep only the active part of the model on the accelerator.
     """
-    width, height = parse_size(size)
-    if count < 1:
-        raise InputError(f"--count is {count}; it must be at least 1")
+    from likeness.pipelines.sizes import parse_size
+
+    width, height = (None, None) if size is None else parse_size(size, "--size")
+    if not 1 <= count <= MOST_IMAGES:
+        raise InputError(f"--count is {count}; it must be from 1 to {MOST_IMAGES}")
     first = secrets.randbelow(2**31) if seed is None else seed
-    paths = output_paths(out, format, count)
     given = {"mask": mask, "sketch": sketch, "keypoints": keypoints}
     scales = {"mask": mask_scale, "sketch": sketch_scale, "keypoints": keypoints_scale}
     given = {name: path for name, path in given.items() if path is not None}
+    names, overwrite = image_names(out, format, count, given.values())
     request = PortraitRequest(
         prompt=prompt,
         negative_prompt=negative_prompt,
@@ -93,6 +106,8 @@ def generate(
         num_inference_steps=steps,
         width=width,
         height=height,
+        upscale=upscale,
+        force_size=force_size,
         seed=first,
     )
     # Conditions are read before the model is loaded: a wrong file should not cost a wait.
@@ -103,24 +118,30 @@ def generate(
     loras = [parse_lora(text) for text in lora]
 
     from likeness.pipelines.adapters import add_loras
+    from likeness.pipelines.generate import batches, resolve
     from likeness.pipelines.generate import generate as make
-    from likeness.pipelines.generate import resolve
     from likeness.pipelines.load import fingerprint as fingerprint_of
-    from likeness.pipelines.record import recipe_of, write_picture
+    from likeness.pipelines.record import recipe_of
 
     pipeline = load_pipeline(model, dtype, device, base, quantize, offload)
     tell([f"left out of the LoRA: {line}" for line in add_loras(pipeline, loras, strict=lora_strict)])
-    request = resolve(request, pipeline)
-    seeds = [first + index for index in range(count)]
-    with progress_bar("Generating") as advance:
-        pictures, notes = make(pipeline, request, seeds, advance)
-    tell(notes)
+    requests = [resolve(dataclasses.replace(request, seed=first + index), pipeline) for index in range(count)]
     fingerprint = fingerprint_of(pipeline) if metadata else ""
-    for picture, path, own in zip(pictures, paths, seeds, strict=True):
-        one = dataclasses.replace(request, seed=own)
-        named = {"model": model, "base": base, "quantize": quantize, "fingerprint": fingerprint}
-        write_picture(picture, path, recipe_of(one, pipeline, **named) if metadata else None)
-        print(f"{path}  seed {own}")
+    named: dict[str, Any] = {"model": model, "base": base, "quantize": quantize, "fingerprint": fingerprint}
+    told: set[str] = set()
+    with exit_on_sigterm(), progress_bar("Generating") as advance:
+        for done, batch in batches(requests, pipeline):
+            pictures, notes = make(
+                pipeline,
+                batch[0],
+                [one.seed for one in batch],
+                lambda step, steps, done=done, batch=batch: advance(done * steps + step * len(batch), count * steps),
+            )
+            tell([note for note in notes if note not in told])
+            told.update(notes)
+            for picture, one in zip(pictures, batch, strict=True):
+                recipe = recipe_of(one, pipeline, **named) if metadata else None
+                print(f"{save_image(picture, recipe, names, overwrite)}  seed {one.seed}", flush=True)
 
 
 def replay(
@@ -128,42 +149,47 @@ def replay(
     *,
     model: str | None = None,
     base: str | None = None,
-    out: Path | None = None,
+    out: str | None = None,
     device: str | None = None,
     offload: bool = False,
 ) -> None:
-    """Make a portrait again from the recipe inside its file, and say whether it is the same to the bit.
+    """Generate an image again from the recipe in its file, and report whether it is bit-identical.
 
     Args:
-        image: A picture that likeness made.
-        model: The model, where it now lies elsewhere.
-        base: The base model of an adapter, likewise.
-        out: Where to write the new picture.
-        device: Where to compute.
-        offload: Keep on the accelerator only the part of the model that runs.
+        image: An image that likeness generated.
+        model: The model, if it is stored elsewhere now.
+        base: The base model of an adapter, if it is stored elsewhere now.
+        out: File or folder to write the new image to.
+        device: Device, for example cuda or cpu. Default: that of the recipe if available, else automatic.
+        offload: Keep only the active part of the model on the accelerator.
     """
     import numpy as np
 
-    from likeness.pipelines.record import differences, read_recipe, request_of, write_picture
+    from likeness.pipelines.record import differences, read_recipe, request_of
 
     recipe, pixels = read_recipe(image)
     request = request_of(recipe)
+    request = dataclasses.replace(request, force_size=not request.upscale)  # accepted when the image was made
+    suffix = image.suffix.removeprefix(".")
+    names, overwrite = (iter(()), False) if out is None else image_names(out, suffix, 1, [image])
 
+    from likeness.device import choose_device
     from likeness.pipelines.adapters import act_again
     from likeness.pipelines.generate import generate as make
     from likeness.pipelines.generate import resolve
     from likeness.pipelines.load import fingerprint as fingerprint_of
 
-    dtype = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[recipe["environment"]["dtype"]]
+    made_on, own = recipe["environment"]["device"], choose_device("auto")
+    device = device or (made_on if made_on in ("cpu", own.partition(":")[0]) else own)
+    dtype = DTYPE_NAMES[recipe["environment"]["dtype"]]
     base = base or recipe.get("base")
     pipeline = load_pipeline(model or recipe["model"], dtype, device, base, recipe.get("quantize"), offload)
     act_again(pipeline, recipe.get("adapters", {}))
-    with progress_bar("Generating") as advance:
+    with exit_on_sigterm(), progress_bar("Generating") as advance:
         pictures, _ = make(pipeline, resolve(request, pipeline), [request.seed], advance)
-    again = np.asarray(pictures[0])
-    if out is not None:
-        write_picture(pictures[0], out, recipe)
-        print(out)
+        again = np.asarray(pictures[0])
+        if out is not None:
+            print(save_image(pictures[0], recipe, names, overwrite))
     circumstances = differences(recipe, pipeline, fingerprint_of(pipeline))
     tell(circumstances)
     if again.shape == pixels.shape and (again == pixels).all():
@@ -196,35 +222,32 @@ def inspect(
 
 
 def models() -> None:
-    """List the models that ship with the package."""
+    """List the bundled models with the sizes they were trained at."""
     import json
 
     from likeness.pipelines.catalogue import BUNDLED, bundled_models
+    from likeness.pipelines.sizes import format_sizes, trained_sizes
 
     for name in bundled_models():
         index = json.loads((BUNDLED / name / "model_index.json").read_text())
         config = json.loads((BUNDLED / name / "transformer" / "config.json").read_text())
-        size = index["defaults"]["size"]
         conditions = ", ".join(c for c in config["condition_names"] if c != "none")
-        print(f"{name}  {index['_class_name']}  {size}x{size}  text, {conditions}")
+        print(f"{name}  {index['_class_name']}  {format_sizes(trained_sizes(index))}  text, {conditions}")
 
 
 def load_pipeline(
     model: str,
-    dtype: str,
-    device: str | None,
+    dtype: DtypeName,
+    device: str,
     base: str | None = None,
     quantize: Literal["int8"] | None = None,
     offload: bool = False,
 ) -> Any:
-    """A pipeline in the wanted number format."""
-    import torch
-
+    """Load a pipeline for a command."""
     from likeness.pipelines.load import load
 
     quiet_libraries()
-    formats = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    return load(model, dtype=formats[dtype], device=device, base=base, quantize=quantize, offload=offload)
+    return load(model, dtype=dtype, device=device, base=base, quantize=quantize, offload=offload)
 
 
 def parse_lora(text: str) -> tuple[str, float]:
@@ -237,36 +260,3 @@ def parse_lora(text: str) -> tuple[str, float]:
     if not math.isfinite(found[1]):
         raise InputError(f"--lora is {text!r}; give a file, or a file and its strength as FILE=0.6")
     return found
-
-
-def parse_size(size: str | None) -> tuple[int | None, int | None]:
-    """`128` or `128x160` as (width, height)."""
-    if size is None:
-        return None, None
-    sides = size.lower().split("x")
-    if len(sides) > 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
-        raise InputError(f"--size is {size!r}; give pixels as 128 or as 128x160 (width x height)")
-    return int(sides[0]), int(sides[-1])
-
-
-def output_paths(out: Path | None, suffix: str, count: int) -> list[Path]:
-    """The files to write, checked before any work is done."""
-    from likeness.pipelines.formats import format_of
-
-    if out is None:
-        taken = {path.stem for path in Path().glob("portrait-*")}
-        free = (f"portrait-{number:03d}" for number in range(1, 10**6) if f"portrait-{number:03d}" not in taken)
-        paths = [Path(f"{next(free)}.{suffix}") for _ in range(count)]
-    else:
-        if out.is_dir():
-            raise InputError(f"cannot write {out}: it is a folder; name a file in it")
-        out = out if out.suffix else out.with_suffix(f".{suffix}")
-        format_of(out)
-        paths = [out] if count == 1 else [out.with_stem(f"{out.stem}-{number}") for number in range(1, count + 1)]
-    folder = paths[0].resolve().parent
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(f"cannot write {paths[0]}: {existing} is not a folder that can be written")
-    if folders := [path for path in paths if path.is_dir()]:
-        raise InputError(f"cannot write {folders[0]}: it is a folder; name a file")
-    return paths

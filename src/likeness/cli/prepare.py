@@ -178,7 +178,7 @@ def annotate(
     sketcher: Path | None = None,
     landmarker: Path | None = None,
     redo: tuple[Literal["mask", "sketch", "keypoints"], ...] = (),
-    device: str | None = None,
+    device: str = "auto",
 ) -> None:
     """Add masks, sketches and keypoints to a prepared folder where it lacks them.
 
@@ -191,7 +191,7 @@ def annotate(
         sketcher: U2-Net's weights, u2net_portrait.pth; without them an extractor that needs none draws.
         landmarker: MediaPipe's face_landmarker.task; without it no keypoints are added.
         redo: Conditions to make anew where another annotator made them; hand-made files stay.
-        device: Where parser and U2-Net run, such as cuda; the CPU by default.
+        device: Device of face parser and U2-Net, for example cuda or cpu. Default: automatic.
     """
     from likeness.data.folder import each_row
     from likeness.prepare.annotate import annotate_folder, makers_of
@@ -262,7 +262,7 @@ def encode(
     views: int = 1,
     precision: Literal["fp32", "bf16"] = "fp32",
     text_features: bool = False,
-    device: str | None = None,
+    device: str = "auto",
     why: Path | None = None,
 ) -> None:
     """Encode a prepared folder into training shards; run again after a change, it encodes what changed.
@@ -278,7 +278,7 @@ def encode(
             would have given them.
         precision: Precision of the autoencoder; bf16 is about three times as fast on a CPU.
         text_features: Encode the captions, too, so that training does not need to: for large text towers.
-        device: Where autoencoder and text towers run, such as cuda; the CPU by default.
+        device: Device of autoencoder and text encoders, for example cuda or cpu. Default: automatic.
         why: Encode nothing, but say why this picture or condition would be encoded again.
     """
     if why is not None:
@@ -322,7 +322,7 @@ def shards(
     components: Path | None = None,
     views: int = 1,
     precision: Literal["fp32", "bf16"] = "fp32",
-    device: str | None = None,
+    device: str = "auto",
 ) -> None:
     """From pictures in any known layout to training shards in one go: ingest, annotate and encode.
 
@@ -343,7 +343,7 @@ def shards(
         components: Folder with autoencoder and text tower; the bundled ones by default.
         views: Versions of each face, as `encode` makes them.
         precision: Precision of the autoencoder; bf16 is about three times as fast on a CPU.
-        device: Where parser and autoencoder run, such as cuda; the CPU by default.
+        device: Device of face parser and autoencoder, for example cuda or cpu. Default: automatic.
     """
     from likeness.annotators.landmarks import open_landmarker
     from likeness.pipelines.load import load_components

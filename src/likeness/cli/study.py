@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from likeness.cli.portraits import load_pipeline, parse_size
+from likeness.cli.portraits import load_pipeline
 from likeness.cli.terminal import progress_bar, tell
-from likeness.types import InputError, PortraitRequest
+from likeness.types import DtypeName, InputError, PortraitRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +42,13 @@ class Subject:
     seed: int = 0
     """Seed of the portrait."""
     size: str | None = None
-    """Pixels, as 128 or 128x160 (width x height)."""
-    device: str | None = None
-    """Where to compute, such as cuda; the CPU by default."""
-    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Number format of the computation."""
+    """Size in pixels, as 128 or 128x160 (width x height): one that the model was trained at."""
+    force_size: bool = False
+    """Generate at SIZE even if the model was not trained at it."""
+    device: str = "auto"
+    """Device, for example cuda or cpu. Default: automatic."""
+    dtype: DtypeName = "auto"
+    """Number format: fp32, bf16 or fp16. Default: automatic, fp32 on a CPU, bf16 or fp16 on an accelerator."""
 
 
 SubjectArgument = Annotated[Subject, tyro.conf.arg(name="")]
@@ -179,7 +181,9 @@ def cost(
 
 def prepare(subject: Subject) -> tuple[Any, PortraitRequest]:
     """The model and the request, with nothing left open."""
-    width, height = parse_size(subject.size)
+    from likeness.pipelines.sizes import parse_size
+
+    width, height = (None, None) if subject.size is None else parse_size(subject.size, "--size")
     given = {"mask": subject.mask, "sketch": subject.sketch, "keypoints": subject.keypoints}
     request = PortraitRequest(
         prompt=subject.prompt,
@@ -189,6 +193,7 @@ def prepare(subject: Subject) -> tuple[Any, PortraitRequest]:
         num_inference_steps=subject.steps,
         width=width,
         height=height,
+        force_size=subject.force_size,
         seed=subject.seed,
     )
     from likeness.conditions.request import read_conditions

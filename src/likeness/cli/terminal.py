@@ -56,6 +56,9 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    own = sys.stdout.isatty()  # rich would send stdout to stderr along with the bar
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=own
+    ) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

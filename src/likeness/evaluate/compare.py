@@ -31,8 +31,8 @@ IDENTITY = ("model", "fingerprint", "settings")
 """What is compared, so it may differ."""
 FOLLOWING = ("n", "train_n", "extractor")
 """What follows from the faces and from the extractor's hash; pairs are taken of the faces that both have."""
-UNKNOWN = ("steps", "guidance_scale")
-"""What pictures of another method do not tell."""
+UNKNOWN = ("steps", "guidance_scale", "device", "dtype")
+"""Parts of the protocol that images of another method, and evaluations of earlier versions, may lack."""
 JUDGES = ("face_parser", "text_image", "landmarker", "inception", "clip_large", "dinov2", "lpips", "topiq")
 CALLED = {
     "size": ("resolution", "extractor_hash"),

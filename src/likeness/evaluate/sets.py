@@ -99,8 +99,7 @@ def given_pictures(
     made = {
         "model": str(own[0].parent),
         "file_format": ", ".join(sorted({file.suffix.lower().lstrip(".") for file in own})),
-        "steps": None,
-        "guidance_scale": None,
+        **dict.fromkeys(("steps", "guidance_scale", "device", "dtype")),
     }
     return Sets(portraits={protocol.given[0]: [own]}, ceiling=ceiling, size=size, made=made)
 
@@ -143,6 +142,8 @@ def made_portraits(
         "file_format": "png",
         "steps": steps,
         "guidance_scale": float(guidance),
+        "device": pipeline._execution_device.type,
+        "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
     }
     claim(out, {**made, "model": None, "caption": protocol.caption, "faces": str(folder.resolve())})
     faults |= make_portraits(pipeline, faces, protocol, out, model=model, fingerprint=fingerprint, report=report)

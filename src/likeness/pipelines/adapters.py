@@ -26,6 +26,7 @@ from likeness.files import first_line, read_json, write_whole
 from likeness.models.mditface import MDiTFaceTransformer
 from likeness.models.tied_weights import NEW, lora_targets
 from likeness.pipelines.catalogue import ADAPTER
+from likeness.pipelines.sizes import ANY
 from likeness.types import InputError
 
 WEIGHTS = "adapter.safetensors"
@@ -137,6 +138,8 @@ def load_adapter(pipeline: Any, folder: str | Path) -> None:
             if name.startswith(NEW):
                 transformer.get_parameter(name).copy_(value)
     pipeline.register_to_config(defaults={**pipeline.config.defaults, **adapter.defaults})
+    if "size" in adapter.defaults:  # FLUX.1 generates at any size, its conditions were trained at this one
+        pipeline.register_to_config(sizes=None)
 
 
 def unload_adapter(pipeline: Any) -> None:
@@ -145,6 +148,7 @@ def unload_adapter(pipeline: Any) -> None:
     if NAME not in getattr(transformer, "peft_config", {}):
         return
     transformer.delete_adapters(NAME)
+    pipeline.register_to_config(sizes=ANY)
     set_conditions(transformer, {"condition_names": ()}, transformer.condition_embed.weight[:0])
 
 

@@ -7,6 +7,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from likeness.pipelines.sizes import ANY, trained_sizes
 from likeness.types import InputError
 
 
@@ -97,9 +98,14 @@ def spread(
     return prompts, negatives, images
 
 
-def check_settings(condition_resize: str, defaults: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    """Refuse settings of a checkpoint that would be taken for others, or for nothing, in silence."""
+def check_settings(
+    condition_resize: str, defaults: Mapping[str, Any], known: Mapping[str, Any], sizes: Sequence[str] | str | None
+) -> None:
+    """Reject invalid settings of a checkpoint. Raises `InputError`."""
     if condition_resize not in ("exact", "lanczos"):
         raise InputError(f"condition_resize is {condition_resize!r}; choose exact or lanczos")
     if unknown := [name for name in defaults if name not in known]:
         raise InputError(f"the checkpoint's defaults have an unknown {unknown[0]!r}; there are {', '.join(known)}")
+    if sizes is not None and sizes != ANY and (isinstance(sizes, str) or not sizes):
+        raise InputError(f'the checkpoint\'s sizes are {sizes!r}; give a list such as ["128x128"], or "{ANY}"')
+    trained_sizes({"sizes": sizes, "defaults": {**known, **defaults}})

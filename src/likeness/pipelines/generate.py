@@ -3,35 +3,58 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 
 from likeness.conditions.request import read_conditions
+from likeness.pipelines.sizes import generation_size
 from likeness.types import InputError, PortraitRequest
 
 SEED_LIMIT = 2**63
 
+BATCH = 4
+"""Images of a batch on an accelerator."""
+
 
 def resolve(request: PortraitRequest, pipeline: Any) -> PortraitRequest:
-    """The request with nothing left open: conditions read, the checkpoint's own values where it said none.
+    """Complete a request: read its conditions, and take the checkpoint's defaults for what it leaves open.
 
     Raises:
-        InputError: a condition cannot be read, or the seed is out of range.
+        InputError: a condition cannot be read, the seed is out of range, or the model was not trained at the size.
     """
     if not isinstance(request.seed, int) or not 0 <= request.seed < SEED_LIMIT:
         raise InputError(f"the seed is {request.seed}; it must be a whole number from 0 to 2^63 - 1")
     defaults = pipeline.config.defaults
     request, _ = read_conditions(request)
+    width, height = request.width or defaults["size"], request.height or defaults["size"]
+    generation_size(pipeline.config, (width, height), upscale=request.upscale, force_size=request.force_size)
     return dataclasses.replace(
         request,
         guidance_scale=float(defaults["guidance_scale"] if request.guidance_scale is None else request.guidance_scale),
         num_inference_steps=defaults["steps"] if request.num_inference_steps is None else request.num_inference_steps,
-        height=request.height or defaults["size"],
-        width=request.width or defaults["size"],
+        height=height,
+        width=width,
     )
+
+
+def batches(requests: Sequence[PortraitRequest], pipeline: Any) -> Iterator[tuple[int, Sequence[PortraitRequest]]]:
+    """Split requests into batches that run together, so that images can be stored as they are made.
+
+    On a CPU a batch is a single image: several would take as long and share nothing.
+
+    Args:
+        requests: what `resolve` returned, equal but for their seeds.
+        pipeline: the pipeline that generates them.
+
+    Yields:
+        How many images the earlier batches have, and the requests of this one.
+    """
+    size = 1 if pipeline._execution_device.type == "cpu" else BATCH
+    for start in range(0, len(requests), size):
+        yield start, requests[start : start + size]
 
 
 def generate(
@@ -60,6 +83,8 @@ def generate(
         dict(request.control_image),
         height=request.height,
         width=request.width,
+        upscale=request.upscale,
+        force_size=request.force_size,
         num_inference_steps=request.num_inference_steps,
         guidance_scale=request.guidance_scale,
         conditioning_scale=dict(request.conditioning_scale),

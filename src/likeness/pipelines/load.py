@@ -23,11 +23,13 @@ from likeness.annotators.labels import classes_of
 from likeness.annotators.sketch import DRAWING, extract_sketch
 from likeness.annotators.u2net import draw_sketch, load_u2net
 from likeness.conditions.classes import CLASSES
+from likeness.device import choose_device, choose_dtype
 from likeness.encoders.text import encode_text, encode_text_flux
 from likeness.files import first_line, read_json
 from likeness.pipelines.catalogue import ADAPTER, BUNDLED, COMMON, DEFAULT, bundled_models
 from likeness.pipelines.packed import PACKED, load_packed
-from likeness.types import InputError, TextFeatures
+from likeness.pipelines.sizes import ANY
+from likeness.types import DtypeName, InputError, TextFeatures
 
 PIPELINES = {
     "MMFacePipeline": "likeness.pipelines.mmface",
@@ -54,32 +56,37 @@ SCHNELL = {"steps": 4, "guidance_scale": 1.0}
 def load(
     source: str | Path = DEFAULT,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | DtypeName = torch.float32,
     device: str | None = None,
     base: str | Path | None = None,
     quantize: Literal["int8"] | None = None,
     offload: bool = False,
 ) -> Any:
-    """A ready pipeline.
+    """Load a pipeline.
+
+    Like diffusers' `from_pretrained`, it stays on the CPU in float32 unless told otherwise, so that images do not
+    depend on the machine; `load(device="auto", dtype="auto")` chooses as the command line does.
 
     Args:
-        source: name of a bundled model, a folder of a pipeline or an adapter, or a hub id (`owner/name`, downloaded
-            once).
-        dtype: float32, float16 or bfloat16.
-        device: where to put it; None leaves it on the CPU.
-        base: the base model of an adapter, where it is not the one that the adapter names.
-        quantize: keep the matrices of FLUX.1's transformer in 8 bits, one scale a row, widened when they are used
-            (torchao): half of bf16's memory, nearly the same portraits. Needs `likeness[quantize]`.
-        offload: keep on the accelerator only the part that runs, text towers, transformer or autoencoder, and the
-            others in main memory.
+        source: Name of a bundled model, folder of a pipeline or an adapter, or hub id (`owner/name`, downloaded once).
+        dtype: float32, float16 or bfloat16; "auto" takes float32 on a CPU, and on an accelerator bfloat16 if it
+            supports that, else float16.
+        device: Device, for example "cuda" or "cpu"; "auto" takes CUDA, MPS or XPU if present, else the CPU. Default:
+            the CPU, with `offload` "auto".
+        base: Base model of an adapter. Default: the one that the adapter names.
+        quantize: Store the matrices of FLUX.1's transformer in 8 bits with one scale per row, dequantized when used
+            (torchao): half of bf16's memory, nearly the same images. Requires `likeness[quantize]`.
+        offload: Keep only the active part (text encoders, transformer or autoencoder) on the accelerator and the others
+            in main memory.
 
     Raises:
-        InputError: there is no such model, or its folder is broken; the sentence names the file. What is quantized is
-            not FLUX.1, or torchao is missing. There is no accelerator to offload from.
+        InputError: The model is unknown or its folder is broken (the message names the file), the device is not
+            available, `offload` without an accelerator, or `quantize` for a model other than FLUX.1 or without torchao.
     """
-    check_device(device)
-    if offload and (device == "cpu" or not torch.accelerator.is_available()):
-        raise InputError("there is nothing to offload from: parts are moved to an accelerator, and there is none")
+    device = choose_device("auto" if offload and device is None else device)
+    if offload and device == "cpu":
+        raise InputError("Offload requires an accelerator, but the device is the CPU: leave offload out")
+    dtype = choose_dtype(dtype, device)
     folder = find(source)
     if (folder / ADAPTER).is_file():
         from likeness.pipelines.adapters import load_adapter, read_adapter
@@ -93,19 +100,10 @@ def load(
         raise InputError(f"{folder} is no adapter, so it takes no base model such as {base}")
     if offload:
         pipeline.enable_model_cpu_offload(device=device)
-    elif device is not None:
+    elif device != "cpu":
         pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def check_device(device: str | None) -> None:
-    """Refuse a device that this machine, or this build of PyTorch, does not have; None is the CPU."""
-    try:
-        torch.empty(0, device=device or "cpu")
-    except (RuntimeError, AssertionError) as error:
-        what = f"there is no device {device} here: {first_line(error)}"
-        raise InputError(f"{what}; leave it out to run on the CPU") from error
 
 
 def load_folder(
@@ -151,7 +149,8 @@ def begin_from_flux(
 
     options = {"condition_names": (), **network, **({"quantization_config": int8_weights()} if quantize else {})}
     transformer = MDiTFaceTransformer.from_pretrained(folder / "transformer", dtype=dtype, **options)
-    return {"transformer": transformer, "defaults": {} if transformer.config.guidance_embeds else SCHNELL}
+    defaults = {} if transformer.config.guidance_embeds else SCHNELL
+    return {"transformer": transformer, "defaults": defaults, "sizes": ANY}
 
 
 def int8_weights() -> Any:
@@ -348,19 +347,22 @@ def checkpoint_file(source: str | Path, name: str) -> Path:
 
 
 def load_sketcher(weights: Path | None = None, *, device: str | None = None) -> tuple[Sketcher, str]:
-    """What draws a portrait, and the name under which it is recorded.
+    """Load a sketch extractor.
 
     Args:
-        weights: U2-Net's, as `likeness.annotators.u2net` reads them; None takes the extractor that needs none.
-        device: where U2-Net runs; None is the CPU.
+        weights: Weights of U2-Net, as `likeness.annotators.u2net` reads them. Default: XDoG, which needs none.
+        device: Device of U2-Net, as in `choose_device`.
+
+    Returns:
+        The extractor, and the name under which its sketches are recorded.
 
     Raises:
-        InputError: the weights cannot be used.
+        InputError: The weights cannot be used, or the device is not available.
     """
-    check_device(device)
+    place = choose_device(device)
     if weights is None:
         return extract_sketch, f"XDoG {DRAWING}"
-    network = load_u2net(weights).to(device or "cpu")
+    network = load_u2net(weights).to(place)
     return lambda picture: draw_sketch(network, picture), network_name(network)
 
 

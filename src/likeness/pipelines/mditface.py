@@ -51,6 +51,8 @@ class MDiTFacePipeline(PortraitPipeline, FluxLoraLoaderMixin):
         max_text_tokens: length captions are padded to.
         condition_resize: `exact` never blends labels; `lanczos` resizes rendered conditions as pictures.
         defaults: `size`, `steps`, `guidance_scale`, `guidance_interval` of this checkpoint.
+        sizes: Sizes it was trained at, width x height, for example ["128x128"], or "any". Default: a square of
+            `defaults["size"]`.
 
     Raises:
         InputError: the transformer is not ours, or a T5 encoder comes without its tokenizer.
@@ -76,9 +78,10 @@ class MDiTFacePipeline(PortraitPipeline, FluxLoraLoaderMixin):
         max_text_tokens: int = 512,
         condition_resize: str = "exact",
         defaults: dict[str, Any] | None = None,
+        sizes: list[str] | str | None = None,
     ) -> None:
         super().__init__()
-        check_settings(condition_resize, defaults or {}, DEFAULTS)
+        check_settings(condition_resize, defaults or {}, DEFAULTS, sizes)
         if not isinstance(transformer, MDiTFaceTransformer):
             raise InputError(
                 f"the transformer is a {type(transformer).__name__}: load FLUX.1 with likeness.load(folder), or pass "
@@ -104,6 +107,7 @@ class MDiTFacePipeline(PortraitPipeline, FluxLoraLoaderMixin):
             max_text_tokens=max_text_tokens,
             condition_resize=condition_resize,
             defaults={**DEFAULTS, **(defaults or {})},
+            sizes=sizes,
         )
         self.loras: dict[str, dict[str, Any]] = {}  # how each was loaded: a picture's recipe says so
 

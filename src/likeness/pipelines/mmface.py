@@ -62,6 +62,8 @@ class MMFacePipeline(PortraitPipeline):
         condition_resize: `exact` never blends labels; `lanczos` resizes rendered conditions as pictures, which the
             released weights were trained with.
         defaults: `size`, `steps`, `guidance_scale`, `guidance_interval` of this checkpoint.
+        sizes: Sizes it was trained at, width x height, for example ["128x128"], or "any". Default: a square of
+            `defaults["size"]`.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -81,9 +83,10 @@ class MMFacePipeline(PortraitPipeline):
         max_text_tokens: int = 77,
         condition_resize: str = "exact",
         defaults: dict[str, Any] | None = None,
+        sizes: list[str] | str | None = None,
     ) -> None:
         super().__init__()
-        check_settings(condition_resize, defaults or {}, DEFAULTS)
+        check_settings(condition_resize, defaults or {}, DEFAULTS, sizes)
         self.register_modules(
             transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler
         )
@@ -95,6 +98,7 @@ class MMFacePipeline(PortraitPipeline):
             max_text_tokens=max_text_tokens,
             condition_resize=condition_resize,
             defaults={**DEFAULTS, **(defaults or {})},
+            sizes=sizes,
         )
 
     @property

@@ -33,6 +33,7 @@ from likeness.objectives.flow import dynamic_shift
 from likeness.pipelines.arguments import interval_of, number, own_steps, spread, whole_number
 from likeness.pipelines.guidance import Control
 from likeness.pipelines.output import PortraitOutput
+from likeness.pipelines.sizes import format_sizes, generation_size, trained_sizes
 from likeness.types import InputError, TextFeatures
 
 
@@ -105,6 +106,8 @@ class PortraitPipeline(DiffusionPipeline):
         *,
         height: int | None = None,
         width: int | None = None,
+        upscale: bool = False,
+        force_size: bool = False,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
@@ -128,8 +131,13 @@ class PortraitPipeline(DiffusionPipeline):
             negative_prompt: what to steer away from, likewise.
             control_image: condition name -> a path, image, array or tensor (`likeness.conditions`), or a list of them,
                 one a prompt, with None where a picture has no such condition.
-            height: pixels, a multiple of the autoencoder's factor times the patch size; None: the checkpoint's size.
-            width: likewise.
+            height: Pixels. The size must be one that the checkpoint was trained at (`pipeline.config.sizes`). Default:
+                the checkpoint's default size.
+            width: Pixels, as `height`.
+            upscale: Whether to generate at the nearest trained size with the same aspect ratio and resample (Lanczos)
+                if the checkpoint was not trained at this size.
+            force_size: Whether to generate at this size although the checkpoint was not trained at it. Both sides must
+                be multiples of the autoencoder's factor times the patch size.
             num_inference_steps: steps of the sampler, at least 1.
             guidance_scale: text guidance g in v = u + g (t - u); 1 switches it off. A guidance-distilled network is
                 given g instead.
@@ -163,6 +171,14 @@ class PortraitPipeline(DiffusionPipeline):
         )
         guidance = number(defaults["guidance_scale"] if guidance_scale is None else guidance_scale, "guidance_scale")
         interval = interval_of(defaults["guidance_interval"] if guidance_interval is None else guidance_interval)
+        notes: list[str] = []
+        size = width, height  # of the images that are returned
+        width, height = generation_size(self.config, size, upscale=upscale, force_size=force_size)
+        if force_size and (sizes := trained_sizes(self.config)) and size not in sizes:
+            trained = format_sizes(sizes)
+            notes.append(f"warning: the model was trained at {trained}, not at {width}x{height}: expect artifacts")
+        if (width, height) != size and output_type == "latent":
+            raise InputError("latents cannot be upscaled: choose another output_type, or leave upscale out")
         prompts, negatives, images = spread(prompt, negative_prompt, control_image, num_images_per_prompt)
         self.check_family(negatives)
         self.check_inputs(height, width, steps, guidance, output_type, callback_on_step_end_tensor_inputs)
@@ -172,7 +188,6 @@ class PortraitPipeline(DiffusionPipeline):
         self._interrupt = False
 
         # 2. Encode text and conditions, each distinct one once
-        notes: list[str] = []
         texts = list(dict.fromkeys([*prompts, *negatives]))
         text = self.encode_prompts(texts, prompts, notes)
         condition_latents, condition_rows, conditions = self.encode_conditions(images, height, width, notes)
@@ -234,7 +249,7 @@ class PortraitPipeline(DiffusionPipeline):
                 progress.update()
 
         # 6. Decode
-        images_out = self.decode(latents, output_type)
+        images_out = self.decode(latents, output_type, size)
         self.maybe_free_model_hooks()
         return PortraitOutput(images=images_out, notes=notes) if return_dict else (images_out,)
 
@@ -261,8 +276,8 @@ class PortraitPipeline(DiffusionPipeline):
         if height % unit or width % unit or min(height, width) < unit:
             near = [max(unit, round(side / unit) * unit) for side in (width, height)]
             raise InputError(
-                f"the size {width}x{height} cannot be made: both sides must be multiples of {unit}; "
-                f"the nearest is {near[0]}x{near[1]}"
+                f"Size {width}x{height} is not supported: both sides must be multiples of {unit}. "
+                f"Nearest: {near[0]}x{near[1]}"
             )
         if steps < 1:
             raise InputError(f"the number of steps is {steps}; it must be a whole number of at least 1")
@@ -391,11 +406,13 @@ class PortraitPipeline(DiffusionPipeline):
         """The autoencoder with this checkpoint's latent statistics."""
         return LatentCodec(self.vae, self.config.latent_mean, self.config.latent_std)
 
-    def decode(self, latents: Tensor, output_type: str = "pil") -> Any:
-        """Latents [B, C, h, w] as pictures of the given type."""
+    def decode(self, latents: Tensor, output_type: str = "pil", size: tuple[int, int] | None = None) -> Any:
+        """Decode latents [B, C, h, w] to images of the given type, of `size` (width, height) if that differs."""
         if output_type == "latent":
             return latents
         pictures = self.codec.decode(latents)  # [B, 3, H, W]
+        if size is not None and size != (pictures.shape[-1], pictures.shape[-2]):
+            pictures = resample(pictures, *size)
         if output_type == "pt":
             return pictures.add(1).div(2).clamp(0, 1)
         if output_type == "np":
@@ -416,3 +433,10 @@ def render(condition: Condition, raw: np.ndarray, height: int, width: int, resiz
     picture = picture.resize(size, Image.Resampling.LANCZOS)
     left, top = (picture.width - width) // 2, (picture.height - height) // 2
     return np.asarray(picture.crop((left, top, left + width, top + height)))
+
+
+def resample(images: Tensor, width: int, height: int) -> Tensor:
+    """Resample images [B, 3, H, W] to [B, 3, height, width] with Pillow's Lanczos filter, in float32 on the CPU."""
+    channels = [Image.fromarray(channel) for channel in images.flatten(0, 1).float().cpu().numpy()]
+    resized = [np.asarray(channel.resize((width, height), Image.Resampling.LANCZOS)) for channel in channels]
+    return torch.from_numpy(np.stack(resized)).unflatten(0, (-1, 3)).to(images.device)  # [B, 3, height, width]

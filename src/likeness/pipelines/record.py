@@ -25,7 +25,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from likeness.conditions.base import Reading
-from likeness.files import write_whole
+from likeness.files import writing_whole
 from likeness.pipelines.adapters import acting
 from likeness.pipelines.formats import format_of
 from likeness.types import InputError, PortraitRequest
@@ -92,6 +92,7 @@ def recipe_of(
         "steps": request.num_inference_steps,
         "width": request.width,
         "height": request.height,
+        **({"upscale": True} if request.upscale else {}),
         "seed": request.seed,
         "environment": environment(pipeline),
     }
@@ -112,10 +113,12 @@ def environment(pipeline: Any) -> dict[str, Any]:
 
 
 def settings_hash(pipeline: Any) -> str:
-    """Hash of what shapes a picture beside request and weights: objective, latent statistics, guidance interval."""
+    """Hash the settings that affect an image in addition to request and weights, such as objective and latent
+    statistics. `sizes` is left out: it decides which requests are accepted.
+    """
     parts = pipeline.components  # weights have a hash of their own
     values = {
-        "pipeline": {name: value for name, value in pipeline.config.items() if name not in parts},
+        "pipeline": {name: value for name, value in pipeline.config.items() if name not in {*parts, "sizes"}},
         "scheduler": dict(pipeline.scheduler.config),
     }
     public = {part: {k: v for k, v in found.items() if not k.startswith("_")} for part, found in values.items()}
@@ -160,6 +163,7 @@ def request_of(recipe: Mapping[str, Any]) -> PortraitRequest:
             num_inference_steps=recipe["steps"],
             width=recipe["width"],
             height=recipe["height"],
+            upscale=recipe.get("upscale", False),
             seed=recipe["seed"],
         )
     except (KeyError, TypeError, AttributeError) as error:
@@ -223,16 +227,20 @@ def xmp_packet(recipe: Mapping[str, Any]) -> str:
     )
 
 
-def write_picture(picture: Image.Image, path: Path, recipe: Mapping[str, Any] | None) -> None:
-    """Write a picture with its record, whole or not at all.
+def write_picture(
+    picture: Image.Image, path: Path, recipe: Mapping[str, Any] | None, *, overwrite: bool = True
+) -> None:
+    """Write an image with its recipe atomically.
 
     Args:
-        picture: the picture.
-        path: where; the suffix chooses PNG, JPEG or WebP (lossless).
+        picture: the image.
+        path: the file; its suffix selects PNG, JPEG or WebP (lossless).
         recipe: its recipe, or None to write pixels only.
+        overwrite: whether to replace an existing file.
 
     Raises:
         InputError: the suffix is unknown, the recipe too long for the format, or the file cannot be written.
+        FileExistsError: the file exists, and `overwrite` is False.
     """
     kind = format_of(path)
     options: dict[str, Any] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
@@ -257,7 +265,8 @@ def write_picture(picture: Image.Image, path: Path, recipe: Mapping[str, Any] | 
         raise InputError(
             f"the recipe of {path} is too long for a {kind}: write a .png, or use --no-metadata"
         ) from error
-    write_whole(path, buffer.getvalue())
+    with writing_whole(path, overwrite=overwrite) as file:
+        file.write(buffer.getvalue())
 
 
 def without_data(recipe: Mapping[str, Any]) -> dict[str, Any]:

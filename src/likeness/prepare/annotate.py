@@ -23,8 +23,9 @@ from likeness.annotators.face_parser import Translated, parse_faces, sides_excha
 from likeness.annotators.landmarks import Landmarker, landmarker_name, open_landmarker
 from likeness.conditions.pictures import MADE_BY, mask_picture, png_bytes
 from likeness.data.folder import CONDITION_FILES, METADATA, column_of, condition_file, each_row, line_of, read_photo
+from likeness.device import choose_device
 from likeness.files import write_whole, writing_whole
-from likeness.pipelines.load import check_device, checkpoint_file, load_face_parser, load_sketcher, network_name
+from likeness.pipelines.load import checkpoint_file, load_face_parser, load_sketcher, network_name
 from likeness.prepare.faults import splits_of
 from likeness.types import InputError
 
@@ -70,7 +71,7 @@ def annotate_folder(
         sketcher: U2-Net's weights; None draws by the extractor that needs none.
         landmarker: MediaPipe's `face_landmarker.task`; None adds no keypoints.
         redo: conditions of which to make anew what another annotator made.
-        device: where parser and U2-Net run; None is the CPU.
+        device: Device of face parser and U2-Net, as in `likeness.device.choose_device`.
         progress: called as (faces done, faces in all).
 
     Returns:
@@ -198,8 +199,7 @@ def makers_of(rows: Iterable[dict[str, Any]]) -> dict[str, Counter[str]]:
 def mask_annotator(source: str | Path, *, exchanged: bool = False, device: str | None = None) -> Annotator:
     """Palette PNGs by a face parser."""
     network, size = load_face_parser(source, exchanged=exchanged)
-    check_device(device)
-    network.to(device or "cpu")
+    network.to(choose_device(device))
     made_by = network_name(network)
     together = max(1, TOGETHER * 192**2 // size**2)
 

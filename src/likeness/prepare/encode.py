@@ -22,8 +22,9 @@ from likeness.conditions import CONDITIONS
 from likeness.data.ahead import read_ahead
 from likeness.data.folder import METADATA, captions_of, column_of, read_photo, root_of
 from likeness.data.store import IMAGE, LOG_VARIANCE, MANIFEST, read_manifest, write_manifest, write_part
+from likeness.device import choose_device
 from likeness.encoders.latent import LatentCodec, spatial_factor, to_tensor
-from likeness.pipelines.load import Components, check_device
+from likeness.pipelines.load import Components
 from likeness.prepare.pool import LATENTS, TEXT, Pool, Table
 from likeness.prepare.sources import FILES, Hashes, Plan, each_block, hash_file, write_rows
 from likeness.types import InputError
@@ -76,7 +77,7 @@ def encode_folder(
             conditions are varied (`likeness.conditions.vary`).
         precision: of the autoencoder; latents are stored as float16. bf16 is about three times as fast on a CPU.
         text_features: whether to encode captions, too; a store that has their features keeps having them.
-        device: where autoencoder and text towers run, such as cuda, one for each process; None is the CPU.
+        device: Device of autoencoder and text encoders, as in `likeness.device.choose_device`.
         share: (number of this process, number of processes).
         shard_bytes: bytes of latents or text features a file.
         progress: called as (faces done, faces in all), for pictures and then for captions.
@@ -95,9 +96,7 @@ def encode_folder(
     if views < 1:
         raise InputError(f"views is {views}: every face needs at least one")
     root = root_of(folder)
-    place = device or "cpu"
-    place = f"cuda:{share[0] % max(1, torch.cuda.device_count())}" if place == "cuda" else place
-    check_device(place)
+    place = choose_device(device)
     trial = torch.zeros(1, 3, 2 * factor, 2 * factor, device=place)
     vae = components.vae.to(device=place, memory_format=torch.channels_last)
     codec = LatentCodec(vae, together=True)

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from likeness.device import choose_device
 from likeness.files import first_line
-from likeness.pipelines.load import check_device
 from likeness.prepare.caption.models import ANSWER_TOKENS, Answer, Model, Question
 from likeness.types import InputError
 
@@ -25,7 +25,7 @@ def open_vision_model(checkpoint: str, device: str | None = None) -> Model:
 
     Args:
         checkpoint: hub name or folder; nothing of its own code is run.
-        device: where it runs; None is the CPU.
+        device: Device, as in `likeness.device.choose_device`.
 
     Raises:
         InputError: it cannot be loaded, needs torchvision, or has no chat template.
@@ -55,7 +55,7 @@ def open_language_model(checkpoint: str, device: str | None = None) -> Model:
 
     Args:
         checkpoint: hub name or folder; nothing of its own code is run.
-        device: where it runs; None is the CPU.
+        device: Device, as in `likeness.device.choose_device`.
 
     Raises:
         InputError: it cannot be loaded or has no chat template.
@@ -122,10 +122,10 @@ def checkpoint_name(given: str) -> str:
 
 
 def load_network(kind: Any, checkpoint: str, device: str | None) -> Any:
-    """The network of a checkpoint, in its own precision, on a device."""
-    check_device(device)
+    """Load the network of a checkpoint in the dtype it was saved in."""
+    place = choose_device(device)
     try:
-        network = kind.from_pretrained(checkpoint, dtype="auto").to(device or "cpu").eval()
+        network = kind.from_pretrained(checkpoint, dtype="auto").to(place).eval()
     except Exception as error:  # hub, files and safetensors have many ways to say no
         raise InputError(f"the model {checkpoint} cannot be loaded: {first_line(error)}") from error
     network.generation_config.temperature = network.generation_config.top_p = network.generation_config.top_k = None

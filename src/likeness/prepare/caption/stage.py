@@ -381,7 +381,7 @@ def open_model(
         name: of the model at an endpoint.
         fields: JSON of further fields of an endpoint's requests.
         key_variable: environment variable of an endpoint's key.
-        device: where a checkpoint runs; None is the CPU.
+        device: Device of a checkpoint, as in `likeness.device.choose_device`.
 
     Raises:
         InputError: it cannot be opened, or an option belongs to endpoints only.

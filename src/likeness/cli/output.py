@@ -1,0 +1,91 @@
+"""Where the images of a command go: names that never hit an input or another process's image, written one by one."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from likeness.pipelines.formats import format_of
+from likeness.types import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def image_names(out: str | None, suffix: str, count: int, inputs: Iterable[Path]) -> tuple[Iterator[Path], bool]:
+    """Choose the names of images. Called before any work is done, so that a wrong `--out` costs no wait.
+
+    Args:
+        out: a folder (one that exists, or any name with a trailing slash), a file, or for several images its stem. None
+            is the current folder.
+        suffix: file format in a folder, and of a file without a suffix.
+        count: number of images.
+        inputs: files and folders that the command reads.
+
+    Returns:
+        The names in order, and whether an existing file is overwritten. In a folder these are all portrait-001,
+        portrait-002, ... that are free: more than `count`, since other processes may take some in the meantime.
+
+    Raises:
+        InputError: the folder cannot be written, the file format is unknown, or an input would be overwritten.
+    """
+    if out is None or out.endswith(("/", os.sep)) or Path(out).is_dir():
+        folder = Path(out or ".")
+        check_writable(folder)
+        return free_names(folder, suffix), False
+    file = Path(out)
+    file = file if file.suffix else file.with_suffix(f".{suffix}")
+    format_of(file)
+    names = [file] if count == 1 else [file.with_stem(f"{file.stem}-{number}") for number in range(1, count + 1)]
+    check_writable(file.parent)
+    if folders := [name for name in names if name.is_dir()]:
+        raise InputError(f"Cannot write {folders[0]}: it is a folder")
+    read = [file for given in inputs for file in (given.iterdir() if given.is_dir() else [given]) if file.exists()]
+    for name in filter(Path.exists, names):
+        if same := [file for file in read if name.samefile(file)]:
+            raise InputError(f"--out would overwrite the input {same[0]}. Choose another name than {name}")
+    return iter(names), True
+
+
+def free_names(folder: Path, suffix: str) -> Iterator[Path]:
+    """Yield portrait-001, portrait-002, ... without the numbers that the folder already contains in any format."""
+    taken = {path.stem for path in folder.glob("portrait-*")}
+    stems = (f"portrait-{number:03d}" for number in itertools.count(1))
+    return (folder / f"{stem}.{suffix}" for stem in stems if stem not in taken)
+
+
+def check_writable(folder: Path) -> None:
+    """Reject a folder that cannot be written or created. Raises `InputError`."""
+    folder = folder.resolve()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f"Cannot write to {folder}: {existing} is not a writable folder")
+
+
+def save_image(image: Image.Image, recipe: Mapping[str, Any] | None, names: Iterator[Path], overwrite: bool) -> Path:
+    """Write an image under the next of the names that is free, and return that."""
+    from likeness.pipelines.record import write_picture
+
+    for name in names:
+        try:
+            write_picture(image, name, recipe, overwrite=overwrite)
+        except FileExistsError:  # another process was faster
+            continue
+        return name
+    raise AssertionError("fewer names than images")
+
+
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Exit on SIGTERM with code 143 as Python exits on Ctrl-C: temporary files are removed, finished images stay."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

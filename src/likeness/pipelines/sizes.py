@@ -1,0 +1,86 @@
+"""The image sizes that a model was trained at, and what happens to a request for another one. No torch here.
+
+A network produces faces at the sizes it was trained at and texture at others, so other sizes are rejected. The caller
+chooses the alternative: resample an image of a trained size (`upscale`), or generate anyway (`force_size`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from likeness.types import InputError
+
+ANY = "any"
+"""Value of `sizes` of a model without preferred sizes, such as FLUX.1."""
+
+LARGEST_SIDE = 4096
+"""Largest side of a resampled image, in pixels."""
+
+
+def parse_size(text: str, name: str = "size") -> tuple[int, int]:
+    """Parse `128` or `128x160` as (width, height) in pixels.
+
+    Raises:
+        InputError: the text has another form.
+    """
+    sides = str(text).lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and side.isascii() and int(side) > 0 for side in sides):
+        raise InputError(f"{name} is {text!r}; give pixels as 128 or as 128x160 (width x height)")
+    return int(sides[0]), int(sides[-1])
+
+
+def trained_sizes(config: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Return the trained sizes of a pipeline as (width, height); an empty list if it generates at any size.
+
+    Args:
+        config: configuration of a pipeline. Its `sizes` is a list such as ["128x128"], or "any". Folders written before
+            that field existed have none: they were trained at their default size, a square.
+    """
+    sizes = config.get("sizes")
+    if sizes == ANY:
+        return []
+    return [parse_size(size, "sizes") for size in sizes or [config["defaults"]["size"]]]
+
+
+def format_sizes(sizes: Sequence[tuple[int, int]]) -> str:
+    """Write sizes as in `128x128, 128x160`."""
+    return ", ".join(f"{width}x{height}" for width, height in sizes)
+
+
+def generation_size(
+    config: Mapping[str, Any], size: tuple[int, int], *, upscale: bool = False, force_size: bool = False
+) -> tuple[int, int]:
+    """Return the size to generate at for an image of a requested size; both are (width, height) in pixels.
+
+    Args:
+        config: configuration of a pipeline.
+        size: the requested size.
+        upscale: generate at the nearest trained size with that aspect ratio; the caller resamples the result.
+        force_size: generate at the requested size although the model was not trained at it.
+
+    Raises:
+        InputError: the model was not trained at the size and neither option is given, or `upscale` does not apply.
+    """
+    sizes = trained_sizes(config)
+    if upscale and force_size:
+        raise InputError("upscale and force_size exclude each other: choose one")
+    if not sizes or size in sizes or force_size:
+        return size
+    wanted, trained = format_sizes([size]), format_sizes(sizes)
+    same_aspect = [other for other in sizes if abs(size[0] * other[1] - size[1] * other[0]) < max(other)]
+    force = f"force_size (--force-size) to generate at {wanted} with artifacts"
+    if not same_aspect:
+        raise InputError(
+            f"Size {wanted} is not supported: the model was trained at {trained}, none with its aspect ratio. "
+            f"Use a trained size, or {force}"
+        )
+    if not upscale:
+        raise InputError(
+            f"Size {wanted} is not supported: the model was trained at {trained}. "
+            f"Use a trained size, upscale (--upscale) to resample to {wanted}, or {force}"
+        )
+    if max(size) > LARGEST_SIDE:
+        raise InputError(f"Size {wanted} is too large: an upscaled image has sides of at most {LARGEST_SIDE}")
+    return min(same_aspect, key=lambda other: abs(math.log(other[0] * other[1] / (size[0] * size[1]))))
