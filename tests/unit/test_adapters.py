@@ -599,4 +599,4 @@ def test_8_bits_are_for_flux(root, tmp_path, monkeypatch):
 def test_offloading_needs_an_accelerator(root, tmp_path, capsys):
     given = ("generate", "--model", root / "flux", "--offload", "--device", "cpu", "--out", tmp_path / "a.png")
     assert run(*given) == 2
-    assert "nothing to offload from" in capsys.readouterr().err
+    assert "Offload requires an accelerator" in capsys.readouterr().err

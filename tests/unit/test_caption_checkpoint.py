@@ -214,7 +214,7 @@ def test_refusals(tmp_path):
         checkpoint.open_vision_model(str(tmp_path / "empty"))
     with pytest.raises(InputError, match="cannot be loaded"):
         checkpoint.open_language_model(str(tmp_path / "empty"))
-    with pytest.raises(InputError, match="there is no device nowhere here"):
+    with pytest.raises(InputError, match="Device 'nowhere' is not available"):
         checkpoint.open_language_model(str(save_qwen3(tmp_path / "llm")), device="nowhere")
     broken = save_internvl(tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"no weights")

@@ -122,7 +122,7 @@ def test_count_seeds_and_batch(folder, tmp_path, capsys):
 def test_unconditional_face_default_name_and_stripping(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
-        assert run("generate", "--model", folder / "model", "--no-metadata", "--size", "48x32") == 0
+        assert run("generate", "--model", folder / "model", "--no-metadata", "--size", "48x32", "--force-size") == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["portrait-001.png", "portrait-002.png"]
     with Image.open("portrait-001.png") as image:
         assert image.size == (48, 32)
@@ -142,16 +142,18 @@ def test_unconditional_face_default_name_and_stripping(folder, tmp_path, capsys,
         (["--mask", "{}/wide.png"], "96x64"),
         (["--sketch", "{}/photo.png"], "photo"),
         (["--keypoints", "{}/sketch.png"], "sketch.png"),
-        (["--size", "40"], "multiples of 16"),
+        (["--size", "40", "--force-size"], "multiples of 16"),
+        (["--size", "64"], "Size 64x64 is not supported: the model was trained at 32x32"),
         (["--size", "big"], "--size"),
         (["--steps", "-4"], "steps is -4"),
-        (["--count", "0"], "--count is 0"),
+        (["--count", "0"], "--count is 0; it must be from 1 to 1000"),
+        (["--count", "1001"], "--count is 1001; it must be from 1 to 1000"),
         (["--seed", "-1"], "seed is -1"),
         (["--guidance-scale", "nan"], "guidance scale"),
         (["--mask", "{}/mask.png", "--mask-scale", "-1"], "scale of mask"),
-        (["--out", "{}/mask.png/face.png"], "not a folder"),
+        (["--out", "{}/mask.png/face.png"], "not a writable folder"),
         (["--out", "{}/face.tiff"], "must end in"),
-        (["--out", "{}"], "it is a folder; name a file in it"),
+        (["--device", "nowhere"], "Device 'nowhere' is not available. Available: "),
         (["--lora", "a=0.5", "b=0.7"], "takes no LoRA: a would"),
         (["--model", "{}/absent"], "no model"),
         (["--model", "{}"], "no model_index.json"),

@@ -365,7 +365,7 @@ def test_command(prepared, tmp_path, capsys):
     cli.main(["prepare", "encode", *given])
     assert f"{FACES} faces, {PICTURES} pictures and 0 captions encoded now" in capsys.readouterr().out
     assert run("prepare", "encode", *given, "--device", "nowhere") == 2
-    assert "there is no device nowhere here" in capsys.readouterr().err
+    assert "Device 'nowhere' is not available" in capsys.readouterr().err
     cli.main(["prepare", "encode", *given, "--why", str(prepared / "faces/train/images/000001.png")])
     assert "nothing to encode" in capsys.readouterr().out
 

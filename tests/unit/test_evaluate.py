@@ -17,7 +17,6 @@ from scipy.stats import ttest_1samp
 
 from builders import randomise, run, tiny_clip, tiny_face_parser, tiny_pipeline, tiny_tokenizer
 from likeness.cli import main
-from likeness.cli.evaluation import own_device
 from likeness.data.folder import read_folder
 from likeness.encoders.text_image import AttributeHead, save_attribute_head
 from likeness.evaluate.compare import Evaluation, compare_evaluations, difference, read_evaluation
@@ -548,13 +547,6 @@ def test_command_line(root, tmp_path, capsys):
         assert run(*arguments) == 2
         assert words in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
-
-
-def test_an_accelerator_of_its_own(monkeypatch):
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert own_device("cuda") == "cuda"
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    assert [own_device(device) for device in ("cuda", "cuda:1", "cpu", None)] == ["cuda:3", "cuda:1", "cpu", None]
 
 
 def test_missing_is_bad_input():

@@ -189,7 +189,7 @@ def test_watching_changes_no_bit(make):
 
 def test_shifted_positions():
     pipeline, parser = tiny_mditface_pipeline(), tiny_face_parser()
-    request, told = wish(pipeline, "mask", height=64, width=64), []
+    request, told = wish(pipeline, "mask", height=64, width=64, force_size=True), []
     found = shifted_positions(pipeline, request, [3, 4], [0, 2], (parser, 32), lambda *done: told.append(done))
     assert told == [(number, 6) for number in range(1, 7)]
     assert found["unit"] == 16

@@ -118,7 +118,7 @@ def _size_problems(size: tuple[int, int]) -> list[str]:
     width, height = size
     problems = []
     if width != height:
-        problems.append(f"it is not square ({width}x{height}): crop or pad it, or ask for --size {width}x{height}")
+        problems.append(f"it is not square ({width}x{height}): crop or pad it to the aspect ratio of the image")
     if min(size) < 64:
         problems.append(f"it is only {width}x{height} pixels: small parts such as eyes are lost below 64")
     if width % 8 or height % 8:

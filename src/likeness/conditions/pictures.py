@@ -116,7 +116,7 @@ def load_array(path: Path) -> np.ndarray:
 
 
 def check_aspect(have: tuple[int, int], want: tuple[int, int], name: str) -> None:
-    """Refuse to squeeze. Sizes are (height, width).
+    """Reject sizes of different aspect ratios. Sizes are (height, width).
 
     Raises:
         InputError: the aspect ratios differ by more than 1 %, beyond the rounding of one pixel.
@@ -127,8 +127,8 @@ def check_aspect(have: tuple[int, int], want: tuple[int, int], name: str) -> Non
     off = abs(width * high - height * wide)
     if off > ASPECT_TOLERANCE * height * wide and off > max(height, width):
         raise InputError(
-            f"the {name} is {width}x{height} but the portrait is {wide}x{high}: "
-            f"crop or pad the {name} to that shape, or ask for --size {width}x{height}"
+            f"the {name} is {width}x{height}, but the image is {wide}x{high}: "
+            f"crop or pad the {name} to that aspect ratio"
         )
 
 

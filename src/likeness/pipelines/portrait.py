@@ -171,6 +171,8 @@ class PortraitPipeline(DiffusionPipeline):
         )
         guidance = number(defaults["guidance_scale"] if guidance_scale is None else guidance_scale, "guidance_scale")
         interval = interval_of(defaults["guidance_interval"] if guidance_interval is None else guidance_interval)
+        prompts, negatives, images = spread(prompt, negative_prompt, control_image, num_images_per_prompt)
+        self.check_family(negatives)
         notes: list[str] = []
         size = width, height  # of the images that are returned
         width, height = generation_size(self.config, size, upscale=upscale, force_size=force_size)
@@ -179,8 +181,6 @@ class PortraitPipeline(DiffusionPipeline):
             notes.append(f"warning: the model was trained at {trained}, not at {width}x{height}: expect artifacts")
         if (width, height) != size and output_type == "latent":
             raise InputError("latents cannot be upscaled: choose another output_type, or leave upscale out")
-        prompts, negatives, images = spread(prompt, negative_prompt, control_image, num_images_per_prompt)
-        self.check_family(negatives)
         self.check_inputs(height, width, steps, guidance, output_type, callback_on_step_end_tensor_inputs)
         controls = self.controls(images, conditioning_scale, control_guidance_start, control_guidance_end)
         if guidance == 1 or self.transformer.config.get("guidance_embeds"):
@@ -436,7 +436,10 @@ def render(condition: Condition, raw: np.ndarray, height: int, width: int, resiz
 
 
 def resample(images: Tensor, width: int, height: int) -> Tensor:
-    """Resample images [B, 3, H, W] to [B, 3, height, width] with Pillow's Lanczos filter, in float32 on the CPU."""
-    channels = [Image.fromarray(channel) for channel in images.flatten(0, 1).float().cpu().numpy()]
+    """Resample images [B, 3, H, W] in [-1, 1] to [B, 3, height, width] with Pillow's Lanczos filter.
+
+    Values are clamped first, as in the image of the former size, and computed in float32 on the CPU.
+    """
+    channels = [Image.fromarray(channel) for channel in images.flatten(0, 1).float().clamp(-1, 1).cpu().numpy()]
     resized = [np.asarray(channel.resize((width, height), Image.Resampling.LANCZOS)) for channel in channels]
     return torch.from_numpy(np.stack(resized)).unflatten(0, (-1, 3)).to(images.device)  # [B, 3, height, width]

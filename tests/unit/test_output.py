@@ -1,0 +1,184 @@
+"""Output names: folders, inputs that stay, several processes at once, and what an interrupted command leaves."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from builders import run, tiny_pipeline
+from likeness.cli.output import image_names, save_image
+from likeness.data.synthetic import draw_face
+from likeness.files import writing_whole
+from likeness.types import InputError
+
+DEADLINE = 300
+"""Seconds after which a process counts as hung."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("output")
+    tiny_pipeline().save_pretrained(root / "model")
+    face = draw_face(0, 0, 64)
+    Image.fromarray(face.mask).save(root / "mask.png")
+    Image.fromarray(face.sketch).save(root / "sketch.png")
+    return root
+
+
+def start(folder: Path, *arguments: object, **options) -> subprocess.Popen[str]:
+    """A command in a process of its own."""
+    command = [sys.executable, "-m", "likeness.cli", "generate", "a woman", "--model", folder / "model", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    return subprocess.Popen([str(word) for word in command], **pipes)
+
+
+def names_in(folder: Path) -> list[str]:
+    """All files, hidden ones, too."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_folders(folder, tmp_path, capsys):
+    given = ("generate", "--model", folder / "model", "--format", "webp", "--seed", 1)
+    for _ in range(2):
+        assert run(*given, "--out", f"{tmp_path}/a/b/", "--count", 2) == 0
+    assert names_in(tmp_path / "a" / "b") == [f"portrait-00{number}.webp" for number in (1, 2, 3, 4)]
+    assert capsys.readouterr().out.splitlines()[-1] == f"{tmp_path}/a/b/portrait-004.webp  seed 2"
+    (tmp_path / "c").mkdir()
+    assert run(*given, "--out", tmp_path / "c") == 0
+    assert names_in(tmp_path / "c") == ["portrait-001.webp"]
+    (tmp_path / "c" / "portrait-002.png").write_bytes(b"another format")
+    assert run(*given, "--out", tmp_path / "c") == 0
+    assert names_in(tmp_path / "c") == ["portrait-001.webp", "portrait-002.png", "portrait-003.webp"]
+    assert run("replay", tmp_path / "c" / "portrait-001.webp", "--out", f"{tmp_path}/again/") == 0
+    assert names_in(tmp_path / "again") == ["portrait-001.webp"]
+    assert run(*given, "--out", f"{folder}/mask.png/") == 2
+    assert "is not a writable folder" in capsys.readouterr().err
+
+
+def test_a_file_is_written_again(folder, tmp_path):
+    for _ in range(2):
+        assert run("generate", "--model", folder / "model", "--out", tmp_path / "face.jpg") == 0
+    assert names_in(tmp_path) == ["face.jpg"]
+
+
+@pytest.mark.parametrize(
+    "spelling", ["mask.png", "./sub/../mask.png", "link.png", "hard.png", "mask", "parts/hair.png"]
+)
+def test_inputs_are_not_overwritten(folder, tmp_path, monkeypatch, capsys, spelling):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "parts").mkdir()
+    original = (folder / "mask.png").read_bytes()
+    (tmp_path / "mask.png").write_bytes(original)
+    (tmp_path / "link.png").symlink_to("mask.png")
+    os.link("mask.png", "hard.png")
+    os.link("mask.png", "parts/hair.png")
+    with pytest.raises(InputError, match="--out would overwrite the input"):
+        image_names(spelling, "png", 1, [Path("parts" if "parts" in spelling else "mask.png")])
+    if "parts" not in spelling:
+        assert run("generate", "--model", folder / "model", "--mask", "mask.png", "--out", spelling) == 2
+        assert "--out would overwrite the input mask.png" in capsys.readouterr().err
+    assert (tmp_path / "mask.png").read_bytes() == original
+
+
+def test_numbered_names_and_replays_spare_inputs_too(folder, tmp_path, capsys):
+    (tmp_path / "a-2.png").write_bytes((folder / "mask.png").read_bytes())
+    given = ("generate", "--model", folder / "model", "--mask", tmp_path / "a-2.png")
+    assert run(*given, "--count", 2, "--out", tmp_path / "a.png") == 2
+    assert "would overwrite the input" in capsys.readouterr().err
+    assert run(*given, "--out", tmp_path / "b.png") == 0
+    assert run("replay", tmp_path / "b.png", "--out", tmp_path / "b.png") == 2
+    assert "would overwrite the input" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_name_is_taken_once(tmp_path, monkeypatch, links):
+    """Two commands that have seen the same empty folder, also on a file system without hard links."""
+
+    def no_links(*arguments, **options):
+        raise OSError(errno.EPERM, "no hard links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    image = Image.new("RGB", (8, 8))
+    one, other = (image_names(f"{tmp_path}/", "png", 2, []) for _ in range(2))
+    saved = [save_image(image, None, *names).name for names in (one, other, other, one)]
+    assert saved == names_in(tmp_path) == [f"portrait-00{number}.png" for number in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_nothing_is_left_of_a_file_that_failed(tmp_path, overwrite):
+    for error in (KeyboardInterrupt, SystemExit, RuntimeError):
+        with pytest.raises(error), writing_whole(tmp_path / "a", overwrite=overwrite) as file:
+            file.write(b"half")
+            raise error
+    assert names_in(tmp_path) == []
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(InputError), writing_whole(tmp_path / "file" / "a", overwrite=overwrite):
+        pass
+
+
+def test_two_processes_at_once(folder, tmp_path):
+    both = [start(folder, "--count", 5, "--out", f"{tmp_path}/out/") for _ in range(2)]
+    printed = []
+    for process in both:
+        out, err = process.communicate(timeout=DEADLINE)
+        assert process.returncode == 0, err
+        printed += [Path(line.split("  seed ")[0]).name for line in out.splitlines()]
+    assert len(printed) == 10
+    assert sorted(printed) == names_in(tmp_path / "out") == [f"portrait-{number:03d}.png" for number in range(1, 11)]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_command_keeps_what_is_finished(folder, tmp_path, number, code):
+    """With more images than can be made until the signal is sent."""
+    process = start(folder, "--count", 1000, "--steps", 100, "--out", f"{tmp_path}/out/")
+    end = time.monotonic() + DEADLINE
+    while not list(tmp_path.glob("out/*.png")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=DEADLINE)
+    assert process.returncode == code
+    assert "Traceback" not in err
+    assert err.strip() == ("likeness: stopped" if number == signal.SIGINT else "")
+    found = names_in(tmp_path / "out")
+    assert 1 <= len(found) < 1000
+    printed = [Path(line.split("  seed ")[0]).name for line in out.splitlines()]
+    assert printed in (found, found[:-1])  # the signal may come between an image and its line
+    for name in found:
+        Image.open(tmp_path / "out" / name).load()
+
+
+def test_results_go_to_stdout_although_a_bar_is_shown(folder, tmp_path):
+    pty = pytest.importorskip("pty")
+    terminal, own = pty.openpty()
+    process = start(folder, "--count", 2, "--seed", 3, "--out", tmp_path / "a.png", stderr=own)
+    os.close(own)
+    shown: list[bytes] = []
+
+    def read() -> None:
+        try:
+            while part := os.read(terminal, 1024):
+                shown.append(part)
+        except OSError:  # how Linux says that the other end is closed
+            pass
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    out, _ = process.communicate(timeout=DEADLINE)
+    reader.join(DEADLINE)
+    os.close(terminal)
+    assert process.returncode == 0
+    assert out.splitlines() == [f"{tmp_path}/a-1.png  seed 3", f"{tmp_path}/a-2.png  seed 4"]
+    assert b"Generating" in b"".join(shown)
