@@ -238,7 +238,7 @@ def test_resize_takes_the_majority_and_never_blends():
     np.testing.assert_array_equal(resize(resize(FACE, 256, 256), 128, 128), FACE)
     uneven = resize(FACE, 100, 100)
     assert abs(np.argwhere(uneven == 2).mean() / 100 - np.argwhere(FACE == 2).mean() / 128) < 0.005
-    with pytest.raises(InputError, match=r"128x128 but the portrait is 128x96.*--size 128x128"):
+    with pytest.raises(InputError, match=r"128x128, but the image is 128x96: crop or pad"):
         resize(FACE, 96, 128)
 
 

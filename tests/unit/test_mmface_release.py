@@ -120,7 +120,7 @@ def test_folder_makes_pictures(release, tmp_path, name, objective, size):
     config = pipeline.config
     assert config.objective["name"] == objective
     assert config.defaults["size"] == size
-    assert config.sizes == [f"{size}x{size}"]
+    assert config.sizes == [[size, size]]
     assert config.condition_resize == "lanczos"
     assert config.text_layer == -2
     assert config.latent_mean == 0.0

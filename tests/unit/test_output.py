@@ -117,10 +117,15 @@ def test_a_name_is_taken_once(tmp_path, monkeypatch, links):
 
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_nothing_is_left_of_a_file_that_failed(tmp_path, overwrite):
-    for error in (KeyboardInterrupt, SystemExit, RuntimeError):
-        with pytest.raises(error), writing_whole(tmp_path / "a", overwrite=overwrite) as file:
+
+    def fail(error: type[BaseException]) -> None:
+        with writing_whole(tmp_path / "a", overwrite=overwrite) as file:
             file.write(b"half")
             raise error
+
+    for error in (KeyboardInterrupt, SystemExit, RuntimeError):
+        with pytest.raises(error):
+            fail(error)
     assert names_in(tmp_path) == []
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(InputError), writing_whole(tmp_path / "file" / "a", overwrite=overwrite):

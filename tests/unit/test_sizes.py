@@ -17,7 +17,7 @@ from likeness.pipelines.record import read_recipe, settings_hash
 from likeness.pipelines.sizes import generation_size, parse_size, trained_sizes
 from likeness.types import InputError
 
-SEVERAL = {"sizes": ["128x128", "256x256", "256x320"], "defaults": {"size": 128}}
+SEVERAL = {"sizes": [[128, 128], [256, 256], [256, 320]], "defaults": {"size": 128}}
 
 
 def test_sizes_of_a_model():
@@ -26,7 +26,7 @@ def test_sizes_of_a_model():
     assert trained_sizes({"sizes": None, "defaults": {"size": 512}}) == [(512, 512)]
     assert trained_sizes({"sizes": "any", "defaults": {"size": 512}}) == []
     for name in bundled_models():
-        assert json.loads((BUNDLED / name / "model_index.json").read_text())["sizes"] == ["128x128"]
+        assert json.loads((BUNDLED / name / "model_index.json").read_text())["sizes"] == [[128, 128]]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_forcing_warns():
 def test_sizes_travel_with_a_folder(tmp_path):
     """And change no image: the settings in recipes are the same with and without them."""
     pipeline = tiny_pipeline()
-    several = ["32x32", "48x32"]
+    several = [[32, 32], [48, 32]]
     settings = settings_hash(pipeline)
     pipeline.register_to_config(sizes=several)
     pipeline.save_pretrained(tmp_path)
@@ -116,7 +116,7 @@ def test_sizes_travel_with_a_folder(tmp_path):
     del index["sizes"]
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     assert trained_sizes(load(tmp_path).config) == [(32, 32)]
-    for wrong in ("128x128", ["big"], []):
+    for wrong in ("128x128", ["128x128"], [[32]], [[0, 32]], [32, 32], []):
         (tmp_path / "model_index.json").write_text(json.dumps({**index, "sizes": wrong}))
         with pytest.raises(InputError, match="sizes"):
             load(tmp_path)

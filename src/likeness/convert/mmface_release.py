@@ -259,7 +259,7 @@ def convert_release(
         scheduler=objective.scheduler(),
         objective=objective.config(),
         defaults={"size": which.size, "steps": 50, "guidance_scale": 7.5},
-        sizes=[f"{which.size}x{which.size}"],
+        sizes=[[which.size, which.size]],
         **COMPATIBILITY,
         **latent_statistics(autoencoder),
     )

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from likeness.pipelines.sizes import ANY, trained_sizes
+from likeness.pipelines.sizes import ANY
 from likeness.types import InputError
 
 
@@ -98,14 +98,16 @@ def spread(
     return prompts, negatives, images
 
 
-def check_settings(
-    condition_resize: str, defaults: Mapping[str, Any], known: Mapping[str, Any], sizes: Sequence[str] | str | None
-) -> None:
+def check_settings(condition_resize: str, defaults: Mapping[str, Any], known: Mapping[str, Any], sizes: Any) -> None:
     """Reject invalid settings of a checkpoint. Raises `InputError`."""
     if condition_resize not in ("exact", "lanczos"):
         raise InputError(f"condition_resize is {condition_resize!r}; choose exact or lanczos")
     if unknown := [name for name in defaults if name not in known]:
         raise InputError(f"the checkpoint's defaults have an unknown {unknown[0]!r}; there are {', '.join(known)}")
-    if sizes is not None and sizes != ANY and (isinstance(sizes, str) or not sizes):
-        raise InputError(f'the checkpoint\'s sizes are {sizes!r}; give a list such as ["128x128"], or "{ANY}"')
-    trained_sizes({"sizes": sizes, "defaults": {**known, **defaults}})
+    pairs = sizes if isinstance(sizes, (list, tuple)) else None
+    whole = pairs and all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(side, int) and side > 0 for side in pair)
+        for pair in pairs
+    )
+    if not whole and sizes not in (None, ANY):
+        raise InputError(f'sizes is {sizes!r}; it must be a list of (width, height) such as [[128, 128]], or "{ANY}"')

@@ -51,7 +51,7 @@ class MDiTFacePipeline(PortraitPipeline, FluxLoraLoaderMixin):
         max_text_tokens: length captions are padded to.
         condition_resize: `exact` never blends labels; `lanczos` resizes rendered conditions as pictures.
         defaults: `size`, `steps`, `guidance_scale`, `guidance_interval` of this checkpoint.
-        sizes: Sizes it was trained at, width x height, for example ["128x128"], or "any". Default: a square of
+        sizes: Sizes it was trained at, (width, height) in pixels, for example [[128, 128]], or "any". Default: a square of
             `defaults["size"]`.
 
     Raises:
@@ -78,7 +78,7 @@ class MDiTFacePipeline(PortraitPipeline, FluxLoraLoaderMixin):
         max_text_tokens: int = 512,
         condition_resize: str = "exact",
         defaults: dict[str, Any] | None = None,
-        sizes: list[str] | str | None = None,
+        sizes: Sequence[Sequence[int]] | str | None = None,
     ) -> None:
         super().__init__()
         check_settings(condition_resize, defaults or {}, DEFAULTS, sizes)

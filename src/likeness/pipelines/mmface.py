@@ -62,7 +62,7 @@ class MMFacePipeline(PortraitPipeline):
         condition_resize: `exact` never blends labels; `lanczos` resizes rendered conditions as pictures, which the
             released weights were trained with.
         defaults: `size`, `steps`, `guidance_scale`, `guidance_interval` of this checkpoint.
-        sizes: Sizes it was trained at, width x height, for example ["128x128"], or "any". Default: a square of
+        sizes: Sizes it was trained at, (width, height) in pixels, for example [[128, 128]], or "any". Default: a square of
             `defaults["size"]`.
     """
 
@@ -83,7 +83,7 @@ class MMFacePipeline(PortraitPipeline):
         max_text_tokens: int = 77,
         condition_resize: str = "exact",
         defaults: dict[str, Any] | None = None,
-        sizes: list[str] | str | None = None,
+        sizes: Sequence[Sequence[int]] | str | None = None,
     ) -> None:
         super().__init__()
         check_settings(condition_resize, defaults or {}, DEFAULTS, sizes)

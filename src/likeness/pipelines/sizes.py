@@ -35,13 +35,13 @@ def trained_sizes(config: Mapping[str, Any]) -> list[tuple[int, int]]:
     """Return the trained sizes of a pipeline as (width, height); an empty list if it generates at any size.
 
     Args:
-        config: configuration of a pipeline. Its `sizes` is a list such as ["128x128"], or "any". Folders written before
-            that field existed have none: they were trained at their default size, a square.
+        config: configuration of a pipeline. Its `sizes` is a list such as [[128, 128], [128, 160]], or "any". Folders
+            written before that field existed have none: they were trained at their default size, a square.
     """
     sizes = config.get("sizes")
     if sizes == ANY:
         return []
-    return [parse_size(size, "sizes") for size in sizes or [config["defaults"]["size"]]]
+    return [(width, height) for width, height in sizes or [[config["defaults"]["size"]] * 2]]
 
 
 def format_sizes(sizes: Sequence[tuple[int, int]]) -> str:

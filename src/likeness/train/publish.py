@@ -63,7 +63,7 @@ def averaged_pipeline(
         scheduler=components.scheduler or objective.scheduler(),
         objective=objective.config(),
         defaults=recipe.defaults,
-        sizes=[f"{recipe.defaults['size']}x{recipe.defaults['size']}"],  # that of the shards, `loop.open_stores`
+        sizes=[[recipe.defaults["size"]] * 2],  # that of the shards, `loop.open_stores`
         **parts,
         **components.settings,
     )
