@@ -162,6 +162,7 @@ def test_every_number_has_its_protocol_and_interval(results):
     needed = {"split", "faces", "n", "resolution", "file_format", "extractor", "extractor_hash", "seeds", "steps"}
     for found in results["numbers"]:
         assert needed | {"guidance_scale", "given", "caption", "model", "fingerprint"} <= set(found["protocol"])
+        assert (found["protocol"]["device"], found["protocol"]["dtype"]) == ("cpu", "float32")
         assert found["protocol"]["n"] == found["n"] <= COUNT
         assert found["low"] - 1e-6 <= found["value"] <= found["high"] + 1e-6, found
     assert number(results, "pixel_accuracy", "mask")["protocol"]["guidance_scale"] == 2.0  # the checkpoint's own

@@ -10,15 +10,18 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from builders import run, tiny_pipeline
 from likeness.cli.output import image_names, save_image
 from likeness.data.synthetic import draw_face
 from likeness.files import writing_whole
-from likeness.types import InputError
+from likeness.pipelines.generate import batches
+from likeness.types import InputError, PortraitRequest
 
 DEADLINE = 300
 """Seconds after which a process counts as hung."""
@@ -130,6 +133,15 @@ def test_nothing_is_left_of_a_file_that_failed(tmp_path, overwrite):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(InputError), writing_whole(tmp_path / "file" / "a", overwrite=overwrite):
         pass
+
+
+def test_images_are_made_one_by_one_on_a_cpu_and_in_batches_elsewhere():
+    requests = [PortraitRequest(seed=seed) for seed in range(10)]
+    for device, sizes in (("cpu", [1] * 10), ("cuda", [4, 4, 2])):
+        found = list(batches(requests, SimpleNamespace(_execution_device=torch.device(device))))
+        assert [len(batch) for _, batch in found] == sizes
+        assert [done for done, _ in found] == [sum(sizes[:number]) for number in range(len(sizes))]
+        assert [one for _, batch in found for one in batch] == requests
 
 
 def test_two_processes_at_once(folder, tmp_path):

@@ -197,6 +197,7 @@ def test_preview_is_what_generate_makes(prepared, tmp_path):
     model = loop.train(config, tmp_path)
     wish = config.preview[0]
     pipeline = load(model)
+    assert pipeline.config.sizes == [[32, 32]]  # those of the shards
     request = resolve(PortraitRequest(prompt=wish.prompt, control_image={"mask": wish.mask}, seed=5), pipeline)
     picture = generate(pipeline, request, [5])[0][0]
     preview = Image.open(sorted((tmp_path / "previews").iterdir())[-1])

@@ -160,7 +160,7 @@ def replay(
         model: The model, if it is stored elsewhere now.
         base: The base model of an adapter, if it is stored elsewhere now.
         out: File or folder to write the new image to.
-        device: Device, for example cuda or cpu. Default: that of the recipe if available, else automatic.
+        device: Device, for example cuda or cpu. Default: the CPU if the image was generated there, else automatic.
         offload: Keep only the active part of the model on the accelerator.
     """
     import numpy as np
@@ -173,14 +173,12 @@ def replay(
     suffix = image.suffix.removeprefix(".")
     names, overwrite = (iter(()), False) if out is None else image_names(out, suffix, 1, [image])
 
-    from likeness.device import choose_device
     from likeness.pipelines.adapters import act_again
     from likeness.pipelines.generate import generate as make
     from likeness.pipelines.generate import resolve
     from likeness.pipelines.load import fingerprint as fingerprint_of
 
-    made_on, own = recipe["environment"]["device"], choose_device("auto")
-    device = device or (made_on if made_on in ("cpu", own.partition(":")[0]) else own)
+    device = device or ("cpu" if recipe["environment"].get("device") == "cpu" else "auto")
     dtype = DTYPE_NAMES[recipe["environment"]["dtype"]]
     base = base or recipe.get("base")
     pipeline = load_pipeline(model or recipe["model"], dtype, device, base, recipe.get("quantize"), offload)

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from likeness.pipelines.sizes import ANY
+from likeness.pipelines.sizes import trained_sizes
 from likeness.types import InputError
 
 
@@ -104,10 +104,4 @@ def check_settings(condition_resize: str, defaults: Mapping[str, Any], known: Ma
         raise InputError(f"condition_resize is {condition_resize!r}; choose exact or lanczos")
     if unknown := [name for name in defaults if name not in known]:
         raise InputError(f"the checkpoint's defaults have an unknown {unknown[0]!r}; there are {', '.join(known)}")
-    pairs = sizes if isinstance(sizes, (list, tuple)) else None
-    whole = pairs and all(
-        isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(side, int) and side > 0 for side in pair)
-        for pair in pairs
-    )
-    if not whole and sizes not in (None, ANY):
-        raise InputError(f'sizes is {sizes!r}; it must be a list of (width, height) such as [[128, 128]], or "{ANY}"')
+    trained_sizes({"sizes": sizes, "defaults": {**known, **defaults}})

@@ -51,8 +51,8 @@ class MDiTFacePipeline(PortraitPipeline, FluxLoraLoaderMixin):
         max_text_tokens: length captions are padded to.
         condition_resize: `exact` never blends labels; `lanczos` resizes rendered conditions as pictures.
         defaults: `size`, `steps`, `guidance_scale`, `guidance_interval` of this checkpoint.
-        sizes: Sizes it was trained at, (width, height) in pixels, for example [[128, 128]], or "any". Default: a square of
-            `defaults["size"]`.
+        sizes: Sizes it was trained at, (width, height) in pixels, for example [[128, 128]], or "any". Default: the
+            square of `defaults["size"]`.
 
     Raises:
         InputError: the transformer is not ours, or a T5 encoder comes without its tokenizer.

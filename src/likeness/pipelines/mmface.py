@@ -62,8 +62,8 @@ class MMFacePipeline(PortraitPipeline):
         condition_resize: `exact` never blends labels; `lanczos` resizes rendered conditions as pictures, which the
             released weights were trained with.
         defaults: `size`, `steps`, `guidance_scale`, `guidance_interval` of this checkpoint.
-        sizes: Sizes it was trained at, (width, height) in pixels, for example [[128, 128]], or "any". Default: a square of
-            `defaults["size"]`.
+        sizes: Sizes it was trained at, (width, height) in pixels, for example [[128, 128]], or "any". Default: the
+            square of `defaults["size"]`.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"

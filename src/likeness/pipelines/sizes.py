@@ -7,6 +7,7 @@ chooses the alternative: resample an image of a trained size (`upscale`), or gen
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,11 +38,22 @@ def trained_sizes(config: Mapping[str, Any]) -> list[tuple[int, int]]:
     Args:
         config: configuration of a pipeline. Its `sizes` is a list such as [[128, 128], [128, 160]], or "any". Folders
             written before that field existed have none: they were trained at their default size, a square.
+
+    Raises:
+        InputError: `sizes` has another form.
     """
     sizes = config.get("sizes")
     if sizes == ANY:
         return []
-    return [(width, height) for width, height in sizes or [[config["defaults"]["size"]] * 2]]
+    if sizes is None:
+        sizes = [[config["defaults"]["size"]] * 2]
+    try:
+        found = [(operator.index(width), operator.index(height)) for width, height in sizes]
+    except (TypeError, ValueError) as error:
+        raise InputError(f'sizes is {sizes!r}; it must be a list such as [[128, 128]], or "{ANY}"') from error
+    if not found or min(map(min, found)) < 1:
+        raise InputError(f"sizes is {sizes!r}; it must contain sizes of at least one pixel")
+    return found
 
 
 def format_sizes(sizes: Sequence[tuple[int, int]]) -> str:
