@@ -70,7 +70,7 @@ def caption(
         tries: How often a request is made before the endpoint counts as gone; the waits double from 1 s.
         timeout: Seconds without a word after which a request counts as failed.
         seed: Seed of the grammar.
-        device: Device of checkpoints, for example cuda or cpu. Default: automatic.
+        device: Device of checkpoints, for example cuda or cpu; auto takes an accelerator if present.
     """
     from likeness.prepare.caption.endpoint import Meter
     from likeness.prepare.caption.models import load_counter

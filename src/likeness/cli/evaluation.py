@@ -36,8 +36,8 @@ def evaluate(
             whatever they were made from. A MODEL then lends its autoencoder for the ceiling.
         protocol: A TOML file with the protocol.
         base: The base model of an adapter, where it is not the one that the adapter names.
-        device: Device, for example cuda or cpu. Default: automatic. Under torchrun each process takes its own GPU.
-        dtype: Number format: fp32, bf16 or fp16. Default: automatic, fp32 on a CPU, bf16 or fp16 on an accelerator.
+        device: Device, for example cuda or cpu; auto takes an accelerator if present, under torchrun one per process.
+        dtype: Number format; auto is fp32 on a CPU, bf16 or fp16 on an accelerator.
     """
     names, changes = split_sources(sources)
     least, most = (1, 2) if images is not None else (2, 2)
@@ -78,8 +78,8 @@ def compare(
         faces: Prepared folder for models among the sources.
         protocol: A TOML file with the protocol.
         allow: Parts of the protocol that may differ since they are what is compared, such as steps.
-        device: Device, for example cuda or cpu. Default: automatic.
-        dtype: Number format: fp32, bf16 or fp16. Default: automatic, fp32 on a CPU, bf16 or fp16 on an accelerator.
+        device: Device, for example cuda or cpu; auto takes an accelerator if present.
+        dtype: Number format; auto is fp32 on a CPU, bf16 or fp16 on an accelerator.
     """
     from likeness.evaluate.compare import compare_evaluations, markdown_of, read_evaluation, write_comparison
 

@@ -73,15 +73,15 @@ def generate(
         guidance_scale: Classifier-free guidance scale; 1 disables guidance. Default: that of the model.
         seed: Seed of the first image; each further image uses the next seed. Default: random.
         count: Number of images, at most 1000. Each is written as soon as it is made.
-        size: Size in pixels, as 128 or 128x160 (width x height): one that the model was trained at.
+        size: Width x height in pixels, as 128 or 128x160. Default: that of the model, which rejects untrained sizes.
         upscale: If the model was not trained at SIZE, generate at the nearest trained size and resample (Lanczos).
         force_size: Generate at SIZE even if the model was not trained at it. Expect artifacts.
         out: File, its stem for several images, or a folder (with a trailing slash it is created if missing). Default:
             the current folder. In a folder, images get the next free name portrait-001, portrait-002, ...
         format: File format if OUT has no suffix.
         metadata: Write the recipe and the mark of generated media into the file.
-        device: Device, for example cuda or cpu. Default: automatic.
-        dtype: Number format: fp32, bf16 or fp16. Default: automatic, fp32 on a CPU, bf16 or fp16 on an accelerator.
+        device: Device, for example cuda or cpu; auto takes an accelerator if present.
+        dtype: Number format; auto is fp32 on a CPU, bf16 or fp16 on an accelerator.
         quantize: Store the matrices of FLUX.1's transformer in 8 bits.
         offload: Keep only the active part of the model on the accelerator.
     """

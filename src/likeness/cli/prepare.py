@@ -191,7 +191,7 @@ def annotate(
         sketcher: U2-Net's weights, u2net_portrait.pth; without them an extractor that needs none draws.
         landmarker: MediaPipe's face_landmarker.task; without it no keypoints are added.
         redo: Conditions to make anew where another annotator made them; hand-made files stay.
-        device: Device of face parser and U2-Net, for example cuda or cpu. Default: automatic.
+        device: Device of face parser and U2-Net, for example cuda or cpu; auto takes an accelerator if present.
     """
     from likeness.data.folder import each_row
     from likeness.prepare.annotate import annotate_folder, makers_of
@@ -278,7 +278,7 @@ def encode(
             would have given them.
         precision: Precision of the autoencoder; bf16 is about three times as fast on a CPU.
         text_features: Encode the captions, too, so that training does not need to: for large text towers.
-        device: Device of autoencoder and text encoders, for example cuda or cpu. Default: automatic.
+        device: Device of autoencoder and text encoders, for example cuda or cpu; auto takes an accelerator if present.
         why: Encode nothing, but say why this picture or condition would be encoded again.
     """
     if why is not None:
@@ -343,7 +343,7 @@ def shards(
         components: Folder with autoencoder and text tower; the bundled ones by default.
         views: Versions of each face, as `encode` makes them.
         precision: Precision of the autoencoder; bf16 is about three times as fast on a CPU.
-        device: Device of face parser and autoencoder, for example cuda or cpu. Default: automatic.
+        device: Device of face parser and autoencoder, for example cuda or cpu; auto takes an accelerator if present.
     """
     from likeness.annotators.landmarks import open_landmarker
     from likeness.pipelines.load import load_components

@@ -46,9 +46,9 @@ class Subject:
     force_size: bool = False
     """Generate at SIZE even if the model was not trained at it."""
     device: str = "auto"
-    """Device, for example cuda or cpu. Default: automatic."""
+    """Device, for example cuda or cpu; auto takes an accelerator if present."""
     dtype: DtypeName = "auto"
-    """Number format: fp32, bf16 or fp16. Default: automatic, fp32 on a CPU, bf16 or fp16 on an accelerator."""
+    """Number format; auto is fp32 on a CPU, bf16 or fp16 on an accelerator."""
 
 
 SubjectArgument = Annotated[Subject, tyro.conf.arg(name="")]
