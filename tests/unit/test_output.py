@@ -38,9 +38,10 @@ def folder(tmp_path_factory) -> Path:
 
 
 def start(folder: Path, *arguments: object, **options) -> subprocess.Popen[str]:
-    """A command in a process of its own."""
+    """A command in a process of its own, to which Ctrl-C is not ignored as in a shell's background jobs."""
     command = [sys.executable, "-m", "likeness.cli", "generate", "a woman", "--model", folder / "model", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen([str(word) for word in command], **pipes)
 
 
@@ -160,12 +161,15 @@ def test_a_stopped_command_keeps_what_is_finished(folder, tmp_path, number, code
     """With more images than can be made until the signal is sent."""
     process = start(folder, "--count", 1000, "--steps", 100, "--out", f"{tmp_path}/out/")
     end = time.monotonic() + DEADLINE
-    while not list(tmp_path.glob("out/*.png")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=DEADLINE)
+    try:
+        while not list(tmp_path.glob("out/*.png")):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=DEADLINE)
+    finally:
+        process.kill()
     assert process.returncode == code
     assert "Traceback" not in err
     assert err.strip() == ("likeness: stopped" if number == signal.SIGINT else "")
