@@ -39,9 +39,10 @@ def folder(tmp_path_factory) -> Path:
 
 def start(folder: Path, *arguments: object, **options) -> subprocess.Popen[str]:
     """A command in a process of its own, to which Ctrl-C is not ignored as in a shell's background jobs."""
-    command = [sys.executable, "-m", "likeness.cli", "generate", "a woman", "--model", folder / "model", *arguments]
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from likeness.cli import main; main()"
+    command = [sys.executable, "-c", code, "generate", "a woman", "--model", folder / "model", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
-    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen([str(word) for word in command], **pipes)
 
 
