@@ -12,6 +12,7 @@ from typing import Any, Literal
 import tyro
 
 from likeness.cli.terminal import PathArgument, progress_bar, quiet_libraries, tell
+from likeness.runtime import choose_threads, set_threads
 from likeness.types import InputError, PortraitRequest
 
 
@@ -104,13 +105,15 @@ def generate(
 
     from likeness.pipelines.adapters import add_loras
     from likeness.pipelines.generate import generate as make
-    from likeness.pipelines.generate import resolve
+    from likeness.pipelines.generate import resolve, work_of
     from likeness.pipelines.load import fingerprint as fingerprint_of
     from likeness.pipelines.record import recipe_of, write_picture
 
     pipeline = load_pipeline(model, dtype, device, base, quantize, offload)
     tell([f"left out of the LoRA: {line}" for line in add_loras(pipeline, loras, strict=lora_strict)])
     request = resolve(request, pipeline)
+    if pipeline._execution_device.type == "cpu":
+        choose_threads(work_of(pipeline, request.height, request.width))
     seeds = [first + index for index in range(count)]
     with progress_bar("Generating") as advance:
         pictures, notes = make(pipeline, request, seeds, advance)
@@ -158,6 +161,9 @@ def replay(
     base = base or recipe.get("base")
     pipeline = load_pipeline(model or recipe["model"], dtype, device, base, recipe.get("quantize"), offload)
     act_again(pipeline, recipe.get("adapters", {}))
+    threads = recipe["environment"].get("threads")
+    if isinstance(threads, int) and 1 <= threads <= (os.cpu_count() or 1):
+        set_threads(threads)  # the bits of a matrix product depend on them
     with progress_bar("Generating") as advance:
         pictures, _ = make(pipeline, resolve(request, pipeline), [request.seed], advance)
     again = np.asarray(pictures[0])

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from likeness.conditions.request import read_conditions
+from likeness.encoders.latent import spatial_factor
 from likeness.types import InputError, PortraitRequest
 
 SEED_LIMIT = 2**63
@@ -32,6 +33,21 @@ def resolve(request: PortraitRequest, pipeline: Any) -> PortraitRequest:
         height=request.height or defaults["size"],
         width=request.width or defaults["size"],
     )
+
+
+def work_of(pipeline: Any, height: int, width: int) -> float:
+    """The work of one pass through the network at this image size, for `likeness.runtime.choose_threads`.
+
+    Args:
+        pipeline: a pipeline of this package.
+        height: pixels.
+        width: pixels.
+
+    Returns:
+        Weights of the network times image tokens; about the multiplications of one pass.
+    """
+    weights = sum(weight.numel() for weight in pipeline.transformer.parameters())
+    return weights * height * width / (spatial_factor(pipeline.vae) * pipeline.patch_size) ** 2
 
 
 def generate(
