@@ -11,6 +11,7 @@ import gc
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,6 +20,9 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 SMALL_WORK = 2e9
 """Weights times image tokens below which one thread is used (`benchmarks/threads.py`)."""
+
+OPTIONAL = ("peft", "scipy", "torchao")
+"""Packages that a bundled model does not need to generate (`optional_packages_hidden`)."""
 
 NOISE = (
     ("torchao", r"Failed to load \S*_C\w*\."),
@@ -39,8 +43,26 @@ def configure_process() -> None:
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     mute_noise()
-    gc.set_threshold(10_000, *gc.get_threshold()[1:])
+    gc.set_threshold(50_000, *gc.get_threshold()[1:])
     atexit.register(gc.freeze)
+
+
+@contextmanager
+def optional_packages_hidden() -> Iterator[None]:
+    """Import diffusers and transformers as if the packages in `OPTIONAL` were not installed.
+
+    For a process that ends without LoRA, quantized weights or an unusual sampler: both libraries import these packages
+    whenever they find them, a quarter of a cold start, and have no setting against it. What they found is final, so
+    nothing is hidden once either of them is imported. `None` in `sys.modules` is Python's mark of an absent module.
+    """
+    late = "diffusers" in sys.modules or "transformers" in sys.modules
+    hidden = [] if late else [name for name in OPTIONAL if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
 
 
 @contextmanager

@@ -129,7 +129,8 @@ def words_first(command: Callable[..., None], arguments: Sequence[str]) -> list[
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `likeness`."""
     given = sys.argv[1:] if arguments is None else arguments
-    configure_process()
+    if arguments is None:  # not called from Python
+        configure_process()
     try:
         if given == ["--version"]:
             print(f"likeness {version('likeness')}")

@@ -6,13 +6,15 @@ import dataclasses
 import math
 import os
 import secrets
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
 from likeness.cli.terminal import PathArgument, progress_bar, quiet_libraries, tell
-from likeness.runtime import choose_threads, set_threads
+from likeness.pipelines.catalogue import BUNDLED, bundled_models
+from likeness.runtime import choose_threads, optional_packages_hidden, set_threads
 from likeness.types import InputError, PortraitRequest
 
 
@@ -103,13 +105,15 @@ def generate(
     tell(notes)
     loras = [parse_lora(text) for text in lora]
 
-    from likeness.pipelines.adapters import add_loras
-    from likeness.pipelines.generate import generate as make
-    from likeness.pipelines.generate import resolve, work_of
-    from likeness.pipelines.load import fingerprint as fingerprint_of
-    from likeness.pipelines.record import recipe_of, write_picture
+    bare = model in bundled_models() and not (loras or quantize)
+    with optional_packages_hidden() if bare else nullcontext():
+        from likeness.pipelines.adapters import add_loras
+        from likeness.pipelines.generate import generate as make
+        from likeness.pipelines.generate import resolve, work_of
+        from likeness.pipelines.load import fingerprint as fingerprint_of
+        from likeness.pipelines.record import recipe_of, write_picture
 
-    pipeline = load_pipeline(model, dtype, device, base, quantize, offload)
+        pipeline = load_pipeline(model, dtype, device, base, quantize, offload)
     tell([f"left out of the LoRA: {line}" for line in add_loras(pipeline, loras, strict=lora_strict)])
     request = resolve(request, pipeline)
     if pipeline._execution_device.type == "cpu":
@@ -204,8 +208,6 @@ def inspect(
 def models() -> None:
     """List the models that ship with the package."""
     import json
-
-    from likeness.pipelines.catalogue import BUNDLED, bundled_models
 
     for name in bundled_models():
         index = json.loads((BUNDLED / name / "model_index.json").read_text())
