@@ -56,13 +56,15 @@ def optional_packages_hidden() -> Iterator[None]:
     nothing is hidden once either of them is imported. `None` in `sys.modules` is Python's mark of an absent module.
     """
     late = "diffusers" in sys.modules or "transformers" in sys.modules
-    hidden = [] if late else [name for name in OPTIONAL if name not in sys.modules]
+    hidden = {} if late else {name: sys.modules.get(name) for name in OPTIONAL}
     sys.modules.update(dict.fromkeys(hidden))
     try:
         yield
     finally:
-        for name in hidden:
+        for name, module in hidden.items():
             del sys.modules[name]
+            if module is not None:  # scipy, with which a sketch was read
+                sys.modules[name] = module
 
 
 @contextmanager
