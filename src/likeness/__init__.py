@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from likeness.runtime import library_imports
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -42,5 +44,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+        with library_imports():
+            return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'likeness' has no attribute {name!r}")

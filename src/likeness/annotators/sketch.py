@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 
 from likeness.types import InputError
 
@@ -34,6 +33,8 @@ def extract_sketch(image: np.ndarray | Image.Image, strength: float = 1.0, thick
     Raises:
         InputError: another shape or type, or a value out of its range.
     """
+    from scipy import ndimage
+
     if not 0.2 <= strength <= 5 or not 0.3 <= thickness <= 4:
         raise InputError(f"strength {strength} must lie in 0.2 to 5 and thickness {thickness} in 0.3 to 4")
     if isinstance(image, Image.Image):
@@ -81,6 +82,8 @@ def _smooth(values: np.ndarray, sigma: float) -> np.ndarray:
 
 def _without_specks(ink: np.ndarray, scale: float) -> np.ndarray:
     """Remove strokes that are short or faint: connected ink whose summed darkness is under that of a short line."""
+    from scipy import ndimage
+
     strokes, count = ndimage.label(ink > 0.12, structure=np.ones((3, 3)))
     if not count:
         return np.zeros_like(ink)

@@ -16,7 +16,7 @@ from importlib.metadata import version
 import tyro
 
 from likeness.cli import caption, evaluation, mask, portraits, prepare, study, training
-from likeness.cli.terminal import quiet_torchao
+from likeness.runtime import configure_process
 from likeness.types import InputError, TryAgain
 
 
@@ -129,7 +129,8 @@ def words_first(command: Callable[..., None], arguments: Sequence[str]) -> list[
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `likeness`."""
     given = sys.argv[1:] if arguments is None else arguments
-    quiet_torchao()
+    if arguments is None:  # not called from Python
+        configure_process()
     try:
         if given == ["--version"]:
             print(f"likeness {version('likeness')}")

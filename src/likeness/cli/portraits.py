@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import secrets
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +14,8 @@ import tyro
 
 from likeness.cli.output import exit_on_sigterm, image_names, save_image
 from likeness.cli.terminal import PathArgument, progress_bar, quiet_libraries, tell
+from likeness.pipelines.catalogue import BUNDLED, bundled_models
+from likeness.runtime import choose_threads, optional_packages_hidden, set_threads
 from likeness.types import DtypeName, InputError, PortraitRequest
 
 DTYPE_NAMES: dict[str, DtypeName] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
@@ -117,15 +121,19 @@ def generate(
     tell(notes)
     loras = [parse_lora(text) for text in lora]
 
-    from likeness.pipelines.adapters import add_loras
-    from likeness.pipelines.generate import batches, resolve
-    from likeness.pipelines.generate import generate as make
-    from likeness.pipelines.load import fingerprint as fingerprint_of
-    from likeness.pipelines.record import recipe_of
+    bare = model in bundled_models() and not (loras or quantize)
+    with optional_packages_hidden() if bare else nullcontext():
+        from likeness.pipelines.adapters import add_loras
+        from likeness.pipelines.generate import batches, resolve, work_of
+        from likeness.pipelines.generate import generate as make
+        from likeness.pipelines.load import fingerprint as fingerprint_of
+        from likeness.pipelines.record import recipe_of
 
-    pipeline = load_pipeline(model, dtype, device, base, quantize, offload)
+        pipeline = load_pipeline(model, dtype, device, base, quantize, offload)
     tell([f"left out of the LoRA: {line}" for line in add_loras(pipeline, loras, strict=lora_strict)])
     requests = [resolve(dataclasses.replace(request, seed=first + index), pipeline) for index in range(count)]
+    if pipeline._execution_device.type == "cpu":
+        choose_threads(work_of(pipeline, requests[0].height, requests[0].width))
     fingerprint = fingerprint_of(pipeline) if metadata else ""
     named: dict[str, Any] = {"model": model, "base": base, "quantize": quantize, "fingerprint": fingerprint}
     told: set[str] = set()
@@ -183,6 +191,9 @@ def replay(
     base = base or recipe.get("base")
     pipeline = load_pipeline(model or recipe["model"], dtype, device, base, recipe.get("quantize"), offload)
     act_again(pipeline, recipe.get("adapters", {}))
+    threads = recipe["environment"].get("threads")
+    if isinstance(threads, int) and 1 <= threads <= (os.cpu_count() or 1):
+        set_threads(threads)  # the bits of a matrix product depend on them
     with exit_on_sigterm(), progress_bar("Generating") as advance:
         pictures, _ = make(pipeline, resolve(request, pipeline), [request.seed], advance)
         again = np.asarray(pictures[0])
@@ -223,7 +234,6 @@ def models() -> None:
     """List the bundled models with the sizes they were trained at."""
     import json
 
-    from likeness.pipelines.catalogue import BUNDLED, bundled_models
     from likeness.pipelines.sizes import format_sizes, trained_sizes
 
     for name in bundled_models():

@@ -9,7 +9,6 @@ a pixel.
 from __future__ import annotations
 
 import numpy as np
-from scipy import ndimage
 
 TOLERANCE = 12
 """Levels by which every channel may differ from a palette colour: flat areas stay within it in JPEGs of quality 60."""
@@ -91,6 +90,8 @@ def unblend(near: np.ndarray, colours: np.ndarray, rgb: np.ndarray | None = None
     Raises:
         ValueError: no pixel is left to take labels from.
     """
+    from scipy import ndimage
+
     height, width = near.shape
     solid = np.full(near.shape, UNKNOWN, dtype=np.int16)
     for row in np.unique(near[near != UNKNOWN]):

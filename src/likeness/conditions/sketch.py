@@ -10,7 +10,6 @@ import os
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 
 from likeness.conditions.base import Condition, Reading, Source
 from likeness.conditions.mask_repair import nearest_colours
@@ -135,6 +134,8 @@ def _clean(grey: np.ndarray, colourful: np.ndarray, where: str) -> tuple[np.ndar
     Raises:
         InputError: the envelope is no sheet of paper, or nothing is drawn on it.
     """
+    from scipy import ndimage
+
     if np.median(grey) >= PAPER and (grey >= PAPER).mean() > 0.5 and np.percentile(grey, 0.5) <= 110:
         if np.mean(colourful[grey < 200] > 96) > 0.5 and (grey < 200).mean() > 0.3:
             raise InputError(f"{where} is a coloured picture, no sketch: extract a sketch from it first")

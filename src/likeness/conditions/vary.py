@@ -7,16 +7,19 @@ extractor; people paint masks roughly and draw with pens of every width.
 from __future__ import annotations
 
 import numpy as np
-from scipy import ndimage
 
 
 def vary_labels(raw: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Labels uint8 [H, W] with borders moved by up to about a fiftieth of the side; no label is invented."""
+    from scipy import ndimage
+
     return ndimage.map_coordinates(raw, wobbled_grid(raw.shape, 0.008, rng), order=0, mode="nearest")
 
 
 def vary_lines(raw: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Lines uint8 [H, W], wobbling, with strokes between two thirds and about twice as wide."""
+    from scipy import ndimage
+
     ink = 1 - raw.astype(np.float32) / 255
     ink = ndimage.map_coordinates(ink, wobbled_grid(raw.shape, 0.005, rng), order=1, mode="nearest")
     width = rng.uniform(-1, 1)
@@ -37,6 +40,8 @@ def wobbled_grid(shape: tuple[int, ...], amount: float, rng: np.random.Generator
 
     The displacement's standard deviation is `amount` of the shorter side; it changes over about a tenth of the side.
     """
+    from scipy import ndimage
+
     side = min(shape)
     coarse = rng.standard_normal((2, 12, 12))
     fields = [

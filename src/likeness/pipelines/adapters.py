@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -81,6 +80,8 @@ def add_adapter(transformer: MDiTFaceTransformer, adapter: Adapter) -> None:
     Raises:
         InputError: the network has an adapter already, or cannot take this one.
     """
+    from peft import LoraConfig
+
     check_network(transformer, adapter)
     old = transformer.condition_embed.weight
     set_conditions(transformer, adapter.network, old.new_zeros(len(adapter.condition_names), old.shape[1]))
@@ -122,6 +123,8 @@ def load_adapter(pipeline: Any, folder: str | Path) -> None:
         InputError: the folder is broken, or the adapter was trained on another network: every weight that does not fit
             is listed.
     """
+    from peft import set_peft_model_state_dict
+
     folder, transformer = Path(folder), pipeline.transformer
     adapter = read_adapter(folder)
     check_network(transformer, adapter)
@@ -174,6 +177,8 @@ def set_conditions(transformer: MDiTFaceTransformer, network: Mapping[str, Any],
 
 def adapter_state(transformer: MDiTFaceTransformer) -> dict[str, Tensor]:
     """The weights of a network's adapter: its LoRA, and what FLUX.1 lacks."""
+    from peft import get_peft_model_state_dict
+
     lora = get_peft_model_state_dict(transformer, adapter_name=NAME)
     return lora | {name: value for name, value in transformer.state_dict().items() if name.startswith(NEW)}
 

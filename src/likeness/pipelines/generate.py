@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from likeness.conditions.request import read_conditions
+from likeness.encoders.latent import spatial_factor
 from likeness.pipelines.sizes import generation_size
 from likeness.types import InputError, PortraitRequest
 
@@ -38,6 +39,21 @@ def resolve(request: PortraitRequest, pipeline: Any) -> PortraitRequest:
         height=height,
         width=width,
     )
+
+
+def work_of(pipeline: Any, height: int, width: int) -> float:
+    """The work of one pass through the network at this image size, for `likeness.runtime.choose_threads`.
+
+    Args:
+        pipeline: a pipeline of this package.
+        height: pixels.
+        width: pixels.
+
+    Returns:
+        Weights of the network times image tokens; about the multiplications of one pass.
+    """
+    weights = sum(weight.numel() for weight in pipeline.transformer.parameters())
+    return weights * height * width / (spatial_factor(pipeline.vae) * pipeline.patch_size) ** 2
 
 
 def batches(requests: Sequence[PortraitRequest], pipeline: Any) -> Iterator[tuple[int, Sequence[PortraitRequest]]]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from likeness.files import first_line, read_json
 from likeness.pipelines.catalogue import ADAPTER, BUNDLED, COMMON, DEFAULT, bundled_models
 from likeness.pipelines.packed import PACKED, load_packed
 from likeness.pipelines.sizes import ANY
+from likeness.runtime import library_imports
 from likeness.types import DtypeName, InputError, TextFeatures
 
 PIPELINES = {
@@ -53,6 +55,7 @@ SCHNELL = {"steps": 4, "guidance_scale": 1.0}
 """What a FLUX.1 that embeds no guidance value is made for."""
 
 
+@library_imports()
 def load(
     source: str | Path = DEFAULT,
     *,
@@ -92,10 +95,12 @@ def load(
         from likeness.pipelines.adapters import load_adapter, read_adapter
 
         adapter = read_adapter(folder)
-        pipeline = load_folder(find(base or adapter.base), dtype, adapter.network, quantize)
+        with library_bars_off():
+            pipeline = load_folder(find(base or adapter.base), dtype, adapter.network, quantize)
         load_adapter(pipeline, folder)
     elif base is None:
-        pipeline = load_folder(folder, dtype, {}, quantize)
+        with library_bars_off():
+            pipeline = load_folder(folder, dtype, {}, quantize)
     else:
         raise InputError(f"{folder} is no adapter, so it takes no base model such as {base}")
     if offload:
@@ -104,6 +109,26 @@ def load(
         pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@contextmanager
+def library_bars_off() -> Iterator[None]:
+    """Switch the progress bars of diffusers and transformers off, and afterwards as they were."""
+    from diffusers.utils import logging as of_diffusers
+    from huggingface_hub import utils as of_hub
+    from transformers.utils import logging as of_transformers
+
+    active = [library for library in (of_diffusers, of_transformers) if library.is_progress_bar_enabled()]
+    hub_off = of_hub.are_progress_bars_disabled()
+    for library in active:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in active:
+            library.enable_progress_bar()
+        if hub_off:
+            of_hub.disable_progress_bars()  # transformers has enabled the hub's, too
 
 
 def load_folder(

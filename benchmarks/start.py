@@ -1,0 +1,59 @@
+"""CPU and wall seconds of a cold start, in processes of their own, in turns.
+
+    python benchmarks/start.py
+    python benchmarks/start.py --rounds 9
+
+Every ratio is to `import diffusers; diffusers.DiffusionPipeline`, what any program built on diffusers pays at least.
+CPU seconds are the figure to compare on a machine that does other work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+def measure(command: list[str]) -> tuple[float, float]:
+    """CPU and wall seconds of a command."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall
+
+
+def main() -> None:
+    """Measure, and print a table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    base = "import diffusers; diffusers.DiffusionPipeline"
+    with tempfile.TemporaryDirectory() as folder:
+        image = str(Path(folder) / "face.png")
+        commands = {
+            base: ["-c", base],
+            "import torch": ["-c", "import torch"],
+            "import likeness; likeness.load()": ["-c", "import likeness; likeness.load()"],
+            "likeness generate (20 steps)": ["-m", "likeness.cli", "generate", "a woman", "--out", image],
+        }
+        for command in commands.values():
+            measure([sys.executable, *command])  # fills the file cache
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+        for _ in range(options.rounds):
+            for name, command in commands.items():
+                found[name].append(measure([sys.executable, *command]))
+    medians = {name: [statistics.median(each) for each in zip(*every, strict=True)] for name, every in found.items()}
+    print(f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}, median of {options.rounds}")
+    print(f"{'command':52s} {'CPU s':>6s} {'ratio':>6s} {'wall s':>7s} {'ratio':>6s}")
+    for name, (cpu, wall) in medians.items():
+        print(f"{name:52s} {cpu:6.2f} {cpu / medians[base][0]:6.2f} {wall:7.2f} {wall / medians[base][1]:6.2f}")
+
+
+if __name__ == "__main__":
+    main()
