@@ -18,10 +18,28 @@ DtypeName = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used. The message is one sentence: what is wrong, where, and how to mend it.
+    """Input cannot be used. The message is one sentence: what is wrong, the offending value, and how to fix it.
 
-    The command line prints it and exits with code 2; any other exception is a fault of ours and keeps its traceback.
+    The command line prints it and exits with code 2. Any other exception is a bug and keeps its traceback.
+
+    Args:
+        message: the sentence.
+        kind: what went wrong, as a short constant such as `wrong-size`, if a caller needs to tell errors apart. No code
+            may depend on the text of a message.
     """
+
+    def __init__(self, message: str = "", *, kind: str = "") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Note(NamedTuple):
+    """A remark for the user about input that was accepted. Code depends on `kind` only, never on `text`."""
+
+    kind: str
+    """What it is about, as a short constant such as `blended-labels`."""
+    text: str
+    """One sentence."""
 
 
 class TryAgain(InputError):
