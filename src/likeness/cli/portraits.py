@@ -132,8 +132,10 @@ def generate(
         pipeline = load_pipeline(model, dtype, device, base, quantize, offload)
     tell([f"left out of the LoRA: {line}" for line in add_loras(pipeline, loras, strict=lora_strict)])
     requests = [resolve(dataclasses.replace(request, seed=first + index), pipeline) for index in range(count)]
+    height, width = requests[0].height, requests[0].width
+    assert height and width  # resolved
     if pipeline._execution_device.type == "cpu":
-        choose_threads(work_of(pipeline, requests[0].height, requests[0].width))
+        choose_threads(work_of(pipeline, height, width))
     fingerprint = fingerprint_of(pipeline) if metadata else ""
     named: dict[str, Any] = {"model": model, "base": base, "quantize": quantize, "fingerprint": fingerprint}
     told: set[str] = set()
