@@ -133,7 +133,8 @@ def generate(
     tell([f"left out of the LoRA: {line}" for line in add_loras(pipeline, loras, strict=lora_strict)])
     requests = [resolve(dataclasses.replace(request, seed=first + index), pipeline) for index in range(count)]
     height, width = requests[0].height, requests[0].width
-    assert height and width  # resolved
+    assert height
+    assert width
     if pipeline._execution_device.type == "cpu":
         choose_threads(work_of(pipeline, height, width))
     fingerprint = fingerprint_of(pipeline) if metadata else ""
