@@ -21,8 +21,9 @@ SCALE = ".scale"
 
 
 def pack(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with every floating matrix [O, ...] as int8 and its scales [O] under `<name>.scale`. Weights that were
-    packed before come out bit-identical: (127 s) / 127 is s for every float32 s that is itself a quotient by 127.
+    """A state dict with every floating matrix [O, ...] as int8 and its scales [O] under `<name>.scale`.
+
+    Packing the result of `widen` again is exact: for every float32 s that is a quotient by 127, (127 s) / 127 is s.
     """
     packed = {}
     for name, value in state.items():
