@@ -277,13 +277,13 @@ def learn(recipe: DecoderRecipe, run: Path, signals: list[int]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     # 1. Networks
-    vae = load_autoencoder(recipe.autoencoder)
+    vae = load_autoencoder(recipe.autoencoder).to(device, memory_format=torch.channels_last)
     if recipe.size % (factor := spatial_factor(vae)):
         raise InputError(f"the recipe's size is {recipe.size}: it must be a multiple of {factor}")
     perceptual = load_perceptual(recipe.perceptual, recipe.perceptual_input)
     torch.manual_seed(recipe.seed)  # initial weights of the discriminator; later draws have their own streams
-    discriminator = PatchDiscriminator(recipe.discriminator_channels)
-    vae, discriminator = (network.to(device, memory_format=torch.channels_last) for network in (vae, discriminator))
+    discriminator: Any = PatchDiscriminator(recipe.discriminator_channels)
+    discriminator.to(device, memory_format=torch.channels_last)
     critics = Critics(discriminator, None if perceptual is None else perceptual.to(device))
     codec = LatentCodec(vae, together=True)
     groups = [
@@ -294,9 +294,8 @@ def learn(recipe: DecoderRecipe, run: Path, signals: list[int]) -> None:
     both = nn.ModuleDict({"autoencoder": vae, "discriminator": discriminator})
     learner = Learner(model=both, optimizers=[optimizer], averages=[Ema(vae, recipe.ema)])
     learner.resume(run)
-    on_photographs, on_rendered = (
-        torch.compile(function) if recipe.compile else function for function in (photograph_loss, rendered_loss)
-    )
+    compiled: Any = torch.compile if recipe.compile else lambda function: function
+    on_photographs, on_rendered = compiled(photograph_loss), compiled(rendered_loss)
 
     # 2. Train
     reporter = Reporter(run, recipe.images, learner.seen)
@@ -339,11 +338,10 @@ def learn(recipe: DecoderRecipe, run: Path, signals: list[int]) -> None:
         keep = seen % recipe.checkpoint_every < recipe.batch or last or stop
         if report or keep:
             means = {name: torch.stack(values).mean().item() for name, values in recent.items()}
-            total = sum(value for name, value in means.items() if name != "gradient_norm")
-            finite_numbers(seen, total, means["gradient_norm"])
-        if report:
-            reporter.report(seen, **means)
-            recent.clear()
+            finite_numbers(seen, sum(means.values()) - means["gradient_norm"], means["gradient_norm"])
+            if report:
+                reporter.report(seen, **means)
+                recent.clear()
         if keep:
             averaged = publish(learner, vae, run)
             save_state(run, seen, learner.state())
