@@ -81,6 +81,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
         "encode": prepare.encode,
         "shards": prepare.shards,
         "components": prepare.components,
+        "decoder": prepare.decoder,
         "pack": prepare.pack,
     },
     "study": {"keys": study.keys, "attention": study.attention, "positions": study.positions},

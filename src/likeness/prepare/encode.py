@@ -100,8 +100,9 @@ def encode_folder(
     trial = torch.zeros(1, 3, 2 * factor, 2 * factor, device=place)
     vae = components.vae.to(device=place, memory_format=torch.channels_last)
     codec = LatentCodec(vae, together=True)
+    recorded = begun(out).get("codec", "")
     plan = Plan(
-        codec=components.codec_hash,
+        codec=recorded if recorded and components.same_encoder(recorded) else components.codec_hash,
         moments=codec.moments(trial)[1] is not None,
         size=size,
         precision=precision,
@@ -129,9 +130,9 @@ def begun(out: Path) -> dict[str, Any]:
 
 
 def refuse_other(out: Path, plan: Plan) -> None:
-    """Nothing would be left of a store with another autoencoder, size, precision or fewer views: that is a slip."""
+    """Nothing would be left of a store with another encoder, size, precision or fewer views: that is a slip."""
     before = begun(out)
-    names = {"codec": "autoencoder", "size": "size", "precision": "precision", "text": "text tower"}
+    names = {"codec": "encoder", "size": "size", "precision": "precision", "text": "text tower"}
     for key, name in names.items():
         if before.get(key) not in (None, getattr(plan, key)):
             raise InputError(f"{out} was made with another {name}: choose another folder or delete it")

@@ -40,7 +40,7 @@ class Plan:
     """What decides a store, besides the files."""
 
     codec: str
-    """Hash of the autoencoder (`Components.codec_hash`)."""
+    """Hash of the encoder (`Components.codec_hash`)."""
     moments: bool
     """Whether it gives a distribution: pictures are then kept as mean and log variance, conditions as the mean."""
     size: int
