@@ -64,7 +64,7 @@ def test_pts_takes_its_size_from_the_picture_beside_it(tmp_path):
 
 def test_points_of_a_wide_picture_are_not_squeezed():
     wide = {"points": (POINTS * SIZE).tolist(), "size": SIZE}
-    with pytest.raises(InputError, match="picture of the keypoints is 200x100 but the portrait is 32x32"):
+    with pytest.raises(InputError, match="picture of the keypoints is 200x100, but the image is 32x32"):
         tiny_pipeline()("", control_image={"keypoints": wide}, height=32, width=32)
 
 
@@ -128,6 +128,6 @@ def test_both_conventions_are_drawn_alike():
 def test_exchanged_sides_are_noted_and_resize_changes_nothing():
     crossed = POINTS.copy()
     crossed[:, 0] = 1 - crossed[:, 0]
-    assert any("exchanged" in note for note in read(crossed).notes)
+    assert any("exchanged" in note.text for note in read(crossed).notes)
     assert resize(POINTS, 64, 32) is POINTS
     assert render(POINTS, 64, 96).shape == (64, 96, 3)

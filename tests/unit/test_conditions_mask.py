@@ -59,13 +59,13 @@ def test_colours_that_put_the_left_on_the_right_are_settled_by_geometry(name):
 def test_one_exchanged_pair_is_put_right_and_said():
     reading = read(PALETTE[exchange(FACE, ((4, 5),))])
     np.testing.assert_array_equal(reading.raw, FACE)
-    assert any("exchanged" in note for note in reading.notes)
+    assert any("exchanged" in note.text for note in reading.notes)
 
 
 def test_numbers_keep_their_sides_with_a_note():
     reading = read(CROSSED)
     np.testing.assert_array_equal(reading.raw, CROSSED)
-    assert sum("sides look exchanged" in note for note in reading.notes) == 3
+    assert sum("sides look exchanged" in note.text for note in reading.notes) == 3
     assert not read(FACE).notes
 
 
@@ -74,7 +74,7 @@ def test_a_lone_ear_belongs_to_its_side_of_the_nose():
     crossed = exchange(one_ear, FLIP_PAIRS)
     for palette in PALETTES.values():
         np.testing.assert_array_equal(read(palette[crossed]).raw, one_ear)
-    assert any("l_ear lies on the viewer's left" in note for note in read(crossed).notes)
+    assert any("l_ear lies on the viewer's left" in note.text for note in read(crossed).notes)
     assert not read(one_ear).notes
 
 
@@ -151,7 +151,7 @@ def test_transparent_pixels_of_grey_masks_are_background():
     alpha = np.where(CLASSES.index("hair") == FACE, 0, 255).astype(np.uint8)
     reading = read(Image.merge("LA", [Image.fromarray(FACE), Image.fromarray(alpha)]))
     np.testing.assert_array_equal(reading.raw, np.where(alpha, FACE, 0))
-    assert "transparent" in reading.notes[0]
+    assert "transparent" in reading.notes[0].text
 
 
 def test_distinct_values_of_large_pictures():
@@ -173,7 +173,7 @@ def test_blended_masks_are_repaired_and_flagged(tmp_path, damage):
         path, truth = tmp_path / "mask.png", resize(face, 256, 256)
         picture.resize((256, 256), Image.Resampling[damage.upper()]).save(path)
     reading = read(path)
-    assert "blended colours" in reading.notes[0]
+    assert "blended colours" in reading.notes[0].text
     assert (reading.raw == truth).mean() >= 0.995
     assert set(np.unique(reading.raw)) == set(np.unique(truth))  # no ghost classes
 

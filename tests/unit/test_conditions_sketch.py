@@ -33,7 +33,7 @@ def test_inverted_drawings_are_recognised():
         lines = drawn_sketch(size)
         reading = read(255 - lines)
         np.testing.assert_array_equal(reading.raw, lines)
-        assert "inverted" in reading.notes[0]
+        assert "inverted" in reading.notes[0].text
 
 
 @pytest.mark.parametrize("kind", ["faint", "grey paper", "shadow", "cream", "faint and inverted"])

@@ -168,7 +168,7 @@ def read_mask(file: Path) -> Any:
     from likeness.conditions import CONDITIONS
 
     reading = CONDITIONS["mask"].read(file)
-    tell([f"{file}: {sentence}" for sentence in (reading.scheme, *reading.notes)])
+    tell([f"{file}: {sentence}" for sentence in (reading.scheme, *(note.text for note in reading.notes))])
     return reading.raw
 
 

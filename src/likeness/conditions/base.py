@@ -14,6 +14,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from likeness.types import Note
+
 Source = str | Path | Image.Image | np.ndarray
 """What users bring: a path, a PIL image or an array."""
 
@@ -27,8 +29,8 @@ class Reading:
     where [0, 1] spans the picture."""
     scheme: str
     """The form that was recognised, in a few words: "palette PNG, CelebAMask-HQ colours"."""
-    notes: tuple[str, ...] = ()
-    """What was changed or looks odd, one sentence each."""
+    notes: tuple[Note, ...] = ()
+    """What was changed or looks odd."""
     size: tuple[float, float] | None = None
     """(width, height) of the picture that points were found in, where it is known: fractions of a wide picture are no
     fractions of a square one."""

@@ -94,7 +94,7 @@ def _candidates(source: Source) -> tuple[str, ...]:
 
 def _report(name: str, reading: Reading) -> Report:
     raw = reading.raw
-    problems = list(reading.notes)
+    problems = [note.text for note in reading.notes]
     classes: tuple[tuple[str, int, float], ...] = ()
     size = None if name == "keypoints" else (raw.shape[1], raw.shape[0])
     if size is not None:
@@ -129,7 +129,7 @@ def _size_problems(size: tuple[int, int]) -> list[str]:
 def _mask_problems(labels: np.ndarray) -> list[str]:
     layout = measure(labels)
     present = layout.pixels > 0
-    problems = list(side_notes(labels))
+    problems = [note.text for note in side_notes(labels)]
     if not present[1]:
         problems.append("there is no skin: without it there is no face")
     if not present[2]:

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from likeness.conditions.base import Condition, Reading, Source
 from likeness.conditions.pictures import describe, existing_path, load_array, open_picture
 from likeness.conditions.vary import vary_points
-from likeness.types import InputError
+from likeness.types import InputError, Note
 
 # fmt: off
 FLIP_68: tuple[int, ...] = (
@@ -111,7 +111,9 @@ def read(source: Source | dict) -> Reading:
     where = "the document" if isinstance(source, dict) else describe(source)
     size: tuple[float, ...] | None = None
     if isinstance(source, Image.Image):
-        raise InputError("keypoints are numbers, no picture: give a .json, .npy, .txt, .pts or .csv file")
+        raise InputError(
+            "keypoints are numbers, no picture: give a .json, .npy, .txt, .pts or .csv file", kind="corrupt-file"
+        )
     if isinstance(source, np.ndarray):
         form, values = "array", source
     elif isinstance(source, dict):
@@ -119,12 +121,14 @@ def read(source: Source | dict) -> Reading:
     else:
         path = existing_path(source)
         if path.is_dir():
-            raise InputError(f"{path} is a folder: name one file of keypoints")
+            raise InputError(f"{path} is a folder: name one file of keypoints", kind="corrupt-file")
         form, values, size = _load(path)
     points = _as_points(values, where)
     if size is not None:
         if len(size) != 2 or not np.isfinite(size).all() or min(size) < 1:
-            raise InputError(f"the size in {where} is {list(size)}: it must be [width, height] in pixels")
+            raise InputError(
+                f"the size in {where} is {list(size)}: it must be [width, height] in pixels", kind="corrupt-file"
+            )
         unit = f"pixels of {size[0]:g}x{size[1]:g}"
         # A file may state its size beside points that are fractions already.
         if points.min() >= -0.5 and points.max() <= 1.5 and min(size) > 8:
@@ -136,19 +140,24 @@ def read(source: Source | dict) -> Reading:
         if points.max() > 1.5 or points.min() < -0.5:
             raise InputError(
                 f"the points of {where} are pixels (up to {points.max():.0f}) of a picture of unknown size: "
-                'add "size": [width, height] in a JSON file, divide them by the size, or put the picture beside a .pts'
+                'add "size": [width, height] in a JSON file, divide them by the size, or put the picture beside a .pts',
+                kind="corrupt-file",
             )
     inside = ((points >= 0) & (points <= 1)).all(axis=1).mean()
     if inside < 0.5:
-        raise InputError(f"only {100 * inside:.0f} % of the points of {where} lie within the picture: check the size")
+        raise InputError(
+            f"only {100 * inside:.0f} % of the points of {where} lie within the picture: check the size",
+            kind="corrupt-file",
+        )
     spread = np.ptp(points, axis=0)
     if spread.min() < 0.02:
-        raise InputError(f"the points of {where} lie on one spot or line: they show no face")
+        raise InputError(f"the points of {where} lie on one spot or line: they show no face", kind="corrupt-file")
     notes = []
     if inside < 1:
-        notes.append(f"{round((1 - inside) * len(points))} points lie outside the picture")
+        notes.append(Note("points-outside", f"{round((1 - inside) * len(points))} points lie outside the picture"))
     if _side(points, "l_eye") < _side(points, "r_eye"):
-        notes.append("the person's left eye lies left of the right one in the picture: the sides look exchanged")
+        text = "the person's left eye lies left of the right one in the picture: the sides look exchanged"
+        notes.append(Note("swapped-sides", text))
     kind = "iBUG" if len(points) == 68 else "MediaPipe"
     return Reading(
         raw=points.astype(np.float32),
@@ -168,16 +177,25 @@ def _as_points(values: object, where: str) -> np.ndarray:
     try:
         points = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise InputError(f"the points of {where} are no plain numbers: give [[x, y], ...]") from error
+        raise InputError(
+            f"the points of {where} are no plain numbers: give [[x, y], ...]", kind="corrupt-file"
+        ) from error
     if points.ndim == 3 and points.shape[0] == 1:
         points = points[0]
     if points.ndim != 2 or points.shape[1] not in (2, 3):
-        raise InputError(f"the points of {where} have the shape {list(points.shape)}: give [[x, y], ...]")
+        raise InputError(
+            f"the points of {where} have the shape {list(points.shape)}: give [[x, y], ...]", kind="corrupt-file"
+        )
     if len(points) not in FLIPS:
-        raise InputError(f"{where} has {len(points)} points: give the 68 of iBUG or the 478 of MediaPipe (with irises)")
+        raise InputError(
+            f"{where} has {len(points)} points: give the 68 of iBUG or the 478 of MediaPipe (with irises)",
+            kind="corrupt-file",
+        )
     points = points[:, :2]
     if not np.isfinite(points).all():
-        raise InputError(f"{where} has points that are not finite (NaN or infinite): detect them again")
+        raise InputError(
+            f"{where} has points that are not finite (NaN or infinite): detect them again", kind="corrupt-file"
+        )
     return points
 
 
@@ -187,16 +205,18 @@ def _load(path: Path) -> tuple[str, object, tuple[float, ...] | None]:
     if suffix in (".npy", ".npz"):
         return suffix[1:], load_array(path), None
     if suffix not in (".json", ".txt", ".pts", ".csv"):
-        raise InputError(f"{path} is no file of keypoints: give a .json, .npy, .txt, .pts or .csv file")
+        raise InputError(
+            f"{path} is no file of keypoints: give a .json, .npy, .txt, .pts or .csv file", kind="corrupt-file"
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as text ({error}): export it again") from error
+        raise InputError(f"{path} cannot be read as text ({error}): export it again", kind="corrupt-file") from error
     if suffix == ".json":
         try:
             document = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise InputError(f"{path} is no valid JSON ({error}): export it again") from error
+            raise InputError(f"{path} is no valid JSON ({error}): export it again", kind="corrupt-file") from error
         return _from_document(document, str(path))
     pts = "{" in text
     body = text[text.index("{") + 1 :].split("}")[0] if pts else text
@@ -207,7 +227,9 @@ def _load(path: Path) -> tuple[str, object, tuple[float, ...] | None]:
             numbers.append([float(cell) for cell in row])
         except ValueError as error:
             if line:  # the first line may be a header
-                raise InputError(f"{path} has a line that is no numbers: {' '.join(row)[:40]!r}") from error
+                raise InputError(
+                    f"{path} has a line that is no numbers: {' '.join(row)[:40]!r}", kind="corrupt-file"
+                ) from error
     # iBUG counts pixels from 1.
     values = [[number - 1 for number in row] for row in numbers] if pts else numbers
     return "iBUG pts" if pts else suffix[1:], values, _size_beside(path) if pts else None
@@ -225,14 +247,18 @@ def _from_document(document: object, where: str) -> tuple[str, object, tuple[flo
     if not isinstance(document, dict):
         return "JSON", document, None
     if "points" not in document:
-        raise InputError(f'{where} has no "points": give {{"points": [[x, y], ...], "size": [width, height]}}')
+        raise InputError(
+            f'{where} has no "points": give {{"points": [[x, y], ...], "size": [width, height]}}', kind="corrupt-file"
+        )
     size = document.get("size")
     if size is None:
         return "JSON", document["points"], None
     try:
         return "JSON", document["points"], tuple(float(side) for side in size)
     except (TypeError, ValueError) as error:
-        raise InputError(f"the size in {where} is {size!r}: it must be [width, height] in pixels") from error
+        raise InputError(
+            f"the size in {where} is {size!r}: it must be [width, height] in pixels", kind="corrupt-file"
+        ) from error
 
 
 def resize(raw: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -35,7 +35,7 @@ from likeness.conditions.pictures import (
     open_picture,
 )
 from likeness.conditions.vary import vary_labels
-from likeness.types import InputError
+from likeness.types import InputError, Note
 
 PART_NAMES: dict[str, int] = {
     **{name: index for name, index in CLASS_INDEX.items() if index},
@@ -82,14 +82,17 @@ def _read_picture(picture: Image.Image, where: str, order: str | None, jpeg: boo
         )
     if picture.mode == "1":
         raise InputError(
-            f"{where} is black and white: a mask needs a class for every pixel; is it a sketch (--sketch)?"
+            f"{where} is black and white: a mask needs a class for every pixel; is it a sketch (--sketch)?",
+            kind="off-palette",
         )
     if picture.mode == "LA" and picture.getchannel(1).getextrema() == (255, 255):
         picture = picture.getchannel(0)
     if picture.mode in ("L", "I", "I;16", "I;16B", "I;16L"):
         values = np.asarray(picture)
         if jpeg and 0 < values.max() < 2 * len(CLASSES):
-            raise InputError(f"{where} holds class numbers in a JPEG, which changes them: save it as PNG")
+            raise InputError(
+                f"{where} holds class numbers in a JPEG, which changes them: save it as PNG", kind="off-palette"
+            )
         return _read_array(values, where, order)
     if picture.mode in TRANSPARENT:
         return _read_array(np.asarray(picture.convert("RGBA")), where, order)
@@ -99,15 +102,19 @@ def _read_picture(picture: Image.Image, where: str, order: str | None, jpeg: boo
 def _read_array(array: np.ndarray, where: str, order: str | None) -> Reading:
     if array.size == 0 or array.ndim not in (2, 3):
         raise InputError(
-            f"{where} has the shape {list(array.shape)}: a mask is [H, W], [H, W, 3] or one-hot [19, H, W]"
+            f"{where} has the shape {list(array.shape)}: a mask is [H, W], [H, W, 3] or one-hot [19, H, W]",
+            kind="off-palette",
         )
     if array.dtype == bool:
         array = array.astype(np.uint8)
     if not np.issubdtype(array.dtype, np.number) or np.iscomplexobj(array):
-        raise InputError(f"{where} holds {array.dtype} values: a mask needs whole numbers")
+        raise InputError(f"{where} holds {array.dtype} values: a mask needs whole numbers", kind="off-palette")
     if np.issubdtype(array.dtype, np.floating):
         if not np.isfinite(array).all() or (array != np.round(array)).any():
-            raise InputError(f"{where} holds fractions: a mask needs whole class numbers, so take the argmax first")
+            raise InputError(
+                f"{where} holds fractions: a mask needs whole class numbers, so take the argmax first",
+                kind="off-palette",
+            )
         array = array.astype(np.int64)
     if array.ndim == 3 and 1 in (array.shape[0], array.shape[2]):
         array = array[0] if array.shape[0] == 1 else array[..., 0]
@@ -116,26 +123,32 @@ def _read_array(array: np.ndarray, where: str, order: str | None) -> Reading:
         array = array.transpose(1, 2, 0)  # [3, H, W] -> [H, W, 3]
     sides = array.shape[1:] if planes and array.shape[0] == len(CLASSES) else array.shape[:2]
     if min(sides) < LEAST_SIDE:
-        raise InputError(f"{where} is {sides[1]}x{sides[0]} pixels: too small to hold a face")
+        raise InputError(f"{where} is {sides[1]}x{sides[0]} pixels: too small to hold a face", kind="corrupt-file")
     if array.ndim == 2:
         _refuse_sketch(array, where)
         return read_numbers(array, "index mask", where, order)
     if planes:
         return read_one_hot(array, where, order)
     if array.shape[2] not in (3, 4):
-        raise InputError(f"{where} has the shape {list(array.shape)}: a mask has 1, 3, 4 or {len(CLASSES)} channels")
+        raise InputError(
+            f"{where} has the shape {list(array.shape)}: a mask has 1, 3, 4 or {len(CLASSES)} channels",
+            kind="off-palette",
+        )
     if array.min() < 0 or array.max() > 255:
-        raise InputError(f"{where} has colours from {array.min()} to {array.max()}: they must lie within 0 and 255")
+        raise InputError(
+            f"{where} has colours from {array.min()} to {array.max()}: they must lie within 0 and 255",
+            kind="off-palette",
+        )
     rgb, kind, notes = array[..., :3].astype(np.uint8), "RGB", ()
     if array.shape[2] == 4:
         kind, alpha = "RGBA", array[..., 3]
         if not np.isin(np.unique(alpha), (0, 255)).all():
-            raise InputError(f"{where} is partly transparent: flatten it without smoothing first")
+            raise InputError(f"{where} is partly transparent: flatten it without smoothing first", kind="off-palette")
         if not alpha.any():
-            raise InputError(f"the mask has no face: {where} is fully transparent")
+            raise InputError(f"the mask has no face: {where} is fully transparent", kind="blank")
         if not alpha.all():
             rgb = np.where(alpha[..., None] > 0, rgb, 0).astype(np.uint8)
-            notes = ("transparent pixels were read as background",)
+            notes = (Note("transparency", "transparent pixels were read as background"),)
     if np.array_equal(rgb[..., 0], rgb[..., 1]) and np.array_equal(rgb[..., 1], rgb[..., 2]):
         _refuse_sketch(rgb[..., 0], where)
         reading = read_numbers(rgb[..., 0], f"index mask stored as {kind}", where, order)
@@ -146,7 +159,9 @@ def _read_array(array: np.ndarray, where: str, order: str | None) -> Reading:
 
 def _refuse_sketch(values: np.ndarray, where: str) -> None:
     if values.max() > 200 and np.median(values) > 200:
-        raise InputError(f"{where} is mostly white, like a drawing: give it as --sketch; for a mask, {HOW}")
+        raise InputError(
+            f"{where} is mostly white, like a drawing: give it as --sketch; for a mask, {HOW}", kind="off-palette"
+        )
 
 
 def _read_parts(folder: Path) -> Reading:
@@ -163,15 +178,19 @@ def _read_parts(folder: Path) -> Reading:
         person = path.stem[: -len(name)].rstrip("_")
         parts.setdefault(person, {})[PART_NAMES[name]] = path
     if not parts:
-        raise InputError(f"{folder} holds no part files such as 00000_skin.png: name a mask picture or such a folder")
+        raise InputError(
+            f"{folder} holds no part files such as 00000_skin.png: name a mask picture or such a folder",
+            kind="off-palette",
+        )
     if len(parts) > 1:
         raise InputError(
-            f"{folder} holds the parts of {len(parts)} faces: move those of one face into their own folder"
+            f"{folder} holds the parts of {len(parts)} faces: move those of one face into their own folder",
+            kind="off-palette",
         )
     ((_, files),) = parts.items()
     reading = paint_parts(files, str(folder))
     if strangers:
-        note = f"{strangers} pictures in the folder are no parts of a face and were left out"
+        note = Note("other-files", f"{strangers} pictures in the folder are no parts of a face and were left out")
         return Reading(raw=reading.raw, scheme=reading.scheme, notes=(note, *reading.notes))
     return reading
 
@@ -195,14 +214,18 @@ def paint_parts(files: Mapping[int, Path | Image.Image], where: str) -> Reading:
         values = np.asarray(picture.convert("L"))
         if 1 < values.max() <= 127:
             raise InputError(
-                f"{describe(path)} paints nothing: its values reach {values.max()}, a part is white on black"
+                f"{describe(path)} paints nothing: its values reach {values.max()}, a part is white on black",
+                kind="blank",
             )
         painted = values > (127 if values.max() > 1 else 0)
         if labels is None:
             labels = np.zeros(values.shape, dtype=np.uint8)
         if painted.shape != labels.shape:
             have, want = painted.shape[::-1], labels.shape[::-1]
-            raise InputError(f"{describe(path)} is {have[0]}x{have[1]} but its fellow parts are {want[0]}x{want[1]}")
+            raise InputError(
+                f"{describe(path)} is {have[0]}x{have[1]} but its fellow parts are {want[0]}x{want[1]}",
+                kind="wrong-size",
+            )
         labels[painted] = index
     assert labels is not None
     return finish(labels, f"folder of {len(files)} part files", side_notes(labels), where)

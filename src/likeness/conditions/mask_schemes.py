@@ -13,7 +13,7 @@ from likeness.conditions.base import Reading
 from likeness.conditions.classes import CLASSES, FLIP_PAIRS, ORDERS, PALETTE, PALETTES, order_table
 from likeness.conditions.layout import broken_rules, exchanged_pairs, measure, rank_orders
 from likeness.conditions.mask_repair import TOLERANCE, UNKNOWN, looks_blended, nearest_colours, unblend
-from likeness.types import InputError
+from likeness.types import InputError, Note
 
 UNION = np.unique(np.concatenate(list(PALETTES.values())), axis=0)
 """uint8 [20, 3]: every colour of the four palettes."""
@@ -38,15 +38,16 @@ def pair_name(pair: tuple[int, int]) -> str:
     return CLASSES[pair[0]].removeprefix("l_")
 
 
-def side_notes(labels: np.ndarray) -> tuple[str, ...]:
-    """One sentence for each pair whose sides look exchanged."""
+def side_notes(labels: np.ndarray) -> tuple[Note, ...]:
+    """A note for each pair whose sides look exchanged."""
     layout, notes = measure(labels), []
     for a, b in exchanged_pairs(layout):
         place = f"left of {CLASSES[b]}" if layout.pixels[a] and layout.pixels[b] else "on the viewer's left"
         if not layout.pixels[a]:
             place = "on the viewer's right"
         lies = f"{CLASSES[a if layout.pixels[a] else b]} lies {place} in the picture"
-        notes.append(f"{lies}, but l_ is the person's left (the viewer's right): the sides look exchanged")
+        text = f"{lies}, but l_ is the person's left (the viewer's right): the sides look exchanged"
+        notes.append(Note("swapped-sides", text))
     return tuple(notes)
 
 
@@ -58,10 +59,10 @@ def exchange(labels: np.ndarray, pairs: tuple[tuple[int, int], ...]) -> np.ndarr
     return table[labels]
 
 
-def finish(labels: np.ndarray, scheme: str, notes: tuple[str, ...], where: str) -> Reading:
+def finish(labels: np.ndarray, scheme: str, notes: tuple[Note, ...], where: str) -> Reading:
     """The reading of canonical labels. Raises `InputError` when they show nothing but background."""
     if not labels.any():
-        raise InputError(f"the mask has no face: every pixel of {where} is background (read as {scheme})")
+        raise InputError(f"the mask has no face: every pixel of {where} is background (read as {scheme})", kind="blank")
     return Reading(raw=np.ascontiguousarray(labels, dtype=np.uint8), scheme=scheme, notes=notes)
 
 
@@ -80,13 +81,17 @@ def read_numbers(
     low, high = int(values.min()), int(values.max())
     if low < 0 or high >= len(CLASSES):
         raise InputError(
-            f"{where} has grey values from {low} to {high}, but a mask has class numbers from 0 to 18: {HOW}"
+            f"{where} has grey values from {low} to {high}, but a mask has class numbers from 0 to 18: {HOW}",
+            kind="off-palette",
         )
     labels = values.astype(np.uint8)
     if not labels.any():
         return finish(labels, scheme, (), where)
     if not coloured and looks_blended(labels):
-        raise InputError(f"the class numbers of {where} were blended by a smooth resize: resize with nearest instead")
+        raise InputError(
+            f"the class numbers of {where} were blended by a smooth resize: resize with nearest instead",
+            kind="blended-labels",
+        )
     if order is not None:
         if order not in ORDERS:
             raise InputError(f"{order!r} is no known class order: choose from {', '.join(ORDERS)}")
@@ -102,16 +107,19 @@ def read_numbers(
     ]
     broken, margin = len(ranked[best]), min(rivals, default=99) - len(ranked[best])
     if best == "canonical" and (broken == 0 or (broken <= 4 and margin >= 2)):
-        notes = () if margin or coloured else ("too few parts to prove the class order: taken in the canonical order",)
+        unproven = Note("class-order-unproven", "too few parts to prove the class order: taken in the canonical order")
+        notes = () if margin or coloured else (unproven,)
         return finish(labels, f"{scheme}, canonical order", notes + side_notes(labels), where)
     if best != "canonical" and broken <= 1 and margin >= 4:
         labels = order_table(best)[labels]
-        note = f"the class numbers are in the {best} order and were brought into the canonical one"
+        note = Note("class-order", f"the class numbers are in the {best} order and were brought into the canonical one")
         return finish(labels, f"{scheme}, {best} order", (note, *side_notes(labels)), where)
     if coloured:
         return finish(labels, f"{scheme}, canonical order", side_notes(labels), where)
     odd = "; ".join(ranked["canonical"][:2]) or "several orders fit"
-    raise InputError(f"the class numbers of {where} fit no known class order for certain ({odd}): {HOW}")
+    raise InputError(
+        f"the class numbers of {where} fit no known class order for certain ({odd}): {HOW}", kind="off-palette"
+    )
 
 
 def read_palette(indices: np.ndarray, colours: np.ndarray, where: str, order: str | None = None) -> Reading | None:
@@ -133,7 +141,7 @@ def read_palette(indices: np.ndarray, colours: np.ndarray, where: str, order: st
     return None
 
 
-def _choose_palette(rows: np.ndarray) -> tuple[str, np.ndarray, tuple[str, ...]]:
+def _choose_palette(rows: np.ndarray) -> tuple[str, np.ndarray, tuple[Note, ...]]:
     """The palette of `rows` (int [H, W] of `UNION`), the labels with l_ on the person's left, what was exchanged."""
     layout = measure(rows, len(UNION))
     present = layout.pixels > 0
@@ -156,7 +164,11 @@ def _choose_palette(rows: np.ndarray) -> tuple[str, np.ndarray, tuple[str, ...]]
     labels = labels.astype(np.uint8)
     wrong = exchanged_pairs(measure(labels))
     notes = tuple(
-        f"the {name} colours put l_{pair_name(pair)} on the person's right: l_ and r_{pair_name(pair)} were exchanged"
+        Note(
+            "swapped-sides",
+            f"the {name} colours put l_{pair_name(pair)} on the person's right: "
+            f"l_ and r_{pair_name(pair)} were exchanged",
+        )
         for pair in wrong
     )
     return name, exchange(labels, wrong), notes
@@ -179,7 +191,7 @@ def read_colours(rgb: np.ndarray, kind: str, where: str) -> Reading:
     found = [entry for entry in found if entry[0]] or [entry for entry in found if entry[1] >= 0.6]
     readings = []
     for exact, _, channels, rows, distance in found:
-        notes: tuple[str, ...] = ()
+        notes: tuple[Note, ...] = ()
         if not exact:
             near = np.where(distance <= TOLERANCE, rows, UNKNOWN)
             colours = UNION if channels == "RGB" else UNION[:, ::-1]
@@ -188,21 +200,25 @@ def read_colours(rgb: np.ndarray, kind: str, where: str) -> Reading:
             except ValueError:
                 continue
             changed = float(((near == UNKNOWN) | (near != rows)).mean())
-            notes = (
+            text = (
                 f"{100 * changed:.1f} % of the pixels have blended colours (a smooth resize or JPEG) and took the "
-                "class of a clean neighbour",
+                "class of a clean neighbour"
             )
+            notes = (Note("blended-labels", text),)
         name, labels, sides = _choose_palette(rows)
         if channels == "BGR":
-            notes = ("the channels are in the order BGR and were read as such", *notes)
+            notes = (Note("colour-order", "the channels are in the order BGR and were read as such"), *notes)
         scheme = f"{kind}, {name} colours" + (", BGR" if channels == "BGR" else "")
         readings.append((broken_rules(measure(labels)), labels, scheme, notes + sides, exact))
     readings.sort(key=lambda reading: len(reading[0]))  # stable: RGB first where both fit as well
     if not readings or (not readings[0][4] and len(readings[0][0]) > 5):
         count = len(np.unique(rgb.reshape(-1, 3), axis=0))
         if count > 512:
-            raise InputError(f"{where} looks like a photograph, no mask ({count} colours): draw a mask or extract one")
-        raise InputError(f"the {count} colours of {where} belong to no known mask palette: {HOW}")
+            raise InputError(
+                f"{where} looks like a photograph, no mask ({count} colours): draw a mask or extract one",
+                kind="off-palette",
+            )
+        raise InputError(f"the {count} colours of {where} belong to no known mask palette: {HOW}", kind="off-palette")
     _, labels, scheme, notes, _ = readings[0]
     return finish(labels, scheme, notes, where)
 
@@ -216,10 +232,15 @@ def read_one_hot(planes: np.ndarray, where: str, order: str | None = None) -> Re
     axis = 0 if planes.shape[0] == len(CLASSES) else 2
     high = planes.max()
     if high not in (1, 255) or not np.isin(np.unique(planes), (0, high)).all():
-        raise InputError(f"the {len(CLASSES)} planes of {where} hold scores, not 0 and 1: take the argmax first")
+        raise InputError(
+            f"the {len(CLASSES)} planes of {where} hold scores, not 0 and 1: take the argmax first", kind="off-palette"
+        )
     total = (planes == high).sum(axis=axis)
     if (total != 1).any():
         share = 100 * float((total != 1).mean())
-        raise InputError(f"{share:.1f} % of the pixels of {where} have no class or several: one-hot needs exactly one")
+        raise InputError(
+            f"{share:.1f} % of the pixels of {where} have no class or several: one-hot needs exactly one",
+            kind="off-palette",
+        )
     form = "[19, H, W]" if axis == 0 else "[H, W, 19]"
     return read_numbers(planes.argmax(axis=axis), f"one-hot {form}", where, order)

@@ -45,11 +45,13 @@ def existing_path(source: str | Path) -> Path:
     try:
         path = Path(source).expanduser()
         if not path.exists():
-            raise InputError(f"{path} does not exist: check the path")
+            raise InputError(f"{path} does not exist: check the path", kind="missing-file")
     except RuntimeError as error:  # ~somebody
-        raise InputError(f"{source} cannot be opened: there is no such user") from error
+        raise InputError(f"{source} cannot be opened: there is no such user", kind="missing-file") from error
     except OSError as error:  # such as a name that is too long
-        raise InputError(f"{str(source)[:80]} cannot be opened: {error.strerror or error}") from error
+        raise InputError(
+            f"{str(source)[:80]} cannot be opened: {error.strerror or error}", kind="missing-file"
+        ) from error
     return path
 
 
@@ -72,30 +74,36 @@ def open_picture(source: str | Path | Image.Image | bytes, name: str = "") -> Im
                 picture = source
             elif isinstance(source, bytes):
                 if not source:
-                    raise InputError(f"{name} is empty (0 bytes): save or download it again")
+                    raise InputError(f"{name} is empty (0 bytes): save or download it again", kind="corrupt-file")
                 with Image.open(io.BytesIO(source)) as opened:
                     opened.load()
                     picture = opened
             else:
                 path = existing_path(source)
                 if path.is_dir():
-                    raise InputError(f"{path} is a folder: name one picture in it")
+                    raise InputError(f"{path} is a folder: name one picture in it", kind="corrupt-file")
                 if path.stat().st_size == 0:
-                    raise InputError(f"{path} is empty (0 bytes): save or download it again")
+                    raise InputError(f"{path} is empty (0 bytes): save or download it again", kind="corrupt-file")
                 with Image.open(path) as opened:
                     opened.load()
                     picture = opened
             upright = ImageOps.exif_transpose(picture)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise InputError(f"{name} has too many pixels to be opened safely: make it smaller") from error
+        raise InputError(
+            f"{name} has too many pixels to be opened safely: make it smaller", kind="corrupt-file"
+        ) from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{name} is no picture that can be read: save it as PNG") from error
+        raise InputError(f"{name} is no picture that can be read: save it as PNG", kind="corrupt-file") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{name} cannot be read ({error}): it may be truncated, save or download it again") from error
+        raise InputError(
+            f"{name} cannot be read ({error}): it may be truncated, save or download it again", kind="corrupt-file"
+        ) from error
     if min(upright.size) < LEAST_SIDE:
-        raise InputError(f"{name} is {upright.width}x{upright.height} pixels: too small to hold a face")
+        raise InputError(
+            f"{name} is {upright.width}x{upright.height} pixels: too small to hold a face", kind="corrupt-file"
+        )
     return upright
 
 
@@ -107,12 +115,14 @@ def load_array(path: Path) -> np.ndarray:
             return loaded
         with loaded:
             if len(loaded.files) != 1:
-                raise InputError(f"{path} holds {len(loaded.files)} arrays: save exactly one")
+                raise InputError(f"{path} holds {len(loaded.files)} arrays: save exactly one", kind="corrupt-file")
             return loaded[loaded.files[0]]
     except InputError:
         raise
     except Exception as error:  # np.load raises many kinds: zipfile, zlib, pickle, tokenizer, end of file
-        raise InputError(f"{path} is no readable NumPy file ({error}): save it with numpy.save") from error
+        raise InputError(
+            f"{path} is no readable NumPy file ({error}): save it with numpy.save", kind="corrupt-file"
+        ) from error
 
 
 def check_aspect(have: tuple[int, int], want: tuple[int, int], name: str) -> None:
@@ -123,12 +133,13 @@ def check_aspect(have: tuple[int, int], want: tuple[int, int], name: str) -> Non
     """
     (height, width), (high, wide) = have, want
     if high < 1 or wide < 1:
-        raise InputError(f"a size of {wide}x{high} pixels is impossible: both must be at least 1")
+        raise InputError(f"a size of {wide}x{high} pixels is impossible: both must be at least 1", kind="wrong-size")
     off = abs(width * high - height * wide)
     if off > ASPECT_TOLERANCE * height * wide and off > max(height, width):
         raise InputError(
             f"the {name} is {width}x{height}, but the image is {wide}x{high}: "
-            f"crop or pad the {name} to that aspect ratio"
+            f"crop or pad the {name} to that aspect ratio",
+            kind="wrong-size",
         )
 
 

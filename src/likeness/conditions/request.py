@@ -23,5 +23,5 @@ def read_conditions(request: PortraitRequest) -> tuple[PortraitRequest, list[str
             readings[name] = source
             continue
         readings[name] = reading = CONDITIONS[name].read(source)
-        notes += [f"{name}: {reading.scheme}", *(f"{name}: {note}" for note in reading.notes)]
+        notes += [f"{name}: {reading.scheme}", *(f"{name}: {note.text}" for note in reading.notes)]
     return dataclasses.replace(request, control_image=readings), notes

@@ -24,7 +24,7 @@ from likeness.conditions.pictures import (
     open_picture,
 )
 from likeness.conditions.vary import vary_lines
-from likeness.types import InputError
+from likeness.types import InputError, Note
 
 PAPER = 250
 """Grey level from which paper counts as white."""
@@ -49,13 +49,13 @@ def read(source: Source) -> Reading:
         if path.suffix.lower() in (".npy", ".npz"):
             source = load_array(path)
     pixels = _array_pixels(source, where) if isinstance(source, np.ndarray) else _picture_pixels(open_picture(source))
-    notes: list[str] = []
+    notes: list[Note] = []
     scheme = "drawing"
     if pixels.ndim == 3 and pixels.shape[2] == 4:
         pixels, transparent = _on_white(pixels)
         if transparent:
             scheme = "drawing on a transparent ground"
-            notes.append("the transparent ground was laid on white")
+            notes.append(Note("transparency", "the transparent ground was laid on white"))
     if pixels.ndim == 3:
         _refuse_mask(pixels, where)
         grey = np.asarray(Image.fromarray(pixels).convert("L"))
@@ -63,16 +63,16 @@ def read(source: Source) -> Reading:
     else:
         grey, colourful = pixels, np.zeros(pixels.shape, np.int16)
         if grey.max() < 19 and len(np.unique(grey)) > 2:
-            raise InputError(f"{where} holds small numbers like a class mask: give it as --mask")
+            raise InputError(f"{where} holds small numbers like a class mask: give it as --mask", kind="no-sketch")
     if int(grey.max()) - int(grey.min()) < 16:
-        raise InputError(f"the sketch is blank: all of {where} is one tone; draw dark lines on white")
+        raise InputError(f"the sketch is blank: all of {where} is one tone; draw dark lines on white", kind="blank")
     if np.median(grey) < 128:
         grey = 255 - grey
         scheme = "inverted " + scheme
-        notes.append("light lines on a dark ground were inverted")
+        notes.append(Note("inverted-sketch", "light lines on a dark ground were inverted"))
     lines, changed = _clean(grey, colourful, where)
     if changed:
-        notes.append(changed)
+        notes.append(Note("faint-sketch", changed))
         scheme += ", uneven or faint"
     return Reading(raw=lines, scheme=scheme, notes=tuple(notes))
 
@@ -93,17 +93,26 @@ def _array_pixels(array: np.ndarray, where: str) -> np.ndarray:
     if array.ndim == 3 and 1 in (array.shape[0], array.shape[2]):
         array = array[0] if array.shape[0] == 1 else array[..., 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or not array.size:
-        raise InputError(f"{where} has the shape {list(array.shape)}: a sketch is [H, W], [H, W, 3] or [H, W, 4]")
+        raise InputError(
+            f"{where} has the shape {list(array.shape)}: a sketch is [H, W], [H, W, 3] or [H, W, 4]", kind="no-sketch"
+        )
     if min(array.shape[:2]) < LEAST_SIDE:
-        raise InputError(f"{where} is {array.shape[1]}x{array.shape[0]} pixels: too small to hold a face")
+        raise InputError(
+            f"{where} is {array.shape[1]}x{array.shape[0]} pixels: too small to hold a face", kind="corrupt-file"
+        )
     if array.dtype == bool:
         return array.astype(np.uint8) * 255
     if np.issubdtype(array.dtype, np.floating):
         if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
-            raise InputError(f"{where} has values from {array.min()} to {array.max()}: fractions must lie in [0, 1]")
+            raise InputError(
+                f"{where} has values from {array.min()} to {array.max()}: fractions must lie in [0, 1]",
+                kind="no-sketch",
+            )
         return np.rint(array * 255).astype(np.uint8)
     if not np.issubdtype(array.dtype, np.integer) or array.min() < 0 or array.max() > 255:
-        raise InputError(f"{where} is no picture: a sketch has whole numbers from 0 to 255 or fractions in [0, 1]")
+        raise InputError(
+            f"{where} is no picture: a sketch has whole numbers from 0 to 255 or fractions in [0, 1]", kind="no-sketch"
+        )
     return array.astype(np.uint8)
 
 
@@ -122,7 +131,7 @@ def _refuse_mask(rgb: np.ndarray, where: str) -> None:
     for rows, distance in nearest_colours(rgb, UNION, UNION[:, ::-1]):
         exact = (distance == 0) & (np.ptp(rgb, axis=2) > 0)
         if exact.mean() > 0.1 and len(np.unique(rows[exact])) >= 2:
-            raise InputError(f"{where} looks like a mask (flat class colours): give it as --mask")
+            raise InputError(f"{where} looks like a mask (flat class colours): give it as --mask", kind="no-sketch")
 
 
 def _clean(grey: np.ndarray, colourful: np.ndarray, where: str) -> tuple[np.ndarray, str]:
@@ -138,7 +147,9 @@ def _clean(grey: np.ndarray, colourful: np.ndarray, where: str) -> tuple[np.ndar
 
     if np.median(grey) >= PAPER and (grey >= PAPER).mean() > 0.5 and np.percentile(grey, 0.5) <= 110:
         if np.mean(colourful[grey < 200] > 96) > 0.5 and (grey < 200).mean() > 0.3:
-            raise InputError(f"{where} is a coloured picture, no sketch: extract a sketch from it first")
+            raise InputError(
+                f"{where} is a coloured picture, no sketch: extract a sketch from it first", kind="no-sketch"
+            )
         return np.ascontiguousarray(grey), ""
     window = max(9, min(grey.shape) // 12)
     # Closing on a small copy: the envelope is smooth, and a large window over every pixel is slow.
@@ -159,10 +170,11 @@ def _clean(grey: np.ndarray, colourful: np.ndarray, where: str) -> tuple[np.ndar
     if photo:
         raise InputError(
             f"{where} is a picture with continuous tones, no sketch: extract a sketch from it first, or see what it is "
-            "with `likeness inspect`"
+            "with `likeness inspect`",
+            kind="no-sketch",
         )
     if inked.mean() < 0.0005 or ink.max() < 0.06:
-        raise InputError(f"the sketch is blank: nothing is drawn on {where}; draw dark lines on white")
+        raise InputError(f"the sketch is blank: nothing is drawn on {where}; draw dark lines on white", kind="blank")
     dark = float(np.percentile(ink[inked], 95))
     stretched = np.clip((ink - noise) / max(dark - noise, 0.02), 0, 1)
     sentence = "the paper was made white and the lines dark (uneven light, off-white paper or faint lines)"

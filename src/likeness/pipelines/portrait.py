@@ -362,7 +362,7 @@ class PortraitPipeline(DiffusionPipeline):
                     reading = source
                     if not isinstance(source, Reading):
                         reading = CONDITIONS[name].read(source.cpu().numpy() if isinstance(source, Tensor) else source)
-                        notes.extend([f"{name}: {reading.scheme}", *(f"{name}: {note}" for note in reading.notes)])
+                        notes.extend([f"{name}: {reading.scheme}", *(f"{name}: {note.text}" for note in reading.notes)])
                     if reading.size is not None:
                         check_aspect(
                             (round(reading.size[1]), round(reading.size[0])), (height, width), f"picture of the {name}"

@@ -30,32 +30,6 @@ from likeness.prepare.faults import KINDS, MENDING, Finding, Row, metadata_lines
 from likeness.prepare.mend import mend_captions
 from likeness.types import InputError
 
-NOTES: dict[str, str] = {
-    "in the order BGR": "colour-order",
-    "blended colours": "blended-labels",
-    "brought into the canonical one": "class-order",
-    "were exchanged": "swapped-sides",
-    "look exchanged": "swapped-sides",
-    "lines on a dark ground": "inverted-sketch",
-}
-"""Part of a reader's note -> kind. Other notes (faint paper, points beyond the edge) are no faults."""
-
-REFUSALS: dict[str, str] = {
-    "has no face": "blank",
-    "is blank": "blank",
-    "were blended": "blended-labels",
-    "cannot be read": "corrupt-file",
-    "can be read": "corrupt-file",
-    "is empty": "corrupt-file",
-    "too many pixels": "corrupt-file",
-    "too small": "corrupt-file",
-    "no readable": "corrupt-file",
-}
-"""Part of the sentence with which a reader refuses a file -> kind."""
-
-REFUSED = {"mask": "off-palette", "sketch": "no-sketch", "keypoints": "corrupt-file"}
-"""Condition -> kind of its other refusals."""
-
 SKIN_GAIN = 0.4
 """Share of the face that must take on the colour of skin when red and blue change places, for it to pass for BGR.
 
@@ -258,13 +232,12 @@ def examine_condition(seen: Seen, name: str, path: Path, shape: tuple[int, int] 
         reading = CONDITIONS[name].read(path)
     except InputError as error:
         sentence = str(error).replace(str(path), seen.row.values[column])
-        kind = next((kind for part, kind in REFUSALS.items() if part in sentence), REFUSED[name])
-        seen.tell(column, kind, sentence, "drop-file")
+        seen.tell(column, error.kind or "corrupt-file", sentence, "drop-file")
         return None
     for note in reading.notes:
-        for kind in (kind for part, kind in NOTES.items() if part in note):
+        if note.kind in KINDS:
             # Keypoints may be misnumbered or mirrored: which of both, a rewrite could only guess.
-            seen.tell(column, kind, note, "drop-file" if name == "keypoints" else "rewrite")
+            seen.tell(column, note.kind, note.text, "drop-file" if name == "keypoints" else "rewrite")
     if shape is not None and name != "keypoints":
         try:
             check_aspect(reading.raw.shape[:2], shape, name)
