@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from likeness.conditions.classes import CLASSES, ORDERS, PALETTES, order_table
 from likeness.conditions.mask import read, resize
+from likeness.conditions.mask.classes import CLASSES, ORDERS, PALETTES, order_table
 from likeness.data.folder import each_row
 from likeness.data.synthetic import draw_face
 from likeness.types import InputError

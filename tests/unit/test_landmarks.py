@@ -12,8 +12,8 @@ from PIL import Image
 
 from likeness.annotators.landmarks import open_landmarker
 from likeness.conditions import CONDITIONS
-from likeness.conditions.classes import CLASS_INDEX
 from likeness.conditions.keypoints import STROKES
+from likeness.conditions.mask.classes import CLASS_INDEX
 from likeness.data.folder import read_folder
 from likeness.prepare.annotate import annotate_folder
 from likeness.types import InputError

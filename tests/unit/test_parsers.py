@@ -23,7 +23,7 @@ from transformers import (
 from builders import tiny_face_parser
 from likeness.annotators.face_parser import Translated, parse_faces, sides_exchanged, to_input
 from likeness.annotators.labels import NAMES, classes_of
-from likeness.conditions.classes import CLASS_INDEX, CLASSES, FLIP_PAIRS, ORDERS
+from likeness.conditions.mask.classes import CLASS_INDEX, CLASSES, FLIP_PAIRS, ORDERS
 from likeness.data.synthetic import draw_face
 from likeness.pipelines.load import load_face_parser, network_name
 from likeness.types import InputError

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from likeness.conditions.classes import CLASSES, PALETTE
+from likeness.conditions.mask.classes import CLASSES, PALETTE
 from likeness.data.synthetic import SyntheticFace, describe_face, draw_face
 from likeness.data.synthetic.captions import CAPTION_COUNT, MAXIMUM_WORDS
 from likeness.prepare.synthetic import write_synthetic

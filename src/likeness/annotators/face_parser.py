@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from likeness.conditions.classes import CLASS_INDEX, CLASSES, FLIP_PAIRS
+from likeness.conditions.mask.classes import CLASS_INDEX, CLASSES, FLIP_PAIRS
 from likeness.types import InputError
 
 MEAN, STD = 0.5, 0.25

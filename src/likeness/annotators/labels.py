@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from likeness.conditions.classes import CLASS_INDEX, CLASSES, COUNTERPART
+from likeness.conditions.mask.classes import CLASS_INDEX, CLASSES, COUNTERPART
 from likeness.types import InputError
 
 NAMES: dict[str, tuple[str, ...]] = {

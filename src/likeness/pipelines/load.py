@@ -23,7 +23,7 @@ from likeness.annotators.face_parser import Translated, translated
 from likeness.annotators.labels import classes_of
 from likeness.annotators.sketch import DRAWING, extract_sketch
 from likeness.annotators.u2net import draw_sketch, load_u2net
-from likeness.conditions.classes import CLASSES
+from likeness.conditions.mask.classes import CLASSES
 from likeness.device import choose_device, choose_dtype
 from likeness.encoders.text import encode_text, encode_text_flux
 from likeness.files import first_line, read_json

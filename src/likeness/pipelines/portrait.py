@@ -25,7 +25,7 @@ from torch import Tensor
 
 from likeness.conditions import CONDITIONS
 from likeness.conditions.base import Condition, Reading
-from likeness.conditions.pictures import check_aspect
+from likeness.conditions.images import check_aspect
 from likeness.encoders.latent import LatentCodec, spatial_factor, to_pixels, to_tensor
 from likeness.encoders.text import cut_words
 from likeness.objectives import make_objective

@@ -25,7 +25,7 @@ class SyntheticFace:
     image: np.ndarray
     """uint8 [S, S, 3], RGB."""
     mask: np.ndarray
-    """uint8 [S, S], class index 0 to 18 in the order of `likeness.conditions.classes.CLASSES`."""
+    """uint8 [S, S], class index 0 to 18 in the order of `likeness.conditions.mask.classes.CLASSES`."""
     sketch: np.ndarray
     """uint8 [S, S], 0 stroke to 255 paper."""
     keypoints: np.ndarray

@@ -34,6 +34,16 @@ def smooth(points: object, closed: bool = True, steps: int = 6) -> np.ndarray:
     return curve if closed else np.concatenate([curve, knots[-1:]])
 
 
+def arc(points: object, steps: int = 6) -> np.ndarray:
+    """Open Catmull-Rom curve through the points."""
+    return smooth(points, closed=False, steps=steps)
+
+
+def mirrored(right: list[tuple[float, float]], shared: int = 0) -> list[tuple[float, float]]:
+    """The points, then their mirror images in reverse order, without the first and last `shared` of them."""
+    return [*right, *[(-x, y) for x, y in reversed(right[shared : len(right) - shared])]]
+
+
 def resample(curve: np.ndarray, count: int) -> np.ndarray:
     """`count` points at equal steps of length along an open curve: [N, 2] -> [count, 2]."""
     length = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(curve, axis=0).T))])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from likeness.data.synthetic.canvas import INK, Canvas, ellipse, mix, resample, ribbon, smooth, toned
+from likeness.data.synthetic.canvas import INK, Canvas, arc, ellipse, mirrored, mix, resample, ribbon, smooth, toned
 from likeness.data.synthetic.hair import draw_back_hair, draw_front_hair, draw_hat, natural_hair
 from likeness.data.synthetic.scene import Head, draw_background, draw_body
 from likeness.data.synthetic.traits import LONG, Traits
@@ -106,10 +106,7 @@ def draw_ears(canvas: Canvas, traits: Traits, head: Head) -> None:
         local = smooth([(x + side * dx * width, y) for dx, y in shape], steps=5)
         label = R_EAR if side < 0 else L_EAR
         canvas.paint([head.rim(local)], toned(mix(traits.skin, (0.85, 0.35, 0.3), 0.09), head.light + 0.15), label)
-        fold = smooth(
-            [(x + side * dx * width, y) for dx, y in [(0.1, -0.08), (0.62, -0.08), (0.62, 0.1), (0.3, 0.26)]],
-            closed=False,
-        )
+        fold = arc([(x + side * dx * width, y) for dx, y in [(0.1, -0.08), (0.62, -0.08), (0.62, 0.1), (0.3, 0.26)]])
         canvas.pen(
             head.rim(fold), np.array(traits.skin) * (0.6, 0.45, 0.42), canvas.at_least(0.011, 1.1), 0.6, grey=120
         )
@@ -175,7 +172,7 @@ def draw_skin(
         for y in (-0.72, -0.58) if traits.age == "older" else ():
             curves.append([(-0.42, y + 0.02), (0, y - 0.02), (0.42, y + 0.02)])
         for curve in curves:
-            place = head.surface(smooth(curve, closed=False))
+            place = head.surface(arc(curve))
             canvas.pen(
                 place, skin * (0.55, 0.4, 0.38), canvas.at_least(0.008, 1), lines, grey=150 if lines < 0.5 else 110
             )
@@ -192,7 +189,7 @@ def draw_beard(canvas: Canvas, traits: Traits, head: Head, face: np.ndarray, ran
             "full beard": [(0.84, 0.12), (0.74, 0.52), (0.46, 0.7), (0.14, 0.7)],
         }[traits.beard]
         right = [*reversed(cheek), *jaw]
-        area = smooth([*right, *[(-x, y) for x, y in reversed(right)]], steps=4)
+        area = smooth(mirrored(right), steps=4)
         opacity = {"stubble": 0.26, "short beard": 0.75, "full beard": 0.92}[traits.beard]
         place = canvas.blur(canvas.cover(head.surface(area)), 0.008) * face
         canvas.tint(place * opacity, toned(color, head.light + 0.1))
@@ -208,7 +205,7 @@ def draw_beard(canvas: Canvas, traits: Traits, head: Head, face: np.ndarray, ran
                     canvas.line(stroke, grey=130)
     if traits.mustache:
         right = [(0.0, 0.72), (0.16, 0.7), (0.34, 0.78), (0.44, 0.92), (0.3, 0.88), (0.0, 0.86)]
-        shape = smooth([*right, *[(-x, y) for x, y in reversed(right[1:-1])]], steps=4)
+        shape = smooth(mirrored(right, shared=1), steps=4)
         canvas.paint([head.surface(shape, 0.05)], toned(color, head.light + 0.05), None, opacity=0.92, outline=110)
 
 
@@ -220,7 +217,7 @@ def draw_nose(canvas: Canvas, traits: Traits, head: Head, keypoints: np.ndarray)
         return head.surface(local, 0.22 * np.clip(local[:, 1] / long, 0, 1) ** 1.3)
 
     right = [(0.07, -0.05), (0.085, 0.3), (0.11, 0.6), (0.2, 0.76), (0.25, 0.9), (0.17, 1.0), (0.06, 1.03)]
-    shape = out(smooth([*right, *[(-x, y) for x, y in reversed(right)]], steps=4))
+    shape = out(smooth(mirrored(right), steps=4))
     dark = skin * (0.62, 0.47, 0.46)
     alpha = canvas.paint([shape], skin, NOSE, opacity=0.0, outline=None)
     away = -traits.light_side
@@ -235,13 +232,13 @@ def draw_nose(canvas: Canvas, traits: Traits, head: Head, keypoints: np.ndarray)
     canvas.tint(alpha * canvas.glow(out([(-away * 0.03, 0.82)])[0], 0.024) * 0.55, mix(skin, (1, 1, 0.97), 0.75))
     canvas.tint(alpha * canvas.glow(out([(-away * 0.02, 0.35)])[0], 0.013, 0.05) * 0.4, mix(skin, (1, 1, 0.97), 0.7))
     for side in (-1, 1):
-        wing = out(smooth([(side * 0.17, 0.74), (side * 0.235, 0.9), (side * 0.17, 1.0)], closed=False))
+        wing = out(arc([(side * 0.17, 0.74), (side * 0.235, 0.9), (side * 0.17, 1.0)]))
         canvas.pen(wing, dark, canvas.at_least(0.009, 1.1), 0.7, grey=50)
         hole = out(smooth([(side * 0.05, 0.97), (side * 0.11, 0.93), (side * 0.15, 0.96), (side * 0.1, 1.0)], steps=4))
         canvas.tint(canvas.cover(hole) * 0.75, skin * (0.38, 0.24, 0.24))
         canvas.line(np.concatenate([hole, hole[:1]]), grey=60)
-    canvas.line(out(smooth([(-0.06, 1.0), (0, 1.03), (0.06, 1.0)], closed=False)), grey=70)
-    canvas.line(out(smooth([(away * 0.085, 0.05), (away * 0.085, 0.3), (away * 0.11, 0.55)], closed=False)), grey=130)
+    canvas.line(out(arc([(-0.06, 1.0), (0, 1.03), (0.06, 1.0)])), grey=70)
+    canvas.line(out(arc([(away * 0.085, 0.05), (away * 0.085, 0.3), (away * 0.11, 0.55)])), grey=130)
     keypoints[27:31] = out([(0, 0.05), (0, 0.3), (0, 0.56), (0, 0.82)])
     keypoints[31:36] = out([(-0.17, 0.98), (-0.085, 1.01), (0, 1.03), (0.085, 1.01), (0.17, 0.98)])
 
@@ -400,11 +397,7 @@ def draw_eye(canvas: Canvas, traits: Traits, head: Head, side: int, keypoints: n
     canvas.line(lid, width=1.5)
     if traits.makeup or traits.presentation == "woman":
         tip = place(np.array([0.6, 1.0, 1.28]), np.array([upper(np.array([0.6]))[0], 0.0, -0.07]))
-        canvas.tint(
-            canvas.cover(ribbon(smooth(tip, closed=False), np.linspace(1.2, 0.4, 13) * canvas.at_least(0.012, 1.1)))
-            * 0.9,
-            lash,
-        )
+        canvas.tint(canvas.cover(ribbon(arc(tip), np.linspace(1.2, 0.4, 13) * canvas.at_least(0.012, 1.1))) * 0.9, lash)
         canvas.line(tip)
     canvas.tint(canvas.cover(ribbon(under, canvas.at_least(0.006, 0.8))) * 0.45, skin * (0.45, 0.32, 0.32))
     sixth = np.array([-1, -0.38, 0.38, 1])
@@ -472,7 +465,7 @@ def draw_glasses(canvas: Canvas, traits: Traits, head: Head) -> None:
         arm = np.concatenate([path([(side * 0.82, -0.06)]), head.rim([(side * 1.03, -0.1)])])
         if side * traits.yaw < 0.75:
             canvas.paint([ribbon(arm, thick)], frame * 0.8, EYE_G)
-    bridge = path(smooth([(-0.13, -0.04), (0, -0.1), (0.13, -0.04)], closed=False))
+    bridge = path(arc([(-0.13, -0.04), (0, -0.1), (0.13, -0.04)]))
     canvas.paint([ribbon(bridge, thick)], frame, EYE_G)
     for rim in rims:
         middle = rim.mean(axis=0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from likeness.data.synthetic.canvas import Canvas, ellipse, mix, resample, smooth, toned
+from likeness.data.synthetic.canvas import Canvas, arc, ellipse, mix, resample, toned
 from likeness.data.synthetic.scene import Head
 from likeness.data.synthetic.traits import CLOTH_COLORS, HAIR_COLORS, LONG, Traits
 
@@ -126,13 +126,11 @@ def draw_back_hair(canvas: Canvas, traits: Traits, head: Head, random: np.random
         draw_strands(canvas, traits, (head.flat(knot[:half]), head.flat(knot[half:][::-1])), alpha, random, 9, 4)
     elif style == "ponytail":
         side = 1.0 if traits.part >= 0 else -1.0
-        outer = smooth(
-            [(side * 0.5, -1.2), (side * 1.25, -1.05), (side * 1.62, -0.2), (side * 1.5, 0.9), (side * 1.2, 1.7)],
-            closed=False,
+        outer = arc(
+            [(side * 0.5, -1.2), (side * 1.25, -1.05), (side * 1.62, -0.2), (side * 1.5, 0.9), (side * 1.2, 1.7)]
         )
-        inner = smooth(
-            [(side * 0.5, -0.9), (side * 0.98, -0.6), (side * 1.08, 0.1), (side * 1.02, 0.9), (side * 1.2, 1.7)],
-            closed=False,
+        inner = arc(
+            [(side * 0.5, -0.9), (side * 0.98, -0.6), (side * 1.08, 0.1), (side * 1.02, 0.9), (side * 1.2, 1.7)]
         )
         draw_lock(canvas, traits, (head.flat(outer), head.flat(inner)), light + 0.25, random, 14)
 
@@ -150,8 +148,8 @@ def draw_curls(
         arcs.append(head.rim(np.stack([x + radius * np.cos(angle), y + radius * np.sin(angle)], axis=1)))
     canvas.tint(canvas.cover_lines(arcs[::2], 0.008) * alpha * 0.45, color * 0.5)
     canvas.tint(canvas.cover_lines(arcs[1::2], 0.008) * alpha * 0.45, mix(color, (1, 0.95, 0.85), 0.4))
-    for arc in arcs[::2]:
-        canvas.line(arc, grey=110)
+    for curl in arcs[::2]:
+        canvas.line(curl, grey=110)
 
 
 def front_locks(traits: Traits, head: Head) -> list[Lock]:
@@ -197,7 +195,7 @@ def front_locks(traits: Traits, head: Head) -> list[Lock]:
             low = {"buzz cut": -0.02, "short": 0.12, "side-parted": 0.1}.get(style, -0.12)
             outer = head.rim(np.concatenate([over, [(side * (full + 0.01), -0.15), (side * 0.99, low)]]))
             inner = np.concatenate([head.surface(hair_line), head.rim([(side * 0.9, -0.3), (side * 0.91, low)])])
-        locks.append((smooth(outer, closed=False, steps=3), smooth(inner, closed=False, steps=5)))
+        locks.append((arc(outer, steps=3), arc(inner, steps=5)))
     return locks
 
 
@@ -210,7 +208,7 @@ def fringe_edges(traits: Traits, head: Head, random: np.random.Generator) -> tup
         np.concatenate([head.rim(arch(crown(traits) * 0.4, 0.1 * side, side * 0.85, 5)), head.surface(end)])
         for side, end in ((-1, tips[:1]), (1, tips[-1:]))
     )
-    return left, head.surface(smooth(tips, closed=False, steps=3)), right[::-1]
+    return left, head.surface(arc(tips, steps=3)), right[::-1]
 
 
 def draw_front_hair(canvas: Canvas, traits: Traits, head: Head, face: np.ndarray, random: np.random.Generator) -> None:
@@ -253,7 +251,7 @@ def draw_front_hair(canvas: Canvas, traits: Traits, head: Head, face: np.ndarray
     if bangs is not None:
         left, _, right = bangs
         alpha = canvas.paint([np.concatenate(bangs)], toned(traits.hair, light), HAIR, outline=50)
-        lock = smooth(left, closed=False), smooth(right[::-1], closed=False)
+        lock = arc(left), arc(right[::-1])
         draw_strands(canvas, traits, lock, alpha, random, 18, 7)
     if style == "braids":
         for side in (-1, 1):
@@ -288,7 +286,7 @@ def draw_hat(canvas: Canvas, traits: Traits, head: Head, face: np.ndarray) -> No
     thin = canvas.at_least(0.008, 1)
     if traits.hat == "beanie":
         for x in np.linspace(-0.8, 0.8, 9):
-            rib = smooth([(x * 0.35, -1.62), (x * 0.95, -1.25), (x * wide, -0.78)], closed=False)
+            rib = arc([(x * 0.35, -1.62), (x * 0.95, -1.25), (x * wide, -0.78)])
             canvas.pen(head.flat(rib), color * 0.6, thin, 0.45, grey=150)
         high = np.stack([t * (wide + 0.03) + 0.15 * turn * (1 - t**2), lower - 0.36 + dip * (1 - t**2)], axis=1)
         low = np.stack([t * (wide + 0.03) + 0.15 * turn * (1 - t**2), lower + dip * (1 - t**2)], axis=1)
@@ -301,25 +299,21 @@ def draw_hat(canvas: Canvas, traits: Traits, head: Head, face: np.ndarray) -> No
             canvas.paint([ball], toned(mix(color, (1, 1, 1), 0.45), light), HAT)
     elif traits.hat == "cap":
         for x in (-0.55, 0.0, 0.55):
-            seam = smooth(
-                [(0.05 * turn, -1.6), (x * 0.9 + 0.2 * turn, -1.25), (x * 1.1 + 0.3 * turn, -0.7)], closed=False
-            )
+            seam = arc([(0.05 * turn, -1.6), (x * 0.9 + 0.2 * turn, -1.25), (x * 1.1 + 0.3 * turn, -0.7)])
             canvas.pen(head.flat(seam), color * 0.6, thin, 0.6, grey=120)
         canvas.paint([head.flat(ellipse(0, -1.61, 0.07, 0.04, steps=10))], color * 0.8, HAT, outline=80)
         shift = 0.9 * turn
-        top = smooth(
-            [(-0.92 + shift * 0.3, -0.66), (-0.5 + shift, -0.84), (0.5 + shift, -0.84), (0.92 + shift * 0.3, -0.66)],
-            closed=False,
+        top = arc(
+            [(-0.92 + shift * 0.3, -0.66), (-0.5 + shift, -0.84), (0.5 + shift, -0.84), (0.92 + shift * 0.3, -0.66)]
         )
-        bill = smooth(
+        bill = arc(
             [
                 (0.95 + shift * 0.4, -0.6),
                 (0.6 + shift * 1.3, -0.42),
                 (shift * 1.4, -0.36),
                 (-0.6 + shift * 1.3, -0.42),
                 (-0.95 + shift * 0.4, -0.6),
-            ],
-            closed=False,
+            ]
         )
         visor = head.flat(np.concatenate([top, bill]))
         dark = canvas.blur(canvas.cover(visor), 0.014, (0, 0.03))
