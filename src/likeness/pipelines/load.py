@@ -338,7 +338,7 @@ def load_face_parser(source: str | Path = "bundled", *, exchanged: bool = False)
         except (OSError, ValueError) as error:
             raise InputError(f"{source} holds no semantic segmentation network: {first_line(error)}") from error
     labels = tuple(network.config.id2label[index] for index in range(network.config.num_labels))
-    classes = classes_of(labels, str(source), exchanged=exchanged)
+    classes = classes_of(labels, str(source), swapped=exchanged)
     settings = checkpoint_file(source, PROCESSOR) if not folder.is_dir() else folder / PROCESSOR
     if settings.is_file():
         return translated(network, classes, read_json(settings), str(source))

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from likeness.annotators.face_parser import Translated, parse_faces, sides_exchanged
+from likeness.annotators.face_parser import Translated, parse_faces, sides_swapped
 from likeness.annotators.landmarks import Landmarker, landmarker_name, open_landmarker
 from likeness.conditions import CONDITIONS
 from likeness.conditions.images import MADE_BY, png_bytes
@@ -209,7 +209,7 @@ def mask_annotator(source: str | Path, *, exchanged: bool = False, device: str |
         masks: list[np.ndarray] = []
         for start in range(0, len(pictures), together):
             masks += parse_faces(network, pictures[start : start + together], size=size)
-        if isinstance(network, Translated) and sides_exchanged(masks):
+        if isinstance(network, Translated) and sides_swapped(masks):
             raise InputError(
                 f"{source} has left and right the {'right' if exchanged else 'other'} way round: "
                 f"{'leave out' if exchanged else 'give'} --exchanged, since l_ is the person's left here"

@@ -1,8 +1,7 @@
-"""Where the drawn head is, and what surrounds it: background, neck, clothes and necklace.
+"""Head pose of a synthetic face, and its background, neck, clothes and necklace.
 
-Coordinates are the head's own: the origin lies between the eyes, x grows to the viewer's right and y downwards, and
-half the width of the face is 1 (so the chin is near y = 1.43). Turning the head moves points of the surface by their
-depth on an ellipsoid, a pose cheap enough for a painter and right enough for a portrait.
+Head coordinates: the origin is between the eyes, x points to the viewer's right and y down, and half the width of the
+face is 1, so that the chin is near y = 1.43. Yaw moves points by their depth on an ellipsoid.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ YAW_LIMIT = np.radians(25)
 
 
 class Head:
-    """Where the head is: from its own coordinates to picture units, and the light that falls on it."""
+    """Transform from head coordinates to image units, and the light on the head."""
 
     def __init__(self, traits: Traits, canvas: Canvas) -> None:
         self.traits = traits
@@ -30,24 +29,24 @@ class Head:
         across, down = (canvas.x - self.centre[0]) / self.scale, (canvas.y - self.centre[1]) / self.scale
         self.u = (across * cosine + down * sine).astype(np.float32)
         self.v = (down * cosine - across * sine).astype(np.float32)
-        """Head coordinates of every pixel, without the turn: [S, S]."""
+        """Head coordinates of each pixel, without yaw: [S, S]."""
         normal_x, normal_y = self.u / 1.2, (self.v - 0.05) / 1.75
         normal_z = np.sqrt(np.clip(1 - normal_x**2 - normal_y**2, 0, 1))
         self.light = ((0.5 * traits.light_side * normal_x - 0.45 * normal_y + 0.74 * normal_z) - 0.62) * 1.15
-        """Light on an egg of the head's shape, about -0.8..0.45: [S, S]."""
+        """Light on an ellipsoid, about -0.8..0.45: [S, S]."""
 
     def flat(self, points: object) -> np.ndarray:
-        """Head coordinates -> picture units, without the turn: [N, 2]."""
+        """Head coordinates -> image units, without yaw: [N, 2]."""
         return np.asarray(points, dtype=np.float64) @ self.rotation * self.scale + self.centre
 
     def rim(self, points: object) -> np.ndarray:
-        """Points of the silhouette: turning moves the chin more than the skull."""
+        """As `flat` for points of the silhouette: yaw moves the chin more than the skull."""
         moved = np.array(points, dtype=np.float64)
         moved[:, 0] += self.sine * (-0.08 + 0.28 * np.clip((moved[:, 1] + 0.2) / 1.6, 0, 1) ** 1.2)
         return self.flat(moved)
 
     def surface(self, points: object, extra: float | np.ndarray = 0.0) -> np.ndarray:
-        """Points on the front of the head, `extra` standing out of it: turning moves them by their depth."""
+        """As `flat` for points on the front of the head, at distance `extra` from it: yaw moves them by their depth."""
         moved = np.array(points, dtype=np.float64)
         x, y = moved.T
         depth = 0.75 * np.sqrt(np.clip(1 - (x / 1.1) ** 2, 0, 1) * np.clip(1 - ((y - 0.05) / 1.75) ** 2, 0, 1))
@@ -55,7 +54,7 @@ class Head:
         return self.flat(moved)
 
     def body(self, points: object) -> np.ndarray:
-        """Points of neck and shoulders, which neither turn nor roll."""
+        """As `flat` for points of neck and shoulders, without yaw and roll."""
         return np.asarray(points, dtype=np.float64) * self.scale + self.centre
 
 
@@ -170,7 +169,7 @@ def draw_collar(
     half: np.ndarray,
     neckline: list[tuple[float, float]],
 ) -> None:
-    """What makes a garment what it is: ribbing, collar, lapels, cords."""
+    """Draw ribbing, collar, lapels and cords."""
     thin = canvas.at_least(0.008, 1)
     dark = cloth * 0.55
     edge = arc(neckline, steps=5)
