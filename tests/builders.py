@@ -25,7 +25,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from likeness.conditions.classes import CLASSES
+from likeness.conditions.mask.classes import CLASSES
 from likeness.models.mditface import MDiTFaceTransformer
 from likeness.models.mmface import MMFaceTransformer
 from likeness.objectives import RectifiedFlow

@@ -20,7 +20,7 @@ from drawn import drawn_mask
 from PIL import Image
 
 from likeness.cli import main
-from likeness.conditions.pictures import mask_picture
+from likeness.conditions.mask import mask_image
 from likeness.data.synthetic import draw_face
 from likeness.prepare.caption.endpoint import Meter, open_endpoint
 from likeness.prepare.caption.models import Answer, Question, load_counter
@@ -58,7 +58,7 @@ def folder(tmp_path) -> Path:
     for index in range(4):
         Image.fromarray(draw_face(0, index, 64).image).save(root / "images" / f"{index}.png")
         rows.append({"file_name": f"images/{index}.png", "identity": index})
-    mask_picture(drawn_mask()).save(root / "mask.png")
+    mask_image(drawn_mask()).save(root / "mask.png")
     rows[0] |= {"mask_file_name": "mask.png", "attributes": {"Male": False, "Smiling": True}}
     rows[1]["text"] = "my own words"
     (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

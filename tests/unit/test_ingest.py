@@ -24,9 +24,9 @@ from PIL import Image
 
 from builders import run
 from likeness.cli import prepare
-from likeness.conditions.classes import FLIP_PAIRS
-from likeness.conditions.mask_schemes import exchange
-from likeness.conditions.pictures import open_picture
+from likeness.conditions.images import open_image
+from likeness.conditions.mask import swap_classes
+from likeness.conditions.mask.classes import FLIP_PAIRS
 from likeness.data.folder import read_folder, read_record
 from likeness.prepare.caption.grammar import ATTRIBUTES
 from likeness.prepare.check import check_folder
@@ -171,7 +171,7 @@ def test_bad_attribute_line_is_named(tmp_path):
 def test_exchanged_sides_are_put_right(tmp_path):
     source = tmp_path / "source"
     layouts.celebamask(source)
-    put(source, "masks/1.png", layouts.mask_picture(exchange(drawn_mask(SIDE), FLIP_PAIRS)))
+    put(source, "masks/1.png", layouts.mask_image(swap_classes(drawn_mask(SIDE), FLIP_PAIRS)))
     found = ingest(source, tmp_path / "out", held_out=1)
     assert found == {"train": 3, "test": 1, "repaired": 1, "skipped": {}}
     for row in [*read_folder(tmp_path / "out"), *read_folder(tmp_path / "out" / "test")]:
@@ -656,7 +656,7 @@ def test_crop_cuts_conditions_alike(tmp_path):
     source = tmp_path / "source"
     wide = np.pad(drawn_mask(SIDE), ((0, 0), (20, 12)))
     put(source, "0.png", Image.fromarray(np.pad(np.asarray(picture(0)), ((0, 0), (20, 12), (0, 0)))))
-    put(source, "mask.png", layouts.mask_picture(wide.repeat(2, 0).repeat(2, 1)))  # at twice the size
+    put(source, "mask.png", layouts.mask_image(wide.repeat(2, 0).repeat(2, 1)))  # at twice the size
     put(source, "sketch.png", Image.fromarray(np.pad(drawn_sketch(SIDE), ((0, 0), (20, 12)), constant_values=255)))
     points = np.add(layouts.points()["points"], (20, 0))
     put(source, "points.json", {"points": points.tolist(), "size": [SIDE + 32, SIDE]})
@@ -731,6 +731,6 @@ def test_limit(tmp_path):
 
 
 def test_open_picture_takes_bytes():
-    assert open_picture(layouts.content(picture(0)), "face").size == (SIDE, SIDE)
+    assert open_image(layouts.content(picture(0)), "face").size == (SIDE, SIDE)
     with pytest.raises(InputError, match=r"^face is empty"):
-        open_picture(b"", "face")
+        open_image(b"", "face")

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from likeness.annotators.face_parser import confusion_of
-from likeness.conditions.classes import CLASS_INDEX
 from likeness.conditions.keypoints import STROKES
+from likeness.conditions.mask.classes import CLASS_INDEX
 from likeness.data.synthetic import draw_face
 from likeness.encoders.text_image import finds
 from likeness.evaluate.scores import (

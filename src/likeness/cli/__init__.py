@@ -65,7 +65,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
         "paste": mask.paste,
         "fill": mask.fill,
         "rename": mask.rename,
-        "exchange": mask.exchange,
+        "swap": mask.swap,
         "interpolate": mask.interpolate,
         "check": mask.check,
     },

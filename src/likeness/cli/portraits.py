@@ -115,7 +115,7 @@ def generate(
         seed=first,
     )
     # Conditions are read before the model is loaded: a wrong file should not cost a wait.
-    from likeness.conditions.request import read_conditions
+    from likeness.conditions import read_conditions
 
     request, notes = read_conditions(request)
     tell(notes)
@@ -224,12 +224,12 @@ def inspect(
         condition: What it should be taken for; recognised by default.
         fix: Where to write it in canonical form, mended.
     """
-    from likeness.conditions import doctor
+    from likeness.conditions import inspection
 
-    report = doctor.inspect(file, condition)
-    print(doctor.format_report(report))
+    report = inspection.inspect(file, condition)
+    print(inspection.format_report(report))
     if fix is not None:
-        doctor.fix(report, fix)
+        inspection.fix(report, fix)
         print(f"{fix}: written in canonical form")
 
 

@@ -196,7 +196,7 @@ def prepare(subject: Subject) -> tuple[Any, PortraitRequest]:
         force_size=subject.force_size,
         seed=subject.seed,
     )
-    from likeness.conditions.request import read_conditions
+    from likeness.conditions import read_conditions
 
     request, notes = read_conditions(request)  # before the model is loaded: a wrong file should not cost a wait
     tell(notes)

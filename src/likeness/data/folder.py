@@ -16,16 +16,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from likeness.conditions.pictures import open_picture
+from likeness.conditions import CONDITIONS
+from likeness.conditions.images import open_image
 from likeness.types import InputError
 
 METADATA = "metadata.jsonl"
 
 RECORD = "dataset.json"
 """Beside the splits: what the folder holds, where it came from, how it was split and under which licence."""
-
-CONDITION_FILES = {"mask": "masks/{}.png", "sketch": "sketches/{}.png", "keypoints": "keypoints/{}.json"}
-"""Condition -> where its file goes, by the stem of the picture."""
 
 
 def read_folder(folder: str | Path) -> list[dict[str, Any]]:
@@ -133,7 +131,7 @@ def column_of(condition: str) -> str:
 
 def condition_file(condition: str, stem: str) -> str:
     """Where a condition's file goes, as the metadata names it."""
-    return CONDITION_FILES[condition].format(stem)
+    return CONDITIONS[condition].file(stem)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -164,7 +162,7 @@ def read_photo(path: Path, size: int | None = None) -> np.ndarray:
     Raises:
         InputError: it cannot be read, or is not square where a size is asked for.
     """
-    image = open_picture(path).convert("RGB")
+    image = open_image(path).convert("RGB")
     if size is None or image.size == (size, size):
         return np.array(image)
     if image.width != image.height:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from likeness.conditions.classes import CLASSES
+from likeness.conditions.mask.classes import CLASSES
 from likeness.evaluate import distances, scores
 from likeness.evaluate.config import CEILING, REAL, TRAIN, Protocol
 from likeness.evaluate.features import Missing

@@ -14,7 +14,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
-from likeness.conditions.classes import CLASS_INDEX
+from likeness.conditions.mask.classes import CLASS_INDEX
 
 RARE = tuple(CLASS_INDEX[name] for name in ("eye_g", "hat", "earring", "necklace"))
 """Glasses, hats, earrings and necklaces: what a model leaves out first."""

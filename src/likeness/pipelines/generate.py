@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from likeness.conditions.request import read_conditions
+from likeness.conditions import read_conditions
 from likeness.encoders.latent import spatial_factor
 from likeness.pipelines.sizes import generation_size
 from likeness.types import InputError, PortraitRequest

@@ -23,7 +23,7 @@ from likeness.annotators.face_parser import Translated, translated
 from likeness.annotators.labels import classes_of
 from likeness.annotators.sketch import DRAWING, extract_sketch
 from likeness.annotators.u2net import draw_sketch, load_u2net
-from likeness.conditions.classes import CLASSES
+from likeness.conditions.mask.classes import CLASSES
 from likeness.device import choose_device, choose_dtype
 from likeness.encoders.text import encode_text, encode_text_flux
 from likeness.files import first_line, read_json
@@ -349,7 +349,7 @@ def load_face_parser(source: str | Path = "bundled", *, exchanged: bool = False)
         except (OSError, ValueError) as error:
             raise InputError(f"{source} holds no semantic segmentation network: {first_line(error)}") from error
     labels = tuple(network.config.id2label[index] for index in range(network.config.num_labels))
-    classes = classes_of(labels, str(source), exchanged=exchanged)
+    classes = classes_of(labels, str(source), swapped=exchanged)
     settings = checkpoint_file(source, PROCESSOR) if not folder.is_dir() else folder / PROCESSOR
     if settings.is_file():
         return translated(network, classes, read_json(settings), str(source))

@@ -19,10 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from likeness.annotators.face_parser import Translated, parse_faces, sides_exchanged
+from likeness.annotators.face_parser import Translated, parse_faces, sides_swapped
 from likeness.annotators.landmarks import Landmarker, landmarker_name, open_landmarker
-from likeness.conditions.pictures import MADE_BY, mask_picture, png_bytes
-from likeness.data.folder import CONDITION_FILES, METADATA, column_of, condition_file, each_row, line_of, read_photo
+from likeness.conditions import CONDITIONS
+from likeness.conditions.images import MADE_BY, png_bytes
+from likeness.conditions.mask import mask_image
+from likeness.data.folder import METADATA, column_of, condition_file, each_row, line_of, read_photo
 from likeness.device import choose_device
 from likeness.files import write_whole, writing_whole
 from likeness.pipelines.load import checkpoint_file, load_face_parser, load_sketcher, network_name
@@ -188,7 +190,7 @@ def maker_of(file: Path) -> str | None:
 
 def makers_of(rows: Iterable[dict[str, Any]]) -> dict[str, Counter[str]]:
     """Condition -> who made how many of it; `hand` where nobody says so."""
-    makers: dict[str, Counter[str]] = {name: Counter() for name in CONDITION_FILES}
+    makers: dict[str, Counter[str]] = {name: Counter() for name in CONDITIONS}
     for row in rows:
         for name, counts in makers.items():
             if column_of(name) in row:
@@ -207,12 +209,12 @@ def mask_annotator(source: str | Path, *, exchanged: bool = False, device: str |
         masks: list[np.ndarray] = []
         for start in range(0, len(pictures), together):
             masks += parse_faces(network, pictures[start : start + together], size=size)
-        if isinstance(network, Translated) and sides_exchanged(masks):
+        if isinstance(network, Translated) and sides_swapped(masks):
             raise InputError(
                 f"{source} has left and right the {'right' if exchanged else 'other'} way round: "
                 f"{'leave out' if exchanged else 'give'} --exchanged, since l_ is the person's left here"
             )
-        return [png_bytes(mask_picture(mask), made_by) for mask in masks]
+        return [png_bytes(mask_image(mask), made_by) for mask in masks]
 
     return Annotator(made_by, annotate)
 

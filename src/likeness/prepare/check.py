@@ -19,42 +19,16 @@ import numpy as np
 from PIL import Image
 
 from likeness.conditions import CONDITIONS
-from likeness.conditions.classes import CLASS_INDEX
+from likeness.conditions.images import check_aspect, open_image
 from likeness.conditions.keypoints import STROKES
-from likeness.conditions.layout import measure
-from likeness.conditions.pictures import check_aspect, open_picture
+from likeness.conditions.mask.classes import CLASS_INDEX
+from likeness.conditions.mask.geometry import measure
 from likeness.data.ahead import read_ahead
 from likeness.data.folder import METADATA, column_of
 from likeness.prepare.alike import NO_PRINT, fingerprint, first_alike
 from likeness.prepare.faults import KINDS, MENDING, Finding, Row, metadata_lines, read_rows, splits_of
 from likeness.prepare.mend import mend_captions
 from likeness.types import InputError
-
-NOTES: dict[str, str] = {
-    "in the order BGR": "colour-order",
-    "blended colours": "blended-labels",
-    "brought into the canonical one": "class-order",
-    "were exchanged": "swapped-sides",
-    "look exchanged": "swapped-sides",
-    "lines on a dark ground": "inverted-sketch",
-}
-"""Part of a reader's note -> kind. Other notes (faint paper, points beyond the edge) are no faults."""
-
-REFUSALS: dict[str, str] = {
-    "has no face": "blank",
-    "is blank": "blank",
-    "were blended": "blended-labels",
-    "cannot be read": "corrupt-file",
-    "can be read": "corrupt-file",
-    "is empty": "corrupt-file",
-    "too many pixels": "corrupt-file",
-    "too small": "corrupt-file",
-    "no readable": "corrupt-file",
-}
-"""Part of the sentence with which a reader refuses a file -> kind."""
-
-REFUSED = {"mask": "off-palette", "sketch": "no-sketch", "keypoints": "corrupt-file"}
-"""Condition -> kind of its other refusals."""
 
 SKIN_GAIN = 0.4
 """Share of the face that must take on the colour of skin when red and blue change places, for it to pass for BGR.
@@ -223,7 +197,7 @@ def existing_files(seen: Seen, root: Path) -> dict[str, Path]:
 def examine_picture(seen: Seen, path: Path) -> tuple[int, int] | None:
     """(height, width) of the picture; None where it cannot be read."""
     try:
-        picture = open_picture(path).convert("RGB")
+        picture = open_image(path).convert("RGB")
     except InputError as error:
         seen.tell("file_name", "corrupt-file", str(error).replace(str(path), seen.row.values["file_name"]), "drop-row")
         return None
@@ -255,16 +229,15 @@ def examine_condition(seen: Seen, name: str, path: Path, shape: tuple[int, int] 
     """The raw form of a condition; None where it cannot be read. `shape` is (height, width) of the picture."""
     column = column_of(name)
     try:
-        reading = CONDITIONS[name].read(path)
+        reading = CONDITIONS[name].read(path, name=seen.row.values[column])
     except InputError as error:
-        sentence = str(error).replace(str(path), seen.row.values[column])
-        kind = next((kind for part, kind in REFUSALS.items() if part in sentence), REFUSED[name])
-        seen.tell(column, kind, sentence, "drop-file")
+        seen.tell(column, error.kind or "corrupt-file", str(error), "drop-file")
         return None
     for note in reading.notes:
-        for kind in (kind for part, kind in NOTES.items() if part in note):
+        if note.kind in KINDS:
             # Keypoints may be misnumbered or mirrored: which of both, a rewrite could only guess.
-            seen.tell(column, kind, note, "drop-file" if name == "keypoints" else "rewrite")
+            fix = "rewrite" if note.kind in CONDITIONS[name].repairable else "drop-file"
+            seen.tell(column, note.kind, note.text, fix)
     if shape is not None and name != "keypoints":
         try:
             check_aspect(reading.raw.shape[:2], shape, name)

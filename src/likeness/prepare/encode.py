@@ -74,7 +74,7 @@ def encode_folder(
         components: autoencoder, text towers and their settings.
         size: pixels a side.
         views: versions of each face. View 0 is the face as it is; every odd one is mirrored; in all but view 0 the
-            conditions are varied (`likeness.conditions.vary`).
+            conditions are varied (`likeness.conditions.augment`).
         precision: of the autoencoder; latents are stored as float16. bf16 is about three times as fast on a CPU.
         text_features: whether to encode captions, too; a store that has their features keeps having them.
         device: Device of autoencoder and text encoders, as in `likeness.device.choose_device`.
@@ -216,7 +216,7 @@ def picture_of(job: Job, size: int) -> np.ndarray:
         raw = condition.resize(condition.read(job.path).raw, size, size)
         if job.view:
             # by the key: a function of the file's content and of the view, whatever rows stand before this one
-            raw = condition.vary(raw, np.random.default_rng(int.from_bytes(job.keys[0], "big")))
+            raw = condition.augment(raw, np.random.default_rng(int.from_bytes(job.keys[0], "big")))
         picture = condition.render(condition.flip(raw) if mirrored else raw, size, size)
     if hash_file(job.path) != job.source:
         raise InputError(f"{job.path} changed while it was being encoded: run the command again")

@@ -1,16 +1,16 @@
-"""Draws one procedural face from its traits, from the back of the scene to the front.
+"""Draw a synthetic face from its traits, from back to front.
 
-Coordinates are those of `likeness.data.synthetic.scene.Head`. Every feature paints its shape and sets its keypoints
-from the same curves, so the points lie on what is drawn without any fitting.
+Coordinates are those of `likeness.data.synthetic.scene.Head`. Each feature uses the same curves for its shape and its
+keypoints, so that the keypoints are exact.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from likeness.data.synthetic.canvas import INK, Canvas, ellipse, mix, resample, ribbon, smooth, toned
+from likeness.data.synthetic.canvas import INK, Canvas, arc, ellipse, mirrored, mix, resample, ribbon, smooth, toned
 from likeness.data.synthetic.hair import draw_back_hair, draw_front_hair, draw_hat, natural_hair
 from likeness.data.synthetic.scene import Head, draw_background, draw_body
 from likeness.data.synthetic.traits import LONG, Traits
@@ -18,8 +18,8 @@ from likeness.data.synthetic.traits import LONG, Traits
 SKIN, NOSE, EYE_G, L_EYE, R_EYE, L_BROW, R_BROW, L_EAR, R_EAR, MOUTH, U_LIP, L_LIP = range(1, 13)
 EARRING = 15
 
-# Half widths of the face from the top of the skull to the chin, [(y, half width)].
 SKULL = ((-1.33, 0.42), (-1.08, 0.78), (-0.62, 0.97), (-0.1, 1.0))
+"""(y, half width of the face) from the top of the skull; `JAWS` continues to the chin."""
 JAWS = {
     "oval": ((0.3, 0.97), (0.7, 0.87), (1.02, 0.68), (1.27, 0.42), (1.40, 0.19)),
     "round": ((0.3, 1.02), (0.7, 0.97), (1.00, 0.80), (1.22, 0.53), (1.34, 0.24)),
@@ -29,9 +29,8 @@ JAWS = {
 }
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """A finished face: image uint8 [S, S, 3], mask uint8 [S, S], sketch uint8 [S, S], keypoints float32 [68, 2]."""
+class Drawing(NamedTuple):
+    """Image uint8 [S, S, 3], mask uint8 [S, S], sketch uint8 [S, S], keypoints float32 [68, 2]."""
 
     image: np.ndarray
     mask: np.ndarray
@@ -40,7 +39,7 @@ class Drawing:
 
 
 def draw(traits: Traits, size: int, random: np.random.Generator) -> Drawing:
-    """The face at `size` x `size` pixels; `random` only strews strands, freckles and lights, alike at every size."""
+    """Draw a face at `size` x `size` pixels. `random` affects only strands, freckles and lights."""
     canvas = Canvas(size)
     head = Head(traits, canvas)
     keypoints = np.zeros((68, 2))
@@ -64,31 +63,25 @@ def draw(traits: Traits, size: int, random: np.random.Generator) -> Drawing:
     draw_hat(canvas, traits, head, face)
     if traits.earrings != "none":
         draw_earrings(canvas, traits, head)
-    # A hint of vignette and of warm light ties the flat shapes together.
+    # A slight vignette.
     fall = 1.03 - 0.16 * ((canvas.x - 0.5) ** 2 + (canvas.y - 0.45) ** 2)[..., None]
     image = np.clip(canvas.image * fall, 0, 1)
-    return Drawing(
-        image=(image * 255 + 0.5).astype(np.uint8),
-        mask=canvas.mask,
-        sketch=canvas.sketch(),
-        keypoints=keypoints.astype(np.float32),
-    )
+    return Drawing((image * 255 + 0.5).astype(np.uint8), canvas.mask, canvas.sketch(), keypoints.astype(np.float32))
 
 
 def face_outline(traits: Traits, head: Head, keypoints: np.ndarray) -> np.ndarray:
-    """The closed outline of skull and jaw in picture units; sets the seventeen keypoints of the jaw."""
+    """Return the closed outline of skull and jaw in image units, and set the keypoints of the jaw."""
     jaw = [(y, width * (traits.jaw_width if y > 0.5 else 1.0)) for y, width in JAWS[traits.face_shape]]
     side = [(width, y) for y, width in (*SKULL, *jaw)]
     chin = jaw[-1][0] + 0.035
-    points = [(0.0, -1.40), *side, (0.0, chin), *[(-x, y) for x, y in reversed(side)]]
-    local = smooth(points, steps=8)
-    lower = local[(local[:, 1] >= -0.1 - 1e-9)]
+    local = smooth([(0.0, -1.40), *side, (0.0, chin), *[(-x, y) for x, y in reversed(side)]], steps=8)
+    lower = local[local[:, 1] >= -0.1 - 1e-9]
     keypoints[0:17] = head.rim(resample(lower[::-1], 17))
     return head.rim(local)
 
 
 def ear_places(head: Head) -> list[tuple[int, float, float]]:
-    """(side, x of the ear's centre, half width) of the ears that the turn and the hair leave to be seen."""
+    """Return (side, x of the centre, half width) of each visible ear."""
     ears: list[tuple[int, float, float]] = []
     if head.traits.hair_style in LONG and not head.traits.tucked:
         return ears
@@ -106,10 +99,7 @@ def draw_ears(canvas: Canvas, traits: Traits, head: Head) -> None:
         local = smooth([(x + side * dx * width, y) for dx, y in shape], steps=5)
         label = R_EAR if side < 0 else L_EAR
         canvas.paint([head.rim(local)], toned(mix(traits.skin, (0.85, 0.35, 0.3), 0.09), head.light + 0.15), label)
-        fold = smooth(
-            [(x + side * dx * width, y) for dx, y in [(0.1, -0.08), (0.62, -0.08), (0.62, 0.1), (0.3, 0.26)]],
-            closed=False,
-        )
+        fold = arc([(x + side * dx * width, y) for dx, y in [(0.1, -0.08), (0.62, -0.08), (0.62, 0.1), (0.3, 0.26)]])
         canvas.pen(
             head.rim(fold), np.array(traits.skin) * (0.6, 0.45, 0.42), canvas.at_least(0.011, 1.1), 0.6, grey=120
         )
@@ -138,7 +128,7 @@ def draw_earrings(canvas: Canvas, traits: Traits, head: Head) -> None:
 def draw_skin(
     canvas: Canvas, traits: Traits, head: Head, outline: np.ndarray, face: np.ndarray, random: np.random.Generator
 ) -> None:
-    """The face itself: light, blush, freckles and the lines of age."""
+    """Draw the skin with light, blush, freckles and wrinkles."""
     skin = np.array(traits.skin)
     canvas.paint([outline], toned(skin, head.light), SKIN)
 
@@ -175,14 +165,14 @@ def draw_skin(
         for y in (-0.72, -0.58) if traits.age == "older" else ():
             curves.append([(-0.42, y + 0.02), (0, y - 0.02), (0.42, y + 0.02)])
         for curve in curves:
-            place = head.surface(smooth(curve, closed=False))
+            place = head.surface(arc(curve))
             canvas.pen(
                 place, skin * (0.55, 0.4, 0.38), canvas.at_least(0.008, 1), lines, grey=150 if lines < 0.5 else 110
             )
 
 
 def draw_beard(canvas: Canvas, traits: Traits, head: Head, face: np.ndarray, random: np.random.Generator) -> None:
-    """Beard and moustache: colour on the skin, for the mask knows no beard."""
+    """Draw beard and moustache as colour on the skin: the mask has no class for them."""
     color = np.array(natural_hair(traits)) * 0.85
     if traits.beard != "none":
         jaw = [(1.1, 0.12), (1.1, 0.8), (0.8, 1.3), (0.4, 1.6)]
@@ -192,7 +182,7 @@ def draw_beard(canvas: Canvas, traits: Traits, head: Head, face: np.ndarray, ran
             "full beard": [(0.84, 0.12), (0.74, 0.52), (0.46, 0.7), (0.14, 0.7)],
         }[traits.beard]
         right = [*reversed(cheek), *jaw]
-        area = smooth([*right, *[(-x, y) for x, y in reversed(right)]], steps=4)
+        area = smooth(mirrored(right), steps=4)
         opacity = {"stubble": 0.26, "short beard": 0.75, "full beard": 0.92}[traits.beard]
         place = canvas.blur(canvas.cover(head.surface(area)), 0.008) * face
         canvas.tint(place * opacity, toned(color, head.light + 0.1))
@@ -208,7 +198,7 @@ def draw_beard(canvas: Canvas, traits: Traits, head: Head, face: np.ndarray, ran
                     canvas.line(stroke, grey=130)
     if traits.mustache:
         right = [(0.0, 0.72), (0.16, 0.7), (0.34, 0.78), (0.44, 0.92), (0.3, 0.88), (0.0, 0.86)]
-        shape = smooth([*right, *[(-x, y) for x, y in reversed(right[1:-1])]], steps=4)
+        shape = smooth(mirrored(right, shared=1), steps=4)
         canvas.paint([head.surface(shape, 0.05)], toned(color, head.light + 0.05), None, opacity=0.92, outline=110)
 
 
@@ -220,7 +210,7 @@ def draw_nose(canvas: Canvas, traits: Traits, head: Head, keypoints: np.ndarray)
         return head.surface(local, 0.22 * np.clip(local[:, 1] / long, 0, 1) ** 1.3)
 
     right = [(0.07, -0.05), (0.085, 0.3), (0.11, 0.6), (0.2, 0.76), (0.25, 0.9), (0.17, 1.0), (0.06, 1.03)]
-    shape = out(smooth([*right, *[(-x, y) for x, y in reversed(right)]], steps=4))
+    shape = out(smooth(mirrored(right), steps=4))
     dark = skin * (0.62, 0.47, 0.46)
     alpha = canvas.paint([shape], skin, NOSE, opacity=0.0, outline=None)
     away = -traits.light_side
@@ -235,50 +225,40 @@ def draw_nose(canvas: Canvas, traits: Traits, head: Head, keypoints: np.ndarray)
     canvas.tint(alpha * canvas.glow(out([(-away * 0.03, 0.82)])[0], 0.024) * 0.55, mix(skin, (1, 1, 0.97), 0.75))
     canvas.tint(alpha * canvas.glow(out([(-away * 0.02, 0.35)])[0], 0.013, 0.05) * 0.4, mix(skin, (1, 1, 0.97), 0.7))
     for side in (-1, 1):
-        wing = out(smooth([(side * 0.17, 0.74), (side * 0.235, 0.9), (side * 0.17, 1.0)], closed=False))
+        wing = out(arc([(side * 0.17, 0.74), (side * 0.235, 0.9), (side * 0.17, 1.0)]))
         canvas.pen(wing, dark, canvas.at_least(0.009, 1.1), 0.7, grey=50)
         hole = out(smooth([(side * 0.05, 0.97), (side * 0.11, 0.93), (side * 0.15, 0.96), (side * 0.1, 1.0)], steps=4))
         canvas.tint(canvas.cover(hole) * 0.75, skin * (0.38, 0.24, 0.24))
         canvas.line(np.concatenate([hole, hole[:1]]), grey=60)
-    canvas.line(out(smooth([(-0.06, 1.0), (0, 1.03), (0.06, 1.0)], closed=False)), grey=70)
-    canvas.line(out(smooth([(away * 0.085, 0.05), (away * 0.085, 0.3), (away * 0.11, 0.55)], closed=False)), grey=130)
+    canvas.line(out(arc([(-0.06, 1.0), (0, 1.03), (0.06, 1.0)])), grey=70)
+    canvas.line(out(arc([(away * 0.085, 0.05), (away * 0.085, 0.3), (away * 0.11, 0.55)])), grey=130)
     keypoints[27:31] = out([(0, 0.05), (0, 0.3), (0, 0.56), (0, 0.82)])
     keypoints[31:36] = out([(-0.17, 0.98), (-0.085, 1.01), (0, 1.03), (0.085, 1.01), (0.17, 0.98)])
 
 
-@dataclass(frozen=True)
-class MouthShape:
-    """How an expression holds the mouth."""
-
-    width: float
-    lift: float
-    """How far the corners rise."""
-    opening: float
-
-
 MOUTHS = {
-    "neutral": MouthShape(1.0, 0.0, 0.0),
-    "smile": MouthShape(1.22, 0.085, 0.0),
-    "big smile": MouthShape(1.36, 0.11, 0.17),
-    "surprised": MouthShape(0.7, -0.02, 0.25),
-    "sad": MouthShape(0.98, -0.08, 0.0),
+    "neutral": (1.0, 0.0, 0.0),
+    "smile": (1.22, 0.085, 0.0),
+    "big smile": (1.36, 0.11, 0.17),
+    "surprised": (0.7, -0.02, 0.25),
+    "sad": (0.98, -0.08, 0.0),
 }
+"""Expression -> width of the mouth, lift of its corners, opening."""
 
 
 def draw_mouth(canvas: Canvas, traits: Traits, head: Head, keypoints: np.ndarray) -> None:
-    mouth = MOUTHS[traits.expression]
-    half, full = traits.mouth_width * mouth.width, traits.lip_fullness
-    level = (0.92 if traits.face_shape != "long" else 0.97) + (0.04 if mouth.lift > 0 else 0.0)
-    opening = mouth.opening
+    width, lift, opening = MOUTHS[traits.expression]
+    half, full = traits.mouth_width * width, traits.lip_fullness
+    level = (0.92 if traits.face_shape != "long" else 0.97) + (0.04 if lift > 0 else 0.0)
 
     def along(t: np.ndarray, height: np.ndarray) -> np.ndarray:
-        """Points at t in [-1, 1] from corner to corner, `height` below the line of the lips."""
-        bend = mouth.lift * (1 - np.abs(t) ** 1.7) - mouth.lift * 0.75
+        """Points at t in [-1, 1] between the corners, `height` below the line between the lips."""
+        bend = lift * (1 - np.abs(t) ** 1.7) - lift * 0.75
         return head.surface(np.stack([t * half, level + bend + height], axis=1), 0.06 * (1 - t**2))
 
     def upper_inner(t: np.ndarray) -> np.ndarray:
         closed = 0.012 * np.cos(np.pi * t * 2) * (1 - t**2)
-        return closed - opening * 0.42 * (1 - np.abs(t) ** 2.6) * (1.0 if mouth.lift < 0 else 0.25)
+        return closed - opening * 0.42 * (1 - np.abs(t) ** 2.6) * (1.0 if lift < 0 else 0.25)
 
     def lower_inner(t: np.ndarray) -> np.ndarray:
         return upper_inner(t) * (opening == 0) + opening * 0.9 * (1 - np.abs(t) ** 2.2)
@@ -304,7 +284,7 @@ def draw_mouth(canvas: Canvas, traits: Traits, head: Head, keypoints: np.ndarray
         alpha = canvas.paint([inside], (0.26, 0.07, 0.09), MOUTH)
         tongue = canvas.glow(along(np.zeros(1), np.array([opening * 0.85]))[0], half * 0.6 * head.scale, 0.03)
         canvas.tint(tongue * alpha * 0.75, (0.78, 0.36, 0.38))
-        reach = 0.62 if mouth.lift > 0 else 0.26
+        reach = 0.62 if lift > 0 else 0.26
         edge = upper_inner(t) + (lower_inner(t) - upper_inner(t)) * reach
         teeth = canvas.cover(np.concatenate([top, along(t, edge)[::-1]])) * alpha
         canvas.tint(teeth * 0.97, (0.97, 0.96, 0.93))
@@ -337,7 +317,7 @@ def draw_mouth(canvas: Canvas, traits: Traits, head: Head, keypoints: np.ndarray
 
 
 def draw_eye(canvas: Canvas, traits: Traits, head: Head, side: int, keypoints: np.ndarray) -> None:
-    """One eye; `side` -1 is the viewer's left, the person's right."""
+    """Draw an eye; `side` -1 is the viewer's left, the person's right."""
     wide = 0.235 * traits.eye_size
     squint = {"neutral": 1.0, "smile": 0.9, "big smile": 0.8, "surprised": 1.3, "sad": 0.92}[traits.expression]
     high = 0.118 * traits.eye_size * squint
@@ -345,7 +325,7 @@ def draw_eye(canvas: Canvas, traits: Traits, head: Head, side: int, keypoints: n
     cheek = 0.5 if traits.expression in ("smile", "big smile") else 0.62
 
     def place(t: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Points at t in [-1, 1] from the inner to the outer corner."""
+        """Points at t in [-1, 1] from the inner to the outer corner, at height y."""
         return head.surface(np.stack([side * (0.455 + t * wide), y - slant * t], axis=1))
 
     def upper(t: np.ndarray) -> np.ndarray:
@@ -400,11 +380,7 @@ def draw_eye(canvas: Canvas, traits: Traits, head: Head, side: int, keypoints: n
     canvas.line(lid, width=1.5)
     if traits.makeup or traits.presentation == "woman":
         tip = place(np.array([0.6, 1.0, 1.28]), np.array([upper(np.array([0.6]))[0], 0.0, -0.07]))
-        canvas.tint(
-            canvas.cover(ribbon(smooth(tip, closed=False), np.linspace(1.2, 0.4, 13) * canvas.at_least(0.012, 1.1)))
-            * 0.9,
-            lash,
-        )
+        canvas.tint(canvas.cover(ribbon(arc(tip), np.linspace(1.2, 0.4, 13) * canvas.at_least(0.012, 1.1))) * 0.9, lash)
         canvas.line(tip)
     canvas.tint(canvas.cover(ribbon(under, canvas.at_least(0.006, 0.8))) * 0.45, skin * (0.45, 0.32, 0.32))
     sixth = np.array([-1, -0.38, 0.38, 1])
@@ -472,7 +448,7 @@ def draw_glasses(canvas: Canvas, traits: Traits, head: Head) -> None:
         arm = np.concatenate([path([(side * 0.82, -0.06)]), head.rim([(side * 1.03, -0.1)])])
         if side * traits.yaw < 0.75:
             canvas.paint([ribbon(arm, thick)], frame * 0.8, EYE_G)
-    bridge = path(smooth([(-0.13, -0.04), (0, -0.1), (0.13, -0.04)], closed=False))
+    bridge = path(arc([(-0.13, -0.04), (0, -0.1), (0.13, -0.04)]))
     canvas.paint([ribbon(bridge, thick)], frame, EYE_G)
     for rim in rims:
         middle = rim.mean(axis=0)

@@ -1,8 +1,7 @@
-"""What a drawn face looks like, before anything is drawn: sampled traits and the words for them.
+"""Sample the traits of a synthetic face and derive its attributes.
 
-Traits are plain numbers and words in units of the head, free of any picture size, so one face looks the same at every
-size. The combinations are those that can be drawn without contradiction (no sideburns under a bald head, no earring
-on a covered ear): what the attributes say is then always to be seen.
+Lengths are relative to the head, so that a face looks the same at every size. Only combinations without contradictions
+are sampled (no earring on a covered ear): every attribute is visible.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ SKIN_ANCHORS = (
     (126, 82, 56),
     (86, 56, 42),
 )
-SKIN_WORDS = ("pale", "fair", "light", "tan", "brown", "dark brown", "deep brown")
+SKIN_TONES = ("pale", "fair", "light", "tan", "brown", "dark brown", "deep brown")
 CLOTH_COLORS = {
     "red": (192, 52, 50),
     "blue": (52, 92, 168),
@@ -77,7 +76,7 @@ OPEN_NECK = ("t-shirt", "v-neck", "striped shirt", "dress", "shirt")
 
 @dataclass(frozen=True, kw_only=True)
 class Traits:
-    """One face. Colours are RGB in 0..1; angles in radians; lengths in half face widths unless said otherwise."""
+    """One face. Colours are RGB in 0..1, angles in radians, lengths in half face widths unless stated otherwise."""
 
     presentation: str
     age: str
@@ -88,13 +87,13 @@ class Traits:
     hair: tuple[float, float, float]
     hair_style: str
     hair_length: float
-    """Where loose hair ends, below the eyes."""
+    """End of loose hair, below the eyes."""
     hair_volume: float
     part: float
-    """Where the hair is parted, -1 to 1."""
+    """Position of the parting, -1 to 1."""
     bangs: bool
     tucked: bool
-    """Loose hair runs behind the ears."""
+    """Whether loose hair is behind the ears."""
     eye_color: str
     eye: tuple[float, float, float]
     eye_size: float
@@ -120,25 +119,25 @@ class Traits:
     makeup: bool
     lip: tuple[float, float, float]
     shadow_color: tuple[float, float, float]
-    """Eye shadow, where there is make-up."""
+    """Eye shadow, used with make-up."""
     clothing: str
     clothing_color: str
     background: str
     background_color: str
     background_second: tuple[float, float, float]
     yaw: float
-    """-1 looks to the viewer's left, 1 to the viewer's right."""
+    """-1 (to the viewer's left) to 1 (to the viewer's right)."""
     roll: float
     scale: float
-    """Half face width as a fraction of the picture."""
+    """Half face width as a fraction of the image."""
     shift: tuple[float, float]
-    """Displacement of the head, as a fraction of the picture."""
+    """Displacement of the head as a fraction of the image."""
     light_side: float
-    """-1 light from the viewer's left, 1 from the right."""
+    """-1 (light from the viewer's left) or 1 (from the right)."""
 
 
 def sample_traits(random: np.random.Generator) -> Traits:
-    """One consistent face at random."""
+    """Sample a consistent face."""
 
     def pick(options: dict[str, float]) -> str:
         weight = np.array(list(options.values()))
@@ -226,7 +225,7 @@ def sample_traits(random: np.random.Generator) -> Traits:
         presentation=presentation,
         age=age,
         face_shape=pick({"oval": 0.32, "round": 0.2, "square": 0.18, "long": 0.15, "heart-shaped": 0.15}),
-        skin_tone=SKIN_WORDS[int(min(round(tone), len(SKIN_WORDS) - 1))],
+        skin_tone=SKIN_TONES[int(min(round(tone), len(SKIN_TONES) - 1))],
         skin=(red, green, blue),
         hair_color=hair_color,
         hair=tinted(HAIR_COLORS[hair_color], 0.06),
@@ -276,33 +275,25 @@ def sample_traits(random: np.random.Generator) -> Traits:
     )
 
 
+ATTRIBUTES = (
+    "presentation", "age", "face_shape", "skin_tone", "hair_color", "hair_style", "bangs", "eye_color", "glasses",
+    "hat", "hat_color", "earrings", "necklace", "expression", "beard", "mustache", "freckles", "makeup", "clothing",
+    "clothing_color", "background", "background_color",
+)  # fmt: skip
+"""Traits that are attributes, in the order of the metadata."""
+
+
 def describe(traits: Traits) -> dict[str, str | bool | float]:
-    """The attributes of a face: a flat mapping of words, flags and two angles (degrees)."""
+    """Return the attributes of a face: words, flags and two angles in degrees."""
+    attributes = {name: getattr(traits, name) for name in ATTRIBUTES}
+    if traits.hair_style == "bald":
+        attributes["hair_color"] = "none"
+    if traits.glasses == "sunglasses":
+        attributes["eye_color"] = "hidden"
+    if traits.hat == "none":
+        attributes["hat_color"] = "none"
+    if traits.background == "outdoor":
+        attributes["background_color"] = "natural"
     pose = "frontal" if abs(traits.yaw) < 0.35 else ("turned to the left" if traits.yaw < 0 else "turned to the right")
-    return {
-        "presentation": traits.presentation,
-        "age": traits.age,
-        "face_shape": traits.face_shape,
-        "skin_tone": traits.skin_tone,
-        "hair_color": traits.hair_color if traits.hair_style != "bald" else "none",
-        "hair_style": traits.hair_style,
-        "bangs": traits.bangs,
-        "eye_color": traits.eye_color if traits.glasses != "sunglasses" else "hidden",
-        "glasses": traits.glasses,
-        "hat": traits.hat,
-        "hat_color": traits.hat_color if traits.hat != "none" else "none",
-        "earrings": traits.earrings,
-        "necklace": traits.necklace,
-        "expression": traits.expression,
-        "beard": traits.beard,
-        "mustache": traits.mustache,
-        "freckles": traits.freckles,
-        "makeup": traits.makeup,
-        "clothing": traits.clothing,
-        "clothing_color": traits.clothing_color,
-        "background": traits.background,
-        "background_color": traits.background_color if traits.background != "outdoor" else "natural",
-        "pose": pose,
-        "yaw_degrees": round(traits.yaw * 22, 1),
-        "roll_degrees": round(float(np.degrees(traits.roll)), 1),
-    }
+    angles = {"yaw_degrees": round(traits.yaw * 22, 1), "roll_degrees": round(float(np.degrees(traits.roll)), 1)}
+    return attributes | {"pose": pose} | angles

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from likeness.conditions.pictures import open_picture
+from likeness.conditions.images import open_image
 from likeness.data.folder import METADATA, captions_of, each_row, line_of
 from likeness.files import writing_whole
 from likeness.prepare.caption.endpoint import Meter, Refused, Spent, open_endpoint
@@ -309,7 +309,7 @@ def caption_face(row: dict[str, Any], name: str, plan: Plan, count: Count, ask: 
 
 def look(content: bytes, name: str, pixels: int) -> Image.Image:
     """A picture file as it is shown to a model: upright, RGB, its longer side at most `pixels`."""
-    picture = open_picture(content, name).convert("RGB")
+    picture = open_image(content, name).convert("RGB")
     picture.thumbnail((pixels, pixels), Image.Resampling.LANCZOS)
     return picture
 

@@ -17,11 +17,10 @@ import numpy as np
 from PIL import Image
 
 from likeness.conditions import CONDITIONS
-from likeness.conditions.classes import PALETTE
-from likeness.conditions.layout import exchanged_pairs, measure
-from likeness.conditions.mask import paint_parts
-from likeness.conditions.mask_schemes import exchange
-from likeness.conditions.pictures import check_aspect, mask_picture, open_picture, png_bytes
+from likeness.conditions.images import check_aspect, open_image, png_bytes
+from likeness.conditions.mask import mask_image, paint_parts, swap_classes
+from likeness.conditions.mask.classes import PALETTE
+from likeness.conditions.mask.geometry import measure, swapped_pairs
 from likeness.prepare.ingest.face import Face, content_of, json_of, name_of
 from likeness.types import InputError
 
@@ -52,7 +51,7 @@ def open_face(face: Face, frame: Frame) -> tuple[Image.Image, Box, bytes, str]:
         InputError: it cannot be read, or has a shape that is not asked for.
     """
     content, name = content_of(face.picture), name_of(face.picture)
-    image = open_picture(content, name)
+    image = open_image(content, name)
     width, height = image.size
     if face.canvas is not None and image.size != face.canvas:
         raise InputError(f"{name} is {width}x{height}, not {face.canvas[0]}x{face.canvas[1]} as its layout has it")
@@ -82,14 +81,14 @@ def framed(image: Image.Image, box: Box, size: int | None) -> Image.Image:
 def mask_content(source: Any, box: Box, size: tuple[int, int]) -> tuple[bytes, bool]:
     """A mask as palette PNG, and whether its sides had to be exchanged."""
     if isinstance(source, Mapping):
-        parts = {index: open_picture(content_of(file), name_of(file)) for index, file in source.items()}
+        parts = {index: open_image(content_of(file), name_of(file)) for index, file in source.items()}
         labels = paint_parts(parts, f"the mask of {name_of(next(iter(source.values())))}").raw
     else:
         labels = read_picture("mask", source)
     labels = cut(labels, box, size, "mask")
-    right = exchange(labels, exchanged_pairs(measure(labels)))
+    right = swap_classes(labels, swapped_pairs(measure(labels)))
     same = None if isinstance(source, Mapping) else unchanged(source, "P", right)
-    return same or png_bytes(mask_picture(right)), not np.array_equal(right, labels)
+    return same or png_bytes(mask_image(right)), not np.array_equal(right, labels)
 
 
 def sketch_content(source: Any, box: Box, size: tuple[int, int]) -> tuple[bytes, bool]:
@@ -128,11 +127,7 @@ def read_picture(condition: str, file: Any) -> np.ndarray:
     """The raw form of a mask or sketch."""
     if isinstance(file, Path):
         return CONDITIONS[condition].read(file).raw
-    picture = open_picture(content_of(file), name_of(file))
-    try:
-        return CONDITIONS[condition].read(picture).raw
-    except InputError as error:
-        raise InputError(str(error).replace("the picture", name_of(file), 1)) from error
+    return CONDITIONS[condition].read(open_image(content_of(file), name_of(file)), name=name_of(file)).raw
 
 
 def unchanged(file: Any, mode: str, raw: np.ndarray) -> bytes | None:

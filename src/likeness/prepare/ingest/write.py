@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from likeness.conditions import CONDITIONS
-from likeness.conditions.pictures import open_picture, png_bytes
+from likeness.conditions.images import open_image, png_bytes
 from likeness.data.ahead import read_ahead
 from likeness.data.folder import METADATA, RECORD, column_of, condition_file, line_of
 from likeness.files import write_whole, writing_whole
@@ -353,7 +353,7 @@ def write_face(
             image = framed(image, box, frame.size)
             write_whole(picture, content if suffix else png_bytes(image))
             written.fingerprint = fingerprint(image)
-    written.fingerprint = written.fingerprint or fingerprint(open_picture(picture))
+    written.fingerprint = written.fingerprint or fingerprint(open_image(picture))
     row = {"file_name": f"images/{picture.name}"}
     row |= {column_of(key): condition_file(key, name) for key, target in targets.items() if target.is_file()}
     try:

@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderDC
 
 from likeness.conditions import CONDITIONS
-from likeness.conditions.classes import CLASSES, PALETTE
+from likeness.conditions.mask.classes import CLASSES, PALETTE
 from likeness.data.ahead import read_ahead
 from likeness.data.folder import column_of, read_folder, read_photo
 from likeness.encoders.latent import LatentCodec, through

@@ -1,4 +1,4 @@
-"""The doctor: what a file is, what is wrong with it, and a repair that reads back clean."""
+"""`likeness inspect`: recognize a file, list its problems, and write a repaired file that has none."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from drawn import drawn_mask, drawn_points, drawn_sketch
 from PIL import Image
 
 from likeness.conditions import CONDITIONS
-from likeness.conditions.classes import FLIP_PAIRS, PALETTE
-from likeness.conditions.doctor import fix, format_report, inspect
-from likeness.conditions.mask_schemes import exchange
-from likeness.types import InputError
+from likeness.conditions.inspection import fix, format_report, inspect
+from likeness.conditions.mask import swap_classes
+from likeness.conditions.mask.classes import FLIP_PAIRS, PALETTE
+from likeness.types import InputError, Note
 
 FACE = drawn_mask(128)
 
@@ -23,7 +23,7 @@ def saved(path, array) -> str:
     return str(path)
 
 
-def test_it_tells_the_three_kinds_apart(tmp_path):
+def test_conditions_are_recognized(tmp_path):
     (tmp_path / "points.json").write_text(json.dumps(drawn_points().tolist()))
     np.save(tmp_path / "points.npy", drawn_points())
     np.save(tmp_path / "mask.npy", FACE)
@@ -37,23 +37,23 @@ def test_it_tells_the_three_kinds_apart(tmp_path):
     }
     for path, kind in kinds.items():
         assert inspect(path).condition == kind
-    assert inspect(PALETTE[drawn_mask(478)]).condition == "mask"  # 478 points have no third axis
+    assert inspect(PALETTE[drawn_mask(478)]).condition == "mask"
 
 
-def test_a_sound_mask_has_no_problems_and_a_true_table():
+def test_report_of_a_valid_mask():
     report = inspect(FACE)
     assert report.problems == ()
     assert report.size == (128, 128)
     table = {name: pixels for name, pixels, _ in report.classes}
     assert table["nose"] == (FACE == 2).sum()
-    assert sum(share for _, _, share in report.classes) == pytest.approx(1)
+    assert sum(fraction for _, _, fraction in report.classes) == pytest.approx(1)
     text = format_report(report)
     assert "no problems" in text
     assert "index mask" in text
 
 
-def test_every_planted_problem_is_found():
-    def planted(change) -> tuple[str, ...]:
+def test_problems():
+    def problems_after(change) -> tuple[Note, ...]:
         labels = FACE.copy()
         change(labels)
         return inspect(PALETTE[labels], "mask").problems
@@ -65,37 +65,37 @@ def test_every_planted_problem_is_found():
         return lambda labels: labels.__setitem__((slice(*rows), slice(*columns)), value)
 
     cases = {
-        "no eyes": planted(drop(4, 5)),
-        "only one eye (r_eye)": planted(drop(4)),
-        "no mouth": planted(drop(10, 11, 12)),
-        "no nose": planted(drop(2)),
-        "hat has only 1 pixels": planted(paint((2, 3), (60, 61), 14)),
-        "hair has 1 separate specks": planted(paint((100, 101), (5, 8), 13)),
-        "left edge": planted(paint((60, 64), (0, 40), 1)),
+        "no eyes": problems_after(drop(4, 5)),
+        "only one eye (r_eye)": problems_after(drop(4)),
+        "no mouth": problems_after(drop(10, 11, 12)),
+        "no nose": problems_after(drop(2)),
+        "hat has only 1 pixel:": problems_after(paint((2, 3), (60, 61), 14)),
+        "hair has 1 separate specks": problems_after(paint((100, 101), (5, 8), 13)),
+        "left edge": problems_after(paint((60, 64), (0, 40), 1)),
         "not square": inspect(PALETTE[FACE[:, 8:120]]).problems,
-        "no multiples of 8": inspect(PALETTE[FACE[:121, :121]]).problems,
-        "sides look exchanged": inspect(exchange(FACE, FLIP_PAIRS)).problems,
+        "not multiples of 8": inspect(PALETTE[FACE[:121, :121]]).problems,
+        "sides look swapped": inspect(swap_classes(FACE, FLIP_PAIRS)).problems,
         "blended colours": inspect(np.asarray(Image.fromarray(PALETTE[FACE]).resize((256, 256), 1))).problems,
         "inverted": inspect(255 - drawn_sketch()).problems,
     }
     for sentence, problems in cases.items():
-        assert any(sentence in problem for problem in problems), (sentence, problems)
+        assert any(sentence in problem.text for problem in problems), (sentence, problems)
 
 
 def test_fix_writes_a_canonical_mask(tmp_path):
-    crossed = exchange(drawn_mask(512), FLIP_PAIRS)
+    crossed = swap_classes(drawn_mask(512), FLIP_PAIRS)
     out = fix(inspect(crossed), tmp_path / "fixed.png")
-    with Image.open(out) as picture:
-        assert picture.mode == "P"
-        np.testing.assert_array_equal(np.asarray(picture), drawn_mask(512))
-        np.testing.assert_array_equal(np.asarray(picture.convert("RGB")), PALETTE[drawn_mask(512)])
+    with Image.open(out) as image:
+        assert image.mode == "P"
+        np.testing.assert_array_equal(np.asarray(image), drawn_mask(512))
+        np.testing.assert_array_equal(np.asarray(image.convert("RGB")), PALETTE[drawn_mask(512)])
     assert inspect(out).problems == ()
 
 
-def test_fix_restores_a_mask_spoilt_by_lanczos(tmp_path):
+def test_fix_restores_a_mask_after_lanczos(tmp_path):
     face = drawn_mask(256)
-    spoilt = Image.fromarray(PALETTE[face]).resize((512, 512), Image.Resampling.LANCZOS)
-    out = fix(inspect(spoilt), tmp_path / "fixed.png")
+    blended = Image.fromarray(PALETTE[face]).resize((512, 512), Image.Resampling.LANCZOS)
+    out = fix(inspect(blended), tmp_path / "fixed.png")
     restored = CONDITIONS["mask"].read(out).raw
     assert (restored == face.repeat(2, 0).repeat(2, 1)).mean() >= 0.995
 
@@ -109,11 +109,11 @@ def test_fix_writes_sketches_and_points(tmp_path):
         fix(inspect(drawn_points()), tmp_path / "points.png")
 
 
-def test_what_is_nothing_known_is_refused_in_one_sentence(tmp_path):
+def test_rejected_sources(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     with pytest.raises(InputError, match=r"as mask: .*photograph.*as sketch: "):
         inspect(noise)
     with pytest.raises(InputError, match=r"^\S*none\.png does not exist"):
         inspect(tmp_path / "none.png")
-    with pytest.raises(InputError, match="choose from mask, sketch, keypoints"):
+    with pytest.raises(InputError, match="Available: mask, sketch, keypoints"):
         inspect(FACE, "masc")

@@ -10,7 +10,7 @@ from drawn import drawn_points
 from PIL import Image
 
 from builders import tiny_pipeline
-from likeness.conditions.keypoints import FLIPS, STROKES, flip, read, render, resize
+from likeness.conditions.keypoints import FLIPS, STROKES, flip, part_points, read, render, resize
 from likeness.types import InputError
 
 POINTS = drawn_points()
@@ -29,7 +29,7 @@ def mesh() -> np.ndarray:
 
 
 @pytest.mark.parametrize("form", ["json", "list.json", "npy", "txt", "csv", "pts", "array"])
-def test_every_form_gives_the_same_points(tmp_path, form):
+def test_formats(tmp_path, form):
     path, pixels = tmp_path / f"points.{form}", POINTS * SIZE
     if form == "json":
         path.write_text(json.dumps({"points": pixels.tolist(), "size": SIZE}))
@@ -50,11 +50,11 @@ def test_every_form_gives_the_same_points(tmp_path, form):
     assert "68 iBUG" in reading.scheme
 
 
-def test_pts_takes_its_size_from_the_picture_beside_it(tmp_path):
-    """iBUG's files hold pixels, counted from 1, and no size."""
+def test_pts_reads_its_size_from_the_image(tmp_path):
+    """iBUG's files have pixels, counted from 1, and no size."""
     rows = "\n".join(f"{x:.8f}\t{y:.8f}" for x, y in POINTS * SIZE + 1)
     (tmp_path / "face.pts").write_text(f"version: 1\nn_points: 68\n{{\n{rows}\n}}\n")
-    with pytest.raises(InputError, match="put the picture beside"):
+    with pytest.raises(InputError, match="place the image next to"):
         read(tmp_path / "face.pts")
     Image.new("RGB", SIZE).save(tmp_path / "face.jpg")
     reading = read(tmp_path / "face.pts")
@@ -62,27 +62,27 @@ def test_pts_takes_its_size_from_the_picture_beside_it(tmp_path):
     assert reading.size == SIZE
 
 
-def test_points_of_a_wide_picture_are_not_squeezed():
+def test_points_keep_the_aspect_ratio_of_their_image():
     wide = {"points": (POINTS * SIZE).tolist(), "size": SIZE}
-    with pytest.raises(InputError, match="picture of the keypoints is 200x100 but the portrait is 32x32"):
+    with pytest.raises(InputError, match="picture of the keypoints is 200x100, but the image is 32x32"):
         tiny_pipeline()("", control_image={"keypoints": wide}, height=32, width=32)
 
 
-def test_refusals(tmp_path):
+def test_rejected_sources(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "none.json").write_text('{"landmarks": []}')
-    (tmp_path / "words.txt").write_text("1 2\nleft right\n")
+    (tmp_path / "text.txt").write_text("1 2\nleft right\n")
     holes = POINTS.copy()
     holes[3] = np.nan
     cases = {
         "of unknown size": POINTS * 512,
         "not finite": holes,
         "has 5 points": POINTS[:5],
-        r"lie within the picture": POINTS + 0.6,
+        "within the image": POINTS + 0.6,
         "one spot": POINTS * 0.001 + 0.5,
         "valid JSON": tmp_path / "broken.json",
         'has no "points"': tmp_path / "none.json",
-        "no numbers": tmp_path / "words.txt",
+        "the line 'left right'": tmp_path / "text.txt",
         "does not exist": tmp_path / "nothing.npy",
         "shape": POINTS.ravel(),
     }
@@ -92,7 +92,7 @@ def test_refusals(tmp_path):
 
 
 @pytest.mark.parametrize("points", [POINTS, mesh()], ids=["68", "478"])
-def test_flip_mirrors_the_picture_and_keeps_meanings(points):
+def test_flip_mirrors_and_renumbers(points):
     raw = read(points).raw
     raw = raw + np.float32([0.03, 0])  # off centre, so that a missing mirror shows
     mirrored = flip(raw)
@@ -100,9 +100,8 @@ def test_flip_mirrors_the_picture_and_keeps_meanings(points):
     assert not read(mirrored).notes  # the person's left eye is still on the viewer's right
     grey = render(raw, 128, 128).max(axis=2) > 60
     assert (grey[:, ::-1] == (render(mirrored, 128, 128).max(axis=2) > 60)).mean() > 0.98
-    part = STROKES["l_eye"][2 if len(raw) == 68 else 3]
-    other = STROKES["r_eye"][2 if len(raw) == 68 else 3]
-    np.testing.assert_allclose(mirrored[list(part), 0].mean(), 1 - raw[list(other), 0].mean(), atol=1e-6)
+    part, other = (part_points(name, len(raw)) for name in ("l_eye", "r_eye"))
+    np.testing.assert_allclose(mirrored[part, 0].mean(), 1 - raw[other, 0].mean(), atol=1e-6)
 
 
 def test_permutations_are_involutions_that_map_parts_onto_parts():
@@ -116,7 +115,7 @@ def test_permutations_are_involutions_that_map_parts_onto_parts():
         assert {int(FLIPS[478][i]) for i in mediapipe} == set(other[3])
 
 
-def test_both_conventions_are_drawn_alike():
+def test_both_conventions_render_alike():
     small, large = render(POINTS, 128, 128), render(mesh(), 128, 128)
     agree = (np.abs(small.astype(int) - large).max(axis=2) < 64).mean()
     assert agree > 0.97
@@ -125,9 +124,9 @@ def test_both_conventions_are_drawn_alike():
     np.testing.assert_array_equal(small, render(POINTS, 128, 128))
 
 
-def test_exchanged_sides_are_noted_and_resize_changes_nothing():
+def test_swapped_sides_are_noted_and_resize_changes_nothing():
     crossed = POINTS.copy()
     crossed[:, 0] = 1 - crossed[:, 0]
-    assert any("exchanged" in note for note in read(crossed).notes)
+    assert [note.kind for note in read(crossed).notes] == ["swapped-sides"]
     assert resize(POINTS, 64, 32) is POINTS
     assert render(POINTS, 64, 96).shape == (64, 96, 3)

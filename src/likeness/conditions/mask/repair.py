@@ -1,9 +1,8 @@
-"""Class colours back to classes, also where a smooth resize or JPEG has blended them.
+"""Convert class colours to classes, also if a smooth resize or JPEG has blended them.
 
-The nearest palette colour of a blended pixel is often a class that is nowhere near (half way between black and hair
-lies the lower lip), so blended pixels take a label that occurs beside them on a pixel that still has a palette colour,
-and lines of palette colour that are themselves a mixture of their two sides count as blended. Thin true parts may lose
-a pixel.
+The nearest palette colour of a blended pixel is often an unrelated class: halfway between black and hair is the colour
+of the lower lip. Blended pixels therefore take a label from a nearby pixel that has a palette colour. Thin lines of a
+palette colour that is a mixture of the colours on both sides count as blended, so that thin parts may lose a pixel.
 """
 
 from __future__ import annotations
@@ -11,30 +10,30 @@ from __future__ import annotations
 import numpy as np
 
 TOLERANCE = 12
-"""Levels by which every channel may differ from a palette colour: flat areas stay within it in JPEGs of quality 60."""
+"""Largest difference per channel from a palette colour: flat areas of JPEGs at quality 60 stay within it."""
 
 REACH = 3
-"""Pixels on either side in which the two parts of a mixture are looked for: the support of a Lanczos filter."""
+"""Distance in pixels at which the two parts of a mixture are searched: the support of a Lanczos filter."""
 
 SPECK = 4e-5
-"""Share of the picture below which a piece of a blended mask is taken for chance: 10 pixels of 512x512."""
+"""Fraction of the pixels below which a region of a blended mask is considered noise: 10 pixels of 512x512."""
 
 UNKNOWN = -1
-"""Stands for "no palette colour"."""
+"""Label of pixels without a palette colour."""
 
 
 def nearest_colours(rgb: np.ndarray, *palettes: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The palette colour nearest to each pixel.
+    """Find the nearest palette colour of each pixel.
 
     Args:
         rgb: uint8 [H, W, 3].
         palettes: uint8 [P, 3] each.
 
     Returns:
-        For each palette: int16 [H, W], the row; and int16 [H, W], the largest difference over the channels.
+        For each palette: int16 [H, W], the row, and int16 [H, W], the largest difference over the channels.
     """
     packed = (rgb[..., 0].astype(np.int32) << 16) | (rgb[..., 1].astype(np.int32) << 8) | rgb[..., 2]
-    values, where = distinct(packed)  # [N], [H, W]
+    values, where = unique_colours(packed)  # [N], [H, W]
     unpacked = np.stack([values >> 16, values >> 8 & 255, values & 255], axis=1).astype(np.int16)  # [N, 3]
     found = []
     for colours in palettes:
@@ -48,22 +47,23 @@ def nearest_colours(rgb: np.ndarray, *palettes: np.ndarray) -> list[tuple[np.nda
     return found
 
 
-def distinct(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct values of numbers below 2^24, [N], and which of them each is, [H, W]. In large pictures by a table,
-    six times as fast as by sorting.
+def unique_colours(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`np.unique` with inverse for values below 2^24: [H, W] -> [N], [H, W].
+
+    Large images use a lookup table, which is six times as fast as sorting.
     """
     if packed.size < 1 << 20:
-        values, number = np.unique(packed, return_inverse=True)
-        return values, number.reshape(packed.shape)
-    seen, number = np.zeros(1 << 24, dtype=bool), np.empty(1 << 24, dtype=np.int32)
-    seen[packed] = True
-    values = np.flatnonzero(seen)
-    number[values] = np.arange(len(values))
-    return values, number[packed]
+        values, inverse = np.unique(packed, return_inverse=True)
+        return values, inverse.reshape(packed.shape)
+    present, inverse = np.zeros(1 << 24, dtype=bool), np.empty(1 << 24, dtype=np.int32)
+    present[packed] = True
+    values = np.flatnonzero(present)
+    inverse[values] = np.arange(len(values))
+    return values, inverse[packed]
 
 
 def _mixtures(colours: np.ndarray) -> np.ndarray:
-    """bool [P, P, P]: whether colour c lies near the straight line from colour a to colour b, indices [a, b, c]."""
+    """bool [P, P, P]: whether colour c is close to the line segment from colour a to colour b, indexed [a, b, c]."""
     points = colours.astype(np.float32)
     a, b, c = points[:, None, None], points[None, :, None], points[None, None, :]
     along = ((c - a) * (b - a)).sum(-1) / np.maximum(((b - a) ** 2).sum(-1), 1.0)
@@ -74,21 +74,21 @@ def _mixtures(colours: np.ndarray) -> np.ndarray:
 
 
 def unblend(near: np.ndarray, colours: np.ndarray, rgb: np.ndarray | None = None) -> np.ndarray:
-    """Give blended pixels a label from the clean pixels beside them.
+    """Label blended pixels from clean pixels nearby.
 
-    With `rgb`, that is the one of the nearest colour among the labels within two pixels; without, or farther from
-    clean pixels, the label of the nearest one.
+    With `rgb`, a pixel takes the label of the nearest colour among the labels within two pixels. Without it, or
+    farther from clean pixels, it takes the label of the nearest clean pixel.
 
     Args:
-        near: int16 [H, W], rows of `colours`, `UNKNOWN` where the colour is off the palette.
+        near: int16 [H, W], rows of `colours`, or `UNKNOWN`.
         colours: uint8 [P, 3].
-        rgb: uint8 [H, W, 3], the picture itself.
+        rgb: uint8 [H, W, 3], the image.
 
     Returns:
         int16 [H, W], rows of `colours`, without `UNKNOWN`.
 
     Raises:
-        ValueError: no pixel is left to take labels from.
+        ValueError: No clean pixel remains.
     """
     from scipy import ndimage
 
@@ -96,9 +96,9 @@ def unblend(near: np.ndarray, colours: np.ndarray, rgb: np.ndarray | None = None
     solid = np.full(near.shape, UNKNOWN, dtype=np.int16)
     for row in np.unique(near[near != UNKNOWN]):
         solid[ndimage.binary_opening(near == row, np.ones((3, 3)))] = row
-    rows, columns = np.nonzero((near != UNKNOWN) & (solid == UNKNOWN))  # thin: real, or a line of mixture
+    rows, columns = np.nonzero((near != UNKNOWN) & (solid == UNKNOWN))  # thin: a part, or a line of mixed colours
     mixture = _mixtures(colours)
-    ghost = np.zeros(len(rows), dtype=bool)
+    blended = np.zeros(len(rows), dtype=bool)
     for down, right in ((0, 1), (1, 0), (1, 1), (1, -1)):
         sides = []
         for sign in (1, -1):
@@ -109,10 +109,10 @@ def unblend(near: np.ndarray, colours: np.ndarray, rgb: np.ndarray | None = None
                 found = np.where(found == UNKNOWN, solid[y, x], found)
             sides.append(found)
         both = (sides[0] != UNKNOWN) & (sides[1] != UNKNOWN)
-        ghost |= both & mixture[sides[0], sides[1], near[rows, columns]]
+        blended |= both & mixture[sides[0], sides[1], near[rows, columns]]
     kept = near.copy()
-    kept[rows[ghost], columns[ghost]] = UNKNOWN
-    # A few pixels of palette colour amid blended ones are chance.
+    kept[rows[blended], columns[blended]] = UNKNOWN
+    # Small regions of a palette colour among blended pixels are noise.
     for row in np.unique(kept[kept != UNKNOWN]):
         components, count = ndimage.label(kept == row, structure=np.ones((3, 3)))
         sizes = np.bincount(components.ravel(), minlength=count + 1)
@@ -125,8 +125,8 @@ def unblend(near: np.ndarray, colours: np.ndarray, rgb: np.ndarray | None = None
         rows, columns = np.nonzero(kept == UNKNOWN)
         pixels, least = rgb[rows, columns].astype(np.float32), np.full(len(rows), np.inf, dtype=np.float32)
         for row in np.unique(kept[kept != UNKNOWN]):
-            beside = ndimage.maximum_filter(kept == row, size=5)[rows, columns]
-            off = np.where(beside, np.abs(pixels - colours[row]).sum(axis=1), np.inf)
+            nearby = ndimage.maximum_filter(kept == row, size=5)[rows, columns]
+            off = np.where(nearby, np.abs(pixels - colours[row]).sum(axis=1), np.inf)
             closer = off < least
             result[rows[closer], columns[closer]] = row
             least = np.minimum(least, off)
@@ -134,14 +134,11 @@ def unblend(near: np.ndarray, colours: np.ndarray, rgb: np.ndarray | None = None
 
 
 def looks_blended(indices: np.ndarray) -> bool:
-    """Whether class numbers were averaged by a smooth resize.
+    """Return whether a smooth resize averaged class numbers, uint8 [H, W].
 
-    Across a blended border between the classes a and b the numbers run monotonely through values in between; in a clean
-    mask three different classes seldom follow one another. More than 0.25 of the borders being such runs is blended;
-    clean masks of 32 to 512 pixels stay below 0.1, blended ones above 0.3.
-
-    Args:
-        indices: uint8 [H, W].
+    Across a blended border between classes a and b the numbers run monotonically through the values in between. In a
+    clean mask three different classes seldom follow one another. Of clean masks of 32 to 512 pixels less than 0.1 of
+    the borders are such runs, of blended masks more than 0.3.
     """
     runs = borders = 0
     wide = indices.astype(np.int16)

@@ -1,4 +1,4 @@
-"""What a caption claims and a mask denies: found, with its share; and no false alarm on true captions."""
+"""Contradictions between captions and masks, and no false alarm on true captions."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import pytest
 from drawn import drawn_mask
 
 from builders import run
-from likeness.conditions.classes import CLASS_INDEX
-from likeness.conditions.contradictions import contradictions
-from likeness.conditions.edits import remove, save
+from likeness.conditions.mask.classes import CLASS_INDEX
+from likeness.conditions.mask.contradictions import contradictions
+from likeness.conditions.mask.edits import remove, save
 from likeness.data.synthetic import draw_face
 from likeness.types import InputError
 
 
 def plain() -> np.ndarray:
-    """A face from the front with hair to the cheeks, its mouth open; nothing is worn."""
+    """A frontal face with hair to the cheeks and an open mouth, without accessories."""
     return drawn_mask(100)
 
 
 def dressed() -> np.ndarray:
-    """The same in glasses, hat, earring and necklace."""
+    """The same with glasses, hat, earring and necklace."""
     mask = plain()
     for name, rows, columns in (
         ("eye_g", (40, 50), (31, 69)),
@@ -62,7 +62,7 @@ ON_PLAIN = {
     "a woman with long wavy black hair": '"long wavy black hair", but hair (9.94 % of the mask) ends above the chin',
     "long, straight hair": '"long, straight hair", but hair',
 }
-"""Caption -> what is said of it on a face that wears nothing."""
+"""Caption -> expected contradiction for `plain`."""
 
 FINE_ON_PLAIN = (
     "",
@@ -95,7 +95,7 @@ FINE_ON_PLAIN = (
     "an open mouth",
     "hair clip",
 )
-"""Captions that a face that wears nothing does not contradict, or that leave it open."""
+"""Captions that `plain` does not contradict, or that are ambiguous."""
 
 ON_DRESSED = {
     "no hat": '"no hat", but hat is 9.00 % of the mask',
@@ -106,7 +106,7 @@ ON_DRESSED = {
     "she never wears a necklace": '"never wears a necklace", but necklace is 0.40 %',
     "no glasses": '"no glasses", but eye_g',
 }
-"""Caption -> what is said of it on a face that wears everything."""
+"""Caption -> expected contradiction for `dressed`."""
 
 
 @pytest.mark.parametrize("caption", ON_PLAIN)
@@ -127,14 +127,14 @@ def test_contradictions_of_a_dressed_face(caption):
     assert ON_DRESSED[caption] in sentence
 
 
-def test_a_list_denies_each_of_its_members():
-    words = ("hat", "eye_g", "earring")
+def test_negated_lists():
+    parts = ("hat", "eye_g", "earring")
     for caption in ("no hat, glasses or earrings", "without a hat, dark glasses, or any earrings"):
         found = contradictions(dressed(), caption)
         assert len(found) == 3
-        assert all(f"but {part} is " in sentence for part, sentence in zip(words, found, strict=True))
+        assert all(f"but {part} is " in sentence for part, sentence in zip(parts, found, strict=True))
     assert len(contradictions(dressed(), "neither a hat nor glasses")) == 2
-    assert len(contradictions(dressed(), "no hat and glasses")) == 1  # the glasses are left open
+    assert len(contradictions(dressed(), "no hat and glasses")) == 1  # the glasses are ambiguous
     assert contradictions(dressed(), "a hat, glasses, earrings and a necklace") == ()
 
 
@@ -163,12 +163,12 @@ def test_how_far_hair_reaches():
     assert contradictions(plain(), "a man with short brown hair") == ()
 
 
-def test_every_contradiction_is_told_once():
+def test_contradictions_are_reported_once():
     found = contradictions(plain(), "A bald man wearing a hat. The hat is red, and he has glasses.")
     assert [sentence.split('"')[1] for sentence in found] == ["bald", "hat", "glasses"]
 
 
-def test_true_captions_of_drawn_faces_raise_no_alarm_and_others_do():
+def test_captions_of_synthetic_faces():
     faces = [draw_face(21, index, 64) for index in range(30)]
     for face in faces:
         for caption in face.captions:
@@ -186,7 +186,7 @@ def test_true_captions_of_drawn_faces_raise_no_alarm_and_others_do():
             assert thin or contradictions(face.mask, "a bald person")
 
 
-def test_no_labels_are_refused():
+def test_invalid_labels_are_rejected():
     with pytest.raises(InputError, match="from 0 to 18"):
         contradictions(np.full((9, 9), 77, np.uint8), "bald")
 
@@ -194,8 +194,7 @@ def test_no_labels_are_refused():
 def test_the_command(tmp_path, capsys):
     save(plain(), tmp_path / "mask.png")
     assert run("mask", "check", tmp_path / "mask.png", "a bald man with a hat") == 0
-    told = capsys.readouterr()
-    assert told.out.splitlines() == [
+    assert capsys.readouterr().out.splitlines() == [
         'the caption says "bald", but hair is 9.94 % of the mask',
         'the caption says "hat", but the mask has no hat',
     ]
