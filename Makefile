@@ -18,7 +18,7 @@ test: $(VENV)/.dev  ## Run the test suite
 lint: $(VENV)/.dev  ## Check style, types and import layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyrefly check
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 	$(BIN)/lint-imports
 
 check: lint test  ## Everything CI checks
