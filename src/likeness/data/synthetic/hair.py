@@ -33,15 +33,9 @@ def sheen(traits: Traits, head: Head) -> np.ndarray:
 
 
 def draw_strands(
-    canvas: Canvas,
-    traits: Traits,
-    lock: Lock,
-    alpha: np.ndarray,
-    random: np.random.Generator,
-    count: int = 16,
-    drawn: int = 6,
+    canvas: Canvas, traits: Traits, lock: Lock, alpha: np.ndarray, random: np.random.Generator, count: int, drawn: int
 ) -> None:
-    """Draw lighter and darker lines between the edges of a lock, `drawn` of them also in the sketch."""
+    """Draw `count` lighter and darker lines between the edges of a lock, about `drawn` of them also in the sketch."""
     outer, inner = (resample(edge, 22) for edge in lock)
     color = np.array(traits.hair)
     amounts = np.sort(random.uniform(0.04, 0.96, count))
@@ -96,9 +90,9 @@ def draw_back_hair(canvas: Canvas, traits: Traits, head: Head, random: np.random
         levels = np.linspace(-0.4, end, 18)
         wide = 1.02 + 0.6 * volume + 0.1 * np.clip((levels + 0.4) / 0.9, 0, 1)
         wave = 0.07 * np.sin(levels * 6.5) * np.clip(levels, 0, 1) if style == "long wavy" else 0 * levels
-        flare = (0.12 if style != "bob" else 0.16) * np.clip(levels + 0.3, 0, 1.2) - (
-            0.1 * np.clip(levels - 0.7, 0, 1) if style == "bob" else 0
-        )
+        flare = (0.12 if style != "bob" else 0.16) * np.clip(levels + 0.3, 0, 1.2)
+        if style == "bob":
+            flare = flare - 0.1 * np.clip(levels - 0.7, 0, 1)
         if style == "long wavy":
             flare = flare * 1.7
         left = np.stack([-(wide + flare + wave), levels], axis=1)
