@@ -45,7 +45,7 @@ def main() -> None:
                     result = "right" if np.array_equal(read(source).raw, labels) else "wrong"
                 except InputError as error:
                     result = "rejected"
-                    rejections[f"{form}, {order}: {str(error).partition(':')[0][-60:]}"] += weight
+                    rejections[f"{form}, {order}: {error.kind}"] += weight
                 counts.setdefault(form, Counter())[result] += weight
     print(f"{'form':<10}{'right':>8}{'rejected':>9}{'wrong':>7}{'right':>10}")
     for form, found in [*counts.items(), ("all", sum(counts.values(), Counter()))]:

@@ -300,7 +300,7 @@ def test_one_picture_that_is_refused_does_not_stop_the_rest(folder, capsys):
         assert [len(captions or ()) for captions in texts(folder)] == [10, 1, 0, 10]
         error = capsys.readouterr().err
         assert "images/1.png: 400 Bad Request: content filter" in error
-        assert "images/2.png is no picture" in error
+        assert "images/2.png is not a readable image" in error
         server.reply = answering
         caption(folder, "--vlm", server.address, code=1)
         assert len(texts(folder)[1]) == 11

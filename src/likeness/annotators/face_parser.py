@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from likeness.conditions.mask.classes import CLASS_INDEX, CLASSES, FLIP_PAIRS
+from likeness.conditions.mask.classes import CLASS_INDEX, CLASSES, COUNTERPART
 from likeness.types import InputError
 
 MEAN, STD = 0.5, 0.25
@@ -37,9 +37,7 @@ def to_input(image: np.ndarray, size: int) -> Tensor:
 
 def flip_scores(scores: Tensor) -> Tensor:
     """Mirror logits [B, 19, h, w] horizontally and swap the classes of the person's left and right."""
-    order = list(range(len(CLASSES)))
-    for left, right in FLIP_PAIRS:
-        order[left], order[right] = right, left
+    order = [COUNTERPART.get(index, index) for index in range(len(CLASSES))]
     return scores.flip(-1)[:, order]
 
 

@@ -7,153 +7,82 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from tyro.conf import arg
 
 from likeness.cli.terminal import PathArgument, tell
 
-ClassNames = Annotated[tuple[str, ...], tyro.conf.arg(name="class")]
-ClassName = Annotated[str, tyro.conf.arg(name="class")]
+Mask = Annotated[PathArgument, arg(help="Mask in any supported format.")]
+Out = Annotated[Path, arg(help="PNG file to write.")]
+ClassName = Annotated[str, arg(name="class", help="Class to change.")]
+ClassNames = Annotated[tuple[str, ...], arg(name="class", help="Classes to edit, such as hair.")]
+Pair = Annotated[tuple[str, str], arg(name="class", help="The two classes.")]
+Distance = Annotated[str, arg(help="Distance: 4 for 4 % of the shorter side, or 5px.")]
+Over = Annotated[tuple[str, ...], arg(help="Additional classes that may be covered, such as l_brow r_brow by hair.")]
 
 
-def grow(file: PathArgument, *, classes: ClassNames, by: str, out: Path, over: tuple[str, ...] = ()) -> None:
-    """Grow classes of a mask, such as hair, over what is beneath them.
-
-    Args:
-        file: Mask in any supported format.
-        classes: Classes to grow.
-        by: Distance: 4 for 4 % of the shorter side, or 5px.
-        out: PNG file to write.
-        over: Additional classes that may be covered, such as l_brow r_brow by hair.
-    """
-    from likeness.conditions.mask import edits
-
-    edit_mask(file, out, lambda labels: edits.grow(labels, classes, edits.radius_of(by, labels.shape), over))
+def grow(file: Mask, *, classes: ClassNames, by: Distance, out: Out, over: Over = ()) -> None:
+    """Grow classes of a mask over what is beneath them."""
+    edit_mask(file, out, lambda edits, mask: edits.grow(mask, classes, edits.radius_of(by, mask.shape), over))
 
 
-def shrink(file: PathArgument, *, classes: ClassNames, by: str, out: Path) -> None:
-    """Shrink classes of a mask away from what is beneath them.
-
-    Args:
-        file: Mask in any supported format.
-        classes: Classes to shrink.
-        by: Distance: 4 for 4 % of the shorter side, or 5px.
-        out: PNG file to write.
-    """
-    from likeness.conditions.mask import edits
-
-    edit_mask(file, out, lambda labels: edits.shrink(labels, classes, edits.radius_of(by, labels.shape)))
+def shrink(file: Mask, *, classes: ClassNames, by: Distance, out: Out) -> None:
+    """Shrink classes of a mask away from what is beneath them."""
+    edit_mask(file, out, lambda edits, mask: edits.shrink(mask, classes, edits.radius_of(by, mask.shape)))
 
 
-def remove(file: PathArgument, *, classes: ClassNames, out: Path) -> None:
-    """Remove classes and uncover what is beneath: skin under glasses, background or skin under hair.
-
-    Args:
-        file: Mask in any supported format.
-        classes: Classes to remove.
-        out: PNG file to write.
-    """
-    from likeness.conditions.mask import edits
-
-    edit_mask(file, out, lambda labels: edits.remove(labels, classes))
+def remove(file: Mask, *, classes: ClassNames, out: Out) -> None:
+    """Remove classes and uncover what is beneath: skin under glasses, background or skin under hair."""
+    edit_mask(file, out, lambda edits, mask: edits.remove(mask, classes))
 
 
-def mirror(file: PathArgument, *, out: Path, classes: ClassNames = ()) -> None:
-    """Mirror a mask, or classes about the midline of the face: l_brow makes the right brow like the left one.
-
-    Args:
-        file: Mask in any supported format.
-        out: PNG file to write.
-        classes: Classes to mirror. Default: the whole mask.
-    """
-    from likeness.conditions.mask import edits
-
-    edit_mask(file, out, lambda labels: edits.mirror(labels, classes))
+def mirror(file: Mask, *, out: Out, classes: ClassNames = ()) -> None:
+    """Mirror a mask (default), or classes about the midline of the face: l_brow makes r_brow like itself."""
+    edit_mask(file, out, lambda edits, mask: edits.mirror(mask, classes))
 
 
-def paste(
-    file: PathArgument,
-    other: PathArgument,
-    *,
-    classes: ClassNames,
-    out: Path,
-    over: tuple[str, ...] = (),
-    align: bool = False,
-) -> None:
+def paste(file: Mask, other: Mask, *, classes: ClassNames, out: Out, over: Over = (), align: bool = False) -> None:
     """Replace classes with those of another mask.
 
     Args:
-        file: Mask in any supported format.
-        other: Mask that has the classes.
-        classes: Classes to paste, such as hat.
-        out: PNG file to write.
-        over: Additional classes that may be covered.
         align: Align the other face with this one instead of keeping positions.
     """
-    from likeness.conditions.mask import edits
-
     source = read_mask(other)
-    edit_mask(file, out, lambda labels: edits.paste(labels, source, classes, over, align))
+    edit_mask(file, out, lambda edits, mask: edits.paste(mask, source, classes, over, align))
 
 
-def fill(file: PathArgument, *, classes: ClassNames, out: Path) -> None:
-    """Fill holes inside classes.
-
-    Args:
-        file: Mask in any supported format.
-        classes: Classes to fill.
-        out: PNG file to write.
-    """
-    from likeness.conditions.mask import edits
-
-    edit_mask(file, out, lambda labels: edits.fill_holes(labels, classes))
+def fill(file: Mask, *, classes: ClassNames, out: Out) -> None:
+    """Fill holes inside classes."""
+    edit_mask(file, out, lambda edits, mask: edits.fill_holes(mask, classes))
 
 
-def rename(file: PathArgument, *, old: ClassName, to: str, out: Path) -> None:
+def rename(file: Mask, *, old: ClassName, to: str, out: Out) -> None:
     """Change one class to another, such as hat to hair.
 
     Args:
-        file: Mask in any supported format.
-        old: Class to change.
         to: New class.
-        out: PNG file to write.
     """
-    from likeness.conditions.mask import edits
-
-    edit_mask(file, out, lambda labels: edits.rename(labels, old, to))
+    edit_mask(file, out, lambda edits, mask: edits.rename(mask, old, to))
 
 
-def swap(file: PathArgument, *, classes: Annotated[tuple[str, str], tyro.conf.arg(name="class")], out: Path) -> None:
-    """Swap two classes, such as l_eye and r_eye.
-
-    Args:
-        file: Mask in any supported format.
-        classes: The two classes.
-        out: PNG file to write.
-    """
-    from likeness.conditions.mask import edits
-
-    edit_mask(file, out, lambda labels: edits.swap(labels, *classes))
+def swap(file: Mask, *, classes: Pair, out: Out) -> None:
+    """Swap two classes, such as l_eye and r_eye."""
+    edit_mask(file, out, lambda edits, mask: edits.swap(mask, *classes))
 
 
-def interpolate(first: PathArgument, second: PathArgument, *, at: float = 0.5, out: Path) -> None:
+def interpolate(first: Mask, second: Mask, *, at: float = 0.5, out: Out) -> None:
     """Interpolate between two masks.
 
     Args:
-        first: Mask at position 0.
-        second: Mask at position 1.
-        at: Position between them, 0 to 1.
-        out: PNG file to write.
+        at: Position from 0 (the first mask) to 1 (the second).
     """
-    from likeness.conditions.mask import edits
-
     end = read_mask(second)
-    edit_mask(first, out, lambda labels: edits.interpolate(labels, end, at))
+    edit_mask(first, out, lambda edits, mask: edits.interpolate(mask, end, at))
 
 
-def check(file: PathArgument, caption: tyro.conf.Positional[str]) -> None:
+def check(file: Mask, caption: tyro.conf.Positional[str]) -> None:
     """List contradictions between a caption and a mask, such as "bald" with hair.
 
     Args:
-        file: Mask in any supported format.
         caption: Caption in English.
     """
     from likeness.conditions.mask.contradictions import contradictions
@@ -170,12 +99,16 @@ def read_mask(file: Path) -> Any:
     return reading.raw
 
 
-def edit_mask(file: Path, out: Path, edit: Callable[[Any], Any]) -> None:
-    """Read, edit and write a mask, and print how each class changed."""
+def edit_mask(file: Path, out: Path, edit: Callable[[Any, Any], Any]) -> None:
+    """Read, edit and write a mask, and print how each class changed.
+
+    Args:
+        edit: (module `likeness.conditions.mask.edits`, labels) -> labels.
+    """
     from likeness.conditions.mask import edits
 
     edits.check_suffix(out)
     before = read_mask(file)
-    after = edit(before)
+    after = edit(edits, before)
     edits.save(after, out)
     print(f"{out}: {edits.changes(before, after)}")

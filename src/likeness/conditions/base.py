@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,7 @@ class Condition:
 
 def describe(source: Any) -> str:
     """Return the name of `source` for messages: its path, or its type."""
-    if isinstance(source, str | Path):
+    if isinstance(source, str | os.PathLike):
         return str(source)
     if isinstance(source, dict):
         return "the document"

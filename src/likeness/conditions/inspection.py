@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def _candidates(source: Source) -> list[str]:
         points = source.ndim == 2 or (source.ndim == 3 and len(source) == 1)
         points = points and source.shape[-1] in (2, 3) and source.shape[-2] in FLIPS
         return ["keypoints"] if points else ["mask", "sketch"]
-    if isinstance(source, str | Path):
+    if isinstance(source, str | os.PathLike):
         if Path(source).is_dir():
             return ["mask"]
         suffix = Path(source).suffix.lower()

@@ -28,20 +28,10 @@ PART_ALIASES: dict[str, str] = {"ear_r": "earring", "neck_l": "necklace"}
 """Name in CelebAMask-HQ's part files (`<id>_ear_r.png`) -> class name, if they differ."""
 
 COMMON_COLOURS: dict[int, tuple[int, int, int]] = {
-    0: (0, 0, 0),
-    1: (204, 0, 0),
-    2: (76, 153, 0),
-    3: (204, 204, 0),
-    10: (102, 204, 0),
-    11: (255, 255, 0),
-    12: (0, 0, 153),
-    13: (0, 0, 204),
-    14: (255, 51, 153),
-    15: (0, 204, 204),
-    16: (0, 51, 0),
-    17: (255, 153, 51),
+    0: (0, 0, 0), 1: (204, 0, 0), 2: (76, 153, 0), 3: (204, 204, 0), 10: (102, 204, 0), 11: (255, 255, 0),
+    12: (0, 0, 153), 13: (0, 0, 204), 14: (255, 51, 153), 15: (0, 204, 204), 16: (0, 51, 0), 17: (255, 153, 51),
     18: (0, 204, 0),
-}
+}  # fmt: skip
 """Class -> RGB, for the classes on which all four palettes agree."""
 
 SIDE_COLOURS: dict[str, tuple[tuple[int, int, int], ...]] = {

@@ -1,9 +1,11 @@
 """Edit masks: grow, shrink, remove, mirror, paste, fill, rename, swap and interpolate classes.
 
-All functions take and return labels, uint8 [H, W], and never mix or invent classes. The table `BENEATH` defines what is
-under each class, and all edits follow it: a removed class uncovers what is beneath it, an added class covers only that.
-Brows, eyes and lips therefore stay complete when hair or skin moves; `over` names additional classes that may be
-covered. Hidden parts stay hidden: removing sunglasses uncovers skin, not eyes.
+All edits take and return labels, uint8 [H, W], and never mix or invent classes. They raise `InputError` if a class is
+unknown or, except for `remove`, not in the mask.
+
+The table `BENEATH` defines what is under each class, and all edits follow it: a removed class uncovers what is beneath
+it, an added class covers only that. Brows, eyes and lips therefore stay complete when hair or skin moves; `over` names
+additional classes that may be covered. Hidden parts stay hidden: removing sunglasses uncovers skin, not eyes.
 """
 
 from __future__ import annotations
@@ -75,11 +77,8 @@ def grow(labels: np.ndarray, classes: Names, radius: float, over: Names = ()) ->
     Args:
         labels: uint8 [H, W].
         classes: Classes that grow.
-        radius: Distance between pixel centres, in pixels.
+        radius: Distance between pixel centres, at least 0 pixels.
         over: Additional classes that may be covered, for example brows by hair.
-
-    Raises:
-        InputError: A class is unknown or not in the mask, or the radius is negative.
     """
     labels, chosen = checked(labels), present_classes(labels, classes)
     _check_radius(radius)
@@ -96,14 +95,6 @@ def shrink(labels: np.ndarray, classes: Names, radius: float) -> np.ndarray:
 
     A pixel within `radius` of a class in `SHOWS` takes the nearest of these classes. A class does not shrink away from
     what is on top of it: skin leaves no gap around the eyes.
-
-    Args:
-        labels: uint8 [H, W].
-        classes: Classes that shrink.
-        radius: Distance between pixel centres, in pixels.
-
-    Raises:
-        InputError: A class is unknown or not in the mask, or the radius is negative.
     """
     labels, chosen = checked(labels), present_classes(labels, classes)
     _check_radius(radius)
@@ -120,13 +111,6 @@ def remove(labels: np.ndarray, classes: Names) -> np.ndarray:
 
     Skin and neck spread at most `FLESH_REACH`. If the mask has no class of `SHOWS`, pixels take the nearest class of
     any kind, or background if none remains. Classes that the mask lacks are ignored.
-
-    Args:
-        labels: uint8 [H, W].
-        classes: Classes to remove, except background.
-
-    Raises:
-        InputError: A class is unknown or the background.
     """
     labels, chosen = checked(labels), class_indices(classes)
     result = labels.copy()
@@ -148,13 +132,10 @@ def mirror(labels: np.ndarray, classes: Names = ()) -> np.ndarray:
     """Mirror the mask, or mirror classes about the midline of the face.
 
     Args:
-        labels: uint8 [H, W].
+        labels: uint8 [H, W]; to mirror classes it must show at least three parts of a face.
         classes: Default: flip the whole mask and swap the person's left and right. Otherwise the mirror image of each
             class becomes its counterpart: "l_brow" makes the right brow like the left one, "hair" moves a parting to
             the other side, both brows swap shapes.
-
-    Raises:
-        InputError: A class is unknown or not in the mask, or the face has too few parts to find its midline.
     """
     labels = checked(labels)
     if not classes:
@@ -180,10 +161,7 @@ def paste(labels: np.ndarray, other: np.ndarray, classes: Names, over: Names = (
         classes: Classes to paste.
         over: Additional classes that may be covered.
         align: Align the other face with this one, by the centres of the parts inside both faces (translation, rotation
-            and one scale).
-
-    Raises:
-        InputError: A class is unknown or not in `other`, the aspect ratios differ, or the faces cannot be aligned.
+            and one scale). At least three of them must be in both masks.
     """
     labels, other = checked(labels), checked(other)
     chosen = present_classes(other, classes)
@@ -197,13 +175,6 @@ def fill_holes(labels: np.ndarray, classes: Names) -> np.ndarray:
 
     A hole is a region that one class encloses completely (8-connected) and that contains only what is beneath the
     class: a gap in the hair is filled, a face framed by hair is not, because it has eyes.
-
-    Args:
-        labels: uint8 [H, W].
-        classes: Classes to fill.
-
-    Raises:
-        InputError: A class is unknown or not in the mask.
     """
     result = checked(labels).copy()
     for index in present_classes(labels, classes):
@@ -215,22 +186,14 @@ def fill_holes(labels: np.ndarray, classes: Names) -> np.ndarray:
 
 
 def rename(labels: np.ndarray, old: str, new: str) -> np.ndarray:
-    """Change every pixel of class `old` to `new`.
-
-    Raises:
-        InputError: A class is unknown, or `old` is not in the mask.
-    """
+    """Change every pixel of class `old` to `new`."""
     labels = checked(labels)
     (index,) = present_classes(labels, old, background=True)
     return np.where(labels == index, class_index(new), labels).astype(np.uint8)
 
 
 def swap(labels: np.ndarray, first: str, second: str) -> np.ndarray:
-    """Swap two classes.
-
-    Raises:
-        InputError: A class is unknown, or neither is in the mask.
-    """
+    """Swap two classes, of which one may be absent."""
     labels, pair = checked(labels), (class_index(first), class_index(second))
     if not np.isin(pair, labels).any():
         raise InputError(f"the mask has neither {first} nor {second}: name classes that `likeness inspect` lists")
@@ -252,9 +215,6 @@ def interpolate(first: np.ndarray, second: np.ndarray, t: float) -> np.ndarray:
         first: uint8 [H, W].
         second: uint8 [H', W'], of the same aspect ratio.
         t: Position between the masks, 0 to 1.
-
-    Raises:
-        InputError: t is out of range, or the aspect ratios differ.
     """
     if not 0 <= t <= 1:  # also rejects NaN
         raise InputError(f"the position between the masks is {t}: it must be from 0 (the first) to 1 (the second)")
@@ -290,11 +250,7 @@ def changes(before: np.ndarray, after: np.ndarray) -> str:
 
 
 def save(labels: np.ndarray, out: Path) -> None:
-    """Write labels as a palette PNG, atomically.
-
-    Raises:
-        InputError: The suffix is not .png, all labels are background, or the file cannot be written.
-    """
+    """Write labels as a palette PNG, atomically. Raises `InputError` if they are all background."""
     check_suffix(out)
     if not labels.any():
         raise InputError("nothing but background would remain: a mask needs a face")
@@ -308,11 +264,7 @@ def check_suffix(out: Path) -> None:
 
 
 def radius_of(amount: str, shape: tuple[int, ...]) -> float:
-    """Convert "4" or "4%" (of the shorter side of `shape`) or "5px" to pixels.
-
-    Raises:
-        InputError: Not a number, less than one pixel, or more than the shorter side.
-    """
+    """Convert "4" or "4%" (of the shorter side of `shape`) or "5px" to pixels, from 1 to the shorter side."""
     number, side = amount.strip().lower(), min(shape)
     try:
         radius = float(number.removesuffix("px") if number.endswith("px") else number.removesuffix("%"))
@@ -344,11 +296,7 @@ def class_index(name: str) -> int:
 
 
 def class_indices(classes: Names, *, background: bool = False) -> list[int]:
-    """Return the classes of those names in ascending order, without duplicates.
-
-    Raises:
-        InputError: No name, an unknown class, or the background unless it is allowed.
-    """
+    """Return the classes of those names in ascending order, without duplicates; `background` allows the background."""
     names = (classes,) if isinstance(classes, str) else classes
     chosen = sorted({class_index(name) for name in names})
     if not chosen:
@@ -362,7 +310,7 @@ def present_classes(labels: np.ndarray, classes: Names, *, background: bool = Fa
     """As `class_indices`. Raises `InputError` also if `labels` lack a class."""
     chosen = class_indices(classes, background=background)
     for index in chosen:
-        if not (labels == index).any():
+        if index not in labels:
             raise InputError(f"the mask has no {CLASSES[index]}: name a class that `likeness inspect` lists")
     return chosen
 
@@ -451,9 +399,6 @@ def _fit(other: np.ndarray, labels: np.ndarray, without: Collection[int] = ()) -
 
     Returns:
         factor, source, target.
-
-    Raises:
-        InputError: Fewer than three parts in common, or faces that differ too much in pose or scale.
     """
     # Swapped sides would mirror the face: correct them for measuring.
     geometries = [measure(swap_classes(mask, swapped_pairs(measure(mask)))) for mask in (other, labels)]

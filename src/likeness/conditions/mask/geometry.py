@@ -31,43 +31,19 @@ ABOVE: dict[str, str] = {
 """Class -> classes whose centre is below its own."""
 
 SMALLER: dict[tuple[str, str], float] = {
-    ("l_eye", "skin"): 0.15,
-    ("r_eye", "skin"): 0.15,
-    ("l_brow", "skin"): 0.2,
-    ("r_brow", "skin"): 0.2,
-    ("nose", "skin"): 0.5,
-    ("mouth", "skin"): 0.3,
-    ("u_lip", "skin"): 0.2,
-    ("l_lip", "skin"): 0.2,
-    ("l_ear", "skin"): 0.5,
-    ("r_ear", "skin"): 0.5,
-    ("earring", "skin"): 0.4,
-    ("l_eye", "nose"): 1.0,
-    ("r_eye", "nose"): 1.0,
-    ("u_lip", "nose"): 1.5,
-    ("l_lip", "nose"): 1.5,
-}
+    ("l_eye", "skin"): 0.15, ("r_eye", "skin"): 0.15, ("l_brow", "skin"): 0.2, ("r_brow", "skin"): 0.2,
+    ("nose", "skin"): 0.5, ("mouth", "skin"): 0.3, ("u_lip", "skin"): 0.2, ("l_lip", "skin"): 0.2,
+    ("l_ear", "skin"): 0.5, ("r_ear", "skin"): 0.5, ("earring", "skin"): 0.4, ("l_eye", "nose"): 1.0,
+    ("r_eye", "nose"): 1.0, ("u_lip", "nose"): 1.5, ("l_lip", "nose"): 1.5,
+}  # fmt: skip
 """(small, large) -> largest ratio of their pixel counts."""
 
 HEIGHTS: dict[str, tuple[float, float]] = {
-    "nose": (0.15, 0.75),
-    "eye_g": (-0.6, 0.7),
-    "l_eye": (0.0, 0.65),
-    "r_eye": (0.0, 0.65),
-    "l_brow": (-0.1, 0.6),
-    "r_brow": (-0.1, 0.6),
-    "l_ear": (0.1, 0.85),
-    "r_ear": (0.1, 0.85),
-    "mouth": (0.45, 0.95),
-    "u_lip": (0.4, 0.95),
-    "l_lip": (0.45, 1.0),
-    "hair": (-1.0, 1.0),
-    "hat": (-2.0, 0.65),
-    "earring": (0.25, 1.3),
-    "necklace": (0.65, 2.0),
-    "neck": (0.55, 2.0),
-    "cloth": (0.6, 3.0),
-}
+    "nose": (0.15, 0.75), "eye_g": (-0.6, 0.7), "l_eye": (0.0, 0.65), "r_eye": (0.0, 0.65), "l_brow": (-0.1, 0.6),
+    "r_brow": (-0.1, 0.6), "l_ear": (0.1, 0.85), "r_ear": (0.1, 0.85), "mouth": (0.45, 0.95), "u_lip": (0.4, 0.95),
+    "l_lip": (0.45, 1.0), "hair": (-1.0, 1.0), "hat": (-2.0, 0.65), "earring": (0.25, 1.3), "necklace": (0.65, 2.0),
+    "neck": (0.55, 2.0), "cloth": (0.6, 3.0),
+}  # fmt: skip
 """Class -> range of its centre's height, relative to the bounding box of the skin (0 top, 1 bottom).
 
 The extremes of 800 CelebAMask-HQ masks, widened by about 0.1 for hand-drawn masks."""

@@ -6,6 +6,8 @@ and its outline replaces what was in the sketch: the three agree by construction
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
@@ -40,7 +42,12 @@ def arc(points: object, steps: int = 6) -> np.ndarray:
 
 def mirrored(right: list[tuple[float, float]], shared: int = 0) -> list[tuple[float, float]]:
     """The points, then their mirror images in reverse order, without the first and last `shared` of them."""
-    return [*right, *[(-x, y) for x, y in reversed(right[shared : len(right) - shared])]]
+    return [*right, *sided(-1, right[shared : len(right) - shared][::-1])]
+
+
+def sided(side: float, points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Points of the viewer's right (`side` 1) or their mirror images (`side` -1)."""
+    return [(side * x, y) for x, y in points]
 
 
 def resample(curve: np.ndarray, count: int) -> np.ndarray:

@@ -10,7 +10,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from likeness.data.synthetic.canvas import INK, Canvas, arc, ellipse, mirrored, mix, resample, ribbon, smooth, toned
+from likeness.data.synthetic.canvas import (
+    INK,
+    Canvas,
+    arc,
+    ellipse,
+    mirrored,
+    mix,
+    resample,
+    ribbon,
+    sided,
+    smooth,
+    toned,
+)
 from likeness.data.synthetic.hair import draw_back_hair, draw_front_hair, draw_hat, natural_hair
 from likeness.data.synthetic.scene import Head, draw_background, draw_body
 from likeness.data.synthetic.traits import LONG, Traits
@@ -100,9 +112,8 @@ def draw_ears(canvas: Canvas, traits: Traits, head: Head) -> None:
         label = R_EAR if side < 0 else L_EAR
         canvas.paint([head.rim(local)], toned(mix(traits.skin, (0.85, 0.35, 0.3), 0.09), head.light + 0.15), label)
         fold = arc([(x + side * dx * width, y) for dx, y in [(0.1, -0.08), (0.62, -0.08), (0.62, 0.1), (0.3, 0.26)]])
-        canvas.pen(
-            head.rim(fold), np.array(traits.skin) * (0.6, 0.45, 0.42), canvas.at_least(0.011, 1.1), 0.6, grey=120
-        )
+        dark = np.array(traits.skin) * (0.6, 0.45, 0.42)
+        canvas.pen(head.rim(fold), dark, canvas.at_least(0.011, 1.1), 0.6, grey=120)
 
 
 def draw_earrings(canvas: Canvas, traits: Traits, head: Head) -> None:
@@ -116,9 +127,8 @@ def draw_earrings(canvas: Canvas, traits: Traits, head: Head) -> None:
         elif traits.earrings == "drops":
             line = np.array([(lobe_x, lobe_y - 0.01), (lobe_x, lobe_y + 0.035)])
             canvas.paint([ribbon(line, canvas.at_least(0.012, 1.5))], jewel * 0.85, EARRING, outline=60)
-            canvas.paint(
-                [ellipse(lobe_x, lobe_y + 0.052, 0.019, 0.027)], toned(jewel, head.light + 0.2), EARRING, outline=50
-            )
+            drop = ellipse(lobe_x, lobe_y + 0.052, 0.019, 0.027)
+            canvas.paint([drop], toned(jewel, head.light + 0.2), EARRING, outline=50)
             canvas.tint(canvas.glow((lobe_x - 0.005, lobe_y + 0.045), 0.007), (1, 1, 1))
         else:
             canvas.paint([ellipse(lobe_x, lobe_y, 0.02)], toned(jewel, head.light + 0.25), EARRING, outline=50)
@@ -157,18 +167,17 @@ def draw_skin(
     if lines:
         curves = []
         for side in (-1, 1):
-            curves.append([(side * 0.27, 0.55), (side * 0.42, 0.72), (side * 0.5, 0.92)])
-            curves.append([(side * 0.26, 0.22), (side * 0.42, 0.27), (side * 0.58, 0.22)])
+            curves.append(sided(side, [(0.27, 0.55), (0.42, 0.72), (0.5, 0.92)]))
+            curves.append(sided(side, [(0.26, 0.22), (0.42, 0.27), (0.58, 0.22)]))
             if traits.age == "older":
-                curves.append([(side * 0.76, -0.02), (side * 0.84, -0.06), (side * 0.9, -0.1)])
-                curves.append([(side * 0.76, 0.06), (side * 0.84, 0.1), (side * 0.9, 0.14)])
+                curves.append(sided(side, [(0.76, -0.02), (0.84, -0.06), (0.9, -0.1)]))
+                curves.append(sided(side, [(0.76, 0.06), (0.84, 0.1), (0.9, 0.14)]))
         for y in (-0.72, -0.58) if traits.age == "older" else ():
             curves.append([(-0.42, y + 0.02), (0, y - 0.02), (0.42, y + 0.02)])
         for curve in curves:
             place = head.surface(arc(curve))
-            canvas.pen(
-                place, skin * (0.55, 0.4, 0.38), canvas.at_least(0.008, 1), lines, grey=150 if lines < 0.5 else 110
-            )
+            grey = 150 if lines < 0.5 else 110
+            canvas.pen(place, skin * (0.55, 0.4, 0.38), canvas.at_least(0.008, 1), lines, grey=grey)
 
 
 def draw_beard(canvas: Canvas, traits: Traits, head: Head, face: np.ndarray, random: np.random.Generator) -> None:
@@ -188,9 +197,8 @@ def draw_beard(canvas: Canvas, traits: Traits, head: Head, face: np.ndarray, ran
         canvas.tint(place * opacity, toned(color, head.light + 0.1))
         if traits.beard != "stubble":
             starts = np.stack([random.uniform(-0.8, 0.8, 70), random.uniform(0.55, 1.4, 70)], axis=1)
-            strokes = [
-                head.surface([point, point + point[0] * np.array([0.03, 0]) + np.array([0, 0.1])]) for point in starts
-            ]
+            ends = [point + point[0] * np.array([0.03, 0]) + np.array([0, 0.1]) for point in starts]
+            strokes = [head.surface([start, end]) for start, end in zip(starts, ends, strict=True)]
             canvas.tint(canvas.cover_lines(strokes, 0.006) * place * 0.35, mix(color, (1, 0.9, 0.8), 0.3))
             for stroke in strokes:
                 x, y = np.clip(stroke.mean(axis=0) * canvas.size, 0, canvas.size - 1).astype(int)
@@ -214,20 +222,15 @@ def draw_nose(canvas: Canvas, traits: Traits, head: Head, keypoints: np.ndarray)
     dark = skin * (0.62, 0.47, 0.46)
     alpha = canvas.paint([shape], skin, NOSE, opacity=0.0, outline=None)
     away = -traits.light_side
-    shade = canvas.blur(
-        canvas.cover(
-            out([(away * 0.02, 0), (away * 0.03, 0.7), (away * 0.24, 0.95), (away * 0.14, 0.5), (away * 0.12, 0)])
-        ),
-        0.01,
-    )
-    canvas.tint(shade * 0.42, dark)
+    shade = out(sided(away, [(0.02, 0), (0.03, 0.7), (0.24, 0.95), (0.14, 0.5), (0.12, 0)]))
+    canvas.tint(canvas.blur(canvas.cover(shade), 0.01) * 0.42, dark)
     canvas.tint(canvas.blur(alpha, 0.012, (0.006 * away, 0.022)) * (1 - alpha) * 0.35 * (head.v > long * 0.8), dark)
     canvas.tint(alpha * canvas.glow(out([(-away * 0.03, 0.82)])[0], 0.024) * 0.55, mix(skin, (1, 1, 0.97), 0.75))
     canvas.tint(alpha * canvas.glow(out([(-away * 0.02, 0.35)])[0], 0.013, 0.05) * 0.4, mix(skin, (1, 1, 0.97), 0.7))
     for side in (-1, 1):
-        wing = out(arc([(side * 0.17, 0.74), (side * 0.235, 0.9), (side * 0.17, 1.0)]))
+        wing = out(arc(sided(side, [(0.17, 0.74), (0.235, 0.9), (0.17, 1.0)])))
         canvas.pen(wing, dark, canvas.at_least(0.009, 1.1), 0.7, grey=50)
-        hole = out(smooth([(side * 0.05, 0.97), (side * 0.11, 0.93), (side * 0.15, 0.96), (side * 0.1, 1.0)], steps=4))
+        hole = out(smooth(sided(side, [(0.05, 0.97), (0.11, 0.93), (0.15, 0.96), (0.1, 1.0)]), steps=4))
         canvas.tint(canvas.cover(hole) * 0.75, skin * (0.38, 0.24, 0.24))
         canvas.line(np.concatenate([hole, hole[:1]]), grey=60)
     canvas.line(out(arc([(-0.06, 1.0), (0, 1.03), (0.06, 1.0)])), grey=70)
@@ -275,10 +278,9 @@ def draw_mouth(canvas: Canvas, traits: Traits, head: Head, keypoints: np.ndarray
     over, below = along(t, upper_outer(t)), along(t, lower_outer(t))
     lip = np.array(traits.lip)
     light = head.light * 0.7
-    canvas.tint(
-        canvas.blur(canvas.cover(np.concatenate([bottom, below[::-1]])), 0.012, (0, 0.018)) * 0.3,
-        np.array(traits.skin) * (0.62, 0.46, 0.46),
-    )
+    upper, lower = np.concatenate([over, top[::-1]]), np.concatenate([bottom, below[::-1]])
+    shadow = canvas.blur(canvas.cover(lower), 0.012, (0, 0.018))
+    canvas.tint(shadow * 0.3, np.array(traits.skin) * (0.62, 0.46, 0.46))
     if opening:
         inside = np.concatenate([top, bottom[::-1]])
         alpha = canvas.paint([inside], (0.26, 0.07, 0.09), MOUTH)
@@ -293,14 +295,9 @@ def draw_mouth(canvas: Canvas, traits: Traits, head: Head, keypoints: np.ndarray
             gap = np.array([place, place])
             low = np.array([np.interp(place, t, upper_inner(t)), np.interp(place, t, edge)])
             canvas.tint(canvas.cover(ribbon(along(gap, low), 0.004)) * teeth * 0.35, (0.6, 0.55, 0.55))
-        canvas.tint(
-            canvas.blur(canvas.cover(np.concatenate([over, top[::-1]])), 0.006, (0, 0.008)) * alpha * 0.35,
-            (0.2, 0.05, 0.06),
-        )
-    lower_alpha = canvas.paint(
-        [np.concatenate([bottom, below[::-1]])], toned(mix(lip, (1, 0.85, 0.82), 0.1), light + 0.05), L_LIP, outline=70
-    )
-    canvas.paint([np.concatenate([over, top[::-1]])], toned(lip * 0.9, light - 0.05), U_LIP, outline=70)
+        canvas.tint(canvas.blur(canvas.cover(upper), 0.006, (0, 0.008)) * alpha * 0.35, (0.2, 0.05, 0.06))
+    lower_alpha = canvas.paint([lower], toned(mix(lip, (1, 0.85, 0.82), 0.1), light + 0.05), L_LIP, outline=70)
+    canvas.paint([upper], toned(lip * 0.9, light - 0.05), U_LIP, outline=70)
     middle = along(np.array([0.15 * traits.light_side]), lower_inner(np.array([0.15])) + 0.05 * full)[0]
     gloss = canvas.glow(middle, half * 0.42 * head.scale, 0.011)
     canvas.tint(gloss * lower_alpha * (0.65 if traits.makeup else 0.4), (1, 0.93, 0.92))
@@ -339,10 +336,8 @@ def draw_eye(canvas: Canvas, traits: Traits, head: Head, side: int, keypoints: n
     skin = np.array(traits.skin)
     crease = place(t * 1.08, upper(t) - 0.075 + 0.03 * t**2)
     if traits.makeup:
-        area = canvas.blur(
-            canvas.cover(np.concatenate([place(t * 1.15, upper(t) - 0.16 * (1 - 0.5 * t**2)), under[::-1]])), 0.01
-        )
-        canvas.tint(area * 0.6, traits.shadow_color)
+        area = np.concatenate([place(t * 1.15, upper(t) - 0.16 * (1 - 0.5 * t**2)), under[::-1]])
+        canvas.tint(canvas.blur(canvas.cover(area), 0.01) * 0.6, traits.shadow_color)
     canvas.pen(crease, skin * (0.5, 0.36, 0.35), canvas.at_least(0.008, 1), 0.55, grey=110)
     label = R_EYE if side < 0 else L_EYE
     opening = canvas.paint([np.concatenate([lid, under[::-1]])], (0.96, 0.95, 0.94), label)
@@ -362,16 +357,10 @@ def draw_eye(canvas: Canvas, traits: Traits, head: Head, side: int, keypoints: n
     canvas.paint([disc(radius * 0.82)], toned(iris, below * 0.9), None, outline=None)
     canvas.paint([disc(radius * 0.45)], (0.05, 0.04, 0.05), None, outline=40)
     canvas.tint(canvas.blur(canvas.cover(ribbon(lid, 0.02)), 0.006, (0, 0.007)) * opening * 0.45, (0.2, 0.14, 0.16))
-    for dx, dy, size, strength in (
-        (0.3 * traits.light_side, -0.3, 0.34, 1.0),
-        (-0.35 * traits.light_side, 0.4, 0.16, 0.55),
-    ):
-        shine = ellipse(
-            centre_x + dx * radius * head.scale,
-            centre_y + dy * radius * head.scale,
-            radius * head.scale * size,
-            steps=12,
-        )
+    large, small = (0.3 * traits.light_side, -0.3, 0.34, 1.0), (-0.35 * traits.light_side, 0.4, 0.16, 0.55)
+    for dx, dy, size, strength in (large, small):
+        x, y = centre_x + dx * radius * head.scale, centre_y + dy * radius * head.scale
+        shine = ellipse(x, y, radius * head.scale * size, steps=12)
         canvas.tint(canvas.cover(shine) * opening * strength, (1, 1, 1))
     thick = 0.017 if traits.makeup else (0.013 if traits.presentation == "woman" else 0.011)
     lash = (0.1, 0.07, 0.08)
@@ -400,12 +389,8 @@ def draw_brow(
     t = np.linspace(-1, 1, 13)
     y = -0.34 - raised - traits.brow_arch * (1 - (t - 0.12) ** 2) + tilt * t
     curve = head.surface(np.stack([side * (0.48 + 0.3 * t), y], axis=1))
-    width = (
-        traits.brow_width
-        * head.scale
-        * (1 - 0.62 * np.clip((t + 0.35) / 1.35, 0, 1) ** 1.4)
-        * np.where(t < -0.8, 0.8, 1)
-    )
+    taper = 1 - 0.62 * np.clip((t + 0.35) / 1.35, 0, 1) ** 1.4
+    width = traits.brow_width * head.scale * taper * np.where(t < -0.8, 0.8, 1)
     base = np.array(natural_hair(traits))
     color = base * 0.72 if base.mean() < 0.62 else base * 0.8
     label = R_BROW if side < 0 else L_BROW
@@ -430,16 +415,8 @@ def draw_glasses(canvas: Canvas, traits: Traits, head: Head) -> None:
         if traits.glasses == "round":
             local = ellipse(side * 0.47, 0.03, 0.36, 0.34, steps=36)
         elif traits.glasses == "square":
-            corner = [
-                (-0.36, -0.22),
-                (0, -0.26),
-                (0.36, -0.24),
-                (0.37, 0.05),
-                (0.3, 0.26),
-                (0, 0.29),
-                (-0.28, 0.26),
-                (-0.35, 0.05),
-            ]
+            right = [(0.36, -0.24), (0.37, 0.05), (0.3, 0.26)]
+            corner = [(-0.36, -0.22), (0, -0.26), *right, (0, 0.29), (-0.28, 0.26), (-0.35, 0.05)]
             local = smooth([(side * (0.47 + x), y + 0.02) for x, y in corner], steps=4)
         else:
             corner = [(-0.36, -0.2), (0, -0.27), (0.4, -0.24), (0.38, 0.1), (0.16, 0.34), (-0.16, 0.34), (-0.34, 0.1)]
@@ -455,10 +432,8 @@ def draw_glasses(canvas: Canvas, traits: Traits, head: Head) -> None:
         if traits.glasses == "sunglasses":
             down = np.clip((canvas.y - middle[1]) / (0.33 * head.scale), -1, 1)
             canvas.paint([rim], toned((0.17, 0.16, 0.19), down * 0.7), EYE_G)
-            glare = canvas.cover(rim) * np.clip(
-                1 - np.abs((canvas.x - middle[0]) + (canvas.y - middle[1]) + 0.03) / 0.022, 0, 1
-            )
-            canvas.tint(glare * 0.35, (1, 1, 1))
+            glare = np.clip(1 - np.abs((canvas.x - middle[0]) + (canvas.y - middle[1]) + 0.03) / 0.022, 0, 1)
+            canvas.tint(canvas.cover(rim) * glare * 0.35, (1, 1, 1))
             canvas.tint(canvas.cover(rim, holes=(middle + (rim - middle) * 0.88,)), frame)
             continue
         hole = middle + (rim - middle) * (1 - thick / (0.34 * head.scale))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from likeness.data.synthetic.canvas import Canvas, arc, ellipse, mix, resample, toned
+from likeness.data.synthetic.canvas import Canvas, arc, ellipse, mix, resample, sided, toned
 from likeness.data.synthetic.scene import Head
 from likeness.data.synthetic.traits import CLOTH_COLORS, HAIR_COLORS, LONG, Traits
 
@@ -33,15 +33,9 @@ def sheen(traits: Traits, head: Head) -> np.ndarray:
 
 
 def draw_strands(
-    canvas: Canvas,
-    traits: Traits,
-    lock: Lock,
-    alpha: np.ndarray,
-    random: np.random.Generator,
-    count: int = 16,
-    drawn: int = 6,
+    canvas: Canvas, traits: Traits, lock: Lock, alpha: np.ndarray, random: np.random.Generator, count: int, drawn: int
 ) -> None:
-    """Draw lighter and darker lines between the edges of a lock, `drawn` of them also in the sketch."""
+    """Draw `count` lighter and darker lines between the edges of a lock, about `drawn` of them also in the sketch."""
     outer, inner = (resample(edge, 22) for edge in lock)
     color = np.array(traits.hair)
     amounts = np.sort(random.uniform(0.04, 0.96, count))
@@ -96,9 +90,9 @@ def draw_back_hair(canvas: Canvas, traits: Traits, head: Head, random: np.random
         levels = np.linspace(-0.4, end, 18)
         wide = 1.02 + 0.6 * volume + 0.1 * np.clip((levels + 0.4) / 0.9, 0, 1)
         wave = 0.07 * np.sin(levels * 6.5) * np.clip(levels, 0, 1) if style == "long wavy" else 0 * levels
-        flare = (0.12 if style != "bob" else 0.16) * np.clip(levels + 0.3, 0, 1.2) - (
-            0.1 * np.clip(levels - 0.7, 0, 1) if style == "bob" else 0
-        )
+        flare = (0.12 if style != "bob" else 0.16) * np.clip(levels + 0.3, 0, 1.2)
+        if style == "bob":
+            flare = flare - 0.1 * np.clip(levels - 0.7, 0, 1)
         if style == "long wavy":
             flare = flare * 1.7
         left = np.stack([-(wide + flare + wave), levels], axis=1)
@@ -126,12 +120,8 @@ def draw_back_hair(canvas: Canvas, traits: Traits, head: Head, random: np.random
         draw_strands(canvas, traits, (head.flat(knot[:half]), head.flat(knot[half:][::-1])), alpha, random, 9, 4)
     elif style == "ponytail":
         side = 1.0 if traits.part >= 0 else -1.0
-        outer = arc(
-            [(side * 0.5, -1.2), (side * 1.25, -1.05), (side * 1.62, -0.2), (side * 1.5, 0.9), (side * 1.2, 1.7)]
-        )
-        inner = arc(
-            [(side * 0.5, -0.9), (side * 0.98, -0.6), (side * 1.08, 0.1), (side * 1.02, 0.9), (side * 1.2, 1.7)]
-        )
+        outer = arc(sided(side, [(0.5, -1.2), (1.25, -1.05), (1.62, -0.2), (1.5, 0.9), (1.2, 1.7)]))
+        inner = arc(sided(side, [(0.5, -0.9), (0.98, -0.6), (1.08, 0.1), (1.02, 0.9), (1.2, 1.7)]))
         draw_lock(canvas, traits, (head.flat(outer), head.flat(inner)), light + 0.25, random, 14)
 
 
@@ -177,11 +167,10 @@ def front_locks(traits: Traits, head: Head) -> list[Lock]:
         if falls:
             end = traits.hair_length
             levels = np.linspace(-0.35, end, 14)[1:]
-            wave = (
-                0.06 * np.sin(levels * 6.5 + side) * np.clip(levels + 0.2, 0, 1) if style == "long wavy" else 0 * levels
-            )
+            wave = 0 * levels
             flare = (0.14 if style == "bob" else 0.2) * np.clip(levels + 0.3, 0, 1.3)
             if style == "long wavy":
+                wave = 0.06 * np.sin(levels * 6.5 + side) * np.clip(levels + 0.2, 0, 1)
                 flare = flare * 1.4
             outside = np.stack([side * (full + flare + wave), levels], axis=1)
             inside = [(side * 0.88, -0.2), (side * 0.93, 0.3), (side * 0.92, 0.75)]
@@ -259,10 +248,8 @@ def draw_front_hair(canvas: Canvas, traits: Traits, head: Head, face: np.ndarray
                 x = side * (1.02 + 0.04 * np.sin(step))
                 for half in (-1, 1):
                     knot = ellipse(0, 0, 0.17, 0.11, steps=16)
-                    turned = knot @ np.array([[0.8, 0.6 * half], [-0.6 * half, 0.8]]) + (
-                        x + half * 0.075,
-                        y + 0.05 * half,
-                    )
+                    rotation = np.array([[0.8, 0.6 * half], [-0.6 * half, 0.8]])
+                    turned = knot @ rotation + (x + half * 0.075, y + 0.05 * half)
                     canvas.paint([head.flat(turned)], toned(traits.hair, light + 0.12 - 0.1 * half), HAIR, outline=60)
 
 
@@ -303,19 +290,11 @@ def draw_hat(canvas: Canvas, traits: Traits, head: Head, face: np.ndarray) -> No
             canvas.pen(head.flat(seam), color * 0.6, thin, 0.6, grey=120)
         canvas.paint([head.flat(ellipse(0, -1.61, 0.07, 0.04, steps=10))], color * 0.8, HAT, outline=80)
         shift = 0.9 * turn
-        top = arc(
-            [(-0.92 + shift * 0.3, -0.66), (-0.5 + shift, -0.84), (0.5 + shift, -0.84), (0.92 + shift * 0.3, -0.66)]
-        )
-        bill = arc(
-            [
-                (0.95 + shift * 0.4, -0.6),
-                (0.6 + shift * 1.3, -0.42),
-                (shift * 1.4, -0.36),
-                (-0.6 + shift * 1.3, -0.42),
-                (-0.95 + shift * 0.4, -0.6),
-            ]
-        )
-        visor = head.flat(np.concatenate([top, bill]))
+        # x, weight of the shift, y
+        top = ((-0.92, 0.3, -0.66), (-0.5, 1, -0.84), (0.5, 1, -0.84), (0.92, 0.3, -0.66))
+        bill = ((0.95, 0.4, -0.6), (0.6, 1.3, -0.42), (0, 1.4, -0.36), (-0.6, 1.3, -0.42), (-0.95, 0.4, -0.6))
+        edges = [arc([(x + shift * weight, y) for x, weight, y in edge]) for edge in (top, bill)]
+        visor = head.flat(np.concatenate(edges))
         dark = canvas.blur(canvas.cover(visor), 0.014, (0, 0.03))
         canvas.tint(dark * face * (canvas.mask != HAT) * 0.4, np.array(traits.skin) * (0.45, 0.34, 0.36))
         canvas.paint([visor], toned(color * 0.82, light - 0.1 + 0.5 * np.clip(head.v + 0.6, -0.3, 0.3)), HAT)
@@ -328,9 +307,8 @@ def draw_hat(canvas: Canvas, traits: Traits, head: Head, face: np.ndarray) -> No
         upper = brim[:, 1] < -0.66
         # The far side of the brim is behind the dome: its upper edge follows the band.
         middle = np.abs(brim[:, 0]) < wide
-        brim[:, 1] = np.where(
-            upper & middle, np.maximum(brim[:, 1], -0.78 + 0.12 * (1 - (brim[:, 0] / wide) ** 2)), brim[:, 1]
-        )
+        edge = np.maximum(brim[:, 1], -0.78 + 0.12 * (1 - (brim[:, 0] / wide) ** 2))
+        brim[:, 1] = np.where(upper & middle, edge, brim[:, 1])
         place = head.flat(brim)
         dark = canvas.blur(canvas.cover(place), 0.018, (0, 0.04))
         canvas.tint(dark * face * (canvas.mask != HAT) * 0.45, np.array(traits.skin) * (0.45, 0.34, 0.36))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from likeness.data.synthetic.canvas import Canvas, arc, ellipse, mirrored, mix, resample, ribbon, smooth, toned
+from likeness.data.synthetic.canvas import Canvas, arc, ellipse, mirrored, mix, resample, ribbon, sided, smooth, toned
 from likeness.data.synthetic.traits import BACKGROUND_COLORS, CLOTH_COLORS, Traits
 
 NECKLACE, NECK, CLOTH = 16, 17, 18
@@ -96,10 +96,15 @@ def draw_background(canvas: Canvas, traits: Traits, random: np.random.Generator)
         canvas.tint(canvas.glow((0.5, 0.4), 0.6) * 0.3, mix(base, (1, 1, 1), 0.6))
 
 
-def draw_body(canvas: Canvas, traits: Traits, head: Head, face: np.ndarray) -> None:
-    """Neck, clothes and necklace."""
+def cloth_colors(traits: Traits) -> tuple[np.ndarray, np.ndarray]:
+    """Colour of the clothes, and a contrasting one for stripes."""
     cloth = np.array(CLOTH_COLORS[traits.clothing_color], dtype=np.float32) / 255
-    second = mix(cloth, (1, 1, 1), 0.55) if cloth.mean() < 0.6 else mix(cloth, (0.15, 0.17, 0.3), 0.7)
+    return cloth, mix(cloth, (1, 1, 1), 0.55) if cloth.mean() < 0.6 else mix(cloth, (0.15, 0.17, 0.3), 0.7)
+
+
+def draw_body(canvas: Canvas, traits: Traits, head: Head, face: np.ndarray) -> None:
+    """Draw neck, clothes and necklace."""
+    cloth, second = cloth_colors(traits)
     across = (canvas.x - head.centre[0]) / head.scale
     down = (canvas.y - head.centre[1]) / head.scale
     slope = (across * traits.light_side * 0.3 - (np.abs(across) / 2.6) ** 2 * 0.5 + 0.1).astype(np.float32)
@@ -117,7 +122,7 @@ def draw_body(canvas: Canvas, traits: Traits, head: Head, face: np.ndarray) -> N
     under = canvas.blur(face, 0.02, (-0.012 * traits.light_side, 0.045))
     canvas.tint(under * alpha * 0.5, np.array(traits.skin) * (0.5, 0.38, 0.38))
     for side in (-1, 1):
-        bone = head.body(arc([(side * 0.15, 2.02), (side * 0.5, 1.93), (side * 0.95, 1.86)]))
+        bone = head.body(arc(sided(side, [(0.15, 2.02), (0.5, 1.93), (0.95, 1.86)])))
         canvas.pen(bone, np.array(traits.skin) * 0.6, canvas.at_least(0.008, 1), 0.35, grey=140)
 
     shoulder = [(stout + 0.55, 1.72), (reach - 0.35, 1.92), (reach, 2.15), (reach + 0.15, 2.9)]
@@ -137,41 +142,30 @@ def draw_body(canvas: Canvas, traits: Traits, head: Head, face: np.ndarray) -> N
     half = arc(right, steps=5)
     garment = head.body(np.concatenate([half, (half * (-1, 1))[::-1]]))
     if traits.clothing == "dress":
-        canvas.paint(
-            [symmetric([(stout, 1.66), (1.3, 1.78), (1.85, 2.0), (2.05, 2.8)])], toned(traits.skin, slope), NECK
-        )
+        bare = symmetric([(stout, 1.66), (1.3, 1.78), (1.85, 2.0), (2.05, 2.8)])
+        canvas.paint([bare], toned(traits.skin, slope), NECK)
         canvas.tint(under * canvas.cover(neck) * 0.4, np.array(traits.skin) * (0.5, 0.38, 0.38))
     if traits.clothing == "blazer":
-        inner = head.body(
-            [(0.0, 2.05), (0.36, 1.72), (stout + 0.1, 1.5), (1.0, 2.8), (-1.0, 2.8), (-stout - 0.1, 1.5), (-0.36, 1.72)]
-        )
-        canvas.paint([inner], toned((0.93, 0.93, 0.92), slope - 0.1), CLOTH)
-    pattern = toned(
-        cloth, slope + 0.25 * np.exp(-(((np.abs(across) - 1.3) / 0.5) ** 2)) - 0.35 * np.clip(down - 2.0, 0, 1)
-    )
+        inner = mirrored([(0.0, 2.05), (0.36, 1.72), (stout + 0.1, 1.5), (1.0, 2.8)])[:-1]
+        canvas.paint([head.body(inner)], toned((0.93, 0.93, 0.92), slope - 0.1), CLOTH)
+    folds = 0.25 * np.exp(-(((np.abs(across) - 1.3) / 0.5) ** 2))
+    pattern = toned(cloth, slope + folds - 0.35 * np.clip(down - 2.0, 0, 1))
     if traits.clothing == "striped shirt":
         bands = np.clip(np.sin((down + 0.12 * across**2) * 2 * np.pi / 0.22) * 3 + 0.5, 0, 1)[..., None]
         pattern = pattern * (1 - bands) + toned(second, slope) * bands
     alpha = canvas.paint([garment], pattern, CLOTH)
     canvas.tint(canvas.blur(face, 0.03, (0, 0.05)) * alpha * 0.3, cloth * 0.4)
-    draw_collar(canvas, traits, head, cloth, second, slope, half, necklines[traits.clothing])
+    draw_collar(canvas, traits, head, slope, necklines[traits.clothing])
     if traits.necklace != "none":
         draw_necklace(canvas, traits, head, stout)
 
 
 def draw_collar(
-    canvas: Canvas,
-    traits: Traits,
-    head: Head,
-    cloth: np.ndarray,
-    second: np.ndarray,
-    slope: np.ndarray,
-    half: np.ndarray,
-    neckline: list[tuple[float, float]],
+    canvas: Canvas, traits: Traits, head: Head, slope: np.ndarray, neckline: list[tuple[float, float]]
 ) -> None:
     """Draw ribbing, collar, lapels and cords."""
-    thin = canvas.at_least(0.008, 1)
-    dark = cloth * 0.55
+    cloth, second = cloth_colors(traits)
+    dark, thin = cloth * 0.55, canvas.at_least(0.008, 1)
     edge = arc(neckline, steps=5)
     whole = head.body(np.concatenate([(edge * (-1, 1))[::-1], edge[1:]]))
     if traits.clothing in ("t-shirt", "v-neck", "striped shirt", "hoodie"):
@@ -187,35 +181,21 @@ def draw_collar(
             canvas.pen(fold, dark, thin, 0.35, grey=150)
     for side in (-1, 1):
         if traits.clothing == "hoodie":
-            cord = head.body(arc([(side * 0.42, 1.9), (side * 0.46, 2.1), (side * 0.42, 2.4)]))
+            cord = head.body(arc(sided(side, [(0.42, 1.9), (0.46, 2.1), (0.42, 2.4)])))
             canvas.pen(cord, mix(cloth, (1, 1, 1), 0.75), canvas.at_least(0.014, 1.3), 0.95, grey=90)
         if traits.clothing in ("shirt", "blazer"):
             tip = 2.08 if traits.clothing == "shirt" else 2.0
-            flap = [
-                (side * 0.62, 1.47),
-                (side * 0.74, 1.6),
-                (side * 0.5, tip + 0.04),
-                (side * 0.04, 2.06),
-                (side * 0.42, 1.74),
-            ]
+            flap = sided(side, [(0.62, 1.47), (0.74, 1.6), (0.5, tip + 0.04), (0.04, 2.06), (0.42, 1.74)])
             shade = mix(cloth, (1, 1, 1), 0.2) if traits.clothing == "shirt" else np.array((0.96, 0.96, 0.95))
             canvas.paint([head.body(flap)], toned(shade, slope), CLOTH)
         if traits.clothing == "blazer":
-            lapel = [
-                (side * 0.78, 1.58),
-                (side * 1.12, 1.86),
-                (side * 0.9, 1.96),
-                (side * 1.0, 2.05),
-                (side * 0.2, 2.75),
-                (side * 0.3, 2.3),
-            ]
+            lapel = sided(side, [(0.78, 1.58), (1.12, 1.86), (0.9, 1.96), (1.0, 2.05), (0.2, 2.75), (0.3, 2.3)])
             canvas.paint([head.body(lapel)], toned(mix(cloth, (1, 1, 1), 0.1), slope), CLOTH)
         if traits.clothing != "dress":
-            sleeve = head.body(arc([(side * 1.35, 2.05), (side * 1.42, 2.25), (side * 1.4, 2.6)]))
+            sleeve = head.body(arc(sided(side, [(1.35, 2.05), (1.42, 2.25), (1.4, 2.6)])))
             canvas.pen(sleeve, dark, thin, 0.5, grey=120)
     if traits.clothing == "shirt":
-        placket = head.body([(0.0, 2.1), (0.0, 2.9)])
-        canvas.pen(placket, dark, thin, 0.6, grey=100)
+        canvas.pen(head.body([(0.0, 2.1), (0.0, 2.9)]), dark, thin, 0.6, grey=100)
 
 
 def draw_necklace(canvas: Canvas, traits: Traits, head: Head, stout: float) -> None:

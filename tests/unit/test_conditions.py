@@ -1,4 +1,4 @@
-"""Augmented conditions are close to the original, valid, and a function of the generator."""
+"""All conditions: complete definitions; augmentations that are valid and close to the original."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pytest
 
 from likeness.conditions import CONDITIONS
 from likeness.data.synthetic import draw_face
+from likeness.types import InputError
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +15,25 @@ def face():
     return draw_face(3, 4, 128)
 
 
-@pytest.mark.parametrize("name", list(CONDITIONS))
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_canonical_files_read_back(face, name, tmp_path):
+    condition, raw = CONDITIONS[name], getattr(face, name)
+    path = tmp_path / condition.file("000001")
+    path.parent.mkdir()
+    path.write_bytes(condition.encode(raw))
+    np.testing.assert_allclose(condition.read(path).raw, raw, atol=1e-6)
+    assert path.suffix in condition.input_suffixes
+    assert (condition.column, condition.flag) == (f"{name}_file_name", f"--{name}")
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_messages_use_the_given_name(name):
+    with pytest.raises(InputError, match="face 7") as caught:
+        CONDITIONS[name].read(np.zeros((2, 3, 4, 5)), name="face 7")
+    assert caught.value.kind
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
 def test_the_generator_decides(face, name):
     raw, augment = getattr(face, name), CONDITIONS[name].augment
     one, again, other = (augment(raw, np.random.default_rng(seed)) for seed in (1, 1, 2))
