@@ -16,7 +16,7 @@ from builders import run, tiny_face_parser, tiny_mditface_pipeline, tiny_pipelin
 from likeness.annotators.face_parser import parse_faces
 from likeness.conditions import CONDITIONS
 from likeness.data.synthetic import draw_face
-from likeness.evaluate.heat_map import CELL, RAMP, heat_maps
+from likeness.evaluate.heatmap import CELL, RAMP, heat_maps
 from likeness.evaluate.mechanism import (
     SeeAttention,
     attention_mass,

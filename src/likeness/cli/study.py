@@ -62,7 +62,7 @@ def keys(subject: SubjectArgument, *, out: Path = OUT) -> None:
     Args:
         out: Folder for keys.json and keys.png.
     """
-    from likeness.evaluate.heat_map import heat_maps
+    from likeness.evaluate.heatmap import heat_maps
     from likeness.evaluate.mechanism import key_similarity
 
     pipeline, request = prepare(subject)
@@ -85,7 +85,7 @@ def attention(subject: SubjectArgument, *, out: Path = OUT) -> None:
     Args:
         out: Folder for attention.json and attention.png.
     """
-    from likeness.evaluate.heat_map import heat_maps
+    from likeness.evaluate.heatmap import heat_maps
     from likeness.evaluate.mechanism import attention_mass
 
     pipeline, request = prepare(subject)
@@ -122,7 +122,7 @@ def positions(
     """
     if count < 1 or not shifts:
         raise InputError(f"{count} portraits for {len(shifts)} shifts: give at least one of both")
-    from likeness.evaluate.heat_map import heat_maps
+    from likeness.evaluate.heatmap import heat_maps
     from likeness.evaluate.mechanism import shifted_positions
     from likeness.pipelines.load import load_face_parser
 
