@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,17 +22,6 @@ MIN_IMAGES, MIN_SET = 2, 10
 
 Outputs = Mapping[str, Sequence[np.ndarray]]
 """Set of images -> seed -> extractor output [N, ...]."""
-
-
-class Estimate(NamedTuple):
-    """A number without its protocol; see `Measurement`."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-    by_seed: Sequence[float] = ()
-    warning: str = ""
 
 
 def measure(
@@ -58,10 +48,10 @@ def measure(
         if given in (REAL, TRAIN):
             continue
         facts = {**common, "given": given, **({"choices": protocol.choices} if name == "retrieval" else {})}
+        own = partial(new_measurement, name, given, "own", facts)
         if isinstance(metric, SetMetric):
             real = outputs[REAL][0]
-            estimate = estimate_distance(metric, by_seed, real, protocol)
-            measurements.append(measurement(name, given, "own", estimate, facts))
+            measurements.append(measure_set(own, metric, by_seed, real, protocol))
             stored[f"{metric.extractor}/{given}/features"] = np.stack([metric.features(output) for output in by_seed])
             stored[f"{metric.extractor}/{REAL}/features"] = metric.features(real)
             continue
@@ -71,33 +61,32 @@ def measure(
             raise MissingError("Set train= to the prepared folder that the model was trained on")
         train = outputs[TRAIN][0] if metric.needs_train else None
         inputs = Inputs(protocol.choices, None if train is None else train[readable(train)])
-        values = face_values(metric, by_seed, inputs)
-        stored[f"{name}/{given}"] = values
-        estimate = estimate_mean(values, protocol)
+        values = stored[f"{name}/{given}"] = face_values(metric, by_seed, inputs)
+        means = []
         if len(by_seed) > 1 and not metric.across_seeds:
-            each = [face_values(metric, [output], inputs) for output in by_seed]
-            estimate = estimate._replace(by_seed=[float(np.nanmean(one)) for one in each])
-        measurements.append(measurement(name, given, "own", estimate, facts))
+            means = [float(np.nanmean(face_values(metric, [output], inputs))) for output in by_seed]
+        measurements.append(measure_mean(own, values, protocol, means))
         if metric.mismatch and given != CEILING and (not metric.condition or metric.condition in given.split("+")):
-            floor = estimate_mean(face_values(metric, by_seed, inputs, metric.mismatch), protocol)
-            measurements.append(measurement(name, given, "another", floor, facts))
+            floor = face_values(metric, by_seed, inputs, metric.mismatch)
+            another = partial(new_measurement, name, given, "another", facts)
+            measurements.append(measure_mean(another, floor, protocol))
     return measurements, stored
 
 
-def measurement(metric: str, given: str, against: str, estimate: Estimate, facts: dict[str, Any]) -> Measurement:
-    """Label an estimate and add its protocol."""
-    return Measurement(
-        metric=metric,
-        given=given,
-        against=against,
-        value=estimate.value,
-        low=estimate.low,
-        high=estimate.high,
-        n=estimate.n,
-        by_seed=list(estimate.by_seed),
-        warning=estimate.warning,
-        protocol={**facts, "n": estimate.n},
-    )
+def new_measurement(
+    metric: str,
+    given: str,
+    against: str,
+    facts: Mapping[str, Any],
+    value: float,
+    interval: Sequence[float] | np.ndarray,
+    n: int,
+    by_seed: Sequence[float] = (),
+    warning: str = "",
+) -> Measurement:
+    """Add the number of faces to the protocol."""
+    low, high = map(float, interval)
+    return Measurement(metric, given, against, value, low, high, n, list(by_seed), warning, {**facts, "n": n})
 
 
 def face_values(
@@ -133,22 +122,28 @@ def readable(output: np.ndarray) -> np.ndarray:
     return np.any(~np.isnan(output.reshape(len(output), -1)), axis=1)
 
 
-def estimate_mean(values: np.ndarray, protocol: Protocol) -> Estimate:
-    """Return the mean over faces and its interval."""
+def measure_mean(
+    new: Callable[..., Measurement], values: np.ndarray, protocol: Protocol, by_seed: Sequence[float] = ()
+) -> Measurement:
+    """Measure the mean over faces."""
     known = values[~np.isnan(values)]
     if len(known) < MIN_IMAGES:
         raise MissingError(
             f"Only {len(known)} of {len(values)} images can be scored, at least {MIN_IMAGES} are needed: the faces "
             "lack what is measured, or are too few"
         )
-    low, high = bootstrap_interval(known, samples=protocol.bootstrap_samples)
-    return Estimate(float(known.mean()), low, high, len(known))
+    interval = bootstrap_interval(known, samples=protocol.bootstrap_samples)
+    return new(float(known.mean()), interval, len(known), by_seed)
 
 
-def estimate_distance(
-    metric: SetMetric, by_seed: Sequence[np.ndarray], real: np.ndarray, protocol: Protocol
-) -> Estimate:
-    """Return a distance between sets, the mean over seeds, and its interval."""
+def measure_set(
+    new: Callable[..., Measurement],
+    metric: SetMetric,
+    by_seed: Sequence[np.ndarray],
+    real: np.ndarray,
+    protocol: Protocol,
+) -> Measurement:
+    """Measure a distance between sets, the mean over seeds."""
     values, deviations, counts = [], [], []
     for output in by_seed:
         both = readable(output) & readable(real)
@@ -160,10 +155,10 @@ def estimate_distance(
         deviations.append(subset_deviations(metric.distance, features, photos, samples))
         counts.append(int(both.sum()))
     low, high = np.percentile(np.mean(deviations, axis=0), (2.5, 97.5)) + np.mean(values)
-    low, high = np.clip((low, high), *metric.limits)
+    interval = np.clip((low, high), *metric.limits)
     warning = metric.bias(min(counts), metric.features(real[:1]).shape[1])
     seeds = values if len(values) > 1 else ()
-    return Estimate(float(np.mean(values)), float(low), float(high), min(counts), seeds, warning)
+    return new(float(np.mean(values)), interval, min(counts), seeds, warning)
 
 
 def class_scores(by_seed: Sequence[np.ndarray]) -> list[ClassScore]:

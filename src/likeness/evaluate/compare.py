@@ -7,10 +7,11 @@ rejected.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from likeness.evaluate.aggregate import MIN_SET
 from likeness.evaluate.metrics import METRICS, SetMetric
 from likeness.evaluate.protocol import CEILING, REAL
 from likeness.evaluate.results import Evaluation, Measurement
-from likeness.evaluate.stats import holm, paired_difference, subsets, t_test
+from likeness.evaluate.stats import holm, subsets, t_test
 from likeness.types import InputError
 
 COMPARED = ("model", "fingerprint", "settings")
@@ -37,16 +38,6 @@ SETTING_FACTS = {
     **dict.fromkeys(EXTRACTOR_SETTINGS, ("extractor_hash",)),
 }
 """Setting -> the facts that it changes; other settings have the same name in the facts."""
-
-
-class Estimate(NamedTuple):
-    """An estimated difference."""
-
-    value: float
-    low: float
-    high: float
-    p: float
-    n: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,16 +72,12 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `comparison.json`."""
-        values = [
-            {
-                "metric": metric,
-                "given": given,
-                "values": {name: dataclasses.asdict(found) for name, found in numbers.items()},
-            }
-            for (metric, given), numbers in self.values.items()
+        content = dataclasses.asdict(self)
+        content["values"] = [
+            {"metric": metric, "given": given, "values": numbers}
+            for (metric, given), numbers in content["values"].items()
         ]
-        differences = [dataclasses.asdict(difference) for difference in self.differences]
-        return {"names": self.names, "values": values, "differences": differences, "notes": self.notes}
+        return content
 
 
 def compare_evaluations(evaluations: Mapping[str, Evaluation], allow: Sequence[str] = ()) -> Comparison:
@@ -122,10 +109,9 @@ def compare_evaluations(evaluations: Mapping[str, Evaluation], allow: Sequence[s
         values[metric, given] = {name: by_name[metric, given] for name, by_name in zip(names, by_place, strict=True)}
         notes += check_protocols(values[metric, given], allow)
         for first, second in combinations(names, 2):
-            estimate = estimate_difference(metric, given, evaluations[first], evaluations[second])
-            if estimate is not None:
-                labels = {"metric": metric, "given": given, "of": second, "minus": first}
-                differences.append(Difference(**labels, **estimate._asdict()))
+            test = difference_test(metric, given, evaluations[first], evaluations[second])
+            if test is not None:
+                differences.append(Difference(metric=metric, given=given, of=second, minus=first, **test))
     if not differences:
         raise InputError(f"{' and '.join(names)} have no metric of the same condition set in common")
     return Comparison(
@@ -174,14 +160,18 @@ def check_protocols(numbers: Mapping[str, Measurement], allow: Sequence[str]) ->
     return notes
 
 
-def estimate_difference(
+def difference_test(
     name: str, given: str, first: Evaluation, second: Evaluation, samples: int = 100
-) -> Estimate | None:
-    """Estimate second minus first over the faces that both have; None if there are too few."""
+) -> dict[str, Any] | None:
+    """Test second minus first over the faces that both have (`stats.t_test`); None if there are too few."""
     metric = METRICS[name]
     if not isinstance(metric, SetMetric):
-        paired = paired_difference(first.scores[f"{name}/{given}"], second.scores[f"{name}/{given}"])
-        return None if paired is None else Estimate(**t_test(*paired), n=paired[2])
+        differences = second.scores[f"{name}/{given}"] - first.scores[f"{name}/{given}"]  # [N]
+        differences = differences[~np.isnan(differences)]
+        if len(differences) < 2:
+            return None
+        error = float(differences.std(ddof=1)) / math.sqrt(len(differences))
+        return t_test(float(differences.mean()), error, len(differences), int(np.count_nonzero(differences)))
     distance = metric.distance
     key, real_key = f"{metric.extractor}/{given}/features", f"{metric.extractor}/{REAL}/features"
     sets = [(own.scores[key], own.scores[real_key]) for own in (first, second)]  # [R, N, D], [N, D]
@@ -196,7 +186,7 @@ def estimate_difference(
 
     chosen, factor = subsets(len(both), samples)
     error = factor * np.std([difference(both[rows]) for rows in chosen], ddof=1)
-    return Estimate(**t_test(difference(both), float(error), len(both), len(both)), n=len(both))
+    return t_test(difference(both), float(error), len(both), len(both))
 
 
 def mark_significant(differences: Sequence[Difference]) -> list[Difference]:

@@ -38,6 +38,20 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Task:
+    """The arguments of an evaluation (`run.evaluate`) and its faces."""
+
+    folder: Path
+    out: Path
+    protocol: Protocol
+    faces: Sequence[Face]
+    pipeline: Any
+    model: str
+    device: str
+    progress: Progress
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImageSets:
     """The images to measure."""
 
@@ -56,28 +70,18 @@ class ImageSets:
 # --- Images of a model
 
 
-def generate_images(
-    pipeline: Any, model: str, faces: Sequence[Face], protocol: Protocol, folder: Path, out: Path, progress: Progress
-) -> ImageSets:
+def generate_images(task: Task) -> ImageSets:
     """Generate the images of a model that do not exist yet or whose inputs have changed.
 
-    Args:
-        pipeline: a pipeline of this package.
-        model: the name under which it was loaded, for the recipes.
-        faces: the faces.
-        protocol: condition sets, seeds and sampling settings.
-        folder: the prepared folder.
-        out: folder of the evaluation.
-        progress: called after each image.
-
     Raises:
-        InputError: `out` contains images that were made in another way.
+        InputError: the folder contains images that were made in another way.
     """
+    pipeline, protocol, faces = task.pipeline, task.protocol, task.faces
     defaults, fingerprint = pipeline.config.defaults, fingerprint_of(pipeline)
     steps = defaults["steps"] if protocol.steps is None else protocol.steps
     guidance = defaults["guidance_scale"] if protocol.guidance_scale is None else protocol.guidance_scale
     source = {
-        "model": model,
+        "model": task.model,
         "fingerprint": fingerprint[:16],
         "settings": settings_hash(pipeline),
         "file_format": "png",
@@ -86,14 +90,15 @@ def generate_images(
         "device": pipeline._execution_device.type,
         "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
     }
-    check_source(out, {**source, "model": None, "caption": protocol.caption, "faces": str(folder.resolve())})
+    recorded = {**source, "model": None, "caption": protocol.caption, "faces": str(task.folder.resolve())}
+    check_source(task.out, recorded)
 
     faults: dict[str, str] = {}
     by_condition: dict[str, list[list[Path]]] = {}
     for given in protocol.given:
         by_condition[given] = []
         for seed_index in range(protocol.seeds):
-            files = [out / "pictures" / given / str(seed_index) / f"{face.name}.png" for face in faces]
+            files = [task.out / "pictures" / given / str(seed_index) / f"{face.name}.png" for face in faces]
             by_condition[given].append(files)
             for done, index in enumerate(work_order(len(faces), *rank_and_world())):
                 face, file = faces[index], files[index]
@@ -105,9 +110,10 @@ def generate_images(
                     continue
                 if not is_current(file, request):
                     images, _ = generate(pipeline, request, [request.seed])
-                    write_picture(images[0], file, recipe_of(request, pipeline, model=model, fingerprint=fingerprint))
-                progress(f"images from {given}", done + 1, len(faces))
-    ceiling, unread = reconstruct_photos(pipeline, faces, out, progress)
+                    recipe = recipe_of(request, pipeline, model=task.model, fingerprint=fingerprint)
+                    write_picture(images[0], file, recipe)
+                task.progress(f"images from {given}", done + 1, len(faces))
+    ceiling, unread = reconstruct_photos(task)
     return ImageSets(
         by_condition=by_condition,
         ceiling=ceiling,
@@ -148,26 +154,24 @@ def is_current(file: Path, request: PortraitRequest) -> bool:
     return (recipe["prompt"], recipe["seed"], found) == (request.prompt, request.seed, wanted)
 
 
-def reconstruct_photos(
-    pipeline: Any, faces: Sequence[Face], out: Path, progress: Progress
-) -> tuple[list[Path], dict[str, str]]:
+def reconstruct_photos(task: Task) -> tuple[list[Path], dict[str, str]]:
     """Encode and decode the photographs with the pipeline's autoencoder, for the ceiling.
 
     Returns:
         The files, and for each face whose photograph cannot be read, why.
     """
-    codec, faults = LatentCodec(pipeline.vae), {}
-    files = [out / "pictures" / "ceiling" / f"{face.name}.png" for face in faces]
-    for done, index in enumerate(work_order(len(faces), *rank_and_world())):
-        face, file = faces[index], files[index]
+    codec, faults = LatentCodec(task.pipeline.vae), {}
+    files = [task.out / "pictures" / "ceiling" / f"{face.name}.png" for face in task.faces]
+    for done, index in enumerate(work_order(len(files), *rank_and_world())):
+        face, file = task.faces[index], files[index]
         if not file.is_file() or is_newer(face.photo, file):
             try:
-                image = through(codec, read_photo(face.photo, pipeline.config.defaults["size"]))
+                image = through(codec, read_photo(face.photo, task.pipeline.config.defaults["size"]))
             except InputError as error:
                 faults[face.name] = str(error)
                 continue
             write_picture(Image.fromarray(image), file, None)
-        progress("photographs through the autoencoder", done + 1, len(faces))
+        task.progress("photographs through the autoencoder", done + 1, len(files))
     return files, faults
 
 
@@ -179,43 +183,25 @@ def is_newer(photo: Path, file: Path) -> bool:
 # --- Images of the user
 
 
-def user_images(
-    files: Sequence[Path],
-    faces: Sequence[Face],
-    protocol: Protocol,
-    folder: Path,
-    pipeline: Any,
-    out: Path,
-    progress: Progress,
-) -> ImageSets:
-    """Match existing images with faces by name.
-
-    Args:
-        files: the images (`find_images`).
-        faces: the faces.
-        protocol: its only condition set names what the images were made from.
-        folder: the prepared folder.
-        pipeline: a pipeline whose autoencoder gives the ceiling; None for no ceiling.
-        out: folder of the evaluation.
-        progress: called after each image.
+def user_images(task: Task, files: Sequence[Path]) -> ImageSets:
+    """Match existing images (`find_images`) with faces by name.
 
     Raises:
-        InputError: images and faces do not match, or `out` contains another evaluation.
+        InputError: images and faces do not match, or the folder contains another evaluation.
     """
-    check_names(files, faces, folder, protocol)
+    check_names(files, task)
     by_name = {file.stem: file for file in files}
-    matched = [by_name[face.name] for face in faces]
-    size = protocol.size or image_size(matched)
-    check_source(out, {"pictures": str(matched[0].parent.resolve())})
-    ceiling, faults = ([], {}) if pipeline is None else reconstruct_photos(pipeline, faces, out, progress)
+    matched = [by_name[face.name] for face in task.faces]
+    size = task.protocol.size or image_size(matched)
+    check_source(task.out, {"pictures": str(matched[0].parent.resolve())})
+    ceiling, faults = ([], {}) if task.pipeline is None else reconstruct_photos(task)
     source = {
         "model": str(matched[0].parent),
         "file_format": ", ".join(sorted({file.suffix.lower().lstrip(".") for file in matched})),
         **dict.fromkeys(("steps", "guidance_scale", "device", "dtype")),
     }
-    return ImageSets(
-        by_condition={protocol.given[0]: [matched]}, ceiling=ceiling, size=size, source=source, faults=faults
-    )
+    images = {task.protocol.given[0]: [matched]}
+    return ImageSets(by_condition=images, ceiling=ceiling, size=size, source=source, faults=faults)
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -226,13 +212,13 @@ def find_images(folder: Path) -> list[Path]:
     return files
 
 
-def check_names(files: Sequence[Path], faces: Sequence[Face], folder: Path, protocol: Protocol) -> None:
+def check_names(files: Sequence[Path], task: Task) -> None:
     """Check that images and faces match one to one.
 
     Raises:
         InputError: two images have the same name, an image has no face, or a face has no image.
     """
-    names, images = [file.stem for file in files], files[0].parent
+    names, images, folder = [file.stem for file in files], files[0].parent, task.folder
     if duplicates := sorted(name for name in set(names) if names.count(name) > 1):
         raise InputError(f"{images} has two images named {duplicates[0]}: remove one of them")
     rows = {row["file_name"].stem for row in read_folder(folder)}
@@ -241,10 +227,10 @@ def check_names(files: Sequence[Path], faces: Sequence[Face], folder: Path, prot
             f"{len(unmatched)} of {len(names)} images in {images} do not match a face of {folder}, such as "
             f"{unmatched[0]}: name each image like the photograph of its face"
         )
-    if protocol.count is None and (missing := sorted(rows - set(names))):
+    if task.protocol.count is None and (missing := sorted(rows - set(names))):
         raise InputError(
             f"{images} has no image of {len(missing)} of {len(rows)} faces of {folder}, such as {missing[0]}: add "
-            f"them, or set count={len(faces)} to measure only the existing ones"
+            f"them, or set count={len(task.faces)} to measure only the existing ones"
         )
 
 

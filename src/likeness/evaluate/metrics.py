@@ -57,11 +57,11 @@ class SetMetric:
     better: Better
     distance: Callable[[Array, Array], float]
     """(features of images [N, D], of the photographs of the same faces [N, D]) -> one value."""
-    features: Callable[[Array], Array] = lambda output: output
+    features: Callable[[Array], Array]
     """Extractor output [N, ...] -> features [N, D]."""
-    limits: tuple[float, float] = (-np.inf, np.inf)
+    limits: tuple[float, float]
     """Range of the metric, to which intervals are clipped."""
-    bias: Callable[[int, int], str] = lambda count, width: ""
+    bias: Callable[[int, int], str]
     """(number of images, features D) -> a known bias at so few images, or ""."""
 
 
@@ -117,6 +117,11 @@ def diversity_of_seeds(output: Array, inputs: Inputs) -> Array:
     return np.array([distances.diversity(output[:, face, 0]) for face in range(output.shape[1])])
 
 
+def all_features(output: Array) -> Array:
+    """The output itself, [N, D]."""
+    return output
+
+
 def swap_columns(output: Array) -> Array:
     """Swap the values for the face's own condition and the next face's: [N, 2, ...]."""
     return output[:, ::-1]
@@ -135,6 +140,10 @@ def image_features(output: Array) -> Array:
 # --- Known biases
 
 
+def unbiased(count: int, width: int) -> str:
+    return ""
+
+
 def frechet_bias(count: int, width: int) -> str:
     if count <= width:
         return f"{count} images cannot span {width} features: the distance is far too large"
@@ -145,24 +154,35 @@ def neighbor_bias(count: int, width: int) -> str:
     return "" if count >= 1000 else "too high: neighborhoods are too large with so few images"
 
 
-METRICS: dict[str, Metric] = {}
-"""Name -> metric, in the order of tables."""
+UNLIMITED = (-np.inf, np.inf)
+DISTANCES: dict[str, tuple[Callable[[Array, Array], float], Better, tuple[float, float], Callable[[int, int], str]]] = {
+    "frechet": (distances.frechet, "lower", UNLIMITED, frechet_bias),
+    "kid": (distances.kernel_distance, "lower", UNLIMITED, unbiased),
+    "cmmd": (distances.clip_mmd, "lower", UNLIMITED, unbiased),
+    "precision": (distances.precision, "higher", (0, 1), neighbor_bias),
+    "recall": (distances.recall, "higher", (0, 1), neighbor_bias),
+    "diversity": (distances.diversity, "higher", UNLIMITED, unbiased),
+}
+"""Name -> function, direction, limits and bias."""
 
-for name, title, mask_score in (
-    ("pixel_accuracy", "pixel accuracy", scores.accuracy),
-    ("mean_iou", "mIoU, absent classes excluded", scores.mean_iou),
-    ("mean_iou_absent_1", "mIoU, absent classes 1", lambda counts: scores.mean_iou(counts, 1.0)),
-    ("mean_iou_absent_0", "mIoU, absent classes 0", lambda counts: scores.mean_iou(counts, 0.0)),
-    ("rare_class_recall", "rare classes shown", scores.rare_class_recall),
-):
-    METRICS[name] = PerImageMetric(
-        f"Mask: {title}", "face_parser", "higher", given_mask(mask_score), swap_columns, "mask"
-    )
 
-METRICS |= {
-    "edge_f_score": PerImageMetric(
-        "Sketch: edge F-score", "sketch", "higher", first_column, swap_columns, "sketch"
-    ),
+def mask_metric(title: str, score: Callable[[Array], Array]) -> PerImageMetric:
+    return PerImageMetric(f"Mask: {title}", "face_parser", "higher", given_mask(score), swap_columns, "mask")
+
+
+def set_metric(title: str, extractor: str, name: str) -> SetMetric:
+    distance, better, limits, bias = DISTANCES[name]
+    features = image_features if extractor == "text_image" else all_features
+    return SetMetric(f"Set: {title}", extractor, better, distance, features, limits, bias)
+
+
+METRICS: dict[str, Metric] = {
+    "pixel_accuracy": mask_metric("pixel accuracy", scores.accuracy),
+    "mean_iou": mask_metric("mIoU, absent classes excluded", scores.mean_iou),
+    "mean_iou_absent_1": mask_metric("mIoU, absent classes 1", lambda counts: scores.mean_iou(counts, 1.0)),
+    "mean_iou_absent_0": mask_metric("mIoU, absent classes 0", lambda counts: scores.mean_iou(counts, 0.0)),
+    "rare_class_recall": mask_metric("rare classes shown", scores.rare_class_recall),
+    "edge_f_score": PerImageMetric("Sketch: edge F-score", "sketch", "higher", first_column, swap_columns, "sketch"),
     "keypoint_error": PerImageMetric(
         "Keypoints: error / eye distance", "landmarks", "lower", first_column, swap_columns, "keypoints"
     ),
@@ -177,38 +197,22 @@ METRICS |= {
     "ms_ssim": PerImageMetric("Photograph: multi-scale SSIM", "ms_ssim", "higher", first_column),
     "lpips": PerImageMetric("Photograph: LPIPS", "lpips", "lower", first_column),
     "topiq": PerImageMetric("Quality: TOPIQ", "topiq", "higher", first_column),
-    "fid": SetMetric("Set: FID", "inception", "lower", distances.frechet, bias=frechet_bias),
-    "kid": SetMetric("Set: KID", "inception", "lower", distances.kernel_distance),
-    "cmmd": SetMetric("Set: CMMD", "clip_large", "lower", distances.clip_mmd),
-    "fd_dinov2": SetMetric("Set: FD on DINOv2", "dinov2", "lower", distances.frechet, bias=frechet_bias),
-    "precision": SetMetric(
-        "Set: precision on DINOv2", "dinov2", "higher", distances.precision, limits=(0, 1), bias=neighbor_bias
-    ),
-    "recall": SetMetric(
-        "Set: recall on DINOv2", "dinov2", "higher", distances.recall, limits=(0, 1), bias=neighbor_bias
-    ),
-    "fd_text_image": SetMetric(
-        "Set: FD on the text-image pair", "text_image", "lower", distances.frechet, image_features, bias=frechet_bias
-    ),
-    "kid_text_image": SetMetric(
-        "Set: KID on the text-image pair", "text_image", "lower", distances.kernel_distance, image_features
-    ),
-    "precision_text_image": SetMetric(
-        "Set: precision on the text-image pair", "text_image", "higher", distances.precision, image_features, (0, 1),
-        neighbor_bias,
-    ),
-    "recall_text_image": SetMetric(
-        "Set: recall on the text-image pair", "text_image", "higher", distances.recall, image_features, (0, 1),
-        neighbor_bias,
-    ),
-    "diversity": SetMetric(
-        "Set: diversity, 1 - cos of two images", "text_image", "higher", distances.diversity, image_features
-    ),
+    "fid": set_metric("FID", "inception", "frechet"),
+    "kid": set_metric("KID", "inception", "kid"),
+    "cmmd": set_metric("CMMD", "clip_large", "cmmd"),
+    "fd_dinov2": set_metric("FD on DINOv2", "dinov2", "frechet"),
+    "precision": set_metric("precision on DINOv2", "dinov2", "precision"),
+    "recall": set_metric("recall on DINOv2", "dinov2", "recall"),
+    "fd_text_image": set_metric("FD on the text-image pair", "text_image", "frechet"),
+    "kid_text_image": set_metric("KID on the text-image pair", "text_image", "kid"),
+    "precision_text_image": set_metric("precision on the text-image pair", "text_image", "precision"),
+    "recall_text_image": set_metric("recall on the text-image pair", "text_image", "recall"),
+    "diversity": set_metric("diversity, 1 - cos of two images", "text_image", "diversity"),
     "diversity_of_seeds": PerImageMetric(
         "Set: diversity of the images of a face", "text_image", "higher", diversity_of_seeds, across_seeds=True
     ),
     "nearest_training": PerImageMetric(
-        "Memorization: cosine to the nearest training photograph", "text_image", "lower", nearest_training,
-        needs_train=True,
+        "Memorization: nearest training photograph, cos", "text_image", "lower", nearest_training, needs_train=True
     ),
-}  # fmt: skip
+}
+"""Name -> metric, in the order of tables."""

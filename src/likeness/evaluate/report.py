@@ -56,17 +56,9 @@ class Figure(NamedTuple):
     caption: str
 
 
-class Bars(NamedTuple):
-    """A bar chart of values from 0 to 1: one group per row, one bar per series."""
-
-    series: Sequence[str]
-    groups: Sequence[tuple[str, Sequence[float | None]]]
-    """(label, one value per series)."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A part of a report. Markdown omits figures and charts."""
+    """A part of a report. Markdown omits figures."""
 
     title: str = ""
     level: int = 2
@@ -74,13 +66,11 @@ class Section:
     lines: Sequence[str] = ()
     header: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
+    bars: Sequence[str] = ()
+    """Columns whose values, from 0 to 1, are drawn as bars in HTML."""
+    heat: tuple[float, float] | None = None
+    """Range of the values, to color the cells in HTML; None for no color."""
     figures: Sequence[Figure] = ()
-    chart: Bars | None = None
-
-    @property
-    def visual(self) -> bool:
-        """Whether it contains figures or a chart, which Markdown omits."""
-        return bool(self.figures or self.chart)
 
 
 def render(template: str, title: str, sections: Iterable[Section]) -> str:
@@ -215,21 +205,17 @@ def optional(title: str, lines: Sequence[str]) -> list[Section]:
 
 
 def class_sections(classes: Mapping[str, Sequence[ClassScore]]) -> list[Section]:
-    """IoU per class as a bar chart, and a table per condition set."""
-    if not any(classes.values()):
-        return []
-    by_name = {given: {score.name: score for score in scores} for given, scores in classes.items()}
-    groups = []
-    for name in dict.fromkeys(name for scores in by_name.values() for name in scores):
-        scores = [found.get(name) for found in by_name.values()]
-        count = max(score.n for score in scores if score)
-        groups.append((f"{name} ({count})", [score.iou if score else None for score in scores]))
-    text = "Intersection over union per class over the pixels of all images, with the number of masks that contain it."
-    sections = [Section(title="IoU per class", text=text, chart=Bars(list(classes), groups))]
-    for given, scores in classes.items():
-        rows = [[score.name, str(score.n), format_number(score.iou), format_number(score.shown)] for score in scores]
-        sections.append(Section(title=f"Classes, {given}", header=["class", "n", "IoU", "shown"], rows=rows))
-    return sections
+    """The scores of each class, a table per condition set."""
+    return [
+        Section(
+            title=f"Classes, {given}",
+            text="n: masks that contain the class. IoU: over the pixels of all images. Shown: fraction of images.",
+            header=["class", "n", "IoU", "shown"],
+            rows=[[score.name, str(score.n), format_number(score.iou), format_number(score.shown)] for score in scores],
+            bars=("IoU", "shown"),
+        )
+        for given, scores in classes.items()
+    ]
 
 
 def sample_section(results: Results) -> Section:

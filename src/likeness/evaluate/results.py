@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ SCHEMA = 1
 """Version of the format of `results.json`."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Measurement:
     """One number with its 95 % interval and its protocol."""
 
@@ -45,21 +46,24 @@ class Measurement:
     protocol: dict[str, Any]
 
 
-class MissingMetric(NamedTuple):
+@dataclass(frozen=True)
+class MissingMetric:
     """A metric that could not be measured."""
 
     metric: str
     why: str
 
 
-class Fault(NamedTuple):
+@dataclass(frozen=True)
+class Fault:
     """A file that could not be read."""
 
     file: str
     why: str
 
 
-class ClassScore(NamedTuple):
+@dataclass(frozen=True)
+class ClassScore:
     """The scores of one class over all images of a condition set."""
 
     name: str
@@ -107,24 +111,11 @@ class Results:
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `results.json`."""
-        return {
-            "numbers": [dataclasses.asdict(number) for number in self.numbers],
-            "missing": [entry._asdict() for entry in self.missing],
-            "classes": {
-                given: [{"class": row.name, **dict(list(row._asdict().items())[1:])} for row in rows]
-                for given, rows in self.classes.items()
-            },
-            "nearest": self.nearest,
-            "extractors": self.extractors,
-            "schema": SCHEMA,
-            "likeness": version("likeness"),
-            "protocol": self.protocol,
-            "asked": self.settings,
-            "faults": [fault._asdict() for fault in self.faults],
-            "notes": self.notes,
-            "faces": self.faces,
-            "portraits": self.images,
-        }
+        content = {name: value for name, value in dataclasses.asdict(self).items() if name != "scores"}
+        content["portraits"], content["asked"] = content.pop("images"), content.pop("settings")
+        for score in chain(*content["classes"].values()):
+            score["class"] = score.pop("name")
+        return {**content, "schema": SCHEMA, "likeness": version("likeness")}
 
     def save(self, folder: Path) -> None:
         """Write `results.json` and `scores.npz`."""

@@ -6,7 +6,8 @@ The folder of an evaluation contains `pictures/`, `seen/` (the cache of extracto
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from likeness.evaluate.aggregate import class_scores, measure, nearest_photos
 from likeness.evaluate.extractors import EXTRACTORS
 from likeness.evaluate.faces import Face, faces_hash, read_faces, read_training_faces
 from likeness.evaluate.features import Extractor, MissingError, extract_cached
-from likeness.evaluate.images import ImageSets, Progress, find_images, generate_images, image_size, user_images
-from likeness.evaluate.metrics import METRICS, PerImageMetric, SetMetric
+from likeness.evaluate.images import ImageSets, Progress, Task, find_images, generate_images, image_size, user_images
+from likeness.evaluate.metrics import METRICS, Metric, PerImageMetric, SetMetric
 from likeness.evaluate.protocol import CEILING, REAL, TRAIN, Protocol
 from likeness.evaluate.results import Fault, MissingMetric, Results
 from likeness.parallel import rank_and_world
@@ -63,25 +64,27 @@ def evaluate(
         )
     files = None if images is None else find_images(images)
     faces, notes = read_faces(folder, protocol, files)
-    if files is not None:
-        sets = user_images(files, faces, protocol, folder, pipeline, out, progress)
-    else:
-        sets = generate_images(pipeline, model, faces, protocol, folder, out, progress)
+    task = Task(
+        folder=folder, out=out, protocol=protocol, faces=faces, pipeline=pipeline, model=model, device=device,
+        progress=progress,
+    )  # fmt: skip
+    sets = generate_images(task) if files is None else user_images(task, files)
     if rank_and_world()[0]:
         return None
     train = [] if protocol.train is None else read_training_faces(Path(protocol.train))
     if (side := image_size([face.photo for face in faces])) < sets.size:
         notes.append(f"The photographs have {side} px and were enlarged to {sets.size} px for the comparison")
-    common = {
+    facts = {
         "split": folder.resolve().name,
         "faces": faces_hash(faces),
         "caption": protocol.caption,
         "resolution": sets.size,
         "seeds": protocol.seeds,
         **sets.source,
+        "n": len(faces),
     }
     results = Results(
-        protocol={**common, "n": len(faces)},
+        protocol=facts,
         settings=to_dict(protocol),
         faces=[
             {"name": face.name, "caption": face.caption, "photo": str(face.photo)}
@@ -93,32 +96,31 @@ def evaluate(
     )
     faults = dict(sets.faults)
     for name, create in EXTRACTORS.items():
-        if metrics := [metric for metric in protocol.metrics if METRICS[metric].extractor == name]:
+        if metrics := {key: METRICS[key] for key in protocol.metrics if METRICS[key].extractor == name}:
             try:
                 extractor = create(protocol, sets.size, device)
                 try:
-                    outputs, unread = extract_sets(extractor, metrics, sets, faces, train, out, progress)
+                    outputs, unreadable = extract_sets(task, extractor, metrics, sets, train)
                 finally:
                     extractor.close()
             except InputError as error:
                 results.missing += [MissingMetric(metric, str(error)) for metric in metrics]
                 continue
-            faults |= unread
-            add_measurements(results, extractor, metrics, outputs, train, common, protocol)
+            faults |= unreadable
+            add_measurements(results, extractor, metrics, outputs, train, protocol)
     results.faults = [Fault(file, why) for file, why in faults.items()]
     results.notes = list(dict.fromkeys(results.notes))
     results.save(out)
     return results
 
 
+def needs_train(metric: Metric) -> bool:
+    """Return whether a metric needs the training photographs."""
+    return isinstance(metric, PerImageMetric) and metric.needs_train
+
+
 def extract_sets(
-    extractor: Extractor,
-    metrics: Sequence[str],
-    sets: ImageSets,
-    faces: Sequence[Face],
-    train: Sequence[Face],
-    out: Path,
-    progress: Progress,
+    task: Task, extractor: Extractor, metrics: Mapping[str, Metric], sets: ImageSets, train: Sequence[Face]
 ) -> tuple[dict[str, list[np.ndarray]], dict[str, str]]:
     """Run an extractor on every set of images that its metrics need.
 
@@ -126,47 +128,44 @@ def extract_sets(
         Set -> seed -> output [N, ...], and file -> why it could not be read.
     """
     required: dict[str, list[tuple[Sequence[Path], Sequence[Face]]]] = {
-        given: [(files, faces) for files in seeds] for given, seeds in sets.by_condition.items()
+        given: [(files, task.faces) for files in seeds] for given, seeds in sets.by_condition.items()
     }
     if sets.ceiling:
-        required[CEILING] = [(sets.ceiling, faces)]
-    needed = [METRICS[name] for name in metrics]
-    if any(isinstance(metric, SetMetric) for metric in needed):
-        required[REAL] = [([face.photo for face in faces], faces)]
-    if train and any(isinstance(metric, PerImageMetric) and metric.needs_train for metric in needed):
+        required[CEILING] = [(sets.ceiling, task.faces)]
+    if any(isinstance(metric, SetMetric) for metric in metrics.values()):
+        required[REAL] = [([face.photo for face in task.faces], task.faces)]
+    if train and any(map(needs_train, metrics.values())):
         required[TRAIN] = [([face.photo for face in train], train)]
     outputs: dict[str, list[np.ndarray]] = {}
     faults: dict[str, str] = {}
     for name, seeds in required.items():
         outputs[name] = []
-        report = lambda done, total, name=name: progress(f"{extractor.name} on {name}", done, total)  # noqa: E731
-        for seed_index, (files, owners) in enumerate(seeds):
-            cache = out / "seen" / name / str(seed_index)
-            values, unread = extract_cached(extractor, files, owners, sets.size, cache, report)
+        for seed_index, (files, faces) in enumerate(seeds):
+            cache = task.out / "seen" / name / str(seed_index)
+            progress = partial(task.progress, f"{extractor.name} on {name}")
+            values, unreadable = extract_cached(extractor, files, faces, sets.size, cache, progress)
             outputs[name].append(values)
-            faults |= unread
+            faults |= unreadable
     return outputs, faults
 
 
 def add_measurements(
     results: Results,
     extractor: Extractor,
-    metrics: Sequence[str],
+    metrics: Mapping[str, Metric],
     outputs: dict[str, list[np.ndarray]],
     train: Sequence[Face],
-    common: dict[str, Any],
     protocol: Protocol,
 ) -> None:
     """Add everything that follows from the outputs of an extractor."""
     results.notes += extractor.notes
     results.extractors[extractor.name] = {"what": extractor.description, "hash": extractor.hash}
-    facts = {**common, "extractor": extractor.description, "extractor_hash": extractor.hash}
+    facts = {**results.protocol, "extractor": extractor.description, "extractor_hash": extractor.hash}
     train_facts = {"train": faces_hash(train), "train_n": len(train)}
-    for name in metrics:
-        metric = METRICS[name]
-        needs_train = isinstance(metric, PerImageMetric) and metric.needs_train
+    for name, metric in metrics.items():
         try:
-            numbers, scores = measure(name, metric, outputs, facts | train_facts if needs_train else facts, protocol)
+            own = facts | train_facts if needs_train(metric) else facts
+            numbers, scores = measure(name, metric, outputs, own, protocol)
         except MissingError as error:
             results.missing.append(MissingMetric(name, str(error)))
             continue
@@ -174,9 +173,7 @@ def add_measurements(
         results.scores |= scores
     if extractor.name == "text_image" and TRAIN in outputs:
         photos = [str(face.photo) for face in train]
-        results.nearest = {
-            given: nearest_photos(outputs[given][0], outputs[TRAIN][0], photos) for given in results.images
-        }
+        for given in results.images:
+            results.nearest[given] = nearest_photos(outputs[given][0], outputs[TRAIN][0], photos)
     if extractor.name == "face_parser":
-        compared = [given for given in outputs if given not in (REAL, TRAIN)]
-        results.classes = {given: class_scores(outputs[given]) for given in compared}
+        results.classes = {given: class_scores(outputs[given]) for given in outputs}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -51,7 +51,7 @@ def subset_deviations(
     return factor * (values - values.mean())
 
 
-def t_test(value: float, error: float, count: int, differing: int) -> dict[str, float]:
+def t_test(value: float, error: float, count: int, differing: int) -> dict[str, Any]:
     """Test a mean of paired differences with Student's t.
 
     Args:
@@ -62,24 +62,12 @@ def t_test(value: float, error: float, count: int, differing: int) -> dict[str, 
             2^(1 - differing): p is never less, even if the differences have no spread.
 
     Returns:
-        `value`, its 95 % interval `low` to `high`, and `p`, the probability of such a difference by chance.
+        `value`, its 95 % interval `low` to `high`, `p`, the probability of such a difference by chance, and `n`.
     """
     reach = error * float(stats.t.ppf(0.975, count - 1))
     p = 2 * float(stats.t.sf(abs(value) / error, count - 1)) if error > 0 else float(value == 0)
-    return {"value": value, "low": value - reach, "high": value + reach, "p": max(p, min(1, 2.0 ** (1 - differing)))}
-
-
-def paired_difference(first: np.ndarray, second: np.ndarray) -> tuple[float, float, int, int] | None:
-    """Return mean, standard error, count and number of non-zero differences of second - first, without NaN.
-
-    None if fewer than two pairs are left.
-    """
-    differences = second - first  # [N]
-    differences = differences[~np.isnan(differences)]
-    if len(differences) < 2:
-        return None
-    error = float(differences.std(ddof=1)) / math.sqrt(len(differences))
-    return float(differences.mean()), error, len(differences), int(np.count_nonzero(differences))
+    p = max(p, min(1, 2.0 ** (1 - differing)))
+    return {"value": value, "low": value - reach, "high": value + reach, "p": p, "n": count}
 
 
 def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
