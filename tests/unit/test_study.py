@@ -1,4 +1,4 @@
-"""Looking into networks: against answers known beforehand or computed by another way, and without changing a bit."""
+"""Studies of networks: known values, values computed in another way, and bit-identical images."""
 
 from __future__ import annotations
 
@@ -16,24 +16,23 @@ from builders import run, tiny_face_parser, tiny_mditface_pipeline, tiny_pipelin
 from likeness.annotators.face_parser import parse_faces
 from likeness.conditions import CONDITIONS
 from likeness.data.synthetic import draw_face
-from likeness.evaluate.heat_map import CELL, RAMP, heat_maps
-from likeness.evaluate.mechanism import (
-    SeeAttention,
+from likeness.evaluate.scores import pixel_accuracy
+from likeness.evaluate.study import (
+    ObserveAttention,
     attention_mass,
     key_similarity,
+    observed,
     shifted,
     shifted_positions,
-    softmax_shares,
-    watched,
+    softmax_fractions,
 )
-from likeness.evaluate.scores import pixel_accuracy
 from likeness.pipelines.generate import generate, resolve
 from likeness.types import InputError, PortraitRequest
 
 DOUBLE, SINGLE = ("double 0", "double 1"), ("single 0", "single 1")
 
 
-def wish(pipeline, *names: str, **more) -> PortraitRequest:
+def request_for(pipeline, *names: str, **more) -> PortraitRequest:
     face = draw_face(0, 0, 64)
     control = {name: getattr(face, name) for name in names}
     return resolve(PortraitRequest(prompt="a woman with red hair", control_image=control, seed=3, **more), pipeline)
@@ -43,10 +42,10 @@ def wish(pipeline, *names: str, **more) -> PortraitRequest:
 
 
 @pytest.mark.parametrize("attention", ["holistic", "hard", "decoupled"])
-def test_keys_are_compared_as_they_are(attention):
-    """Against all pairs, from the keys before rotation: the same rotation of both leaves their angle."""
+def test_key_similarity_equals_all_pairs(attention):
+    """Equal to the mean over all pairs of keys before rotation, which does not change angles."""
     pipeline = tiny_mditface_pipeline(attention=attention)
-    request = wish(pipeline, "mask")
+    request = request_for(pipeline, "mask")
     before = generate(pipeline, request, [3])[0][0].tobytes()
     seen: dict[str, list[torch.Tensor]] = {"keys": [], "values": []}
     last = pipeline.transformer.single_transformer_blocks[1].spatial.attn
@@ -66,14 +65,14 @@ def test_keys_are_compared_as_they_are(attention):
     assert generate(pipeline, request, [3])[0][0].tobytes() == before
 
 
-def test_what_does_not_depend_on_time_has_similarity_1():
-    """In the first block: with modulations that know no time, text and mask stay, and the image does not."""
+def test_similarity_without_time_is_1():
+    """If modulations do not depend on time, text and mask are constant in the first block, but the image is not."""
     pipeline = tiny_mditface_pipeline()
     block = pipeline.transformer.transformer_blocks[0]
     with torch.no_grad():
         for norm in (block.spatial.norm1, block.norm1_context, block.norm1):
             norm.linear.weight.zero_()
-    found = key_similarity(pipeline, wish(pipeline, "mask", "sketch"))
+    found = key_similarity(pipeline, request_for(pipeline, "mask", "sketch"))
     assert set(found["keys"]) == {"text", "image", "mask", "sketch"}
     for part in ("keys", "values"):
         pairs = {name: own["pairs"] for name, own in found[part].items()}
@@ -86,52 +85,52 @@ def test_what_does_not_depend_on_time_has_similarity_1():
 # --- Attention and gates
 
 
-def test_softmax_shares_are_those_of_the_whole_softmax():
+def test_softmax_fractions_equal_the_full_softmax():
     g = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, 3, 7, 8, generator=g), torch.randn(2, 3, 12, 8, generator=g)
     tokens = {"text": 3, "image": 4, "mask": 5}
     bias = torch.randn(2, 1, 1, 12, generator=g)
     bias[:, :, :, 2] = -torch.inf
-    for given, scale in ((None, None), (bias, None), (bias.expand(2, 1, 7, 12), 0.7), (bias > 0, None)):
-        shares = np.array(softmax_shares(query, key, given, scale, tokens))
-        values = torch.eye(12).expand(2, 3, 12, 12)  # so that the attention's output is its weights
-        weights = F.scaled_dot_product_attention(query, key, values, attn_mask=given, scale=scale)[0].mean(0)
-        wanted = [
+    for mask, scale in ((None, None), (bias, None), (bias.expand(2, 1, 7, 12), 0.7), (bias > 0, None)):
+        fractions = np.array(softmax_fractions(query, key, mask, scale, tokens))
+        values = torch.eye(12).expand(2, 3, 12, 12)  # the output of the attention is its weights
+        weights = F.scaled_dot_product_attention(query, key, values, attn_mask=mask, scale=scale)[0].mean(0)
+        expected = [
             [part[:, a:b].sum(1).mean() for a, b in ((0, 3), (3, 7), (7, 12))] for part in (weights[:3], weights[3:])
         ]
-        np.testing.assert_allclose(shares, wanted, atol=1e-6)
+        np.testing.assert_allclose(fractions, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("attention", ["holistic", "hard", "decoupled", "concat"])
-def test_queries_of_zeros_attend_to_every_token_alike(attention):
+def test_zero_queries_attend_uniformly(attention):
     pipeline = tiny_mditface_pipeline(attention=attention)
     with torch.no_grad():
         for name, parameter in pipeline.transformer.named_parameters():
             if ".to_q." in name or ".add_q_proj." in name:
                 parameter.zero_()
-    found = attention_mass(pipeline, wish(pipeline, "mask", "sketch"))
+    found = attention_mass(pipeline, request_for(pipeline, "mask", "sketch"))
     tokens = found["tokens"]
     assert tokens == {"text": 12, "image": 4} | ({} if attention == "concat" else {"mask": 4, "sketch": 4})
-    asking = {"text", "image"} | ({"mask", "sketch"} if attention == "holistic" else set())
-    assert set(found["mass"]) == asking
-    for shares in found["mass"].values():
-        for name, layers in shares.items():
+    queries = {"text", "image"} | ({"mask", "sketch"} if attention == "holistic" else set())
+    assert set(found["mass"]) == queries
+    for fractions in found["mass"].values():
+        for name, layers in fractions.items():
             assert np.shape(layers) == (4, 4)
             np.testing.assert_allclose(layers, tokens[name] / sum(tokens.values()), atol=1e-6)
 
 
-def test_text_that_does_not_read_conditions_puts_nothing_there():
+def test_text_does_not_attend_to_conditions():
     pipeline = tiny_mditface_pipeline(text_reads_spatial=False)
-    found = attention_mass(pipeline, wish(pipeline, "mask"))["mass"]
+    found = attention_mass(pipeline, request_for(pipeline, "mask"))["mass"]
     assert np.abs(found["text"]["mask"]).max() == 0
     assert np.min(found["image"]["mask"]) > 0
-    for shares in found.values():
-        np.testing.assert_allclose(np.sum(list(shares.values()), axis=0), 1, atol=1e-5)
+    for fractions in found.values():
+        np.testing.assert_allclose(np.sum(list(fractions.values()), axis=0), 1, atol=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["holistic", "decoupled"])
-def test_gates_are_those_of_the_modulation(attention):
-    """Known beforehand where only its biases are left."""
+def test_gates_equal_the_modulation(attention):
+    """With zero weights, the gates are the biases."""
     pipeline = tiny_mditface_pipeline(attention=attention)
     gates = {"norm1": {2: -0.25, 5: 0.5}, "norm1_context": {2: 0.125, 5: 1.0}, "norm": {2: -2.0}}
     with torch.no_grad():
@@ -140,7 +139,7 @@ def test_gates_are_those_of_the_modulation(attention):
             for place, value in values.items():
                 module.linear.weight.zero_()
                 module.linear.bias.unflatten(0, (-1, 32))[place] = value * (2 if "spatial" in name else 1)
-    found = attention_mass(pipeline, wish(pipeline, "mask"))["gates"]
+    found = attention_mass(pipeline, request_for(pipeline, "mask"))["gates"]
     for kind, image, text in (("attention", 0.25, 0.125), ("mlp", 0.5, 1.0)):
         assert np.shape(found[kind]["spatial"]) == (4, 4)
         for name, double, single in (("image", image, 2), ("text", text, 2), ("spatial", 2 * image, 4)):
@@ -155,7 +154,7 @@ def test_mmface_mass_and_gates(names):
             block.attention.image_qkv.weight[:32].zero_()  # the queries
             block.modulation.weight.zero_()
             block.modulation.bias.copy_(torch.arange(12).repeat_interleave(32))
-    found = attention_mass(pipeline, wish(pipeline, *names))
+    found = attention_mass(pipeline, request_for(pipeline, *names))
     assert found["tokens"] == {"image": 4, "text": 12}
     np.testing.assert_allclose(found["mass"]["image"]["text"], [[0.75] * 4] * 2, atol=1e-6)
     assert np.ptp(found["mass"]["text"]["image"]) > 0
@@ -170,11 +169,11 @@ def test_mmface_mass_and_gates(names):
 
 
 @pytest.mark.parametrize("make", [tiny_pipeline, tiny_mditface_pipeline])
-def test_watching_changes_no_bit(make):
+def test_observation_is_bit_identical(make):
     pipeline = make()
-    request = wish(pipeline, "mask")
+    request = request_for(pipeline, "mask")
     before, seen = generate(pipeline, request, [3])[0][0], []
-    with watched(pipeline.transformer) as now, SeeAttention(lambda *given: seen.append((now.step, now.block))):
+    with observed(pipeline.transformer) as state, ObserveAttention(lambda *_: seen.append((state.step, state.block))):
         during = generate(pipeline, request, [3])[0][0]
     assert during.tobytes() == before.tobytes()
     blocks = 2 if make is tiny_pipeline else 4
@@ -189,35 +188,23 @@ def test_watching_changes_no_bit(make):
 
 def test_shifted_positions():
     pipeline, parser = tiny_mditface_pipeline(), tiny_face_parser()
-    request, told = wish(pipeline, "mask", height=64, width=64, force_size=True), []
-    found = shifted_positions(pipeline, request, [3, 4], [0, 2], (parser, 32), lambda *done: told.append(done))
-    assert told == [(number, 6) for number in range(1, 7)]
+    request, reported = request_for(pipeline, "mask", height=64, width=64, force_size=True), []
+    found = shifted_positions(pipeline, request, [3, 4], [0, 2], (parser, 32), lambda *done: reported.append(done))
+    assert reported == [(number, 6) for number in range(1, 7)]
     assert found["unit"] == 16
     given = CONDITIONS["mask"].resize(draw_face(0, 0, 64).mask, 64, 64)
     with shifted(pipeline.transformer, 2):
-        pictures = [np.asarray(generate(pipeline, request, [seed])[0][0]) for seed in (3, 4)]
-    labels = parse_faces(parser, pictures, size=32)
+        images = [np.asarray(generate(pipeline, request, [seed])[0][0]) for seed in (3, 4)]
+    labels = parse_faces(parser, images, size=32)
     assert found["accuracy"][1] == [pixel_accuracy(given, own) for own in labels]
     assert found["moved"][1] == [pixel_accuracy(given[:, :32], own[:, 32:]) for own in labels]
     assert found["accuracy"][0] == found["moved"][0]
     straight = np.asarray(generate(pipeline, request, [3])[0][0])
-    assert not np.array_equal(straight, pictures[0])
+    assert not np.array_equal(straight, images[0])
     assert found["accuracy"][0][0] == pixel_accuracy(given, parse_faces(parser, [straight], size=32)[0])
 
 
-# --- Pictures and commands
-
-
-def test_heat_maps():
-    sheet = np.asarray(
-        heat_maps([{"a": [[0, 1], [2, 4]], "b": [[4, 4], [4, 0]]}], ["first", "second"], ["1", "2"], "x")
-    )
-    for colour, count in ((RAMP[0], 2), (RAMP[-1], 4), (RAMP[1], 1), (RAMP[2], 1)):
-        # the scale beside the panels has every colour once more, in a few lines of its own
-        found = (sheet == colour).all(-1).sum()
-        assert count * CELL**2 <= found <= count * CELL**2 + 3 * CELL
-    equal = np.asarray(heat_maps([{"a": [[1.0]]}], ["r"], ["c"], "x"))
-    assert (equal == RAMP[0]).all(-1).sum() >= CELL**2
+# --- Commands
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +221,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("command", "model", "more", "words"),
+    ("command", "model", "options", "texts"),
     [
         ("keys", "mditface", ["--sketch", "sketch.png"], ["trained with decoupled", "values sketch", "single 1"]),
         ("attention", "mditface", ["--steps", "2"], ["to mask", "gate spatial", "12 text, 4 image, 4 mask tokens"]),
@@ -243,48 +230,63 @@ def folder(tmp_path_factory) -> Path:
             "positions",
             "mditface",
             ["--count", "2", "--parser", "parser"],
-            ["shift 1", "without any condition", "16 pixels"],
+            ["shift 1", "Without conditions", "16 pixels"],
         ),
     ],
 )
-def test_commands(folder, tmp_path, capsys, monkeypatch, command, model, more, words):
+def test_commands(folder, tmp_path, capsys, monkeypatch, command, model, options, texts):
     monkeypatch.chdir(folder)
-    given = ("study", command, model, "a woman", "--mask", "mask.png", "--seed", 3, "--out", tmp_path / "out", *more)
-    more_shifts = ("--shifts", 0, 1) if command == "positions" else ()
-    assert run(*given, *more_shifts) == 0
-    told = capsys.readouterr()
-    assert all(word in told.out + told.err for word in words)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"{command}.json", f"{command}.png"]
+    arguments = (
+        "study",
+        command,
+        model,
+        "a woman",
+        "--mask",
+        "mask.png",
+        "--seed",
+        3,
+        "--out",
+        tmp_path / "out",
+        *options,
+    )
+    shifts = ("--shifts", 0, 1) if command == "positions" else ()
+    assert run(*arguments, *shifts) == 0
+    printed = capsys.readouterr()
+    assert all(text in printed.out + printed.err for text in texts)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"{command}.html", f"{command}.json"]
     found = json.loads((tmp_path / "out" / f"{command}.json").read_text())
     assert found["request"]["seed"] == 3
     assert "mask" in found["request"]["control_image"]
-    Image.open(tmp_path / "out" / f"{command}.png").load()
+    assert "background: rgba" in (tmp_path / "out" / f"{command}.html").read_text()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "text"),
     [
-        (["keys", "mmface", "--mask", "mask.png"], "MMFacePipeline has no tokens for conditions"),
+        (["keys", "mmface", "--mask", "mask.png"], "MMFacePipeline has no condition tokens"),
         (["keys", "concat", "--mask", "mask.png"], "concatenates conditions"),
-        (["keys", "mditface"], "give a mask, a sketch or keypoints"),
-        (["keys", "mditface", "--mask", "mask.png", "--steps", "1"], "give at least 2"),
-        (["attention", "mmface", "--mask", "mask.png", "--sketch", "sketch.png"], "study mask and sketch one by one"),
-        (["positions", "mmface", "--mask", "mask.png"], "no tokens for conditions"),
-        (["positions", "mditface", "--sketch", "sketch.png"], "against a mask: give one"),
-        (["positions", "mditface", "--mask", "mask.png"], "a shift of 2 tokens; the picture is 2 tokens wide"),
-        (["positions", "mditface", "--mask", "mask.png", "--count", "0"], "0 portraits"),
+        (["keys", "mditface"], "pass a mask, a sketch or keypoints"),
+        (["keys", "mditface", "--mask", "mask.png", "--steps", "1"], "pass at least 2"),
+        (
+            ["attention", "mmface", "--mask", "mask.png", "--sketch", "sketch.png"],
+            "study mask and sketch one at a time",
+        ),
+        (["positions", "mmface", "--mask", "mask.png"], "no condition tokens"),
+        (["positions", "mditface", "--sketch", "sketch.png"], "against a mask: pass a mask"),
+        (["positions", "mditface", "--mask", "mask.png"], "Cannot shift by 2 tokens: the image is 2 tokens wide"),
+        (["positions", "mditface", "--mask", "mask.png", "--count", "0"], "count is 0"),
         (["keys", "nowhere", "--mask", "mask.png"], "there is no model nowhere"),
         (["attention", "mditface", "--mask", "absent.png"], "absent.png"),
     ],
 )
-def test_bad_input(folder, tmp_path, capsys, monkeypatch, arguments, words):
+def test_bad_input(folder, tmp_path, capsys, monkeypatch, arguments, text):
     monkeypatch.chdir(folder)
     assert run("study", *arguments, "--out", tmp_path / "out") == 2
-    assert words in capsys.readouterr().err
+    assert text in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_shifts_of_nothing_are_refused():
+def test_negative_shift_is_rejected():
     pipeline = tiny_mditface_pipeline()
-    with pytest.raises(InputError, match="a shift of -1 tokens"):
-        shifted_positions(pipeline, wish(pipeline, "mask"), [0], [-1], (tiny_face_parser(), 32))
+    with pytest.raises(InputError, match="Cannot shift by -1 tokens"):
+        shifted_positions(pipeline, request_for(pipeline, "mask"), [0], [-1], (tiny_face_parser(), 32))
