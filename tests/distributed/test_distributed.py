@@ -95,7 +95,7 @@ def runs(root) -> Path:
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, str(HERE / "worker.py"), str(root / "jobs.json")], capture_output=True, text=True, timeout=600
+        [*command, str(HERE / "worker.py"), str(root / "jobs.json")], capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return root
@@ -184,7 +184,7 @@ def test_machines_meet_once_a_step():
     """
     given = os.environ | {"PYTHONPATH": str(HERE.parent)}
     command = [sys.executable, str(HERE / "pretended.py")]
-    done = subprocess.run(command, capture_output=True, text=True, env=given, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=given, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     (spread, added), (spread_thrice, added_thrice) = found["1"], found["3"]
@@ -204,7 +204,7 @@ def test_killed_anywhere(root, plain, tmp_path):
         "previews/000000000012.png",
     ]
     command = [sys.executable, str(HERE / "killed.py"), str(tmp_path / "recipe.json"), str(tmp_path / "run"), *moments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     found = load_state(tmp_path / "run")
     assert found.keys() == whole.keys()

@@ -52,7 +52,7 @@ def test_two_machines_of_two(root, tmp_path):
     command = [TORCHRUN, DEBUG, "--out", tmp_path / "run", *given, "layout=hybrid", "micro_batch=1"]
     where = environment(MACHINES="2", MASTER=f"127.0.0.1:{port}", RUN_ID="test", RESTARTS="0")
     machines = [subprocess.Popen(command, env=where, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [machine.communicate(timeout=300)[1] for machine in machines]
+    said = [machine.communicate(timeout=900)[1] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said[0][-3000:] + said[1][-3000:]
     loop.train(load_toml(DEBUG, TrainRecipe, (*given, "threads=1")), tmp_path / "alone")
     found, wanted = load_state(tmp_path / "run"), load_state(tmp_path / "alone")
@@ -66,7 +66,7 @@ def test_two_machines_of_two(root, tmp_path):
 def test_what_is_refused_is_not_started_again(root, tmp_path):
     """Each process says it once, and the script ends as the command does."""
     command = [TORCHRUN, DEBUG, *shortened(root), "optimizer.batch=5", "--out", tmp_path / "run"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
     assert done.returncode == 2, done.stderr[-3000:]
     assert done.stderr.count("a batch of 5 cannot be cut into parts") == 2
     assert not (tmp_path / "run").exists()
@@ -81,7 +81,7 @@ def test_told_to_end(root, tmp_path):
     while script.poll() is None and not reported(tmp_path):
         time.sleep(0.05)
     script.terminate()
-    errors = script.communicate(timeout=300)[1]
+    errors = script.communicate(timeout=900)[1]
     assert script.returncode == 75, errors[-3000:]
     assert errors.count("run the same command again to go on") == 2
     (state,) = states(tmp_path)
