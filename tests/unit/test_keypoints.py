@@ -86,9 +86,10 @@ def test_rejected_sources(tmp_path):
         "does not exist": tmp_path / "nothing.npy",
         "shape": POINTS.ravel(),
     }
-    for sentence, source in cases.items():
-        with pytest.raises(InputError, match=sentence):
+    for message, source in cases.items():
+        with pytest.raises(InputError, match=message) as caught:
             read(source)
+        assert caught.value.kind == ("missing-file" if message == "does not exist" else "corrupt-file")
 
 
 @pytest.mark.parametrize("points", [POINTS, mesh()], ids=["68", "478"])

@@ -186,28 +186,30 @@ def test_rejected_sources(tmp_path):
     Image.fromarray(FACE).save(tmp_path / "numbers.jpg")
     (tmp_path / "folder").mkdir()
     blended = np.asarray(Image.fromarray(drawn_mask(512)).resize((256, 256), Image.Resampling.BILINEAR))
+    two_colours = np.array([[9, 120, 33], [240, 10, 90]], np.uint8)[(FACE > 0).astype(int)]
     cases = {
-        "photograph, not a mask": noise,
-        "grey values from": FACE * 10,
-        "match no known mask palette": np.array([[9, 120, 33], [240, 10, 90]], np.uint8)[(FACE > 0).astype(int)],
-        "no face": np.zeros((64, 64), np.uint8),
-        "mostly white": np.full((64, 64), 255, np.uint8),
-        "blended by a smooth resize": blended,
-        "JPEG": tmp_path / "numbers.jpg",
-        "0 bytes": tmp_path / "empty.png",
-        "not a readable image": tmp_path / "text.png",
-        "truncated": tmp_path / "cut.png",
-        "does not exist": tmp_path / "none.png",
-        "no part files": tmp_path / "folder",
-        "fractional": np.full((64, 64), 0.5),
-        "no class or several": np.zeros((19, 64, 64), np.uint8) + (np.arange(19) < 2)[:, None, None],
-        "partly transparent": np.dstack([PALETTE[FACE], np.full(FACE.shape, 100, np.uint8)]),
-        "too small": np.ones((4, 4), np.uint8),
-        "shape": np.ones((2, 3, 4, 5)),
+        "photograph, not a mask": ("off-palette", noise),
+        "grey values from": ("off-palette", FACE * 10),
+        "match no known mask palette": ("off-palette", two_colours),
+        "no face": ("blank", np.zeros((64, 64), np.uint8)),
+        "mostly white": ("off-palette", np.full((64, 64), 255, np.uint8)),
+        "blended by a smooth resize": ("blended-labels", blended),
+        "JPEG": ("off-palette", tmp_path / "numbers.jpg"),
+        "0 bytes": ("corrupt-file", tmp_path / "empty.png"),
+        "not a readable image": ("corrupt-file", tmp_path / "text.png"),
+        "truncated": ("corrupt-file", tmp_path / "cut.png"),
+        "does not exist": ("missing-file", tmp_path / "none.png"),
+        "no part files": ("off-palette", tmp_path / "folder"),
+        "fractional": ("off-palette", np.full((64, 64), 0.5)),
+        "no class or several": ("off-palette", np.zeros((19, 64, 64), np.uint8) + (np.arange(19) < 2)[:, None, None]),
+        "partly transparent": ("off-palette", np.dstack([PALETTE[FACE], np.full(FACE.shape, 100, np.uint8)])),
+        "too small": ("corrupt-file", np.ones((4, 4), np.uint8)),
+        "shape": ("off-palette", np.ones((2, 3, 4, 5))),
     }
-    for sentence, source in cases.items():
-        with pytest.raises(InputError, match=sentence) as caught:
+    for message, (kind, source) in cases.items():
+        with pytest.raises(InputError, match=message) as caught:
             read(source)
+        assert caught.value.kind == kind, message
         assert "\n" not in str(caught.value)
 
 

@@ -66,18 +66,19 @@ def test_other_images_are_rejected():
     y, x = np.mgrid[0:128, 0:128] / 128
     photo = np.stack([0.6 + 0.4 * np.sin(5 * x), 0.5 + 0.4 * np.cos(4 * y), 0.5 + 0.4 * np.sin(3 * x + 4 * y)], -1)
     cases = {
-        "continuous tones": (255 * photo).clip(0, 255).astype(np.uint8),
-        "like a mask": PALETTE[drawn_mask()],
-        "like a class mask": drawn_mask(),
-        "blank": np.full((64, 64), 255, np.uint8),
-        "shape": np.zeros((3, 4, 5, 6)),
-        "fractions must": np.full((64, 64), 7.5),
+        "continuous tones": ("no-sketch", (255 * photo).clip(0, 255).astype(np.uint8)),
+        "like a mask": ("no-sketch", PALETTE[drawn_mask()]),
+        "like a class mask": ("no-sketch", drawn_mask()),
+        "blank": ("blank", np.full((64, 64), 255, np.uint8)),
+        "shape": ("no-sketch", np.zeros((3, 4, 5, 6))),
+        "fractions must": ("no-sketch", np.full((64, 64), 7.5)),
     }
-    for sentence, source in cases.items():
-        with pytest.raises(InputError, match=sentence):
+    for message, (kind, source) in cases.items():
+        with pytest.raises(InputError, match=message) as caught:
             read(source)
+        assert caught.value.kind == kind, message
     with pytest.raises(InputError, match="continuous tones"):
-        read(cases["continuous tones"].mean(axis=2).astype(np.uint8))
+        read(cases["continuous tones"][1].mean(axis=2).astype(np.uint8))
 
 
 def test_thin_lines_stay_dark_when_shrunk():
@@ -95,5 +96,5 @@ def test_thin_lines_stay_dark_when_shrunk():
 
 def test_flip_and_render():
     np.testing.assert_array_equal(flip(LINES), LINES[:, ::-1])
-    picture = render(LINES, 128, 128)
-    np.testing.assert_array_equal(picture, np.repeat(LINES[..., None], 3, 2))
+    image = render(LINES, 128, 128)
+    np.testing.assert_array_equal(image, np.repeat(LINES[..., None], 3, 2))
