@@ -25,6 +25,7 @@ from likeness.pipelines.load import load
 from likeness.train import loop, student
 from likeness.train.checkpoint import load_state, states
 from likeness.train.config import StudentRecipe
+from likeness.train.posthoc import average_of
 from likeness.train.student import Discriminator, Samples, draw, losses_of, student_rate, train_student
 from likeness.types import InputError, PortraitRequest, TextFeatures, TryAgain
 from runs import SIZE, metrics, prepare
@@ -345,6 +346,15 @@ def test_a_batch_holds_every_time(prepared, tmp_path, monkeypatch):
         assert torch.equal(samples.index[3:], before.index[:-3])
         assert torch.equal(samples.previous[3:], result.estimates[:-3])
         assert torch.equal(samples.previous[:3], samples.clean[:3])
+
+
+def test_average_chosen_after_training(prepared, tmp_path):
+    """`likeness average` works on a student's run, and its folder samples as the student does."""
+    given = recipe(prepared, optimizer={"ema": 0.1, "ema_choices": [0.2]})
+    train_student(given, tmp_path)
+    pipeline = load(average_of(tmp_path, 0.15))
+    assert pipeline.scheduler.config.stochastic_sampling
+    assert pipeline.config.defaults["guidance_scale"] == 1.0
 
 
 def test_one_step(prepared, tmp_path):
