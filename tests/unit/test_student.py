@@ -132,7 +132,7 @@ def test_sigterm_saves_a_checkpoint(prepared, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(student, "losses_of", with_signal)
-        with pytest.raises(TryAgain, match="after 9 images: run the same command again"):
+        with pytest.raises(TryAgain, match="stopped by SIGTERM after 9 images: run the same command again to continue"):
             train_student(recipe(prepared), tmp_path / "parts")
     assert [int(path.name) for path in states(tmp_path / "parts")] == [6, 9]
     train_student(recipe(prepared), tmp_path / "parts")
@@ -274,6 +274,19 @@ def test_discriminator_reads_the_image_tokens(attention):
         assert torch.equal(
             discriminator.backbone(samples.clean, time, *arguments), network(samples.clean, time, *arguments)
         )
+
+
+@pytest.mark.parametrize("network", ["mmface", "mditface"])
+def test_discriminator_compiles_as_one_graph(network):
+    """The hooks do not break the graph, and every call reads its own features."""
+    teacher = tiny_transformer() if network == "mmface" else TEACHERS[network]().transformer
+    discriminator = Discriminator(teacher, [0, 1], width=8)
+    compiled = torch.compile(discriminator, backend="eager", fullgraph=True, dynamic=False)
+    samples, time = given_samples(4, [[0], [1], [2], [-1]]), torch.full((4,), 500.0)
+    with torch.no_grad():
+        for latents in (samples.clean, 2 * samples.clean):
+            ours = compiled(latents, time, *samples.arguments())
+            assert torch.equal(ours, discriminator(latents, time, *samples.arguments()))
 
 
 def test_features_are_those_of_the_network():

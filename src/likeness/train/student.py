@@ -537,7 +537,7 @@ def learn(
         elif stop:  # little time is left: publishing can wait
             save_state(run, seen, trainer.state(), recipe.keep)
         if stop:
-            raise TryAgain(f"told to end after {seen:,} images: run the same command again to go on")
+            raise TryAgain(f"stopped by SIGTERM after {seen:,} images: run the same command again to continue")
     reporter.close()
     return run / "model"
 
