@@ -13,7 +13,8 @@ from likeness.cli.training import trainer_of
 from likeness.config import load_toml
 from likeness.models.mditface import MDiTFaceTransformer
 from likeness.objectives import make_objective
-from likeness.train.config import MDiTFaceAdapter, TrainRecipe
+from likeness.pipelines.load import load
+from likeness.train.config import MDiTFaceAdapter, TrainRecipe, check_student, parts_of
 from likeness.train.networks import (
     adapter_of,
     begin_adapter,
@@ -23,6 +24,7 @@ from likeness.train.networks import (
     share_of,
 )
 from likeness.train.optim import trained_parameters
+from likeness.train.student import blocks_of
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 
@@ -63,6 +65,16 @@ def states(path: Path, parameters: int) -> bool:
 def test_recipe(path):
     kind, _ = trainer_of(path)
     recipe = load_toml(path, kind)
+    if recipe.kind == "student":
+        check_student(recipe)
+        network = load(recipe.teacher).transformer
+        assert max(recipe.discriminator.blocks) < len(blocks_of(network)[0])
+        assert {part for share in recipe.data.condition_shares for part in parts_of(share)} <= set(
+            network.config.condition_names
+        )
+        assert states(path, sum(p.numel() for p in network.parameters()))
+        assert recipe.optimizer.images % recipe.optimizer.batch == 0
+        return
     if recipe.kind != "transformer":
         return
     channels, text = WIDTHS.get(path.stem, (16, 192))

@@ -81,6 +81,11 @@ def trainer_of(path: Path) -> tuple[type, Callable[[Any, Path], Any]]:
         from likeness.train.loop import train as train_transformer
 
         return TrainRecipe, train_transformer
+    if kind == "student":
+        from likeness.train.config import StudentRecipe
+        from likeness.train.student import train_student
+
+        return StudentRecipe, train_student
     if kind == "autoencoder":
         from likeness.train.components.autoencoder import AutoencoderRecipe, train_autoencoder
 
@@ -97,7 +102,7 @@ def trainer_of(path: Path) -> tuple[type, Callable[[Any, Path], Any]]:
         from likeness.train.components.face_parser import FaceParserRecipe, train_face_parser
 
         return FaceParserRecipe, train_face_parser
-    kinds = '"transformer", "autoencoder", "decoder", "text_image" or "face_parser"'
+    kinds = '"transformer", "student", "autoencoder", "decoder", "text_image" or "face_parser"'
     raise InputError(f"{path} says kind = {kind!r}; it must be {kinds}")
 
 

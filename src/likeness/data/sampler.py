@@ -29,3 +29,10 @@ def stream(seed: int, position: int) -> np.random.Generator:
     """
     # The 1 keeps them apart from the sampler's orders: only position 0 shares its numbers with epoch 1's, without harm.
     return np.random.default_rng([seed, 1, position])
+
+
+def step_stream(seed: int, position: int) -> np.random.Generator:
+    """Return the random numbers of the training step that begins at this position, for draws that belong to a whole
+    batch instead of one sample.
+    """
+    return np.random.default_rng([seed, 2, position])

@@ -57,6 +57,10 @@ class RectifiedFlow:
     def target(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         return noise - clean
 
+    def denoise(self, noisy: Tensor, prediction: Tensor, time: Tensor) -> Tensor:
+        """Estimate x_0 = x_t - t v from x_t and the predicted v, both [B, C, h, w], at times [B]."""
+        return noisy - column(time, noisy) * prediction
+
     def weight(self, time: Tensor) -> Tensor:
         return torch.ones_like(time, dtype=torch.float32)
 
@@ -68,6 +72,12 @@ class RectifiedFlow:
 
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TIMESTEPS)
+
+    def renoising_scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+        """Return the sampler of few-step models: x_next = (1 - t_next) x_0 + t_next noise, with x_0 estimated by
+        `denoise` and fresh noise at every step.
+        """
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TIMESTEPS, stochastic_sampling=True)
 
     def schedule(self, steps: int) -> dict[str, Any]:
         # The scheduler's own choice of sigmas ends at 1/1000 and is not uniform in n: with it 8 steps miss the

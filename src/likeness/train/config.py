@@ -185,9 +185,87 @@ class TrainRecipe:
     """Project at Weights & Biases to report to, where it is installed and set up."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class DiscriminatorRecipe:
+    """The discriminator of a student: a copy of the teacher with a small head after some of its blocks."""
+
+    blocks: tuple[int, ...]
+    """Blocks of the teacher, counted from 0, whose image tokens the heads read."""
+    width: int = 128
+    """Width of a head."""
+    frozen_images: int
+    """Stage 1: images during which the copy of the teacher is frozen and only the heads are trained."""
+    learning_rate: float = 1e-5
+    """Rate of the copy of the teacher in stage 2."""
+    head_learning_rate: float = 5e-4
+    """Rate of the heads."""
+    warmup: int = 0
+    """Images during which only the heads are trained, before the first update of the student."""
+    penalty: float = 1.0
+    """Weight of the approximate R1 penalty."""
+    penalty_noise: float = 0.1
+    """Standard deviation of its noise, in normalised latents."""
+    mismatch: float = 0.5
+    """Weight of real images with the text and conditions of others, which count as fakes."""
+    time_mean: float = 0.0
+    """Mean of the normal whose sigmoid is the noise level of the discriminator's inputs."""
+    time_std: float = 1.2
+    """Standard deviation of that normal."""
+    clean_fraction: float = 0.2
+    """Fraction of the inputs with almost no noise instead (time 0.02)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentRecipe:
+    """Adversarial training of a few-step student from a flow model (`likeness.train.student`)."""
+
+    kind: Literal["student"] = "student"
+    """What the recipe trains."""
+    teacher: str
+    """The flow model that the student and the discriminator start from: a bundled name, a folder or a hub id."""
+    steps: int = 4
+    """Sampling steps K that are trained. A sampler with any divisor of K steps uses trained times only."""
+    data: DataRecipe
+    """Training data. The components are the teacher's."""
+    optimizer: OptimizerRecipe
+    """Of the student. Every step adds `batch` new images and trains on K x batch samples, one for each time."""
+    frozen_learning_rate: float | None = None
+    """Rate of the student in stage 1; None takes `optimizer.learning_rate`."""
+    discriminator: DiscriminatorRecipe
+    """The discriminator and its losses."""
+    flow_weight: float = 0.1
+    """Weight of the teacher's own loss (flow matching) in the student's, which keeps it near the data."""
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """Default settings of the published pipeline. Otherwise: the teacher's size, K steps, no guidance."""
+    preview: tuple[PreviewRecipe, ...] = ()
+    """Images to generate at every checkpoint."""
+    seed: int = 0
+    """Seed of every random draw."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Number format of the computation; weights and optimizer states are always float32."""
+    compile: bool = False
+    """Use torch.compile for student and discriminator: minutes at the start, faster steps after."""
+    threads: int | None = None
+    """CPU threads. Default: PyTorch's."""
+    log_every: int = 480
+    """Images between reports."""
+    checkpoint_every: int = 4800
+    """Images between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept."""
+    tensorboard: bool = False
+    """Write TensorBoard event files."""
+    wandb: str | None = None
+    """Project at Weights & Biases to report to."""
+
+
 FREE = ("threads", "compile", "layout", "micro_batch", "log_every", "checkpoint_every", "canary_every", "keep")
 FREE += ("preview", "defaults", "tensorboard", "wandb", "optimizer.images", "network.gradient_checkpointing")
 """What changes speed, length or reports and may differ between the starts of one run."""
+
+FREE_STUDENT = ("threads", "compile", "log_every", "checkpoint_every", "keep", "preview", "defaults", "tensorboard")
+FREE_STUDENT += ("wandb", "optimizer.images")
+"""The same for a student."""
 
 DEFAULTS = ("size", "steps", "guidance_scale", "guidance_interval")
 """Keys of `TrainRecipe.defaults`."""
@@ -226,6 +304,44 @@ def check(recipe: TrainRecipe) -> None:
             raise InputError(f"the recipe's {name} is {value}: it must be {wanted}")
     if unknown := sorted(recipe.defaults.keys() - set(DEFAULTS)):
         raise InputError(f"the recipe's defaults: unknown key {unknown[0]!r}; known are {', '.join(sorted(DEFAULTS))}")
+
+
+def check_student(recipe: StudentRecipe) -> None:
+    """Check the values that `check` does not know.
+
+    Raises:
+        InputError: at the first value that is out of range.
+    """
+    d, steps = recipe.discriminator, recipe.defaults.get("steps", recipe.steps)
+    for name, value, good, wanted in (
+        ("steps", recipe.steps, recipe.steps >= 1, "at least 1"),
+        ("defaults.steps", steps, isinstance(steps, int) and steps >= 1, "a whole number of at least 1"),
+        ("flow_weight", recipe.flow_weight, recipe.flow_weight >= 0, "at least 0"),
+        ("frozen_learning_rate", recipe.frozen_learning_rate, (recipe.frozen_learning_rate or 1) > 0, "above 0"),
+        ("data.components", recipe.data.components, recipe.data.components is None, "left out: the teacher decides"),
+        ("data.validation", list(recipe.data.validation), not recipe.data.validation, "left out: nothing reads it"),
+        ("discriminator.blocks", list(d.blocks), len(d.blocks) > 0, "one block or more"),
+        ("discriminator.blocks", list(d.blocks), len(set(d.blocks)) == len(d.blocks), "different blocks"),
+        ("discriminator.width", d.width, d.width >= 1, "at least 1"),
+        ("discriminator.frozen_images", d.frozen_images, d.frozen_images >= 0, "at least 0"),
+        ("discriminator.warmup", d.warmup, d.warmup >= 0, "at least 0"),
+        ("discriminator.learning_rate", d.learning_rate, d.learning_rate > 0, "above 0"),
+        ("discriminator.head_learning_rate", d.head_learning_rate, d.head_learning_rate > 0, "above 0"),
+        ("discriminator.penalty", d.penalty, d.penalty >= 0, "at least 0"),
+        ("discriminator.penalty_noise", d.penalty_noise, d.penalty_noise > 0, "above 0"),
+        ("discriminator.mismatch", d.mismatch, d.mismatch >= 0, "at least 0"),
+        ("discriminator.time_std", d.time_std, d.time_std > 0, "above 0"),
+        ("discriminator.clean_fraction", d.clean_fraction, 0 <= d.clean_fraction <= 1, "from 0 to 1"),
+    ):
+        if not good:
+            raise InputError(f"the recipe's {name} is {value}: it must be {wanted}")
+    if recipe.steps % steps:
+        divisors = ", ".join(str(n) for n in range(1, recipe.steps + 1) if recipe.steps % n == 0)
+        raise InputError(
+            f"the recipe's defaults.steps is {steps}, but a student of {recipe.steps} steps is trained for {divisors}"
+        )
+    if d.mismatch and recipe.optimizer.batch < 2:
+        raise InputError("the recipe's optimizer.batch is 1: discriminator.mismatch needs at least 2")
 
 
 def micro_batch(recipe: TrainRecipe, processes: int) -> int:

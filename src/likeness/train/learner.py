@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from likeness.parallel import ALONE, World, whole
 from likeness.train.checkpoint import entries, newest, read_into
@@ -83,11 +84,7 @@ class Learner:
             return False
         found = entries(path)
         self.make_room(found)
-        state = self.state()
-        if state.keys() != found.keys() or any(tuple(found[n].size) != tuple(v.shape) for n, v in state.items()):
-            odd = sorted(state.keys() ^ found.keys()) or ["a shape"]
-            raise InputError(f"the checkpoint {path} is of another network ({odd[0]}): choose another run folder")
-        read_into(path, state, self.world)
+        fill(self.state(), path, found, self.world)
         self.seen = int(path.name)
         return True
 
@@ -105,3 +102,15 @@ class Learner:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
             self.model.zero_grad(set_to_none=True)
+
+
+def fill(state: Mapping[str, Tensor], path: Path, found: Mapping[str, TensorStorageMetadata], world: World) -> None:
+    """Read the checkpoint `path`, which contains the entries `found`, into the tensors of `state`.
+
+    Raises:
+        InputError: the checkpoint cannot be read, or its names or shapes are not those of `state`.
+    """
+    if state.keys() != found.keys() or any(tuple(found[n].size) != tuple(v.shape) for n, v in state.items()):
+        odd = sorted(state.keys() ^ found.keys()) or ["a shape"]
+        raise InputError(f"the checkpoint {path} is of another network ({odd[0]}): choose another run folder")
+    read_into(path, state, world)

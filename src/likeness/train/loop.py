@@ -11,7 +11,7 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -178,10 +178,17 @@ def learn(recipe: TrainRecipe, run: Path, world: World, told: Sequence[int]) -> 
 
 
 def save(
-    recipe: TrainRecipe, learner: Learner, components: Components, objective: Objective, run: Path, last: bool
+    recipe: TrainRecipe,
+    learner: Learner,
+    components: Components,
+    objective: Objective,
+    run: Path,
+    last: bool,
+    state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Publish, preview, and write a state, in this order: whoever finds a state finds what it published. Where the disk
-    is full the run goes on, and the next checkpoint tries again; the last one must succeed.
+    is full the run goes on, and the next checkpoint tries again; the last one must succeed. `state` replaces the
+    learner's own, for trainings that have more to save.
     """
     adapted = isinstance(recipe.network, MDiTFaceAdapter)
     pipeline, weights = averaged_pipeline(recipe, learner, components, objective)
@@ -201,7 +208,7 @@ def save(
             learner.model.train()
     try:
         keep_averages(learner, run)
-        save_state(run, learner.seen, learner.state(), recipe.keep, learner.world)
+        save_state(run, learner.seen, learner.state() if state is None else state, recipe.keep, learner.world)
         if learner.world.main:
             write_page(run)
     except InputError as error:
