@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from likeness.conditions.pictures import open_picture
-from likeness.data.folder import METADATA, captions_of, each_row, line_of
+from likeness.data.folder import METADATA, captions_of, each_row, line_of, splits_of
 from likeness.files import writing_whole
 from likeness.prepare.caption.endpoint import Meter, Refused, Spent, open_endpoint
 from likeness.prepare.caption.grammar import ATTRIBUTES, write_captions
@@ -40,7 +40,6 @@ from likeness.prepare.caption.records import (
 )
 from likeness.prepare.caption.refine import accept, facts_of, read_labels, without_contradictions
 from likeness.prepare.caption.rules import Count, filter_answer, shorten
-from likeness.prepare.faults import splits_of
 from likeness.types import InputError
 
 Row = dict[str, Any]
