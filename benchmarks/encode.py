@@ -218,7 +218,7 @@ def kills(root: Path, options: argparse.Namespace) -> None:
     bad += wrong_records(faces, out)
     entries = sum(count for _, count in Store(out).manifest["latents"])
     print(
-        f"{killed} of {options.kills} runs of about {duration:.1f} s killed; afterwards {new_ones} stores were the new one"
+        f"{killed} of {options.kills} runs of about {duration:.1f} s killed; afterwards {new_ones} were the new store"
     )
     print(
         f"  wrong or missing records: {bad}; at the end {entries} entries for {len(contents(faces))} files",
