@@ -18,7 +18,7 @@ test: $(VENV)/.dev  ## Run the test suite
 lint: $(VENV)/.dev  ## Check style, types and import layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyrefly check
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 	$(BIN)/lint-imports
 
 check: lint test  ## Everything CI checks
@@ -64,7 +64,8 @@ test-newest:  ## Run the suite with the newest versions that pyproject.toml allo
 	.venv-newest/bin/python -m pytest -n 2
 
 test-oldest: $(VENV)/.dev  ## Run the suite with the oldest versions that pyproject.toml allows
-	$(COMPILE) --extra dev --resolution lowest-direct --constraint requirements/torch.txt --output-file build/oldest.txt
+	mkdir -p build
+	$(COMPILE) --extra dev --resolution lowest-direct --output-file build/oldest.txt
 	rm -rf .venv-oldest && $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --no-deps -r build/oldest.txt
 	.venv-oldest/bin/python -m pip install --quiet --no-deps --editable .

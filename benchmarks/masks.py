@@ -1,12 +1,12 @@
-"""Masks in the forms in which they circulate: how many are recognised, refused and, worst, taken for what they are not.
+"""Read masks in all published formats and count which are read correctly, rejected, or read incorrectly.
 
-python benchmarks/masks.py                                  # drawn faces
+python benchmarks/masks.py                                  # synthetic faces
 python benchmarks/masks.py --folder data/hq/test            # the masks of a prepared folder
 
-Every mask is written in 4 palettes x 5 class orders x 6 forms: class numbers (index), a palette PNG whose numbers
-follow the order and whose colours the palette, RGB, BGR, one-hot planes, and a file a part. Right is the very array
-that was written, in the canonical order; a refusal is an `InputError`; anything else is wrong. Where a form does not
-depend on palette or order, it is read once and counted for all.
+Each mask is written in 4 palettes x 5 class orders x 6 formats: class numbers (index), a palette PNG whose numbers
+follow the order and whose colours follow the palette, RGB, BGR, one-hot planes, and one file per part. A correct result
+equals the labels in canonical order; an `InputError` is a rejection; anything else is wrong. A format that does not
+depend on the palette or the order is read once and weighted accordingly.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from likeness.conditions.classes import CLASSES, ORDERS, PALETTES, order_table
 from likeness.conditions.mask import read, resize
+from likeness.conditions.mask.classes import CLASSES, ORDERS, PALETTES, order_table
 from likeness.data.folder import each_row
 from likeness.data.synthetic import draw_face
 from likeness.types import InputError
 
 TIMES = {"facer or SegFace": 2}
-"""Order -> the tools that have it; the others have one each, which makes five."""
+"""Order -> number of tools that use it, 1 by default: five in total."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="prepared folder with masks; drawn faces by default")
-    parser.add_argument("--count", type=int, default=80, help="masks")
-    parser.add_argument("--size", type=int, default=256, help="pixels a side")
+    parser.add_argument("--folder", type=Path, help="prepared folder with masks. Default: synthetic faces")
+    parser.add_argument("--count", type=int, default=80, help="number of masks")
+    parser.add_argument("--size", type=int, default=256, help="side in pixels")
     options = parser.parse_args()
     counts: dict[str, Counter[str]] = {}
-    refusals: Counter[str] = Counter()
+    rejections: Counter[str] = Counter()
     for labels in masks(options.folder, options.count, options.size):
         with tempfile.TemporaryDirectory() as folder:
             for form, order, source, weight in forms(labels, Path(folder)):
                 try:
-                    verdict = "right" if np.array_equal(read(source).raw, labels) else "wrong"
+                    result = "right" if np.array_equal(read(source).raw, labels) else "wrong"
                 except InputError as error:
-                    verdict = "refused"
-                    refusals[f"{form}, {order}: {str(error).partition(':')[0][-60:]}"] += weight
-                counts.setdefault(form, Counter())[verdict] += weight
-    print(f"{'form':<10}{'right':>8}{'refused':>9}{'wrong':>7}{'right':>10}")
+                    result = "rejected"
+                    rejections[f"{form}, {order}: {error.kind}"] += weight
+                counts.setdefault(form, Counter())[result] += weight
+    print(f"{'form':<10}{'right':>8}{'rejected':>9}{'wrong':>7}{'right':>10}")
     for form, found in [*counts.items(), ("all", sum(counts.values(), Counter()))]:
-        share = 100 * found["right"] / found.total()
-        print(f"{form:<10}{found['right']:>8}{found['refused']:>9}{found['wrong']:>7}{share:>8.2f} %")
-    for reason, count in refusals.most_common(8):
-        print(f"refused {count} times: {reason}")
+        percentage = 100 * found["right"] / found.total()
+        print(f"{form:<10}{found['right']:>8}{found['rejected']:>9}{found['wrong']:>7}{percentage:>8.2f} %")
+    for reason, count in rejections.most_common(8):
+        print(f"rejected {count} times: {reason}")
 
 
 def masks(folder: Path | None, count: int, size: int) -> Iterator[np.ndarray]:
@@ -65,7 +65,7 @@ def masks(folder: Path | None, count: int, size: int) -> Iterator[np.ndarray]:
 
 
 def forms(labels: np.ndarray, folder: Path) -> Iterator[tuple[str, str, Path | np.ndarray, int]]:
-    """(form, order, file or array, cells of the table that it stands for)."""
+    """Yield (format, order, file or array, weight)."""
     tools = sum(TIMES.get(order, 1) for order in ORDERS)
     for order in ORDERS:
         numbers, weight = np.argsort(order_table(order))[labels].astype(np.uint8), TIMES.get(order, 1)
@@ -73,9 +73,9 @@ def forms(labels: np.ndarray, folder: Path) -> Iterator[tuple[str, str, Path | n
         yield "index", order, folder / "index.png", weight * len(PALETTES)
         yield "one-hot", order, np.eye(len(CLASSES), dtype=np.uint8)[numbers].transpose(2, 0, 1), weight * len(PALETTES)
         for palette in PALETTES.values():
-            picture = Image.fromarray(numbers)
-            picture.putpalette(palette[order_table(order)].tobytes())
-            picture.save(folder / "palette.png")
+            image = Image.fromarray(numbers)
+            image.putpalette(palette[order_table(order)].tobytes())
+            image.save(folder / "palette.png")
             yield "palette", order, folder / "palette.png", weight
     for palette in PALETTES.values():
         for form, channels in (("RGB", slice(None)), ("BGR", slice(None, None, -1))):

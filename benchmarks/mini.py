@@ -1,10 +1,10 @@
-"""The measured quality of the bundled model, as its card has it: what survives the autoencoder, how much the conditions
-lower the loss, and `likeness evaluate` with judges that made no training data.
+"""Measure the bundled model as its model card reports it: reconstruction by the autoencoder, loss with and without
+conditions, and `likeness evaluate` with networks that did not annotate the training data.
 
 python benchmarks/mini.py data/celeba/test --shards data/shards/test --photos data/celebamask/test \
-    --judge runs/face_parser_judge --text-judge runs/text_image_judge --train data/celeba/train --out runs/judged
+    --face-parser runs/face_parser_judge --text-image runs/text_image_judge --train data/celeba/train --out runs/mini
 
---out gets the portraits, results.json, report.md and report.html; an interrupted run goes on.
+Run the same command again to resume.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from typing import Any
 import likeness
 from likeness.data.folder import read_folder
 from likeness.data.store import Store
-from likeness.evaluate.config import BUNDLED, Protocol
-from likeness.evaluate.evaluation import evaluate
-from likeness.evaluate.page import write_report
-from likeness.evaluate.report import markdown_table
+from likeness.evaluate.protocol import BUNDLED, Protocol
+from likeness.evaluate.report import markdown_table, numbers_table, write_report
+from likeness.evaluate.run import evaluate
 from likeness.train.components.autoencoder import measure
 from likeness.train.validate import condition_losses
 
@@ -30,54 +29,56 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("faces", type=Path, help="prepared folder of held-out faces")
     parser.add_argument("--model", default="mmface-mini")
-    parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--shards", type=Path, help="their shards: adds the losses")
-    parser.add_argument("--photos", type=Path, nargs="*", default=[], help="folders for the autoencoder")
-    parser.add_argument("--judge", default=BUNDLED, help="run folder of a face parser")
-    parser.add_argument("--text-judge", default=BUNDLED, help="run folder of a text-image pair")
-    parser.add_argument("--landmarker", help="MediaPipe's face_landmarker.task: adds the keypoint error")
-    parser.add_argument("--train", help="folder of the training faces: adds the nearest neighbours")
-    parser.add_argument("--out", type=Path, help="where portraits and the report are kept: adds the judges' numbers")
+    parser.add_argument("--count", type=int, default=1000, help="maximum number of faces")
+    parser.add_argument("--shards", type=Path, help="shards of the faces, to measure the loss")
+    parser.add_argument("--photos", type=Path, nargs="*", default=[], help="folders to measure the autoencoder")
+    parser.add_argument("--face-parser", default=BUNDLED, help="training run of a face parser")
+    parser.add_argument("--text-image", default=BUNDLED, help="training run of a text-image pair")
+    parser.add_argument("--landmarker", help="MediaPipe's face_landmarker.task, to measure the keypoint error")
+    parser.add_argument("--train", help="folder of the training faces, to find the nearest neighbors")
+    parser.add_argument("--out", type=Path, help="folder of the evaluation; without it, no evaluation")
     options = parser.parse_args()
     pipeline = likeness.load(options.model)
     for folder in options.photos:
-        autoencoder(pipeline, folder)
+        measure_autoencoder(pipeline, folder)
     if options.shards:
-        losses(pipeline, options.shards, options.count)
+        measure_losses(pipeline, options.shards, options.count)
     if options.out:
-        settings = Protocol(
+        protocol = Protocol(
             count=options.count,
-            face_parser=options.judge,
-            text_image=options.text_judge,
+            face_parser=options.face_parser,
+            text_image=options.text_image,
             landmarker=options.landmarker,
             train=options.train,
         )
-        report = lambda what, done, total: done % 50 or print(f"  {what}: {done} of {total}", flush=True)  # noqa: E731
-        results = evaluate(options.faces, options.out, settings, pipeline=pipeline, model=options.model, report=report)
-        if results is not None:  # None in all processes but the first
+        progress = lambda task, done, total: done % 50 or print(f"  {task}: {done} of {total}", flush=True)  # noqa: E731
+        results = evaluate(
+            options.faces, options.out, protocol, pipeline=pipeline, model=options.model, progress=progress
+        )
+        if results is not None:  # rank 0
             write_report(results, options.out)
-            print(markdown_table(results))
+            print(markdown_table(numbers_table(results)))
             print(options.out / "report.html")
 
 
-def autoencoder(pipeline: Any, folder: Path) -> None:
-    """What survives the autoencoder."""
+def measure_autoencoder(pipeline: Any, folder: Path) -> None:
+    """Print PSNR and the labels that a face parser recovers after encoding and decoding."""
     found = measure(pipeline.vae, read_folder(folder), SIZE)
-    print(f"autoencoder on {folder}: {found['psnr']:.2f} dB, mean of {found['pictures']} pictures at {SIZE} px")
+    print(f"autoencoder on {folder}: {found['psnr']:.2f} dB, mean of {found['pictures']} images at {SIZE} px")
     classes = {name.removeprefix("labels_"): v for name, v in found.items() if name.startswith("labels_")}
     if classes:
-        worst = ", ".join(f"{name} {share:.2f}" for name, share in sorted(classes.items(), key=lambda c: c[1])[:4])
-        print(f"  labels that survive: {found['labels']:.3f}; worst: {worst}", flush=True)
+        worst = ", ".join(f"{name} {value:.2f}" for name, value in sorted(classes.items(), key=lambda c: c[1])[:4])
+        print(f"  recovered labels: {found['labels']:.3f}; worst classes: {worst}", flush=True)
 
 
-def losses(pipeline: Any, shards: Path, count: int) -> None:
-    """The loss with the right condition, another face's, and none."""
+def measure_losses(pipeline: Any, shards: Path, count: int) -> None:
+    """Print the loss with the face's own condition, another face's, and none."""
     store = Store(shards)
     for condition in store.conditions:
-        found = condition_losses(pipeline, store, condition, count=count)
-        told = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
-        having = sum(condition in store[index].conditions for index in range(len(store)))
-        print(f"loss with {condition}, n = {min(count, having)}: {told}", flush=True)
+        losses = condition_losses(pipeline, store, condition, count=count)
+        text = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        available = sum(condition in store[index].conditions for index in range(len(store)))
+        print(f"loss with {condition}, n = {min(count, available)}: {text}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The one clock of the benchmarks: several functions in turns, so that a busy moment hits all of them."""
+"""Time several functions in turns, so that other load on the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ import torch
 
 
 def median_seconds(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each function over the rounds, after one that is not counted. With one thread they are the
-    processor's, to which other programs add nothing.
+    """Return the median seconds per call of each function, after one warm-up call.
+
+    With one thread this is CPU time, which does not depend on other programs.
+
+    Args:
+        functions: name -> function.
+        rounds: number of calls of each.
     """
     now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     for function in functions.values():
@@ -22,4 +27,4 @@ def median_seconds(functions: Mapping[str, Callable[[], object]], rounds: int) -
             start = now()
             function()
             times[name].append(now() - start)
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: statistics.median(seconds) for name, seconds in times.items()}

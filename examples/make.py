@@ -22,7 +22,7 @@ import likeness
 from likeness.annotators.face_parser import parse_faces
 from likeness.annotators.landmarks import open_landmarker
 from likeness.annotators.sketch import extract_sketch
-from likeness.conditions.pictures import mask_picture
+from likeness.conditions.mask import mask_image
 from likeness.pipelines.load import load_face_parser
 
 HERE = Path(__file__).parent
@@ -48,7 +48,7 @@ def make(find: Callable[[np.ndarray], np.ndarray | None] | None) -> None:
         portrait = pipeline(sentence, generator=torch.Generator().manual_seed(seed)).images[0]
         picture = np.array(portrait.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
         (mask,) = parse_faces(parser, [picture], size=parser_size)
-        mask_picture(mask).save(HERE / "masks" / f"{name}.png", optimize=True)
+        mask_image(mask).save(HERE / "masks" / f"{name}.png", optimize=True)
         Image.fromarray(extract_sketch(picture)).save(HERE / "sketches" / f"{name}.png", optimize=True)
         if find is not None and (points := find(picture)) is not None:
             content = {"points": np.round(points * SIZE, 1).tolist(), "size": [SIZE, SIZE]}

@@ -6,15 +6,19 @@
 # DATA holds celeba/ and celebamask-hq/ in their official layouts (docs/minis.md), OUT (default: here) gets data/ and
 # runs/. Every step goes on where it stopped: to resume, run the same command again. LANDMARKER may name MediaPipe's
 # face_landmarker.task: then there are keypoints, too. HELD_OUT is how many faces of celeba/ are only measured (1000).
+# SQUEEZENET is the path of SqueezeNet's weights (docs/minis.md). Default: the decoder is trained without them.
 set -euo pipefail
 data=$(realpath "$1")
 recipes=$(realpath "$(dirname "$0")/../recipes")
 examples=$(realpath "$(dirname "$0")/../examples")
+[ -z "${SQUEEZENET:-}" ] || SQUEEZENET=$(realpath "$SQUEEZENET")
 mkdir -p "${2:-.}" && cd "${2:-.}"
 [ -e examples ] || ln -s "$examples" examples # the recipes' previews name files in it
 landmarks=(${LANDMARKER:+--landmarker "$LANDMARKER"})
-shares=() # the recipes' own, with keypoints
+perceptual=(${SQUEEZENET:+"perceptual=$SQUEEZENET"})
+shares=() rendered=() # the recipes' own, with keypoints
 [ -n "${LANDMARKER:-}" ] || shares=('data.condition_shares={mask=0.45, sketch=0.35, none=0.2}')
+[ -n "${LANDMARKER:-}" ] || rendered=('shares={image=0.7, mask=0.18, sketch=0.12}')
 train() { likeness train "$recipes/$1.toml" "${@:2}" --out "runs/$1"; }
 
 # 1. Faces: one geometry, split by person, captions, hand-made masks
@@ -35,8 +39,9 @@ done
 
 # 3. What the transformers stand on
 train autoencoder_mini
+train decoder_mini "${perceptual[@]}" "${rendered[@]}"
 train text_image_mini
-likeness prepare components runs/autoencoder_mini runs/text_image_mini data/common \
+likeness prepare components runs/decoder_mini runs/text_image_mini data/common \
     --data data/celeba --face-parser runs/face_parser
 
 # 4. Shards: two views of each face to learn from, one of each held out

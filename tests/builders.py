@@ -25,11 +25,11 @@ from transformers import (
     T5EncoderModel,
 )
 
-from likeness.conditions.classes import CLASSES
+from likeness.conditions.mask.classes import CLASSES
 from likeness.models.mditface import MDiTFaceTransformer
 from likeness.models.mmface import MMFaceTransformer
 from likeness.objectives import RectifiedFlow
-from likeness.pipelines.load import Components, weights_hash
+from likeness.pipelines.load import Components, encoder_hash
 from likeness.pipelines.mditface import MDiTFacePipeline
 from likeness.pipelines.mmface import MMFacePipeline
 
@@ -198,7 +198,7 @@ def tiny_components() -> Components:
         text_encoder=tiny_text_encoder(),
         tokenizer=tiny_tokenizer(),
         settings=settings,
-        codec_hash=weights_hash(vae),
+        codec_hash=encoder_hash(vae),
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import likeness
 from likeness.conditions import CONDITIONS
-from likeness.conditions.classes import CLASSES, FLIP_PAIRS
+from likeness.conditions.mask.classes import CLASSES, FLIP_PAIRS
 from likeness.pipelines.load import PIPELINES
 
 SOURCE = Path(likeness.__file__).parent

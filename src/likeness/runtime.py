@@ -57,7 +57,7 @@ def optional_packages_hidden() -> Iterator[None]:
     """
     late = "diffusers" in sys.modules or "transformers" in sys.modules
     hidden = {} if late else {name: sys.modules.get(name) for name in OPTIONAL}
-    sys.modules.update(dict.fromkeys(hidden))
+    sys.modules.update(dict.fromkeys(hidden))  # pyrefly: ignore
     try:
         yield
     finally:

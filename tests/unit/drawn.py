@@ -1,4 +1,4 @@
-"""Faces drawn for the tests: a label map, a sketch and 68 points, exact and free of anybody's rights."""
+"""A simple face for the tests: a label map, a sketch and 68 points."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 ELLIPSES: tuple[tuple[int, tuple[float, float, float, float]], ...] = (
-    # class, (left, top, right, bottom) as shares of the picture, painted in this order
+    # class, (left, top, right, bottom) as fractions of the image, painted in this order
     (13, (0.18, 0.08, 0.82, 0.75)),
     (18, (0.05, 0.86, 0.95, 1.4)),
     (17, (0.38, 0.66, 0.62, 0.98)),
@@ -25,25 +25,25 @@ ELLIPSES: tuple[tuple[int, tuple[float, float, float, float]], ...] = (
 
 
 def drawn_mask(size: int = 128) -> np.ndarray:
-    """uint8 [size, size], canonical labels: a face from the front, l_ parts on the viewer's right."""
-    picture = Image.new("L", (size, size))
-    draw = ImageDraw.Draw(picture)
+    """uint8 [size, size], canonical labels of a frontal face: l_ parts are on the viewer's right."""
+    image = Image.new("L", (size, size))
+    draw = ImageDraw.Draw(image)
     for index, box in ELLIPSES:
         draw.ellipse([side * size for side in box], fill=index)
-    return np.array(picture)
+    return np.array(image)
 
 
 def drawn_sketch(size: int = 128) -> np.ndarray:
     """uint8 [size, size], dark outlines on white, smooth at the borders."""
-    picture = Image.new("L", (4 * size, 4 * size), 255)
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("L", (4 * size, 4 * size), 255)
+    draw = ImageDraw.Draw(image)
     for _, box in ELLIPSES:
         draw.ellipse([side * 4 * size for side in box], outline=10, width=size // 12)
-    return np.array(picture.reduce(4))
+    return np.array(image.reduce(4))
 
 
 def drawn_points() -> np.ndarray:
-    """float64 [68, 2] in [0, 1], iBUG order: a face from the front."""
+    """float64 [68, 2] in [0, 1], iBUG order: a frontal face."""
 
     def ring(centre: tuple[float, float], radius: tuple[float, float], degrees: list[float]) -> list[list[float]]:
         turns = np.deg2rad(degrees)

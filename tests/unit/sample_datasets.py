@@ -13,8 +13,8 @@ import numpy as np
 from drawn import drawn_mask, drawn_points, drawn_sketch
 from PIL import Image
 
-from likeness.conditions.classes import CLASSES, PALETTE
-from likeness.conditions.pictures import mask_picture
+from likeness.conditions.mask import mask_image
+from likeness.conditions.mask.classes import CLASSES, PALETTE
 from likeness.prepare.caption.grammar import ATTRIBUTES
 
 SIDE = 64
@@ -29,7 +29,7 @@ def image(index: int, size: tuple[int, int] = (SIDE, SIDE)) -> Image.Image:
 
 
 def mask() -> Image.Image:
-    return mask_picture(drawn_mask(SIDE))
+    return mask_image(drawn_mask(SIDE))
 
 
 def sketch() -> Image.Image:

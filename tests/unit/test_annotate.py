@@ -239,5 +239,5 @@ def test_rejected_input(folder, parser, tmp_path):
     with pytest.raises(InputError, match="LABEL_0, LABEL_1, LABEL_2"):
         annotate_folder(folder, parser=tmp_path / "other")
     (folder / "images" / "1.png").write_bytes(b"broken")
-    with pytest.raises(InputError, match=r"1\.png is no picture"):
+    with pytest.raises(InputError, match=r"1\.png is not a readable image"):
         annotate_folder(folder, parser=parser)

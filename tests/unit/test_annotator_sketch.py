@@ -1,4 +1,4 @@
-"""The sketch extractor: lines where edges are, white elsewhere, alike at every size."""
+"""The sketch extractor: lines at edges, white elsewhere, comparable at all sizes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def photo(size: int) -> np.ndarray:
     return np.repeat(grey.clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
 
 
-def test_lines_lie_on_edges_and_paper_is_white():
+def test_lines_are_at_edges_and_paper_is_white():
     sketch = extract_sketch(photo(256))
     labels = drawn_mask(256)
     edges = ndimage.morphological_gradient(labels, size=3) > 0
@@ -41,24 +41,24 @@ def test_sizes_are_comparable():
     assert max(ink.values()) < 1.6 * min(ink.values())
 
 
-def test_strength_and_thickness_do_what_they_say():
+def test_strength_and_thickness():
     ink = [(extract_sketch(photo(256), strength=s) < 128).mean() for s in (0.5, 1, 2)]
     assert ink[0] < ink[1] < ink[2]
     assert (extract_sketch(photo(256), thickness=2) < 128).mean() > (extract_sketch(photo(256)) < 128).mean()
 
 
-def test_the_result_is_a_clean_sketch_to_the_condition():
+def test_the_reader_accepts_the_result_unchanged():
     sketch = extract_sketch(Image.fromarray(photo(256)))
     reading = CONDITIONS["sketch"].read(sketch)
     np.testing.assert_array_equal(reading.raw, sketch)
     assert reading.notes == ()
 
 
-def test_a_flat_picture_gives_a_blank_sheet():
+def test_a_flat_image_gives_no_lines():
     assert (extract_sketch(np.full((64, 64, 3), 128, np.uint8)) == 255).all()
 
 
-def test_wrong_input_is_refused():
+def test_invalid_input_is_rejected():
     with pytest.raises(InputError, match="strength"):
         extract_sketch(photo(64), strength=9)
     with pytest.raises(InputError, match="uint8"):

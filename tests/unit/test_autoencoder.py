@@ -16,6 +16,7 @@ from likeness.prepare.synthetic import write_synthetic
 from likeness.train.checkpoint import load_state, states
 from likeness.train.components import autoencoder
 from likeness.train.components.autoencoder import AutoencoderRecipe, Pictures, build, measure, train_autoencoder
+from likeness.train.components.decoder import DecoderRecipe, train_decoder
 from likeness.train.components.face_parser import FaceParserRecipe, train_face_parser
 from likeness.train.components.text_image import TextImageRecipe, train_text_image
 from likeness.train.run import held
@@ -100,6 +101,7 @@ def test_a_loss_that_is_no_number(faces, tmp_path):
     ("train", "given"),
     [
         (train_autoencoder, AutoencoderRecipe(train=("x",), test=("x",), shares={"image": 1.0}, images=8)),
+        (train_decoder, DecoderRecipe(train=("x",), test=("x",), shares={"image": 1.0}, images=8)),
         (train_text_image, TextImageRecipe(train=("x",), test=("x",), images=8)),
         (train_face_parser, FaceParserRecipe(train=("x",), test=("x",), images=8)),
     ],

@@ -20,7 +20,7 @@ from drawn import drawn_mask
 from PIL import Image
 
 from likeness.cli import main
-from likeness.conditions.pictures import mask_picture
+from likeness.conditions.mask import mask_image
 from likeness.data.synthetic import draw_face
 from likeness.prepare.caption.endpoint import Meter, open_endpoint
 from likeness.prepare.caption.folder import CaptionSettings, caption_folder
@@ -58,7 +58,7 @@ def folder(tmp_path) -> Path:
     for index in range(4):
         Image.fromarray(draw_face(0, index, 64).image).save(root / "images" / f"{index}.png")
         rows.append({"file_name": f"images/{index}.png", "identity": index})
-    mask_picture(drawn_mask()).save(root / "mask.png")
+    mask_image(drawn_mask()).save(root / "mask.png")
     rows[0] |= {"mask_file_name": "mask.png", "attributes": {"Male": False, "Smiling": True}}
     rows[1]["text"] = "my own caption"
     (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -300,7 +300,7 @@ def test_rejected_image_does_not_stop_the_run(folder, capsys):
         assert [len(captions or ()) for captions in texts(folder)] == [10, 1, 0, 10]
         error = capsys.readouterr().err
         assert "images/1.png: 400 Bad Request: content filter" in error
-        assert "images/2.png is no picture" in error
+        assert "images/2.png is not a readable image" in error
         server.reply = answering
         caption(folder, "--vlm", server.address, code=1)
         assert len(texts(folder)[1]) == 11

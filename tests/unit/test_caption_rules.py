@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from drawn import drawn_mask
 
-from likeness.conditions.classes import CLASS_INDEX
+from likeness.conditions.mask.classes import CLASS_INDEX
 from likeness.prepare.caption.models import load_counter
 from likeness.prepare.caption.prompts import PROMPTS, describe
 from likeness.prepare.caption.records import merge

@@ -17,9 +17,9 @@ from PIL import Image, ImageEnhance
 
 from likeness.cli import main
 from likeness.conditions import CONDITIONS
-from likeness.conditions.classes import CLASSES, FLIP_PAIRS, PALETTE, order_table
 from likeness.conditions.keypoints import FLIPS
-from likeness.conditions.mask_schemes import exchange
+from likeness.conditions.mask import swap_classes
+from likeness.conditions.mask.classes import CLASSES, FLIP_PAIRS, PALETTE, order_table
 from likeness.data.folder import ORIGINALS, read_folder
 from likeness.data.synthetic import draw_face
 from likeness.prepare.check import check_folder
@@ -146,7 +146,7 @@ FAULTS: dict[str, list[tuple[str, Injection]]] = {
         ("class-order", pixels(lambda labels: NUMBERS_OF_OTHERS[labels])),
         ("blended-labels", lambda path: smooth(Image.open(path).convert("RGB")).save(path)),
         ("blended-labels", lambda path: smooth(Image.fromarray(labels_of(path))).save(path)),
-        ("swapped-sides", lambda path: save_mask(path, exchange(labels_of(path), FLIP_PAIRS))),
+        ("swapped-sides", lambda path: save_mask(path, swap_classes(labels_of(path), FLIP_PAIRS))),
     ],
     "sketch_file_name": [
         ("missing-file", Path.unlink),
@@ -296,7 +296,7 @@ def test_fixed_files_are_correct(folder):
     clean = {name: labels_of(folder / "train" / "mask" / f"{name}.png") for name in ("006", "007", "008")}
     sketch = labels_of(folder / "train" / "sketch" / "009.png")
     root = folder / "train" / "mask"
-    save_mask(root / "006.png", exchange(clean["006"], FLIP_PAIRS))
+    save_mask(root / "006.png", swap_classes(clean["006"], FLIP_PAIRS))
     Image.fromarray(PALETTE[clean["007"]][..., ::-1]).save(root / "007.png")
     Image.fromarray(NUMBERS_OF_OTHERS[clean["008"]]).save(root / "008.bmp")
     (root / "008.png").unlink()
@@ -343,7 +343,7 @@ def test_fix_list_can_be_edited_and_must_be_current(folder, capsys):
 def test_interrupted_fix_can_be_completed(folder):
     root = folder / "train"
     (root / "images" / "010.png").write_bytes(b"broken")
-    save_mask(root / "mask" / "011.png", exchange(labels_of(root / "mask" / "011.png"), FLIP_PAIRS))
+    save_mask(root / "mask" / "011.png", swap_classes(labels_of(root / "mask" / "011.png"), FLIP_PAIRS))
     write_fixes(folder, check_folder(folder).findings)
     metadata = (root / "metadata.jsonl").read_bytes()
     obstacle = folder / ORIGINALS / "train" / "metadata.jsonl"

@@ -1,4 +1,4 @@
-"""Distances between sets: against torch-fidelity's values on the same features, and where the answer is known."""
+"""Distances between sets: values of torch-fidelity on the same features, known values, and their intervals."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ import numpy as np
 import pytest
 
 from likeness.evaluate import distances
+from likeness.evaluate.stats import bootstrap_interval, holm, subset_deviations
 
 HERE = Path(__file__).parent
-THEIRS = json.loads((HERE / "torch_fidelity.json").read_text())["values"]
+REFERENCE = json.loads((HERE / "torch_fidelity.json").read_text())["values"]
 
 
-@pytest.mark.parametrize("width", ["16", "64"])  # 150 pictures of 16 features; 40 of 64, a covariance without full rank
+@pytest.mark.parametrize("width", ["16", "64"])  # 150 images with 16 features; 40 with 64, a rank-deficient covariance
 def test_agrees_with_torch_fidelity(width):
-    with np.load(HERE / "torch_fidelity.npz") as kept:
-        made, real = kept[f"made_{width}"], kept[f"real_{width}"]
-    theirs = THEIRS[width]
-    assert distances.frechet(made, real) == pytest.approx(theirs["frechet"], abs=1e-4)
-    assert distances.frechet(made, real) == pytest.approx(theirs["scipy sqrtm"], abs=1e-4)
-    assert distances.kernel_distance(made, real) == pytest.approx(theirs["kid"], abs=1e-6)
-    assert distances.precision(made, real) == pytest.approx(theirs["precision"], abs=1e-6)
-    assert distances.recall(made, real) == pytest.approx(theirs["recall"], abs=1e-6)
+    with np.load(HERE / "torch_fidelity.npz") as stored:
+        generated, real = stored[f"made_{width}"], stored[f"real_{width}"]
+    reference = REFERENCE[width]
+    assert distances.frechet(generated, real) == pytest.approx(reference["frechet"], abs=1e-4)
+    assert distances.frechet(generated, real) == pytest.approx(reference["scipy sqrtm"], abs=1e-4)
+    assert distances.kernel_distance(generated, real) == pytest.approx(reference["kid"], abs=1e-6)
+    assert distances.precision(generated, real) == pytest.approx(reference["precision"], abs=1e-6)
+    assert distances.recall(generated, real) == pytest.approx(reference["recall"], abs=1e-6)
 
 
 def normal(seed: int, count: int = 400, width: int = 8) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(count, width)).astype(np.float32)
 
 
-def test_frechet_of_a_shift_and_of_a_stretch():
+def test_frechet_of_shift_and_scale():
     features = normal(0)
     shifted = features + np.array([3, 4, 0, 0, 0, 0, 0, 0], np.float32)
     assert distances.frechet(shifted, features) == pytest.approx(25, abs=1e-3)
@@ -41,19 +42,19 @@ def test_frechet_of_a_shift_and_of_a_stretch():
     assert distances.frechet(features, features) == pytest.approx(0, abs=1e-6)
 
 
-def test_mmd_is_zero_for_one_distribution_and_grows():
+def test_mmd_is_zero_for_equal_distributions():
     near = distances.clip_mmd(normal(0) + 5, normal(1) + 5)
     far = distances.clip_mmd(normal(0) + 5, normal(1) - 5)
     assert 0 <= near < 0.02 * far
     # unit vectors along +u and -u: 1000 (1 + 1 - 2 exp(-4 / 200))
-    line = np.ones((5, 8), np.float32)
-    assert distances.clip_mmd(line, -line) == pytest.approx(2000 * (1 - np.exp(-0.02)), rel=1e-6)
+    ones = np.ones((5, 8), np.float32)
+    assert distances.clip_mmd(ones, -ones) == pytest.approx(2000 * (1 - np.exp(-0.02)), rel=1e-6)
     values = [distances.kernel_distance(normal(2 * i, 60), normal(2 * i + 1, 60)) for i in range(20)]
     assert abs(np.mean(values)) < 2 * np.std(values) / np.sqrt(20)  # unbiased: the mean is 0
     assert distances.kernel_distance(normal(0), normal(1) + 1) > 20 * np.std(values)
 
 
-def test_precision_and_recall_tell_quality_from_variety():
+def test_precision_and_recall_separate_quality_from_variety():
     real = np.concatenate([normal(0, 100) - 10, normal(1, 100) + 10])
     one_mode = normal(2, 200) - 10
     assert distances.precision(one_mode, real) > 0.8
@@ -67,10 +68,31 @@ def test_diversity():
     assert distances.diversity(np.eye(6, dtype=np.float32)) == pytest.approx(1)
 
 
-def test_spread_over_parts_is_the_standard_error():
+def test_subset_deviations_have_the_standard_error():
     """Of the difference of two means, whose standard error also follows from many sets."""
-    measure = lambda made, real: float(made.mean() - real.mean())  # noqa: E731
-    strays = distances.spread(measure, normal(0, 300, 1), normal(1, 300, 1), 400)
-    assert strays.mean() == pytest.approx(0, abs=1e-9)
+    measure = lambda generated, real: float(generated.mean() - real.mean())  # noqa: E731
+    deviations = subset_deviations(measure, normal(0, 300, 1), normal(1, 300, 1), 400)
+    assert deviations.mean() == pytest.approx(0, abs=1e-9)
     many = [measure(normal(2 * i, 300, 1), normal(2 * i + 1, 300, 1)) for i in range(5, 205)]
-    assert strays.std() == pytest.approx(np.std(many), rel=0.25)
+    assert deviations.std() == pytest.approx(np.std(many), rel=0.25)
+
+
+def test_bootstrap_interval_contains_the_mean_and_shrinks():
+    values = np.random.default_rng(1).normal(5, 1, 1000)
+    low, high = bootstrap_interval(values)
+    assert low < values.mean() < high
+    assert 0.08 < high - low < 0.18  # 2 x 1.96 / sqrt(1000)
+    few = bootstrap_interval(values[:50])
+    assert few[1] - few[0] > 3 * (high - low)
+
+
+@pytest.mark.parametrize(
+    ("p_values", "significant"),
+    [
+        ([0.01, 0.04, 0.03, 0.005], [True, False, False, True]),  # the example of Holm's step-down procedure
+        ([0.03, 0.04], [False, False]),  # 0.03 > 0.05 / 2, which stops the procedure
+        ([0.02, 0.04], [True, True]),
+    ],
+)
+def test_holm(p_values, significant):
+    assert holm(p_values) == significant

@@ -1,4 +1,4 @@
-"""Evaluation from faces to a report, with tiny networks: files, numbers, refusals."""
+"""Evaluation from faces to a report, with tiny networks."""
 
 from __future__ import annotations
 
@@ -19,38 +19,36 @@ from builders import randomise, run, tiny_clip, tiny_face_parser, tiny_pipeline,
 from likeness.cli import main
 from likeness.data.folder import read_folder
 from likeness.encoders.text_image import AttributeHead, save_attribute_head
-from likeness.evaluate.compare import Evaluation, compare_evaluations, difference, read_evaluation
-from likeness.evaluate.config import Protocol
-from likeness.evaluate.evaluation import evaluate
+from likeness.evaluate.aggregate import class_scores
+from likeness.evaluate.compare import compare_evaluations, difference_test
+from likeness.evaluate.external import parse_score, query_llm
 from likeness.evaluate.faces import faces_hash, read_faces
-from likeness.evaluate.features import Extractor, Missing, key_of
-from likeness.evaluate.generate import own_first
-from likeness.evaluate.metrics import METRICS
-from likeness.evaluate.numbers import by_class
-from likeness.evaluate.page import write_report
-from likeness.evaluate.plugins import ask, score_in
-from likeness.evaluate.report import published_tables, rounded
+from likeness.evaluate.features import Extractor, MissingError, cache_key
+from likeness.evaluate.images import work_order
+from likeness.evaluate.protocol import Protocol
+from likeness.evaluate.report import format_number, published_tables, write_report
+from likeness.evaluate.results import Evaluation, Measurement, Results, read_evaluation
+from likeness.evaluate.run import evaluate
 from likeness.prepare.synthetic import write_synthetic
 from likeness.types import InputError
 
 COUNT = 12
-COMMON = {"given": ("mask", "none"), "steps": 2, "choices": 4, "draws": 200}
+COMMON = {"given": ("mask", "none"), "steps": 2, "choices": 4, "bootstrap_samples": 200}
+FEW = {"given": ("sketch",), "metrics": ("edge_f_score", "ssim", "fd_text_image")}
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """Drawn faces, a checkpoint, a parser and a text-image pair that names attributes."""
+    """Synthetic faces, a checkpoint, a face parser and a text-image pair with an attribute head."""
     root = tmp_path_factory.mktemp("evaluate")
     write_synthetic(root / "faces", COUNT, 32)
     tiny_pipeline().save_pretrained(root / "model")
     tiny_face_parser().save_pretrained(root / "parser" / "model")
-    clip = tiny_clip()
-    clip.save_pretrained(root / "pair" / "clip")
+    tiny_clip().save_pretrained(root / "pair" / "clip")
     tiny_tokenizer().save_pretrained(root / "pair" / "tokenizer")
-    rows = read_folder(root / "faces")
-    values = sorted({str(row["attributes"]["hair_colour"]) for row in rows if "hair_colour" in row["attributes"]})
-    name = "hair_colour" if values else next(iter(rows[0]["attributes"]))
-    values = values or sorted({str(row["attributes"][name]) for row in rows})
+    rows = [row["attributes"] for row in read_folder(root / "faces")]
+    name = "hair_colour" if any("hair_colour" in attributes for attributes in rows) else next(iter(rows[0]))
+    values = sorted({str(attributes[name]) for attributes in rows if name in attributes})
     torch.manual_seed(0)
     head = AttributeHead(torch.randn(len(values), 16), torch.zeros(len(values)), {name: values})
     save_attribute_head(head, root / "pair")
@@ -58,222 +56,233 @@ def root(tmp_path_factory) -> Path:
 
 
 def protocol_of(root: Path, **changes) -> Protocol:
-    judges = {"face_parser": str(root / "parser"), "text_image": str(root / "pair")}
-    return Protocol(**{**COMMON, **judges, **changes})
+    networks = {"face_parser": str(root / "parser"), "text_image": str(root / "pair")}
+    return Protocol(**{**COMMON, **networks, **changes})
+
+
+def evaluate_model(root: Path, out: Path, faces: Path | None = None, **changes) -> Results | None:
+    """Evaluate the tiny model."""
+    return evaluate(faces or root / "faces", out, protocol_of(root, **changes), pipeline=tiny_pipeline(), model="t")
+
+
+def evaluate_images(root: Path, out: Path, images: Path, **changes) -> Results:
+    """Evaluate existing images."""
+    results = evaluate(root / "faces", out, protocol_of(root, **changes), images=images)
+    assert results is not None
+    return results
 
 
 @pytest.fixture(scope="module")
-def results(root) -> dict:
-    """An evaluation of the tiny model in root/first, two portraits a face and set."""
+def results(root) -> Results:
+    """An evaluation of the tiny model in root/first, two images per face and condition set."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORLD_SIZE", "1")
-        found = evaluate(
-            root / "faces", root / "first", protocol_of(root, seeds=2), pipeline=tiny_pipeline(), model="t"
-        )
+        found = evaluate_model(root, root / "first", seeds=2)
     assert found is not None
     write_report(found, root / "first")
     return found
 
 
-def number(results: dict, metric: str, given: str, against: str = "own") -> dict:
-    (found,) = [n for n in results["numbers"] if (n["metric"], n["given"], n["against"]) == (metric, given, against)]
+def number(results: Results, metric: str, given: str, against: str = "own") -> Measurement:
+    (found,) = [n for n in results.numbers if (n.metric, n.given, n.against) == (metric, given, against)]
     return found
 
 
-# Generation
+def why_missing(results: Results) -> dict[str, str]:
+    return {entry.metric: entry.why for entry in results.missing}
 
 
-def test_every_process_makes_what_is_missing():
-    assert own_first(7, 1, 3) == [1, 4, 6, 5, 3, 2, 0]
+# --- Generation
+
+
+def test_work_order_covers_all_faces():
+    assert work_order(7, 1, 3) == [1, 4, 6, 5, 3, 2, 0]
     for world in (1, 2, 5):
         for rank in range(world):
-            assert sorted(own_first(7, rank, world)) == list(range(7))
+            assert sorted(work_order(7, rank, world)) == list(range(7))
 
 
-def test_files_do_not_depend_on_processes_and_runs_go_on(root, results, tmp_path, monkeypatch):
-    pictures = {path.relative_to(root / "first"): path for path in (root / "first" / "pictures").rglob("*.png")}
-    assert len(pictures) == 2 * 2 * COUNT + COUNT  # two sets, two rounds, and the ceiling
+def test_files_do_not_depend_on_processes_and_runs_resume(root, results, tmp_path, monkeypatch):
+    images = {path.relative_to(root / "first"): path for path in (root / "first" / "pictures").rglob("*.png")}
+    assert len(images) == 2 * 2 * COUNT + COUNT  # two condition sets, two seeds, and the ceiling
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "2")
-    settings = protocol_of(root, seeds=2)
-    assert evaluate(root / "faces", tmp_path, settings, pipeline=tiny_pipeline(), model="t") is None
-    for name, path in pictures.items():
+    assert evaluate_model(root, tmp_path, seeds=2) is None
+    for name, path in images.items():
         assert (tmp_path / name).read_bytes() == path.read_bytes(), name
-    gone, there = tmp_path / list(pictures)[3], tmp_path / list(pictures)[5]
-    content, before = gone.read_bytes(), there.stat().st_mtime_ns
-    gone.unlink()
+    deleted, kept = tmp_path / list(images)[3], tmp_path / list(images)[5]
+    content, time = deleted.read_bytes(), kept.stat().st_mtime_ns
+    deleted.unlink()
     monkeypatch.setenv("RANK", "1")
-    evaluate(root / "faces", tmp_path, settings, pipeline=tiny_pipeline(), model="t")
-    assert gone.read_bytes() == content
-    assert there.stat().st_mtime_ns == before
+    evaluate_model(root, tmp_path, seeds=2)
+    assert deleted.read_bytes() == content
+    assert kept.stat().st_mtime_ns == time
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(InputError, match="RANK is 3"):
-        evaluate(root / "faces", tmp_path, settings, pipeline=tiny_pipeline(), model="t")
+        evaluate_model(root, tmp_path, seeds=2)
 
 
-def test_portraits_are_those_of_generate(root, results, tmp_path):
-    """Seed k, first caption, the face's mask: the command line makes the same portrait."""
+def test_images_equal_those_of_generate(root, results, tmp_path):
+    """Seed k, first caption, the face's mask: the command line generates the same image."""
     row = read_folder(root / "faces")[4]
-    given = ["--mask", str(row["mask_file_name"]), "--model", str(root / "model"), "--steps", "2", "--seed", "4"]
-    main(["generate", row["text"][0], *given, "--out", str(tmp_path / "one.png")])
-    made = root / "first" / "pictures" / "mask" / "0" / f"{row['file_name'].stem}.png"
-    assert np.array_equal(np.asarray(Image.open(made)), np.asarray(Image.open(tmp_path / "one.png")))
+    options = ["--mask", str(row["mask_file_name"]), "--model", str(root / "model"), "--steps", "2", "--seed", "4"]
+    main(["generate", row["text"][0], *options, "--out", str(tmp_path / "one.png")])
+    file = root / "first" / "pictures" / "mask" / "0" / f"{row['file_name'].stem}.png"
+    assert np.array_equal(np.asarray(Image.open(file)), np.asarray(Image.open(tmp_path / "one.png")))
 
 
-def test_a_changed_folder_is_made_anew(root, tmp_path):
-    """Another caption, mask or row gives another portrait, another photograph another ceiling; the rest stays."""
+def test_changed_inputs_are_regenerated(root, tmp_path):
+    """A new caption, mask or row regenerates the image, a new photograph the ceiling; other files are kept."""
     shutil.copytree(root / "faces" / "train", tmp_path / "faces")
-    settings = protocol_of(root, given=("mask",), metrics=("ssim",))
-    evaluate(tmp_path / "faces", tmp_path / "out", settings, pipeline=tiny_pipeline(), model="t")
-    made, ceiling = tmp_path / "out" / "pictures" / "mask" / "0", tmp_path / "out" / "pictures" / "ceiling"
+    settings = {"faces": tmp_path / "faces", "given": ("mask",), "metrics": ("ssim",)}
+    evaluate_model(root, tmp_path / "out", **settings)
+    images, ceiling = tmp_path / "out" / "pictures" / "mask" / "0", tmp_path / "out" / "pictures" / "ceiling"
     rows = read_folder(tmp_path / "faces")
     names = [row["file_name"].stem for row in rows]
-    before = {name: ((made / f"{name}.png").read_bytes(), (ceiling / f"{name}.png").read_bytes()) for name in names}
-    times = {name: (made / f"{name}.png").stat().st_mtime_ns for name in names}
+    before = {name: ((images / f"{name}.png").read_bytes(), (ceiling / f"{name}.png").read_bytes()) for name in names}
+    times = {name: (images / f"{name}.png").stat().st_mtime_ns for name in names}
     lines = [json.loads(line) for line in (tmp_path / "faces" / "metadata.jsonl").read_text().splitlines()]
     lines[0]["text"][0] = "somebody else"
     lines[4], lines[5] = lines[5], lines[4]
     (tmp_path / "faces" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     shutil.copy(rows[2]["mask_file_name"], rows[1]["mask_file_name"])
-    rows[3]["mask_file_name"].write_text("no mask")
+    rows[3]["mask_file_name"].write_text("not a mask")
     shutil.copy(rows[7]["file_name"], rows[6]["file_name"])
-    found = evaluate(tmp_path / "faces", tmp_path / "out", settings, pipeline=tiny_pipeline(), model="t")
-    assert names[3] in {fault["file"] for fault in found["faults"]}
-    assert number(found, "ssim", "mask")["n"] == COUNT - 1  # what cannot be made anew is not measured as it was
+    found = evaluate_model(root, tmp_path / "out", **settings)
+    assert names[3] in {fault.file for fault in found.faults}
+    assert number(found, "ssim", "mask").n == COUNT - 1  # the outdated image is not measured
     for row, name in enumerate(names):
         if row != 3:
-            assert ((made / f"{name}.png").read_bytes() != before[name][0]) == (row in (0, 1, 4, 5)), row
-            assert ((made / f"{name}.png").stat().st_mtime_ns != times[name]) == (row in (0, 1, 4, 5)), row
+            assert ((images / f"{name}.png").read_bytes() != before[name][0]) == (row in (0, 1, 4, 5)), row
+            assert ((images / f"{name}.png").stat().st_mtime_ns != times[name]) == (row in (0, 1, 4, 5)), row
         assert ((ceiling / f"{name}.png").read_bytes() != before[name][1]) == (row == 6), row
 
 
-def test_another_method_of_making_is_refused(root, results):
-    with pytest.raises(InputError, match=r"its steps is 2, now it is 3"):
-        evaluate(root / "faces", root / "first", protocol_of(root, steps=3), pipeline=tiny_pipeline(), model="t")
+def test_other_sampling_settings_are_rejected(root, results):
+    with pytest.raises(InputError, match=r"steps was 2 and is now 3"):
+        evaluate_model(root, root / "first", steps=3)
 
 
-# Numbers
+# --- Numbers
 
 
-def test_every_number_has_its_protocol_and_interval(results):
-    measured = {found["metric"] for found in results["numbers"]}
+def test_numbers_have_protocol_and_interval(results):
     offline = {"pixel_accuracy", "mean_iou", "edge_f_score", "clip_score", "retrieval", "attribute_recall", "ssim"}
-    assert offline | {"fd_text_image", "kid_text_image", "precision_text_image", "diversity_of_seeds"} <= measured
-    needed = {"split", "faces", "n", "resolution", "file_format", "extractor", "extractor_hash", "seeds", "steps"}
-    for found in results["numbers"]:
-        assert needed | {"guidance_scale", "given", "caption", "model", "fingerprint"} <= set(found["protocol"])
-        assert (found["protocol"]["device"], found["protocol"]["dtype"]) == ("cpu", "float32")
-        assert found["protocol"]["n"] == found["n"] <= COUNT
-        assert found["low"] - 1e-6 <= found["value"] <= found["high"] + 1e-6, found
-    assert number(results, "pixel_accuracy", "mask")["protocol"]["guidance_scale"] == 2.0  # the checkpoint's own
-    assert len(number(results, "pixel_accuracy", "mask")["by_seed"]) == 2
+    offline |= {"fd_text_image", "kid_text_image", "precision_text_image", "diversity_of_seeds"}
+    assert offline <= {found.metric for found in results.numbers}
+    facts = {"split", "faces", "n", "resolution", "file_format", "extractor", "extractor_hash", "seeds", "steps"}
+    facts |= {"guidance_scale", "given", "caption", "model", "fingerprint"}
+    for found in results.numbers:
+        assert facts <= set(found.protocol)
+        assert (found.protocol["device"], found.protocol["dtype"]) == ("cpu", "float32")
+        assert found.protocol["n"] == found.n <= COUNT
+        assert found.low - 1e-6 <= found.value <= found.high + 1e-6, found
+    accuracy = number(results, "pixel_accuracy", "mask")
+    assert accuracy.protocol["guidance_scale"] == 2.0  # the checkpoint's default
+    assert len(accuracy.by_seed) == 2
     assert number(results, "pixel_accuracy", "mask", "another")
     assert number(results, "ssim", "ceiling")
-    classes = {entry["class"]: entry for entry in results["classes"]["mask"]}
+    classes = {entry.name: entry for entry in results.classes["mask"]}
     assert set(classes) >= {"skin", "hair"}
-    assert classes["skin"]["n"] == COUNT  # faces, of which each has two portraits
+    assert classes["skin"].n == COUNT  # faces, each with two images
+    assert "too large" in number(results, "fd_text_image", "mask").warning
+    assert "too high" in number(results, "precision_text_image", "mask").warning
+    assert accuracy.warning == ""
 
 
-def test_classes_of_what_could_not_be_read():
-    """A round without one readable picture has values of no form; two rounds are one mask a face."""
-    unread, read = np.full((3, 1), np.nan), np.zeros((3, 2, 19, 3))
-    read[:, :, 1] = (4, 8, 6)
-    read[0] = np.nan
-    assert by_class([unread]) == []
-    (skin,) = by_class([read, unread, read])
-    assert (skin["class"], skin["n"], skin["iou"], skin["shown"]) == ("skin", 2, 0.4, 1.0)
+def test_results_json(root, results):
+    """The keys that earlier versions wrote, and what a comparison reads."""
+    content = json.loads((root / "first" / "results.json").read_text())
+    assert set(content) == {
+        "numbers", "missing", "classes", "nearest", "extractors", "schema", "likeness", "protocol", "asked", "faults",
+        "notes", "faces", "portraits",
+    }  # fmt: skip
+    keys = ["metric", "given", "against", "value", "low", "high", "n", "by_seed", "warning", "protocol"]
+    assert list(content["numbers"][0]) == keys
+    assert set(content["classes"]["mask"][0]) == {"class", "n", "iou", "shown", "low", "high"}
+    assert set(content["missing"][0]) == {"metric", "why"}
+    stored = read_evaluation(root / "first")
+    assert stored.numbers == results.numbers
+    assert stored.faces == [face["name"] for face in results.faces]
+    assert stored.scores.keys() == results.scores.keys()
 
 
-def test_attributes_belong_to_the_faces(root):
-    """Whoever edits attributes gets new answers about them, and no comparison with the old."""
+def test_class_scores_without_readable_images():
+    """The output of a seed without readable images has another shape. Two seeds count as one mask per face."""
+    unreadable, readable = np.full((3, 1), np.nan), np.zeros((3, 2, 19, 3))
+    readable[:, :, 1] = (4, 8, 6)
+    readable[0] = np.nan
+    assert class_scores([unreadable]) == []
+    (skin,) = class_scores([readable, unreadable, readable])
+    assert (skin.name, skin.n, skin.iou, skin.shown) == ("skin", 2, 0.4, 1.0)
+
+
+def test_attributes_are_part_of_the_hashes(root):
     faces, _ = read_faces(root / "faces", protocol_of(root))
     edited = [dataclasses.replace(faces[0], attributes={**faces[0].attributes, "hat": "red"}), *faces[1:]]
-    extractor = Extractor(name="e", what="", hash="", look=lambda pictures, faces: np.zeros((len(pictures), 1)))
+    extractor = Extractor(name="e", description="", hash="", extract=lambda images, faces: np.zeros((len(images), 1)))
     files = [face.photo for face in faces]
     assert faces_hash(edited) != faces_hash(faces)
-    assert key_of(extractor, files, edited, 32) != key_of(extractor, files, faces, 32)
+    assert cache_key(extractor, files, edited, 32) != cache_key(extractor, files, faces, 32)
 
 
-def test_bias_is_named(results):
-    assert "too large" in number(results, "fd_text_image", "mask")["warning"]
-    assert "too high" in number(results, "precision_text_image", "mask")["warning"]
-    assert number(results, "pixel_accuracy", "mask")["warning"] == ""
+def test_missing_metrics_say_what_to_provide(root, tmp_path):
+    expected = {
+        "fid": "pip install torch-fidelity",
+        "lpips": "pip install lpips",
+        "topiq": "pip install pyiqa",
+        "llm_score": "llm_url=",
+        "ms_ssim": "161",
+        "keypoint_error": "landmarker=",
+        "nearest_training": "train=",
+        "diversity_of_seeds": "seeds=2",
+        "fd_text_image": "3 images are too few",
+        "retrieval": "fill no group of 4",
+        "pixel_accuracy": "Folder absent does not exist",
+    }
+    few = {"given": ("none",), "count": 3}
+    found = evaluate_model(root, tmp_path, metrics=(*expected, "clip_score"), face_parser="absent", **few)
+    why = why_missing(found)
+    assert why.keys() == expected.keys()
+    for metric, text in expected.items():
+        assert text in why[metric]
+    assert {entry.metric for entry in found.numbers} == {"clip_score"}  # the others are measured nevertheless
+    assert {entry.n for entry in found.numbers} == {3}
+    with pytest.raises(InputError, match="Unknown metric 'fidd'"):
+        evaluate_model(root, tmp_path, metrics=("fidd",))
 
 
-def test_what_is_missing_says_so(root, tmp_path):
-    names = (
-        "fid",
-        "lpips",
-        "topiq",
-        "llm_score",
-        "ms_ssim",
-        "keypoint_error",
-        "nearest_training",
-        "diversity_of_seeds",
-    )
-    settings = protocol_of(root, metrics=(*names, "clip_score"), given=("none",), count=3)
-    found = evaluate(root / "faces", tmp_path, settings, pipeline=tiny_pipeline(), model="t")
-    assert {entry["metric"] for entry in found["missing"]} == set(names)
-    why = {entry["metric"]: entry["why"] for entry in found["missing"]}
-    assert "pip install torch-fidelity" in why["fid"]
-    assert "pip install pyiqa" in why["topiq"]
-    assert "161" in why["ms_ssim"]
-    assert "landmarker=" in why["keypoint_error"]
-    assert "train=" in why["nearest_training"]
-    assert {number["metric"] for number in found["numbers"]} == {"clip_score"}
-    with pytest.raises(InputError, match="no metric 'fidd'"):
-        evaluate(root / "faces", tmp_path, protocol_of(root, metrics=("fidd",)), pipeline=tiny_pipeline())
-
-
-def test_too_few_pictures_are_refused(root, tmp_path):
-    settings = protocol_of(root, metrics=("fd_text_image", "retrieval", "ssim"), given=("none",), count=3)
-    found = evaluate(root / "faces", tmp_path, settings, pipeline=tiny_pipeline(), model="t")
-    why = {entry["metric"]: entry["why"] for entry in found["missing"]}
-    assert "3 pictures are too few" in why["fd_text_image"]
-    assert "fill no group of 4" in why["retrieval"]
-    assert {number["n"] for number in found["numbers"]} == {3}
-
-
-def test_no_folder_of_a_judge(root, tmp_path):
-    settings = protocol_of(root, metrics=("pixel_accuracy", "ssim"), given=("none",), face_parser="absent", count=3)
-    found = evaluate(root / "faces", tmp_path, settings, pipeline=tiny_pipeline(), model="t")
-    assert "no folder absent" in found["missing"][0]["why"]
-    assert [n["metric"] for n in found["numbers"]] == ["ssim", "ssim"]  # the others are measured all the same
-
-
-def test_training_photographs_are_found_again(root, tmp_path):
-    """Photographs that were learnt from have themselves as nearest."""
-    settings = protocol_of(root, metrics=("nearest_training",), given=("none",), train=str(root / "faces"))
-    pictures = copies(root, tmp_path / "photos")
-    found = evaluate(root / "faces", tmp_path / "out", settings, images=pictures)
-    assert number(found, "nearest_training", "none")["value"] == pytest.approx(1, abs=1e-4)
-    protocol = number(found, "nearest_training", "none")["protocol"]
+def test_training_photographs_are_their_own_nearest(root, tmp_path):
+    settings = {"metrics": ("nearest_training",), "given": ("none",)}
+    images = copy_photos(root, tmp_path / "photos")
+    found = evaluate_images(root, tmp_path / "out", images, **settings, train=str(root / "faces"))
+    assert number(found, "nearest_training", "none").value == pytest.approx(1, abs=1e-4)
+    protocol = number(found, "nearest_training", "none").protocol
     assert protocol["train_n"] == COUNT
-    write_synthetic(tmp_path / "faces", COUNT, 32, seed=1)  # as many faces, and the folder has the same name
-    other = dataclasses.replace(settings, train=str(tmp_path / "faces"))
-    again = evaluate(root / "faces", tmp_path / "out", other, images=pictures)
-    assert number(again, "nearest_training", "none")["protocol"]["train"] != protocol["train"]
-    assert len(found["nearest"]["none"]) == 8
-    for row, photo, cosine in found["nearest"]["none"]:
-        assert cosine == pytest.approx(1, abs=1e-4)
-        assert Path(photo).stem == found["faces"][row]["name"]
+    write_synthetic(tmp_path / "faces", COUNT, 32, seed=1)  # the same name and number of faces
+    other = evaluate_images(root, tmp_path / "out", images, **settings, train=str(tmp_path / "faces"))
+    assert number(other, "nearest_training", "none").protocol["train"] != protocol["train"]
+    assert len(found.nearest["none"]) == 8
+    for neighbor in found.nearest["none"]:
+        assert neighbor.cosine == pytest.approx(1, abs=1e-4)
+        assert Path(neighbor.photo).stem == found.faces[neighbor.row]["name"]
     write_report(found, tmp_path / "out")
     assert "Nearest training photographs" in (tmp_path / "out" / "report.html").read_text()
 
 
-# Pictures of any method
+# --- Images of any method
 
 
-def copies(root: Path, folder: Path) -> Path:
-    """The photographs themselves, as the perfect method would make them."""
+def copy_photos(root: Path, folder: Path) -> Path:
+    """Images of a perfect method: the photographs."""
     folder.mkdir(parents=True)
     for row in read_folder(root / "faces"):
         Image.open(row["file_name"]).save(folder / f"{row['file_name'].stem}.png")
     return folder
 
 
-def noise(root: Path, folder: Path) -> Path:
-    """What no method would make."""
+def write_noise(root: Path, folder: Path) -> Path:
+    """Images of a useless method."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for row in read_folder(root / "faces"):
@@ -282,150 +291,137 @@ def noise(root: Path, folder: Path) -> Path:
     return folder
 
 
-FEW = {"given": ("sketch",), "metrics": ("edge_f_score", "ssim", "fd_text_image")}
+def test_perfect_images(root, tmp_path):
+    found = evaluate_images(root, tmp_path / "out", copy_photos(root, tmp_path / "photos"), **FEW)
+    assert number(found, "ssim", "sketch").value == pytest.approx(1, abs=1e-5)
+    assert number(found, "fd_text_image", "sketch").value == pytest.approx(0, abs=1e-6)
+    assert number(found, "ssim", "sketch").protocol["steps"] is None
 
 
-def test_pictures_of_any_method(root, tmp_path):
-    found = evaluate(
-        root / "faces", tmp_path / "out", protocol_of(root, **FEW), images=copies(root, tmp_path / "photos")
-    )
-    assert number(found, "ssim", "sketch")["value"] == pytest.approx(1, abs=1e-5)
-    assert number(found, "fd_text_image", "sketch")["value"] == pytest.approx(0, abs=1e-6)
-    assert number(found, "ssim", "sketch")["protocol"]["steps"] is None
-
-
-def test_a_broken_picture_among_many(root, tmp_path):
-    pictures = copies(root, tmp_path / "photos")
-    broken = sorted(pictures.iterdir())[5]
+def test_one_unreadable_image(root, tmp_path):
+    images = copy_photos(root, tmp_path / "photos")
+    broken = sorted(images.iterdir())[5]
     broken.write_bytes(broken.read_bytes()[:200])
-    found = evaluate(root / "faces", tmp_path / "out", protocol_of(root, **FEW), images=pictures)
-    assert [fault["file"] for fault in found["faults"]] == [str(broken)]
-    assert {number["n"] for number in found["numbers"]} == {COUNT - 1}
-    assert number(found, "ssim", "sketch")["value"] == pytest.approx(1, abs=1e-5)
-    write_report(found, tmp_path / "out")  # the page leaves its place empty
+    found = evaluate_images(root, tmp_path / "out", images, **FEW)
+    assert [fault.file for fault in found.faults] == [str(broken)]
+    assert {entry.n for entry in found.numbers} == {COUNT - 1}
+    assert number(found, "ssim", "sketch").value == pytest.approx(1, abs=1e-5)
+    write_report(found, tmp_path / "out")
     assert broken.name in (tmp_path / "out" / "report.md").read_text()
+    assert '<img alt="unreadable">' in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_mismatched_sets(root, tmp_path):
-    pictures = copies(root, tmp_path / "photos")
-    files = sorted(pictures.iterdir())
-    files[0].rename(pictures / "someone.png")
-    with pytest.raises(InputError, match=r"belong to no face of .* such as someone"):
-        evaluate(root / "faces", tmp_path / "out", protocol_of(root, **FEW), images=pictures)
-    (pictures / "someone.png").unlink()
-    with pytest.raises(InputError, match=f"no picture of 1 of {COUNT} faces.*{files[0].stem}"):
-        evaluate(root / "faces", tmp_path / "out", protocol_of(root, **FEW), images=pictures)
-    found = evaluate(root / "faces", tmp_path / "out", protocol_of(root, **FEW, count=COUNT - 1), images=pictures)
-    assert number(found, "ssim", "sketch")["n"] == COUNT - 1
-    with pytest.raises(InputError, match="holds no pictures"):
-        evaluate(root / "faces", tmp_path / "out", protocol_of(root, **FEW), images=tmp_path / "absent")
-    with pytest.raises(InputError, match="--images holds one set"):
-        evaluate(root / "faces", tmp_path / "out", protocol_of(root), images=pictures)
+def test_images_must_match_faces(root, tmp_path):
+    images = copy_photos(root, tmp_path / "photos")
+    first = sorted(images.iterdir())[0]
+    first.rename(images / "someone.png")
+    with pytest.raises(InputError, match=r"do not match a face of .* such as someone"):
+        evaluate_images(root, tmp_path / "out", images, **FEW)
+    (images / "someone.png").unlink()
+    with pytest.raises(InputError, match=f"no image of 1 of {COUNT} faces.*{first.stem}"):
+        evaluate_images(root, tmp_path / "out", images, **FEW)
+    found = evaluate_images(root, tmp_path / "out", images, **FEW, count=COUNT - 1)
+    assert number(found, "ssim", "sketch").n == COUNT - 1
+    with pytest.raises(InputError, match="contains no images"):
+        evaluate_images(root, tmp_path / "out", tmp_path / "absent", **FEW)
+    with pytest.raises(InputError, match="--images requires one condition set"):
+        evaluate_images(root, tmp_path / "out", images)
 
 
-def test_faces_that_lack_a_condition_are_left_out(root, tmp_path):
-    lines = [json.loads(line) for line in (root / "faces" / "train" / "metadata.jsonl").read_text().splitlines()]
+def test_faces_without_a_condition_are_skipped(root, tmp_path):
+    folder = tmp_path / "faces"
+    shutil.copytree(root / "faces" / "train", folder)
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     del lines[2]["mask_file_name"]
     lines[3]["text"] = []
-    folder = tmp_path / "faces"
-    folder.mkdir()
-    for name in ("images", "masks", "sketches", "keypoints"):
-        (folder / name).mkdir()
-        for file in (root / "faces" / "train" / name).iterdir():
-            (folder / name / file.name).write_bytes(file.read_bytes())
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     faces, notes = read_faces(folder, protocol_of(root))
-    assert [face.number for face in faces] == [0, 1, *range(4, COUNT)]  # the seed is the row, whoever is left out
-    assert notes == ["1 faces without a caption were left out", "1 faces without a mask were left out"]
-    assert faces[1].another == faces[2].conditions
+    assert [face.number for face in faces] == [0, 1, *range(4, COUNT)]  # seeds do not depend on skipped rows
+    assert notes == ["1 faces without a caption were skipped", "1 faces without a mask were skipped"]
+    assert faces[1].mismatched == faces[2].conditions
 
 
-# Comparison
+# --- Comparison
 
 
-def test_comparison_knows_better_from_same(root, tmp_path):
-    made = {}
-    for name, pictures in (("good", copies), ("bad", noise)):
-        evaluate(
-            root / "faces", tmp_path / name, protocol_of(root, **FEW), images=pictures(root, tmp_path / f"{name}-p")
-        )
-        made[name] = read_evaluation(tmp_path / name)
-    found = compare_evaluations(made)
-    by_metric = {entry["metric"]: entry for entry in found["differences"]}
-    assert {name for name, entry in by_metric.items() if entry["better"] == "good"} >= {"ssim", "edge_f_score"}
-    assert by_metric["ssim"]["value"] < 0  # bad minus good
-    assert by_metric["ssim"]["low"] <= by_metric["ssim"]["value"] <= by_metric["ssim"]["high"]
-    same = compare_evaluations({"good": made["good"], "again": made["good"]})
-    assert not any(entry["significant"] for entry in same["differences"])
+def test_comparison_detects_differences(root, tmp_path):
+    evaluations = {}
+    for name, write in (("good", copy_photos), ("bad", write_noise)):
+        evaluate_images(root, tmp_path / name, write(root, tmp_path / f"{name}-images"), **FEW)
+        evaluations[name] = read_evaluation(tmp_path / name)
+    by_metric = {found.metric: found for found in compare_evaluations(evaluations).differences}
+    assert {name for name, found in by_metric.items() if found.better == "good"} >= {"ssim", "edge_f_score"}
+    assert by_metric["ssim"].value < 0  # bad minus good
+    assert by_metric["ssim"].low <= by_metric["ssim"].value <= by_metric["ssim"].high
+    same = compare_evaluations({"good": evaluations["good"], "again": evaluations["good"]})
+    assert not any(found.significant for found in same.differences)
 
 
-def test_other_protocols_are_refused(root, results, tmp_path):
-    metrics = ("ssim", "clip_score")
-    settings = protocol_of(root, steps=1, seeds=2, metrics=metrics)
-    evaluate(root / "faces", tmp_path / "fewer", settings, pipeline=tiny_pipeline(), model="t")
-    both = {"two": read_evaluation(root / "first"), "one": read_evaluation(tmp_path / "fewer")}
-    with pytest.raises(InputError, match="cannot be compared: steps is 2 in two and 1 in one"):
-        compare_evaluations(both)
-    assert compare_evaluations(both, allow=("steps",))["differences"]
-    fewer = protocol_of(root, seeds=2, count=COUNT - 1, metrics=metrics)
-    evaluate(root / "faces", tmp_path / "faces", fewer, pipeline=tiny_pipeline(), model="t")
-    with pytest.raises(InputError, match="cannot be compared: faces is"):
-        compare_evaluations({"two": read_evaluation(root / "first"), "faces": read_evaluation(tmp_path / "faces")})
-    both = {"two": read_evaluation(root / "first"), "faces": read_evaluation(tmp_path / "faces")}
-    with pytest.raises(InputError, match=r"have other faces \(12 and 11 of them"):
-        compare_evaluations(both, allow=("faces",))
-    with pytest.raises(InputError, match="no finished evaluation"):
+def test_different_protocols_are_rejected(root, results, tmp_path):
+    first = read_evaluation(root / "first")
+    settings = {"seeds": 2, "metrics": ("ssim", "clip_score")}
+    evaluate_model(root, tmp_path / "fewer", **settings, steps=1)
+    pair = {"two": first, "one": read_evaluation(tmp_path / "fewer")}
+    with pytest.raises(InputError, match=r"Cannot compare .*: steps is 2 in two and 1 in one"):
+        compare_evaluations(pair)
+    assert compare_evaluations(pair, allow=("steps",)).differences
+    evaluate_model(root, tmp_path / "faces", **settings, count=COUNT - 1)
+    pair = {"two": first, "faces": read_evaluation(tmp_path / "faces")}
+    with pytest.raises(InputError, match=r"Cannot compare .*: faces is"):
+        compare_evaluations(pair)
+    with pytest.raises(InputError, match=r"two \(12 faces\) and faces \(11 faces\) have different"):
+        compare_evaluations(pair, allow=("faces",))
+    with pytest.raises(InputError, match="does not contain a finished evaluation"):
         read_evaluation(tmp_path)
 
 
-def test_settings_may_differ_by_their_own_names(root, results, tmp_path):
-    """Size, caption and judge go by other names in the protocol of a number; each set has its own photographs."""
+@pytest.mark.parametrize("setting", ["size", "caption"])
+def test_settings_may_differ_by_their_own_names(root, results, tmp_path, setting):
+    """Size, caption and extractors have other names in the facts of a number; each set has its own photographs."""
+    changes = {"size": 48} if setting == "size" else {"caption": "longest", "text_image": str(tmp_path / "pair")}
     shutil.copytree(root / "pair", tmp_path / "pair")
     randomise(tiny_clip()).save_pretrained(tmp_path / "pair" / "clip")
-    few = {"seeds": 2, "given": ("mask",), "metrics": ("fd_text_image", "ssim")}
-    changes = {"larger": {"size": 48}, "other": {"caption": "longest", "text_image": str(tmp_path / "pair")}}
-    for name, own in changes.items():
-        shutil.copytree(root / "first" / "pictures", tmp_path / name / "pictures")
-        evaluate(root / "faces", tmp_path / name, protocol_of(root, **few, **own), pipeline=tiny_pipeline(), model="t")
-        both = {"first": read_evaluation(root / "first"), name: read_evaluation(tmp_path / name)}
-        for setting in own:
-            with pytest.raises(InputError, match="cannot be compared"):
-                compare_evaluations(both, allow=[*(set(own) - {setting})])
-        found = compare_evaluations(both, allow=tuple(own))
-        apart = {entry["metric"]: entry["value"] for entry in found["differences"]}
-        values = {entry["metric"]: entry["values"] for entry in found["values"]}["fd_text_image"]
-        assert apart["fd_text_image"] == pytest.approx(values[name]["value"] - values["first"]["value"], rel=1e-4)
+    shutil.copytree(root / "first" / "pictures", tmp_path / "other" / "pictures")
+    settings = {"seeds": 2, "given": ("mask",), "metrics": ("fd_text_image", "ssim")}
+    evaluate_model(root, tmp_path / "other", **settings, **changes)
+    pair = {"first": read_evaluation(root / "first"), "other": read_evaluation(tmp_path / "other")}
+    for name in changes:
+        with pytest.raises(InputError, match="Cannot compare"):
+            compare_evaluations(pair, allow=[*(set(changes) - {name})])
+    found = compare_evaluations(pair, allow=tuple(changes))
+    (difference,) = [difference.value for difference in found.differences if difference.metric == "fd_text_image"]
+    values = found.values["fd_text_image", "mask"]
+    assert difference == pytest.approx(values["other"].value - values["first"].value, rel=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("apart", "p"),
+    ("differences", "p"),
     [
-        ([1.0, 1.0], 0.5),  # as often as not two faces differ the same way
+        ([1.0, 1.0], 0.5),  # two random signs agree with probability 1/2
         ([1.0, 1.1, 0.9, 1.0, 1.0], 2**-4),
         ([1.0, 2.0, -0.5, 0.3, 0.2], ttest_1samp([1.0, 2.0, -0.5, 0.3, 0.2], 0).pvalue),
         ([0.0] * 6 + [1.0] * 4, 2**-3),
         ([0.0, 0.0], 1.0),
     ],
 )
-def test_few_faces_decide_little(apart, p):
-    scores = [{"ssim/none": np.zeros(len(apart))}, {"ssim/none": np.array(apart)}]
-    found = difference(METRICS["ssim"], "ssim", "none", *(Evaluation({}, own) for own in scores))
+def test_p_of_few_faces(differences, p):
+    scores = [{"ssim/none": np.zeros(len(differences))}, {"ssim/none": np.array(differences)}]
+    found = difference_test("ssim", "none", *(Evaluation([], [], own) for own in scores))
     assert found["p"] == pytest.approx(p, abs=1e-4)
 
 
-# Plug-ins, report, command line
+# --- External networks, report, command line
 
 
-class Judge(BaseHTTPRequestHandler):
-    """Answers 0.25 to whoever sends a picture and a caption, and nothing about nobody."""
+class Llm(BaseHTTPRequestHandler):
+    """Scores any caption 0.25, but does not answer for the caption "nobody"."""
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text, picture = body["messages"][0]["content"]
-        good = text["text"].strip() and picture["image_url"]["url"].startswith("data:image/png;base64,")
-        told = "Score: 0.25" if good else "?"
-        told = None if text["text"].endswith("nobody") else told  # a refusal
-        answer = json.dumps({"choices": [{"message": {"content": told}}]}).encode()
+        text, image = body["messages"][0]["content"]
+        valid = text["text"].strip() and image["image_url"]["url"].startswith("data:image/png;base64,")
+        content = None if text["text"].endswith("nobody") else "Score: 0.25" if valid else "?"
+        answer = json.dumps({"choices": [{"message": {"content": content}}]}).encode()
         self.send_response(200)
         self.end_headers()
         self.wfile.write(answer)
@@ -435,22 +431,20 @@ class Judge(BaseHTTPRequestHandler):
 
 
 def test_llm_score(root, tmp_path):
-    server = HTTPServer(("127.0.0.1", 0), Judge)
+    server = HTTPServer(("127.0.0.1", 0), Llm)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}/v1"
-    settings = protocol_of(root, metrics=("llm_score",), given=("none",), count=3, judge=address, judge_model="m")
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    settings = {"metrics": ("llm_score",), "given": ("none",), "llm_url": url, "llm_model": "m"}
     try:
-        found = evaluate(root / "faces", tmp_path, settings, pipeline=tiny_pipeline(), model="t")
-        assert number(found, "llm_score", "none")["value"] == 0.25
-        assert np.isnan(ask(address, "m", np.zeros((8, 8, 3), np.uint8), "nobody"))
+        assert number(evaluate_model(root, tmp_path, count=3, **settings), "llm_score", "none").value == 0.25
+        assert np.isnan(query_llm(url, "m", np.zeros((8, 8, 3), np.uint8), "nobody"))
     finally:
         server.shutdown()
         server.server_close()
-    found = evaluate(root / "faces", tmp_path, settings, pipeline=tiny_pipeline(), model="t")
-    assert number(found, "llm_score", "none")["value"] == 0.25  # from what is kept
-    other = protocol_of(root, metrics=("llm_score",), given=("none",), count=4, judge=address, judge_model="m")
-    found = evaluate(root / "faces", tmp_path, other, pipeline=tiny_pipeline(), model="t")
-    assert "does not answer" in found["missing"][0]["why"]  # and nothing is kept of it
+    cached = evaluate_model(root, tmp_path, count=3, **settings)
+    assert number(cached, "llm_score", "none").value == 0.25
+    other = evaluate_model(root, tmp_path, count=4, **settings)
+    assert "does not respond" in why_missing(other)["llm_score"]  # the failure is not cached
 
 
 @pytest.mark.parametrize(
@@ -464,8 +458,8 @@ def test_llm_score(root, tmp_path):
         ("?", None),
     ],
 )
-def test_one_number_is_a_score(answer, score):
-    assert score_in(answer) == score if score is not None else np.isnan(score_in(answer))
+def test_parse_score(answer, score):
+    assert parse_score(answer) == score if score is not None else np.isnan(parse_score(answer))
 
 
 def test_published_networks(root, tmp_path):
@@ -478,77 +472,81 @@ def test_published_networks(root, tmp_path):
     CLIPVisionModelWithProjection(clip.config.vision_config).save_pretrained(tmp_path / "large")
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_ratio": 2}
     Dinov2Model(Dinov2Config(image_size=224, patch_size=56, **sizes)).save_pretrained(tmp_path / "dino")
-    metrics = ("clip_score", "cmmd", "fd_dinov2", "precision", "recall")
     folders = {"text_image": tmp_path / "clip", "clip_large": tmp_path / "large", "dinov2": tmp_path / "dino"}
-    settings = protocol_of(root, metrics=metrics, given=("mask",), **{name: str(to) for name, to in folders.items()})
-    found = evaluate(root / "faces", tmp_path / "out", settings, images=copies(root, tmp_path / "photos"))
-    assert found["missing"] == []
-    assert number(found, "cmmd", "mask")["value"] == pytest.approx(0, abs=1e-6)
-    assert number(found, "fd_dinov2", "mask")["value"] == pytest.approx(0, abs=1e-6)
-    assert number(found, "precision", "mask")["value"] == number(found, "recall", "mask")["value"] == 1
-    assert -100 <= number(found, "clip_score", "mask")["value"] <= 100
-    gone = protocol_of(root, metrics=("cmmd",), given=("mask",), clip_large=str(tmp_path / "absent"))
-    found = evaluate(root / "faces", tmp_path / "out", gone, images=tmp_path / "photos")
-    assert "neither a folder nor could it be downloaded" in found["missing"][0]["why"]
+    settings = {name: str(folder) for name, folder in folders.items()} | {"given": ("mask",)}
+    images = copy_photos(root, tmp_path / "photos")
+    metrics = ("clip_score", "cmmd", "fd_dinov2", "precision", "recall")
+    found = evaluate_images(root, tmp_path / "out", images, **settings, metrics=metrics)
+    assert found.missing == []
+    for metric, value in (("cmmd", 0), ("fd_dinov2", 0), ("precision", 1), ("recall", 1)):
+        assert number(found, metric, "mask").value == pytest.approx(value, abs=1e-6)
+    assert -100 <= number(found, "clip_score", "mask").value <= 100
+    settings["clip_large"] = str(tmp_path / "absent")
+    found = evaluate_images(root, tmp_path / "out", images, **settings, metrics=("cmmd",))
+    assert "not a folder and could not be downloaded" in why_missing(found)["cmmd"]
 
 
 def test_report(root, results):
     page = (root / "first" / "report.html").read_text()
-    assert "<svg" in page
+    assert "<meter" in page
     assert page.count("data:image/webp;base64,") > COUNT
     assert "<script" not in page
     assert 'src="http' not in page
-    assert "MMFace-DiT (F)" in page
-    told = (root / "first" / "report.md").read_text()
-    assert "| Mask: pixel accuracy ↑ | 12 |" in told
-    assert "| MMFace-DiT (F) | 16.63 | 0.34 | 0.53 |" in told  # with the digits they are printed with
-    assert "| DDGI | 56.57 | 0.43 |" in told
-    assert "not comparable" in told
-    assert "extractor" not in published_tables()[0]
+    markdown = (root / "first" / "report.md").read_text()
+    for text in (page, markdown):
+        assert "MMFace-DiT (F)" in text
+        assert "not comparable" in text
+    assert "| Mask: pixel accuracy ↑ | 12 |" in markdown
+    assert "| MMFace-DiT (F) | 16.63 | 0.34 | 0.53 |" in markdown  # with the digits they are printed with
+    assert "| DDGI | 56.57 | 0.43 |" in markdown
     for table in published_tables():
         assert all(len(row) == 1 + len(table["columns"]) for row in table["rows"])
         assert table["source"].startswith("arXiv ")
 
 
-def test_small_numbers_are_not_rounded_away():
-    assert [rounded(value) for value in (3e-5, -0.0002, 0.0, 0.25, 31.6942)] == [
-        "3.0e-05", "-2.0e-04", "0.0000", "0.2500", "31.69",
-    ]  # fmt: skip
-    assert rounded(0.5, "+") == "+0.5000"
+def test_report_escapes_html(results, tmp_path):
+    faces = [{**results.faces[0], "caption": "<script>alert(1)</script>"}, *results.faces[1:]]
+    write_report(dataclasses.replace(results, faces=faces), tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "&lt;script&gt;" in page
+    assert "<script" not in page
 
 
-def test_metrics_are_whole():
-    for name, metric in METRICS.items():
-        assert sum(way is not None for way in (metric.values, metric.distance, metric.rounds)) == 1, name
+def test_small_numbers_keep_their_digits():
+    numbers = {3e-5: "3.0e-05", -0.0002: "-2.0e-04", 0.0: "0.0000", 0.25: "0.2500", 31.6942: "31.69"}
+    assert {value: format_number(value) for value in numbers} == numbers
+    assert format_number(0.5, "+") == "+0.5000"
 
 
 def test_command_line(root, tmp_path, capsys):
-    judges = [f"face_parser={root}/parser", f"text_image={root}/pair"]
-    common = [*judges, "metrics=edge_f_score,ssim", "given=mask", "count=4", "draws=100"]
+    networks = [f"face_parser={root}/parser", f"text_image={root}/pair"]
+    common = [*networks, "metrics=edge_f_score,ssim", "given=mask", "count=4", "bootstrap_samples=100"]
     out = tmp_path / "out"
     assert run("evaluate", "--out", out, root / "model", root / "faces", *common, "--dtype", "fp32", "steps=1") == 0
-    told = capsys.readouterr().out
-    assert "| Photograph: SSIM ↑ | 4 |" in told
+    assert "| Photograph: SSIM ↑ | 4 |" in capsys.readouterr().out
     assert {"results.json", "report.md", "report.html"} <= {path.name for path in out.iterdir()}
     sources = [out, f"{root}/model@steps=2", *common]
     assert run("compare", *sources, "--faces", root / "faces", "--out", tmp_path / "compared") == 0
     assert "no significant difference" in capsys.readouterr().out
-    assert (tmp_path / "compared" / "comparison.html").is_file()
+    compared = json.loads((tmp_path / "compared" / "comparison.json").read_text())
+    assert list(compared) == ["names", "values", "differences", "notes"]
+    assert {"comparison.html", "comparison.md"} <= {path.name for path in (tmp_path / "compared").iterdir()}
     (tmp_path / "p.toml").write_text("count = 4\nsteeps = 2\n")
-    for arguments, words in (
-        (["evaluate", root / "model", "--out", tmp_path / "x"], "it needs MODEL FACES"),
-        (["evaluate", root / "model", root / "faces", "count=0", "--out", tmp_path / "x"], "count is 0"),
-        (["evaluate", root / "model", root / "faces", "given=hat", "--out", tmp_path / "x"], "condition 'hat'"),
-        (["evaluate", root / "model", root / "absent", "--out", tmp_path / "x"], "metadata.jsonl"),
+    absent = tmp_path / "x"
+    for arguments, text in (
+        (["evaluate", root / "model", "--out", absent], "requires MODEL FACES"),
+        (["evaluate", root / "model", root / "faces", "count=0", "--out", absent], "count is 0"),
+        (["evaluate", root / "model", root / "faces", "given=hat", "--out", absent], "Unknown condition 'hat'"),
+        (["evaluate", root / "model", root / "absent", "--out", absent], "metadata.jsonl"),
         (["evaluate", root / "model", root / "faces", "--protocol", tmp_path / "p.toml", "--out", out], "'steeps'"),
-        (["compare", out, "--out", tmp_path / "x"], "needs two"),
-        (["compare", out, f"{root}/model@count=3", "--faces", root, "--out", tmp_path / "x"], "other faces"),
-        (["compare", out, root / "model", "--out", tmp_path / "x"], "name --faces"),
+        (["compare", out, "--out", absent], "at least two"),
+        (["compare", out, f"{root}/model@count=3", "--faces", root, "--out", absent], "different faces"),
+        (["compare", out, root / "model", "--out", absent], "pass --faces"),
     ):
         assert run(*arguments) == 2
-        assert words in capsys.readouterr().err
-    assert not (tmp_path / "x").exists()
+        assert text in capsys.readouterr().err
+    assert not absent.exists()
 
 
-def test_missing_is_bad_input():
-    assert issubclass(Missing, InputError)
+def test_missing_error_is_an_input_error():
+    assert issubclass(MissingError, InputError)

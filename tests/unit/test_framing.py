@@ -1,4 +1,4 @@
-"""The geometry of faces: the published recipe to the number, transforms recovered, and what is off named in numbers."""
+"""Face framing: the published crop, recovered transforms, and measured faults."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from likeness.conditions.framing import (
     inverse,
     misplacement,
     move,
-    portrait_fault,
+    portrait_faults,
     portrait_transform,
 )
 from likeness.conditions.keypoints import STROKES
-from likeness.types import InputError
+from likeness.types import InputError, Note
 
 
 def face_of(right_eye, left_eye, mouth, count: int = 68, turned: float = 0.0) -> np.ndarray:
@@ -44,7 +44,7 @@ def face_of(right_eye, left_eye, mouth, count: int = 68, turned: float = 0.0) ->
 
 
 @pytest.mark.parametrize("count", [68, 478])
-def test_the_published_recipe(count):
+def test_published_crop(count):
     # eyes 200 apart, 200 above the mouth: half a side is max(2 * 200, 1.8 * 200), the centre 0.1 * 200 below the eyes
     points = face_of((400, 500), (600, 500), (500, 700), count)
     assert np.allclose(portrait_transform(points, 800), [[1, 0, -100], [0, 1, -120]])
@@ -54,7 +54,7 @@ def test_the_published_recipe(count):
 
 
 @pytest.mark.parametrize("count", [68, 478])
-def test_transforms_are_recovered(count):
+def test_recovered_transforms(count):
     rng = np.random.default_rng(0)
     points = face_of((180, 230), (330, 235), (258, 375), count)
     own = portrait_transform(points, 512)
@@ -73,7 +73,7 @@ def test_transforms_are_recovered(count):
 
 
 def test_a_recovered_transform_is_within_a_pixel():
-    """Contours of many points average their errors: half a pixel of each leaves the places of the face within one."""
+    """The many points of a contour average their errors: 0.5 pixels each leave the face within one pixel."""
     rng = np.random.default_rng(1)
     points = face_of((180, 230), (330, 235), (258, 375), 478)
     inner = np.array([[128, 128], [384, 128], [256, 256], [128, 384], [384, 384]])
@@ -91,7 +91,7 @@ def test_turned_heads(turned):
     assert framing_of(points, 1000, 1000, 512).turned == pytest.approx(turned, abs=0.1)
 
 
-def test_faults_are_named_with_numbers():
+def test_framing_faults():
     points = face_of((400, 500), (600, 500), (500, 700))
     assert framing_faults(framing_of(points, 1000, 1000, 512)) == []
     angle = np.radians(30)
@@ -99,14 +99,14 @@ def test_faults_are_named_with_numbers():
     tilted = (points - 500) @ clockwise + 500
     framing = framing_of(tilted, 1000, 1000, 512)
     assert framing.tilted == pytest.approx(30)
-    assert framing_faults(framing) == ["tilted by 30 degrees"]
+    assert framing_faults(framing) == [Note("tilted", "tilted by 30 degrees")]
     small = framing_faults(framing_of(points / 4, 250, 250, 512))
-    assert small == ["small: enlarged 2.6 times"]
-    # the square spans 100 to 900 across and 120 to 920 down: of a photo that ends at x = 500 half of it lies beyond
+    assert small == [Note("small", "small: enlarged 2.6 times")]
+    # the square spans 100 to 900 across and 120 to 920 down: half of it is outside a photo that ends at x = 500
     cut = framing_faults(framing_of(points, 500, 1000, 512))
-    assert cut == ["outside: 50 % of the portrait lies beyond the photo"]
+    assert cut == [Note("outside", "outside: 50 % of the portrait is outside the photo")]
     turned = framing_faults(framing_of(face_of((400, 500), (600, 500), (500, 700), turned=60), 1000, 1000, 512))
-    assert turned == ["turned by about 60 degrees"]
+    assert turned == [Note("turned", "turned by about 60 degrees")]
 
 
 def test_distance_beyond_the_photo():
@@ -114,21 +114,22 @@ def test_distance_beyond_the_photo():
     assert np.allclose(distance[0], [0, 0, 0, 0, 0, 0, 0.5, 1.5])
 
 
-def test_portraits_that_are_framed_otherwise():
-    assert portrait_fault(drawn_points()) is None
+def test_portrait_faults():
+    assert portrait_faults(drawn_points()) == []
     as_trained = face_of(TRAINED["right eye"], TRAINED["left eye"], TRAINED["mouth"])
     # only the rings of the eyes and the corners of the mouth matter, and their middles are exact
     assert max(misplacement(as_trained).values()) < 1e-9
     low = drawn_points() + np.array([0, 0.15])
-    assert portrait_fault(low).startswith("misplaced: the ")
-    assert "% of the side from where the models learnt it" in portrait_fault(low)
+    (note,) = portrait_faults(low)
+    assert note.kind == "misplaced"
+    assert "% of the side from its place in the training data" in note.text
     assert max(misplacement(low).values()) > LIMITS["misplaced"]
     smaller = (drawn_points() - 0.5) * 0.6 + 0.5
-    assert portrait_fault(smaller) is not None
+    assert portrait_faults(smaller)
 
 
-def test_refusals():
-    with pytest.raises(InputError, match="5 landmarks cannot be used"):
+def test_rejected_landmarks():
+    with pytest.raises(InputError, match="5 landmarks are not supported"):
         anchors_of(np.zeros((5, 2)))
     with pytest.raises(InputError, match="on one spot"):
         portrait_transform(np.full((68, 2), 7.0), 512)

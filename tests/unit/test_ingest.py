@@ -24,9 +24,9 @@ from sample_datasets import SIDE, image, pack, put
 
 from builders import run
 from likeness.cli import prepare
-from likeness.conditions.classes import FLIP_PAIRS
-from likeness.conditions.mask_schemes import exchange
-from likeness.conditions.pictures import open_picture
+from likeness.conditions.images import open_image
+from likeness.conditions.mask import swap_classes
+from likeness.conditions.mask.classes import FLIP_PAIRS
 from likeness.data.folder import read_folder, read_record
 from likeness.prepare.caption.grammar import ATTRIBUTES
 from likeness.prepare.check import check_folder
@@ -173,7 +173,7 @@ def test_bad_attribute_line_is_reported(tmp_path):
 def test_swapped_sides_are_fixed(tmp_path):
     source = tmp_path / "source"
     sample_datasets.celebamask(source)
-    put(source, "masks/1.png", sample_datasets.mask_picture(exchange(drawn_mask(SIDE), FLIP_PAIRS)))
+    put(source, "masks/1.png", sample_datasets.mask_image(swap_classes(drawn_mask(SIDE), FLIP_PAIRS)))
     found = ingest(source, tmp_path / "out", held_out=1)
     assert found == {"train": 3, "test": 1, "repaired": 1, "skipped": {}}
     for row in [*read_folder(tmp_path / "out"), *read_folder(tmp_path / "out" / "test")]:
@@ -660,7 +660,7 @@ def test_crop_includes_conditions(tmp_path):
     source = tmp_path / "source"
     wide = np.pad(drawn_mask(SIDE), ((0, 0), (20, 12)))
     put(source, "0.png", Image.fromarray(np.pad(np.asarray(image(0)), ((0, 0), (20, 12), (0, 0)))))
-    put(source, "mask.png", sample_datasets.mask_picture(wide.repeat(2, 0).repeat(2, 1)))  # at twice the size
+    put(source, "mask.png", sample_datasets.mask_image(wide.repeat(2, 0).repeat(2, 1)))  # at twice the size
     put(source, "sketch.png", Image.fromarray(np.pad(drawn_sketch(SIDE), ((0, 0), (20, 12)), constant_values=255)))
     points = np.add(sample_datasets.points()["points"], (20, 0))
     put(source, "points.json", {"points": points.tolist(), "size": [SIDE + 32, SIDE]})
@@ -735,6 +735,6 @@ def test_limit(tmp_path):
 
 
 def test_open_picture_accepts_bytes():
-    assert open_picture(sample_datasets.content(image(0)), "face").size == (SIDE, SIDE)
+    assert open_image(sample_datasets.content(image(0)), "face").size == (SIDE, SIDE)
     with pytest.raises(InputError, match=r"^face is empty"):
-        open_picture(b"", "face")
+        open_image(b"", "face")

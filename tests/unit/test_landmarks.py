@@ -1,4 +1,4 @@
-"""MediaPipe's landmarks, on photographs where they and the model are at hand."""
+"""MediaPipe's landmarks; needs its model and photographs in LIKENESS_SHARED."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from PIL import Image
 
 from likeness.annotators.landmarks import open_landmarker
 from likeness.conditions import CONDITIONS
-from likeness.conditions.classes import CLASS_INDEX
-from likeness.conditions.keypoints import STROKES
+from likeness.conditions.keypoints import part_points
+from likeness.conditions.mask.classes import CLASS_INDEX
 from likeness.data.folder import read_folder
 from likeness.prepare.annotate import annotate_folder
 from likeness.types import InputError
@@ -21,25 +21,25 @@ from likeness.types import InputError
 SHARED = Path(os.environ.get("LIKENESS_SHARED", Path(__file__).parents[3] / "shared"))
 MODEL = SHARED / "weights" / "face_landmarker" / "face_landmarker.task"
 FACES = SHARED / "data" / "celebamask-hq"
-needs_model = pytest.mark.skipif(not MODEL.is_file(), reason="LIKENESS_SHARED holds no face_landmarker.task")
+needs_model = pytest.mark.skipif(not MODEL.is_file(), reason="LIKENESS_SHARED has no face_landmarker.task")
 
 
 def test_missing_and_wrong_files(tmp_path):
     with pytest.raises(InputError, match="does not exist"), open_landmarker(tmp_path / "none.task"):
         pass
     (tmp_path / "wrong.task").write_bytes(b"wrong")
-    with pytest.raises(InputError, match="is no model"), open_landmarker(tmp_path / "wrong.task"):
+    with pytest.raises(InputError, match="is not a model"), open_landmarker(tmp_path / "wrong.task"):
         pass
 
 
 @needs_model
-@pytest.mark.skipif(not FACES.is_dir(), reason="LIKENESS_SHARED holds no hand-made masks")
-def test_eyes_lie_where_hand_made_masks_have_them():
+@pytest.mark.skipif(not FACES.is_dir(), reason="LIKENESS_SHARED has no hand-made masks")
+def test_eyes_agree_with_hand_made_masks():
     checked = 0
     with open_landmarker(MODEL) as find:
         for path in sorted((FACES / "masks").iterdir())[:14]:
             reading = CONDITIONS["mask"].read(path)
-            if reading.notes:  # such as exchanged sides
+            if reading.notes:  # for example swapped sides
                 continue
             labels = reading.raw
             photo = np.array(Image.open(FACES / "images" / f"{path.stem}.jpg").convert("RGB").resize((128, 128)))
@@ -50,16 +50,16 @@ def test_eyes_lie_where_hand_made_masks_have_them():
                 ys, xs = np.nonzero(labels == CLASS_INDEX[part])
                 if len(xs) > 100:
                     middle = np.array([xs.mean(), ys.mean()]) / labels.shape[0]
-                    assert np.abs(points[list(STROKES[part][3])].mean(0) - middle).max() < 0.03
+                    assert np.abs(points[part_points(part, 478)].mean(0) - middle).max() < 0.03
                     checked += 1
     assert checked > 12
 
 
 @needs_model
-def test_a_picture_without_a_face_stays_without(tmp_path):
+def test_images_without_a_face(tmp_path):
     photo = next(iter(sorted((SHARED / "data" / "celebamask-hq" / "images").glob("*.jpg"))), None)
     if photo is None:
-        pytest.skip("LIKENESS_SHARED holds no photographs")
+        pytest.skip("LIKENESS_SHARED has no photographs")
     Image.open(photo).resize((128, 128)).save(tmp_path / "face.png")
     Image.new("RGB", (128, 128), (90, 120, 90)).save(tmp_path / "field.png")
     rows = [{"file_name": "face.png"}, {"file_name": "field.png"}]

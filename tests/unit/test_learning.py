@@ -142,7 +142,7 @@ def test_models_on_another_autoencoder(root, tmp_path):
     now.unlink()
     now.symlink_to(new)
     for folder, start in (("run", None), ("other", str(old))):
-        with pytest.raises(InputError, match="run/model was trained on another autoencoder"):
+        with pytest.raises(InputError, match="run/model was trained on the latents of another encoder"):
             loop.train(small(now, start=start), tmp_path / folder)
 
 

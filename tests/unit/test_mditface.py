@@ -587,7 +587,7 @@ def test_the_costs_of_table_4(capsys):
 
 
 def test_cost_of_impossible_requests_is_refused():
-    with pytest.raises(InputError, match="the size 100 is not a multiple of 16"):
+    with pytest.raises(InputError, match="The size 100 is not a multiple of 16"):
         mditface_costs(size=100)
     with pytest.raises(InputError, match="steps is 0"):
         mditface_costs(steps=0)

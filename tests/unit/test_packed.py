@@ -13,12 +13,12 @@ from builders import tiny_clip, tiny_face_parser, tiny_text_encoder, tiny_tokeni
 from likeness.encoders.text_image import AttributeHead, load_attribute_head, save_attribute_head
 from likeness.objectives import RectifiedFlow
 from likeness.pipelines.load import (
+    encoder_hash,
     load,
     load_component,
     load_components,
     load_face_parser,
     load_text_image,
-    weights_hash,
 )
 from likeness.pipelines.mmface import MMFacePipeline
 from likeness.pipelines.packed import SCALE, pack, save_packed, widen
@@ -109,7 +109,7 @@ def test_statistics_normalise_latents(bundle):
     parts = load_components(bundle / "common")
     assert len(parts.settings["latent_mean"]) == 4
     assert parts.settings["max_text_tokens"] == 12
-    assert parts.codec_hash == weights_hash(parts.vae)
+    assert parts.codec_hash == encoder_hash(parts.vae)
 
 
 def test_what_measures_is_packed_beside(bundle):
@@ -137,7 +137,7 @@ def test_model_of_another_autoencoder_is_refused(bundle, tmp_path):
     for file in ("model_index.json", "transformer", "scheduler"):
         (tmp_path / "run" / file).symlink_to(bundle / "run" / file)
     (tmp_path / "run" / "codec.json").write_text(json.dumps({"codec": "0" * 64}))
-    with pytest.raises(InputError, match="another autoencoder"):
+    with pytest.raises(InputError, match="another encoder"):
         pack_model(tmp_path / "run", tmp_path / "mini")
     assert not (tmp_path / "mini").exists()
 

@@ -1,4 +1,4 @@
-"""Other people's face parsers: labels by name, their own normalisation, clear refusals."""
+"""Third-party face parsers: labels by name, their normalization, rejected networks."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from builders import tiny_face_parser
-from likeness.annotators.face_parser import Translated, parse_faces, sides_exchanged, to_input
+from likeness.annotators.face_parser import Translated, parse_faces, sides_swapped, to_input
 from likeness.annotators.labels import NAMES, classes_of
-from likeness.conditions.classes import CLASS_INDEX, CLASSES, FLIP_PAIRS, ORDERS
+from likeness.conditions.mask.classes import CLASS_INDEX, CLASSES, FLIP_PAIRS, ORDERS
 from likeness.data.synthetic import draw_face
 from likeness.pipelines.load import load_face_parser, network_name
 from likeness.types import InputError
@@ -81,7 +81,7 @@ def test_names_of_known_parsers():
     assert [CLASSES[index] for index in classes_of(LAPA, "x")] == [
         "background", "skin", "l_brow", "r_brow", "l_eye", "r_eye", "nose", "u_lip", "mouth", "l_lip", "hair",
     ]  # fmt: skip
-    assert [CLASSES[index] for index in classes_of(LAPA, "x", exchanged=True)][2:6] == [
+    assert [CLASSES[index] for index in classes_of(LAPA, "x", swapped=True)][2:6] == [
         "r_brow", "l_brow", "r_eye", "l_eye",
     ]  # fmt: skip
     for order in ORDERS.values():
@@ -91,8 +91,8 @@ def test_names_of_known_parsers():
     assert set(NAMES) == set(CLASSES)
 
 
-def test_names_that_cannot_be_mapped():
-    with pytest.raises(InputError, match=r"3 of the 3 labels of net .* LABEL_0, LABEL_1, LABEL_2; write their meaning"):
+def test_unknown_names():
+    with pytest.raises(InputError, match=r"3 of the 3 labels of net .* LABEL_0, LABEL_1, LABEL_2\. Name them"):
         classes_of(("LABEL_0", "LABEL_1", "LABEL_2"), "net")
     with pytest.raises(InputError, match=r"1 of the 12 labels .* facewear"):
         classes_of((*LAPA, "facewear"), "net")
@@ -109,18 +109,18 @@ def test_names_that_cannot_be_mapped():
         {"do_rescale": False, "image_mean": [120.0, 110.0, 100.0], "image_std": [60.0, 50.0, 40.0]},
     ],
 )
-def test_sees_what_its_own_processor_gives(tmp_path, changes):
-    """The same scores as by transformers' own image processor, on a picture that needs no resize."""
+def test_input_equals_that_of_its_processor(tmp_path, changes):
+    """The logits equal those with the image processor of transformers, on an image that is not resized."""
     network, size = load_face_parser(save(tmp_path, settings=SETTINGS | changes))
     assert size == 32
     assert isinstance(network, Translated)
-    picture = draw_face(0, 0, 32).image
+    image = draw_face(0, 0, 32).image
     processor = SegformerImageProcessorPil(
         **{k: v for k, v in (SETTINGS | changes).items() if k != "image_processor_type"}
     )
-    given = processor(images=picture, return_tensors="pt")["pixel_values"]
+    given = processor(images=image, return_tensors="pt")["pixel_values"]
     wanted = network.network(pixel_values=given).logits
-    found = network(pixel_values=to_input(picture, 32)).logits
+    found = network(pixel_values=to_input(image, 32)).logits
     assert torch.allclose(found, wanted, atol=1e-4, rtol=1e-4)
 
 
@@ -132,9 +132,9 @@ def test_channel_order(tmp_path):
     assert torch.allclose(bgr(pixel_values=given).logits, plain(pixel_values=given.flip(1)).logits, atol=1e-5)
 
 
-def test_order_is_brought_into_ours(tmp_path):
-    """The same weights under another order of labels give the same masks."""
-    picture = draw_face(0, 3, 64).image
+def test_label_order_is_converted(tmp_path):
+    """The same weights with another order of labels give the same masks."""
+    image = draw_face(0, 3, 64).image
     ours, size = load_face_parser(save(tmp_path / "ours"))
     state = ours.network.state_dict()
     theirs = SegformerForSemanticSegmentation.from_pretrained(save(tmp_path / "facer", FACER))
@@ -144,23 +144,23 @@ def test_order_is_brought_into_ours(tmp_path):
     theirs.load_state_dict(state)
     theirs.save_pretrained(tmp_path / "facer")
     shuffled, _ = load_face_parser(tmp_path / "facer")
-    (wanted,), (found,) = (parse_faces(net, [picture], size=size) for net in (ours, shuffled))
+    (wanted,), (found,) = (parse_faces(net, [image], size=size) for net in (ours, shuffled))
     assert len(np.unique(wanted)) > 3
     assert np.array_equal(wanted, found)
 
 
-def test_classes_that_it_lacks_never_appear(tmp_path):
+def test_missing_classes_never_appear(tmp_path):
     network, size = load_face_parser(save(tmp_path, LAPA))
     masks = parse_faces(network, [draw_face(0, index, 48).image for index in range(3)], size=size)
     assert set(np.unique(masks)) <= set(classes_of(LAPA, "x"))
-    exchanged, _ = load_face_parser(tmp_path, exchanged=True)
-    other = parse_faces(exchanged, [draw_face(0, index, 48).image for index in range(3)], size=size)
+    swapped, _ = load_face_parser(tmp_path, exchanged=True)
+    other = parse_faces(swapped, [draw_face(0, index, 48).image for index in range(3)], size=size)
     table = np.arange(19)
     for left, right in FLIP_PAIRS:
         table[[left, right]] = right, left
     scores = [
         F.interpolate(net(pixel_values=to_input(draw_face(0, 0, 48).image, 32)).logits, size=(48, 48)).argmax(1).numpy()
-        for net in (network, exchanged)
+        for net in (network, swapped)
     ]
     assert np.array_equal(table[scores[0]], scores[1])
     assert [mask.shape for mask in other] == [(48, 48)] * 3
@@ -190,21 +190,21 @@ def test_other_architectures(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "message"),
     [
-        ({"do_center_crop": True}, "its masks would lack the rim"),
-        ({"size": {"height": 32, "width": 48}}, "does not see squares of one size"),
-        ({"size": {"longest_edge": 32}}, "does not see squares of one size"),
-        ({"do_resize": False}, "does not see squares of one size"),
-        ({"image_mean": None}, "neither image_mean and image_std"),
+        ({"do_center_crop": True}, "its masks would lack the border"),
+        ({"size": {"height": 32, "width": 48}}, "does not take squares of one size"),
+        ({"size": {"longest_edge": 32}}, "does not take squares of one size"),
+        ({"do_resize": False}, "does not take squares of one size"),
+        ({"image_mean": None}, "has no valid image_mean and image_std"),
     ],
 )
-def test_processors_that_do_not_fit(tmp_path, changes, sentence):
-    with pytest.raises(InputError, match=sentence):
+def test_rejected_processors(tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
         load_face_parser(save(tmp_path, settings=SETTINGS | changes))
 
 
-def test_refusals(tmp_path):
+def test_rejected_checkpoints(tmp_path):
     with pytest.raises(InputError, match=r"has no preprocessor_config\.json"):
         load_face_parser(save(tmp_path / "bare", settings=None))
     with pytest.raises(InputError, match="is no folder of a checkpoint"):
@@ -216,7 +216,7 @@ def test_refusals(tmp_path):
         load_face_parser(save(tmp_path / "numbers", tuple(f"LABEL_{index}" for index in range(19))))
 
 
-def test_our_own_needs_no_processor(tmp_path):
+def test_bundled_parsers_have_no_processor(tmp_path):
     tiny_face_parser().save_pretrained(tmp_path)
     network, size = load_face_parser(tmp_path)
     assert size == 32
@@ -224,7 +224,7 @@ def test_our_own_needs_no_processor(tmp_path):
     assert network_name(network).startswith("SegformerForSemanticSegmentation ")
 
 
-def test_the_name_is_that_of_the_weights(tmp_path):
+def test_name_depends_on_the_weights(tmp_path):
     network, _ = load_face_parser(save(tmp_path))
     name = network_name(network)
     assert name == network_name(load_face_parser(tmp_path)[0])
@@ -234,11 +234,11 @@ def test_the_name_is_that_of_the_weights(tmp_path):
     assert network_name(network) != name
 
 
-def test_exchanged_sides_show():
+def test_swapped_sides():
     masks = [draw_face(0, index, 96).mask for index in range(5)]
     table = np.arange(19)
     table[[4, 5]] = 5, 4
-    assert not sides_exchanged(masks)
-    assert sides_exchanged([table[mask] for mask in masks])
-    assert not sides_exchanged([np.zeros((96, 96), np.uint8)] * 5)
-    assert not sides_exchanged([table[mask] for mask in masks[:2]])  # too few to judge a parser by
+    assert not sides_swapped(masks)
+    assert sides_swapped([table[mask] for mask in masks])
+    assert not sides_swapped([np.zeros((96, 96), np.uint8)] * 5)
+    assert not sides_swapped([table[mask] for mask in masks[:2]])  # too few masks

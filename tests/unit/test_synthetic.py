@@ -1,4 +1,4 @@
-"""Drawn faces: the same bytes every time, labels that lie where the picture says, captions that are true."""
+"""Synthetic faces: reproducible, with exact labels and true captions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from likeness.conditions.classes import CLASSES, PALETTE
+from likeness.conditions.mask.classes import CLASSES, PALETTE
 from likeness.data.synthetic import SyntheticFace, describe_face, draw_face
 from likeness.data.synthetic.captions import CAPTION_COUNT, MAXIMUM_WORDS
 from likeness.prepare.synthetic import write_synthetic
@@ -35,7 +35,7 @@ def label_at(face: SyntheticFace, point: np.ndarray) -> str:
     return CLASSES[face.mask[y, x]]
 
 
-def test_same_bytes_in_any_order(faces: list[SyntheticFace]) -> None:
+def test_results_do_not_depend_on_the_order_of_calls(faces: list[SyntheticFace]) -> None:
     np.random.seed(0)
     state = np.random.get_state()[1].copy()  # type: ignore[index]
     for index in (7, 0, 7):
@@ -80,13 +80,13 @@ def test_every_class_occurs(faces: list[SyntheticFace]) -> None:
     assert found == set(range(len(CLASSES)))
 
 
-def test_keypoints_lie_on_their_classes(faces: list[SyntheticFace]) -> None:
+def test_keypoints_agree_with_the_mask(faces: list[SyntheticFace]) -> None:
     for face in faces:
         points = face.keypoints
         if face.attributes["glasses"] != "sunglasses":
             assert label_at(face, points[36:42].mean(axis=0)) == "r_eye"
             assert label_at(face, points[42:48].mean(axis=0)) == "l_eye"
-        # Each lip lies between its outer and inner points.
+        # Each lip is between its outer and inner points.
         assert label_at(face, points[[51, 62]].mean(axis=0)) == "u_lip"
         assert label_at(face, points[[57, 66]].mean(axis=0)) == "l_lip"
         assert label_at(face, points[30]) == "nose"
@@ -113,7 +113,7 @@ def test_the_persons_left_is_the_viewers_right(faces: list[SyntheticFace]) -> No
 
 
 def test_image_and_mask_share_their_edges(faces: list[SyntheticFace]) -> None:
-    """Over many faces the picture changes much more across a border of the mask than elsewhere."""
+    """The image changes much more across a border of the mask than elsewhere."""
     ratios = []
     for face in faces:
         change = np.abs(np.diff(face.image.astype(float), axis=1)).sum(axis=2)
@@ -135,7 +135,7 @@ def test_sketch_is_dark_on_white_along_the_mask(faces: list[SyntheticFace]) -> N
         assert near_stroke[border].mean() > 0.85
 
 
-def test_attributes_are_to_be_seen(faces: list[SyntheticFace]) -> None:
+def test_attributes_are_visible(faces: list[SyntheticFace]) -> None:
     for face in faces:
         for attribute, name in (
             ("glasses", "eye_g"),
@@ -149,7 +149,7 @@ def test_attributes_are_to_be_seen(faces: list[SyntheticFace]) -> None:
         assert (pixels(face, "mouth") > 0) == (face.attributes["expression"] in ("big smile", "surprised"))
 
 
-def test_captions_are_ten_different_true_sentences() -> None:
+def test_captions_are_different_and_true() -> None:
     claims = {
         r"glasses": lambda a: a["glasses"] != "none",
         r"sunglasses": lambda a: a["glasses"] == "sunglasses",
@@ -178,20 +178,20 @@ def test_captions_are_ten_different_true_sentences() -> None:
         r"hoodie": lambda a: a["clothing"] == "hoodie",
         r"turtleneck": lambda a: a["clothing"] == "turtleneck",
     }
-    seen = dict.fromkeys(claims, 0)
+    counts = dict.fromkeys(claims, 0)
     for index in range(400):
         attributes, captions = describe_face(5, index)
         assert len(captions) == len(set(captions)) == CAPTION_COUNT
         for caption in captions:
             assert len(caption.split()) < MAXIMUM_WORDS
             assert not re.search(r"[{}]|none|  |\ba [aeio]\w|\ban [^aeiou]", caption), caption
-            for claim, holds in claims.items():
+            for claim, is_true in claims.items():
                 if re.search(rf"\b({claim})\b", caption, re.IGNORECASE):
-                    seen[claim] += 1
-                    assert holds(attributes), (caption, attributes)
+                    counts[claim] += 1
+                    assert is_true(attributes), (caption, attributes)
             color = re.search(r"(\w+) eyes", caption)
             assert color is None or str(attributes["eye_color"]).endswith(color[1])
-    assert all(seen.values()), seen
+    assert all(counts.values()), counts
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -236,7 +236,7 @@ def test_resume_restores_identical_bytes(tmp_path: Path) -> None:
     assert len((out / "train" / "metadata.jsonl").read_text(encoding="utf-8").splitlines()) == 5
 
 
-def test_refusals(tmp_path: Path) -> None:
+def test_rejected_arguments(tmp_path: Path) -> None:
     for arguments in ({"count": 0}, {"count": 1, "size": 24}, {"count": 1, "size": 100}, {"count": 1, "seed": -1}):
         with pytest.raises(InputError):
             write_synthetic(tmp_path / "refused", **arguments)

@@ -223,7 +223,7 @@ def test_shards_of_another_autoencoder_are_refused(prepared, tmp_path):
         (copy / file.name).write_bytes(file.read_bytes())
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps({**manifest, "codec": "0" * 64}))
-    with pytest.raises(InputError, match="another autoencoder"):
+    with pytest.raises(InputError, match="another encoder"):
         loop.train(recipe(prepared, **{"data.shards": f'["{copy}"]'}), tmp_path / "run")
 
 

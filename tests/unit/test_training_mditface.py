@@ -170,7 +170,7 @@ def test_refusals(prepared, adapter_recipe, tmp_path):
     wrong = {"name": "mditface_adapter", "base": "mmface-mini"}
     with pytest.raises(InputError, match=r"mmface-mini is a MMFacePipeline: the base of an adapter must be FLUX\.1"):
         loop.train(recipe(prepared, wrong, "shards", "components"), tmp_path / "a")
-    with pytest.raises(InputError, match="another autoencoder"):
+    with pytest.raises(InputError, match="another encoder"):
         loop.train(recipe(prepared, {**NETWORK}, "flux_shards", "components"), tmp_path / "b")
     loop.train(adapter_recipe, tmp_path / "c")
     network = {"name": "mditface_adapter", "base": str(prepared / "flux"), "rank": 4}

@@ -1,4 +1,4 @@
-"""U2-Net: names and sizes of the official weights, the published wiring, and dark strokes on white."""
+"""U2-Net: official parameter names, published architecture, dark strokes on white."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from likeness.annotators.u2net import MEAN, PORTRAIT, SEEN, STD, U2Net, draw_sketch, load_u2net
+from likeness.annotators.u2net import INPUT_SIDE, MEAN, PORTRAIT, STD, U2Net, draw_sketch, load_u2net
 from likeness.data.synthetic import draw_face
 from likeness.pipelines.load import load_sketcher
 from likeness.types import InputError
@@ -63,12 +63,12 @@ SHAPES = {
 }
 
 TINY = {name: (2, 3 + number % 3) for number, name in enumerate(PORTRAIT)}
-"""Widths that all differ from their neighbours', so that a wrong wiring does not fit."""
+"""Adjacent widths differ, so that wrong connections fail."""
 
 
 @pytest.fixture(scope="module")
 def tiny() -> U2Net:
-    """Random weights and statistics, none at zero or one."""
+    """Random weights and statistics, none 0 or 1."""
     torch.manual_seed(0)
     network = U2Net(TINY)
     for name, value in network.state_dict().items():
@@ -88,7 +88,7 @@ def test_official_names_and_sizes():
 
 
 def block(state: dict, name: str, x: torch.Tensor, dilation: int = 1) -> torch.Tensor:
-    """A block written out: convolution, batch norm by its statistics, ReLU."""
+    """A block without modules: convolution, batch norm by its statistics, ReLU."""
     x = F.conv2d(x, state[f"{name}.conv_s1.weight"], state[f"{name}.conv_s1.bias"], padding=dilation, dilation=dilation)
     mean, var = state[f"{name}.bn_s1.running_mean"], state[f"{name}.bn_s1.running_var"]
     x = (x - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()
@@ -96,7 +96,7 @@ def block(state: dict, name: str, x: torch.Tensor, dilation: int = 1) -> torch.T
 
 
 @torch.no_grad()
-def test_wiring_of_the_blocks(tiny):
+def test_blocks_match_the_paper(tiny):
     """The published RSU-4 and RSU-4F, figure 2, written out line by line."""
     torch.manual_seed(1)
     stage, state = tiny.stage4, tiny.stage4.state_dict()
@@ -153,17 +153,17 @@ def test_weights_are_read(tiny, tmp_path, form):
     assert not loaded.training
 
 
-def test_refusals(tiny, tmp_path):
-    with pytest.raises(InputError, match=r"does not exist: give the weights of U2-Net"):
+def test_rejected_files(tiny, tmp_path):
+    with pytest.raises(InputError, match=r"does not exist: download the weights of U2-Net"):
         load_u2net(tmp_path / "none.pth")
     (tmp_path / "text.pth").write_text("no weights")
-    with pytest.raises(InputError, match="no file of weights"):
+    with pytest.raises(InputError, match="not a weights file"):
         load_u2net(tmp_path / "text.pth")
     torch.save(tiny, tmp_path / "whole.pth")  # a pickled module could run code
-    with pytest.raises(InputError, match="no file of weights that can be read safely"):
+    with pytest.raises(InputError, match="not a weights file that can be loaded safely"):
         load_u2net(tmp_path / "whole.pth")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(InputError, match=r"holds no U2-Net: stage1\.rebnconvin"):
+    with pytest.raises(InputError, match=r"does not contain U2-Net: stage1\.rebnconvin"):
         load_u2net(tmp_path / "other.pth")
     state = dict(tiny.state_dict())
     del state["side3.bias"]
@@ -174,24 +174,23 @@ def test_refusals(tiny, tmp_path):
 
 @torch.no_grad()
 def test_drawing(tiny, monkeypatch):
-    """The demo's steps: 512 pixels, its statistics, 1 - output, stretched to black and white; back to the own size."""
-    monkeypatch.setattr("likeness.annotators.u2net.SEEN", 64)
-    assert SEEN == 512
-    picture = (draw_face(0, 0, 64).image * 0.8).astype(np.uint8)
-    values = picture.astype(np.float32) / picture.max()
+    """As the demo: 512 pixels, its statistics, 1 - output, stretched to the full range, resized back."""
+    monkeypatch.setattr("likeness.annotators.u2net.INPUT_SIDE", 64)
+    assert INPUT_SIDE == 512
+    image = (draw_face(0, 0, 64).image * 0.8).astype(np.uint8)
+    values = image.astype(np.float32) / image.max()
     given = torch.tensor((values - np.float32(MEAN)) / np.float32(STD)).permute(2, 0, 1)[None]
     paper = 1 - tiny(given)[0, 0].numpy()
     wanted = np.rint(255 * (paper - paper.min()) / (paper.max() - paper.min()))
-    found = draw_sketch(tiny, picture)
+    found = draw_sketch(tiny, image)
     assert found.dtype == np.uint8
     assert (found.min(), found.max()) == (0, 255)
     assert np.abs(found - wanted).max() <= 1
     assert draw_sketch(tiny, draw_face(0, 0, 48).image).shape == (48, 48)
-    assert (draw_sketch(tiny, np.zeros((64, 64, 3), np.uint8)) >= 0).all()  # a black picture is no error
+    assert (draw_sketch(tiny, np.zeros((64, 64, 3), np.uint8)) >= 0).all()  # a black image is valid
 
 
-def test_where_it_is_dark_there_is_a_stroke():
-    """Where the network is sure of a line, the sketch is dark."""
+def test_probable_lines_are_dark():
     network = U2Net(dict.fromkeys(PORTRAIT, (2, 2))).eval()
     for value in network.state_dict().values():
         value.zero_()

@@ -1,1 +1,1 @@
-"""Picture -> condition: what prepares data also serves users, so both see the same drawings and masks."""
+"""Annotators: image -> condition, for preparing data and for users."""

@@ -1,18 +1,18 @@
-"""The names under which other face parsers know our 19 classes.
+"""Label names of other face parsers for the 19 classes.
 
-A checkpoint's label order is never trusted, only its names: orders differ silently, names rarely do. A name that is not
-in the table is refused rather than guessed.
+Labels are matched by name, never by position: orders differ without notice, names rarely do. Unknown names are
+rejected.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from likeness.conditions.classes import CLASS_INDEX, CLASSES, COUNTERPART
+from likeness.conditions.mask.classes import CLASS_INDEX, CLASSES, COUNTERPART
 from likeness.types import InputError
 
 NAMES: dict[str, tuple[str, ...]] = {
-    # Ours and CelebAMask-HQ's; facer's short ones; LaPa's, iBUG's and Face Synthetics' long ones.
+    # This project, CelebAMask-HQ; facer (short); LaPa, iBUG, Face Synthetics (long).
     "background": ("background", "bg"),
     "skin": ("skin", "face", "facial_skin", "face_skin", "beard"),
     "nose": ("nose",),
@@ -33,38 +33,38 @@ NAMES: dict[str, tuple[str, ...]] = {
     "neck": ("neck",),
     "cloth": ("cloth", "clothes", "clothing"),
 }
-"""Class -> its names elsewhere, in lower case with underscores."""
+"""Class -> names in other parsers, in lower case with underscores."""
 
 NEEDED = ("background", "skin", "nose", "l_eye", "r_eye", "u_lip", "l_lip", "hair")
-"""Classes without which a network is no face parser."""
+"""Classes that every face parser needs."""
 
 CLASS_OF: dict[str, int] = {name: CLASS_INDEX[own] for own, names in NAMES.items() for name in names}
-"""Name elsewhere -> our class."""
+"""Name in other parsers -> class."""
 
 
-def classes_of(labels: Sequence[str], where: str, *, exchanged: bool = False) -> tuple[int, ...]:
-    """Our class of each label of a network, by its name.
+def classes_of(labels: Sequence[str], where: str, *, swapped: bool = False) -> tuple[int, ...]:
+    """Return the class of each label of a network.
 
     Args:
-        labels: names by the network's own order.
-        where: how messages call the network.
-        exchanged: its left is the viewer's left, that is the person's right.
+        labels: Names in the order of the network.
+        where: Name of the network for error messages.
+        swapped: Its left is the viewer's left, the person's right.
 
     Raises:
-        InputError: a name is unknown, or a class that makes a face is missing.
+        InputError: A name is unknown, or a class of `NEEDED` is missing.
     """
     known = [name.strip().lower().replace("-", "_").replace(" ", "_") for name in labels]
     unknown = [label for label, name in zip(labels, known, strict=True) if name not in CLASS_OF]
     if unknown:
         shown = ", ".join(unknown[:8]) + (", ..." if len(unknown) > 8 else "")
         raise InputError(
-            f"{len(unknown)} of the {len(labels)} labels of {where} have names that are no parts of a face: {shown}; "
-            "write their meaning into id2label of its config.json, in names such as skin, l_eye, u_lip, hair"
+            f"{len(unknown)} of the {len(labels)} labels of {where} are not parts of a face: {shown}. "
+            "Name them in id2label of its config.json, for example skin, l_eye, u_lip, hair"
         )
     classes = [CLASS_OF[name] for name in known]
     if missing := [name for name in NEEDED if CLASS_INDEX[name] not in classes]:
-        raise InputError(f"{where} has no label for {', '.join(missing)}: it is no face parser")
-    if exchanged:
+        raise InputError(f"{where} has no label for {', '.join(missing)}: it is not a face parser")
+    if swapped:
         classes = [COUNTERPART.get(index, index) for index in classes]
     assert all(index < len(CLASSES) for index in classes)
     return tuple(classes)

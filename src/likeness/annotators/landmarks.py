@@ -1,7 +1,7 @@
-"""A picture's 478 face landmarks, by MediaPipe's FaceLandmarker from its model file.
+"""Detect 478 face landmarks with MediaPipe's FaceLandmarker.
 
-Landmarks come from the picture at a fixed working size: the detector loses faces that are only 128 pixels wide. In a
-photo it also loses faces that are small beside the photo; `find_faces` looks for those through smaller windows.
+Images are enlarged to a fixed working size, because the detector misses faces that are only 128 pixels wide. It also
+misses faces that are small relative to the image: `find_faces` searches for those in smaller windows.
 """
 
 from __future__ import annotations
@@ -17,37 +17,37 @@ from PIL import Image
 from likeness.types import InputError
 
 WORKING_SIDE = 256
-"""Pixels of the shorter side that a smaller picture is brought to."""
+"""Smallest shorter side of the detector's input in pixels."""
 
-MOST_FACES = 20
-"""Faces looked for in one window."""
+MAX_FACES = 20
+"""Largest number of faces per window."""
 
 Landmarker = Callable[[np.ndarray], np.ndarray | None]
-"""Picture uint8 RGB [H, W, 3] -> float32 [478, 2], (x, y) where [0, 1] spans the picture; None without a face."""
+"""Image uint8 RGB [H, W, 3] -> float32 [478, 2], (x, y) as fractions of the image size; None without a face."""
 
 FaceFinder = Callable[[np.ndarray], list[np.ndarray]]
-"""Picture uint8 RGB [H, W, 3] -> the landmarks of each face, float32 [478, 2], where [0, 1] spans the picture."""
+"""Image uint8 RGB [H, W, 3] -> landmarks of each face, float32 [478, 2], as fractions of the image size."""
 
 
 @contextmanager
 def open_landmarker(model: Path) -> Iterator[Landmarker]:
-    """The landmarker of a `face_landmarker.task` file, for pictures of one face, for a `with` block.
+    """Open a `face_landmarker.task` file for images of one face, as a context manager.
 
     Raises:
-        InputError: mediapipe is not installed, or the file is none of its models.
+        InputError: MediaPipe is not installed, or the file is not one of its models.
     """
-    with open_face_finder(model, most=1) as find:
-        yield lambda picture: next(iter(find(picture)), None)
+    with open_face_finder(model, max_faces=1) as find:
+        yield lambda image: next(iter(find(image)), None)
 
 
 @contextmanager
-def open_face_finder(model: Path, *, most: int = MOST_FACES) -> Iterator[FaceFinder]:
-    """The landmarker of a `face_landmarker.task` file, for pictures of up to `most` faces, for a `with` block.
+def open_face_finder(model: Path, *, max_faces: int = MAX_FACES) -> Iterator[FaceFinder]:
+    """Open a `face_landmarker.task` file for images of up to `max_faces` faces, as a context manager.
 
-    It must be closed: MediaPipe's own finaliser waits for ever where the garbage collector happens to call it.
+    It must be closed explicitly: MediaPipe's finalizer deadlocks when the garbage collector calls it.
 
     Raises:
-        InputError: mediapipe is not installed, or the file is none of its models.
+        InputError: MediaPipe is not installed, or the file is not one of its models.
     """
     try:
         import mediapipe
@@ -55,21 +55,22 @@ def open_face_finder(model: Path, *, most: int = MOST_FACES) -> Iterator[FaceFin
     except ImportError as error:
         raise InputError("landmarks need MediaPipe: pip install 'likeness[data]'") from error
     if not model.is_file():
-        raise InputError(f"{model} does not exist: give MediaPipe's face_landmarker.task")
+        raise InputError(f"{model} does not exist: download MediaPipe's face_landmarker.task")
     base = BaseOptions(model_asset_buffer=model.read_bytes())
     try:
         detector = vision.FaceLandmarker.create_from_options(
-            vision.FaceLandmarkerOptions(base_options=base, num_faces=most)
+            vision.FaceLandmarkerOptions(base_options=base, num_faces=max_faces)
         )
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"{model} is no model of MediaPipe's FaceLandmarker: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{model} is not a model of MediaPipe's FaceLandmarker: {reason}") from error
 
-    def find(picture: np.ndarray) -> list[np.ndarray]:
-        height, width = picture.shape[:2]
+    def find(image: np.ndarray) -> list[np.ndarray]:
+        height, width = image.shape[:2]
         if (side := min(height, width)) < WORKING_SIDE:
             size = (round(width * WORKING_SIDE / side), round(height * WORKING_SIDE / side))
-            picture = np.array(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
-        found = detector.detect(mediapipe.Image(image_format=mediapipe.ImageFormat.SRGB, data=picture)).face_landmarks
+            image = np.array(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+        found = detector.detect(mediapipe.Image(image_format=mediapipe.ImageFormat.SRGB, data=image)).face_landmarks
         return [np.array([[point.x, point.y] for point in face], dtype=np.float32) for face in found]
 
     with detector:
@@ -77,14 +78,14 @@ def open_face_finder(model: Path, *, most: int = MOST_FACES) -> Iterator[FaceFin
 
 
 def find_faces(find: FaceFinder, photo: np.ndarray, *, every: bool = False) -> list[np.ndarray]:
-    """The faces of a photo of any size, the largest first.
+    """Find the faces of a photo of any size, the largest first.
 
-    First the whole photo is looked at, then windows of half its longer side, then of a quarter, which overlap by half.
+    Searches the photo, then windows of 1/2 and of 1/4 of its longer side, which overlap by half.
 
     Args:
-        find: what finds faces that are large in what it sees.
+        find: Detector of faces that are large in its input.
         photo: uint8 RGB [H, W, 3].
-        every: look through all windows, not only until a face is found.
+        every: Search all windows, instead of stopping at the first size with a face.
 
     Returns:
         Landmarks of each face, float64 [478, 2], in pixels of the photo.
@@ -97,26 +98,26 @@ def find_faces(find: FaceFinder, photo: np.ndarray, *, every: bool = False) -> l
             break
         for top in starts(height, window):
             for left in starts(width, window):
-                seen = np.ascontiguousarray(photo[top : top + window, left : left + window])
-                for fractions in find(seen):
-                    face = fractions.astype(np.float64) * seen.shape[1::-1] + [left, top]
-                    if whole(face, left, top, seen.shape, photo.shape) and not any(same(face, own) for own in faces):
+                part = np.ascontiguousarray(photo[top : top + window, left : left + window])
+                for fractions in find(part):
+                    face = fractions.astype(np.float64) * part.shape[1::-1] + [left, top]
+                    if uncut(face, left, top, part.shape, photo.shape) and not any(same(face, own) for own in faces):
                         faces.append(face)
     return sorted(faces, key=lambda face: -float(np.prod(np.ptp(face, axis=0))))
 
 
 def starts(length: int, window: int) -> list[int]:
-    """Where windows begin that cover a length and overlap by about half."""
+    """Return the starts of windows that cover a length and overlap by about half."""
     if window >= length:
         return [0]
     count = -(-2 * (length - window) // window)
     return [round(index * (length - window) / count) for index in range(count + 1)]
 
 
-def whole(face: np.ndarray, left: int, top: int, seen: tuple[int, ...], photo: tuple[int, ...]) -> bool:
-    """Whether a face is not cut by a border of its window that is no border of the photo."""
+def uncut(face: np.ndarray, left: int, top: int, part: tuple[int, ...], photo: tuple[int, ...]) -> bool:
+    """Return whether a face is inside its window, except at borders of the photo."""
     (low_x, low_y), (high_x, high_y) = face.min(axis=0), face.max(axis=0)
-    height, width = seen[:2]
+    height, width = part[:2]
     return (
         (left == 0 or low_x > left)
         and (top == 0 or low_y > top)
@@ -126,11 +127,11 @@ def whole(face: np.ndarray, left: int, top: int, seen: tuple[int, ...], photo: t
 
 
 def same(face: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two sets of landmarks show one face: their centres are less than half a face apart."""
+    """Return whether two sets of landmarks are of one face: their centres are less than half a face apart."""
     apart = np.hypot(*(face.mean(axis=0) - other.mean(axis=0)))
     return bool(apart < 0.5 * max(np.ptp(face, axis=0).max(), np.ptp(other, axis=0).max()))
 
 
 def landmarker_name(model: Path) -> str:
-    """What made keypoints: the landmarker and the beginning of its file's SHA-256."""
+    """Return the name of the landmarker with the start of its file's SHA-256."""
     return f"FaceLandmarker {hashlib.sha256(model.read_bytes()).hexdigest()[:12]}"

@@ -1,9 +1,9 @@
-"""A portrait drawing by U2-Net, for those who have its weights: the sketches that MMFace-DiT was trained with.
+"""Extract a sketch with U2-Net and its official weights, as in the training data of MMFace-DiT.
 
 X. Qin, Z. Zhang, C. Huang, M. Dehghan, O. R. Zaiane, M. Jagersand, "U2-Net: Going Deeper with Nested U-Structure for
-Salient Object Detection", Pattern Recognition 106, 2020. Modules bear the names of the official weights, and their
-widths are read from the file: `u2net_portrait.pth` draws; `u2net.pth` and `u2netp.pth` have the same build but find the
-subject of a photo. In shapes, h and w are halved from level to level.
+Salient Object Detection", Pattern Recognition 106, 2020. Modules have the names of the official weights; widths are
+read from the file. `u2net_portrait.pth` draws sketches; `u2net.pth` and `u2netp.pth` have the same architecture but
+segment the subject of a photo. In shapes, h and w are halved from level to level.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from torch.nn import functional as F
 
 from likeness.types import InputError
 
-SEEN = 512
-"""Pixels of the shorter side that the network sees."""
+INPUT_SIDE = 512
+"""Shorter side of the network's input in pixels."""
 
 MEAN, STD = (0.406, 0.456, 0.485), (0.225, 0.224, 0.229)
-"""Of red, green and blue, after division by the picture's largest value: those of the official portrait demo, in which
-ImageNet's statistics of red and blue have changed places."""
+"""Of red, green and blue after division by the image's maximum, as in the official portrait demo, which swaps
+ImageNet's statistics of red and blue."""
 
 LEVELS = {1: 7, 2: 6, 3: 5, 4: 4, 5: 4, 6: 4}
-"""Stage -> levels of its own U."""
+"""Stage -> number of levels."""
 
 DILATED = (5, 6)
-"""Stages that widen their view by dilation instead of by pooling."""
+"""Stages that use dilation instead of pooling."""
 
 PORTRAIT = {
     "stage1": (32, 64), "stage2": (32, 128), "stage3": (64, 256), "stage4": (128, 512), "stage5": (256, 512),
     "stage6": (256, 512),
     "stage5d": (256, 512), "stage4d": (128, 256), "stage3d": (64, 128), "stage2d": (32, 64), "stage1d": (16, 64),
 }  # fmt: skip
-"""Stage -> inner and outer channels, of the published network (44 million parameters)."""
+"""Stage -> inner and outer channels of the published network (44 million parameters)."""
 
 
 class Block(nn.Module):
@@ -56,7 +56,7 @@ class Block(nn.Module):
 
 
 class ResidualU(nn.Module):
-    """A U-Net as a residual block (section 3.1): its lowest level, or with `dilated` every level, dilates."""
+    """Residual U-block (section 3.1). The lowest level, or with `dilated` every level, uses dilation."""
 
     def __init__(self, channels: int, inner: int, out: int, levels: int, dilated: bool):
         super().__init__()
@@ -84,7 +84,7 @@ class ResidualU(nn.Module):
 
 
 class U2Net(nn.Module):
-    """A U-Net of U-Nets: picture [B, 3, H, W] to the share of each pixel, [B, 1, H, W] in [0, 1]."""
+    """U-Net of U-Nets: image [B, 3, H, W] -> probability per pixel, [B, 1, H, W]."""
 
     def __init__(self, widths: dict[str, tuple[int, int]] = PORTRAIT):
         super().__init__()
@@ -118,26 +118,26 @@ class U2Net(nn.Module):
 
 
 def halved(x: Tensor) -> Tensor:
-    """[B, C, h, w] to half the size, rounded up, by the largest of four."""
+    """Max-pool [B, C, h, w] to half the size, rounded up."""
     return F.max_pool2d(x, 2, stride=2, ceil_mode=True)
 
 
 def enlarged(x: Tensor, like: Tensor) -> Tensor:
-    """[B, C, h, w] to the height and width of `like`."""
+    """Resize [B, C, h, w] to the height and width of `like`."""
     return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=False)
 
 
 def load_u2net(path: Path) -> U2Net:
-    """The network of a file of official weights, `.pth` or `.safetensors`; its widths are those of the file.
+    """Load official weights, `.pth` or `.safetensors`; the file determines the widths.
 
     Raises:
-        InputError: the file is missing, is no file of weights, or they are not U2-Net's.
+        InputError: The file is missing, does not contain weights, or not those of U2-Net.
     """
     state = read_weights(path)
     names = {name: f"{name}.rebnconvin.conv_s1.weight" for name in PORTRAIT}
     inner = {name: f"{name}.rebnconv1.conv_s1.weight" for name in PORTRAIT}
     if missing := [name for name in (*names.values(), *inner.values()) if name not in state]:
-        raise InputError(f"{path} holds no U2-Net: {missing[0]} is missing")
+        raise InputError(f"{path} does not contain U2-Net: {missing[0]} is missing")
     network = U2Net({name: (len(state[inner[name]]), len(state[names[name]])) for name in PORTRAIT})
     wanted = network.state_dict()
     state = {name: wanted[name] for name in wanted if name.endswith("num_batches_tracked")} | state
@@ -149,9 +149,9 @@ def load_u2net(path: Path) -> U2Net:
 
 
 def read_weights(path: Path) -> dict[str, Any]:
-    """Tensors by name, nothing in the file being run."""
+    """Load tensors by name without executing code in the file."""
     if not path.is_file():
-        raise InputError(f"{path} does not exist: give the weights of U2-Net, u2net_portrait.pth")
+        raise InputError(f"{path} does not exist: download the weights of U2-Net, u2net_portrait.pth")
     try:
         state = (
             load_file(path)
@@ -159,30 +159,30 @@ def read_weights(path: Path) -> dict[str, Any]:
             else torch.load(path, map_location="cpu", weights_only=True)
         )
     except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
-        raise InputError(f"{path} is no file of weights that can be read safely ({type(error).__name__})") from error
+        raise InputError(f"{path} is not a weights file that can be loaded safely ({type(error).__name__})") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{path} holds no weights by name: give u2net_portrait.pth as it was published")
+        raise InputError(f"{path} does not map names to tensors: use u2net_portrait.pth as published")
     return state
 
 
 @torch.no_grad()
-def draw_sketch(network: U2Net, picture: np.ndarray) -> np.ndarray:
+def draw_sketch(network: U2Net, image: np.ndarray) -> np.ndarray:
     """Draw a portrait with dark lines on white, as the official demo does.
 
     Args:
-        network: U2-Net with the weights that draw.
-        picture: uint8 RGB [H, W, 3]: a face that fills the picture.
+        network: U2-Net with the portrait weights.
+        image: uint8 RGB [H, W, 3], a face that fills the image.
 
     Returns:
-        uint8 [H, W], 0 stroke to 255 paper, its darkest value 0 and its lightest 255.
+        uint8 [H, W], 0 (stroke) to 255 (paper), stretched to this range.
     """
-    height, width = picture.shape[:2]
-    scale = SEEN / min(height, width)
+    height, width = image.shape[:2]
+    scale = INPUT_SIDE / min(height, width)
     size = (round(width * scale), round(height * scale))
-    seen = np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BILINEAR), dtype=np.float32)  # [h, w, 3]
-    seen = (seen / max(float(seen.max()), 1.0) - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
+    pixels = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR), dtype=np.float32)  # [h, w, 3]
+    pixels = (pixels / max(float(pixels.max()), 1.0) - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
     weight = network.outconv.weight
-    given = torch.from_numpy(seen).permute(2, 0, 1)[None].to(weight.device, weight.dtype)  # [1, 3, h, w]
+    given = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(weight.device, weight.dtype)  # [1, 3, h, w]
     paper = 1 - network(given)[0, 0].float().cpu().numpy()  # [h, w]
     low, high = float(paper.min()), float(paper.max())
     tone = np.rint(255 * (paper - low) / (high - low)) if high > low else np.full_like(paper, 255)

@@ -1,16 +1,20 @@
-"""Commands that measure what models make, and hold measurements against one another."""
+"""Commands that measure models and compare measurements."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from likeness.cli.terminal import progress_bar, quiet_libraries, tell
 from likeness.types import DtypeName, InputError
+
+if TYPE_CHECKING:
+    from likeness.evaluate.protocol import Protocol
+    from likeness.evaluate.results import Results
 
 
 def evaluate(
@@ -25,38 +29,30 @@ def evaluate(
 ) -> None:
     """Measure a model on held-out faces: `likeness evaluate MODEL FACES [key=value ...] --out DIR`.
 
-    Portraits are made once, by as many processes as torchrun starts (RANK, WORLD_SIZE); to go on after a stop, run the
-    same command again.
+    All processes that torchrun starts (RANK, WORLD_SIZE) generate images. Run the same command again to resume.
 
     Args:
-        sources: MODEL (with --images: none) and FACES, a prepared folder; then changes of the protocol, as
+        sources: MODEL (optional with --images) and FACES, a prepared folder; then settings of the protocol, such as
             count=1000 or given=mask,none (docs/metrics.md lists all).
-        out: Folder for portraits, results.json, report.md and report.html.
-        images: Folder of any method's portraits, each called like the photograph of its face; with given=mask or
-            whatever they were made from. A MODEL then lends its autoencoder for the ceiling.
-        protocol: A TOML file with the protocol.
-        base: The base model of an adapter, where it is not the one that the adapter names.
+        out: Folder for images, results.json, report.md and report.html.
+        images: Folder with images of any method, each named like the photograph of its face. Set given=mask or
+            whichever condition they were made from. The autoencoder of MODEL then gives the ceiling.
+        protocol: TOML file with the protocol.
+        base: Base model of an adapter, if it is not the one that the adapter names.
         device: Device, for example cuda or cpu; auto takes an accelerator if present, under torchrun one per process.
         dtype: Number format; auto is fp32 on a CPU, bf16 or fp16 on an accelerator.
     """
-    names, changes = split_sources(sources)
-    least, most = (1, 2) if images is not None else (2, 2)
-    if not least <= len(names) <= most:
-        wanted = "FACES, or MODEL FACES for the ceiling" if images is not None else "MODEL FACES"
-        raise InputError(f"evaluate was given {' '.join(names) or 'nothing'}; it needs {wanted}")
-    settings = read_protocol(protocol, changes)
-    results = run_evaluation(
-        names[0] if len(names) == 2 else None, names[-1], out, settings, images, base, device, dtype
-    )
-    if results is None:
-        return
-    from likeness.evaluate.page import write_report
-    from likeness.evaluate.report import markdown_table
+    names, settings = split_sources(sources)
+    if len(names) != 2 and not (images is not None and len(names) == 1):
+        expected = "MODEL FACES" if images is None else "FACES, or MODEL FACES for the ceiling"
+        raise InputError(f"evaluate requires {expected}, not {' '.join(names) or 'nothing'}")
+    model, faces = names if len(names) == 2 else (None, names[0])
+    results = run_evaluation(model, faces, out, read_protocol(protocol, settings), device, dtype, base, images)
+    if results is not None:
+        from likeness.evaluate.report import markdown_table, numbers_table
 
-    write_report(results, out)
-    tell_faults(results)
-    print(markdown_table(results))
-    print(out / "report.html")
+        print(markdown_table(numbers_table(results)))
+        print(out / "report.html")
 
 
 def compare(
@@ -69,105 +65,101 @@ def compare(
     device: str = "auto",
     dtype: DtypeName = "auto",
 ) -> None:
-    """Say which differences between models or settings are significant: `likeness compare A B ... --out DIR`.
+    """Test which differences between models or settings are significant: `likeness compare A B ... --out DIR`.
 
     Args:
-        sources: Each a folder of `likeness evaluate`, or a model, which is then measured on --faces, if need be with
-            settings of its own: mmface-mini@steps=10,guidance_scale=3. Then changes of the protocol, as count=1000.
-        out: Folder for comparison.json, comparison.md and comparison.html, and for evaluations that are made.
-        faces: Prepared folder for models among the sources.
-        protocol: A TOML file with the protocol.
-        allow: Parts of the protocol that may differ since they are what is compared, such as steps.
+        sources: Each a folder of `likeness evaluate`, or a model to evaluate on --faces, optionally with settings:
+            mmface-mini@steps=10,guidance_scale=3. Then settings of the protocol for all models, such as count=1000.
+        out: Folder for comparison.json, comparison.md and comparison.html, and for the evaluations of models.
+        faces: Prepared folder on which models are evaluated.
+        protocol: TOML file with the protocol.
+        allow: Parts of the protocol that may differ because they are what is compared, such as steps.
         device: Device, for example cuda or cpu; auto takes an accelerator if present.
         dtype: Number format; auto is fp32 on a CPU, bf16 or fp16 on an accelerator.
     """
-    from likeness.evaluate.compare import compare_evaluations, markdown_of, read_evaluation, write_comparison
+    from likeness.evaluate.compare import compare_evaluations
+    from likeness.evaluate.report import comparison_table, markdown_table, write_comparison
+    from likeness.evaluate.results import RESULTS, read_evaluation
 
-    names, changes = split_sources(sources)
+    names, settings = split_sources(sources)
     if len(names) < 2:
-        raise InputError(f"compare was given {' '.join(names) or 'nothing'}; it needs two evaluations or models")
+        raise InputError(f"compare requires at least two evaluations or models, not {' '.join(names) or 'nothing'}")
     if len(set(names)) < len(names):
-        raise InputError("compare was given the same source twice")
-    if counted := [name for name in names if re.search(r"[@,]\s*count\s*=", name)]:
-        raise InputError(
-            f"{counted[0]} would be measured on other faces than the others: say count=... for all of them"
-        )
-    evaluations, own = {}, set(allow)
+        raise InputError(f"compare received a source twice: {', '.join(names)}")
+    evaluations, allowed = {}, set(allow)
     for name in names:
-        if (Path(name) / "results.json").is_file():
-            evaluations[name] = read_evaluation(Path(name))
-            continue
-        if faces is None:
-            raise InputError(f"{name} is no evaluation (it has no results.json): for a model, name --faces, too")
-        model, _, settings = name.partition("@")
-        changed = tuple(settings.split(",")) if settings else ()
-        own |= {change.partition("=")[0].strip() for change in changed}
-        folder = out / re.sub(r"[^\w.=,@-]+", "-", name).strip("-")
-        asked = read_protocol(protocol, (*changes, *changed))
-        results = run_evaluation(model, str(faces), folder, asked, None, None, device, dtype)
-        if results is None:
-            return
-        from likeness.evaluate.page import write_report
-
-        write_report(results, folder)
-        tell_faults(results)
+        folder = Path(name)
+        if not (folder / RESULTS).is_file():
+            if faces is None:
+                raise InputError(
+                    f"{name} is not an evaluation (it has no {RESULTS}). To evaluate a model, pass --faces"
+                )
+            model, _, text = name.partition("@")
+            own = tuple(text.split(",")) if text else ()
+            keys = {setting.partition("=")[0].strip() for setting in own}
+            if "count" in keys:
+                raise InputError(f"{name} would be evaluated on different faces: set count=... for all sources")
+            allowed |= keys
+            folder = out / re.sub(r"[^\w.=,@-]+", "-", name).strip("-")
+            settings_of_model = read_protocol(protocol, (*settings, *own))
+            if run_evaluation(model, str(faces), folder, settings_of_model, device, dtype) is None:
+                return
         evaluations[name] = read_evaluation(folder)
-    found = compare_evaluations(evaluations, allow=tuple(sorted(own)))
-    write_comparison(found, out)
-    tell(found["notes"])
-    print(markdown_of(found))
+    comparison = compare_evaluations(evaluations, allow=tuple(sorted(allowed)))
+    write_comparison(comparison, out)
+    tell(comparison.notes)
+    print(markdown_table(comparison_table(comparison)))
     print(out / "comparison.html")
 
 
 def split_sources(sources: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
-    """Names, and what has the form key=value."""
-    changes = tuple(source for source in sources if re.match(r"[a-z_0-9]+=", source))
-    return [source for source in sources if source not in changes], changes
+    """Separate names from settings of the form key=value."""
+    settings = tuple(source for source in sources if re.match(r"[a-z_0-9]+=", source))
+    return [source for source in sources if source not in settings], settings
 
 
-def read_protocol(file: Path | None, changes: tuple[str, ...]) -> Any:
-    """The protocol of a file with changes."""
+def read_protocol(file: Path | None, settings: tuple[str, ...]) -> Protocol:
+    """Read a protocol and apply settings. Lists may be written without brackets and quotes."""
     from likeness.config import load_toml
-    from likeness.evaluate.config import Protocol
+    from likeness.evaluate.protocol import Protocol
 
-    # lists are easier to type without brackets and quotes
-    written = [re.sub(r"^(given|metrics)=([\w+,]+)$", lambda m: f"{m[1]}={m[2].split(',')}", text) for text in changes]
-    return load_toml(file, Protocol, tuple(written))
+    quoted = [re.sub(r"^(given|metrics)=([\w+,]+)$", lambda m: f"{m[1]}={m[2].split(',')}", text) for text in settings]
+    return load_toml(file, Protocol, tuple(quoted))
 
 
 def run_evaluation(
     model: str | None,
     faces: str,
     out: Path,
-    settings: Any,
-    images: Path | None,
-    base: str | None,
+    protocol: Protocol,
     device: str,
     dtype: DtypeName,
-) -> dict[str, Any] | None:
-    """One evaluation with a bar."""
+    base: str | None = None,
+    images: Path | None = None,
+) -> Results | None:
+    """Evaluate with a progress bar, write the report, and print what could not be read or measured to stderr."""
     from likeness.cli.portraits import load_pipeline
     from likeness.device import choose_device
-    from likeness.evaluate.evaluation import evaluate as measure
+    from likeness.evaluate.report import write_report
+    from likeness.evaluate.run import evaluate as run
 
     quiet_libraries()
-    place = choose_device(device)
-    pipeline = None if model is None else load_pipeline(model, dtype, place, base)
+    device = choose_device(device)
+    pipeline: Any = None if model is None else load_pipeline(model, dtype, device, base)
     with progress_bar("Evaluating") as advance:
-        return measure(
+        results = run(
             Path(faces),
             out,
-            settings,
+            protocol,
             pipeline=pipeline,
             model=model or "",
             images=images,
-            device=place,
-            report=lambda what, done, total: advance(done, total),
+            device=device,
+            progress=lambda task, done, total: advance(done, total),
         )
-
-
-def tell_faults(results: dict[str, Any]) -> None:
-    """What could not be read or measured, on stderr."""
-    tell([f"not read: {fault['why']}" for fault in results["faults"]])
-    tell([f"not measured: {entry['metric']}: {entry['why']}" for entry in results["missing"]])
-    tell(results["notes"])
+    if results is not None:
+        write_report(results, out)
+        tell([f"Not read: {fault.file}: {fault.why}" for fault in results.faults])
+        tell([f"Not measured: {entry.metric}: {entry.why}" for entry in results.missing])
+        tell(results.notes)
+    return results

@@ -115,7 +115,7 @@ def generate(
         seed=first,
     )
     # Conditions are read before the model is loaded: a wrong file should not cost a wait.
-    from likeness.conditions.request import read_conditions
+    from likeness.conditions import read_conditions
 
     request, notes = read_conditions(request)
     tell(notes)
@@ -132,8 +132,11 @@ def generate(
         pipeline = load_pipeline(model, dtype, device, base, quantize, offload)
     tell([f"left out of the LoRA: {line}" for line in add_loras(pipeline, loras, strict=lora_strict)])
     requests = [resolve(dataclasses.replace(request, seed=first + index), pipeline) for index in range(count)]
+    height, width = requests[0].height, requests[0].width
+    assert height
+    assert width
     if pipeline._execution_device.type == "cpu":
-        choose_threads(work_of(pipeline, requests[0].height, requests[0].width))
+        choose_threads(work_of(pipeline, height, width))
     fingerprint = fingerprint_of(pipeline) if metadata else ""
     named: dict[str, Any] = {"model": model, "base": base, "quantize": quantize, "fingerprint": fingerprint}
     told: set[str] = set()
@@ -221,12 +224,12 @@ def inspect(
         condition: What it should be taken for; recognised by default.
         fix: Where to write it in canonical form, mended.
     """
-    from likeness.conditions import doctor
+    from likeness.conditions import inspection
 
-    report = doctor.inspect(file, condition)
-    print(doctor.format_report(report))
+    report = inspection.inspect(file, condition)
+    print(inspection.format_report(report))
     if fix is not None:
-        doctor.fix(report, fix)
+        inspection.fix(report, fix)
         print(f"{fix}: written in canonical form")
 
 

@@ -376,7 +376,7 @@ def components(
     """Join a trained autoencoder and text encoder into the components folder of a transformer.
 
     Args:
-        autoencoder: Run folder of an autoencoder.
+        autoencoder: Run folder of an autoencoder or of a decoder.
         text: Run folder of a text encoder.
         out: Folder to write.
         data: Prepared folder on which the latent statistics are measured.
@@ -386,6 +386,20 @@ def components(
     from likeness.prepare.components import join_components
 
     join_components(autoencoder, text, out, data, size=size, face_parser=face_parser)
+    print(out)
+
+
+def decoder(run: PathArgument, components: PathArgument, out: PathArgument) -> None:
+    """Write a copy of a components folder with the decoder of a run. Shards and models stay valid.
+
+    Args:
+        run: Run folder of a decoder.
+        components: Folder with autoencoder and text encoder.
+        out: Folder to write.
+    """
+    from likeness.prepare.components import replace_decoder
+
+    replace_decoder(run, components, out)
     print(out)
 
 

@@ -1,8 +1,7 @@
-"""Commands that look into a network: at work (`likeness study ...`), and what it costs (`likeness cost`)."""
+"""Commands that study a network: how conditions act in it (`likeness study ...`), and its cost (`likeness cost`)."""
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,28 +18,28 @@ from likeness.types import DtypeName, InputError, PortraitRequest
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """The model and the portrait that are studied; as in `likeness generate`."""
+    """The model and the request to study; options as in `likeness generate`."""
 
     model: tyro.conf.Positional[str]
-    """A bundled model, a folder of a model or an adapter, or a hub id."""
+    """Bundled model, folder of a model or an adapter, or hub id."""
     prompt: tyro.conf.Positional[str] = ""
-    """What to show."""
+    """Prompt."""
     negative_prompt: str = ""
-    """What to steer away from."""
+    """Negative prompt."""
     mask: Path | None = None
     """Semantic mask."""
     sketch: Path | None = None
-    """Dark lines on white."""
+    """Sketch, dark lines on white."""
     keypoints: Path | None = None
-    """68 or 478 points."""
+    """68 or 478 facial keypoints."""
     base: str | None = None
-    """The base model of an adapter, where it is not the one that the adapter names."""
+    """Base model of an adapter, if it is not the one that the adapter names."""
     steps: int | None = None
-    """Sampling steps; the model's own by default."""
+    """Sampling steps. Default: the model's."""
     guidance_scale: float | None = None
-    """How strongly the words act; the model's own by default."""
+    """Classifier-free guidance scale. Default: the model's."""
     seed: int = 0
-    """Seed of the portrait."""
+    """Seed of the image."""
     size: str | None = None
     """Size in pixels, as 128 or 128x160 (width x height): one that the model was trained at."""
     force_size: bool = False
@@ -57,51 +56,48 @@ OUT = Path("studies")
 
 
 def keys(subject: SubjectArgument, *, out: Path = OUT) -> None:
-    """How much keys and values of mask tokens change from step to step, layer by layer, beside those of text and image.
+    """Measure how much keys and values change between steps, by layer and modality.
 
     Args:
-        out: Folder for keys.json and keys.png.
+        out: Folder for keys.json and keys.html.
     """
-    from likeness.evaluate.heat_map import heat_maps
-    from likeness.evaluate.mechanism import key_similarity
+    from likeness.evaluate.study import key_similarity
 
     pipeline, request = prepare(subject)
     with progress_bar("Generating") as advance:
         found = key_similarity(pipeline, request, advance)
+    notes = []
     if found["trained_as"] != "holistic":
-        tell([f"this checkpoint was trained with {found['trained_as']} attention and is run as holistic here"])
-    names = list(found["keys"])
-    print("cosine similarity of a token's keys and values at two steps, mean over all pairs of steps")
-    columns = {f"{part} {name}": found[part][name]["pairs"] for part in ("keys", "values") for name in names}
-    print_table([*found["layers"], "mean"], {name: [*values, mean(values)] for name, values in columns.items()})
-    panels = [{f"{part}, {name}": found[part][name]["to_first"] for name in names} for part in ("keys", "values")]
-    across = "step: cosine similarity to the first step"
-    write(out, "keys", subject, request, found, heat_maps(panels, found["layers"], step_names(found), across))
+        notes = [
+            f"This checkpoint was trained with {found['trained_as']} attention and runs with holistic attention here"
+        ]
+    tell(notes)
+    parts = [(part, name) for part in ("keys", "values") for name in found[part]]
+    table = {f"{part} {name}": found[part][name]["pairs"] for part, name in parts}
+    text = "Cosine similarity of a token's keys and values at two steps, mean over all pairs of steps"
+    maps = {f"{part} {name}, similarity to the first step": found[part][name]["to_first"] for part, name in parts}
+    write(out, "keys", subject, request, found, text, with_mean(found["layers"], table), maps, step_names(found))
 
 
 def attention(subject: SubjectArgument, *, out: Path = OUT) -> None:
-    """Where the attention of image and text tokens goes, and how wide the gates open, layer by layer and step by step.
+    """Measure where the attention of each modality goes, and the gates, by layer and step.
 
     Args:
-        out: Folder for attention.json and attention.png.
+        out: Folder for attention.json and attention.html.
     """
-    from likeness.evaluate.heat_map import heat_maps
-    from likeness.evaluate.mechanism import attention_mass
+    from likeness.evaluate.study import attention_mass
 
     pipeline, request = prepare(subject)
     with progress_bar("Generating") as advance:
         found = attention_mass(pipeline, request, advance)
-    names, gates = list(found["tokens"]), found["gates"]
+    mass, gates = found["mass"], found["gates"]
     tokens = ", ".join(f"{count} {name}" for name, count in found["tokens"].items())
-    print(f"share of the image's attention, and mean absolute gates; means over the steps ({tokens} tokens)")
-    columns = {f"to {name}": list(map(mean, found["mass"]["image"][name])) for name in names}
-    columns |= {f"gate {name}": list(map(mean, layers)) for name, layers in gates["attention"].items()}
-    print_table([*found["layers"], "mean"], {name: [*values, mean(values)] for name, values in columns.items()})
-    panels: list[dict[str, Any]] = [
-        {f"{asking} to {name}": found["mass"][asking][name] for name in names} for asking in found["mass"]
-    ]
-    panels += [{f"{kind} gate, {name}": layers for name, layers in own.items()} for kind, own in gates.items()]
-    write(out, "attention", subject, request, found, heat_maps(panels, found["layers"], step_names(found), "step"))
+    text = f"Fraction of the image's attention, and mean absolute gates; means over the steps ({tokens} tokens)"
+    table = {f"to {name}": list(map(mean, layers)) for name, layers in mass["image"].items()}
+    table |= {f"gate {name}": list(map(mean, layers)) for name, layers in gates["attention"].items()}
+    maps = {f"{queries} to {name}": layers for queries, own in mass.items() for name, layers in own.items()}
+    maps |= {f"{kind} gate, {name}": layers for kind, own in gates.items() for name, layers in own.items()}
+    write(out, "attention", subject, request, found, text, with_mean(found["layers"], table), maps, step_names(found))
 
 
 def positions(
@@ -112,33 +108,34 @@ def positions(
     parser: str = "bundled",
     out: Path = OUT,
 ) -> None:
-    """How well portraits keep to the mask when its tokens get positions further to the right.
+    """Measure how well images match the mask if the positions of its tokens are shifted to the right.
 
     Args:
-        shifts: By how many tokens.
-        count: Portraits for each shift; their seeds count up.
-        parser: What reads the portraits' masks: `bundled`, a folder of a face parser, or a hub id.
-        out: Folder for positions.json and positions.png.
+        shifts: Numbers of tokens.
+        count: Images per shift, with consecutive seeds.
+        parser: Face parser: bundled, a folder, or a hub id.
+        out: Folder for positions.json and positions.html.
     """
     if count < 1 or not shifts:
-        raise InputError(f"{count} portraits for {len(shifts)} shifts: give at least one of both")
-    from likeness.evaluate.heat_map import heat_maps
-    from likeness.evaluate.mechanism import shifted_positions
+        raise InputError(f"count is {count} and shifts has {len(shifts)} values: both require at least one")
+    from likeness.evaluate.study import shifted_positions
     from likeness.pipelines.load import load_face_parser
 
     pipeline, request = prepare(subject)
-    judge = load_face_parser(parser)
+    network = load_face_parser(parser)
     seeds = [request.seed + number for number in range(count)]
     with progress_bar("Generating") as advance:
-        found = shifted_positions(pipeline, request, seeds, shifts, judge, advance)
+        found = shifted_positions(pipeline, request, seeds, shifts, network, advance)
     found |= {"parser": parser, "seeds": seeds}
-    print(f"pixel accuracy against the mask, mean of {count} portraits read by the face parser {parser}")
-    rows = [f"shift {shift}" for shift in shifts]
-    moved = "mask moved along"
-    print_table(rows, {"mask": list(map(mean, found["accuracy"])), moved: list(map(mean, found["moved"]))})
-    print(f"without any condition: {mean(found['without']):.3f}; one token is {found['unit']} pixels")
-    panels = [{"accuracy": found["accuracy"], moved: found["moved"]}]
-    write(out, "positions", subject, request, found, heat_maps(panels, rows, [str(s) for s in seeds], "seed"))
+    text = (
+        f"Pixel accuracy against the mask, mean of {count} images parsed by the face parser {parser}. "
+        f"Without conditions: {mean(found['without']):.3f}. One token is {found['unit']} pixels"
+    )
+    maps = {"mask": found["accuracy"], "shifted mask": found["moved"]}
+    table = {name: list(map(mean, values)) for name, values in maps.items()}
+    rows = {f"shift {shift}": [values[index] for values in table.values()] for index, shift in enumerate(shifts)}
+    columns = [f"seed {seed}" for seed in seeds]
+    write(out, "positions", subject, request, found, text, (list(table), rows), maps, columns)
 
 
 def cost(
@@ -150,45 +147,45 @@ def cost(
     conditions: int = 1,
     rank: int = 8,
 ) -> None:
-    """What a mask adds to a portrait by MDiTFace on FLUX.1-dev: operations and memory of every form of attention.
+    """Count the operations and memory that a mask adds to MDiTFace on FLUX.1-dev, for every form of attention.
 
-    Counted on the network at full size, without weights; half a minute.
+    Runs the full-size network without weights, in half a minute.
 
     Args:
         network: The network.
-        size: Pixels a side.
+        size: Side in pixels.
         steps: Sampling steps.
         text_tokens: Tokens of the prompt.
-        conditions: How many masks, sketches and keypoints at once.
-        rank: Of the adapter's LoRA.
+        conditions: Number of simultaneous conditions.
+        rank: Rank of the adapter's LoRA.
     """
     from likeness.evaluate.cost import mditface_costs
 
     plain, *forms = mditface_costs(size=size, steps=steps, text_tokens=text_tokens, conditions=conditions, rank=rank)
     holistic = next(form for form in forms if form.attention == "holistic")
-    most = holistic.convention - plain.convention, holistic.products - plain.products
-    print(f"10^12 multiply-accumulates of one portrait, {size} px, {steps} steps, {text_tokens} text tokens, ", end="")
+    print(f"10^12 multiply-accumulates per image: {size} px, {steps} steps, {text_tokens} text tokens, ", end="")
     print(f"{conditions} condition{'s' * (conditions > 1)}, LoRA rank {rank}")
     print(f"{'':10}{'Linear, LayerNorm':>30}{'all products':>30}{'cache':>12}{'adapter':>12}")
-    print(f"{'':10}" + f"{'in all':>10}{'added':>10}{'saving':>10}" * 2 + f"{'MB, bf16':>12}{'parameters':>12}")
+    print(f"{'':10}" + f"{'total':>10}{'added':>10}{'saved':>10}" * 2 + f"{'MB, bf16':>12}{'parameters':>12}")
     for row in (plain, *forms):
         line = f"{row.attention:10}"
-        for macs, none, whole in zip(row[1:3], plain[1:3], most, strict=True):
-            line += f"{macs / 1e12:10.2f}{(macs - none) / 1e12:10.2f}{1 - (macs - none) / whole:10.1%}"
+        for own, none, full in zip(row[1:3], plain[1:3], holistic[1:3], strict=True):
+            line += f"{own / 1e12:10.2f}{(own - none) / 1e12:10.2f}{1 - (own - none) / (full - none):10.1%}"
         print(f"{line}{row.cache / 1e6:12.0f}{row.adapter:12,}")
-    print("saving: of what holistic attention adds; the left count is that of the paper's Table 4 (docs/mditface.md)")
+    print("saved: relative to holistic attention. The left count is that of Table 4 of the paper (docs/mditface.md)")
 
 
 def prepare(subject: Subject) -> tuple[Any, PortraitRequest]:
-    """The model and the request, with nothing left open."""
+    """Load the model and resolve the request."""
+    from likeness.conditions import read_conditions
     from likeness.pipelines.sizes import parse_size
 
     width, height = (None, None) if subject.size is None else parse_size(subject.size, "--size")
-    given = {"mask": subject.mask, "sketch": subject.sketch, "keypoints": subject.keypoints}
+    files = {"mask": subject.mask, "sketch": subject.sketch, "keypoints": subject.keypoints}
     request = PortraitRequest(
         prompt=subject.prompt,
         negative_prompt=subject.negative_prompt,
-        control_image={name: path for name, path in given.items() if path is not None},
+        control_image={name: path for name, path in files.items() if path is not None},
         guidance_scale=subject.guidance_scale,
         num_inference_steps=subject.steps,
         width=width,
@@ -196,9 +193,7 @@ def prepare(subject: Subject) -> tuple[Any, PortraitRequest]:
         force_size=subject.force_size,
         seed=subject.seed,
     )
-    from likeness.conditions.request import read_conditions
-
-    request, notes = read_conditions(request)  # before the model is loaded: a wrong file should not cost a wait
+    request, notes = read_conditions(request)  # before the slow part
     tell(notes)
 
     from likeness.pipelines.generate import resolve
@@ -207,29 +202,45 @@ def prepare(subject: Subject) -> tuple[Any, PortraitRequest]:
     return pipeline, resolve(request, pipeline)
 
 
-def print_table(rows: Sequence[str], columns: Mapping[str, Sequence[float]]) -> None:
-    """Numbers by row and column."""
-    first = max(map(len, rows))
-    widths = {name: max(len(name), 6) for name in columns}
-    print(" " * first, *(f"{name:>{width}}" for name, width in widths.items()), sep="  ")
-    for number, row in enumerate(rows):
-        print(f"{row:{first}}", *(f"{columns[name][number]:{width}.3f}" for name, width in widths.items()), sep="  ")
+Table = tuple[list[str], dict[str, list[float]]]
+"""Names of the columns, and the values of each row."""
+
+
+def with_mean(layers: Sequence[str], columns: Mapping[str, Sequence[float]]) -> Table:
+    """Arrange columns of one value per layer as a table, with their means."""
+    rows = {layer: [values[index] for values in columns.values()] for index, layer in enumerate(layers)}
+    return list(columns), {**rows, "mean": [mean(values) for values in columns.values()]}
 
 
 def step_names(found: Mapping[str, Any]) -> list[str]:
-    """The steps, counted from 1."""
-    return [str(number + 1) for number in range(len(found["times"]))]
+    """The steps, starting at 1."""
+    return [f"step {number + 1}" for number in range(len(found["times"]))]
 
 
 def write(
-    out: Path, name: str, subject: Subject, request: PortraitRequest, found: Mapping[str, Any], picture: Any
+    out: Path,
+    name: str,
+    subject: Subject,
+    request: PortraitRequest,
+    found: Mapping[str, Any],
+    text: str,
+    table: Table,
+    maps: Mapping[str, Sequence[Sequence[float]]],
+    map_columns: Sequence[str],
 ) -> None:
-    """What was found, with what it was found on, as numbers and as a picture."""
+    """Print a table; write the numbers with the request as JSON, and the table and heat maps as HTML."""
+    from likeness.evaluate.report import Section, markdown_table, render
     from likeness.files import write_whole
 
-    asked = {**vars(request), "control_image": sorted(request.control_image)}
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    write_whole(out / f"{name}.json", json.dumps({"model": subject.model, "request": asked, **found}, indent=1))
-    write_whole(out / f"{name}.png", buffer.getvalue())
-    print(f"{out / name}.json  {out / name}.png")
+    columns, rows = table
+    cells = [[row, *(f"{value:.3f}" for value in values)] for row, values in rows.items()]
+    sections = [Section(text=text, header=["", *columns], rows=cells)]
+    print(markdown_table(sections[0]))
+    for title, values in maps.items():
+        cells = [[row, *(f"{value:.3f}" for value in own)] for row, own in zip(rows, values, strict=False)]
+        limits = min(map(min, values)), max(map(max, values))
+        sections.append(Section(title=title, level=3, header=["", *map_columns], rows=cells, heat=limits))
+    content = {"model": subject.model, "request": {**vars(request), "control_image": sorted(request.control_image)}}
+    write_whole(out / f"{name}.json", json.dumps({**content, **found}, indent=1))
+    write_whole(out / f"{name}.html", render("report.html.jinja", f"{subject.model}: {name}", sections))
+    print(f"{out / name}.json  {out / name}.html")

@@ -85,6 +85,10 @@ def trainer_of(path: Path) -> tuple[type, Callable[[Any, Path], Any]]:
         from likeness.train.components.autoencoder import AutoencoderRecipe, train_autoencoder
 
         return AutoencoderRecipe, train_autoencoder
+    if kind == "decoder":
+        from likeness.train.components.decoder import DecoderRecipe, train_decoder
+
+        return DecoderRecipe, train_decoder
     if kind == "text_image":
         from likeness.train.components.text_image import TextImageRecipe, train_text_image
 
@@ -93,7 +97,7 @@ def trainer_of(path: Path) -> tuple[type, Callable[[Any, Path], Any]]:
         from likeness.train.components.face_parser import FaceParserRecipe, train_face_parser
 
         return FaceParserRecipe, train_face_parser
-    kinds = '"transformer", "autoencoder", "text_image" or "face_parser"'
+    kinds = '"transformer", "autoencoder", "decoder", "text_image" or "face_parser"'
     raise InputError(f"{path} says kind = {kind!r}; it must be {kinds}")
 
 

@@ -1,54 +1,90 @@
-"""What a condition is: a name, a way to read what users bring, and a way to draw it for the autoencoder.
-
-A condition's raw form is an exact array (labels, lines or points); the picture that the network sees is rendered
-from it, at the size of the portrait, so that nothing is ever blended on the way.
-"""
+"""The types of spatial conditions: a reader turns user input into an exact array, a renderer turns it into an image."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
+from likeness.types import Note
+
 Source = str | Path | Image.Image | np.ndarray
-"""What users bring: a path, a PIL image or an array."""
+"""User input: a path, a PIL image or an array."""
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+ARRAY_SUFFIXES = (".npy", ".npz")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What was read, and what it was recognised as."""
+    """A condition as read, and the format it was read from."""
 
     raw: np.ndarray
-    """labels: uint8 [H, W], class index; lines: uint8 [H, W], 0 stroke to 255 paper; points: float32 [P, 2], (x, y),
-    where [0, 1] spans the picture."""
+    """labels: uint8 [H, W], class index; lines: uint8 [H, W], 0 (stroke) to 255 (paper); points: float32 [P, 2],
+    (x, y) as fractions of the image size."""
     scheme: str
-    """The form that was recognised, in a few words: "palette PNG, CelebAMask-HQ colours"."""
-    notes: tuple[str, ...] = ()
-    """What was changed or looks odd, one sentence each."""
+    """The recognized format, for example "palette PNG, CelebAMask-HQ colours"."""
+    notes: tuple[Note, ...] = ()
+    """What the reader repaired and what looks wrong."""
     size: tuple[float, float] | None = None
-    """(width, height) of the picture that points were found in, where it is known: fractions of a wide picture are no
-    fractions of a square one."""
+    """(width, height) of the image that the points refer to, if known: it fixes the aspect ratio of their unit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """One kind of spatial condition."""
+    """One kind of spatial condition: everything that other packages need to know about it."""
 
     name: str
-    """Command-line flag, API field and dataset column: all the same word."""
+    """Key of `CONDITIONS` and API field; `column` and `flag` derive from it."""
+    noun: str
+    """What messages call it, for example "semantic mask"."""
     raw: Literal["labels", "lines", "points"]
-    """Which of the three raw forms `Reading.raw` has."""
-    read: Callable[[Source], Reading]
-    """What a user brings -> its raw form. Raises `InputError` with one sentence that says why not."""
+    """Which form `Reading.raw` has."""
+    folder: str
+    """Folder of its files in a dataset."""
+    suffix: str
+    """Suffix of its canonical file."""
+    input_suffixes: tuple[str, ...]
+    """Suffixes of files that may contain it."""
+    repairable: frozenset[str] = frozenset()
+    """Kinds of notes that rewriting the file in its canonical form resolves."""
+    read: Callable[..., Reading]
+    """(source, name="") -> reading; `name` replaces the path in error messages. Raises `InputError` with a kind."""
     resize: Callable[[np.ndarray, int, int], np.ndarray]
-    """(raw, height, width) -> raw of that size; labels are never blended."""
+    """(raw, height, width) -> raw of that size."""
     flip: Callable[[np.ndarray], np.ndarray]
-    """Mirror left to right, exchanging the classes or points of the person's left and right."""
-    vary: Callable[[np.ndarray, np.random.Generator], np.ndarray]
-    """The same, as another hand would have given it: training sees such versions beside the exact ones."""
+    """Mirror horizontally and swap the classes or points of the person's left and right."""
+    augment: Callable[[np.ndarray, np.random.Generator], np.ndarray]
+    """Random variation that resembles another annotator's work, for training."""
     render: Callable[[np.ndarray, int, int], np.ndarray]
-    """(raw, height, width) -> uint8 RGB [height, width, 3]: the picture that the autoencoder encodes."""
+    """(raw, height, width) -> uint8 RGB [height, width, 3], the image that the autoencoder encodes."""
+    encode: Callable[[np.ndarray], bytes]
+    """raw -> content of its canonical file."""
+
+    @property
+    def column(self) -> str:
+        """Column of a dataset's metadata."""
+        return f"{self.name}_file_name"
+
+    @property
+    def flag(self) -> str:
+        """Command-line option."""
+        return f"--{self.name}"
+
+    def file(self, stem: str) -> str:
+        """Path of its file in a dataset, for an image with this stem."""
+        return f"{self.folder}/{stem}{self.suffix}"
+
+
+def describe(source: Any) -> str:
+    """Return the name of `source` for messages: its path, or its type."""
+    if isinstance(source, str | os.PathLike):
+        return str(source)
+    if isinstance(source, dict):
+        return "the document"
+    return "the array" if isinstance(source, np.ndarray) else "the image"

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from likeness.conditions.pictures import open_picture
+from likeness.conditions import CONDITIONS
+from likeness.conditions.images import open_image
 from likeness.types import InputError
 
 METADATA = "metadata.jsonl"
@@ -26,9 +27,6 @@ RECORD = "dataset.json"
 
 ORIGINALS = "before"
 """Folder next to the splits in which `likeness prepare check --apply` keeps the files that it replaces or removes."""
-
-CONDITION_FILES = {"mask": "masks/{}.png", "sketch": "sketches/{}.png", "keypoints": "keypoints/{}.json"}
-"""Condition -> path of its file; {} is the stem of the image."""
 
 
 def read_folder(folder: str | Path) -> list[dict[str, Any]]:
@@ -170,7 +168,7 @@ def column_of(condition: str) -> str:
 
 def condition_file(condition: str, stem: str) -> str:
     """Return the path of a condition's file as the metadata names it."""
-    return CONDITION_FILES[condition].format(stem)
+    return CONDITIONS[condition].file(stem)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -201,7 +199,7 @@ def read_photo(path: Path, size: int | None = None) -> np.ndarray:
     Raises:
         InputError: it cannot be read, or is not square although a size is given.
     """
-    image = open_picture(path).convert("RGB")
+    image = open_image(path).convert("RGB")
     if size is None or image.size == (size, size):
         return np.array(image)
     if image.width != image.height:

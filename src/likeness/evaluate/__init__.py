@@ -1,1 +1,1 @@
-"""Measure what a model makes. Every number comes with its protocol; judges are networks that made no training data."""
+"""Measure models: generate images, extract features, compute metrics, compare evaluations, write reports."""

@@ -1,249 +1,199 @@
-"""Which differences between evaluations of the same faces are significant.
+"""Test which differences between evaluations of the same faces are significant.
 
-Both have a portrait of every face, so differences are taken face by face, which leaves out how hard a face is. Numbers
-of different protocols are refused: their difference would say nothing.
+Differences are paired by face, which removes the difficulty of the face. Measurements with different protocols are
+rejected.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
-from likeness.evaluate import distances
-from likeness.evaluate.config import CEILING, REAL, RESULTS, SCORES
-from likeness.evaluate.metrics import METRICS, Metric
-from likeness.evaluate.report import BETTER, rounded, table
-from likeness.files import write_whole
+from likeness.evaluate.aggregate import MIN_SET
+from likeness.evaluate.metrics import METRICS, SetMetric
+from likeness.evaluate.protocol import CEILING, REAL
+from likeness.evaluate.results import Evaluation, Measurement
+from likeness.evaluate.stats import holm, subsets, t_test
 from likeness.types import InputError
 
-LEVEL = 0.05
-"""Chance of calling any difference of a comparison significant where there is none."""
-
-IDENTITY = ("model", "fingerprint", "settings")
-"""What is compared, so it may differ."""
-FOLLOWING = ("n", "train_n", "extractor")
-"""What follows from the faces and from the extractor's hash; pairs are taken of the faces that both have."""
-UNKNOWN = ("steps", "guidance_scale", "device", "dtype")
-"""Parts of the protocol that images of another method, and evaluations of earlier versions, may lack."""
-JUDGES = ("face_parser", "text_image", "landmarker", "inception", "clip_large", "dinov2", "lpips", "topiq")
-CALLED = {
+COMPARED = ("model", "fingerprint", "settings")
+"""Facts of a protocol that identify what is compared; they may differ."""
+DERIVED = ("n", "train_n", "extractor")
+"""Facts that follow from the faces or the hash of the extractor. Pairs use the faces that both evaluations have."""
+OPTIONAL = ("steps", "guidance_scale", "device", "dtype")
+"""Facts that images of other methods, and evaluations of earlier versions, may lack."""
+EXTRACTOR_SETTINGS = (
+    "face_parser", "text_image", "landmarker", "inception", "clip_large", "dinov2", "lpips", "topiq", "llm_url",
+    "llm_model",
+)  # fmt: skip
+SETTING_FACTS = {
     "size": ("resolution", "extractor_hash"),
     "caption": ("caption", "faces"),
-    **dict.fromkeys((*JUDGES, "judge", "judge_model"), ("extractor_hash",)),
+    **dict.fromkeys(EXTRACTOR_SETTINGS, ("extractor_hash",)),
 }
-"""Setting -> what the protocol of a number has in its place; the others have their own names there."""
+"""Setting -> the facts that it changes; other settings have the same name in the facts."""
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """A finished evaluation."""
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """The difference between two evaluations in one metric and condition set: `of` minus `minus`."""
 
-    results: Mapping[str, Any]
-    scores: Mapping[str, np.ndarray]
-    """`metric/given` -> a value a face [N]; `extractor/given/features` -> [R, N, D]."""
-
-
-def read_evaluation(folder: Path) -> Evaluation:
-    """What `evaluate` left in a folder.
-
-    Raises:
-        InputError: it is none, or incomplete.
-    """
-    try:
-        results = json.loads((folder / RESULTS).read_text())
-        with np.load(folder / SCORES) as kept:
-            return Evaluation(results, dict(kept))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder} holds no finished evaluation: run likeness evaluate --out {folder}") from error
+    metric: str
+    given: str
+    of: str
+    minus: str
+    value: float
+    low: float
+    high: float
+    p: float
+    n: int
+    """Number of faces that both have."""
+    significant: bool = False
+    """At 5 % over all differences of the comparison (Holm 1979)."""
+    better: str | None = None
+    """The name of the better one, if significant."""
 
 
-def check_protocols(
-    names: Sequence[str], numbers: Sequence[Mapping[str, Any]], allow: Sequence[str], notes: list[str]
-) -> None:
-    """Refuse numbers of different protocols.
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The differences between evaluations."""
 
-    Args:
-        names: of the evaluations.
-        numbers: one of each, of the same metric.
-        allow: what may differ since it is compared.
-        notes: gets what one of them does not tell.
+    names: list[str]
+    values: dict[tuple[str, str], dict[str, Measurement]]
+    """(metric, given) -> name -> measurement."""
+    differences: list[Difference]
+    notes: list[str]
 
-    Raises:
-        InputError: a part of the protocol differs; the sentence names it.
-    """
-    first = numbers[0]["protocol"]
-    for name, number in zip(names[1:], numbers[1:], strict=True):
-        own = number["protocol"]
-        for key in sorted(set(first) | set(own)):
-            here, there = first.get(key), own.get(key)
-            if here == there or key in IDENTITY or key in FOLLOWING or key in allow:
-                continue
-            if key in UNKNOWN and None in (here, there):
-                notes.append(f"{key} of {names[0] if here is None else name} is not known")
-                continue
-            raise InputError(
-                f"{METRICS[number['metric']].title} of {names[0]} and {name} cannot be compared: {key} is {here} in "
-                f"{names[0]} and {there} in {name}; measure both alike, or say --allow {key} if it is what you compare"
-            )
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of `comparison.json`."""
+        content = dataclasses.asdict(self)
+        content["values"] = [
+            {"metric": metric, "given": given, "values": numbers}
+            for (metric, given), numbers in content["values"].items()
+        ]
+        return content
 
 
-def compare_evaluations(evaluations: Mapping[str, Evaluation], allow: Sequence[str] = ()) -> dict[str, Any]:
-    """Every metric and set of portraits that all evaluations have, pair by pair.
+def compare_evaluations(evaluations: Mapping[str, Evaluation], allow: Sequence[str] = ()) -> Comparison:
+    """Compare every metric and condition set that all evaluations have, pair by pair.
 
     Args:
         evaluations: name -> evaluation, at least two.
-        allow: settings, or parts of the protocol, that may differ.
-
-    Returns:
-        `names`; `values`, each number of each evaluation; `differences`, each with `of` and `minus`, its value, 95 %
-        interval, p, and whether it is significant at 5 % over all of them (Holm 1979); `notes`.
+        allow: settings, or facts of the protocol, that may differ.
 
     Raises:
-        InputError: protocols or faces differ, or there is nothing that all of them have.
+        InputError: protocols or faces differ, or the evaluations have nothing in common.
     """
     names, notes = list(evaluations), []
-    allow = [part for name in allow for part in CALLED.get(name, (name,))]
-    rows = [[face["name"] for face in evaluation.results["faces"]] for evaluation in evaluations.values()]
-    if "faces" in allow and (other := next((at for at, row in enumerate(rows) if row != rows[0]), None)):
-        raise InputError(
-            f"{names[0]} and {names[other]} have other faces ({len(rows[0])} and {len(rows[other])} of them), and "
-            "differences are taken face by face: measure both on the same"
-        )
+    allow = [fact for name in allow for fact in SETTING_FACTS.get(name, (name,))]
+    if "faces" in allow:
+        check_faces(evaluations)
     by_place = [
-        {(n["metric"], n["given"]): n for n in evaluation.results["numbers"] if n["against"] == "own"}
+        {(number.metric, number.given): number for number in evaluation.numbers if number.against == "own"}
         for evaluation in evaluations.values()
     ]
     shared = [place for place in by_place[0] if place[1] != CEILING and all(place in other for other in by_place)]
-    for name, found in zip(names, by_place, strict=True):
-        own = sorted({metric for metric, given in found if given != CEILING} - {metric for metric, _ in shared})
-        if own:
-            notes.append(f"only {name} has {', '.join(own)}")
-    values, differences = [], []
-    for key, given in shared:
-        numbers = [found[key, given] for found in by_place]
-        check_protocols(names, numbers, allow, notes)
-        values.append({"metric": key, "given": given, "values": dict(zip(names, numbers, strict=True))})
+    for name, numbers in zip(names, by_place, strict=True):
+        only = sorted({metric for metric, given in numbers if given != CEILING} - {metric for metric, _ in shared})
+        if only:
+            notes.append(f"Only {name} has {', '.join(only)}")
+    values: dict[tuple[str, str], dict[str, Measurement]] = {}
+    differences: list[Difference] = []
+    for metric, given in shared:
+        values[metric, given] = {name: by_name[metric, given] for name, by_name in zip(names, by_place, strict=True)}
+        notes += check_protocols(values[metric, given], allow)
         for first, second in combinations(names, 2):
-            pair = evaluations[first], evaluations[second]
-            found = difference(METRICS[key], key, given, *pair)
-            if found is not None:
-                differences.append({"metric": key, "given": given, "of": second, "minus": first, **found})
+            test = difference_test(metric, given, evaluations[first], evaluations[second])
+            if test is not None:
+                differences.append(Difference(metric=metric, given=given, of=second, minus=first, **test))
     if not differences:
-        raise InputError(f"{' and '.join(names)} have no metric of the same portraits in common")
-    holm(differences)
-    return {"names": names, "values": values, "differences": differences, "notes": list(dict.fromkeys(notes))}
+        raise InputError(f"{' and '.join(names)} have no metric of the same condition set in common")
+    return Comparison(
+        names=names, values=values, differences=mark_significant(differences), notes=list(dict.fromkeys(notes))
+    )
 
 
-def difference(
-    metric: Metric, key: str, given: str, first: Evaluation, second: Evaluation, draws: int = 100
-) -> dict[str, Any] | None:
-    """Second minus first over the faces that both have; None where fewer than two do."""
-    if metric.distance is None:
-        apart = second.scores[f"{key}/{given}"] - first.scores[f"{key}/{given}"]  # [N]
-        apart = apart[~np.isnan(apart)]
-        if len(apart) < 2:
-            return None
-        error = float(apart.std(ddof=1)) / math.sqrt(len(apart))
-        return told(float(apart.mean()), error, len(apart), int(np.count_nonzero(apart)))
-    name, photographs = f"{metric.extractor}/{given}/features", f"{metric.extractor}/{REAL}/features"
-    sets = [(own.scores[name], own.scores[photographs]) for own in (first, second)]  # [R, N, D], [N, D]
-    unknown = [np.isnan(np.concatenate([made, real[None]])).any(axis=(0, 2)) for made, real in sets]
-    both = np.flatnonzero(~np.any(unknown, axis=0))
-    if len(both) < metric.least:
-        return None
-
-    def apart_at(rows: np.ndarray) -> float:
-        assert metric.distance is not None
-        ours, theirs = ([metric.distance(x[rows], real[rows]) for x in made] for made, real in sets)
-        return float(np.mean(theirs) - np.mean(ours))
-
-    chosen, factor = distances.parts(len(both), draws)
-    error = factor * np.std([apart_at(both[part]) for part in chosen], ddof=1)
-    return told(apart_at(both), float(error), len(both), len(both))
+def check_faces(evaluations: Mapping[str, Evaluation]) -> None:
+    """Check that the faces can be paired. Raises `InputError` if not."""
+    (first, reference), *others = evaluations.items()
+    for name, evaluation in others:
+        if evaluation.faces != reference.faces:
+            raise InputError(
+                f"{first} ({len(reference.faces)} faces) and {name} ({len(evaluation.faces)} faces) have different "
+                "faces, but differences are paired by face: evaluate both on the same faces"
+            )
 
 
-def told(value: float, error: float, count: int, apart: int) -> dict[str, Any]:
-    """A difference with its 95 % interval and the chance p of one as large where there is none.
+def check_protocols(numbers: Mapping[str, Measurement], allow: Sequence[str]) -> list[str]:
+    """Check that measurements of the same metric have the same protocol.
 
     Args:
-        value: the difference.
-        error: its standard error.
-        count: faces that it was taken over; Student's t of count - 1 degrees of freedom allows for few.
-        apart: how many of them differ. Were their signs a matter of chance, all would be alike with 2^(1 - apart): p is
-            never less, also where the differences show no spread.
+        numbers: name of the evaluation -> measurement.
+        allow: facts that may differ because they are what is compared.
+
+    Returns:
+        Notes on facts that one of them lacks.
+
+    Raises:
+        InputError: a fact differs.
     """
-    reach = error * float(stats.t.ppf(0.975, count - 1))
-    p = 2 * float(stats.t.sf(abs(value) / error, count - 1)) if error > 0 else float(value == 0)
-    return {
-        "value": value,
-        "low": value - reach,
-        "high": value + reach,
-        "p": max(p, min(1, 2.0 ** (1 - apart))),
-        "n": count,
-    }
+    (first, reference), *others = numbers.items()
+    notes = []
+    for name, number in others:
+        for fact in sorted(set(reference.protocol) | set(number.protocol)):
+            here, there = reference.protocol.get(fact), number.protocol.get(fact)
+            if here == there or fact in (*COMPARED, *DERIVED, *allow):
+                continue
+            if fact not in OPTIONAL or None not in (here, there):
+                raise InputError(
+                    f"Cannot compare {METRICS[number.metric].title} of {first} and {name}: {fact} is {here} in {first} "
+                    f"and {there} in {name}. Evaluate both with the same protocol, or pass --allow {fact} if this is "
+                    "what you compare"
+                )
+            notes.append(f"{fact} of {first if here is None else name} is unknown")
+    return notes
 
 
-def holm(differences: list[dict[str, Any]]) -> None:
-    """Mark what is significant when so many differences are looked at (Holm 1979), and who is better."""
-    order = sorted(range(len(differences)), key=lambda index: differences[index]["p"])
-    going = True
-    for place, index in enumerate(order):
-        found = differences[index]
-        going = going and found["p"] <= LEVEL / (len(order) - place)
-        found["significant"] = going
-        gain = found["value"] > 0 if METRICS[found["metric"]].better == "higher" else found["value"] < 0
-        found["better"] = (found["of"] if gain else found["minus"]) if going else None
+def difference_test(
+    name: str, given: str, first: Evaluation, second: Evaluation, samples: int = 100
+) -> dict[str, Any] | None:
+    """Test second minus first over the faces that both have (`stats.t_test`); None if there are too few."""
+    metric = METRICS[name]
+    if not isinstance(metric, SetMetric):
+        differences = second.scores[f"{name}/{given}"] - first.scores[f"{name}/{given}"]  # [N]
+        differences = differences[~np.isnan(differences)]
+        if len(differences) < 2:
+            return None
+        error = float(differences.std(ddof=1)) / math.sqrt(len(differences))
+        return t_test(float(differences.mean()), error, len(differences), int(np.count_nonzero(differences)))
+    distance = metric.distance
+    key, real_key = f"{metric.extractor}/{given}/features", f"{metric.extractor}/{REAL}/features"
+    sets = [(own.scores[key], own.scores[real_key]) for own in (first, second)]  # [R, N, D], [N, D]
+    unknown = [np.isnan(np.concatenate([features, real[None]])).any(axis=(0, 2)) for features, real in sets]
+    both = np.flatnonzero(~np.any(unknown, axis=0))
+    if len(both) < MIN_SET:
+        return None
+
+    def difference(rows: np.ndarray) -> float:
+        means = [np.mean([distance(x[rows], real[rows]) for x in features]) for features, real in sets]
+        return float(means[1] - means[0])
+
+    chosen, factor = subsets(len(both), samples)
+    error = factor * np.std([difference(both[rows]) for rows in chosen], ddof=1)
+    return t_test(difference(both), float(error), len(both), len(both))
 
 
-def header_and_rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The comparison as a table: a row for every metric, set and pair."""
-    values = {(entry["metric"], entry["given"]): entry["values"] for entry in found["values"]}
-    header = ["metric", "from", *found["names"], "difference", "95 % interval", "n", "verdict"]
-    rows = []
-    for entry in found["differences"]:
-        metric, numbers = METRICS[entry["metric"]], values[entry["metric"], entry["given"]]
-        pair = "" if len(found["names"]) == 2 else f" ({entry['of']} - {entry['minus']})"
-        verdict = f"{entry['better']} is better" if entry["significant"] else "no significant difference"
-        rows.append(
-            [
-                f"{metric.title} {BETTER[metric.better]}",
-                entry["given"],
-                *(rounded(numbers[name]["value"]) for name in found["names"]),
-                f"{rounded(entry['value'], '+')}{pair}",
-                f"{rounded(entry['low'], '+')} to {rounded(entry['high'], '+')}",
-                str(entry["n"]),
-                f"{verdict} (p = {entry['p']:.2g})",
-            ]
-        )
-    return header, rows
-
-
-EXPLANATION = (
-    "Differences face by face (second minus first); their spread is that of the faces, for sets of random parts of "
-    "them (Student's t). Significant: at 5 % over all differences of this table together (Holm)."
-)
-
-
-def markdown_of(found: Mapping[str, Any]) -> str:
-    """The comparison as Markdown."""
-    notes = "\n".join(f"- {note}" for note in found["notes"])
-    return "\n\n".join(part for part in (table(*header_and_rows(found)), EXPLANATION, notes) if part) + "\n"
-
-
-def write_comparison(found: Mapping[str, Any], out: Path) -> None:
-    """Write `comparison.json`, `comparison.md` and `comparison.html`."""
-    from likeness.evaluate import page
-
-    title = " against ".join(found["names"])
-    parts = [f"<h1>{page.escape(title)}</h1>", page.table(*header_and_rows(found)), f"<p>{EXPLANATION}</p>"]
-    write_whole(out / "comparison.json", json.dumps(found, indent=1))
-    write_whole(out / "comparison.md", f"# {title}\n\n{markdown_of(found)}")
-    write_whole(out / "comparison.html", page.document(title, [*parts, page.listing("Notes", found["notes"])]))
+def mark_significant(differences: Sequence[Difference]) -> list[Difference]:
+    """Mark significant differences and who is better."""
+    marked = []
+    for difference, significant in zip(differences, holm([found.p for found in differences]), strict=True):
+        gain = (difference.value > 0) == (METRICS[difference.metric].better == "higher")
+        better = (difference.of if gain else difference.minus) if significant else None
+        marked.append(dataclasses.replace(difference, significant=significant, better=better))
+    return marked

@@ -1,8 +1,4 @@
-"""The extractors, by name: those that ship with the project or come from a folder; `plugins.py` has the others.
-
-Each is made from a protocol and looks at pictures in groups. What it needs and has not is `Missing`, a sentence that
-the report shows instead of a number: another extractor is never put in its place.
-"""
+"""The table of extractors: networks of this project and simple image operations; `external.py` has the others."""
 
 from __future__ import annotations
 
@@ -17,216 +13,269 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from likeness.annotators.face_parser import parse_faces
+from likeness.annotators.face_parser import confusion_of, parse_faces
 from likeness.annotators.landmarks import open_landmarker
 from likeness.annotators.sketch import DRAWING, extract_sketch
 from likeness.conditions.keypoints import STROKES
 from likeness.data.folder import read_photo
 from likeness.encoders import text_image as pair
 from likeness.encoders.text import to_ids
-from likeness.evaluate import plugins
-from likeness.evaluate.config import BUNDLED, Protocol
-from likeness.evaluate.faces import Face, mask_counts, raw_condition
-from likeness.evaluate.features import Extractor, Missing
-from likeness.evaluate.scores import edge_f_score, keypoint_error
+from likeness.evaluate import external
+from likeness.evaluate.faces import Face, read_condition
+from likeness.evaluate.features import Extractor, MissingError
+from likeness.evaluate.protocol import BUNDLED, Protocol
+from likeness.evaluate.scores import class_counts, edge_f_score, keypoint_error
 from likeness.pipelines import catalogue
 from likeness.pipelines.load import load_face_parser, load_text_image, network_name, weights_hash
 
-Make = Callable[[Protocol, int, str], Extractor]
-"""(protocol, pixels a side of the pictures, device) -> the extractor. Raises `Missing`."""
+Images, Faces = Sequence[np.ndarray], Sequence[Face]
+
+CreateExtractor = Callable[[Protocol, int, str], Extractor]
+"""(protocol, side of the images in pixels, device) -> extractor. Raises `MissingError`."""
 
 
-def folder_of(name: str, file: str) -> Path | None:
-    """The local folder that a protocol names, or its `model` where it is a run's; None where it must be a hub id.
+def component_folder(name: str, file: str) -> Path | None:
+    """Find the local folder of a component: `name` itself, or its `model` if it is a training run.
+
+    Returns:
+        The folder that contains `file`, or None if `name` is a hub id.
 
     Raises:
-        Missing: there is such a folder, but not what it should hold.
+        MissingError: the folder does not exist or does not contain the file.
     """
     path = Path(name)
     if not path.is_dir():
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
-            raise Missing(f"there is no folder {name}: give one, a hub id, or {BUNDLED!r}")
+            raise MissingError(f"Folder {name} does not exist: provide a folder, a hub id, or {BUNDLED!r}")
         return None
     for folder in (path, path / "model"):
         if (folder / file).exists():
             return folder
-    raise Missing(f"{path} has no {file}: give the folder of a trained component")
-
-
-def face_parser(protocol: Protocol, size: int, device: str) -> Extractor:
-    """Pixels right, given and found by class, against the own mask and another's: [B, 2, 19, 3]."""
-    source = protocol.face_parser
-    if source != BUNDLED and (folder := folder_of(source, "config.json")):
-        source = str(folder)
-    network, side = load_face_parser(source)
-    notes = ("the bundled face parser also made masks that the bundled models learnt from: give another judge",)
-    network.to(device)
-
-    def look(pictures: Sequence[np.ndarray], faces: Sequence[Face]) -> np.ndarray:
-        return mask_counts(parse_faces(network, pictures, size=side), faces)
-
-    hashed, own = weights_hash(network)[:16], source == BUNDLED
-    what = "bundled face parser" if own else f"{network_name(network).split()[0]} in {source}"
-    return Extractor(name="face_parser", what=what, hash=hashed, look=look, notes=notes if own else ())
-
-
-def sketch(protocol: Protocol, size: int, device: str) -> Extractor:
-    """Edge F-score against the own sketch and another's, [B, 2]."""
-    tolerance = 1.5 * size / 128
-
-    def look(pictures: Sequence[np.ndarray], faces: Sequence[Face]) -> np.ndarray:
-        scores = np.full((len(pictures), 2), np.nan)
-        for row, (picture, face) in enumerate(zip(pictures, faces, strict=True)):
-            drawn = extract_sketch(picture)
-            for column, files in enumerate((face.conditions, face.another)):
-                if (given := raw_condition(files, "sketch", len(drawn))) is not None:
-                    scores[row, column] = edge_f_score(given, drawn, tolerance=tolerance)
-        return scores
-
-    told = f"XDoG {DRAWING}, strokes within {tolerance:g} px"
-    return Extractor(name="sketch", what=told, hash=hash_of(told), look=look)
-
-
-def landmarks(protocol: Protocol, size: int, device: str) -> Extractor:
-    """Keypoint error against the own keypoints and another's, [B, 2]; NaN where no face is found."""
-    if protocol.landmarker is None:
-        raise Missing("keypoints are found by MediaPipe: set landmarker=face_landmarker.task, its model file")
-    if find_spec("mediapipe") is None:
-        raise Missing("keypoints are found by MediaPipe: pip install 'likeness[data]'")
-    file, stack = Path(protocol.landmarker), ExitStack()
-    find = stack.enter_context(open_landmarker(file))
-
-    def look(pictures: Sequence[np.ndarray], faces: Sequence[Face]) -> np.ndarray:
-        errors = np.full((len(pictures), 2), np.nan)
-        for row, (picture, face) in enumerate(zip(pictures, faces, strict=True)):
-            if (found := find(picture)) is None:
-                continue
-            for column, files in enumerate((face.conditions, face.another)):
-                if (given := raw_condition(files, "keypoints", size)) is not None:
-                    errors[row, column] = keypoint_error(given, found, STROKES)
-        return errors
-
-    content = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-    return Extractor(name="landmarks", what=f"MediaPipe's {file.name}", hash=content, look=look, close=stack.close)
-
-
-def load_pair(protocol: Protocol, device: str) -> tuple[Any, Any, Path | None, str]:
-    """The text-image pair of a protocol: `CLIPModel`, tokenizer, its folder (None: a published CLIP), what it is."""
-    name = protocol.text_image
-    if name == BUNDLED:
-        folder, what = catalogue.BUNDLED / catalogue.COMMON, "bundled text-image pair"
-    elif (Path(name) / "config.json").is_file():  # a CLIP as transformers saves it
-        folder, what = None, f"CLIPModel in {name}"
-    else:
-        folder = folder_of(name, "clip")
-        what = f"text-image pair in {folder}" if folder else name
-    if folder is None:
-        return *plugins.load_clip(name, device), None, what
-    clip, tokenizer = load_text_image(folder)
-    return clip.to(device).eval(), tokenizer, folder, what
-
-
-def text_image(protocol: Protocol, size: int, device: str) -> Extractor:
-    """Features of the picture and of the face's caption, unit vectors [B, 2, P]; a face without caption has zeros."""
-    clip, tokenizer, folder, what = load_pair(protocol, device)
-    prepare = own_input(clip) if folder else plugins.clip_input(clip)
-
-    @torch.no_grad()
-    def look(pictures: Sequence[np.ndarray], faces: Sequence[Face]) -> np.ndarray:
-        seen = pair.embed_pictures(clip, prepare(pictures).to(device))
-        ids = to_ids(tokenizer, [face.caption for face in faces], pair.most_tokens(clip)).to(device)
-        told = pair.embed_captions(clip, ids) * torch.tensor([[bool(face.caption)] for face in faces]).to(device)
-        return torch.stack([seen, told], dim=1).cpu().numpy()  # [B, 2, P]
-
-    notes = ("the bundled text-image pair shares its text tower with the bundled models: give another judge",)
-    own = protocol.text_image == BUNDLED
-    hashed = weights_hash(clip)[:16]
-    return Extractor(name="text_image", what=what, hash=hashed, look=look, notes=notes if own else ())
-
-
-def own_input(clip: Any) -> Callable[[Sequence[np.ndarray]], Tensor]:
-    """How this project's picture towers take uint8 pictures."""
-    return lambda pictures: pair.reduced(pictures, clip.config.vision_config.image_size)
-
-
-def attributes(protocol: Protocol, size: int, device: str) -> Extractor:
-    """Whether each attribute that the face has is named from the picture, [B, A]: 1, 0, NaN where it has it not."""
-    clip, _, folder, what = load_pair(protocol, device)
-    head = pair.load_attribute_head(folder) if folder else None
-    if head is None:
-        raise Missing(
-            f"the {what} has no {pair.ATTRIBUTES}: train one with attributes > 0 (recipes/text_image_mini.toml) on "
-            "other faces and set text_image=its folder"
-        )
-    names = list(head.classes)
-
-    def look(pictures: Sequence[np.ndarray], faces: Sequence[Face]) -> np.ndarray:
-        named = pair.name_attributes(clip, head, own_input(clip)(pictures).to(device))
-        right = np.full((len(pictures), len(names)), np.nan)
-        for row, (found, face) in enumerate(zip(named, faces, strict=True)):
-            for column, name in enumerate(names):
-                value = face.attributes.get(name)
-                if value not in (None, False, "none") and str(value) in head.classes[name]:
-                    right[row, column] = found[name] == str(value)
-        return right
-
-    hashed = hash_of(weights_hash(clip), head.weight.numpy().tobytes().hex())
-    return Extractor(name="attributes", what=f"attribute head of the {what}", hash=hashed, look=look)
-
-
-def likeness_of(name: str, score: Callable[[Tensor, Tensor], Tensor], least: int) -> Make:
-    """A score of portrait and photograph, [B, 1], by torchmetrics."""
-
-    def make(protocol: Protocol, size: int, device: str) -> Extractor:
-        if find_spec("torchmetrics") is None:
-            raise Missing("structural similarity is torchmetrics': pip install 'likeness[eval]'")
-        if size < least:
-            raise Missing(f"its five scales need pictures of at least {least} pixels a side, these have {size}")
-
-        def look(pictures: Sequence[np.ndarray], faces: Sequence[Face]) -> np.ndarray:
-            stacked = (np.stack(pictures), np.stack([read_photo(face.photo, size) for face in faces]))
-            made, real = (torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255 for x in stacked)  # [B, 3, S, S]
-            return score(made, real).reshape(-1, 1).numpy()
-
-        return Extractor(name=name, what="torchmetrics, Gaussian window of 11, sigma 1.5", hash=name, look=look)
-
-    return make
-
-
-def structural(made: Tensor, real: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004) of pictures in [0, 1], [B]."""
-    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
-
-    found = ssim(made, real, data_range=1.0, reduction="none")
-    assert isinstance(found, Tensor)
-    return found
-
-
-def structural_at_scales(made: Tensor, real: Tensor) -> Tensor:
-    """Multi-scale structural similarity (Wang et al. 2003), five scales, [B]."""
-    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as ms_ssim
-
-    return ms_ssim(made, real, data_range=1.0, reduction="none", normalize="relu")
+    raise MissingError(f"{path} does not contain {file}: provide the folder of a trained component")
 
 
 def hash_of(*parts: str) -> str:
-    """What stands for weights where there are none."""
+    """Hash what defines an extractor without weights."""
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
 
-EXTRACTORS: dict[str, Make] = {
+# --- Conditions. Column 0: the face's own condition; column 1: the next face's, for the floor.
+
+
+def compare_conditions(
+    condition: str, annotations: Sequence[np.ndarray | None], faces: Faces, size: int | None,
+    score: Callable[[np.ndarray, np.ndarray], Any], shape: tuple[int, ...] = (),
+) -> np.ndarray:  # fmt: skip
+    """Score annotations of images against the conditions of their faces.
+
+    Args:
+        condition: name of the condition.
+        annotations: the condition as found in each image, [B]; None if nothing was found.
+        faces: the faces, [B].
+        size: side in pixels to which conditions are resized. None: that of the annotation.
+        score: (given, found) -> a score of this shape.
+        shape: shape of a score.
+
+    Returns:
+        Scores [B, 2, *shape]; NaN without annotation or condition.
+    """
+    scores = np.full((len(annotations), 2, *shape), np.nan)
+    for row, (found, face) in enumerate(zip(annotations, faces, strict=True)):
+        if found is None:
+            continue
+        for column, files in enumerate((face.conditions, face.mismatched)):
+            if (given := read_condition(files, condition, size or len(found))) is not None:
+                scores[row, column] = score(given, found)
+    return scores
+
+
+def face_parser(protocol: Protocol, size: int, device: str) -> Extractor:
+    """Class counts against the masks, [B, 2, 19, 3]."""
+    source = protocol.face_parser
+    if source != BUNDLED and (folder := component_folder(source, "config.json")):
+        source = str(folder)
+    network, side = load_face_parser(source)
+    network.to(device)
+
+    def extract(images: Images, faces: Faces) -> np.ndarray:
+        labels = parse_faces(network, images, size=side)
+        count = lambda given, found: class_counts(confusion_of(given, found))  # noqa: E731
+        return compare_conditions("mask", labels, faces, None, count, (19, 3))
+
+    bundled = source == BUNDLED
+    return Extractor(
+        name="face_parser",
+        description="bundled face parser" if bundled else f"{network_name(network).split()[0]} in {source}",
+        hash=weights_hash(network)[:16],
+        extract=extract,
+        notes=("The bundled face parser annotated training masks of the bundled models: set another face_parser=",)
+        if bundled
+        else (),
+    )
+
+
+def sketch(protocol: Protocol, size: int, device: str) -> Extractor:
+    """Edge F-score against the sketches, [B, 2]."""
+    tolerance = 1.5 * size / 128
+    description = f"XDoG {DRAWING}, strokes within {tolerance:g} px"
+
+    def extract(images: Images, faces: Faces) -> np.ndarray:
+        sketches = [extract_sketch(image) for image in images]
+        score = lambda given, found: edge_f_score(given, found, tolerance=tolerance)  # noqa: E731
+        return compare_conditions("sketch", sketches, faces, None, score)
+
+    return Extractor(name="sketch", description=description, hash=hash_of(description), extract=extract)
+
+
+def landmarks(protocol: Protocol, size: int, device: str) -> Extractor:
+    """Keypoint error against the keypoints, [B, 2]; NaN if no face is detected."""
+    if protocol.landmarker is None:
+        raise MissingError("MediaPipe detects keypoints: set landmarker=face_landmarker.task, its model file")
+    if find_spec("mediapipe") is None:
+        raise MissingError("MediaPipe detects keypoints: pip install 'likeness[data]'")
+    file, stack = Path(protocol.landmarker), ExitStack()
+    detect = stack.enter_context(open_landmarker(file))
+
+    def extract(images: Images, faces: Faces) -> np.ndarray:
+        score = lambda given, found: keypoint_error(given, found, STROKES)  # noqa: E731
+        return compare_conditions("keypoints", [detect(image) for image in images], faces, size, score)
+
+    content = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    description = f"MediaPipe's {file.name}"
+    return Extractor(name="landmarks", description=description, hash=content, extract=extract, close=stack.close)
+
+
+# --- Text
+
+
+def load_pair(protocol: Protocol, device: str) -> tuple[Any, Any, Path | None, str]:
+    """Load the text-image pair: `CLIPModel`, tokenizer, its folder (None for a published CLIP), a description."""
+    name = protocol.text_image
+    if name == BUNDLED:
+        folder, description = catalogue.BUNDLED / catalogue.COMMON, "bundled text-image pair"
+    elif (Path(name) / "config.json").is_file():  # a CLIP as transformers saves it
+        folder, description = None, f"CLIPModel in {name}"
+    else:
+        folder = component_folder(name, "clip")
+        description = f"text-image pair in {folder}" if folder else name
+    if folder is None:
+        return external.from_hub("CLIPModel", name, device), external.from_hub("AutoTokenizer", name), None, description
+    clip, tokenizer = load_text_image(folder)
+    return clip.to(device).eval(), tokenizer, folder, description
+
+
+def text_image(protocol: Protocol, size: int, device: str) -> Extractor:
+    """Unit feature vectors of image and caption, [B, 2, P]; zeros for a face without caption."""
+    clip, tokenizer, folder, description = load_pair(protocol, device)
+
+    @torch.no_grad()
+    def extract(images: Images, faces: Faces) -> np.ndarray:
+        pixels = pair_input(clip, images) if folder else external.clip_input(clip, images)
+        image_features = pair.embed_pictures(clip, pixels.to(device))
+        ids = to_ids(tokenizer, [face.caption for face in faces], pair.most_tokens(clip)).to(device)
+        has_caption = torch.tensor([[bool(face.caption)] for face in faces]).to(device)
+        return torch.stack([image_features, pair.embed_captions(clip, ids) * has_caption], dim=1).cpu().numpy()
+
+    notes = ("The bundled text-image pair shares its text encoder with the bundled models: set another text_image=",)
+    return Extractor(
+        name="text_image",
+        description=description,
+        hash=weights_hash(clip)[:16],
+        extract=extract,
+        notes=notes if protocol.text_image == BUNDLED else (),
+    )
+
+
+def pair_input(clip: Any, images: Images) -> Tensor:
+    """Prepare uint8 images for an image encoder of this project."""
+    return pair.reduced(images, clip.config.vision_config.image_size)
+
+
+def attributes(protocol: Protocol, size: int, device: str) -> Extractor:
+    """Whether each attribute of the face is recognized in the image, [B, A]: 1, 0, or NaN if the face lacks it."""
+    clip, _, folder, description = load_pair(protocol, device)
+    head = pair.load_attribute_head(folder) if folder else None
+    if head is None:
+        raise MissingError(
+            f"The {description} has no {pair.ATTRIBUTES}: train one with attributes > 0 "
+            "(recipes/text_image_mini.toml) on other faces and set text_image= to its folder"
+        )
+
+    def extract(images: Images, faces: Faces) -> np.ndarray:
+        recognized = pair.name_attributes(clip, head, pair_input(clip, images).to(device))
+        correct = np.full((len(images), len(head.classes)), np.nan)
+        for row, (found, face) in enumerate(zip(recognized, faces, strict=True)):
+            for column, (name, classes) in enumerate(head.classes.items()):
+                value = face.attributes.get(name)
+                if value not in (None, False, "none") and str(value) in classes:
+                    correct[row, column] = found[name] == str(value)
+        return correct
+
+    weights = hash_of(weights_hash(clip), head.weight.numpy().tobytes().hex())
+    return Extractor(
+        name="attributes", description=f"attribute head of the {description}", hash=weights, extract=extract
+    )
+
+
+def llm(protocol: Protocol, size: int, device: str) -> Extractor:
+    """The score of a language model for how well image and caption agree, 0 to 1, [B, 1]; NaN without a score."""
+    if protocol.llm_url is None:
+        raise MissingError("The LLM score queries an OpenAI-compatible API: set llm_url=http://host/v1")
+    url, model = protocol.llm_url, protocol.llm_model
+
+    def extract(images: Images, faces: Faces) -> np.ndarray:
+        pairs = zip(images, faces, strict=True)
+        return np.array([[external.query_llm(url, model, image, face.caption)] for image, face in pairs])
+
+    weights = hash_of(model, external.QUESTION)
+    return Extractor(name="llm", description=f"{model} at {url}", hash=weights, extract=extract)
+
+
+# --- Photographs
+
+
+def structural_similarity(name: str, min_size: int) -> CreateExtractor:
+    """SSIM (Wang et al. 2004) or MS-SSIM (Wang et al. 2003) between image and photograph by torchmetrics, [B, 1]."""
+
+    def create(protocol: Protocol, size: int, device: str) -> Extractor:
+        if find_spec("torchmetrics") is None:
+            raise MissingError("Structural similarity requires torchmetrics: pip install 'likeness[eval]'")
+        if size < min_size:
+            raise MissingError(f"{name} requires images of at least {min_size} px; these have {size}")
+        from torchmetrics.functional import image as functional
+
+        def extract(images: Images, faces: Faces) -> np.ndarray:
+            photos = [read_photo(face.photo, size) for face in faces]
+            generated, real = (external.to_tensor(x, "cpu").float() / 255 for x in (images, photos))
+            if name == "ssim":
+                score: Any = functional.structural_similarity_index_measure(
+                    generated, real, data_range=1.0, reduction="none"
+                )
+            else:
+                score = functional.multiscale_structural_similarity_index_measure(
+                    generated, real, data_range=1.0, reduction="none", normalize="relu"
+                )
+            return score.reshape(-1, 1).numpy()
+
+        description = "torchmetrics, Gaussian window of 11, sigma 1.5"
+        return Extractor(name=name, description=description, hash=name, extract=extract)
+
+    return create
+
+
+EXTRACTORS: dict[str, CreateExtractor] = {
     "face_parser": face_parser,
     "sketch": sketch,
     "landmarks": landmarks,
     "text_image": text_image,
     "attributes": attributes,
-    "ssim": likeness_of("ssim", structural, 11),
-    "ms_ssim": likeness_of("ms_ssim", structural_at_scales, 161),
-    "inception": plugins.inception,
-    "clip_large": plugins.clip_large,
-    "dinov2": plugins.dinov2,
-    "lpips": plugins.lpips,
-    "topiq": plugins.topiq,
-    "judge": plugins.judge,
+    "ssim": structural_similarity("ssim", 11),
+    "ms_ssim": structural_similarity("ms_ssim", 161),
+    "inception": external.inception,
+    "clip_large": external.clip_large,
+    "dinov2": external.dinov2,
+    "lpips": external.lpips,
+    "topiq": external.topiq,
+    "llm": llm,
 }
-"""Name -> how it is made."""
+"""Name -> how to create it."""

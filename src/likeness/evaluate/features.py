@@ -1,7 +1,7 @@
-"""What an extractor says of many pictures, kept on disk: a stopped evaluation goes on, and a comparison reads it again.
+"""Run an extractor on many images and cache its output on disk, so that an evaluation can be resumed.
 
-Pictures are read and looked at in small groups, so that thousands need no more memory than a few. One that cannot be
-read leaves a row of NaN and a sentence; the others are not disturbed.
+Images are read in small batches, so memory does not grow with their number. An image that cannot be read gives a row of
+NaN and a fault; the others are not affected.
 """
 
 from __future__ import annotations
@@ -23,142 +23,149 @@ from likeness.files import write_whole
 from likeness.types import InputError
 
 CHUNK = 256
-"""Pictures in one file of the store."""
+"""Images per file of the cache."""
 BATCH = 16
-"""Pictures that an extractor sees at once."""
+"""Images per call of an extractor."""
 
 
-class Missing(InputError):
-    """The weights or the library of a metric are not there; the sentence says what to install or to give."""
+class MissingError(InputError):
+    """The weights, library, data or service that a metric needs is not available. The message says how to get it."""
 
 
-Look = Callable[[Sequence[np.ndarray], Sequence[Face]], np.ndarray]
-"""B pictures uint8 [S, S, 3] and whom they should show -> float [B, ...]; NaN where a face lacks something."""
+Extract = Callable[[Sequence[np.ndarray], Sequence[Face]], np.ndarray]
+"""(B images uint8 [S, S, 3], their faces) -> float [B, ...]; NaN if a face lacks something."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extractor:
-    """Something that looks at pictures: a network, a drawing of edges, a service."""
+    """Anything that maps images to numbers: a network, an edge detector, a service."""
 
     name: str
     """What metrics call it."""
-    what: str
-    """Which one it is, in a few words."""
+    description: str
+    """Which network or settings, in a few words."""
     hash: str
-    """SHA-256 of its weights, or of what else makes it what it is, shortened."""
-    look: Look
+    """Shortened SHA-256 of its weights, or of what defines it if it has none."""
+    extract: Extract
     close: Callable[[], None] = field(default=lambda: None)
-    """Called when it is done."""
+    """Called when it is no longer needed."""
     notes: tuple[str, ...] = ()
-    """What to keep in mind about its numbers, one sentence each."""
+    """Limitations of its numbers, one sentence each."""
 
 
-class Observed(NamedTuple):
-    """What an extractor said of N pictures."""
+class Extracted(NamedTuple):
+    """The output of an extractor for N images."""
 
     values: np.ndarray
-    """float32 [N, ...], NaN where it could say nothing."""
+    """float32 [N, ...], NaN without output; [N, 1] of NaN if no image could be read."""
     faults: dict[str, str]
     """File -> why it could not be read."""
 
 
-def observe(
+def extract_cached(
     extractor: Extractor,
     files: Sequence[Path],
     faces: Sequence[Face],
     size: int,
-    store: Path,
-    report: Callable[[int, int], None],
-) -> Observed:
-    """Let an extractor look at the pictures of faces.
+    cache: Path,
+    progress: Callable[[int, int], None],
+) -> Extracted:
+    """Run an extractor on the images of faces.
 
     Args:
-        extractor: it.
-        files: the pictures, [N].
-        faces: whom they should show, [N].
-        size: pixels a side to which they are brought (Lanczos).
-        store: folder where the answers are kept; those of other files or extractors are not taken for these.
-        report: told as (done, in all).
-
-    Returns:
-        The values; all NaN, [N, 1], where no picture could be read.
+        extractor: the extractor.
+        files: the images, [N].
+        faces: their faces, [N].
+        size: side in pixels to which images are resized (Lanczos).
+        cache: folder of the cache. Its files depend on the extractor, the images and the faces (`cache_key`).
+        progress: called as (done, total).
 
     Raises:
-        Missing: a service that the extractor asks does not answer.
+        MissingError: a service does not respond.
     """
-    found: list[tuple[np.ndarray, np.ndarray]] = []
+    chunks: list[tuple[np.ndarray, np.ndarray]] = []
     faults: dict[str, str] = {}
     for start in range(0, len(files), CHUNK):
-        chunk, own = files[start : start + CHUNK], faces[start : start + CHUNK]
-        kept = store / f"{extractor.name}-{start:06d}-{key_of(extractor, chunk, own, size)}.npz"
-        if not kept.is_file():
-            write_whole(kept, look_at(extractor, chunk, own, size, lambda n, at=start: report(at + n, len(files))))
-        with np.load(kept) as stored:
-            found.append((stored["rows"] + start, stored["values"]))
+        chunk, chunk_faces = files[start : start + CHUNK], faces[start : start + CHUNK]
+        file = cache / f"{extractor.name}-{start:06d}-{cache_key(extractor, chunk, chunk_faces, size)}.npz"
+        if not file.is_file():
+            report = lambda done, start=start: progress(start + done, len(files))  # noqa: E731
+            write_whole(file, extract_chunk(extractor, chunk, chunk_faces, size, report))
+        with np.load(file) as stored:
+            chunks.append((stored["rows"] + start, stored["values"]))
             faults |= json.loads(str(stored["faults"]))
-        report(start + len(chunk), len(files))
-    shape = next((values.shape[1:] for rows, values in found if len(rows)), (1,))
-    everything = np.full((len(files), *shape), np.nan, dtype=np.float32)
-    for rows, values in found:
+        progress(start + len(chunk), len(files))
+    shape = next((values.shape[1:] for rows, values in chunks if len(rows)), (1,))
+    output = np.full((len(files), *shape), np.nan, dtype=np.float32)
+    for rows, values in chunks:
         if len(rows):
-            everything[rows] = values
-    return Observed(everything, faults)
+            output[rows] = values
+    return Extracted(output, faults)
 
 
-def look_at(
-    extractor: Extractor, files: Sequence[Path], faces: Sequence[Face], size: int, report: Callable[[int], None]
+def extract_chunk(
+    extractor: Extractor, files: Sequence[Path], faces: Sequence[Face], size: int, progress: Callable[[int], None]
 ) -> bytes:
-    """One chunk as the content of its file: the rows that could be read, their values, and the faults."""
+    """Return the content of a cache file: the rows with output, their values, and the faults."""
     rows: list[int] = []
     values: list[np.ndarray] = []
     faults: dict[str, str] = {}
-    for at, pictures in pictures_of(files, size):
-        ready = [(at + i, picture) for i, picture in enumerate(pictures) if not isinstance(picture, str)]
-        faults |= {str(files[at + i]): picture for i, picture in enumerate(pictures) if isinstance(picture, str)}
-        if ready:
-            try:
-                seen = extractor.look([picture for _, picture in ready], [faces[row] for row, _ in ready])
-                rows += [row for row, _ in ready]
-                values += list(np.asarray(seen, dtype=np.float32))
-            except Missing:
-                raise
-            except InputError:  # something else of one of the faces: find out which
-                for row, picture in ready:
-                    try:
-                        values += list(np.asarray(extractor.look([picture], [faces[row]]), dtype=np.float32))
-                        rows.append(row)
-                    except InputError as error:
-                        faults[f"{faces[row].name} ({extractor.name})"] = str(error)
-        report(at + len(pictures))
+    for start, images in read_batches(files, size):
+        batch = [(start + i, image) for i, image in enumerate(images) if not isinstance(image, str)]
+        faults |= {str(files[start + i]): image for i, image in enumerate(images) if isinstance(image, str)}
+        try:
+            outputs = extract_rows(extractor, batch, faces)
+        except MissingError:
+            raise
+        except InputError:  # an input of one of the faces, such as its photograph: find out which
+            outputs = []
+            for item in batch:
+                try:
+                    outputs += extract_rows(extractor, [item], faces)
+                except InputError as error:
+                    faults[f"{faces[item[0]].name} ({extractor.name})"] = str(error)
+        rows += [row for row, _ in outputs]
+        values += [output for _, output in outputs]
+        progress(start + len(images))
     buffer = io.BytesIO()
     stacked = np.stack(values) if values else np.zeros((0, 1), np.float32)
     np.savez(buffer, rows=np.array(rows, dtype=np.int64), values=stacked, faults=json.dumps(faults))
     return buffer.getvalue()
 
 
-def pictures_of(files: Sequence[Path], size: int) -> Iterator[tuple[int, list[np.ndarray | str]]]:
-    """Batches of pictures with the number of the first, read ahead; instead of one that cannot be read, why."""
+def extract_rows(
+    extractor: Extractor, batch: Sequence[tuple[int, np.ndarray]], faces: Sequence[Face]
+) -> list[tuple[int, np.ndarray]]:
+    """Run an extractor on (row, image) pairs; return (row, output) pairs."""
+    if not batch:
+        return []
+    output = extractor.extract([image for _, image in batch], [faces[row] for row, _ in batch])
+    return [(row, values) for (row, _), values in zip(batch, np.asarray(output, dtype=np.float32), strict=True)]
+
+
+def read_batches(files: Sequence[Path], size: int) -> Iterator[tuple[int, list[np.ndarray | str]]]:
+    """Yield batches with the index of their first image, read ahead. An unreadable image is replaced by the reason."""
 
     def read(start: int) -> tuple[int, list[np.ndarray | str]]:
-        pictures: list[np.ndarray | str] = []
+        images: list[np.ndarray | str] = []
         for file in files[start : start + BATCH]:
             try:
-                pictures.append(read_photo(file, size))
+                images.append(read_photo(file, size))
             except InputError as error:
-                pictures.append(str(error))
-        return start, pictures
+                images.append(str(error))
+        return start, images
 
     return read_ahead(read, range(0, len(files), BATCH))
 
 
-def key_of(extractor: Extractor, files: Sequence[Path], faces: Sequence[Face], size: int) -> str:
-    """Hash of all that the answers depend on: the extractor, the files as they are now, the faces and the size."""
+def cache_key(extractor: Extractor, files: Sequence[Path], faces: Sequence[Face], size: int) -> str:
+    """Hash everything that the output depends on: extractor, files with their times, faces and size."""
     digest = hashlib.sha256(f"{extractor.hash} {size}".encode())
     for file, face in zip(files, faces, strict=True):
         digest.update(f"{file.name} {face.name} {face.caption} ".encode())
         if face.attributes:
             digest.update(json.dumps(face.attributes, sort_keys=True).encode())
-        for path in (file, face.photo, *face.conditions.values(), *face.another.values()):
+        for path in (file, face.photo, *face.conditions.values(), *face.mismatched.values()):
             stat = path.stat() if path.is_file() else None
             digest.update(f"{stat.st_size} {stat.st_mtime_ns} ".encode() if stat else b"- ")
     return digest.hexdigest()[:12]

@@ -1,218 +1,218 @@
-"""Every metric, as data: what it reads, how a number comes of it, which way is better, and what spoils it.
+"""The table of metrics. `scores.py` and `distances.py` contain the formulas.
 
-`scores.py` and `distances.py` have the formulas. A metric is either a value a picture, whose mean is reported, or one
-value for a set of pictures against the photographs.
+A `PerImageMetric` gives one value per image; its mean is reported. A `SetMetric` gives one value for a set of images
+compared with the photographs of the same faces.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from likeness.encoders.text_image import finds
 from likeness.evaluate import distances, scores
-from likeness.evaluate.config import Protocol
 
 Array = np.ndarray
+Better = Literal["higher", "lower"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Metric:
-    """One metric."""
+class Inputs(NamedTuple):
+    """What a per-image score may use in addition to the features of the image."""
+
+    choices: int
+    """Number of candidate captions of `retrieval`."""
+    train: Array | None = None
+    """The extractor's output for the training photographs, [M, ...]."""
+
+
+@dataclass(frozen=True)
+class PerImageMetric:
+    """A metric with one value per image."""
 
     title: str
-    """What tables call it."""
     extractor: str
-    """Whose values it reads."""
-    better: Literal["higher", "lower"]
-    values: Callable[[Array, Array | None, Protocol], Array] | None = None
-    """(what the extractor said [N, ...], the same of the reference, protocol) -> a value a picture, [n <= N]."""
-    distance: Callable[[Array, Array], float] | None = None
-    """(features of the portraits [N, D], of the photographs of the same faces [N, D]) -> one value."""
-    features: Callable[[Array], Array] = lambda found: found
-    """What a distance takes of the extractor's values: [N, ...] -> [N, D]."""
-    rounds: Callable[[Array], Array] | None = None
-    """Instead of `values`: what the extractor said in R rounds, [R, N, ...] -> a value a face, [N]."""
-    reference: Literal["", "real", "train"] = ""
-    """What it is held against: nothing more, the photographs of the same faces, or those of the training."""
-    another: Callable[[Array], Array] | None = None
-    """The extractor's values as if another face's condition or caption had been asked for: the floor."""
+    better: Better
+    score: Callable[[Array, Inputs], Array]
+    """(extractor output [N, ...], inputs) -> one value per image, [n <= N]."""
+    mismatch: Callable[[Array], Array] | None = None
+    """Extractor output as if the condition or caption of the next face had been given, for the floor."""
     condition: str = ""
-    """The condition that it measures: the floor is shown for portraits that were given it."""
-    ceiling: bool = True
-    """Whether autoencoded photographs have a meaningful score."""
-    least: int = 2
-    """Pictures without which there is no number."""
-    limits: tuple[float, float] = (-np.inf, np.inf)
-    """Between which an interval is cut: what a share or the like cannot leave."""
-    bias: Callable[[int, int], str] = lambda count, width: ""
-    """(pictures, features D) -> what is wrong with the number at so few pictures; "" where nothing is."""
+    """The condition that it measures. The floor is reported for images with this condition."""
+    needs_train: bool = False
+    """Whether it needs the training photographs."""
+    across_seeds: bool = False
+    """Whether the score compares the images of a face: it takes [R, N, ...] of R >= 2 seeds."""
 
 
-def exchanged(found: Array) -> Array:
-    """Own and another's score, exchanged: [N, 2, ...]."""
-    return found[:, ::-1]
+@dataclass(frozen=True)
+class SetMetric:
+    """A metric with one value per set of images."""
+
+    title: str
+    extractor: str
+    better: Better
+    distance: Callable[[Array, Array], float]
+    """(features of images [N, D], of the photographs of the same faces [N, D]) -> one value."""
+    features: Callable[[Array], Array]
+    """Extractor output [N, ...] -> features [N, D]."""
+    limits: tuple[float, float]
+    """Range of the metric, to which intervals are clipped."""
+    bias: Callable[[int, int], str]
+    """(number of images, features D) -> a known bias at so few images, or ""."""
 
 
-def next_caption(found: Array) -> Array:
-    """Pictures beside the next faces' captions: [N, 2, P]."""
-    return np.stack([found[:, 0], np.roll(found[:, 1], -1, axis=0)], axis=1)
+Metric = PerImageMetric | SetMetric
 
 
-def few_for_frechet(count: int, width: int) -> str:
-    """The Fréchet distance's bias."""
-    if count <= width:
-        return f"{count} pictures cannot fill {width} features: the distance is far too large"
-    return "" if count >= 10_000 else "too large by an amount that falls with the number of pictures"
+# --- Scores from the outputs of extractors
 
 
-def few_for_neighbours(count: int, width: int) -> str:
-    """The bias of precision and recall."""
-    return "" if count >= 1000 else "reaches are too long with so few pictures: too high"
+def given_mask(score: Callable[[Array], Array]) -> Callable[[Array, Inputs], Array]:
+    """A score of class counts against the face's own mask; NaN for faces without a mask."""
+
+    def score_own(output: Array, inputs: Inputs) -> Array:
+        counts = output[:, 0]  # [N, 19, 3]
+        known = ~np.isnan(counts).any(axis=(1, 2))
+        values = np.full(len(counts), np.nan)
+        values[known] = score(counts[known])
+        return values
+
+    return score_own
 
 
-def mask(score: Callable[[Array], Array]) -> Callable[[Array, Array | None, Protocol], Array]:
-    """A score of the counts against the own mask; NaN where there is none."""
-
-    def values(found: Array, reference: Array | None, protocol: Protocol) -> Array:
-        own = found[:, 0]
-        known = ~np.isnan(own).any(axis=(1, 2))
-        result = np.full(len(own), np.nan)
-        result[known] = score(own[known])
-        return result
-
-    return values
-
-
-def first(found: Array, reference: Array | None, protocol: Protocol) -> Array:
+def first_column(output: Array, inputs: Inputs) -> Array:
     """The extractor's own score, [N, 1] or [N, 2]."""
-    return found[:, 0]
+    return output[:, 0]
 
 
-def clip_score(found: Array, reference: Array | None, protocol: Protocol) -> Array:
-    """100 times the cosine of picture and caption."""
-    return 100 * (found[:, 0] * found[:, 1]).sum(axis=1)
+def clip_score(output: Array, inputs: Inputs) -> Array:
+    """100 times the cosine similarity of image and caption."""
+    return 100 * (output[:, 0] * output[:, 1]).sum(axis=1)
 
 
-def found_captions(found: Array, reference: Array | None, protocol: Protocol) -> Array:
-    """Whether the own caption is the likest, for the pictures that fill a group."""
-    pictures, captions = (torch.from_numpy(np.ascontiguousarray(found[:, part])) for part in (0, 1))
-    return finds(pictures, captions, protocol.choices).numpy().astype(float)
+def clip_distance(output: Array, inputs: Inputs) -> Array:
+    """1 minus the cosine similarity of image and caption."""
+    return 1 - clip_score(output, inputs) / 100
 
 
-def nearest_photo(found: Array, reference: Array | None, protocol: Protocol) -> Array:
-    """Cosine to the likest training photograph."""
-    assert reference is not None
-    pictures, photos = (torch.from_numpy(np.ascontiguousarray(x[:, 0])) for x in (found, reference))
-    return scores.nearest(pictures, photos)[0].numpy()
+def retrieval(output: Array, inputs: Inputs) -> Array:
+    """Whether the face's own caption is the nearest of `choices`, for the images that fill a group."""
+    images, captions = (torch.from_numpy(np.ascontiguousarray(output[:, part])) for part in (0, 1))
+    return finds(images, captions, inputs.choices).numpy().astype(float)
 
 
-def between_seeds(found: Array) -> Array:
-    """Mean cosine distance between the portraits of one face, [R, N, 2, P] -> [N]."""
-    return np.array([distances.diversity(found[:, face, 0]) for face in range(found.shape[1])])
+def nearest_training(output: Array, inputs: Inputs) -> Array:
+    """Cosine similarity to the nearest training photograph."""
+    assert inputs.train is not None
+    images, photos = (torch.from_numpy(np.ascontiguousarray(x[:, 0])) for x in (output, inputs.train))
+    return scores.nearest(images, photos)[0].numpy()
 
 
-def pictures_of(found: Array) -> Array:
-    """The pictures' features of a text-image pair, [N, 2, P] -> [N, P]."""
-    return found[:, 0]
+def diversity_of_seeds(output: Array, inputs: Inputs) -> Array:
+    """Mean cosine distance between the images of a face, [R, N, 2, P] -> [N]."""
+    return np.array([distances.diversity(output[:, face, 0]) for face in range(output.shape[1])])
 
 
-COUNTS: dict[str, Any] = {"extractor": "face_parser", "better": "higher", "another": exchanged, "condition": "mask"}
-PAIR: dict[str, Any] = {"extractor": "text_image", "another": next_caption}
-SET: dict[str, Any] = {"reference": "real", "least": 10}
+def all_features(output: Array) -> Array:
+    """The output itself, [N, D]."""
+    return output
+
+
+def swap_columns(output: Array) -> Array:
+    """Swap the values for the face's own condition and the next face's: [N, 2, ...]."""
+    return output[:, ::-1]
+
+
+def next_caption(output: Array) -> Array:
+    """Pair the images with the captions of the next faces: [N, 2, P]."""
+    return np.stack([output[:, 0], np.roll(output[:, 1], -1, axis=0)], axis=1)
+
+
+def image_features(output: Array) -> Array:
+    """The image features of a text-image pair, [N, 2, P] -> [N, P]."""
+    return output[:, 0]
+
+
+# --- Known biases
+
+
+def unbiased(count: int, width: int) -> str:
+    return ""
+
+
+def frechet_bias(count: int, width: int) -> str:
+    if count <= width:
+        return f"{count} images cannot span {width} features: the distance is far too large"
+    return "" if count >= 10_000 else "too large, by an amount that decreases with the number of images"
+
+
+def neighbor_bias(count: int, width: int) -> str:
+    return "" if count >= 1000 else "too high: neighborhoods are too large with so few images"
+
+
+UNLIMITED = (-np.inf, np.inf)
+DISTANCES: dict[str, tuple[Callable[[Array, Array], float], Better, tuple[float, float], Callable[[int, int], str]]] = {
+    "frechet": (distances.frechet, "lower", UNLIMITED, frechet_bias),
+    "kid": (distances.kernel_distance, "lower", UNLIMITED, unbiased),
+    "cmmd": (distances.clip_mmd, "lower", UNLIMITED, unbiased),
+    "precision": (distances.precision, "higher", (0, 1), neighbor_bias),
+    "recall": (distances.recall, "higher", (0, 1), neighbor_bias),
+    "diversity": (distances.diversity, "higher", UNLIMITED, unbiased),
+}
+"""Name -> function, direction, limits and bias."""
+
+
+def mask_metric(title: str, score: Callable[[Array], Array]) -> PerImageMetric:
+    return PerImageMetric(f"Mask: {title}", "face_parser", "higher", given_mask(score), swap_columns, "mask")
+
+
+def set_metric(title: str, extractor: str, name: str) -> SetMetric:
+    distance, better, limits, bias = DISTANCES[name]
+    features = image_features if extractor == "text_image" else all_features
+    return SetMetric(f"Set: {title}", extractor, better, distance, features, limits, bias)
+
 
 METRICS: dict[str, Metric] = {
-    # masks
-    "pixel_accuracy": Metric(title="Mask: pixel accuracy", values=mask(scores.accuracy), **COUNTS),
-    "mean_iou": Metric(title="Mask: mIoU, absent classes left out", values=mask(scores.mean_iou), **COUNTS),
-    "mean_iou_absent_1": Metric(
-        title="Mask: mIoU, absent classes 1", values=mask(lambda counts: scores.mean_iou(counts, 1.0)), **COUNTS
+    "pixel_accuracy": mask_metric("pixel accuracy", scores.accuracy),
+    "mean_iou": mask_metric("mIoU, absent classes excluded", scores.mean_iou),
+    "mean_iou_absent_1": mask_metric("mIoU, absent classes 1", lambda counts: scores.mean_iou(counts, 1.0)),
+    "mean_iou_absent_0": mask_metric("mIoU, absent classes 0", lambda counts: scores.mean_iou(counts, 0.0)),
+    "rare_class_recall": mask_metric("rare classes shown", scores.rare_class_recall),
+    "edge_f_score": PerImageMetric("Sketch: edge F-score", "sketch", "higher", first_column, swap_columns, "sketch"),
+    "keypoint_error": PerImageMetric(
+        "Keypoints: error / eye distance", "landmarks", "lower", first_column, swap_columns, "keypoints"
     ),
-    "mean_iou_absent_0": Metric(
-        title="Mask: mIoU, absent classes 0", values=mask(lambda counts: scores.mean_iou(counts, 0.0)), **COUNTS
+    "clip_score": PerImageMetric("Text: CLIP score, 100 cos", "text_image", "higher", clip_score, next_caption),
+    "clip_distance": PerImageMetric("Text: CLIP distance, 1 - cos", "text_image", "lower", clip_distance, next_caption),
+    "retrieval": PerImageMetric("Text: caption retrieval", "text_image", "higher", retrieval, next_caption),
+    "attribute_recall": PerImageMetric(
+        "Text: attribute recall", "attributes", "higher", lambda output, inputs: scores.nan_mean(output)
     ),
-    "rare_class_recall": Metric(
-        title="Mask: rare classes shown", values=mask(scores.rare_class_recall), **COUNTS
+    "llm_score": PerImageMetric("Text: LLM score", "llm", "higher", first_column),
+    "ssim": PerImageMetric("Photograph: SSIM", "ssim", "higher", first_column),
+    "ms_ssim": PerImageMetric("Photograph: multi-scale SSIM", "ms_ssim", "higher", first_column),
+    "lpips": PerImageMetric("Photograph: LPIPS", "lpips", "lower", first_column),
+    "topiq": PerImageMetric("Quality: TOPIQ", "topiq", "higher", first_column),
+    "fid": set_metric("FID", "inception", "frechet"),
+    "kid": set_metric("KID", "inception", "kid"),
+    "cmmd": set_metric("CMMD", "clip_large", "cmmd"),
+    "fd_dinov2": set_metric("FD on DINOv2", "dinov2", "frechet"),
+    "precision": set_metric("precision on DINOv2", "dinov2", "precision"),
+    "recall": set_metric("recall on DINOv2", "dinov2", "recall"),
+    "fd_text_image": set_metric("FD on the text-image pair", "text_image", "frechet"),
+    "kid_text_image": set_metric("KID on the text-image pair", "text_image", "kid"),
+    "precision_text_image": set_metric("precision on the text-image pair", "text_image", "precision"),
+    "recall_text_image": set_metric("recall on the text-image pair", "text_image", "recall"),
+    "diversity": set_metric("diversity, 1 - cos of two images", "text_image", "diversity"),
+    "diversity_of_seeds": PerImageMetric(
+        "Set: diversity of the images of a face", "text_image", "higher", diversity_of_seeds, across_seeds=True
     ),
-    # sketches and keypoints
-    "edge_f_score": Metric(
-        title="Sketch: edge F-score", extractor="sketch", better="higher", values=first, another=exchanged,
-        condition="sketch",
+    "nearest_training": PerImageMetric(
+        "Memorization: nearest training photograph, cos", "text_image", "lower", nearest_training, needs_train=True
     ),
-    "keypoint_error": Metric(
-        title="Keypoints: error / eye distance", extractor="landmarks", better="lower", values=first,
-        another=exchanged, condition="keypoints",
-    ),
-    # words
-    "clip_score": Metric(title="Words: CLIP score, 100 cos", better="higher", values=clip_score, **PAIR),
-    "clip_distance": Metric(
-        title="Words: CLIP distance, 1 - cos", better="lower", **PAIR,
-        values=lambda found, reference, protocol: 1 - clip_score(found, reference, protocol) / 100,
-    ),
-    "retrieval": Metric(title="Words: own caption found", better="higher", values=found_captions, **PAIR),
-    "attribute_recall": Metric(
-        title="Words: attributes named", extractor="attributes", better="higher",
-        values=lambda found, reference, protocol: scores.mean_known(found),
-    ),
-    "llm_score": Metric(title="Words: LLM score", extractor="judge", better="higher", values=first),
-    # the photograph
-    "ssim": Metric(title="Photograph: SSIM", extractor="ssim", better="higher", values=first),
-    "ms_ssim": Metric(title="Photograph: multi-scale SSIM", extractor="ms_ssim", better="higher", values=first),
-    "lpips": Metric(title="Photograph: LPIPS", extractor="lpips", better="lower", values=first),
-    "topiq": Metric(title="Quality: TOPIQ", extractor="topiq", better="higher", values=first),
-    # sets
-    "fid": Metric(
-        title="Set: FID", extractor="inception", better="lower", distance=distances.frechet, bias=few_for_frechet, **SET
-    ),
-    "kid": Metric(
-        title="Set: KID", extractor="inception", better="lower", distance=distances.kernel_distance, **SET
-    ),
-    "cmmd": Metric(
-        title="Set: CMMD", extractor="clip_large", better="lower", distance=distances.clip_mmd, **SET
-    ),
-    "fd_dinov2": Metric(
-        title="Set: FD on DINOv2", extractor="dinov2", better="lower", distance=distances.frechet,
-        bias=few_for_frechet, **SET,
-    ),
-    "precision": Metric(
-        title="Set: precision on DINOv2", extractor="dinov2", better="higher", distance=distances.precision,
-        bias=few_for_neighbours, limits=(0, 1), **SET,
-    ),
-    "recall": Metric(
-        title="Set: recall on DINOv2", extractor="dinov2", better="higher", distance=distances.recall,
-        bias=few_for_neighbours, limits=(0, 1), **SET,
-    ),
-    "fd_text_image": Metric(
-        title="Set: FD on the text-image pair", extractor="text_image", better="lower", features=pictures_of,
-        distance=distances.frechet, bias=few_for_frechet, **SET,
-    ),
-    "kid_text_image": Metric(
-        title="Set: KID on the text-image pair", extractor="text_image", better="lower", features=pictures_of,
-        distance=distances.kernel_distance, **SET,
-    ),
-    "precision_text_image": Metric(
-        title="Set: precision on the text-image pair", extractor="text_image", better="higher", features=pictures_of,
-        distance=distances.precision, bias=few_for_neighbours, limits=(0, 1), **SET,
-    ),
-    "recall_text_image": Metric(
-        title="Set: recall on the text-image pair", extractor="text_image", better="higher", features=pictures_of,
-        distance=distances.recall, bias=few_for_neighbours, limits=(0, 1), **SET,
-    ),
-    "diversity": Metric(
-        title="Set: diversity, 1 - cos of two portraits", extractor="text_image", better="higher",
-        features=pictures_of, distance=distances.diversity, **SET,
-    ),
-    "diversity_of_seeds": Metric(
-        title="Set: diversity of one face's portraits", extractor="text_image", better="higher", rounds=between_seeds,
-        ceiling=False,
-    ),
-    "nearest_training": Metric(
-        title="Memory: cosine to the nearest training photograph", extractor="text_image", better="lower",
-        values=nearest_photo, reference="train",
-    ),
-}  # fmt: skip
+}
 """Name -> metric, in the order of tables."""

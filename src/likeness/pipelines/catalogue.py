@@ -13,8 +13,11 @@ COMMON = "common"
 ADAPTER = "adapter.json"
 """What makes a folder an adapter, which stands on a base model elsewhere (`likeness.pipelines.adapters`)."""
 
+COMPONENTS = "components.json"
+"""File in a components folder: the classes of its parts, the latents' statistics and the text settings."""
+
 CODEC = "codec.json"
-"""What says in a published folder which autoencoder it stands on."""
+"""File in a published model: SHA-256 of the encoder whose latents it was trained on."""
 
 DEFAULT = "mmface-mini"
 """What is loaded where no model is named."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from likeness.conditions.request import read_conditions
+from likeness.conditions import read_conditions
 from likeness.encoders.latent import spatial_factor
 from likeness.pipelines.sizes import generation_size
 from likeness.types import InputError, PortraitRequest
@@ -42,7 +42,7 @@ def resolve(request: PortraitRequest, pipeline: Any) -> PortraitRequest:
 
 
 def work_of(pipeline: Any, height: int, width: int) -> float:
-    """The work of one pass through the network at this image size, for `likeness.runtime.choose_threads`.
+    """Estimate the work of one pass through the network at an image size, for `likeness.runtime.choose_threads`.
 
     Args:
         pipeline: a pipeline of this package.

@@ -23,11 +23,11 @@ from likeness.annotators.face_parser import Translated, translated
 from likeness.annotators.labels import classes_of
 from likeness.annotators.sketch import DRAWING, extract_sketch
 from likeness.annotators.u2net import draw_sketch, load_u2net
-from likeness.conditions.classes import CLASSES
+from likeness.conditions.mask.classes import CLASSES
 from likeness.device import choose_device, choose_dtype
 from likeness.encoders.text import encode_text, encode_text_flux
 from likeness.files import first_line, read_json
-from likeness.pipelines.catalogue import ADAPTER, BUNDLED, COMMON, DEFAULT, bundled_models
+from likeness.pipelines.catalogue import ADAPTER, BUNDLED, COMMON, COMPONENTS, DEFAULT, bundled_models
 from likeness.pipelines.packed import PACKED, load_packed
 from likeness.pipelines.sizes import ANY
 from likeness.runtime import library_imports
@@ -266,7 +266,15 @@ class Components:
     settings: dict[str, Any]
     """Fields of the pipeline: latent_mean, latent_std, text_layer, max_text_tokens."""
     codec_hash: str
-    """SHA-256 of the autoencoder's weights: latents of another one are refused."""
+    """SHA-256 of the encoder's weights (`encoder_hash`). Shards and models record it."""
+    encoder_of: tuple[str, ...] = ()
+    """SHA-256 of the weights of whole autoencoders with this encoder. Earlier versions recorded this hash instead."""
+
+    def same_encoder(self, recorded: str) -> bool:
+        """Whether the hash in a store or in a model's `codec.json` is of this encoder. Raw latents depend on nothing
+        else, so the decoder may differ.
+        """
+        return recorded in (self.codec_hash, *self.encoder_of) or recorded == weights_hash(self.vae)
 
     def text_hash(self) -> str:
         """SHA-256 over text towers, vocabularies and settings: stored features of another one are refused. It reads
@@ -293,9 +301,10 @@ def load_components(folder: str | Path = BUNDLED / COMMON) -> Components:
         InputError: a part is missing or broken.
     """
     folder = find(folder) if not Path(folder).is_dir() else Path(folder)
-    common = folder / "components.json"
+    common = folder / COMPONENTS
     index = read_json(common if common.is_file() else folder / "model_index.json")
-    parts = {}
+    parts: dict[str, Any] = {}
+    encoder_of: tuple[str, ...] = ()
     flux = index.get("_class_name") == FLUX
     second = ("text_encoder_2", "tokenizer_2") if flux or (index.get("text_encoder_2") or [None])[0] else ()
     for part in ("vae", "text_encoder", "tokenizer", *second, *(("scheduler",) if flux else ())):
@@ -303,13 +312,15 @@ def load_components(folder: str | Path = BUNDLED / COMMON) -> Components:
         if not where.is_dir() or not index.get(part):
             raise InputError(f"{folder} has no {part}")
         parts[part] = load_part(where, *index[part])
+        if part == "vae" and (where.parent / COMPONENTS).is_file():
+            encoder_of = tuple(read_json(where.parent / COMPONENTS).get("encoder_of", ()))
     if flux:
         config = parts["vae"].config
         settings = {"latent_mean": config["shift_factor"], "latent_std": 1 / config["scaling_factor"]}
         settings |= {"max_text_tokens": 512}
     else:
         settings = {key: index[key] for key in ("latent_mean", "latent_std", "text_layer", "max_text_tokens")}
-    return Components(**parts, settings=settings, codec_hash=weights_hash(parts["vae"]))
+    return Components(**parts, settings=settings, codec_hash=encoder_hash(parts["vae"]), encoder_of=encoder_of)
 
 
 def load_face_parser(source: str | Path = "bundled", *, exchanged: bool = False) -> tuple[Any, int]:
@@ -338,7 +349,7 @@ def load_face_parser(source: str | Path = "bundled", *, exchanged: bool = False)
         except (OSError, ValueError) as error:
             raise InputError(f"{source} holds no semantic segmentation network: {first_line(error)}") from error
     labels = tuple(network.config.id2label[index] for index in range(network.config.num_labels))
-    classes = classes_of(labels, str(source), exchanged=exchanged)
+    classes = classes_of(labels, str(source), swapped=exchanged)
     settings = checkpoint_file(source, PROCESSOR) if not folder.is_dir() else folder / PROCESSOR
     if settings.is_file():
         return translated(network, classes, read_json(settings), str(source))
@@ -419,10 +430,22 @@ def fingerprint(pipeline: Any) -> str:
     return hashlib.sha256("".join(weights_hash(part) for part in parts if part is not None).encode()).hexdigest()
 
 
-def weights_hash(model: torch.nn.Module) -> str:
-    """SHA-256 over a model's weights, in order of their names."""
+def encoder_hash(vae: torch.nn.Module) -> str:
+    """SHA-256 over the weights of an autoencoder on which its latents depend: all but the decoder's."""
+    return weights_hash(vae, without=("decoder.", "post_quant_conv."))
+
+
+def weights_hash(model: torch.nn.Module, without: tuple[str, ...] = ()) -> str:
+    """SHA-256 over a model's weights, in order of their names.
+
+    Args:
+        model: the model.
+        without: prefixes of the names of weights that are left out.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
+        if name.startswith(without):
+            continue
         digest.update(name.encode())
         value = value.dequantize() if hasattr(value, "qdata") else value  # torchao's
         digest.update(value.detach().float().cpu().contiguous().numpy().reshape(-1).view(np.uint8))  # not copied

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from likeness.conditions import CONDITIONS
 from likeness.conditions.base import Condition, Reading
-from likeness.conditions.pictures import check_aspect
+from likeness.conditions.images import check_aspect
 from likeness.encoders.latent import LatentCodec, spatial_factor, to_pixels, to_tensor
 from likeness.encoders.text import cut_words
 from likeness.objectives import make_objective
@@ -362,7 +362,7 @@ class PortraitPipeline(DiffusionPipeline):
                     reading = source
                     if not isinstance(source, Reading):
                         reading = CONDITIONS[name].read(source.cpu().numpy() if isinstance(source, Tensor) else source)
-                        notes.extend([f"{name}: {reading.scheme}", *(f"{name}: {note}" for note in reading.notes)])
+                        notes.extend([f"{name}: {reading.scheme}", *(f"{name}: {note.text}" for note in reading.notes)])
                     if reading.size is not None:
                         check_aspect(
                             (round(reading.size[1]), round(reading.size[0])), (height, width), f"picture of the {name}"

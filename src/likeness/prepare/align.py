@@ -28,10 +28,10 @@ from likeness.conditions.framing import (
     framing_of,
     inverse,
     move,
-    portrait_fault,
+    portrait_faults,
     portrait_transform,
 )
-from likeness.conditions.pictures import png_bytes
+from likeness.conditions.images import png_bytes
 from likeness.data.folder import METADATA, column_of, condition_file, line_of, read_photo
 from likeness.files import write_whole, writing_whole
 from likeness.prepare.annotate import keypoints_file, made_by_column
@@ -187,8 +187,8 @@ def align_photo(
         stem = f"{plain_name(file.stem)}-{sha256[:8]}" + (f"-{number}" if number else "")
         transform = portrait_transform(points, size)
         own = move(points, transform)  # [478, 2] in pixels of the portrait
-        faults = framing_faults(framing_of(points, width, height, size))
-        faults += [fault] if (fault := portrait_fault(own / size)) else []
+        notes = framing_faults(framing_of(points, width, height, size)) + portrait_faults(own / size)
+        faults = [note.text for note in notes]
         record["faces"][stem] = faults
         if strict and faults:
             continue

@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from likeness.annotators.face_parser import Translated, parse_faces, sides_exchanged
+from likeness.annotators.face_parser import Translated, parse_faces, sides_swapped
 from likeness.annotators.landmarks import Landmarker, landmarker_name, open_landmarker
-from likeness.conditions.pictures import MADE_BY, mask_picture, png_bytes
+from likeness.conditions import CONDITIONS
+from likeness.conditions.images import MADE_BY, png_bytes
+from likeness.conditions.mask import mask_image
 from likeness.data.folder import (
-    CONDITION_FILES,
     METADATA,
     column_of,
     condition_file,
@@ -199,7 +200,7 @@ def made_by(file: Path) -> str | None:
 
 def count_annotators(rows: Iterable[dict[str, Any]]) -> dict[str, Counter[str]]:
     """Count condition -> annotator -> files; `hand` if the row names none."""
-    annotators: dict[str, Counter[str]] = {name: Counter() for name in CONDITION_FILES}
+    annotators: dict[str, Counter[str]] = {name: Counter() for name in CONDITIONS}
     for row in rows:
         for name, counts in annotators.items():
             if column_of(name) in row:
@@ -218,12 +219,12 @@ def mask_annotator(source: str | Path, *, swapped_sides: bool = False, device: s
         masks: list[np.ndarray] = []
         for start in range(0, len(images), batch):
             masks += parse_faces(network, images[start : start + batch], size=size)
-        if isinstance(network, Translated) and sides_exchanged(masks):
+        if isinstance(network, Translated) and sides_swapped(masks):
             raise InputError(
                 f"left and right of {source} are swapped: {'remove' if swapped_sides else 'use'} --swapped-sides, "
                 "since l_ is the person's left"
             )
-        return [png_bytes(mask_picture(mask), name) for mask in masks]
+        return [png_bytes(mask_image(mask), name) for mask in masks]
 
     return Annotator(name, annotate)
 

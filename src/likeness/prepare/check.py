@@ -18,16 +18,15 @@ import numpy as np
 from PIL import Image
 
 from likeness.conditions import CONDITIONS
-from likeness.conditions.classes import CLASS_INDEX
+from likeness.conditions.images import check_aspect, open_image
 from likeness.conditions.keypoints import STROKES
-from likeness.conditions.layout import measure
-from likeness.conditions.pictures import check_aspect, open_picture
+from likeness.conditions.mask.classes import CLASS_INDEX
+from likeness.conditions.mask.geometry import measure
 from likeness.data.ahead import read_ahead
 from likeness.data.folder import METADATA, column_of, metadata_lines, splits_of
 from likeness.prepare.findings import FIXES, KINDS, Finding, Row, read_rows
 from likeness.prepare.fix import fix_captions
 from likeness.prepare.near_duplicates import NO_HASH, first_duplicates, image_hash
-from likeness.prepare.reader_kinds import as_note, error_kind
 from likeness.types import InputError
 
 SKIN_GAIN = 0.4
@@ -199,7 +198,7 @@ def existing_files(checked: CheckedRow, root: Path) -> dict[str, Path]:
 def check_image(checked: CheckedRow, path: Path) -> tuple[int, int] | None:
     """Report the faults of an image; returns its (height, width), or None if it cannot be read."""
     try:
-        image = open_picture(path).convert("RGB")
+        image = open_image(path, checked.row.values["file_name"]).convert("RGB")
     except InputError as error:
         checked.add("file_name", "corrupt-file", str(error), "drop-row")
         return None
@@ -233,14 +232,14 @@ def check_condition(
     """Report the faults of a condition; returns its raw form, or None if it cannot be read."""
     column = column_of(name)
     try:
-        reading = CONDITIONS[name].read(path)
+        reading = CONDITIONS[name].read(path, name=checked.row.values[column])
     except InputError as error:
-        checked.add(column, error_kind(error, name), str(error), "drop-file")
+        checked.add(column, error.kind or "corrupt-file", str(error), "drop-file")
         return None
-    for note in map(as_note, reading.notes):
+    for note in reading.notes:
         if note.kind in KINDS:
-            # Keypoints may be in another order or mirrored: a rewrite could only guess.
-            checked.add(column, note.kind, note.text, "drop-file" if name == "keypoints" else "rewrite")
+            fix = "rewrite" if note.kind in CONDITIONS[name].repairable else "drop-file"
+            checked.add(column, note.kind, note.text, fix)
     if image_shape is not None and name != "keypoints":
         try:
             check_aspect(reading.raw.shape[:2], image_shape, name)

@@ -7,6 +7,7 @@ The statistics are measured once on real images. Latents are normalised with the
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -16,9 +17,17 @@ from transformers import AutoTokenizer, CLIPModel, CLIPTextModel
 from likeness.data.folder import read_folder, read_photo
 from likeness.encoders.latent import LatentCodec, to_tensor
 from likeness.encoders.text_image import load_attribute_head, save_attribute_head
-from likeness.files import write_whole
-from likeness.pipelines.load import load_component, load_face_parser
-from likeness.pipelines.packed import save_packed
+from likeness.files import read_json, write_whole
+from likeness.pipelines.catalogue import COMPONENTS
+from likeness.pipelines.load import (
+    component_class,
+    encoder_hash,
+    load_component,
+    load_components,
+    load_face_parser,
+    weights_hash,
+)
+from likeness.pipelines.packed import PACKED, save_packed
 from likeness.types import InputError
 
 
@@ -36,7 +45,7 @@ def join_components(
     """Write `out` with packed weights (`likeness.pipelines.packed`).
 
     Args:
-        autoencoder: run folder of an autoencoder.
+        autoencoder: run folder of an autoencoder or of a decoder.
         text: run folder of a text encoder; its image encoder and attribute head are included.
         out: folder to write.
         data: prepared folder on which the statistics are measured.
@@ -78,4 +87,39 @@ def join_components(
         "max_text_tokens": tokenizer.model_max_length,
         "measured_on": len(chosen),
     }
-    write_whole(out / "components.json", json.dumps(components, indent=2))
+    write_whole(out / COMPONENTS, json.dumps(components, indent=2))
+
+
+def replace_decoder(run: Path, components: Path, out: Path) -> None:
+    """Write `out`, a copy of a components folder with the decoder of a decoder run. The encoder and the latent
+    statistics are unchanged, so shards and models of `components` remain valid.
+
+    Args:
+        run: run folder of a decoder.
+        components: folder written by `join_components`.
+        out: folder to write.
+
+    Raises:
+        InputError: `out` exists, the run has not published its model, or its encoder is not that of `components`.
+    """
+    if out.exists():
+        raise InputError(f"{out} exists: choose another folder")
+    if not (run / "model").is_dir():
+        raise InputError(f"{run} has no published model: train it first")
+    index = read_json(components / COMPONENTS)
+    parts = load_components(components)
+    vae = component_class(*index["vae"]).from_pretrained(run / "model").eval()
+    if encoder_hash(vae) != parts.codec_hash:
+        raise InputError(f"the encoder of {run} is not that of {components}: train the decoder from {components}/vae")
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(components, partial, ignore=lambda folder, _: ["vae"] if Path(folder) == components else [])
+    if (components / "vae" / PACKED).is_file():
+        save_packed(vae, partial / "vae")
+    else:
+        vae.save_pretrained(partial / "vae")
+    # earlier versions recorded the hash of the whole autoencoder, whose decoder is now another
+    encoder_of = sorted({*parts.encoder_of, weights_hash(parts.vae)})
+    write_whole(partial / COMPONENTS, json.dumps(index | {"encoder_of": encoder_of}, indent=2))
+    assert load_components(partial).codec_hash == parts.codec_hash
+    partial.rename(out)

@@ -17,7 +17,7 @@ from jinja2 import Template
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from likeness.conditions import CONDITIONS
-from likeness.conditions.pictures import open_picture, png_bytes
+from likeness.conditions.images import open_image, png_bytes
 from likeness.data.folder import METADATA, column_of, splits_of
 from likeness.files import write_whole
 from likeness.prepare.check import Checked, CheckedRow, existing_files
@@ -141,7 +141,7 @@ def image_of(path: Path, column: str) -> Image.Image | None:
     except InputError:
         pass
     try:
-        return open_picture(path).convert("RGB")
+        return open_image(path).convert("RGB")
     except InputError:
         return None
 

@@ -39,7 +39,7 @@ class EncodeSettings:
     """Everything that determines the entries, except for the files."""
 
     codec: str
-    """Hash of the autoencoder (`Components.codec_hash`)."""
+    """Hash of the encoder of the autoencoder (`Components.codec_hash`)."""
     moments: bool
     """Whether the autoencoder returns a distribution: images then have a mean and a log variance, conditions a mean."""
     size: int

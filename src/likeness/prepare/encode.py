@@ -72,7 +72,7 @@ def encode_folder(
         components: autoencoder, text encoders and their settings.
         size: side length in pixels.
         augmentations: versions of each face. Version 0 is the original, odd versions are mirrored, and the conditions
-            of all versions but 0 are varied (`likeness.conditions.vary`).
+            of all versions but 0 are varied (`likeness.conditions.augment`).
         precision: precision of the autoencoder; latents are stored as float16. bf16 is about 3x faster on a CPU.
         text_features: whether to encode captions. Once a store has text features, they are always updated.
         device: device of autoencoder and text encoders, as in `likeness.device.choose_device`.
@@ -97,8 +97,9 @@ def encode_folder(
     codec = LatentCodec(vae, together=True)
     trial = torch.zeros(1, 3, 2 * factor, 2 * factor, device=vae.device)
     existing = manifest_of(out)
+    recorded = existing.get("codec", "")
     settings = EncodeSettings(
-        codec=components.codec_hash,
+        codec=recorded if recorded and components.same_encoder(recorded) else components.codec_hash,
         moments=codec.moments(trial)[1] is not None,
         size=size,
         precision=precision,
@@ -128,7 +129,7 @@ def manifest_of(out: Path) -> dict[str, Any]:
 def check_compatible(out: Path, existing: dict[str, Any], settings: EncodeSettings) -> None:
     """Reject settings under which no existing entry could be reused: they are most likely a mistake."""
     wanted = settings.manifest()
-    names = {"codec": "autoencoder", "size": "size", "precision": "precision", "text": "text encoder"}
+    names = {"codec": "encoder", "size": "size", "precision": "precision", "text": "text encoder"}
     for key, name in names.items():
         if existing.get(key) not in (None, wanted[key]):
             raise InputError(f"{out} was encoded with another {name}: choose another folder or delete it")
@@ -219,7 +220,7 @@ def image_of(job: Job, size: int) -> np.ndarray:
         raw = condition.resize(condition.read(job.path).raw, size, size)
         if job.augmentation:
             # Seeded by the key: depends on the file's content and the augmentation only, not on other rows.
-            raw = condition.vary(raw, np.random.default_rng(int.from_bytes(job.keys[0], "big")))
+            raw = condition.augment(raw, np.random.default_rng(int.from_bytes(job.keys[0], "big")))
         image = condition.render(condition.flip(raw) if mirrored else raw, size, size)
     if hash_file(job.path) != job.source:
         raise InputError(f"{job.path} changed while it was being encoded: run the command again")

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from likeness.conditions import CONDITIONS, doctor
+from likeness.conditions import CONDITIONS, inspection
 from likeness.data.folder import METADATA, ORIGINALS, column_of, line_of, metadata_lines, splits_of
 from likeness.files import write_whole
 from likeness.prepare.findings import FIXES, KINDS, Finding, Row, read_rows
@@ -217,10 +217,10 @@ def rewrite(folder: Path, split: str, name: str, condition: str) -> str:
     target = path if path.suffix == ".png" else path.with_name(f"{path.name}.png")
     # Already done if another row names the same file, or in an interrupted run.
     if path.exists() and (target != path or CONDITIONS[condition].read(path).notes):
-        report = doctor.inspect(path, condition)
+        report = inspection.inspect(path, condition)
         if target == path:
             keep_copy(folder, split, name)
-        doctor.fix(report, target)
+        inspection.fix(report, target)
         if target != path:
             move_away(folder, split, name)
     return target.relative_to(folder / split).as_posix()

@@ -21,8 +21,8 @@ def pack_model(model: Path, out: Path) -> None:
     """
     index = read_json(model / "model_index.json")
     common = load_components(out.parent / COMMON)
-    if read_json(model / CODEC)["codec"] != common.codec_hash:
-        raise InputError(f"{model} was trained with another autoencoder than the one in {out.parent / COMMON}")
+    if not common.same_encoder(read_json(model / CODEC)["codec"]):
+        raise InputError(f"{model} was trained on the latents of another encoder than that of {out.parent / COMMON}")
     transformer = component_class(*index["transformer"]).from_pretrained(model / "transformer")
     save_packed(transformer, out / "transformer")
     shutil.copytree(model / "scheduler", out / "scheduler", dirs_exist_ok=True)

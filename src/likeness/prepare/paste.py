@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from likeness.conditions.framing import inverse, move, rescaled
-from likeness.conditions.pictures import existing_path, open_picture
+from likeness.conditions.images import existing_path, open_image
 from likeness.data.folder import read_folder, read_photo
 from likeness.files import write_whole
 from likeness.pipelines.formats import format_of
@@ -55,8 +55,8 @@ def paste_file(
     """
     kind = format_of(out)
     row = row_of(aligned, photo, portrait, face)
-    edited = open_picture(portrait)
-    original = open_picture(photo)
+    edited = open_image(portrait)
+    original = open_image(photo)
     pixels = paste_portrait(
         read_photo(photo), read_photo(portrait), np.array(row["transform"]), row["size"], feather=feather
     )

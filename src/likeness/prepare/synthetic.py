@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from likeness.conditions.pictures import mask_picture, png_bytes
+from likeness.conditions.images import png_bytes
+from likeness.conditions.mask import mask_image
 from likeness.data.folder import RECORD
 from likeness.data.synthetic import MAXIMUM_SIZE, MINIMUM_SIZE, SyntheticFace, describe_face, draw_face
 from likeness.files import write_whole
@@ -103,7 +104,7 @@ def files_of(face: SyntheticFace) -> dict[str, bytes]:
     points = np.round(face.keypoints.astype(np.float64) * (width, height), 3).tolist()
     return {
         "images": png_bytes(Image.fromarray(face.image)),
-        "masks": png_bytes(mask_picture(face.mask)),
+        "masks": png_bytes(mask_image(face.mask)),
         "sketches": png_bytes(Image.fromarray(face.sketch)),
         "keypoints": (json.dumps({"points": points, "size": [width, height]}) + "\n").encode(),
     }

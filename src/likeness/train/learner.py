@@ -34,6 +34,7 @@ class Learner:
 
     def step(self, rate: float, clip: float) -> Tensor:
         """One optimizer step at this rate with the gradients that are there, scaled to a norm of at most `clip`.
+        Parameter groups with a `rate_factor` take the rate times that factor.
 
         Returns:
             The norm before, a tensor (no host sync).
@@ -42,10 +43,11 @@ class Learner:
         norm = whole(nn.utils.clip_grad_norm_(parameters, clip))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
+                scaled = rate * group.get("rate_factor", 1.0)
                 if isinstance(group["lr"], Tensor):  # torchao's
-                    group["lr"].fill_(rate)
+                    group["lr"].fill_(scaled)
                 else:
-                    group["lr"] = rate
+                    group["lr"] = scaled
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return norm

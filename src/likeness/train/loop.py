@@ -93,9 +93,9 @@ def learn(recipe: TrainRecipe, run: Path, world: World, told: Sequence[int]) -> 
             pooled_dim=components.text_encoder.config.hidden_size,
             text_tokens=components.settings["max_text_tokens"],
         )
-        start_from(model, recipe, components.codec_hash)
+        start_from(model, recipe, components)
         if newest(run):
-            same_codec(run / "model", components.codec_hash)
+            same_codec(run / "model", components)
         choose_trained(model, recipe)
     if recipe.network.gradient_checkpointing:
         model.enable_gradient_checkpointing()
@@ -253,8 +253,8 @@ def open_stores(recipe: TrainRecipe, folders: Sequence[str], components: Compone
             f"{'not given' if size is None else size}: the two must be the same"
         )
     for store in stores:
-        if store.manifest["codec"] != components.codec_hash:
-            raise InputError(f"{store.folder} was encoded with another autoencoder: encode it again")
+        if not components.same_encoder(store.manifest["codec"]):
+            raise InputError(f"{store.folder} was encoded with another encoder: encode it again")
         for name in condition_names(recipe):
             if name not in store.conditions and share_of(recipe, name):
                 raise InputError(f"{store.folder} has no {name}, but the recipe's condition_shares ask for it")

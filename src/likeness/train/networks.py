@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import ModelMixin
 from torch import nn
@@ -15,7 +16,7 @@ from likeness.models.mmface import MMFaceTransformer
 from likeness.models.tied_weights import NEW
 from likeness.pipelines.adapters import Adapter, add_adapter
 from likeness.pipelines.catalogue import CODEC
-from likeness.pipelines.load import FLUX, find, load_part
+from likeness.pipelines.load import FLUX, Components, find, load_part
 from likeness.train.config import MDiTFaceAdapter, MDiTFaceNetwork, TrainRecipe, parts_of
 from likeness.types import InputError
 
@@ -135,34 +136,40 @@ def rope_axes(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * each, each, each
 
 
-def same_codec(model: Path, codec: str) -> None:
-    """Refuse to go on from a published model that stands on another autoencoder than the one of this hash; folders that
-    were not trained here do not say on which they stand.
+def same_codec(model: Path, components: Components) -> None:
+    """Check that a published model was trained on the latents of these components: the same encoder and the same
+    statistics. What a folder does not record is not checked.
+
+    Raises:
+        InputError: it was trained on others.
     """
-    if (model / CODEC).is_file() and read_json(model / CODEC)["codec"] != codec:
-        raise InputError(
-            f"{model} was trained on another autoencoder: name the components that it was trained on, or begin anew"
-        )
+    advice = "name the components that it was trained on, or start a new run"
+    if (model / CODEC).is_file() and not components.same_encoder(read_json(model / CODEC)["codec"]):
+        raise InputError(f"{model} was trained on the latents of another encoder: {advice}")
+    index = read_json(model / "model_index.json") if (model / "model_index.json").is_file() else {}
+    for key in ("latent_mean", "latent_std"):
+        if key in index and not np.allclose(index[key], components.settings[key]):  # one number, or one per channel
+            raise InputError(f"{model} was trained with another {key} than that of the components: {advice}")
 
 
-def start_from(network: Any, recipe: TrainRecipe, codec: str) -> None:
+def start_from(network: Any, recipe: TrainRecipe, components: Components) -> None:
     """Give a network the weights of the model that a recipe starts from. Rows of the condition embedding go by name, so
     that conditions may be added or left out; the rows of new ones keep their first values.
 
     Args:
         network: built by the recipe.
         recipe: the run.
-        codec: hash of its autoencoder.
+        components: what it stands on.
 
     Raises:
-        InputError: the model is an adapter, or its network or autoencoder is another than the recipe's.
+        InputError: the model is an adapter, or its network or encoder is another than the recipe's.
     """
     if recipe.start is None:
         return
     folder = find(recipe.start)
     if not (folder / "model_index.json").is_file() or isinstance(recipe.network, MDiTFaceAdapter):
         raise InputError(f"start is {recipe.start}: only a whole network can be gone on from, not an adapter")
-    same_codec(folder, codec)
+    same_codec(folder, components)
     given = load_part(folder / "transformer", *read_json(folder / "model_index.json")["transformer"])
     for key, value in network.config.items():
         if not key.startswith("_") and key != "condition_names" and plain(given.config.get(key)) != plain(value):

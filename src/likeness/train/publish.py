@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
-from likeness.conditions.request import read_conditions
+from likeness.conditions import read_conditions
 from likeness.files import write_whole, writing_whole
 from likeness.objectives import Objective
 from likeness.parallel import ALONE, World, gather

@@ -1,22 +1,23 @@
-"""Picture, mask and sketch drawn together, shape by shape, for the procedural faces.
+"""Canvas that draws image, mask and sketch together, shape by shape.
 
-Every shape is a polygon that is rasterised once, several times finer than the picture; its coverage tints the picture,
-its majority labels the mask, and the same polygon wipes and outlines the sketch. So the three agree by construction,
-without any edge detection. The price is painter's order: what is in front has to be drawn later.
+Each polygon is rasterized once with supersampling. Its coverage blends into the image, its majority labels the mask,
+and its outline replaces what was in the sketch: the three agree by construction. Shapes in front must be drawn later.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 PAPER = 255
 INK = 30
-"""Grey of a firm stroke; lighter strokes are greyer."""
+"""Grey level of a strong stroke."""
 
 
 def smooth(points: object, closed: bool = True, steps: int = 6) -> np.ndarray:
-    """Catmull-Rom curve through the points: [N, 2] -> [about N * steps, 2]; an open curve keeps both end points."""
+    """Catmull-Rom curve through the points: [N, 2] -> [about N * steps, 2]. An open curve includes both end points."""
     knots = np.asarray(points, dtype=np.float64)
     if closed:
         padded = np.concatenate([knots[-1:], knots, knots[:2]])
@@ -34,8 +35,23 @@ def smooth(points: object, closed: bool = True, steps: int = 6) -> np.ndarray:
     return curve if closed else np.concatenate([curve, knots[-1:]])
 
 
+def arc(points: object, steps: int = 6) -> np.ndarray:
+    """Open Catmull-Rom curve through the points, see `smooth`."""
+    return smooth(points, closed=False, steps=steps)
+
+
+def mirrored(right: list[tuple[float, float]], shared: int = 0) -> list[tuple[float, float]]:
+    """The points, then their mirror images in reverse order, without the first and last `shared` of them."""
+    return [*right, *sided(-1, right[shared : len(right) - shared][::-1])]
+
+
+def sided(side: float, points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Points of the viewer's right (`side` 1) or their mirror images (`side` -1)."""
+    return [(side * x, y) for x, y in points]
+
+
 def resample(curve: np.ndarray, count: int) -> np.ndarray:
-    """`count` points at equal steps of length along an open curve: [N, 2] -> [count, 2]."""
+    """Resample an open curve to `count` points of equal arc-length distance: [N, 2] -> [count, 2]."""
     length = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(curve, axis=0).T))])
     wanted = np.linspace(0, length[-1], count)
     return np.stack([np.interp(wanted, length, curve[:, 0]), np.interp(wanted, length, curve[:, 1])], axis=1)
@@ -49,7 +65,7 @@ def ellipse(x: float, y: float, radius_x: float, radius_y: float | None = None, 
 
 
 def ribbon(curve: np.ndarray, width: float | np.ndarray) -> np.ndarray:
-    """The band of the given full width (one value, or one a point) around an open curve: [N, 2] -> [2 N, 2]."""
+    """Outline of an open curve with a width (a number, or one per point): [N, 2] -> [2 N, 2]."""
     along = np.gradient(curve, axis=0)
     across = np.stack([-along[:, 1], along[:, 0]], axis=1) / (np.hypot(*along.T)[:, None] + 1e-9)
     half = np.broadcast_to(np.asarray(width, dtype=np.float64) / 2, len(curve))[:, None]
@@ -57,14 +73,14 @@ def ribbon(curve: np.ndarray, width: float | np.ndarray) -> np.ndarray:
 
 
 def mix(first: object, second: object, amount: float) -> np.ndarray:
-    """Colour between two colours: `amount` 0 is the first, 1 the second."""
+    """Interpolate two colours: `amount` 0 is the first, 1 the second."""
     return np.asarray(first, dtype=np.float32) * (1 - amount) + np.asarray(second, dtype=np.float32) * amount
 
 
 def toned(color: object, light: np.ndarray, depth: float = 1.0) -> np.ndarray:
-    """A colour under a light field in about -1..1: [3], [S, S] -> [S, S, 3].
+    """Shade a colour with a light field in about -1..1: [3], [S, S] -> [S, S, 3].
 
-    Shadows go to a darker, more saturated tone and lights to a paler one, as painters do, not to black and white.
+    Shadows are darker and more saturated, highlights paler, rather than black and white.
     """
     base = np.asarray(color, dtype=np.float32)
     shadow = base * np.array([0.66, 0.54, 0.56], dtype=np.float32)
@@ -74,7 +90,7 @@ def toned(color: object, light: np.ndarray, depth: float = 1.0) -> np.ndarray:
 
 
 class Canvas:
-    """Picture float32 [S, S, 3] in 0..1, mask uint8 [S, S] and sketch, drawn in picture units: x, y in [0, 1]."""
+    """Image float32 [S, S, 3] in 0..1, mask uint8 [S, S] and sketch. Coordinates are image units: x, y in [0, 1]."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -87,17 +103,17 @@ class Canvas:
         self.paper = Image.new("L", (self.fine, self.fine), PAPER)
         self.pencil = ImageDraw.Draw(self.paper)
         self.stroke = 1.2 / 128 * self.fine
-        """Width of a pencil line, in fine pixels."""
+        """Width of a sketch line in supersampled pixels."""
 
     def at_least(self, width: float, pixels: float = 1.4) -> float:
-        """A width in picture units that no small picture loses."""
+        """Return `width` in image units, but at least `pixels`, so that it remains visible in small images."""
         return max(width, pixels / self.size)
 
     def _fine(self, points: np.ndarray) -> list[tuple[float, float]]:
         return [(x, y) for x, y in (points * self.fine - 0.5).tolist()]
 
     def cover(self, *polygons: np.ndarray, holes: tuple[np.ndarray, ...] = ()) -> np.ndarray:
-        """How much of each pixel lies in the union of the polygons, less the holes: [S, S] in 0..1."""
+        """Coverage of each pixel by the union of the polygons without the holes: [S, S] in 0..1."""
         everything = np.concatenate(polygons)
         low = np.clip(np.floor(everything.min(axis=0) * self.size) - 1, 0, self.size).astype(int)
         high = np.clip(np.ceil(everything.max(axis=0) * self.size) + 1, 0, self.size).astype(int)
@@ -117,7 +133,7 @@ class Canvas:
         return alpha
 
     def cover_lines(self, curves: list[np.ndarray], width: float) -> np.ndarray:
-        """Coverage of thin lines of the given width in picture units: [S, S] in 0..1."""
+        """Coverage of thin lines, `width` in image units: [S, S] in 0..1."""
         tile = Image.new("L", (self.fine, self.fine), 0)
         brush = ImageDraw.Draw(tile)
         pixels = max(1, round(width * self.fine))
@@ -126,22 +142,21 @@ class Canvas:
         return np.asarray(tile.reduce(self.factor), dtype=np.float32) / 255
 
     def blur(self, alpha: np.ndarray, radius: float, shift: tuple[float, float] = (0.0, 0.0)) -> np.ndarray:
-        """Coverage softened by a Gaussian of `radius` and moved by `shift`, both in picture units."""
+        """Blur coverage with a Gaussian of `radius` and translate it by `shift`, both in image units."""
         moved = np.roll(alpha, [round(shift[1] * self.size), round(shift[0] * self.size)], axis=(0, 1))
-        picture = Image.fromarray((moved * 255).astype(np.uint8))
-        soft = picture.filter(ImageFilter.GaussianBlur(radius * self.size))
+        soft = Image.fromarray((moved * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(radius * self.size))
         return np.asarray(soft, dtype=np.float32) / 255
 
     def glow(
         self, centre: np.ndarray | tuple[float, float], radius_x: float, radius_y: float | None = None
     ) -> np.ndarray:
-        """A soft round spot: Gaussian with peak 1, centre and radii in picture units."""
+        """Gaussian spot with peak 1, centre and radii in image units."""
         x, y = centre
         height = radius_x if radius_y is None else radius_y
         return np.exp(-(((self.x - x) / radius_x) ** 2) - ((self.y - y) / height) ** 2)
 
     def tint(self, alpha: np.ndarray, color: object) -> None:
-        """Blend a colour ([3] or [S, S, 3]) over the picture only; mask and sketch stay."""
+        """Blend a colour ([3] or [S, S, 3]) over the image; mask and sketch are unchanged."""
         rows = np.flatnonzero(alpha.max(axis=1) > 0.004)
         if not len(rows):
             return
@@ -161,7 +176,7 @@ class Canvas:
         opacity: float = 1.0,
         outline: int | None = INK,
     ) -> np.ndarray:
-        """One shape in picture, mask (unless `label` is None) and sketch (unless `outline` is None): its coverage."""
+        """Draw a shape in image, mask (if `label`) and sketch (if `outline`), and return its coverage."""
         alpha = self.cover(*polygons, holes=holes)
         self.tint(alpha * opacity, color)
         if label is not None:
@@ -173,25 +188,25 @@ class Canvas:
         return alpha
 
     def trace(self, polygons: list[np.ndarray], grey: int, wipe: bool = True) -> None:
-        """Outline of the union of the polygons in the sketch; what they hide is wiped out."""
+        """Draw the outline of the union of the polygons in the sketch and erase what is behind them."""
         paths = [self._fine(polygon) for polygon in polygons]
         for path in paths:
             self.pencil.line([*path, path[0]], fill=grey, width=max(1, round(self.stroke)))
         if wipe:
-            # Wiping after the strokes leaves only the outer half of each, so that overlapping polygons read as one.
+            # Erasing after the strokes leaves only their outer half, so that overlapping polygons form one shape.
             for path in paths:
                 self.pencil.polygon(path, fill=PAPER)
             if len(paths) == 1:
                 self.pencil.line([*paths[0], paths[0][0]], fill=grey, width=max(1, round(self.stroke)))
 
     def line(self, curve: np.ndarray, grey: int = INK, width: float = 1.0) -> None:
-        """A pencil line in the sketch only; `width` is in lines' usual width."""
+        """Draw a line in the sketch; `width` is relative to the normal width."""
         self.pencil.line(self._fine(curve), fill=grey, width=max(1, round(self.stroke * width)))
 
     def pen(
         self, curve: np.ndarray, color: object, width: float, opacity: float = 1.0, grey: int | None = INK
     ) -> np.ndarray:
-        """A thin line in the picture and, unless `grey` is None, in the sketch; its coverage."""
+        """Draw a thin line in the image and, if `grey`, in the sketch, and return its coverage."""
         alpha = self.cover(ribbon(curve, width))
         self.tint(alpha * opacity, color)
         if grey is not None:
@@ -199,5 +214,5 @@ class Canvas:
         return alpha
 
     def sketch(self) -> np.ndarray:
-        """The sketch at the picture's size: uint8 [S, S], dark strokes on white."""
+        """Return the sketch, uint8 [S, S], dark strokes on white."""
         return np.asarray(self.paper.reduce(self.factor), dtype=np.uint8).copy()

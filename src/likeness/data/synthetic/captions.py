@@ -1,7 +1,7 @@
-"""Sentences about a drawn face, made from its attributes by a small grammar.
+"""Write captions of a synthetic face from its attributes with a small grammar.
 
-Every caption names another random part of what is true, in other words and another order, so that a model learns the
-words and not ten fixed templates. The grammar sees the attributes only: it cannot say what is not recorded.
+Each caption states a random subset of the attributes in varied wording and order, so that a model does not learn fixed
+templates.
 """
 
 from __future__ import annotations
@@ -13,10 +13,14 @@ import numpy as np
 CAPTION_COUNT = 10
 MAXIMUM_WORDS = 60
 FACT_COUNTS = (1, 1, 2, 2, 3, 3, 4, 5, 6, 8)
-"""How many facts each of the ten captions tells, before they are shuffled."""
+"""Number of facts per caption, in random order."""
 
 NOUNS = {"woman": ("woman", "woman", "lady"), "man": ("man", "man", "gentleman"), "person": ("person",)}
-PRONOUNS = {"woman": ("She", "has", "wears"), "man": ("He", "has", "wears"), "person": ("They", "have", "wear")}
+PRONOUNS = {
+    "woman": ("She", "has", "wears", "her"),
+    "man": ("He", "has", "wears", "him"),
+    "person": ("They", "have", "wear", "them"),
+}
 AGES = {"young": ("young",), "middle-aged": ("middle-aged",), "older": ("older", "elderly")}
 MOODS = {
     "neutral": ("calm", "serious"),
@@ -92,20 +96,35 @@ OPENINGS = (
     "a picture of",
     "",
 )
+FACT_WEIGHTS = {
+    "hair": 3.0,
+    "glasses": 3.0,
+    "hat": 3.0,
+    "beard": 2.5,
+    "expression": 1.5,
+    "face shape": 0.6,
+    "skin": 0.8,
+}
+"""Fact -> relative frequency, 1 by default: distinctive facts are stated more often."""
 
 
-def article(words: str) -> str:
-    """The words with "a" or "an" before them."""
-    return f"an {words}" if words[0] in "aeiou" else f"a {words}"
+def article(noun: str) -> str:
+    """Prepend "a" or "an"."""
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
 def listed(parts: list[str]) -> str:
-    """ "x", "x and y" or "x, y and z"."""
+    """Join as "x", "x and y" or "x, y and z"."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
+def pick(options: tuple[str, ...], random: np.random.Generator) -> str:
+    """Choose one option."""
+    return options[int(random.integers(len(options)))]
+
+
 def write_captions(attributes: Mapping[str, str | bool | float], random: np.random.Generator) -> tuple[str, ...]:
-    """Ten different true captions of under sixty words each."""
+    """Write `CAPTION_COUNT` different captions."""
     counts = list(FACT_COUNTS)
     random.shuffle(counts)
     captions: list[str] = []
@@ -120,46 +139,42 @@ def write_captions(attributes: Mapping[str, str | bool | float], random: np.rand
 def _facts(
     attributes: Mapping[str, str | bool | float], random: np.random.Generator
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """What the person has and what they wear: fact -> one wording of it."""
-    words = {key: value for key, value in attributes.items() if isinstance(value, str)}
+    """What the person has, and what the person wears: fact -> phrase."""
+    value = {key: text for key, text in attributes.items() if isinstance(text, str)}
 
     def say(options: tuple[str, ...], color: str = "") -> str:
-        chosen = options[int(random.integers(len(options)))]
-        return chosen.replace("{a}", article(color or "a")).replace("{c}", color)
+        return pick(options, random).replace("{a}", article(color or "a")).replace("{c}", color)
 
     has: dict[str, str] = {}
-    hatless = words["hat"] == "none"
-    if words["hair_style"] != "bald" or hatless:
-        has["hair"] = say(HAIR[words["hair_style"]], words["hair_color"])
-        if not hatless and words["hair_style"] in ("side-parted", "bun"):
-            has["hair"] = f"{words['hair_color']} hair"
+    hatless = value["hat"] == "none"
+    if value["hair_style"] != "bald" or hatless:
+        has["hair"] = say(HAIR[value["hair_style"]], value["hair_color"])
+        if not hatless and value["hair_style"] in ("side-parted", "bun"):
+            has["hair"] = f"{value['hair_color']} hair"
         if attributes["bangs"] and random.random() < 0.7:
             has["hair"] += say((" and bangs", " and a fringe"))
-    if words["eye_color"] != "hidden":
-        has["eyes"] = f"{words['eye_color']} eyes"
-    has["face shape"] = article(f"{words['face_shape']} face")
-    has["skin"] = f"{words['skin_tone']} skin"
-    has["expression"] = say(FACES[words["expression"]])
-    if words["beard"] != "none":
-        has["beard"] = say(BEARDS[words["beard"]])
+    if value["eye_color"] != "hidden":
+        has["eyes"] = f"{value['eye_color']} eyes"
+    has["face shape"] = article(f"{value['face_shape']} face")
+    has["skin"] = f"{value['skin_tone']} skin"
+    has["expression"] = say(FACES[value["expression"]])
+    if value["beard"] != "none":
+        has["beard"] = say(BEARDS[value["beard"]])
     elif attributes["mustache"]:
         has["beard"] = say(("a mustache", "a moustache"))
-    elif words["presentation"] == "man":
+    elif value["presentation"] == "man":
         has["beard"] = say(("a clean-shaven face", "a clean-shaven chin"))
     if attributes["freckles"]:
         has["freckles"] = say(("freckles", "freckled cheeks"))
-    if words["age"] == "older":
+    if value["age"] == "older":
         has["wrinkles"] = say(("wrinkles", "a lined face"))
 
-    wears = {"clothing": say(CLOTHES[words["clothing"]], words["clothing_color"])}
+    wears = {"clothing": say(CLOTHES[value["clothing"]], value["clothing_color"])}
     if not hatless:
-        wears["hat"] = article(f"{words['hat_color']} {words['hat']}")
-    if words["glasses"] != "none":
-        wears["glasses"] = say(GLASSES[words["glasses"]])
-    if words["earrings"] != "none":
-        wears["earrings"] = say(EARRINGS[words["earrings"]])
-    if words["necklace"] != "none":
-        wears["necklace"] = say(NECKLACES[words["necklace"]])
+        wears["hat"] = article(f"{value['hat_color']} {value['hat']}")
+    for fact, phrases in (("glasses", GLASSES), ("earrings", EARRINGS), ("necklace", NECKLACES)):
+        if value[fact] != "none":
+            wears[fact] = say(phrases[value[fact]])
     if attributes["makeup"]:
         wears["makeup"] = say(("make-up", "lipstick"))
     return has, wears
@@ -168,65 +183,54 @@ def _facts(
 def _caption(attributes: Mapping[str, str | bool | float], count: int, random: np.random.Generator) -> str:
     presentation, expression = str(attributes["presentation"]), str(attributes["expression"])
     has, wears = _facts(attributes, random)
-    setting = {"background": BACKGROUNDS[str(attributes["background"])], "pose": ()}
-    # What tells one face from another is named more often than what every face has.
-    telling = {"hair": 3.0, "glasses": 3.0, "hat": 3.0, "beard": 2.5, "expression": 1.5, "face shape": 0.6, "skin": 0.8}
-    pool = [*has, *wears, "age", "mood", *setting]
-    weight = np.array([telling.get(fact, 1.0) for fact in pool])
+    pool = [*has, *wears, "age", "mood", "background", "pose"]
+    weight = np.array([FACT_WEIGHTS.get(fact, 1.0) for fact in pool])
     order = random.choice(len(pool), size=min(count, len(pool)), replace=False, p=weight / weight.sum())
     chosen = [pool[position] for position in order]
     if "mood" in chosen and "expression" in chosen:
         chosen.remove("mood")
 
-    def one(options: tuple[str, ...]) -> str:
-        return options[int(random.integers(len(options)))]
-
-    noun = one(NOUNS[presentation])
-    adjectives = [one(AGES[str(attributes["age"])])] if "age" in chosen else []
+    subject = pick(NOUNS[presentation], random)
+    if "age" in chosen:
+        subject = f"{pick(AGES[str(attributes['age'])], random)} {subject}"
     if "mood" in chosen:
-        adjectives.insert(0, one(MOODS[expression]))
-    subject = " ".join([*adjectives, noun])
+        subject = f"{pick(MOODS[expression], random)} {subject}"
     owned = [has[fact] for fact in chosen if fact in has]
     worn = [wears[fact] for fact in chosen if fact in wears]
     pose = str(attributes["pose"]) if "pose" in chosen else ""
     if pose == "frontal":
-        pose = one(("facing the viewer", "looking straight ahead", "seen from the front"))
+        pose = pick(("facing the viewer", "looking straight ahead", "seen from the front"), random)
     elif pose:
-        pose = pose.replace("turned", one(("turned", "turned slightly", "facing")))
+        pose = pose.replace("turned", pick(("turned", "turned slightly", "facing"), random))
         pose = pose.replace("facing to the", "facing")
     behind = ""
     if "background" in chosen:
-        behind = one(setting["background"]).replace("{c}", str(attributes["background_color"]))
-        behind = behind.replace("a orange", "an orange")
+        behind = pick(BACKGROUNDS[str(attributes["background"])], random)
+        behind = behind.replace("{c}", str(attributes["background_color"])).replace("a orange", "an orange")
 
     form = random.random()
     if form < 0.12 and count >= 3:
-        return ", ".join([subject, *owned, *worn, *([pose] if pose else []), *([behind] if behind else [])])
-    opening = one(OPENINGS)
+        return ", ".join(part for part in (subject, *owned, *worn, pose, behind) if part)
+    opening = pick(OPENINGS, random)
     if form < 0.38 and count >= 4:
-        they, have, wear = PRONOUNS[presentation]
+        they, have, wear, them = PRONOUNS[presentation]
         sentences = [f"{opening} {article(subject)}{', ' + pose if pose else ''}".strip()]
         if owned:
             sentences.append(f"{they} {have} {listed(owned)}")
         if worn:
             sentences.append(f"{they} {wear} {listed(worn)}")
         if behind:
-            sentences.append(
-                f"Behind {'them' if they == 'They' else 'her' if they == 'She' else 'him'} {_is(behind)} {behind}"
-            )
+            verb = "is" if behind.startswith(("a ", "an ")) else "are"
+            sentences.append(f"Behind {them} {verb} {behind}")
         return ". ".join(sentence[0].upper() + sentence[1:] for sentence in sentences) + "."
     text = f"{opening} {article(subject)}".strip()
     if owned:
         text += f" with {listed(owned)}"
     if worn:
-        verb = one(("wearing", "in")) if worn[0] == wears["clothing"] else "wearing"
+        verb = pick(("wearing", "in"), random) if worn[0] == wears["clothing"] else "wearing"
         text += f"{',' if owned else ''} {verb} {listed(worn)}"
     if pose:
         text += f", {pose}"
     if behind:
-        text += f"{',' if pose else ''} {one(('in front of', 'against', 'before'))} {behind}"
+        text += f"{',' if pose else ''} {pick(('in front of', 'against', 'before'), random)} {behind}"
     return text if form < 0.62 else text[0].upper() + text[1:] + "."
-
-
-def _is(thing: str) -> str:
-    return "is" if thing.startswith(("a ", "an ")) else "are"

@@ -1,16 +1,28 @@
-"""Draws one procedural face from its traits, from the back of the scene to the front.
+"""Draw a synthetic face from its traits, from back to front.
 
-Coordinates are those of `likeness.data.synthetic.scene.Head`. Every feature paints its shape and sets its keypoints
-from the same curves, so the points lie on what is drawn without any fitting.
+Coordinates are those of `likeness.data.synthetic.scene.Head`. Each feature uses the same curves for its shape and its
+keypoints, so that the keypoints are exact.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from likeness.data.synthetic.canvas import INK, Canvas, ellipse, mix, resample, ribbon, smooth, toned
+from likeness.data.synthetic.canvas import (
+    INK,
+    Canvas,
+    arc,
+    ellipse,
+    mirrored,
+    mix,
+    resample,
+    ribbon,
+    sided,
+    smooth,
+    toned,
+)
 from likeness.data.synthetic.hair import draw_back_hair, draw_front_hair, draw_hat, natural_hair
 from likeness.data.synthetic.scene import Head, draw_background, draw_body
 from likeness.data.synthetic.traits import LONG, Traits
@@ -18,8 +30,8 @@ from likeness.data.synthetic.traits import LONG, Traits
 SKIN, NOSE, EYE_G, L_EYE, R_EYE, L_BROW, R_BROW, L_EAR, R_EAR, MOUTH, U_LIP, L_LIP = range(1, 13)
 EARRING = 15
 
-# Half widths of the face from the top of the skull to the chin, [(y, half width)].
 SKULL = ((-1.33, 0.42), (-1.08, 0.78), (-0.62, 0.97), (-0.1, 1.0))
+"""(y, half width of the face) from the top of the skull; `JAWS` continues to the chin."""
 JAWS = {
     "oval": ((0.3, 0.97), (0.7, 0.87), (1.02, 0.68), (1.27, 0.42), (1.40, 0.19)),
     "round": ((0.3, 1.02), (0.7, 0.97), (1.00, 0.80), (1.22, 0.53), (1.34, 0.24)),
@@ -29,9 +41,8 @@ JAWS = {
 }
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """A finished face: image uint8 [S, S, 3], mask uint8 [S, S], sketch uint8 [S, S], keypoints float32 [68, 2]."""
+class Drawing(NamedTuple):
+    """Image uint8 [S, S, 3], mask uint8 [S, S], sketch uint8 [S, S], keypoints float32 [68, 2]."""
 
     image: np.ndarray
     mask: np.ndarray
@@ -40,7 +51,7 @@ class Drawing:
 
 
 def draw(traits: Traits, size: int, random: np.random.Generator) -> Drawing:
-    """The face at `size` x `size` pixels; `random` only strews strands, freckles and lights, alike at every size."""
+    """Draw a face at `size` x `size` pixels. `random` affects only strands, freckles and lights."""
     canvas = Canvas(size)
     head = Head(traits, canvas)
     keypoints = np.zeros((68, 2))
@@ -64,31 +75,25 @@ def draw(traits: Traits, size: int, random: np.random.Generator) -> Drawing:
     draw_hat(canvas, traits, head, face)
     if traits.earrings != "none":
         draw_earrings(canvas, traits, head)
-    # A hint of vignette and of warm light ties the flat shapes together.
+    # A slight vignette.
     fall = 1.03 - 0.16 * ((canvas.x - 0.5) ** 2 + (canvas.y - 0.45) ** 2)[..., None]
     image = np.clip(canvas.image * fall, 0, 1)
-    return Drawing(
-        image=(image * 255 + 0.5).astype(np.uint8),
-        mask=canvas.mask,
-        sketch=canvas.sketch(),
-        keypoints=keypoints.astype(np.float32),
-    )
+    return Drawing((image * 255 + 0.5).astype(np.uint8), canvas.mask, canvas.sketch(), keypoints.astype(np.float32))
 
 
 def face_outline(traits: Traits, head: Head, keypoints: np.ndarray) -> np.ndarray:
-    """The closed outline of skull and jaw in picture units; sets the seventeen keypoints of the jaw."""
+    """Return the closed outline of skull and jaw in image units, and set the keypoints of the jaw."""
     jaw = [(y, width * (traits.jaw_width if y > 0.5 else 1.0)) for y, width in JAWS[traits.face_shape]]
     side = [(width, y) for y, width in (*SKULL, *jaw)]
     chin = jaw[-1][0] + 0.035
-    points = [(0.0, -1.40), *side, (0.0, chin), *[(-x, y) for x, y in reversed(side)]]
-    local = smooth(points, steps=8)
-    lower = local[(local[:, 1] >= -0.1 - 1e-9)]
+    local = smooth([(0.0, -1.40), *side, (0.0, chin), *[(-x, y) for x, y in reversed(side)]], steps=8)
+    lower = local[local[:, 1] >= -0.1 - 1e-9]
     keypoints[0:17] = head.rim(resample(lower[::-1], 17))
     return head.rim(local)
 
 
 def ear_places(head: Head) -> list[tuple[int, float, float]]:
-    """(side, x of the ear's centre, half width) of the ears that the turn and the hair leave to be seen."""
+    """Return (side, x of the centre, half width) of each visible ear."""
     ears: list[tuple[int, float, float]] = []
     if head.traits.hair_style in LONG and not head.traits.tucked:
         return ears
@@ -106,13 +111,9 @@ def draw_ears(canvas: Canvas, traits: Traits, head: Head) -> None:
         local = smooth([(x + side * dx * width, y) for dx, y in shape], steps=5)
         label = R_EAR if side < 0 else L_EAR
         canvas.paint([head.rim(local)], toned(mix(traits.skin, (0.85, 0.35, 0.3), 0.09), head.light + 0.15), label)
-        fold = smooth(
-            [(x + side * dx * width, y) for dx, y in [(0.1, -0.08), (0.62, -0.08), (0.62, 0.1), (0.3, 0.26)]],
-            closed=False,
-        )
-        canvas.pen(
-            head.rim(fold), np.array(traits.skin) * (0.6, 0.45, 0.42), canvas.at_least(0.011, 1.1), 0.6, grey=120
-        )
+        fold = arc([(x + side * dx * width, y) for dx, y in [(0.1, -0.08), (0.62, -0.08), (0.62, 0.1), (0.3, 0.26)]])
+        dark = np.array(traits.skin) * (0.6, 0.45, 0.42)
+        canvas.pen(head.rim(fold), dark, canvas.at_least(0.011, 1.1), 0.6, grey=120)
 
 
 def draw_earrings(canvas: Canvas, traits: Traits, head: Head) -> None:
@@ -126,9 +127,8 @@ def draw_earrings(canvas: Canvas, traits: Traits, head: Head) -> None:
         elif traits.earrings == "drops":
             line = np.array([(lobe_x, lobe_y - 0.01), (lobe_x, lobe_y + 0.035)])
             canvas.paint([ribbon(line, canvas.at_least(0.012, 1.5))], jewel * 0.85, EARRING, outline=60)
-            canvas.paint(
-                [ellipse(lobe_x, lobe_y + 0.052, 0.019, 0.027)], toned(jewel, head.light + 0.2), EARRING, outline=50
-            )
+            drop = ellipse(lobe_x, lobe_y + 0.052, 0.019, 0.027)
+            canvas.paint([drop], toned(jewel, head.light + 0.2), EARRING, outline=50)
             canvas.tint(canvas.glow((lobe_x - 0.005, lobe_y + 0.045), 0.007), (1, 1, 1))
         else:
             canvas.paint([ellipse(lobe_x, lobe_y, 0.02)], toned(jewel, head.light + 0.25), EARRING, outline=50)
@@ -138,7 +138,7 @@ def draw_earrings(canvas: Canvas, traits: Traits, head: Head) -> None:
 def draw_skin(
     canvas: Canvas, traits: Traits, head: Head, outline: np.ndarray, face: np.ndarray, random: np.random.Generator
 ) -> None:
-    """The face itself: light, blush, freckles and the lines of age."""
+    """Draw the skin with light, blush, freckles and wrinkles."""
     skin = np.array(traits.skin)
     canvas.paint([outline], toned(skin, head.light), SKIN)
 
@@ -167,22 +167,21 @@ def draw_skin(
     if lines:
         curves = []
         for side in (-1, 1):
-            curves.append([(side * 0.27, 0.55), (side * 0.42, 0.72), (side * 0.5, 0.92)])
-            curves.append([(side * 0.26, 0.22), (side * 0.42, 0.27), (side * 0.58, 0.22)])
+            curves.append(sided(side, [(0.27, 0.55), (0.42, 0.72), (0.5, 0.92)]))
+            curves.append(sided(side, [(0.26, 0.22), (0.42, 0.27), (0.58, 0.22)]))
             if traits.age == "older":
-                curves.append([(side * 0.76, -0.02), (side * 0.84, -0.06), (side * 0.9, -0.1)])
-                curves.append([(side * 0.76, 0.06), (side * 0.84, 0.1), (side * 0.9, 0.14)])
+                curves.append(sided(side, [(0.76, -0.02), (0.84, -0.06), (0.9, -0.1)]))
+                curves.append(sided(side, [(0.76, 0.06), (0.84, 0.1), (0.9, 0.14)]))
         for y in (-0.72, -0.58) if traits.age == "older" else ():
             curves.append([(-0.42, y + 0.02), (0, y - 0.02), (0.42, y + 0.02)])
         for curve in curves:
-            place = head.surface(smooth(curve, closed=False))
-            canvas.pen(
-                place, skin * (0.55, 0.4, 0.38), canvas.at_least(0.008, 1), lines, grey=150 if lines < 0.5 else 110
-            )
+            place = head.surface(arc(curve))
+            grey = 150 if lines < 0.5 else 110
+            canvas.pen(place, skin * (0.55, 0.4, 0.38), canvas.at_least(0.008, 1), lines, grey=grey)
 
 
 def draw_beard(canvas: Canvas, traits: Traits, head: Head, face: np.ndarray, random: np.random.Generator) -> None:
-    """Beard and moustache: colour on the skin, for the mask knows no beard."""
+    """Draw beard and moustache as colour on the skin: the mask has no class for them."""
     color = np.array(natural_hair(traits)) * 0.85
     if traits.beard != "none":
         jaw = [(1.1, 0.12), (1.1, 0.8), (0.8, 1.3), (0.4, 1.6)]
@@ -192,15 +191,14 @@ def draw_beard(canvas: Canvas, traits: Traits, head: Head, face: np.ndarray, ran
             "full beard": [(0.84, 0.12), (0.74, 0.52), (0.46, 0.7), (0.14, 0.7)],
         }[traits.beard]
         right = [*reversed(cheek), *jaw]
-        area = smooth([*right, *[(-x, y) for x, y in reversed(right)]], steps=4)
+        area = smooth(mirrored(right), steps=4)
         opacity = {"stubble": 0.26, "short beard": 0.75, "full beard": 0.92}[traits.beard]
         place = canvas.blur(canvas.cover(head.surface(area)), 0.008) * face
         canvas.tint(place * opacity, toned(color, head.light + 0.1))
         if traits.beard != "stubble":
             starts = np.stack([random.uniform(-0.8, 0.8, 70), random.uniform(0.55, 1.4, 70)], axis=1)
-            strokes = [
-                head.surface([point, point + point[0] * np.array([0.03, 0]) + np.array([0, 0.1])]) for point in starts
-            ]
+            ends = [point + point[0] * np.array([0.03, 0]) + np.array([0, 0.1]) for point in starts]
+            strokes = [head.surface([start, end]) for start, end in zip(starts, ends, strict=True)]
             canvas.tint(canvas.cover_lines(strokes, 0.006) * place * 0.35, mix(color, (1, 0.9, 0.8), 0.3))
             for stroke in strokes:
                 x, y = np.clip(stroke.mean(axis=0) * canvas.size, 0, canvas.size - 1).astype(int)
@@ -208,7 +206,7 @@ def draw_beard(canvas: Canvas, traits: Traits, head: Head, face: np.ndarray, ran
                     canvas.line(stroke, grey=130)
     if traits.mustache:
         right = [(0.0, 0.72), (0.16, 0.7), (0.34, 0.78), (0.44, 0.92), (0.3, 0.88), (0.0, 0.86)]
-        shape = smooth([*right, *[(-x, y) for x, y in reversed(right[1:-1])]], steps=4)
+        shape = smooth(mirrored(right, shared=1), steps=4)
         canvas.paint([head.surface(shape, 0.05)], toned(color, head.light + 0.05), None, opacity=0.92, outline=110)
 
 
@@ -220,65 +218,50 @@ def draw_nose(canvas: Canvas, traits: Traits, head: Head, keypoints: np.ndarray)
         return head.surface(local, 0.22 * np.clip(local[:, 1] / long, 0, 1) ** 1.3)
 
     right = [(0.07, -0.05), (0.085, 0.3), (0.11, 0.6), (0.2, 0.76), (0.25, 0.9), (0.17, 1.0), (0.06, 1.03)]
-    shape = out(smooth([*right, *[(-x, y) for x, y in reversed(right)]], steps=4))
+    shape = out(smooth(mirrored(right), steps=4))
     dark = skin * (0.62, 0.47, 0.46)
     alpha = canvas.paint([shape], skin, NOSE, opacity=0.0, outline=None)
     away = -traits.light_side
-    shade = canvas.blur(
-        canvas.cover(
-            out([(away * 0.02, 0), (away * 0.03, 0.7), (away * 0.24, 0.95), (away * 0.14, 0.5), (away * 0.12, 0)])
-        ),
-        0.01,
-    )
-    canvas.tint(shade * 0.42, dark)
+    shade = out(sided(away, [(0.02, 0), (0.03, 0.7), (0.24, 0.95), (0.14, 0.5), (0.12, 0)]))
+    canvas.tint(canvas.blur(canvas.cover(shade), 0.01) * 0.42, dark)
     canvas.tint(canvas.blur(alpha, 0.012, (0.006 * away, 0.022)) * (1 - alpha) * 0.35 * (head.v > long * 0.8), dark)
     canvas.tint(alpha * canvas.glow(out([(-away * 0.03, 0.82)])[0], 0.024) * 0.55, mix(skin, (1, 1, 0.97), 0.75))
     canvas.tint(alpha * canvas.glow(out([(-away * 0.02, 0.35)])[0], 0.013, 0.05) * 0.4, mix(skin, (1, 1, 0.97), 0.7))
     for side in (-1, 1):
-        wing = out(smooth([(side * 0.17, 0.74), (side * 0.235, 0.9), (side * 0.17, 1.0)], closed=False))
+        wing = out(arc(sided(side, [(0.17, 0.74), (0.235, 0.9), (0.17, 1.0)])))
         canvas.pen(wing, dark, canvas.at_least(0.009, 1.1), 0.7, grey=50)
-        hole = out(smooth([(side * 0.05, 0.97), (side * 0.11, 0.93), (side * 0.15, 0.96), (side * 0.1, 1.0)], steps=4))
+        hole = out(smooth(sided(side, [(0.05, 0.97), (0.11, 0.93), (0.15, 0.96), (0.1, 1.0)]), steps=4))
         canvas.tint(canvas.cover(hole) * 0.75, skin * (0.38, 0.24, 0.24))
         canvas.line(np.concatenate([hole, hole[:1]]), grey=60)
-    canvas.line(out(smooth([(-0.06, 1.0), (0, 1.03), (0.06, 1.0)], closed=False)), grey=70)
-    canvas.line(out(smooth([(away * 0.085, 0.05), (away * 0.085, 0.3), (away * 0.11, 0.55)], closed=False)), grey=130)
+    canvas.line(out(arc([(-0.06, 1.0), (0, 1.03), (0.06, 1.0)])), grey=70)
+    canvas.line(out(arc([(away * 0.085, 0.05), (away * 0.085, 0.3), (away * 0.11, 0.55)])), grey=130)
     keypoints[27:31] = out([(0, 0.05), (0, 0.3), (0, 0.56), (0, 0.82)])
     keypoints[31:36] = out([(-0.17, 0.98), (-0.085, 1.01), (0, 1.03), (0.085, 1.01), (0.17, 0.98)])
 
 
-@dataclass(frozen=True)
-class MouthShape:
-    """How an expression holds the mouth."""
-
-    width: float
-    lift: float
-    """How far the corners rise."""
-    opening: float
-
-
 MOUTHS = {
-    "neutral": MouthShape(1.0, 0.0, 0.0),
-    "smile": MouthShape(1.22, 0.085, 0.0),
-    "big smile": MouthShape(1.36, 0.11, 0.17),
-    "surprised": MouthShape(0.7, -0.02, 0.25),
-    "sad": MouthShape(0.98, -0.08, 0.0),
+    "neutral": (1.0, 0.0, 0.0),
+    "smile": (1.22, 0.085, 0.0),
+    "big smile": (1.36, 0.11, 0.17),
+    "surprised": (0.7, -0.02, 0.25),
+    "sad": (0.98, -0.08, 0.0),
 }
+"""Expression -> width of the mouth, lift of its corners, opening."""
 
 
 def draw_mouth(canvas: Canvas, traits: Traits, head: Head, keypoints: np.ndarray) -> None:
-    mouth = MOUTHS[traits.expression]
-    half, full = traits.mouth_width * mouth.width, traits.lip_fullness
-    level = (0.92 if traits.face_shape != "long" else 0.97) + (0.04 if mouth.lift > 0 else 0.0)
-    opening = mouth.opening
+    width, lift, opening = MOUTHS[traits.expression]
+    half, full = traits.mouth_width * width, traits.lip_fullness
+    level = (0.92 if traits.face_shape != "long" else 0.97) + (0.04 if lift > 0 else 0.0)
 
     def along(t: np.ndarray, height: np.ndarray) -> np.ndarray:
-        """Points at t in [-1, 1] from corner to corner, `height` below the line of the lips."""
-        bend = mouth.lift * (1 - np.abs(t) ** 1.7) - mouth.lift * 0.75
+        """Points at t in [-1, 1] between the corners, `height` below the line between the lips."""
+        bend = lift * (1 - np.abs(t) ** 1.7) - lift * 0.75
         return head.surface(np.stack([t * half, level + bend + height], axis=1), 0.06 * (1 - t**2))
 
     def upper_inner(t: np.ndarray) -> np.ndarray:
         closed = 0.012 * np.cos(np.pi * t * 2) * (1 - t**2)
-        return closed - opening * 0.42 * (1 - np.abs(t) ** 2.6) * (1.0 if mouth.lift < 0 else 0.25)
+        return closed - opening * 0.42 * (1 - np.abs(t) ** 2.6) * (1.0 if lift < 0 else 0.25)
 
     def lower_inner(t: np.ndarray) -> np.ndarray:
         return upper_inner(t) * (opening == 0) + opening * 0.9 * (1 - np.abs(t) ** 2.2)
@@ -295,16 +278,15 @@ def draw_mouth(canvas: Canvas, traits: Traits, head: Head, keypoints: np.ndarray
     over, below = along(t, upper_outer(t)), along(t, lower_outer(t))
     lip = np.array(traits.lip)
     light = head.light * 0.7
-    canvas.tint(
-        canvas.blur(canvas.cover(np.concatenate([bottom, below[::-1]])), 0.012, (0, 0.018)) * 0.3,
-        np.array(traits.skin) * (0.62, 0.46, 0.46),
-    )
+    upper, lower = np.concatenate([over, top[::-1]]), np.concatenate([bottom, below[::-1]])
+    shadow = canvas.blur(canvas.cover(lower), 0.012, (0, 0.018))
+    canvas.tint(shadow * 0.3, np.array(traits.skin) * (0.62, 0.46, 0.46))
     if opening:
         inside = np.concatenate([top, bottom[::-1]])
         alpha = canvas.paint([inside], (0.26, 0.07, 0.09), MOUTH)
         tongue = canvas.glow(along(np.zeros(1), np.array([opening * 0.85]))[0], half * 0.6 * head.scale, 0.03)
         canvas.tint(tongue * alpha * 0.75, (0.78, 0.36, 0.38))
-        reach = 0.62 if mouth.lift > 0 else 0.26
+        reach = 0.62 if lift > 0 else 0.26
         edge = upper_inner(t) + (lower_inner(t) - upper_inner(t)) * reach
         teeth = canvas.cover(np.concatenate([top, along(t, edge)[::-1]])) * alpha
         canvas.tint(teeth * 0.97, (0.97, 0.96, 0.93))
@@ -313,14 +295,9 @@ def draw_mouth(canvas: Canvas, traits: Traits, head: Head, keypoints: np.ndarray
             gap = np.array([place, place])
             low = np.array([np.interp(place, t, upper_inner(t)), np.interp(place, t, edge)])
             canvas.tint(canvas.cover(ribbon(along(gap, low), 0.004)) * teeth * 0.35, (0.6, 0.55, 0.55))
-        canvas.tint(
-            canvas.blur(canvas.cover(np.concatenate([over, top[::-1]])), 0.006, (0, 0.008)) * alpha * 0.35,
-            (0.2, 0.05, 0.06),
-        )
-    lower_alpha = canvas.paint(
-        [np.concatenate([bottom, below[::-1]])], toned(mix(lip, (1, 0.85, 0.82), 0.1), light + 0.05), L_LIP, outline=70
-    )
-    canvas.paint([np.concatenate([over, top[::-1]])], toned(lip * 0.9, light - 0.05), U_LIP, outline=70)
+        canvas.tint(canvas.blur(canvas.cover(upper), 0.006, (0, 0.008)) * alpha * 0.35, (0.2, 0.05, 0.06))
+    lower_alpha = canvas.paint([lower], toned(mix(lip, (1, 0.85, 0.82), 0.1), light + 0.05), L_LIP, outline=70)
+    canvas.paint([upper], toned(lip * 0.9, light - 0.05), U_LIP, outline=70)
     middle = along(np.array([0.15 * traits.light_side]), lower_inner(np.array([0.15])) + 0.05 * full)[0]
     gloss = canvas.glow(middle, half * 0.42 * head.scale, 0.011)
     canvas.tint(gloss * lower_alpha * (0.65 if traits.makeup else 0.4), (1, 0.93, 0.92))
@@ -337,7 +314,7 @@ def draw_mouth(canvas: Canvas, traits: Traits, head: Head, keypoints: np.ndarray
 
 
 def draw_eye(canvas: Canvas, traits: Traits, head: Head, side: int, keypoints: np.ndarray) -> None:
-    """One eye; `side` -1 is the viewer's left, the person's right."""
+    """Draw an eye; `side` -1 is the viewer's left, the person's right."""
     wide = 0.235 * traits.eye_size
     squint = {"neutral": 1.0, "smile": 0.9, "big smile": 0.8, "surprised": 1.3, "sad": 0.92}[traits.expression]
     high = 0.118 * traits.eye_size * squint
@@ -345,7 +322,7 @@ def draw_eye(canvas: Canvas, traits: Traits, head: Head, side: int, keypoints: n
     cheek = 0.5 if traits.expression in ("smile", "big smile") else 0.62
 
     def place(t: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Points at t in [-1, 1] from the inner to the outer corner."""
+        """Points at t in [-1, 1] from the inner to the outer corner, at height y."""
         return head.surface(np.stack([side * (0.455 + t * wide), y - slant * t], axis=1))
 
     def upper(t: np.ndarray) -> np.ndarray:
@@ -359,10 +336,8 @@ def draw_eye(canvas: Canvas, traits: Traits, head: Head, side: int, keypoints: n
     skin = np.array(traits.skin)
     crease = place(t * 1.08, upper(t) - 0.075 + 0.03 * t**2)
     if traits.makeup:
-        area = canvas.blur(
-            canvas.cover(np.concatenate([place(t * 1.15, upper(t) - 0.16 * (1 - 0.5 * t**2)), under[::-1]])), 0.01
-        )
-        canvas.tint(area * 0.6, traits.shadow_color)
+        area = np.concatenate([place(t * 1.15, upper(t) - 0.16 * (1 - 0.5 * t**2)), under[::-1]])
+        canvas.tint(canvas.blur(canvas.cover(area), 0.01) * 0.6, traits.shadow_color)
     canvas.pen(crease, skin * (0.5, 0.36, 0.35), canvas.at_least(0.008, 1), 0.55, grey=110)
     label = R_EYE if side < 0 else L_EYE
     opening = canvas.paint([np.concatenate([lid, under[::-1]])], (0.96, 0.95, 0.94), label)
@@ -382,16 +357,10 @@ def draw_eye(canvas: Canvas, traits: Traits, head: Head, side: int, keypoints: n
     canvas.paint([disc(radius * 0.82)], toned(iris, below * 0.9), None, outline=None)
     canvas.paint([disc(radius * 0.45)], (0.05, 0.04, 0.05), None, outline=40)
     canvas.tint(canvas.blur(canvas.cover(ribbon(lid, 0.02)), 0.006, (0, 0.007)) * opening * 0.45, (0.2, 0.14, 0.16))
-    for dx, dy, size, strength in (
-        (0.3 * traits.light_side, -0.3, 0.34, 1.0),
-        (-0.35 * traits.light_side, 0.4, 0.16, 0.55),
-    ):
-        shine = ellipse(
-            centre_x + dx * radius * head.scale,
-            centre_y + dy * radius * head.scale,
-            radius * head.scale * size,
-            steps=12,
-        )
+    large, small = (0.3 * traits.light_side, -0.3, 0.34, 1.0), (-0.35 * traits.light_side, 0.4, 0.16, 0.55)
+    for dx, dy, size, strength in (large, small):
+        x, y = centre_x + dx * radius * head.scale, centre_y + dy * radius * head.scale
+        shine = ellipse(x, y, radius * head.scale * size, steps=12)
         canvas.tint(canvas.cover(shine) * opening * strength, (1, 1, 1))
     thick = 0.017 if traits.makeup else (0.013 if traits.presentation == "woman" else 0.011)
     lash = (0.1, 0.07, 0.08)
@@ -400,11 +369,7 @@ def draw_eye(canvas: Canvas, traits: Traits, head: Head, side: int, keypoints: n
     canvas.line(lid, width=1.5)
     if traits.makeup or traits.presentation == "woman":
         tip = place(np.array([0.6, 1.0, 1.28]), np.array([upper(np.array([0.6]))[0], 0.0, -0.07]))
-        canvas.tint(
-            canvas.cover(ribbon(smooth(tip, closed=False), np.linspace(1.2, 0.4, 13) * canvas.at_least(0.012, 1.1)))
-            * 0.9,
-            lash,
-        )
+        canvas.tint(canvas.cover(ribbon(arc(tip), np.linspace(1.2, 0.4, 13) * canvas.at_least(0.012, 1.1))) * 0.9, lash)
         canvas.line(tip)
     canvas.tint(canvas.cover(ribbon(under, canvas.at_least(0.006, 0.8))) * 0.45, skin * (0.45, 0.32, 0.32))
     sixth = np.array([-1, -0.38, 0.38, 1])
@@ -424,12 +389,8 @@ def draw_brow(
     t = np.linspace(-1, 1, 13)
     y = -0.34 - raised - traits.brow_arch * (1 - (t - 0.12) ** 2) + tilt * t
     curve = head.surface(np.stack([side * (0.48 + 0.3 * t), y], axis=1))
-    width = (
-        traits.brow_width
-        * head.scale
-        * (1 - 0.62 * np.clip((t + 0.35) / 1.35, 0, 1) ** 1.4)
-        * np.where(t < -0.8, 0.8, 1)
-    )
+    taper = 1 - 0.62 * np.clip((t + 0.35) / 1.35, 0, 1) ** 1.4
+    width = traits.brow_width * head.scale * taper * np.where(t < -0.8, 0.8, 1)
     base = np.array(natural_hair(traits))
     color = base * 0.72 if base.mean() < 0.62 else base * 0.8
     label = R_BROW if side < 0 else L_BROW
@@ -454,16 +415,8 @@ def draw_glasses(canvas: Canvas, traits: Traits, head: Head) -> None:
         if traits.glasses == "round":
             local = ellipse(side * 0.47, 0.03, 0.36, 0.34, steps=36)
         elif traits.glasses == "square":
-            corner = [
-                (-0.36, -0.22),
-                (0, -0.26),
-                (0.36, -0.24),
-                (0.37, 0.05),
-                (0.3, 0.26),
-                (0, 0.29),
-                (-0.28, 0.26),
-                (-0.35, 0.05),
-            ]
+            right = [(0.36, -0.24), (0.37, 0.05), (0.3, 0.26)]
+            corner = [(-0.36, -0.22), (0, -0.26), *right, (0, 0.29), (-0.28, 0.26), (-0.35, 0.05)]
             local = smooth([(side * (0.47 + x), y + 0.02) for x, y in corner], steps=4)
         else:
             corner = [(-0.36, -0.2), (0, -0.27), (0.4, -0.24), (0.38, 0.1), (0.16, 0.34), (-0.16, 0.34), (-0.34, 0.1)]
@@ -472,17 +425,15 @@ def draw_glasses(canvas: Canvas, traits: Traits, head: Head) -> None:
         arm = np.concatenate([path([(side * 0.82, -0.06)]), head.rim([(side * 1.03, -0.1)])])
         if side * traits.yaw < 0.75:
             canvas.paint([ribbon(arm, thick)], frame * 0.8, EYE_G)
-    bridge = path(smooth([(-0.13, -0.04), (0, -0.1), (0.13, -0.04)], closed=False))
+    bridge = path(arc([(-0.13, -0.04), (0, -0.1), (0.13, -0.04)]))
     canvas.paint([ribbon(bridge, thick)], frame, EYE_G)
     for rim in rims:
         middle = rim.mean(axis=0)
         if traits.glasses == "sunglasses":
             down = np.clip((canvas.y - middle[1]) / (0.33 * head.scale), -1, 1)
             canvas.paint([rim], toned((0.17, 0.16, 0.19), down * 0.7), EYE_G)
-            glare = canvas.cover(rim) * np.clip(
-                1 - np.abs((canvas.x - middle[0]) + (canvas.y - middle[1]) + 0.03) / 0.022, 0, 1
-            )
-            canvas.tint(glare * 0.35, (1, 1, 1))
+            glare = np.clip(1 - np.abs((canvas.x - middle[0]) + (canvas.y - middle[1]) + 0.03) / 0.022, 0, 1)
+            canvas.tint(canvas.cover(rim) * glare * 0.35, (1, 1, 1))
             canvas.tint(canvas.cover(rim, holes=(middle + (rim - middle) * 0.88,)), frame)
             continue
         hole = middle + (rim - middle) * (1 - thick / (0.34 * head.scale))

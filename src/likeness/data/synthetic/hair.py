@@ -1,14 +1,14 @@
-"""Hair and hats of the procedural faces.
+"""Draw hair and hats of synthetic faces.
 
-Hair is drawn as locks: areas between an outer and an inner edge that run the same way, from the parting to the tips.
-Strands are then blends of the two edges, which makes them follow any style without further geometry.
+Hair consists of locks: areas between an outer and an inner edge, both from the parting to the tips. Strands interpolate
+the two edges and therefore follow any style.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from likeness.data.synthetic.canvas import Canvas, ellipse, mix, resample, smooth, toned
+from likeness.data.synthetic.canvas import Canvas, arc, ellipse, mix, resample, sided, toned
 from likeness.data.synthetic.scene import Head
 from likeness.data.synthetic.traits import CLOTH_COLORS, HAIR_COLORS, LONG, Traits
 
@@ -17,7 +17,7 @@ Lock = tuple[np.ndarray, np.ndarray]
 
 
 def natural_hair(traits: Traits) -> tuple[float, float, float]:
-    """Colour of brows and beard: that of the hair, unless it is dyed."""
+    """Return the colour of brows and beard: that of the hair, unless it is dyed."""
     if traits.hair_color in ("blue", "pink"):
         red, green, blue = (value / 255 for value in HAIR_COLORS["dark brown"])
         return red, green, blue
@@ -25,7 +25,7 @@ def natural_hair(traits: Traits) -> tuple[float, float, float]:
 
 
 def sheen(traits: Traits, head: Head) -> np.ndarray:
-    """Light on the hair: a glossy band around the crown, darker downwards; [S, S]."""
+    """Return the light on the hair, [S, S]: a glossy band around the crown, darker downwards."""
     radius = np.hypot(head.u / 1.12, (head.v + 0.25) / 1.1)
     band = np.exp(-(((radius - 0.82 + 0.12 * head.u * traits.light_side) / 0.13) ** 2)) * (head.v < 0.1)
     low = np.exp(-(((head.v - 0.75) / 0.28) ** 2)) * (traits.hair_style in LONG)
@@ -33,15 +33,9 @@ def sheen(traits: Traits, head: Head) -> np.ndarray:
 
 
 def draw_strands(
-    canvas: Canvas,
-    traits: Traits,
-    lock: Lock,
-    alpha: np.ndarray,
-    random: np.random.Generator,
-    count: int = 16,
-    drawn: int = 6,
+    canvas: Canvas, traits: Traits, lock: Lock, alpha: np.ndarray, random: np.random.Generator, count: int, drawn: int
 ) -> None:
-    """Fine lighter and darker lines between the edges of a lock, a few of them in the sketch too."""
+    """Draw `count` lighter and darker lines between the edges of a lock, about `drawn` of them also in the sketch."""
     outer, inner = (resample(edge, 22) for edge in lock)
     color = np.array(traits.hair)
     amounts = np.sort(random.uniform(0.04, 0.96, count))
@@ -49,8 +43,8 @@ def draw_strands(
     t = np.linspace(0, 1, 22)
     curves = []
     for amount, sway in zip(amounts, bend, strict=True):
-        share = np.clip(amount + sway * np.sin(np.pi * t * 1.5), 0.01, 0.99)[:, None]
-        curves.append(outer * (1 - share) + inner * share)
+        weight = np.clip(amount + sway * np.sin(np.pi * t * 1.5), 0.01, 0.99)[:, None]
+        curves.append(outer * (1 - weight) + inner * weight)
     canvas.tint(canvas.cover_lines(curves[::2], 0.006) * alpha * 0.4, color * 0.55)
     canvas.tint(canvas.cover_lines(curves[1::2], 0.006) * alpha * 0.38, mix(color, (1, 0.95, 0.85), 0.35))
     for curve in curves[:: max(1, count // drawn)]:
@@ -67,7 +61,7 @@ def draw_lock(
 
 
 def scallops(points: np.ndarray, size: float, random: np.random.Generator) -> list[np.ndarray]:
-    """Curls along a line: circles of about `size`, in the line's own units."""
+    """Return circles of about `size` along a line, in its units."""
     return [
         ellipse(x, y, size * scale, steps=18)
         for (x, y), scale in zip(points, random.uniform(0.8, 1.2, len(points)), strict=True)
@@ -75,19 +69,19 @@ def scallops(points: np.ndarray, size: float, random: np.random.Generator) -> li
 
 
 def crown(traits: Traits) -> float:
-    """Height of the hair above the skull."""
+    """Return the height of the hair above the skull."""
     flat = traits.hair_style in ("bun", "ponytail", "braids") or traits.hat != "none"
     return {"buzz cut": 0.025}.get(traits.hair_style, 0.06 if flat else traits.hair_volume)
 
 
 def arch(volume: float, start: float, end: float, steps: int = 14) -> np.ndarray:
-    """The outline of the hair over the skull between two angles from the crown (radians, positive to the right)."""
+    """Outline of the hair above the skull between two angles from the crown (radians, positive to the right)."""
     angle = np.linspace(start, end, steps)
     return np.stack([(1.02 + 0.6 * volume) * np.sin(angle), -0.35 - (1.05 + volume) * np.cos(angle)], axis=1)
 
 
 def draw_back_hair(canvas: Canvas, traits: Traits, head: Head, random: np.random.Generator) -> None:
-    """All hair that head, neck and shoulders hide in part."""
+    """Draw the hair behind head, neck and shoulders."""
     style, volume = traits.hair_style, crown(traits)
     light = sheen(traits, head) - 0.5
     color = np.array(traits.hair)
@@ -96,9 +90,9 @@ def draw_back_hair(canvas: Canvas, traits: Traits, head: Head, random: np.random
         levels = np.linspace(-0.4, end, 18)
         wide = 1.02 + 0.6 * volume + 0.1 * np.clip((levels + 0.4) / 0.9, 0, 1)
         wave = 0.07 * np.sin(levels * 6.5) * np.clip(levels, 0, 1) if style == "long wavy" else 0 * levels
-        flare = (0.12 if style != "bob" else 0.16) * np.clip(levels + 0.3, 0, 1.2) - (
-            0.1 * np.clip(levels - 0.7, 0, 1) if style == "bob" else 0
-        )
+        flare = (0.12 if style != "bob" else 0.16) * np.clip(levels + 0.3, 0, 1.2)
+        if style == "bob":
+            flare = flare - 0.1 * np.clip(levels - 0.7, 0, 1)
         if style == "long wavy":
             flare = flare * 1.7
         left = np.stack([-(wide + flare + wave), levels], axis=1)
@@ -126,21 +120,15 @@ def draw_back_hair(canvas: Canvas, traits: Traits, head: Head, random: np.random
         draw_strands(canvas, traits, (head.flat(knot[:half]), head.flat(knot[half:][::-1])), alpha, random, 9, 4)
     elif style == "ponytail":
         side = 1.0 if traits.part >= 0 else -1.0
-        outer = smooth(
-            [(side * 0.5, -1.2), (side * 1.25, -1.05), (side * 1.62, -0.2), (side * 1.5, 0.9), (side * 1.2, 1.7)],
-            closed=False,
-        )
-        inner = smooth(
-            [(side * 0.5, -0.9), (side * 0.98, -0.6), (side * 1.08, 0.1), (side * 1.02, 0.9), (side * 1.2, 1.7)],
-            closed=False,
-        )
+        outer = arc(sided(side, [(0.5, -1.2), (1.25, -1.05), (1.62, -0.2), (1.5, 0.9), (1.2, 1.7)]))
+        inner = arc(sided(side, [(0.5, -0.9), (0.98, -0.6), (1.08, 0.1), (1.02, 0.9), (1.2, 1.7)]))
         draw_lock(canvas, traits, (head.flat(outer), head.flat(inner)), light + 0.25, random, 14)
 
 
 def draw_curls(
     canvas: Canvas, traits: Traits, head: Head, alpha: np.ndarray, around: np.ndarray, random: np.random.Generator
 ) -> None:
-    """Little arcs strewn over curly hair."""
+    """Draw small arcs on curly hair."""
     color = np.array(traits.hair)
     arcs = []
     for x, y in np.concatenate([around, around * (0.88, 0.85)]) + random.uniform(-0.09, 0.09, (2 * len(around), 2)):
@@ -150,12 +138,12 @@ def draw_curls(
         arcs.append(head.rim(np.stack([x + radius * np.cos(angle), y + radius * np.sin(angle)], axis=1)))
     canvas.tint(canvas.cover_lines(arcs[::2], 0.008) * alpha * 0.45, color * 0.5)
     canvas.tint(canvas.cover_lines(arcs[1::2], 0.008) * alpha * 0.45, mix(color, (1, 0.95, 0.85), 0.4))
-    for arc in arcs[::2]:
-        canvas.line(arc, grey=110)
+    for curl in arcs[::2]:
+        canvas.line(curl, grey=110)
 
 
 def front_locks(traits: Traits, head: Head) -> list[Lock]:
-    """Edges of the hair over the forehead and beside the face, in picture units."""
+    """Return the edges of the hair above the forehead and next to the face, in image units."""
     style, volume, part = traits.hair_style, crown(traits), traits.part
     high = {"buzz cut": -0.98, "short": -0.9, "side-parted": -0.9}.get(style, -0.95)
     if traits.age == "older" and traits.presentation == "man":
@@ -167,7 +155,7 @@ def front_locks(traits: Traits, head: Head) -> list[Lock]:
         full = 1.02 + 0.6 * volume
         falls = style in LONG and not traits.tucked
         hair_line = [(part, high)]
-        # Hair swept away from the parting lies lower on the far side of the forehead.
+        # Hair swept away from the parting is lower on the far side of the forehead.
         swept = part * side < 0
         if style == "side-parted":
             hair_line += [(side * 0.42, -0.72 if swept else -0.92), (side * 0.74, -0.55 if swept else -0.68)]
@@ -179,11 +167,10 @@ def front_locks(traits: Traits, head: Head) -> list[Lock]:
         if falls:
             end = traits.hair_length
             levels = np.linspace(-0.35, end, 14)[1:]
-            wave = (
-                0.06 * np.sin(levels * 6.5 + side) * np.clip(levels + 0.2, 0, 1) if style == "long wavy" else 0 * levels
-            )
+            wave = 0 * levels
             flare = (0.14 if style == "bob" else 0.2) * np.clip(levels + 0.3, 0, 1.3)
             if style == "long wavy":
+                wave = 0.06 * np.sin(levels * 6.5 + side) * np.clip(levels + 0.2, 0, 1)
                 flare = flare * 1.4
             outside = np.stack([side * (full + flare + wave), levels], axis=1)
             inside = [(side * 0.88, -0.2), (side * 0.93, 0.3), (side * 0.92, 0.75)]
@@ -197,12 +184,12 @@ def front_locks(traits: Traits, head: Head) -> list[Lock]:
             low = {"buzz cut": -0.02, "short": 0.12, "side-parted": 0.1}.get(style, -0.12)
             outer = head.rim(np.concatenate([over, [(side * (full + 0.01), -0.15), (side * 0.99, low)]]))
             inner = np.concatenate([head.surface(hair_line), head.rim([(side * 0.9, -0.3), (side * 0.91, low)])])
-        locks.append((smooth(outer, closed=False, steps=3), smooth(inner, closed=False, steps=5)))
+        locks.append((arc(outer, steps=3), arc(inner, steps=5)))
     return locks
 
 
 def fringe_edges(traits: Traits, head: Head, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Left edge downwards, tips over the brows, right edge upwards: together the closed outline of the bangs."""
+    """Return left edge (down), tips above the brows and right edge (up): the closed outline of the bangs."""
     drop = -0.44 if traits.hair_style != "short" else -0.62
     across = np.linspace(-0.88, 0.88, 9)
     tips = np.stack([across, drop + 0.1 * (np.abs(across) > 0.7) + random.uniform(-0.05, 0.05, 9)], axis=1)
@@ -210,11 +197,11 @@ def fringe_edges(traits: Traits, head: Head, random: np.random.Generator) -> tup
         np.concatenate([head.rim(arch(crown(traits) * 0.4, 0.1 * side, side * 0.85, 5)), head.surface(end)])
         for side, end in ((-1, tips[:1]), (1, tips[-1:]))
     )
-    return left, head.surface(smooth(tips, closed=False, steps=3)), right[::-1]
+    return left, head.surface(arc(tips, steps=3)), right[::-1]
 
 
 def draw_front_hair(canvas: Canvas, traits: Traits, head: Head, face: np.ndarray, random: np.random.Generator) -> None:
-    """Everything in front of the face, with the shadow it casts on the forehead."""
+    """Draw the hair in front of the face and its shadow on the forehead."""
     style = traits.hair_style
     if style == "bald":
         return
@@ -224,7 +211,7 @@ def draw_front_hair(canvas: Canvas, traits: Traits, head: Head, face: np.ndarray
     shapes = [np.concatenate([outer, inner[::-1]]) for outer, inner in locks]
     if style == "buzz cut":
         color = mix(traits.hair, skin, 0.22)
-        # The two halves meet at a parting that nobody would see.
+        # One shape: the halves have no visible parting.
         whole = np.concatenate([locks[0][0][::-1], locks[1][0], locks[1][1][::-1], locks[0][1]])
         canvas.tint(canvas.blur(canvas.cover(whole), 0.012) * face * 0.5, color)
         canvas.paint([whole], toned(color, light - 0.1), HAIR, opacity=0.93, outline=70)
@@ -253,7 +240,7 @@ def draw_front_hair(canvas: Canvas, traits: Traits, head: Head, face: np.ndarray
     if bangs is not None:
         left, _, right = bangs
         alpha = canvas.paint([np.concatenate(bangs)], toned(traits.hair, light), HAIR, outline=50)
-        lock = smooth(left, closed=False), smooth(right[::-1], closed=False)
+        lock = arc(left), arc(right[::-1])
         draw_strands(canvas, traits, lock, alpha, random, 18, 7)
     if style == "braids":
         for side in (-1, 1):
@@ -261,10 +248,8 @@ def draw_front_hair(canvas: Canvas, traits: Traits, head: Head, face: np.ndarray
                 x = side * (1.02 + 0.04 * np.sin(step))
                 for half in (-1, 1):
                     knot = ellipse(0, 0, 0.17, 0.11, steps=16)
-                    turned = knot @ np.array([[0.8, 0.6 * half], [-0.6 * half, 0.8]]) + (
-                        x + half * 0.075,
-                        y + 0.05 * half,
-                    )
+                    rotation = np.array([[0.8, 0.6 * half], [-0.6 * half, 0.8]])
+                    turned = knot @ rotation + (x + half * 0.075, y + 0.05 * half)
                     canvas.paint([head.flat(turned)], toned(traits.hair, light + 0.12 - 0.1 * half), HAIR, outline=60)
 
 
@@ -288,7 +273,7 @@ def draw_hat(canvas: Canvas, traits: Traits, head: Head, face: np.ndarray) -> No
     thin = canvas.at_least(0.008, 1)
     if traits.hat == "beanie":
         for x in np.linspace(-0.8, 0.8, 9):
-            rib = smooth([(x * 0.35, -1.62), (x * 0.95, -1.25), (x * wide, -0.78)], closed=False)
+            rib = arc([(x * 0.35, -1.62), (x * 0.95, -1.25), (x * wide, -0.78)])
             canvas.pen(head.flat(rib), color * 0.6, thin, 0.45, grey=150)
         high = np.stack([t * (wide + 0.03) + 0.15 * turn * (1 - t**2), lower - 0.36 + dip * (1 - t**2)], axis=1)
         low = np.stack([t * (wide + 0.03) + 0.15 * turn * (1 - t**2), lower + dip * (1 - t**2)], axis=1)
@@ -301,27 +286,15 @@ def draw_hat(canvas: Canvas, traits: Traits, head: Head, face: np.ndarray) -> No
             canvas.paint([ball], toned(mix(color, (1, 1, 1), 0.45), light), HAT)
     elif traits.hat == "cap":
         for x in (-0.55, 0.0, 0.55):
-            seam = smooth(
-                [(0.05 * turn, -1.6), (x * 0.9 + 0.2 * turn, -1.25), (x * 1.1 + 0.3 * turn, -0.7)], closed=False
-            )
+            seam = arc([(0.05 * turn, -1.6), (x * 0.9 + 0.2 * turn, -1.25), (x * 1.1 + 0.3 * turn, -0.7)])
             canvas.pen(head.flat(seam), color * 0.6, thin, 0.6, grey=120)
         canvas.paint([head.flat(ellipse(0, -1.61, 0.07, 0.04, steps=10))], color * 0.8, HAT, outline=80)
         shift = 0.9 * turn
-        top = smooth(
-            [(-0.92 + shift * 0.3, -0.66), (-0.5 + shift, -0.84), (0.5 + shift, -0.84), (0.92 + shift * 0.3, -0.66)],
-            closed=False,
-        )
-        bill = smooth(
-            [
-                (0.95 + shift * 0.4, -0.6),
-                (0.6 + shift * 1.3, -0.42),
-                (shift * 1.4, -0.36),
-                (-0.6 + shift * 1.3, -0.42),
-                (-0.95 + shift * 0.4, -0.6),
-            ],
-            closed=False,
-        )
-        visor = head.flat(np.concatenate([top, bill]))
+        # x, weight of the shift, y
+        top = ((-0.92, 0.3, -0.66), (-0.5, 1, -0.84), (0.5, 1, -0.84), (0.92, 0.3, -0.66))
+        bill = ((0.95, 0.4, -0.6), (0.6, 1.3, -0.42), (0, 1.4, -0.36), (-0.6, 1.3, -0.42), (-0.95, 0.4, -0.6))
+        edges = [arc([(x + shift * weight, y) for x, weight, y in edge]) for edge in (top, bill)]
+        visor = head.flat(np.concatenate(edges))
         dark = canvas.blur(canvas.cover(visor), 0.014, (0, 0.03))
         canvas.tint(dark * face * (canvas.mask != HAT) * 0.4, np.array(traits.skin) * (0.45, 0.34, 0.36))
         canvas.paint([visor], toned(color * 0.82, light - 0.1 + 0.5 * np.clip(head.v + 0.6, -0.3, 0.3)), HAT)
@@ -332,11 +305,10 @@ def draw_hat(canvas: Canvas, traits: Traits, head: Head, face: np.ndarray) -> No
         brim = ellipse(0.1 * turn, -0.66, 1.82, 0.25, steps=40)
         brim[:, 1] -= 0.1 * (brim[:, 0] / 1.8) ** 2
         upper = brim[:, 1] < -0.66
-        # The far rim is behind the dome, so the upper edge follows the band instead of crossing it.
+        # The far side of the brim is behind the dome: its upper edge follows the band.
         middle = np.abs(brim[:, 0]) < wide
-        brim[:, 1] = np.where(
-            upper & middle, np.maximum(brim[:, 1], -0.78 + 0.12 * (1 - (brim[:, 0] / wide) ** 2)), brim[:, 1]
-        )
+        edge = np.maximum(brim[:, 1], -0.78 + 0.12 * (1 - (brim[:, 0] / wide) ** 2))
+        brim[:, 1] = np.where(upper & middle, edge, brim[:, 1])
         place = head.flat(brim)
         dark = canvas.blur(canvas.cover(place), 0.018, (0, 0.04))
         canvas.tint(dark * face * (canvas.mask != HAT) * 0.45, np.array(traits.skin) * (0.45, 0.34, 0.36))

@@ -1,8 +1,7 @@
-"""What a drawn face looks like, before anything is drawn: sampled traits and the words for them.
+"""Sample the traits of a synthetic face and derive its attributes.
 
-Traits are plain numbers and words in units of the head, free of any picture size, so one face looks the same at every
-size. The combinations are those that can be drawn without contradiction (no sideburns under a bald head, no earring
-on a covered ear): what the attributes say is then always to be seen.
+Lengths are relative to the head, so that a face looks the same at every size. Only combinations without contradictions
+are sampled (no earring on a covered ear): every attribute is visible.
 """
 
 from __future__ import annotations
@@ -12,64 +11,39 @@ from dataclasses import dataclass
 import numpy as np
 
 HAIR_COLORS = {
-    "black": (30, 27, 32),
-    "dark brown": (62, 42, 33),
-    "brown": (104, 68, 44),
-    "auburn": (126, 54, 34),
-    "blond": (218, 178, 108),
-    "grey": (150, 150, 154),
-    "white": (226, 224, 220),
-    "red": (190, 80, 34),
-    "blue": (58, 98, 184),
-    "pink": (228, 118, 164),
-}
+    "black": (30, 27, 32), "dark brown": (62, 42, 33), "brown": (104, 68, 44), "auburn": (126, 54, 34),
+    "blond": (218, 178, 108), "grey": (150, 150, 154), "white": (226, 224, 220), "red": (190, 80, 34),
+    "blue": (58, 98, 184), "pink": (228, 118, 164),
+}  # fmt: skip
 EYE_COLORS = {
-    "brown": (98, 58, 32),
-    "dark brown": (58, 36, 26),
-    "hazel": (142, 104, 48),
-    "green": (70, 132, 84),
-    "blue": (66, 124, 190),
-    "grey": (120, 136, 148),
-}
+    "brown": (98, 58, 32), "dark brown": (58, 36, 26), "hazel": (142, 104, 48), "green": (70, 132, 84),
+    "blue": (66, 124, 190), "grey": (120, 136, 148),
+}  # fmt: skip
 SKIN_ANCHORS = (
-    (253, 230, 214),
-    (246, 212, 186),
-    (232, 186, 148),
-    (208, 154, 112),
-    (170, 116, 78),
-    (126, 82, 56),
-    (86, 56, 42),
-)
-SKIN_WORDS = ("pale", "fair", "light", "tan", "brown", "dark brown", "deep brown")
+    (253, 230, 214), (246, 212, 186), (232, 186, 148), (208, 154, 112), (170, 116, 78), (126, 82, 56), (86, 56, 42),
+)  # fmt: skip
+SKIN_TONES = ("pale", "fair", "light", "tan", "brown", "dark brown", "deep brown")
 CLOTH_COLORS = {
-    "red": (192, 52, 50),
-    "blue": (52, 92, 168),
-    "navy": (38, 50, 88),
-    "green": (62, 124, 82),
-    "yellow": (232, 186, 66),
-    "orange": (226, 124, 54),
-    "purple": (112, 74, 146),
-    "pink": (230, 146, 166),
-    "white": (238, 236, 232),
-    "grey": (128, 132, 138),
-    "black": (44, 44, 50),
-    "teal": (42, 130, 134),
+    "red": (192, 52, 50), "blue": (52, 92, 168), "navy": (38, 50, 88), "green": (62, 124, 82),
+    "yellow": (232, 186, 66), "orange": (226, 124, 54), "purple": (112, 74, 146), "pink": (230, 146, 166),
+    "white": (238, 236, 232), "grey": (128, 132, 138), "black": (44, 44, 50), "teal": (42, 130, 134),
     "beige": (212, 190, 158),
-}
+}  # fmt: skip
 BACKGROUND_COLORS = {
-    "grey": (176, 180, 186),
-    "white": (240, 240, 238),
-    "blue": (120, 168, 214),
-    "green": (138, 184, 146),
-    "yellow": (244, 216, 130),
-    "orange": (240, 176, 118),
-    "pink": (240, 186, 192),
-    "purple": (170, 148, 202),
-    "teal": (106, 178, 178),
-    "beige": (226, 210, 186),
-    "brown": (150, 122, 100),
-    "dark": (66, 70, 82),
-}
+    "grey": (176, 180, 186), "white": (240, 240, 238), "blue": (120, 168, 214), "green": (138, 184, 146),
+    "yellow": (244, 216, 130), "orange": (240, 176, 118), "pink": (240, 186, 192), "purple": (170, 148, 202),
+    "teal": (106, 178, 178), "beige": (226, 210, 186), "brown": (150, 122, 100), "dark": (66, 70, 82),
+}  # fmt: skip
+STYLES = {
+    "bald": (0.13, 0, 0.006), "buzz cut": (0.13, 0, 0.008), "short": (0.3, 0, 0.06), "side-parted": (0.26, 0, 0.04),
+    "bob": (0, 0.2, 0), "long straight": (0, 0.22, 0.03), "long wavy": (0, 0.22, 0.03), "curly": (0, 0, 0.12),
+    "afro": (0, 0, 0.08), "bun": (0, 0.11, 0.02), "ponytail": (0, 0.12, 0.01), "braids": (0, 0.07, 0),
+}  # fmt: skip
+"""Hair style -> weight for men, additional weight for women, weight for all."""
+CLOTHES = {
+    "t-shirt": 0.2, "v-neck": 0.12, "striped shirt": 0.1, "shirt": 0.16, "turtleneck": 0.1, "hoodie": 0.12,
+    "blazer": 0.12, "dress": 0.14,
+}  # fmt: skip
 TIED = ("bun", "ponytail", "braids")
 LONG = ("bob", "long straight", "long wavy")
 OPEN_NECK = ("t-shirt", "v-neck", "striped shirt", "dress", "shirt")
@@ -77,7 +51,7 @@ OPEN_NECK = ("t-shirt", "v-neck", "striped shirt", "dress", "shirt")
 
 @dataclass(frozen=True, kw_only=True)
 class Traits:
-    """One face. Colours are RGB in 0..1; angles in radians; lengths in half face widths unless said otherwise."""
+    """One face. Colours are RGB in 0..1, angles in radians, lengths in half face widths unless stated otherwise."""
 
     presentation: str
     age: str
@@ -88,13 +62,13 @@ class Traits:
     hair: tuple[float, float, float]
     hair_style: str
     hair_length: float
-    """Where loose hair ends, below the eyes."""
+    """End of loose hair, below the eyes."""
     hair_volume: float
     part: float
-    """Where the hair is parted, -1 to 1."""
+    """Position of the parting, -1 to 1."""
     bangs: bool
     tucked: bool
-    """Loose hair runs behind the ears."""
+    """Whether loose hair is behind the ears."""
     eye_color: str
     eye: tuple[float, float, float]
     eye_size: float
@@ -120,25 +94,25 @@ class Traits:
     makeup: bool
     lip: tuple[float, float, float]
     shadow_color: tuple[float, float, float]
-    """Eye shadow, where there is make-up."""
+    """Eye shadow, used with make-up."""
     clothing: str
     clothing_color: str
     background: str
     background_color: str
     background_second: tuple[float, float, float]
     yaw: float
-    """-1 looks to the viewer's left, 1 to the viewer's right."""
+    """-1 (to the viewer's left) to 1 (to the viewer's right)."""
     roll: float
     scale: float
-    """Half face width as a fraction of the picture."""
+    """Half face width as a fraction of the image."""
     shift: tuple[float, float]
-    """Displacement of the head, as a fraction of the picture."""
+    """Displacement of the head as a fraction of the image."""
     light_side: float
-    """-1 light from the viewer's left, 1 from the right."""
+    """-1 (light from the viewer's left) or 1 (from the right)."""
 
 
 def sample_traits(random: np.random.Generator) -> Traits:
-    """One consistent face at random."""
+    """Sample a consistent face."""
 
     def pick(options: dict[str, float]) -> str:
         weight = np.array(list(options.values()))
@@ -170,22 +144,8 @@ def sample_traits(random: np.random.Generator) -> Traits:
     dyed = 0.06 if age == "older" else 0.04
     hair_color = pick({**natural, "grey": aged * 0.6, "white": aged * 0.4 + 0.01, "blue": dyed, "pink": dyed})
 
-    hair_style = pick(
-        {
-            "bald": 0.13 * (1 - feminine) + 0.006,
-            "buzz cut": 0.13 * (1 - feminine) + 0.008,
-            "short": 0.3 * (1 - feminine) + 0.06,
-            "side-parted": 0.26 * (1 - feminine) + 0.04,
-            "bob": 0.2 * feminine,
-            "long straight": 0.22 * feminine + 0.03,
-            "long wavy": 0.22 * feminine + 0.03,
-            "curly": 0.12,
-            "afro": 0.08,
-            "bun": 0.11 * feminine + 0.02,
-            "ponytail": 0.12 * feminine + 0.01,
-            "braids": 0.07 * feminine,
-        }
-    )
+    weights = {style: man * (1 - feminine) + woman * feminine + base for style, (man, woman, base) in STYLES.items()}
+    hair_style = pick(weights)
     bangs = hair_style in (*LONG, *TIED, "short") and chance(0.3 if hair_style != "short" else 0.4)
     tucked = hair_style in LONG and chance(0.45)
     hat = pick({"none": 0.82, "beanie": 0.08, "cap": 0.06, "wide-brimmed hat": 0.06})
@@ -202,18 +162,7 @@ def sample_traits(random: np.random.Generator) -> Traits:
     beard = "none" if smooth_chin else pick({"none": 0.52, "stubble": 0.16, "short beard": 0.16, "full beard": 0.16})
     mustache = not smooth_chin and (beard in ("short beard", "full beard") or (beard == "none" and chance(0.2)))
     expression = pick({"neutral": 0.28, "smile": 0.27, "big smile": 0.23, "surprised": 0.11, "sad": 0.11})
-    clothing = pick(
-        {
-            "t-shirt": 0.2,
-            "v-neck": 0.12,
-            "striped shirt": 0.1,
-            "shirt": 0.16,
-            "turtleneck": 0.1,
-            "hoodie": 0.12,
-            "blazer": 0.12,
-            "dress": 0.14 * feminine,
-        }
-    )
+    clothing = pick(CLOTHES | {"dress": CLOTHES["dress"] * feminine})
     warm_lip = np.array([red, green, blue]) * np.array([0.86, 0.62, 0.62]) + np.array([0.08, 0.0, 0.02])
     lip_red, lip_green, lip_blue = np.clip(warm_lip, 0, 1).tolist()
     paints = ((188, 38, 56), (206, 66, 96), (150, 36, 66), (214, 92, 84), (176, 70, 110))
@@ -226,7 +175,7 @@ def sample_traits(random: np.random.Generator) -> Traits:
         presentation=presentation,
         age=age,
         face_shape=pick({"oval": 0.32, "round": 0.2, "square": 0.18, "long": 0.15, "heart-shaped": 0.15}),
-        skin_tone=SKIN_WORDS[int(min(round(tone), len(SKIN_WORDS) - 1))],
+        skin_tone=SKIN_TONES[int(min(round(tone), len(SKIN_TONES) - 1))],
         skin=(red, green, blue),
         hair_color=hair_color,
         hair=tinted(HAIR_COLORS[hair_color], 0.06),
@@ -276,33 +225,25 @@ def sample_traits(random: np.random.Generator) -> Traits:
     )
 
 
+ATTRIBUTES = (
+    "presentation", "age", "face_shape", "skin_tone", "hair_color", "hair_style", "bangs", "eye_color", "glasses",
+    "hat", "hat_color", "earrings", "necklace", "expression", "beard", "mustache", "freckles", "makeup", "clothing",
+    "clothing_color", "background", "background_color",
+)  # fmt: skip
+"""Traits that are attributes, in the order of the metadata."""
+
+
 def describe(traits: Traits) -> dict[str, str | bool | float]:
-    """The attributes of a face: a flat mapping of words, flags and two angles (degrees)."""
+    """Return the attributes of a face: words, flags and two angles in degrees."""
+    attributes = {name: getattr(traits, name) for name in ATTRIBUTES}
+    if traits.hair_style == "bald":
+        attributes["hair_color"] = "none"
+    if traits.glasses == "sunglasses":
+        attributes["eye_color"] = "hidden"
+    if traits.hat == "none":
+        attributes["hat_color"] = "none"
+    if traits.background == "outdoor":
+        attributes["background_color"] = "natural"
     pose = "frontal" if abs(traits.yaw) < 0.35 else ("turned to the left" if traits.yaw < 0 else "turned to the right")
-    return {
-        "presentation": traits.presentation,
-        "age": traits.age,
-        "face_shape": traits.face_shape,
-        "skin_tone": traits.skin_tone,
-        "hair_color": traits.hair_color if traits.hair_style != "bald" else "none",
-        "hair_style": traits.hair_style,
-        "bangs": traits.bangs,
-        "eye_color": traits.eye_color if traits.glasses != "sunglasses" else "hidden",
-        "glasses": traits.glasses,
-        "hat": traits.hat,
-        "hat_color": traits.hat_color if traits.hat != "none" else "none",
-        "earrings": traits.earrings,
-        "necklace": traits.necklace,
-        "expression": traits.expression,
-        "beard": traits.beard,
-        "mustache": traits.mustache,
-        "freckles": traits.freckles,
-        "makeup": traits.makeup,
-        "clothing": traits.clothing,
-        "clothing_color": traits.clothing_color,
-        "background": traits.background,
-        "background_color": traits.background_color if traits.background != "outdoor" else "natural",
-        "pose": pose,
-        "yaw_degrees": round(traits.yaw * 22, 1),
-        "roll_degrees": round(float(np.degrees(traits.roll)), 1),
-    }
+    angles = {"yaw_degrees": round(traits.yaw * 22, 1), "roll_degrees": round(float(np.degrees(traits.roll)), 1)}
+    return attributes | {"pose": pose} | angles

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from likeness.conditions.pictures import open_picture
+from likeness.conditions.images import open_image
 from likeness.data.folder import METADATA, captions_of, each_row, line_of, relative_row, splits_of
 from likeness.files import writing_whole
 from likeness.prepare.caption.endpoint import BudgetSpent, Meter, Rejected, open_endpoint
@@ -304,7 +304,7 @@ def caption_face(row: dict[str, Any], name: str, settings: CaptionSettings, coun
 
 def load_image(content: bytes, name: str, pixels: int) -> Image.Image:
     """Decode an image for a model: upright, RGB, its longer side at most `pixels`."""
-    image = open_picture(content, name).convert("RGB")
+    image = open_image(content, name).convert("RGB")
     image.thumbnail((pixels, pixels), Image.Resampling.LANCZOS)
     return image
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from likeness.conditions import CONDITIONS
-from likeness.conditions.classes import CLASSES
-from likeness.conditions.contradictions import contradictions
+from likeness.conditions.mask.classes import CLASSES
+from likeness.conditions.mask.contradictions import contradictions
 from likeness.data.folder import column_of
 from likeness.prepare.caption.prompts import NOTHING
 from likeness.prepare.caption.rules import DANGLING, WORD, Filtered, filter_answer, join, pieces_of, thinking

@@ -16,11 +16,10 @@ import numpy as np
 from PIL import Image
 
 from likeness.conditions import CONDITIONS
-from likeness.conditions.classes import PALETTE
-from likeness.conditions.layout import exchanged_pairs, measure
-from likeness.conditions.mask import paint_parts
-from likeness.conditions.mask_schemes import exchange
-from likeness.conditions.pictures import check_aspect, mask_picture, open_picture, png_bytes
+from likeness.conditions.images import check_aspect, open_image, png_bytes
+from likeness.conditions.mask import mask_image, paint_parts, swap_classes
+from likeness.conditions.mask.classes import PALETTE
+from likeness.conditions.mask.geometry import measure, swapped_pairs
 from likeness.prepare.ingest.face import Face, content_of, json_of, name_of
 from likeness.types import InputError
 
@@ -54,7 +53,7 @@ def open_face(face: Face, geometry: Geometry) -> tuple[Image.Image, Box, bytes, 
         InputError: it cannot be read, or has the wrong size.
     """
     content, name = content_of(face.image), name_of(face.image)
-    image = open_picture(content, name)
+    image = open_image(content, name)
     width, height = image.size
     if face.image_size is not None and image.size != face.image_size:
         expected = "{}x{}".format(*face.image_size)
@@ -86,14 +85,14 @@ def crop_and_resize(image: Image.Image, box: Box, size: int | None) -> Image.Ima
 def convert_mask(source: Any, box: Box, size: tuple[int, int]) -> tuple[bytes, bool]:
     """Return a mask as palette PNG, and whether its sides were swapped."""
     if isinstance(source, Mapping):
-        parts = {index: open_picture(content_of(file), name_of(file)) for index, file in source.items()}
+        parts = {index: open_image(content_of(file), name_of(file)) for index, file in source.items()}
         labels = paint_parts(parts, f"the mask of {name_of(next(iter(source.values())))}").raw
     else:
         labels = read_image("mask", source)
     labels = crop(labels, box, size, "mask")
-    fixed = exchange(labels, exchanged_pairs(measure(labels)))
+    fixed = swap_classes(labels, swapped_pairs(measure(labels)))
     same = None if isinstance(source, Mapping) else unchanged(source, "P", fixed)
-    return same or png_bytes(mask_picture(fixed)), not np.array_equal(fixed, labels)
+    return same or png_bytes(mask_image(fixed)), not np.array_equal(fixed, labels)
 
 
 def convert_sketch(source: Any, box: Box, size: tuple[int, int]) -> tuple[bytes, bool]:
@@ -131,11 +130,7 @@ def read_image(condition: str, file: Any) -> np.ndarray:
     """Read the raw form of a mask or sketch."""
     if isinstance(file, Path):
         return CONDITIONS[condition].read(file).raw
-    image = open_picture(content_of(file), name_of(file))
-    try:
-        return CONDITIONS[condition].read(image).raw
-    except InputError as error:
-        raise InputError(f"{name_of(file)}: {error}", kind=error.kind) from error
+    return CONDITIONS[condition].read(open_image(content_of(file), name_of(file)), name=name_of(file)).raw
 
 
 def unchanged(file: Any, mode: str, raw: np.ndarray) -> bytes | None:

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from likeness.conditions import CONDITIONS
-from likeness.conditions.pictures import open_picture, png_bytes
+from likeness.conditions.images import open_image, png_bytes
 from likeness.data.ahead import read_ahead
 from likeness.data.folder import METADATA, RECORD, column_of, condition_file, line_of
 from likeness.files import write_whole, writing_whole
@@ -364,7 +364,7 @@ def write_face(
             image = crop_and_resize(image, box, geometry.size)
             write_whole(path, content if suffix else png_bytes(image))
             written.image_hash = image_hash(image)
-    written.image_hash = written.image_hash or image_hash(open_picture(path))
+    written.image_hash = written.image_hash or image_hash(open_image(path))
     row = {"file_name": f"images/{path.name}"}
     row |= {column_of(key): condition_file(key, name) for key, target in targets.items() if target.is_file()}
     captions = []

@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderDC
 
 from likeness.conditions import CONDITIONS
-from likeness.conditions.classes import CLASSES, PALETTE
+from likeness.conditions.mask.classes import CLASSES, PALETTE
 from likeness.data.ahead import read_ahead
 from likeness.data.folder import column_of, read_folder, read_photo
 from likeness.encoders.latent import LatentCodec, through
@@ -157,10 +157,21 @@ def reconstruction_loss(
     latents = model.encode(pictures, return_dict=False)[0]  # [B, C, S/8, S/8]
     noisy = latents + recipe.latent_noise * latents.detach().std() * noise
     output = model.decode(noisy, return_dict=False)[0]  # [B, 3, S, S]
-    error = (output - pictures).float()
-    loss = error.abs().mean() + 2 * error.square().mean()
-    loss = loss + recipe.detail * (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean())
+    loss = pixel_loss(output, pictures, recipe.detail)
     return loss + recipe.latent_penalty * latents.float().square().mean()
+
+
+def pixel_loss(output: torch.Tensor, images: torch.Tensor, detail: float) -> torch.Tensor:
+    """L1 and squared distance of the pixels, plus `detail` times the L1 distance of their differences along both axes.
+
+    Args:
+        output: reconstructions, [B, 3, S, S].
+        images: what they should be, [B, 3, S, S].
+        detail: weight of the last term, which preserves edges.
+    """
+    error = (output - images).float()
+    loss = error.abs().mean() + 2 * error.square().mean()
+    return loss + detail * (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean())
 
 
 def train_autoencoder(recipe: AutoencoderRecipe, run: Path) -> None:

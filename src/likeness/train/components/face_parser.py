@@ -26,7 +26,7 @@ from transformers import (
 
 from likeness.annotators.face_parser import MEAN, STD, confusion_of, parse_faces
 from likeness.conditions import CONDITIONS
-from likeness.conditions.classes import CLASSES
+from likeness.conditions.mask.classes import CLASSES
 from likeness.data.ahead import read_ahead
 from likeness.data.folder import column_of, read_folder, read_photo
 from likeness.data.sampler import stream

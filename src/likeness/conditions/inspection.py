@@ -1,0 +1,186 @@
+"""Recognize a condition file, list its problems, and write its canonical form.
+
+`fix` repairs only what is certain: sides, blended colours, class order and inversion. It does not invent missing parts.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage
+
+from likeness.conditions import CONDITIONS
+from likeness.conditions.base import Reading, Source, describe
+from likeness.conditions.keypoints import FLIPS
+from likeness.conditions.mask import swap_classes
+from likeness.conditions.mask.classes import CLASSES
+from likeness.conditions.mask.formats import side_notes
+from likeness.conditions.mask.geometry import broken_rules, measure, swapped_pairs
+from likeness.files import write_whole
+from likeness.types import InputError, Note
+
+SPECK = 2e-4
+"""Fraction of the pixels below which a separate region of a class is a speck."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a file contains."""
+
+    condition: str
+    """Key of `CONDITIONS`."""
+    scheme: str
+    """The recognized format."""
+    size: tuple[int, int] | None
+    """(width, height) in pixels; None for keypoints."""
+    classes: tuple[tuple[str, int, float], ...]
+    """(class, pixels, fraction of the pixels) of a mask, by class."""
+    problems: tuple[Note, ...]
+    raw: np.ndarray
+    """As `Reading.raw`: canonical, but with the sides as found."""
+
+
+def inspect(source: Source, name: str | None = None) -> Report:
+    """Recognize `source` and find its problems.
+
+    Args:
+        source: Anything that a condition reads.
+        name: Key of `CONDITIONS`. Default: try all that may have this type of source.
+
+    Raises:
+        InputError: `name` is unknown, or `source` is not a condition.
+    """
+    if name is not None and name not in CONDITIONS:
+        raise InputError(f"Unknown condition {name!r}. Available: {', '.join(CONDITIONS)}")
+    reasons = {}
+    for candidate in _candidates(source) if name is None else (name,):
+        try:
+            return _report(candidate, CONDITIONS[candidate].read(source))
+        except InputError as error:
+            if name is not None or error.kind == "missing-file":
+                raise
+            reasons[candidate] = str(error)
+    if len(set(reasons.values())) == 1:  # unreadable: the same reason for all
+        raise InputError(next(iter(reasons.values())))
+    text = "; ".join(f"as {candidate}: {reason}" for candidate, reason in reasons.items())
+    raise InputError(f"{describe(source)} is not a known condition ({text})")
+
+
+def _candidates(source: Source) -> list[str]:
+    if isinstance(source, np.ndarray):
+        points = source.ndim == 2 or (source.ndim == 3 and len(source) == 1)
+        points = points and source.shape[-1] in (2, 3) and source.shape[-2] in FLIPS
+        return ["keypoints"] if points else ["mask", "sketch"]
+    if isinstance(source, str | os.PathLike):
+        if Path(source).is_dir():
+            return ["mask"]
+        suffix = Path(source).suffix.lower()
+        if found := [name for name in ("keypoints", "mask", "sketch") if suffix in CONDITIONS[name].input_suffixes]:
+            return found
+    return ["mask", "sketch"]
+
+
+def _report(name: str, reading: Reading) -> Report:
+    raw, notes = reading.raw, list(reading.notes)
+    classes: tuple[tuple[str, int, float], ...] = ()
+    size = None if name == "keypoints" else (raw.shape[1], raw.shape[0])
+    if size is not None:
+        notes += _size_problems(*size)
+    if name == "mask":
+        counts = np.bincount(raw.ravel(), minlength=len(CLASSES))
+        classes = tuple((CLASSES[i], int(counts[i]), float(counts[i] / raw.size)) for i in np.flatnonzero(counts))
+        notes += _mask_problems(raw)
+    if name == "sketch":
+        ink = float((raw < 128).mean())
+        if ink < 0.005:
+            notes.append(Note("little-ink", f"only {100 * ink:.2f} % of the sketch is ink: too few or too thin lines"))
+        if ink > 0.35:
+            text = f"{100 * ink:.0f} % of the sketch is ink: shaded areas are a weaker condition than lines"
+            notes.append(Note("much-ink", text))
+    return Report(name, reading.scheme, size, classes, tuple(dict.fromkeys(notes)), raw)
+
+
+def _size_problems(width: int, height: int) -> list[Note]:
+    problems = []
+    if width != height:
+        problems.append(f"it is not square ({width}x{height}): crop or pad it to the aspect ratio of the image")
+    if min(width, height) < 64:
+        problems.append(f"it is only {width}x{height} pixels: below 64, small parts such as eyes are lost")
+    if width % 8 or height % 8:
+        problems.append(f"its sides ({width}x{height}) are not multiples of 8: it will be resized")
+    return [Note("size", text) for text in problems]
+
+
+def _mask_problems(labels: np.ndarray) -> list[Note]:
+    geometry = measure(labels)
+    present = geometry.pixels > 0
+    missing, other = [], []
+    if not present[1]:
+        missing.append("there is no skin, so there is no face")
+    if not present[2]:
+        missing.append("there is no nose")
+    if not present[[3, 4, 5]].any():
+        missing.append("there are no eyes")
+    elif not present[3] and present[4] != present[5]:
+        eye = CLASSES[4 if present[4] else 5]
+        missing.append(f"there is only one eye ({eye}): correct in profile only")
+    if not present[[10, 11, 12]].any():
+        missing.append("there is no mouth and there are no lips")
+    left, top, right, _ = geometry.box[1]
+    edges = {"left": left == 0, "right": right == labels.shape[1] - 1, "top": top == 0}
+    if present[1] and any(edges.values()):
+        cut = " and ".join(edge for edge, touches in edges.items() if touches)
+        other.append(f"the skin touches the {cut} edge: the face looks cut off")
+    for index in np.flatnonzero(present):
+        pixels = geometry.pixels[index]
+        if pixels < max(4, SPECK * labels.size / 4):
+            other.append(f"{CLASSES[index]} has only {pixels} pixel{'s' if pixels > 1 else ''}: possibly a mistake")
+            continue
+        regions, count = ndimage.label(labels == index, structure=np.ones((3, 3)))
+        specks = int((np.bincount(regions.ravel())[1:] < SPECK * labels.size).sum()) if count > 1 else 0
+        if index and specks:
+            other.append(f"{CLASSES[index]} has {specks} separate specks under {100 * SPECK:.2f} % of the image")
+    odd = broken_rules(geometry)
+    if odd and present[1]:
+        other.append(f"unusual geometry for a face: {'; '.join(odd[:3])}")
+    notes = [Note("missing-part", text) for text in missing] + [Note("geometry", text) for text in other]
+    return [*side_notes(labels), *notes]
+
+
+def fix(report: Report, out: Path) -> Path:
+    """Write the canonical form: palette PNG for masks, grey PNG for sketches, JSON for keypoints.
+
+    Swapped sides of a mask are corrected. Specks and missing parts remain.
+
+    Args:
+        report: Result of `inspect`.
+        out: File to write: .png (mask, sketch) or .json (keypoints).
+
+    Returns:
+        `out`.
+
+    Raises:
+        InputError: Another suffix, or the file cannot be written.
+    """
+    out, condition, raw = Path(out), CONDITIONS[report.condition], report.raw
+    if out.suffix.lower() != condition.suffix:
+        raise InputError(f"{out} must end in {condition.suffix}, the canonical form of a {condition.noun}")
+    if condition.name == "mask":
+        raw = swap_classes(raw, swapped_pairs(measure(raw)))
+    write_whole(out, condition.encode(raw))
+    return out
+
+
+def format_report(report: Report) -> str:
+    """Format a report as text: the format, the table of classes, the problems."""
+    size = f", {report.size[0]}x{report.size[1]}" if report.size else ""
+    lines = [f"{report.condition}: {report.scheme}{size}"]
+    if report.classes:
+        lines += ["", f"{'class':<12}{'pixels':>9}{'share':>9}"]
+        lines += [f"{name:<12}{pixels:>9}{100 * fraction:>7.2f} %" for name, pixels, fraction in report.classes]
+    count = len(report.problems)
+    lines += ["", f"{count} problem{'s' * (count != 1)}" if count else "no problems"]
+    return "\n".join([*lines, *(f"  - {problem.text}" for problem in report.problems)])

@@ -1,0 +1,200 @@
+"""Aggregate extractor outputs into measurements: a mean or a distance, its interval and its warning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from likeness.conditions.mask.classes import CLASSES
+from likeness.evaluate import scores
+from likeness.evaluate.features import MissingError
+from likeness.evaluate.metrics import Inputs, Metric, PerImageMetric, SetMetric
+from likeness.evaluate.protocol import CEILING, REAL, TRAIN, Protocol
+from likeness.evaluate.results import ClassScore, Measurement, Neighbor
+from likeness.evaluate.stats import bootstrap_interval, subset_deviations
+
+MIN_IMAGES, MIN_SET = 2, 10
+"""Minimum number of images of a mean and of a distance between sets."""
+
+Outputs = Mapping[str, Sequence[np.ndarray]]
+"""Set of images -> seed -> extractor output [N, ...]."""
+
+
+def measure(
+    name: str, metric: Metric, outputs: Outputs, common: Mapping[str, Any], protocol: Protocol
+) -> tuple[list[Measurement], dict[str, np.ndarray]]:
+    """Measure a metric on each condition set and the ceiling, and its floor if it has one.
+
+    Args:
+        name: name of the metric.
+        metric: the metric.
+        outputs: output of its extractor.
+        common: the part of the protocol that all measurements have in common.
+        protocol: the protocol.
+
+    Returns:
+        The measurements, and what a comparison needs of them (`Results.scores`).
+
+    Raises:
+        MissingError: there are too few images or no training photographs, or no face has what is measured.
+    """
+    measurements: list[Measurement] = []
+    stored: dict[str, np.ndarray] = {}
+    for given, by_seed in outputs.items():
+        if given in (REAL, TRAIN):
+            continue
+        facts = {**common, "given": given, **({"choices": protocol.choices} if name == "retrieval" else {})}
+        own = partial(new_measurement, name, given, "own", facts)
+        if isinstance(metric, SetMetric):
+            real = outputs[REAL][0]
+            measurements.append(measure_set(own, metric, by_seed, real, protocol))
+            stored[f"{metric.extractor}/{given}/features"] = np.stack([metric.features(output) for output in by_seed])
+            stored[f"{metric.extractor}/{REAL}/features"] = metric.features(real)
+            continue
+        if metric.across_seeds and given == CEILING:
+            continue
+        if metric.needs_train and TRAIN not in outputs:
+            raise MissingError("Set train= to the prepared folder that the model was trained on")
+        train = outputs[TRAIN][0] if metric.needs_train else None
+        inputs = Inputs(protocol.choices, None if train is None else train[readable(train)])
+        values = stored[f"{name}/{given}"] = face_values(metric, by_seed, inputs)
+        means = []
+        if len(by_seed) > 1 and not metric.across_seeds:
+            means = [float(np.nanmean(face_values(metric, [output], inputs))) for output in by_seed]
+        measurements.append(measure_mean(own, values, protocol, means))
+        if metric.mismatch and given != CEILING and (not metric.condition or metric.condition in given.split("+")):
+            floor = face_values(metric, by_seed, inputs, metric.mismatch)
+            another = partial(new_measurement, name, given, "another", facts)
+            measurements.append(measure_mean(another, floor, protocol))
+    return measurements, stored
+
+
+def new_measurement(
+    metric: str,
+    given: str,
+    against: str,
+    facts: Mapping[str, Any],
+    value: float,
+    interval: Sequence[float] | np.ndarray,
+    n: int,
+    by_seed: Sequence[float] = (),
+    warning: str = "",
+) -> Measurement:
+    """Add the number of faces to the protocol."""
+    low, high = map(float, interval)
+    return Measurement(metric, given, against, value, low, high, n, list(by_seed), warning, {**facts, "n": n})
+
+
+def face_values(
+    metric: PerImageMetric,
+    by_seed: Sequence[np.ndarray],
+    inputs: Inputs,
+    mismatch: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> np.ndarray:
+    """Score each face: the mean over seeds, [N]; NaN if it has no value.
+
+    Raises:
+        MissingError: there are too few images.
+    """
+    if metric.across_seeds:
+        if len(by_seed) < 2:
+            raise MissingError("It needs several images per face: set seeds=2 or more")
+        return metric.score(np.stack(by_seed), inputs)
+    values = np.full((len(by_seed), len(by_seed[0])), np.nan)  # [R, N]
+    for seed_index, output in enumerate(by_seed):
+        rows = np.flatnonzero(readable(output))
+        if not len(rows):
+            continue
+        try:
+            scored = metric.score(mismatch(output[rows]) if mismatch else output[rows], inputs)
+        except ValueError as error:  # fewer images than choices
+            raise MissingError(f"{error}: set choices= to a smaller number") from error
+        values[seed_index, rows[: len(scored)]] = scored
+    return scores.nan_mean(values.T)
+
+
+def readable(output: np.ndarray) -> np.ndarray:
+    """Return which images have any extractor output, bool [N]."""
+    return np.any(~np.isnan(output.reshape(len(output), -1)), axis=1)
+
+
+def measure_mean(
+    new: Callable[..., Measurement], values: np.ndarray, protocol: Protocol, by_seed: Sequence[float] = ()
+) -> Measurement:
+    """Measure the mean over faces."""
+    known = values[~np.isnan(values)]
+    if len(known) < MIN_IMAGES:
+        raise MissingError(
+            f"Only {len(known)} of {len(values)} images can be scored, at least {MIN_IMAGES} are needed: the faces "
+            "lack what is measured, or are too few"
+        )
+    interval = bootstrap_interval(known, samples=protocol.bootstrap_samples)
+    return new(float(known.mean()), interval, len(known), by_seed)
+
+
+def measure_set(
+    new: Callable[..., Measurement],
+    metric: SetMetric,
+    by_seed: Sequence[np.ndarray],
+    real: np.ndarray,
+    protocol: Protocol,
+) -> Measurement:
+    """Measure a distance between sets, the mean over seeds."""
+    values, deviations, counts = [], [], []
+    for output in by_seed:
+        both = readable(output) & readable(real)
+        if both.sum() < MIN_SET:
+            raise MissingError(f"{both.sum()} images are too few to compare sets: at least {MIN_SET} are needed")
+        features, photos = metric.features(output[both]), metric.features(real[both])
+        values.append(metric.distance(features, photos))
+        samples = max(protocol.bootstrap_samples // 20, 20)
+        deviations.append(subset_deviations(metric.distance, features, photos, samples))
+        counts.append(int(both.sum()))
+    low, high = np.percentile(np.mean(deviations, axis=0), (2.5, 97.5)) + np.mean(values)
+    interval = np.clip((low, high), *metric.limits)
+    warning = metric.bias(min(counts), metric.features(real[:1]).shape[1])
+    seeds = values if len(values) > 1 else ()
+    return new(float(np.mean(values)), interval, min(counts), seeds, warning)
+
+
+def class_scores(by_seed: Sequence[np.ndarray]) -> list[ClassScore]:
+    """Score each class over all images.
+
+    Args:
+        by_seed: face parser output of each seed, [N, 2, 19, 3]. Rows of NaN, and seeds without a readable image, are
+            skipped.
+    """
+    known = [output[:, 0] for output in by_seed if readable(output).any()]
+    if not known:
+        return []
+    counts = np.stack(known)  # [R, N, 19, 3]
+    iou = scores.class_iou(np.nansum(counts, axis=(0, 1))[None])[0]  # [19]
+    shown = scores.nan_mean(np.moveaxis(scores.class_shown(counts), 0, -1))  # [N, 19]
+    table = []
+    for index, name in enumerate(CLASSES):
+        values = shown[~np.isnan(shown[:, index]), index]
+        if len(values):
+            interval = bootstrap_interval(values, samples=500)
+            table.append(ClassScore(name, len(values), float(iou[index]), float(values.mean()), *interval))
+    return table
+
+
+def nearest_photos(images: np.ndarray, photos: np.ndarray, files: Sequence[str], count: int = 8) -> list[Neighbor]:
+    """Find the images that are nearest to a training photograph, nearest first.
+
+    Args:
+        images: output of the text-image pair for the images, [N, 2, P].
+        photos: the same for the photographs, [M, 2, P].
+        files: the photographs, [M].
+        count: maximum number of images.
+    """
+    rows, known = np.flatnonzero(readable(images)), np.flatnonzero(readable(photos))
+    if not len(rows) or not len(known):
+        return []
+    cosine, index = scores.nearest(torch.from_numpy(images[rows, 0]), torch.from_numpy(photos[known, 0]))
+    order = cosine.argsort(descending=True)[:count].tolist()
+    return [Neighbor(int(rows[i]), files[known[index[i]]], float(cosine[i])) for i in order]

@@ -1,0 +1,179 @@
+"""Run an evaluation: images, extractor outputs, measurements.
+
+The folder of an evaluation contains `pictures/`, `seen/` (the cache of extractor outputs), `scores.npz` and
+`results.json`. The same command resumes a stopped evaluation and measures only what is new.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from likeness.config import to_dict
+from likeness.evaluate.aggregate import class_scores, measure, nearest_photos
+from likeness.evaluate.extractors import EXTRACTORS
+from likeness.evaluate.faces import Face, faces_hash, read_faces, read_training_faces
+from likeness.evaluate.features import Extractor, MissingError, extract_cached
+from likeness.evaluate.images import ImageSets, Progress, Task, find_images, generate_images, image_size, user_images
+from likeness.evaluate.metrics import METRICS, Metric, PerImageMetric, SetMetric
+from likeness.evaluate.protocol import CEILING, REAL, TRAIN, Protocol
+from likeness.evaluate.results import Fault, MissingMetric, Results
+from likeness.parallel import rank_and_world
+from likeness.types import InputError
+
+
+def evaluate(
+    folder: Path,
+    out: Path,
+    protocol: Protocol,
+    *,
+    pipeline: Any = None,
+    model: str = "",
+    images: Path | None = None,
+    device: str = "cpu",
+    progress: Progress = lambda task, done, total: None,
+) -> Results | None:
+    """Measure a model, or existing images, on the faces of a prepared folder.
+
+    Args:
+        folder: a prepared split.
+        out: folder of the evaluation.
+        protocol: what is measured and how.
+        pipeline: a pipeline of this package. With `images`, only its autoencoder is used, for the ceiling.
+        model: the name under which the pipeline was loaded.
+        images: folder with the images of any method, each named like the photograph of its face, made from
+            `protocol.given[0]`.
+        device: device of the extractors.
+        progress: called as (task, done, total).
+
+    Returns:
+        The results, which are saved in `out`, too; None on all ranks but the first, which only generate images.
+
+    Raises:
+        InputError: the folder, the images or the protocol cannot be used, or `out` contains another evaluation.
+    """
+    if unknown := [name for name in protocol.metrics if name not in METRICS]:
+        raise InputError(f"Unknown metric {unknown[0]!r}. Available: {', '.join(METRICS)}")
+    if images is not None and (len(protocol.given) > 1 or protocol.seeds > 1):
+        raise InputError(
+            f"--images requires one condition set, such as given=mask, and seeds=1; given is {protocol.given}"
+        )
+    files = None if images is None else find_images(images)
+    faces, notes = read_faces(folder, protocol, files)
+    task = Task(
+        folder=folder, out=out, protocol=protocol, faces=faces, pipeline=pipeline, model=model, device=device,
+        progress=progress,
+    )  # fmt: skip
+    sets = generate_images(task) if files is None else user_images(task, files)
+    if rank_and_world()[0]:
+        return None
+    train = [] if protocol.train is None else read_training_faces(Path(protocol.train))
+    if (side := image_size([face.photo for face in faces])) < sets.size:
+        notes.append(f"The photographs have {side} px and were enlarged to {sets.size} px for the comparison")
+    facts = {
+        "split": folder.resolve().name,
+        "faces": faces_hash(faces),
+        "caption": protocol.caption,
+        "resolution": sets.size,
+        "seeds": protocol.seeds,
+        **sets.source,
+        "n": len(faces),
+    }
+    results = Results(
+        protocol=facts,
+        settings=to_dict(protocol),
+        faces=[
+            {"name": face.name, "caption": face.caption, "photo": str(face.photo)}
+            | {name: str(path) for name, path in face.conditions.items()}
+            for face in faces
+        ],
+        images={given: [str(file.resolve()) for file in seeds[0]] for given, seeds in sets.by_condition.items()},
+        notes=notes,
+    )
+    faults = dict(sets.faults)
+    for name, create in EXTRACTORS.items():
+        if metrics := {key: METRICS[key] for key in protocol.metrics if METRICS[key].extractor == name}:
+            try:
+                extractor = create(protocol, sets.size, device)
+                try:
+                    outputs, unreadable = extract_sets(task, extractor, metrics, sets, train)
+                finally:
+                    extractor.close()
+            except InputError as error:
+                results.missing += [MissingMetric(metric, str(error)) for metric in metrics]
+                continue
+            faults |= unreadable
+            add_measurements(results, extractor, metrics, outputs, train, protocol)
+    results.faults = [Fault(file, why) for file, why in faults.items()]
+    results.notes = list(dict.fromkeys(results.notes))
+    results.save(out)
+    return results
+
+
+def needs_train(metric: Metric) -> bool:
+    """Return whether a metric needs the training photographs."""
+    return isinstance(metric, PerImageMetric) and metric.needs_train
+
+
+def extract_sets(
+    task: Task, extractor: Extractor, metrics: Mapping[str, Metric], sets: ImageSets, train: Sequence[Face]
+) -> tuple[dict[str, list[np.ndarray]], dict[str, str]]:
+    """Run an extractor on every set of images that its metrics need.
+
+    Returns:
+        Set -> seed -> output [N, ...], and file -> why it could not be read.
+    """
+    required: dict[str, list[tuple[Sequence[Path], Sequence[Face]]]] = {
+        given: [(files, task.faces) for files in seeds] for given, seeds in sets.by_condition.items()
+    }
+    if sets.ceiling:
+        required[CEILING] = [(sets.ceiling, task.faces)]
+    if any(isinstance(metric, SetMetric) for metric in metrics.values()):
+        required[REAL] = [([face.photo for face in task.faces], task.faces)]
+    if train and any(map(needs_train, metrics.values())):
+        required[TRAIN] = [([face.photo for face in train], train)]
+    outputs: dict[str, list[np.ndarray]] = {}
+    faults: dict[str, str] = {}
+    for name, seeds in required.items():
+        outputs[name] = []
+        for seed_index, (files, faces) in enumerate(seeds):
+            cache = task.out / "seen" / name / str(seed_index)
+            progress = partial(task.progress, f"{extractor.name} on {name}")
+            values, unreadable = extract_cached(extractor, files, faces, sets.size, cache, progress)
+            outputs[name].append(values)
+            faults |= unreadable
+    return outputs, faults
+
+
+def add_measurements(
+    results: Results,
+    extractor: Extractor,
+    metrics: Mapping[str, Metric],
+    outputs: dict[str, list[np.ndarray]],
+    train: Sequence[Face],
+    protocol: Protocol,
+) -> None:
+    """Add everything that follows from the outputs of an extractor."""
+    results.notes += extractor.notes
+    results.extractors[extractor.name] = {"what": extractor.description, "hash": extractor.hash}
+    facts = {**results.protocol, "extractor": extractor.description, "extractor_hash": extractor.hash}
+    train_facts = {"train": faces_hash(train), "train_n": len(train)}
+    for name, metric in metrics.items():
+        try:
+            own = facts | train_facts if needs_train(metric) else facts
+            numbers, scores = measure(name, metric, outputs, own, protocol)
+        except MissingError as error:
+            results.missing.append(MissingMetric(name, str(error)))
+            continue
+        results.numbers += numbers
+        results.scores |= scores
+    if extractor.name == "text_image" and TRAIN in outputs:
+        photos = [str(face.photo) for face in train]
+        for given in results.images:
+            results.nearest[given] = nearest_photos(outputs[given][0], outputs[TRAIN][0], photos)
+    if extractor.name == "face_parser":
+        results.classes = {given: class_scores(outputs[given]) for given in outputs}

@@ -1,0 +1,80 @@
+"""Confidence intervals and tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+MAX_SUBSET = 1000
+"""Maximum number of images in a random subset."""
+
+
+def bootstrap_interval(values: np.ndarray, *, seed: int = 0, samples: int = 2000) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the mean of values [N]."""
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(len(values), size=(samples, len(values)))].mean(axis=1)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def subsets(count: int, samples: int, seed: int = 0) -> tuple[list[np.ndarray], float]:
+    """Draw random subsets without replacement.
+
+    The standard deviation of an estimate over subsets of b of n images, times sqrt(b / (n - b)), is its standard error
+    at n (delete-d jackknife, Shao and Wu 1989). Here b is n / 2, at most 1000. A bootstrap would put duplicates into a
+    set, which distances between sets mistake for similarity.
+
+    Returns:
+        The indices of each subset, and the factor sqrt(b / (n - b)).
+    """
+    rng = np.random.default_rng(seed)
+    size = min(count // 2, MAX_SUBSET)
+    return [rng.permutation(count)[:size] for _ in range(samples)], float(np.sqrt(size / (count - size)))
+
+
+def subset_deviations(
+    distance: Callable[[np.ndarray, np.ndarray], float],
+    generated: np.ndarray,
+    real: np.ndarray,
+    samples: int,
+    seed: int = 0,
+) -> np.ndarray:
+    """Return deviations of a distance from its mean over subsets, scaled to the whole set, [samples].
+
+    Row i of both sets belongs to face i.
+    """
+    chosen, factor = subsets(len(generated), samples, seed)
+    values = np.array([distance(generated[rows], real[rows]) for rows in chosen])
+    return factor * (values - values.mean())
+
+
+def t_test(value: float, error: float, count: int, differing: int) -> dict[str, Any]:
+    """Test a mean of paired differences with Student's t.
+
+    Args:
+        value: the difference.
+        error: its standard error.
+        count: number of faces; t has count - 1 degrees of freedom.
+        differing: number of faces whose values differ. If signs were random, all would agree with probability
+            2^(1 - differing): p is never less, even if the differences have no spread.
+
+    Returns:
+        `value`, its 95 % interval `low` to `high`, `p`, the probability of such a difference by chance, and `n`.
+    """
+    reach = error * float(stats.t.ppf(0.975, count - 1))
+    p = 2 * float(stats.t.sf(abs(value) / error, count - 1)) if error > 0 else float(value == 0)
+    p = max(p, min(1, 2.0 ** (1 - differing)))
+    return {"value": value, "low": value - reach, "high": value + reach, "p": p, "n": count}
+
+
+def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
+    """Return which of several tests are significant at a family-wise level (Holm 1979)."""
+    significant = [False] * len(p_values)
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        if p_values[index] > level / (len(p_values) - rank):
+            break
+        significant[index] = True
+    return significant
