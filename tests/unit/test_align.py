@@ -1,4 +1,4 @@
-"""Photos to portraits and back: pixels where the transform says, photos untouched elsewhere, work that goes on."""
+"""Align and paste: pixels follow the transform, photos are unchanged elsewhere, interrupted runs resume."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MODEL = SHARED / "weights" / "face_landmarker" / "face_landmarker.task"
 FACES = SHARED / "data" / "celebamask-hq" / "images"
 
 DOTS = {"red": (230, 20, 20), "blue": (20, 20, 230), "green": (20, 200, 20)}
-"""Right eye, left eye and mouth of the faces drawn here."""
+"""Right eye, left eye and mouth of the synthetic faces."""
 
 
 def similarity(scale: float, degrees: float, shift: tuple[float, float]) -> np.ndarray:
@@ -39,7 +39,7 @@ def similarity(scale: float, degrees: float, shift: tuple[float, float]) -> np.n
 
 
 def draw(photo: Image.Image, where: np.ndarray) -> None:
-    """A face of dots, 100 wide before `where` moves it."""
+    """Draw a face of dots, 100 wide before `where` is applied."""
     drawing, scale = ImageDraw.Draw(photo), float(np.hypot(*where[:, 0]))
     for place, radius, colour in (
         ((50, 50), 48, (205, 160, 130)),
@@ -52,11 +52,11 @@ def draw(photo: Image.Image, where: np.ndarray) -> None:
         drawing.ellipse((x - reach, y - reach, x + reach, y + reach), fill=colour)
 
 
-def find_dots(picture: np.ndarray) -> list[np.ndarray]:
-    """A finder of such faces, from left to right; like a real one it loses those that are small beside the picture."""
+def find_dots(image: np.ndarray) -> list[np.ndarray]:
+    """Detect such faces from left to right; like a real detector it misses small ones."""
     spots = []
     for colour in DOTS.values():
-        near = np.abs(picture.astype(np.int16) - np.array(colour, np.int16)).max(axis=2) < 60
+        near = np.abs(image.astype(np.int16) - np.array(colour, np.int16)).max(axis=2) < 60
         labels, _ = ndimage.label(near)
         big = [i for i, area in enumerate(np.bincount(labels.ravel())) if i and area > 1e-4 * labels.size]
         spots.append(sorted(ndimage.center_of_mass(near, labels, big), key=lambda place: place[1]))
@@ -69,7 +69,7 @@ def find_dots(picture: np.ndarray) -> list[np.ndarray]:
         points[list(STROKES["r_eye"][3])], points[list(STROKES["l_eye"][3])] = right_eye, left_eye
         points[[61, 291]] = mouth
         points[234], points[454] = points[4] + (right_eye - left_eye) / 2, points[4] + (left_eye - right_eye) / 2
-        faces.append((points / picture.shape[1::-1]).astype(np.float32))
+        faces.append((points / image.shape[1::-1]).astype(np.float32))
     return faces
 
 
@@ -107,7 +107,7 @@ def photos(tmp_path) -> Path:
 def test_pixels_come_from_where_the_transform_says(scale):
     """On a slope every resampling gives the value at the very place: half a pixel of offset would show."""
     y, x = np.mgrid[0:600, 0:800] + 0.5
-    slope = np.stack([x / 4, y / 3, 60 + (x + y) / 10], axis=-1)  # levels at pixel centres
+    slope = np.stack([x / 4, y / 3, 60 + (x + y) / 10], axis=-1)  # values at pixel centres
     photo = np.rint(slope).astype(np.uint8)
     size = int(min(64, 250 * scale))
     centre = np.array([400.0, 300.0])
@@ -116,23 +116,23 @@ def test_pixels_come_from_where_the_transform_says(scale):
     portrait = cut_portrait(photo, transform, size)
     places = move(np.stack(np.meshgrid(np.arange(size) + 0.5, np.arange(size) + 0.5), axis=-1), inverse(transform))
     wanted = np.stack([places[..., 0] / 4, places[..., 1] / 3, 60 + places.sum(-1) / 10], axis=-1)
-    assert np.abs(portrait - wanted).max() < 1.1  # rounding, twice
+    assert np.abs(portrait - wanted).max() < 1.1  # rounded twice
     assert np.abs((portrait - wanted).mean(axis=(0, 1))).max() < 0.1
 
 
 def test_borders_fade_outside_only():
     rng = np.random.default_rng(0)
     photo = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    transform = np.array([[1.0, 0, 32], [0, 1.0, 32]])  # the photo fills the middle of a portrait of 128
+    transform = np.array([[1.0, 0, 32], [0, 1.0, 32]])  # the photo is the centre of a portrait of 128
     portrait = cut_portrait(photo, transform, 128)
     assert np.array_equal(portrait[32:96, 32:96], photo)
-    assert portrait[:4, :4].std() < 0.2 * photo.std()  # far beyond: an even tone
-    assert abs(portrait[28:31, 40:90].astype(float).mean() - photo.mean()) < 40  # near: the reflected photo
+    assert portrait[:4, :4].std() < 0.2 * photo.std()  # far outside: uniform
+    assert abs(portrait[28:31, 40:90].astype(float).mean() - photo.mean()) < 40  # near: reflected photo
 
 
-def test_pasting_leaves_the_rest_alone():
+def test_paste_changes_no_other_pixels():
     rng = np.random.default_rng(0)
-    photo = rng.integers(0, 256, (700, 500, 3), dtype=np.uint8)  # more rows than are mixed at a time
+    photo = rng.integers(0, 256, (700, 500, 3), dtype=np.uint8)  # more rows than are blended at a time
     transform = similarity(0.3, 20, (10, -30))
     portrait = np.full((128, 128, 3), 90, np.uint8)
     result = paste_portrait(photo, portrait, transform, 128)
@@ -149,42 +149,42 @@ def test_pasting_leaves_the_rest_alone():
 
 
 @pytest.mark.parametrize("scale", [0.4, 1.0, 2.5])
-def test_an_unedited_portrait_changes_little(scale):
+def test_unedited_portrait_changes_little(scale):
     rng = np.random.default_rng(0)
     photo = ndimage.gaussian_filter(rng.uniform(0, 255, (500, 500, 3)), (4, 4, 0))
     photo = np.rint((photo - photo.min()) / np.ptp(photo) * 255).astype(np.uint8)
     size = int(300 * scale)
     transform = similarity(scale, -15, (0, 0))
-    transform[:, 2] = size / 2 - transform[:, :2] @ [120, 250]  # a part of it lies beyond the photo
+    transform[:, 2] = size / 2 - transform[:, :2] @ [120, 250]  # partly outside the photo
     result = paste_portrait(photo, cut_portrait(photo, transform, size), transform, size)
     assert np.abs(result.astype(int) - photo).mean() < 1
     assert np.abs(result.astype(int) - photo).max() < 12
 
 
-def test_refused_portraits():
+def test_rejected_portraits():
     photo = np.zeros((64, 64, 3), np.uint8)
     with pytest.raises(InputError, match="32x16: it must be square"):
         paste_portrait(photo, photo[:16, :32], similarity(1, 0, (0, 0)), 32)
-    with pytest.raises(InputError, match="the feather is 0"):
+    with pytest.raises(InputError, match="feather must be greater than 0"):
         paste_portrait(photo, photo, similarity(1, 0, (0, 0)), 64, feather=0)
 
 
-# Whole folders
+# Folders
 
 
-def test_a_pile_of_photos(photos, tmp_path):
+def test_folder_of_photos(photos, tmp_path):
     found = align(photos, tmp_path / "out")
     assert found.portraits == 2
     assert found.without == ["field.jpg"]
     assert list(found.unreadable) == ["broken.jpg"]
     rows = read_folder(tmp_path / "out")
     assert [row["aligned"]["photo"] for row in rows] == ["one.png", "trip/one.png"]
-    assert len({row["file_name"].name for row in rows}) == 2  # although the photos have one name
+    assert len({row["file_name"].name for row in rows}) == 2  # although the photos have the same name
     for row in rows:
         portrait = read_photo(row["file_name"])
         assert portrait.shape == (96, 96, 3)
         (points,) = find_dots(portrait)
-        # upright, the eyes level and where the recipe has them: half a side is 1.8 times the way from eyes to mouth
+        # upright and framed by the recipe: half a side is 1.8 times the distance from eyes to mouth
         assert np.allclose(portrait_transform(points * 96.0, 96), [[1, 0, 0], [0, 1, 0]], atol=0.8)
         reading = CONDITIONS["keypoints"].read(row["keypoints_file_name"])
         assert np.abs(reading.raw - points).max() < 0.01
@@ -204,24 +204,24 @@ def test_all_faces_of_a_photo(photos, tmp_path):
 def test_small_faces_are_found_through_windows():
     photo = Image.new("RGB", (1200, 800), (90, 90, 90))
     draw(photo, similarity(0.65, 0, (750, 450)))
-    picture = np.array(photo)
-    assert find_dots(picture) == []
-    (points,) = find_faces(find_dots, picture)
+    image = np.array(photo)
+    assert find_dots(image) == []
+    (points,) = find_faces(find_dots, image)
     assert np.allclose(points[33], [750 + 19.5, 450 + 26], atol=1)
 
 
-def test_faces_that_are_off(photos, tmp_path):
-    # 1.5 times smaller than their portraits and more: all of them
+def test_faulty_geometry(photos, tmp_path):
+    # all are more than 1.5 times smaller than their portraits
     found = align(photos, tmp_path / "noted", size=512)
     assert found.portraits == 2
     assert all("small: enlarged" in " ".join(faults) for faults in found.faults.values())
     found = align(photos, tmp_path / "strict", size=512, strict=True)
     assert found.portraits == 0
-    assert len(found.left_out) == 2
+    assert len(found.skipped) == 2
     assert not (tmp_path / "strict" / "metadata.jsonl").exists()
 
 
-def test_goes_on_and_keeps_what_others_added(photos, tmp_path):
+def test_resumes_and_keeps_added_columns(photos, tmp_path):
     out = tmp_path / "out"
     calls = []
 
@@ -248,12 +248,12 @@ def test_goes_on_and_keeps_what_others_added(photos, tmp_path):
     rows = read_folder(out)
     assert [row["aligned"]["photo"] for row in rows] == ["one.png", "trip/one.png", "two.png"]
     assert rows[0]["text"] == ["a face"]
-    with pytest.raises(InputError, match="was aligned with size 96: keep to that"):
+    with pytest.raises(InputError, match="was aligned with size 96: use the same settings"):
         align(photos, out, size=64)
 
 
 def read_journal(out: Path) -> list[str]:
-    """Photos that are done."""
+    """Return the photos that are done."""
     found = []
     for line in (out / JOURNAL).read_text().splitlines()[1:]:
         try:
@@ -263,7 +263,7 @@ def read_journal(out: Path) -> list[str]:
     return found
 
 
-def test_a_full_disk_a_read_only_folder_and_a_bomb(photos, tmp_path):
+def test_full_disk_read_only_folder_and_decompression_bomb(photos, tmp_path):
     align(photos, tmp_path / "whole")
     (photos / "broken.jpg").write_bytes(bomb())
     out, edited = tmp_path / "out", tmp_path / "edited.png"
@@ -294,21 +294,21 @@ def test_no_photos(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         photo_files(tmp_path / "none", tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="holds no photos"):
+    with pytest.raises(InputError, match="has no photos"):
         photo_files(tmp_path / "empty", tmp_path / "out")
 
 
-def test_photos_are_found_as_ingest_finds_them(photos, tmp_path):
+def test_photos_are_listed_as_by_ingest(photos, tmp_path):
     (photos / "link").symlink_to(photos / "trip")
     (photos / "again").symlink_to(photos)
-    (photos / "trip" / "._one.png").write_bytes(b"of another system")
+    (photos / "trip" / "._one.png").write_bytes(b"metadata of macOS")
     found = [path.relative_to(photos).as_posix() for path in photo_files(photos, photos / "ready")]
-    assert found == ["broken.jpg", "field.jpg", "link/one.png", "one.png"]  # a folder once, whatever leads to it
-    with pytest.raises(InputError, match="where portraits would pass for photos: write to another folder"):
+    assert found == ["broken.jpg", "field.jpg", "link/one.png", "one.png"]  # a folder once, also through links
+    with pytest.raises(InputError, match="write to another folder"):
         photo_files(photos, photos)
 
 
-def test_names_that_are_no_text_or_too_long(photos, tmp_path):
+def test_invalid_or_long_names(photos, tmp_path):
     latin = os.fsdecode(b"caf\xe9.png")
     (photos / "one.png").rename(photos / latin)
     (photos / "trip" / "one.png").rename(photos / ("脸" * 82 + ".png"))
@@ -319,25 +319,25 @@ def test_names_that_are_no_text_or_too_long(photos, tmp_path):
     assert all("sketch_file_name" in row for row in read_folder(tmp_path / "out"))
 
 
-def test_pasting_by_the_row(photos, tmp_path, capsys):
+def test_paste_file(photos, tmp_path, capsys):
     out = tmp_path / "out"
     align(photos, out, every=True)
     rows = read_folder(out)
     edited = tmp_path / "edited.png"
     Image.new("RGB", (192, 192), (10, 10, 10)).save(edited)
-    # one face: the photo's hash is enough
+    # one face: the hash of the photo is enough
     main(["prepare", "paste", str(edited), "--aligned", str(out), "--photo", str(photos / "one.png"), "--out",
           str(tmp_path / "pasted.png")])  # fmt: skip
-    assert f"images/{rows[0]['file_name'].name} laid into" in capsys.readouterr().out
+    assert f"images/{rows[0]['file_name'].name} pasted into" in capsys.readouterr().out
     before, after = read_photo(photos / "one.png"), read_photo(tmp_path / "pasted.png")
     y, x = np.mgrid[0:400, 0:600] + 0.5
     places = move(np.stack([x, y], axis=-1), np.array(rows[0]["aligned"]["transform"]))
     outside = ((places <= 0) | (places >= 96)).any(axis=-1)
     assert np.array_equal(before[outside], after[outside])
     assert (after[~outside] == 10).mean() > 0.5
-    # several: by the portrait's own name or by --face
+    # several: by the name of the portrait or by --face
     several = photos / "trip" / "one.png"
-    with pytest.raises(InputError, match="has several faces: name one with --face"):
+    with pytest.raises(InputError, match="has several faces: choose one with --face"):
         paste_file(edited, out, several, tmp_path / "no.png")
     named = tmp_path / rows[2]["file_name"].name
     Image.new("RGB", (96, 96)).save(named)
@@ -345,14 +345,14 @@ def test_pasting_by_the_row(photos, tmp_path, capsys):
     assert paste_file(edited, out, several, tmp_path / "b.png", face=named.name) == f"images/{named.name}"
     # another photo than the one that was aligned
     Image.open(several).rotate(1).save(tmp_path / "other.png")
-    with pytest.raises(InputError, match=r"other\.png is none of the photos"):
+    with pytest.raises(InputError, match=r"other\.png is not a photo of"):
         paste_file(edited, out, tmp_path / "other.png", tmp_path / "no.png")
     with pytest.raises(InputError, match="must end in"):
         paste_file(edited, out, several, tmp_path / "no.bmp")
     assert not (tmp_path / "no.png").exists()
 
 
-def test_profile_transparency_and_the_mark_of_generated_media(photos, tmp_path):
+def test_profile_transparency_and_mark_of_generated_media(photos, tmp_path):
     from likeness.pipelines.record import GENERATED, XMP_KEY
 
     source = Image.open(photos / "one.png").convert("RGBA")
@@ -378,11 +378,11 @@ def test_profile_transparency_and_the_mark_of_generated_media(photos, tmp_path):
             assert (COMPOSITE in text) == marked
 
 
-# By MediaPipe, where its model is at hand
+# MediaPipe, if its model is available
 
 
-@pytest.mark.skipif(not MODEL.is_file() or not FACES.is_dir(), reason="LIKENESS_SHARED holds no landmarker or no faces")
-def test_photographs_by_the_command(tmp_path, capsys):
+@pytest.mark.skipif(not MODEL.is_file() or not FACES.is_dir(), reason="LIKENESS_SHARED has no landmarker or no faces")
+def test_photographs_with_the_command(tmp_path, capsys):
     photos, out = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()
     names = sorted(FACES.iterdir())[:3]
@@ -405,7 +405,7 @@ def test_photographs_by_the_command(tmp_path, capsys):
     for row in read_folder(out):
         transform = np.array(row["aligned"]["transform"])
         tilts.append(np.degrees(np.arctan2(transform[1, 0], transform[0, 0])))
-        # CelebA-HQ's pictures are framed so already: the square around the face is the picture that was laid in
+        # CelebA-HQ has this framing: the square around the face is the pasted image
         assert 1 / np.hypot(*transform[:, 0]) * 128 == pytest.approx(260, rel=0.12)
     assert (
         np.abs(np.array(tilts) - [15, 0, -15][: len(tilts)]).max() < 5

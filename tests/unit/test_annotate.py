@@ -1,4 +1,4 @@
-"""Annotation adds what is missing, keeps what is there, and goes on where it stopped."""
+"""Annotation adds missing conditions, keeps existing ones, and resumes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from likeness.cli import main
 from likeness.data.folder import read_folder
 from likeness.data.synthetic import draw_face
 from likeness.pipelines.load import load_face_parser, network_name
-from likeness.prepare.annotate import annotate_folder, maker_of, makers_of
+from likeness.prepare.annotate import annotate_folder, count_annotators, made_by
 from likeness.train.components.face_parser import FaceParserRecipe, build
 from likeness.types import InputError
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Three faces, the first with a mask of its own."""
+    """Three faces; the first has a mask."""
     root = tmp_path / "faces"
     (root / "images").mkdir(parents=True)
     (root / "own").mkdir()
@@ -61,17 +61,17 @@ def test_adds_and_keeps(folder, parser):
     assert rows[0]["attributes"] == {"hat": "none"}
     network, size = load_face_parser(parser)
     (wanted,) = parse_faces(network, [np.array(Image.open(rows[1]["file_name"]))], size=size)
-    assert (np.array(Image.open(rows[1]["mask_file_name"])) == wanted).mean() > 0.999  # parsed together with another
+    assert (np.array(Image.open(rows[1]["mask_file_name"])) == wanted).mean() > 0.999  # parsed in a batch
     assert Image.open(rows[1]["mask_file_name"]).mode == "P"
     assert Image.open(rows[2]["sketch_file_name"]).mode == "L"
 
 
-def test_goes_on_without_redoing(folder, parser):
+def test_resumes_without_redoing(folder, parser):
     before = (folder / "metadata.jsonl").read_text()
     annotate_folder(folder, parser=parser)
     after = (folder / "metadata.jsonl").read_text()
     assert annotate_folder(folder, parser=parser) == {"mask": 0, "sketch": 0}
-    # stopped before the metadata was written, one file missing
+    # interrupted before the metadata was written, one file missing
     (folder / "metadata.jsonl").write_text(before)
     (folder / "masks" / "2.png").unlink()
     assert annotate_folder(folder, parser=parser) == {"mask": 1, "sketch": 0}
@@ -93,7 +93,7 @@ def test_without_parser(folder):
     assert [("mask_file_name" in row) for row in read_folder(folder)] == [True, False, False]
 
 
-def test_the_parser_goes_by_the_size_of_the_pictures(folder, capsys, monkeypatch):
+def test_default_parser_depends_on_the_image_size(folder, capsys, monkeypatch):
     main(["prepare", "annotate", str(folder)])
     assert "masks added: 2, sketches added: 3" in capsys.readouterr().out
     rows = read_folder(folder)
@@ -104,12 +104,12 @@ def test_the_parser_goes_by_the_size_of_the_pictures(folder, capsys, monkeypatch
     for row in rows:
         Image.open(row["file_name"]).resize((320, 320)).save(row["file_name"])
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    main(["prepare", "annotate", str(folder)])  # no row lacks a mask: no parser is asked for
+    main(["prepare", "annotate", str(folder)])  # no row lacks a mask: no parser is loaded
     with pytest.raises(SystemExit):
         main(["prepare", "annotate", str(folder), "--redo", "mask"])
-    told = capsys.readouterr().err
-    assert "jonathandinu/face-parsing is neither here nor on the hub" in told
-    assert "--parser bundled needs no download" in told
+    printed = capsys.readouterr().err
+    assert "jonathandinu/face-parsing is neither here nor on the hub" in printed
+    assert "--parser bundled needs no download" in printed
     main(["prepare", "annotate", str(folder), "--parser", "none", "--redo", "sketch"])
     assert "sketches added: 0" in capsys.readouterr().out
 
@@ -123,22 +123,22 @@ def other_parser(parser: Path, where: Path) -> Path:
     return where
 
 
-def test_who_made_it_is_recorded(folder, parser):
+def test_annotator_is_recorded(folder, parser):
     annotate_folder(folder, parser=parser)
     name = network_name(load_face_parser(parser)[0])
     rows = read_folder(folder)
-    assert ["mask_made_by" in row for row in rows] == [False, True, True]  # the first was there before
+    assert ["mask_made_by" in row for row in rows] == [False, True, True]  # the first existed before
     assert {row["mask_made_by"] for row in rows[1:]} == {name}
     assert {row["sketch_made_by"] for row in rows} == {"XDoG 1"}
-    assert maker_of(rows[1]["mask_file_name"]) == name
-    assert makers_of(rows) == {"mask": {"hand": 1, name: 2}, "sketch": {"XDoG 1": 3}, "keypoints": {}}
+    assert made_by(rows[1]["mask_file_name"]) == name
+    assert count_annotators(rows) == {"mask": {"hand": 1, name: 2}, "sketch": {"XDoG 1": 3}, "keypoints": {}}
 
 
-def test_redo_makes_anew_what_another_made(folder, parser, tmp_path):
+def test_redo_replaces_files_of_another_annotator(folder, parser, tmp_path):
     annotate_folder(folder, parser=parser, sketches=False)
     other = other_parser(parser, tmp_path / "other")
     old = [row["mask_file_name"].read_bytes() for row in read_folder(folder)]
-    # a mask that was changed by hand since says no longer who made it
+    # a mask that was edited by hand no longer names its annotator
     hand = Image.open(read_folder(folder)[2]["mask_file_name"])
     hand.load()
     hand.info.clear()
@@ -154,7 +154,7 @@ def test_redo_makes_anew_what_another_made(folder, parser, tmp_path):
 
 
 def test_interrupted_by_one_annotator_and_continued_by_another(folder, parser, tmp_path):
-    """Files that the rows do not name yet are not taken for the other annotator's."""
+    """Existing files that no row names are not attributed to the other annotator."""
     before = (folder / "metadata.jsonl").read_text()
     annotate_folder(folder, parser=parser, sketches=False)
     (folder / "metadata.jsonl").write_text(before)  # killed before the metadata was written
@@ -164,8 +164,8 @@ def test_interrupted_by_one_annotator_and_continued_by_another(folder, parser, t
     assert [row.get("mask_made_by") for row in read_folder(folder)] == [None, name, name]
 
 
-def test_hand_made_files_of_other_programs_stay(folder, parser):
-    """A file at its place that no row names yet, saved by a program that writes its own name into it."""
+def test_hand_made_files_are_kept(folder, parser):
+    """An existing file that no row names, saved by a program that writes its own name into it."""
     info = PngInfo()
     info.add_text("Software", "Some Paint 3")
     (folder / "masks").mkdir()
@@ -176,7 +176,7 @@ def test_hand_made_files_of_other_programs_stay(folder, parser):
     assert "mask_made_by" not in read_folder(folder)[1]
 
 
-def test_pictures_of_one_name_in_two_folders(folder):
+def test_equal_names_in_two_folders(folder):
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     (folder / "more").mkdir()
     Image.fromarray(draw_face(0, 9, 64).image).save(folder / "more" / "1.png")
@@ -215,22 +215,22 @@ def test_sketches_by_u2net(folder, tmp_path, capsys):
     assert Image.open(rows[0]["sketch_file_name"]).size == (64, 64)
 
 
-def test_a_change_of_annotator_shows(folder, parser, tmp_path, capsys):
+def test_mixed_annotators_are_reported(folder, parser, tmp_path, capsys):
     annotate_folder(folder, parser=parser, sketches=False)
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     (folder / rows[2].pop("mask_file_name")).unlink()
     del rows[2]["mask_made_by"]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     main(["prepare", "annotate", str(folder), "--parser", str(other_parser(parser, tmp_path / "other"))])
-    told = capsys.readouterr().err
-    assert "mask: 1 by " in told
-    assert "--redo mask makes them anew by one" in told
+    printed = capsys.readouterr().err
+    assert "mask: 1 by " in printed
+    assert "--redo mask regenerates them with one annotator" in printed
 
 
-def test_refusals(folder, parser, tmp_path):
+def test_rejected_input(folder, parser, tmp_path):
     with pytest.raises(InputError, match=r"config\.json cannot be read"):
         annotate_folder(folder, parser=tmp_path / "faces")
-    with pytest.raises(InputError, match="nothing is there to make each mask anew"):
+    with pytest.raises(InputError, match="cannot regenerate the mask files without an annotator"):
         annotate_folder(folder, redo=["mask"])
     other = SegformerForSemanticSegmentation(
         SegformerConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 1, 1], num_labels=3)

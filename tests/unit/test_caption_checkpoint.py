@@ -1,4 +1,4 @@
-"""Captions by transformers checkpoints: tiny ones with random weights, saved as folders as the hub has them."""
+"""Captions by tiny transformers checkpoints with random weights, saved as on the hub."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def save_tokenizer(folder: Path, image: str = "<image>", template: str | None = 
 
 
 def save_internvl(folder: Path) -> Path:
-    """InternVL at tiny size; its processor has a part for videos, which asks for torchvision."""
+    """Tiny InternVL; its processor has a video part that needs torchvision."""
     tokenizer = save_tokenizer(folder)
     GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, crop_to_patches=False).save_pretrained(folder)
     (folder / "processor_config.json").write_text('{"processor_class": "InternVLProcessor", "image_seq_length": 1}')
@@ -82,7 +82,7 @@ def save_internvl(folder: Path) -> Path:
 
 
 def save_qwen2_vl(folder: Path) -> Path:
-    """Qwen2-VL at tiny size; pictures of any shape."""
+    """Tiny Qwen2-VL; images of any aspect ratio."""
     tokenizer = save_tokenizer(folder, "<start><image><end>")
     size = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
     Qwen2VLImageProcessorPil(size=size).save_pretrained(folder)
@@ -103,7 +103,7 @@ def save_qwen2_vl(folder: Path) -> Path:
 
 
 def save_llava(folder: Path) -> Path:
-    """LLaVA at tiny size; no videos."""
+    """Tiny LLaVA; no videos."""
     tokenizer = save_tokenizer(folder)
     CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
     processor = {"processor_class": "LlavaProcessor", "patch_size": 14, "vision_feature_select_strategy": "default"}
@@ -118,46 +118,46 @@ def save_llava(folder: Path) -> Path:
 
 
 def save_qwen3(folder: Path, template: str | None = TEMPLATE) -> Path:
-    """Qwen3 at tiny size."""
+    """Tiny Qwen3."""
     tokenizer = save_tokenizer(folder, template=template)
     return save(Qwen3ForCausalLM, Qwen3Config(vocab_size=len(tokenizer), **TEXT), folder)
 
 
 def save(kind: type, config, folder: Path) -> Path:
     torch.manual_seed(0)
-    randomise(kind(config), 1.0).save_pretrained(folder)  # large weights: small ones repeat one word whatever they see
+    randomise(kind(config), 1.0).save_pretrained(folder)  # large weights: small ones repeat one word for any input
     return folder
 
 
 @pytest.fixture(autouse=True)
 def _short_answers(monkeypatch):
-    """Random weights never come to an end: 12 tokens of it are enough."""
+    """Random weights never end; 12 tokens are enough."""
     monkeypatch.setattr(checkpoint, "ANSWER_TOKENS", 12)
 
 
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     return [Image.fromarray(draw_face(0, index, 64).image) for index in range(2)]
 
 
 @pytest.mark.parametrize("save_model", [save_internvl, save_qwen2_vl, save_llava])
-def test_a_checkpoint_answers_about_pictures(tmp_path, save_model):
+def test_checkpoint_answers_about_images(tmp_path, save_model):
     folder = save_model(tmp_path / "model")
     model = checkpoint.open_vision_model(str(folder))
-    first, second = Image.new("RGB", (64, 64), "white"), pictures()[0]
-    alone = [next(model.answer([Question("Who is it?", picture)])) for picture in (first, second)]
+    first, second = Image.new("RGB", (64, 64), "white"), images()[0]
+    alone = [next(model.answer([Question("Who is it?", image)])) for image in (first, second)]
     together = list(
         model.answer([Question("Who?", second), Question("Who is it?", first), Question("Who is it?", second)])
     )
-    assert together[1:] == alone  # padded beside a shorter one, and in another order
-    assert alone[0] != alone[1]  # it looks
-    assert together[0] != together[2]  # it reads
+    assert together[1:] == alone  # padded in a batch, in another order
+    assert alone[0] != alone[1]  # depends on the image
+    assert together[0] != together[2]  # depends on the text
     assert not any(answer.finished for answer in alone)
     assert model.name.startswith("model@")
     network = AutoModelForImageTextToText.from_pretrained(folder)
     assert sum(p.numel() for p in network.parameters()) < 1e5
 
 
-def test_a_checkpoint_answers_text(tmp_path):
+def test_checkpoint_answers_text(tmp_path):
     folder = save_qwen3(tmp_path / "llm")
     model = checkpoint.open_language_model(str(folder))
     questions = [Question("Check this."), Question("A longer question than the other one.")]
@@ -169,24 +169,24 @@ def test_a_checkpoint_answers_text(tmp_path):
         assert answer.text == tokenizer.decode(tokens[0, -12:], skip_special_tokens=True)
 
 
-def test_an_end_is_told_from_a_cut(tmp_path):
+def test_finished_answers(tmp_path):
     folder = save_qwen3(tmp_path / "llm")
     network = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
-        network.lm_head.weight.zero_()  # all words are as likely, so it takes the first
-    network.generation_config.eos_token_id = [0, 1]  # which is one of its ends
+        network.lm_head.weight.zero_()  # all tokens are equally likely, so it takes the first
+    network.generation_config.eos_token_id = [0, 1]  # which is an end token
     network.save_pretrained(folder)
     (answer,) = checkpoint.open_language_model(str(folder)).answer([Question("Hello")])
     assert answer.finished
     assert answer.text == ""
 
 
-def test_a_folder_from_end_to_end(tmp_path, capsys):
-    """Both models from folders by the command; random words do not get past the rules, and are kept with the reason."""
+def test_folder_end_to_end(tmp_path, capsys):
+    """The command with both checkpoints; random text is dropped with the reason."""
     faces = tmp_path / "faces"
     faces.mkdir()
-    for index, picture in enumerate(pictures()):
-        picture.save(faces / f"{index}.png")
+    for index, image in enumerate(images()):
+        image.save(faces / f"{index}.png")
     (faces / "metadata.jsonl").write_text("".join(f'{{"file_name": "{index}.png"}}\n' for index in range(2)))
     vlm, llm = save_internvl(tmp_path / "vlm"), save_qwen3(tmp_path / "llm")
     components = save_components(tmp_path / "components")
@@ -200,14 +200,14 @@ def test_a_folder_from_end_to_end(tmp_path, capsys):
         assert bool(caption["text"]) == ("dropped" not in caption)
         assert caption["raw"]
     main(["prepare", "caption", str(faces), *options])
-    assert (faces / "answers.jsonl").read_bytes() == answers  # nothing was asked again
+    assert (faces / "answers.jsonl").read_bytes() == answers  # no question was repeated
     assert "2 faces" in capsys.readouterr().out
 
 
-def test_refusals(tmp_path):
+def test_rejected_checkpoints(tmp_path):
     with pytest.raises(InputError, match="no chat template"):
         checkpoint.open_language_model(str(save_qwen3(tmp_path / "base", template=None)))
-    with pytest.raises(InputError, match="reads pictures and texts"):
+    with pytest.raises(InputError, match="not a model for images and text"):
         checkpoint.open_vision_model(str(save_qwen3(tmp_path / "blind")))
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="cannot be loaded"):

@@ -1,4 +1,4 @@
-"""Captions from an endpoint: a real server on this machine that answers, stumbles, refuses, hangs and vanishes."""
+"""Captions from an endpoint: a local server that answers, fails, rejects, hangs and disappears."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from likeness.cli import main
 from likeness.conditions.mask import mask_image
 from likeness.data.synthetic import draw_face
 from likeness.prepare.caption.endpoint import Meter, open_endpoint
+from likeness.prepare.caption.folder import CaptionSettings, caption_folder
 from likeness.prepare.caption.models import Answer, Question, load_counter
 from likeness.prepare.caption.prompts import PROMPTS, describe
 from likeness.prepare.caption.records import open_journal
-from likeness.prepare.caption.stage import Plan, caption_folder
 from likeness.types import InputError
 
 DATED = "dated"
@@ -35,12 +35,12 @@ LOOKS = ("red", "green", "black", "grey", "brown", "white", "golden", "silver", 
 
 
 def caption_for(text: str) -> str:
-    """A good caption, another for every prompt."""
+    """A good caption that depends on the prompt."""
     number = next((n for n, name in enumerate(PROMPTS) if PROMPTS[name] in text), 0)
     return f"A woman with {LOOKS[number]} hair and a smile on her lips."
 
 
-def answering(text, picture, number):
+def answering(text, image, number):
     return said(caption_for(text))
 
 
@@ -51,7 +51,7 @@ def count():
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Four faces; the first has a mask and CelebA's attributes, the second a caption of its own."""
+    """Four faces; the first has a mask and CelebA's attributes, the second a caption."""
     root = tmp_path / "faces"
     (root / "images").mkdir(parents=True)
     rows = []
@@ -60,7 +60,7 @@ def folder(tmp_path) -> Path:
         rows.append({"file_name": f"images/{index}.png", "identity": index})
     mask_image(drawn_mask()).save(root / "mask.png")
     rows[0] |= {"mask_file_name": "mask.png", "attributes": {"Male": False, "Smiling": True}}
-    rows[1]["text"] = "my own words"
+    rows[1]["text"] = "my own caption"
     (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 
@@ -74,7 +74,7 @@ def record(folder: Path) -> list[list[dict]]:
 
 
 def caption(folder: Path, *options: str, code: int = 0) -> None:
-    """The command, and its exit code."""
+    """Run the command and check its exit code."""
     try:
         main(["prepare", "caption", str(folder), *options])
         found = 0
@@ -83,7 +83,7 @@ def caption(folder: Path, *options: str, code: int = 0) -> None:
     assert found == code
 
 
-def test_ten_captions_a_face_with_their_origin(folder, capsys):
+def test_ten_captions_per_face_with_origin(folder, capsys):
     with chat_server(answering) as server:
         caption(folder, "--vlm", server.address)
         assert len(server.asked) == 40
@@ -91,13 +91,13 @@ def test_ten_captions_a_face_with_their_origin(folder, capsys):
         assert all(body["temperature"] == 0 for body in server.asked)
         assert server.asked[0]["authorization"] is None
         before = (folder / "metadata.jsonl").read_bytes(), (folder / "captions.jsonl").read_bytes()
-        caption(folder, "--vlm", server.address)  # again: nothing is asked, nothing changes
+        caption(folder, "--vlm", server.address)  # a second run asks nothing and changes nothing
         assert len(server.asked) == 40
     assert before == ((folder / "metadata.jsonl").read_bytes(), (folder / "captions.jsonl").read_bytes())
     wanted = [caption_for(describe(name)) for name in PROMPTS]
-    assert texts(folder) == [wanted, ["my own words", *wanted], wanted, wanted]
+    assert texts(folder) == [wanted, ["my own caption", *wanted], wanted, wanted]
     own, natural = record(folder)[1][:2]
-    assert own == {"text": "my own words", "source": "given"}
+    assert own == {"text": "my own caption", "source": "given"}
     assert natural["prompt"] == "natural"
     assert natural["model"] == "tiny-vlm"
     assert natural["raw"] == natural["text"] == wanted[0]
@@ -115,16 +115,16 @@ def test_all_splits_of_a_folder(folder, tmp_path, capsys):
         caption(tmp_path / "splits", "--vlm", server.address, "--prompts", "brief", code=1)
     assert [len(found or ()) for found in texts(tmp_path / "splits/train")] == [1, 2, 1, 1]
     assert [len(found or ()) for found in texts(tmp_path / "splits/test")] == [1, 2, 1, 0]
-    told = capsys.readouterr()
-    assert "8 faces, 9 captions" in told.out
-    assert "test/images/3.png: " in told.err
+    printed = capsys.readouterr()
+    assert "8 faces, 9 captions" in printed.out
+    assert "test/images/3.png: " in printed.err
 
 
-def test_the_picture_is_shown_upright_and_bounded(folder):
+def test_image_is_upright_and_bounded(folder):
     sizes = []
 
-    def look(text, picture, number):
-        sizes.append(picture.size)
+    def look(text, image, number):
+        sizes.append(image.size)
         return said(caption_for(text))
 
     turned = Image.new("RGB", (90, 60), "red")
@@ -136,11 +136,11 @@ def test_the_picture_is_shown_upright_and_bounded(folder):
 
 def exif_turned() -> Image.Exif:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
+    exif[0x0112] = 6  # rotated by 90 degrees
     return exif
 
 
-def test_only_what_changed_is_asked_again(folder):
+def test_only_changes_are_asked_again(folder):
     with chat_server(answering) as server:
         caption(folder, "--vlm", server.address)
         Image.fromarray(draw_face(0, 9, 64).image).save(folder / "images" / "2.png")
@@ -148,7 +148,7 @@ def test_only_what_changed_is_asked_again(folder):
         caption(folder, "--vlm", server.address)
         assert len(server.asked) == 10
         server.asked.clear()
-        caption(folder, "--vlm", server.address, "--max-tokens", "12")  # shorter: nothing is asked
+        caption(folder, "--vlm", server.address, "--max-tokens", "12")  # shortening asks nothing
         assert server.asked == []
         assert all("length: " in c["touched"][-1] for c in record(folder)[2])
         caption(folder, "--vlm", server.address, "--vlm-fields", '{"temperature": null, "top_k": 1}')
@@ -157,8 +157,8 @@ def test_only_what_changed_is_asked_again(folder):
         assert server.asked[0]["top_k"] == 1
 
 
-def test_bad_answers_are_left_out_with_the_reason(folder, capsys):
-    def reply(text, picture, number):
+def test_bad_answers_are_dropped_with_the_reason(folder, capsys):
+    def reply(text, image, number):
         if PROMPTS["hair"] in text:
             return said("I'm sorry, but I can't help with that.")
         if PROMPTS["age"] in text:
@@ -172,27 +172,27 @@ def test_bad_answers_are_left_out_with_the_reason(folder, capsys):
     by_prompt = {c["prompt"]: c for c in record(folder)[0]}
     assert by_prompt["hair"]["dropped"].startswith("refusal: ")
     assert by_prompt["hair"]["raw"].startswith("I'm sorry")
-    assert by_prompt["light"]["dropped"] == "empty: no words"
+    assert by_prompt["light"]["dropped"] == "empty: no text"
     assert by_prompt["age"]["text"] == "A woman with a smile."
     assert [why.partition(":")[0] for why in by_prompt["age"]["touched"]] == ["picture", "truncated"]
     assert by_prompt["face"]["dropped"].startswith('mask: the caption says "bald", but hair is ')
-    assert "A bald woman in soft light." in texts(folder)[2]  # no mask, nothing against it
-    assert "left out: 4 refusal, 4 empty, 1 mask" in capsys.readouterr().out
+    assert "A bald woman in soft light." in texts(folder)[2]  # no mask to contradict it
+    assert "dropped: 4 refusal, 4 empty, 1 mask" in capsys.readouterr().out
 
 
-def test_a_refiner_is_told_the_facts_and_checked(folder):
-    def reply(text, picture, number):
-        if picture is not None:
+def test_refiner_gets_the_facts_and_is_checked(folder):
+    def reply(text, image, number):
+        if image is not None:
             return said("A smiling woman with red hair, wearing glasses.")
         assert "Caption: A smiling woman with red hair, wearing glasses." in text
         if "Not in the picture: glasses" in text:
             assert "It holds: smiling." in text
             assert 'Contradiction: the caption says "glasses", but the mask has no eye_g' in text
             return said("<think>No glasses there.</think>A smiling woman with red hair.")
-        return said("A smiling woman with red hair, wearing glasses and a crown.")  # invents
+        return said("A smiling woman with red hair, wearing glasses and a crown.")  # adds a claim
 
     with chat_server(reply, ("vlm", "llm")) as server:
-        # one at a time: two faces of which the same is known are then one question, not two that are asked at once
+        # sequentially, so that equal questions of two faces are asked once
         options = ["--vlm", server.address, "--vlm-name", "vlm", "--prompts", "natural", "--parallel", "1"]
         caption(folder, *options, "--refiner", server.address, "--refiner-name", "llm", "--replace")
         assert [body["model"] for body in server.asked].count("llm") == 2
@@ -203,12 +203,12 @@ def test_a_refiner_is_told_the_facts_and_checked(folder):
     assert first["refiner"] == "llm"
     assert first["refined"].startswith("<think>")
     assert first["touched"] == ["refined: 8 to 6 words"]
-    assert second["dropped"] == 'refined: its check brought in "crown"'
+    assert second["dropped"] == 'refined: the answer adds "crown"'
     assert given["dropped"].startswith("replaced")
-    assert texts(folder) == [["A smiling woman with red hair."], None, None, None]  # no empty lists, which are faults
+    assert texts(folder) == [["A smiling woman with red hair."], None, None, None]  # empty lists would be faults
 
 
-def test_what_may_pass_is_tried_again(folder, count):
+def test_temporary_errors_are_retried(folder, count):
     stumbles = {
         0: failed(500, "worker died"),
         1: failed(429, "slow down", Retry_After="0.3"),
@@ -219,43 +219,43 @@ def test_what_may_pass_is_tried_again(folder, count):
         6: HANG,
     }
 
-    def reply(text, picture, number):
+    def reply(text, image, number):
         if stumbles.get(number) == DATED:
             return failed(429, "slow down", Retry_After=formatdate(time.time() + 2, usegmt=True))
-        return stumbles.get(number) or answering(text, picture, number)
+        return stumbles.get(number) or answering(text, image, number)
 
     with chat_server(reply) as server:
         meter = Meter(first_wait=0.01, timeout=3, tries=8)
-        plan = Plan(vlm=open_endpoint(server.address, None, meter), prompts=("brief",))
-        report = caption_folder(folder, plan, count, meter=meter, parallel=1)
+        settings = CaptionSettings(vlm=open_endpoint(server.address, None, meter), prompts=("brief",))
+        report = caption_folder(folder, settings, count, meter=meter, parallel=1)
         at = [body["at"] for body in server.asked]
     assert report.used == 5
     assert not report.failed
     assert meter.requests == len(at) == 4 + len(stumbles)
-    assert at[2] - at[1] >= 0.3  # as the server asked
-    assert at[6] - at[5] >= 0.9  # a date has whole seconds: at least one of the two
+    assert at[2] - at[1] >= 0.3  # as requested by the server
+    assert at[6] - at[5] >= 0.9  # a date has a resolution of one second
 
 
 def test_waits_double(folder, count):
     with chat_server(lambda *_: failed(503, "overloaded")) as server:
         meter = Meter(first_wait=0.05, tries=5)
-        plan = Plan(vlm=open_endpoint(server.address, "m", meter))
-        with pytest.raises(InputError, match=r"gives no answer: 503 .*: overloaded, 5 times in"):
-            caption_folder(folder, plan, count, meter=meter, parallel=1)
+        settings = CaptionSettings(vlm=open_endpoint(server.address, "m", meter))
+        with pytest.raises(InputError, match=r"does not respond: 503 .*: overloaded, 5 attempts in"):
+            caption_folder(folder, settings, count, meter=meter, parallel=1)
         at = [body["at"] for body in server.asked]
     waits = [after - before for before, after in itertools.pairwise(at)]
     assert len(waits) == 4
     assert all(wait >= 0.05 * 2**n * 0.75 for n, wait in enumerate(waits))
 
 
-def test_a_server_that_vanishes_leaves_what_it_said(folder, capsys):
+def test_answers_are_kept_if_the_server_disappears(folder, capsys):
     with chat_server(lambda t, p, n: answering(t, p, n) if n < 17 else DROP) as server:
         caption(folder, "--vlm", server.address, "--tries", "1", "--parallel", "1", code=2)
         address = server.address
     error = capsys.readouterr().err
-    assert "gives no answer" in error
-    assert "the 17 answers of this run are kept in" in error
-    assert texts(folder)[0] is None  # nothing half-written
+    assert "does not respond" in error
+    assert "the 17 answers of this run are stored in" in error
+    assert texts(folder)[0] is None  # nothing partial
     assert not (folder / "captions.jsonl").exists()
     caption(folder, "--vlm", address, "--vlm-name", "tiny-vlm", "--tries", "1", code=2)
     assert "refused" in capsys.readouterr().err.lower()
@@ -264,7 +264,7 @@ def test_a_server_that_vanishes_leaves_what_it_said(folder, capsys):
         assert len(server.asked) == 23
 
 
-def test_a_refusal_for_good_says_why(folder, monkeypatch, capsys):
+def test_permanent_errors_are_reported(folder, monkeypatch, capsys):
     for status, message in ((401, "bad key"), (404, "no such model"), (400, "images are not supported")):
         with chat_server(lambda *_, s=status, m=message: failed(s, m)) as server:
             caption(folder, "--vlm", server.address, "--parallel", "1", code=2)
@@ -272,11 +272,11 @@ def test_a_refusal_for_good_says_why(folder, monkeypatch, capsys):
         assert message in capsys.readouterr().err
     with chat_server(answering, ("a", "b")) as server:
         caption(folder, "--vlm", server.address, code=2)
-        assert "serves a, b: name one of its models by --vlm-name" in capsys.readouterr().err
+        assert "serves a, b: choose a model with --vlm-name" in capsys.readouterr().err
         caption(folder, "--vlm", server.address, "--vlm-key-variable", "sk-secret", code=2)
-        told = capsys.readouterr().err
-        assert "give its name, not the key, to --vlm-key-variable" in told
-        assert "sk-secret" not in told
+        printed = capsys.readouterr().err
+        assert "give its name, not the key, to --vlm-key-variable" in printed
+        assert "sk-secret" not in printed
         monkeypatch.setenv("MY_KEY", "secret")
         caption(folder, "--vlm", server.address, "--vlm-key-variable", "MY_KEY", "--vlm-name", "a")
         assert server.asked[0]["authorization"] == "Bearer secret"
@@ -286,12 +286,12 @@ def test_a_refusal_for_good_says_why(folder, monkeypatch, capsys):
         assert "302" in capsys.readouterr().err
     with chat_server(lambda *_: failed(429, "quota", Retry_After="86400")) as server:
         caption(folder, "--vlm", server.address, "--vlm-name", "c", code=2)
-        assert "asks to come back in 86400 s" in capsys.readouterr().err
+        assert "requests a wait of 86400 s" in capsys.readouterr().err
 
 
-def test_one_picture_that_is_refused_does_not_stop_the_rest(folder, capsys):
-    def reply(text, picture, number):
-        return failed(400, "content filter") if picture.size == (32, 32) else answering(text, picture, number)
+def test_rejected_image_does_not_stop_the_run(folder, capsys):
+    def reply(text, image, number):
+        return failed(400, "content filter") if image.size == (32, 32) else answering(text, image, number)
 
     Image.new("RGB", (32, 32)).save(folder / "images" / "1.png")
     (folder / "images" / "2.png").write_bytes(b"broken")
@@ -319,9 +319,11 @@ def test_budget_and_pace(folder, count, capsys):
         caption(folder, "--vlm", server.address, "--budget", "lots", code=2)
         server.asked.clear()
         meter = Meter(requests_per_minute=600)
-        plan = Plan(vlm=open_endpoint(server.address, None, meter, fields='{"seed": 1}'), prompts=("brief", "hair"))
+        settings = CaptionSettings(
+            vlm=open_endpoint(server.address, None, meter, fields='{"seed": 1}'), prompts=("brief", "hair")
+        )
         started = time.monotonic()
-        caption_folder(folder, plan, count, meter=meter)
+        caption_folder(folder, settings, count, meter=meter)
         assert time.monotonic() - started >= 7 * 0.1  # 8 requests: at least 7 intervals
     with chat_server(lambda *_: said("A woman with red hair.", tokens=None)) as server:
         caption(folder, "--vlm", server.address, "--vlm-name", "d", "--budget", "9tokens", code=2)
@@ -332,10 +334,10 @@ def test_several_at_the_same_time(folder, count):
     for parallel in (1, 4):
         met = threading.Barrier(2, timeout=60)
 
-        def reply(text, picture, number, met=met, parallel=parallel):
+        def reply(text, image, number, met=met, parallel=parallel):
             if parallel > 1 and number < 2:
                 met.wait()  # the first two requests are answered only once both have arrived
-            return answering(text, picture, number)
+            return answering(text, image, number)
 
         with chat_server(reply) as server:
             (folder / "answers.jsonl").unlink(missing_ok=True)
@@ -347,9 +349,9 @@ def test_several_at_the_same_time(folder, count):
 def test_killed_at_any_moment_nothing_is_asked_twice(folder):
     """SIGKILL while answers come in; the next run asks what is not in the journal, and a torn line is asked anew."""
 
-    def slow(text, picture, number):
+    def slow(text, image, number):
         time.sleep(0.02)
-        return answering(text, picture, number)
+        return answering(text, image, number)
 
     journal = folder / "answers.jsonl"
     with chat_server(slow) as server:
@@ -391,13 +393,13 @@ def test_journal(tmp_path):
         assert journal.find("a" * 32) == Answer("é\n2", False)
         assert journal.find("f" * 32) is None
     path.write_text(path.read_text() + "hello\n")
-    with pytest.raises(InputError, match="line 3 is no answer"), open_journal(path):
+    with pytest.raises(InputError, match="line 3 is not an answer"), open_journal(path):
         pass
     with pytest.raises(InputError, match="cannot write"), open_journal(Path("/dev/null/answers.jsonl")):
         pass
 
 
-def test_a_full_disk_keeps_whole_lines(tmp_path):
+def test_full_disk_keeps_complete_lines(tmp_path):
     path, (soft, hard) = tmp_path / "answers.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
     with open_journal(path) as journal:
         journal.add("a" * 32, Answer("one"))
@@ -415,11 +417,11 @@ def test_a_full_disk_keeps_whole_lines(tmp_path):
 
 
 def test_grammar_offline(folder, capsys):
-    caption(folder, "--grammar", code=1)  # the other three have no attributes of CelebA's
-    assert "3.png: it has no attributes of CelebA's" in capsys.readouterr().err
+    caption(folder, "--grammar", code=1)  # the other three have no attributes of CelebA
+    assert "3.png: it has no attributes of CelebA" in capsys.readouterr().err
     first = texts(folder)
     assert len(first[0]) == 10
-    assert first[1:] == [["my own words"], None, None]
+    assert first[1:] == [["my own caption"], None, None]
     assert not any("man" in text.split() for text in first[0])
     caption(folder, "--grammar", code=1)
     assert texts(folder) == first
@@ -430,16 +432,16 @@ def test_grammar_offline(folder, capsys):
     assert len(texts(folder)[0]) == 11
 
 
-def test_refusals(folder, capsys):
+def test_rejected_options(folder, capsys):
     for options, wanted in (
-        ([], "nothing to caption with"),
-        (["--grammar", "--prompts", "poem"], "no prompt 'poem'"),
+        ([], "no source of captions"),
+        (["--grammar", "--prompts", "poem"], "unknown prompt 'poem'"),
         (["--grammar", "--refiner", "http://localhost:1/v1", "--refiner-name", "x"], "give --vlm as well"),
         (["--vlm", "http://user:pass@localhost/v1"], "must be plain"),
         (["--vlm", "http://localhost:1/v1", "--vlm-name", "m", "--vlm-fields", "["], "are not JSON"),
         (["--vlm", "some/checkpoint", "--vlm-name", "m"], "is a checkpoint"),
         (["--grammar", "--max-tokens", "2"], "max tokens must be at least 8"),
-        (["--grammar", "--components", "nowhere"], "holds no tokenizer"),
+        (["--grammar", "--components", "nowhere"], "has no tokenizer"),
     ):
         caption(folder, *options, code=2)
         error = capsys.readouterr().err
@@ -447,10 +449,10 @@ def test_refusals(folder, capsys):
         assert "pass@" not in error
     (folder / "captions.jsonl").write_text("{}\n")
     caption(folder, "--grammar", code=2)
-    assert "line 1 is no record" in capsys.readouterr().err
+    assert "line 1 is not a record" in capsys.readouterr().err
 
 
-def test_an_address_without_a_path_means_v1():
+def test_default_path_is_v1():
     with chat_server(answering) as server:
         for address in (
             server.address,

@@ -1,4 +1,4 @@
-"""The rule filter, shortening, facts, checks and the record: each on the texts that models really write."""
+"""Rules, shortening, facts, refinement and records, on typical answers of models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLEAN = (
     "She wears no jewelry. Her hair is pulled back into a low bun, with a few loose strands.",
     "A close-up of a woman with freckles, red hair and green eyes",
 )
-MENDED = {
+CHANGED = {
     "The image shows a woman with red hair.": ("picture", "A woman with red hair."),
     "In this image, there is a man with a beard. He is smiling.": ("picture", "A man with a beard. He is smiling."),
     "This is a close-up portrait of a man with glasses.": ("picture", "A close-up portrait of a man with glasses."),
@@ -66,16 +66,16 @@ DROPPED = {
 
 
 @pytest.mark.parametrize("text", CLEAN)
-def test_good_captions_pass_untouched(text):
+def test_good_captions_are_unchanged(text):
     filtered = filter_answer(text)
     assert (filtered.text, filtered.touched) == (text, [])
 
 
-@pytest.mark.parametrize(("text", "wanted"), MENDED.items())
-def test_rules_mend(text, wanted):
+@pytest.mark.parametrize(("text", "wanted"), CHANGED.items())
+def test_rules_change(text, wanted):
     filtered = filter_answer(text)
-    rule, mended = wanted
-    assert filtered.text == mended
+    rule, expected = wanted
+    assert filtered.text == expected
     assert rule in [touched.partition(":")[0] for touched in filtered.touched]
     assert all(touched.partition(": ")[2] for touched in filtered.touched)
 
@@ -87,18 +87,18 @@ def test_rules_drop(text, rule):
     assert filtered.touched[-1].startswith(f"{rule}: ")
 
 
-def test_every_rule_is_tried_above():
-    tried = {rule for rule, _ in MENDED.values()} | set(DROPPED.values())
+def test_every_rule_is_tested():
+    tried = {rule for rule, _ in CHANGED.values()} | set(DROPPED.values())
     assert tried == set(RULES)
 
 
-def test_what_the_model_did_not_finish_loses_its_end():
+def test_unfinished_answers_lose_their_end():
     assert filter_answer("A woman with red hair. She wears a blue", finished=False).text == "A woman with red hair."
     assert filter_answer("woman, red hair, green eyes, full li", finished=False).text == "woman, red hair, green eyes"
     assert filter_answer("A woman with red hair and gr", finished=False).touched[-1].startswith("truncated")
 
 
-def test_prompts_are_ten_and_differ():
+def test_ten_different_prompts():
     assert len(PROMPTS) == 10
     assert len({describe(name) for name in PROMPTS}) == 10
 
@@ -108,7 +108,7 @@ def count():
     return load_counter()
 
 
-def test_shortened_at_a_sentence_a_phrase_a_word(count):
+def test_shorten_after_sentence_phrase_word(count):
     three = "A woman with red hair smiles. " + " ".join(["She has green eyes and a small nose."] * 12)
     short, how = shorten(three, count, 40)
     assert count(short) <= 40 < count(three)
@@ -128,7 +128,7 @@ def test_shortened_at_a_sentence_a_phrase_a_word(count):
     assert shorten("A" * 500, count, 8)[0] == ""
 
 
-def test_no_cut_leaves_half_a_word_or_a_loose_end(count):
+def test_cuts_end_at_complete_words(count):
     rng = np.random.default_rng(0)
     parts = ["a woman with red hair", "wearing a hat and a scarf", "her five-o'clock look", "in the soft evening light"]
     for _ in range(100):
@@ -145,21 +145,21 @@ def test_pieces():
     assert pieces_of("He is Mr. Smith, 5.5 feet tall.")[0] == ["He is Mr. Smith, 5.5 feet tall."]
 
 
-def test_facts_name_attributes_parts_and_contradictions():
+def test_facts_list_attributes_parts_and_contradictions():
     row = {"attributes": {"Smiling": True, "Eyeglasses": False, "Young": -1, "Attractive": True, "hair": "red"}}
     facts = facts_of(row, drawn_mask(), "A bald man.")
     assert "It holds: smiling." in facts
     assert "It does not hold: eyeglasses, young." in facts
     assert "Known: hair red." in facts
     assert "attractive" not in facts.lower()
-    share = 100 * (drawn_mask() == CLASS_INDEX["hair"]).mean()
-    assert f"hair {share:.1f} %" in facts
+    area = 100 * (drawn_mask() == CLASS_INDEX["hair"]).mean()
+    assert f"hair {area:.1f} %" in facts
     assert "Not in the picture: glasses" in facts
     assert 'Contradiction: the caption says "bald"' in facts
     assert facts_of({}, None, "A man.") == "none"
 
 
-def test_what_the_mask_contradicts_goes():
+def test_contradictions_of_the_mask_are_removed():
     kept, why = without_contradictions(drawn_mask(), "A man with blue eyes. He is bald. He smiles.")
     assert kept == "A man with blue eyes. He smiles."
     assert why[0].startswith('mask: the caption says "bald", but hair is')
@@ -176,15 +176,15 @@ def test_what_the_mask_contradicts_goes():
         ("A bald man with blue eyes.", "A bald man with blue eyes.", None),
         ("<think>hm</think> Caption: A man with blue eyes.", "A man with blue eyes.", "refined"),
         ("A man with brown hair and blue eyes.", "A man with brown hair and blue eyes.", "refined"),  # from the facts
-        ("NONE", "", "nothing of it is supported"),
-        ("none.", "", "nothing of it is supported"),
-        ("A man with blue eyes and freckles.", "", 'brought in "freckles"'),
-        ("A woman with blue eyes.", "", 'brought in "woman"'),
-        ("I'm sorry, I cannot help with that.", "", "gave no caption (refusal"),
-        ("", "", "gave no caption (empty"),
+        ("NONE", "", "nothing is supported by the facts"),
+        ("none.", "", "nothing is supported by the facts"),
+        ("A man with blue eyes and freckles.", "", 'the answer adds "freckles"'),
+        ("A woman with blue eyes.", "", 'the answer adds "woman"'),
+        ("I'm sorry, I cannot help with that.", "", "is not a caption (refusal"),
+        ("", "", "is not a caption (empty"),
     ],
 )  # fmt: skip
-def test_a_check_may_take_away_but_not_invent(answer, text, why):
+def test_refinement_may_remove_but_not_add(answer, text, why):
     caption = "A bald man with blue eyes."
     filtered = accept(answer, caption, "It holds: brown hair.")
     assert filtered.text == text
@@ -195,25 +195,25 @@ def used(captions):
     return [caption["text"] for caption in captions if "dropped" not in caption]
 
 
-def test_record_keeps_what_others_wrote_and_what_was_taken_out():
+def test_record_keeps_captions_of_others_and_removals():
     vlm = [{"text": t, "source": "vlm", "model": "m", "prompt": p} for t, p in (("one", "a"), ("two", "b"))]
     first = merge(["mine"], [], vlm, False)
     assert used(first) == ["mine", "one", "two"]
-    assert used(merge(used(first), first, vlm, False)) == used(first)  # again: nothing changes
+    assert used(merge(used(first), first, vlm, False)) == used(first)  # a second run changes nothing
     # another model adds, the same model replaces
     other = [{"text": "three", "source": "vlm", "model": "n", "prompt": "a"}]
     assert used(merge(used(first), first, other, False)) == ["mine", "one", "two", "three"]
     again = [caption | {"text": caption["text"] + "!"} for caption in vlm]
     assert used(merge(used(first), first, again, False)) == ["mine", "one!", "two!"]
-    # taken out by hand, written by hand
+    # removed and added by hand
     edited = merge(["mine", "two", "yours"], first, vlm, False)
     assert used(edited) == ["mine", "yours", "two"]
     assert [c["dropped"] for c in edited if "dropped" in c] == ["by-hand: taken out of the metadata"]
     assert used(merge(used(edited), edited, vlm, False)) == used(edited)
-    # replaced on request, yet not forgotten
+    # replaced on request, but recorded
     replaced = merge(used(first), first, other, True)
     assert used(replaced) == ["three"]
     assert {c["text"] for c in replaced} == {"mine", "one", "two", "three"}
-    # said twice
+    # equal captions
     twins = [caption | {"text": "Same."} for caption in vlm]
     assert used(merge([], [], twins, False)) == ["Same."]

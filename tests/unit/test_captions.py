@@ -1,4 +1,4 @@
-"""The caption grammar: every claim is true, whatever the attributes; varied; short enough."""
+"""The caption grammar: claims agree with the attributes, captions are varied and short."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ DENIALS = {
 
 
 def random_attributes(rng: np.random.Generator) -> dict[str, bool]:
-    share = rng.uniform(0.05, 0.6)
-    return {name: bool(rng.random() < share) for name in ATTRIBUTES}
+    probability = rng.uniform(0.05, 0.6)
+    return {name: bool(rng.random() < probability) for name in ATTRIBUTES}
 
 
 def test_every_claim_is_true():
@@ -88,8 +88,8 @@ def test_same_stream_same_captions():
     assert one == other
 
 
-def test_every_attribute_but_two_is_spoken_of():
-    """`Attractive` and `Blurry` are judgements; the rest must change what is said."""
+def test_every_objective_attribute_is_mentioned():
+    """Every attribute but the subjective `Attractive` and `Blurry` changes the captions."""
     rng_seed = 7
     for name in ATTRIBUTES:
         base = dict.fromkeys(ATTRIBUTES, False) | {"No_Beard": True}

@@ -1,4 +1,4 @@
-"""The check of a prepared folder: all planted faults and nothing else, mended on request, and shown on a sheet."""
+"""The check of a prepared folder reports and fixes all injected faults and nothing else; contact sheets."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from likeness.conditions import CONDITIONS
 from likeness.conditions.keypoints import FLIPS
 from likeness.conditions.mask import swap_classes
 from likeness.conditions.mask.classes import CLASSES, FLIP_PAIRS, PALETTE, order_table
-from likeness.data.folder import read_folder
+from likeness.data.folder import ORIGINALS, read_folder
 from likeness.data.synthetic import draw_face
-from likeness.prepare.alike import fingerprint, first_alike
 from likeness.prepare.check import check_folder
-from likeness.prepare.contact import CELL, COLUMNS, GAP, WORDS, write_sheet
-from likeness.prepare.faults import BEFORE, KINDS
-from likeness.prepare.mend import FIXES, apply_fixes, mend_captions, write_fixes
+from likeness.prepare.contact_sheet import CELL, COLUMNS, GAP, TEXT, write_sheet
+from likeness.prepare.findings import KINDS
+from likeness.prepare.fix import FIX_LIST, apply_fixes, fix_captions, write_fixes
+from likeness.prepare.near_duplicates import first_duplicates, image_hash
 from likeness.types import InputError
 
 SIZE, DRAWN = 64, 19
@@ -36,7 +36,7 @@ GOOD = "a woman with brown hair, smiling"
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory) -> Path:
-    """Drawn faces and their mirror images: 6 in `test`, 32 in `train`, each of a person of its own."""
+    """Synthetic faces and their mirror images, all with different identities: 6 in `test`, 32 in `train`."""
     root = tmp_path_factory.mktemp("check") / "faces"
     rows: dict[str, list[dict[str, Any]]] = {"test": [], "train": []}
     for index in range(2 * DRAWN):
@@ -67,9 +67,9 @@ def folder(clean, tmp_path) -> Path:
 
 
 def save_mask(path: Path, labels: np.ndarray) -> None:
-    picture = Image.fromarray(labels)
-    picture.putpalette(PALETTE.tobytes())
-    picture.save(path)
+    image = Image.fromarray(labels)
+    image.putpalette(PALETTE.tobytes())
+    image.save(path)
 
 
 def labels_of(path: Path) -> np.ndarray:
@@ -88,9 +88,9 @@ def run(*arguments: object) -> int:
     return 0
 
 
-# How each fault comes about. A plant is given the file of its column.
+# Faults. An injection changes the file of its column.
 
-Plant = Callable[[Path], Any]
+Injection = Callable[[Path], Any]
 
 
 def truncate(path: Path) -> None:
@@ -98,33 +98,33 @@ def truncate(path: Path) -> None:
 
 
 def bomb(path: Path) -> None:
-    """A picture of 60,000 x 60,000 pixels in a few bytes."""
+    """Claim 60,000 x 60,000 pixels."""
     content = path.read_bytes()
     header = b"IHDR" + struct.pack(">II", 60000, 60000) + content[24:29]
     path.write_bytes(content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:])
 
 
-def pixels(change: Callable[[np.ndarray], np.ndarray]) -> Plant:
-    """Change the array of a picture; of a palette picture, its indices."""
+def pixels(change: Callable[[np.ndarray], np.ndarray]) -> Injection:
+    """Change the array of an image, or the indices of a palette image."""
     return lambda path: Image.fromarray(np.ascontiguousarray(change(np.asarray(Image.open(path))))).save(path)
 
 
-def smooth(picture: Image.Image) -> Image.Image:
-    return picture.resize((3 * SIZE // 2, 3 * SIZE // 2), Image.Resampling.BILINEAR)
+def smooth(image: Image.Image) -> Image.Image:
+    return image.resize((3 * SIZE // 2, 3 * SIZE // 2), Image.Resampling.BILINEAR)
 
 
-def points(change: Callable[[np.ndarray], np.ndarray]) -> Plant:
-    def plant(path: Path) -> None:
+def points(change: Callable[[np.ndarray], np.ndarray]) -> Injection:
+    def inject(path: Path) -> None:
         values = np.array(json.loads(path.read_text())["points"])
         path.write_text(json.dumps({"points": change(values).tolist()}))
 
-    return plant
+    return inject
 
 
 NUMBERS_OF_OTHERS = np.argsort(order_table("BiSeNet")).astype(np.uint8)
 STRANGE = np.random.default_rng(0).integers(60, 200, (len(CLASSES), 3)).astype(np.uint8)
 
-PICTURE_PLANTS: list[tuple[str, Plant]] = [
+IMAGE_FAULTS: list[tuple[str, Injection]] = [
     ("missing-file", Path.unlink),
     ("corrupt-file", truncate),
     ("corrupt-file", bomb),
@@ -134,7 +134,7 @@ PICTURE_PLANTS: list[tuple[str, Plant]] = [
     ("colour-order", pixels(lambda rgb: rgb[..., ::-1])),
 ]
 
-PLANTS: dict[str, list[tuple[str, Plant]]] = {
+FAULTS: dict[str, list[tuple[str, Injection]]] = {
     "mask_file_name": [
         ("missing-file", Path.unlink),
         ("corrupt-file", truncate),
@@ -150,7 +150,7 @@ PLANTS: dict[str, list[tuple[str, Plant]]] = {
     ],
     "sketch_file_name": [
         ("missing-file", Path.unlink),
-        ("corrupt-file", lambda path: path.write_text("no picture")),
+        ("corrupt-file", lambda path: path.write_text("not an image")),
         ("blank", pixels(lambda lines: np.full_like(lines, 255))),
         ("wrong-size", pixels(lambda lines: lines[4:-4])),
         ("inverted-sketch", pixels(lambda lines: 255 - lines)),
@@ -167,7 +167,7 @@ PLANTS: dict[str, list[tuple[str, Plant]]] = {
         ("shared-condition", lambda path: shutil.copy(path.with_name("006.json"), path)),
     ],
 }  # fmt: skip
-"""Column -> (kind, plant)."""
+"""Column -> (kind, injection)."""
 
 TEXTS: list[tuple[str, Any]] = [
     ("empty-caption", ""),
@@ -184,30 +184,30 @@ TEXTS: list[tuple[str, Any]] = [
 Place = tuple[str, int, str, str]
 
 
-def plant_everything(folder: Path) -> set[Place]:
-    """Plant every fault; (split, line, column, kind) of each."""
-    root, planted = folder / "train", set()
+def inject_faults(folder: Path) -> set[Place]:
+    """Inject every fault; returns (split, line, column, kind) of each."""
+    root, injected = folder / "train", set()
     rows = [json.loads(line) for line in (root / "metadata.jsonl").read_text().splitlines()]
     starts = {"mask_file_name": 1, "sketch_file_name": 1, "keypoints_file_name": 24}
-    for column, plants in PLANTS.items():
-        for number, (kind, plant) in enumerate(plants, start=starts[column]):
-            plant(root / rows[number][column])
-            planted.add(("train", number + 1, column, kind))
+    for column, faults in FAULTS.items():
+        for number, (kind, inject) in enumerate(faults, start=starts[column]):
+            inject(root / rows[number][column])
+            injected.add(("train", number + 1, column, kind))
     for number, (kind, text) in enumerate(TEXTS, start=1):
         rows[number]["text"] = text
-        planted.add(("train", number + 1, "text", kind))
-    for number, (kind, plant) in enumerate(PICTURE_PLANTS, start=12):
-        plant(root / rows[number]["file_name"])
-        planted.add(("train", number + 1, "file_name", kind))
+        injected.add(("train", number + 1, "text", kind))
+    for number, (kind, inject) in enumerate(IMAGE_FAULTS, start=12):
+        inject(root / rows[number]["file_name"])
+        injected.add(("train", number + 1, "file_name", kind))
 
     def row(number: int, column: str, kind: str, **changes: Any) -> None:
         rows[number] |= changes
-        planted.add(("train", number + 1, column, kind))
+        injected.add(("train", number + 1, column, kind))
 
     (root / rows[19].pop("sketch_file_name")).unlink()
     row(19, "sketch_file_name", "broken-row", sketch_file_name=7)
     (root / rows[23]["sketch_file_name"]).unlink()
-    rows[23] |= {"sketch_file_name": None, "text": None}  # as tools write what is absent: no fault
+    rows[23] |= {"sketch_file_name": None, "text": None}  # null counts as absent
     row(20, "identity", "leak", identity="2")
     for at, name in ((21, "file_name"), (22, "mask_file_name")):
         source = root / rows[at][name]
@@ -229,18 +229,18 @@ def plant_everything(folder: Path) -> set[Place]:
     ]
     for column, kind, values in added:
         rows.append(values)
-        planted.add(("train", len(rows), column, kind))
+        injected.add(("train", len(rows), column, kind))
     lines = [json.dumps(values) for values in rows]
     lines += ['{"file_name": "images/0', b"\xff\xfe\x00".decode("latin-1")]
-    planted |= {("train", len(lines) - 1, "", "broken-row"), ("train", len(lines), "", "broken-row")}
+    injected |= {("train", len(lines) - 1, "", "broken-row"), ("train", len(lines), "", "broken-row")}
     (root / "metadata.jsonl").write_bytes(b"\n".join(line.encode("latin-1") for line in lines))
 
     pixels(lambda rgb: rgb[8:-8])(folder / "test" / "images" / "004.png")
-    planted.add(("test", 5, "file_name", "wrong-size"))
-    planted |= {("test", 5, f"{name}_file_name", "wrong-size") for name in ("mask", "sketch")}
+    injected.add(("test", 5, "file_name", "wrong-size"))
+    injected |= {("test", 5, f"{name}_file_name", "wrong-size") for name in ("mask", "sketch")}
     shutil.copy(folder / "test" / "mask" / "003.png", folder / "test" / "mask" / "nobody.png")
-    planted.add(("test", 0, "", "unlisted-file"))
-    return planted
+    injected.add(("test", 0, "", "unlisted-file"))
+    return injected
 
 
 def places(findings) -> list[Place]:
@@ -255,28 +255,28 @@ def test_a_clean_folder_has_no_faults(clean, capsys):
     assert steps[-1] == (2 * DRAWN, 2 * DRAWN)
     assert run(clean) == 0
     assert capsys.readouterr().out == f"rows: {2 * DRAWN}, no faults\n"
-    assert run(clean / "train") == 0  # a split by itself
+    assert run(clean / "train") == 0  # a single split
     assert files(clean) == before
 
 
-def test_all_planted_faults_and_nothing_else(folder, capsys):
-    planted = plant_everything(folder)
-    assert {kind for *_, kind in planted} == set(KINDS)
+def test_all_injected_faults_and_nothing_else(folder, capsys):
+    injected = inject_faults(folder)
+    assert {kind for *_, kind in injected} == set(KINDS)
     assert len(KINDS) == 20
     before = files(folder)
     checked = check_folder(folder)
-    assert places(checked.findings) == sorted(planted)
+    assert places(checked.findings) == sorted(injected)
     assert files(folder) == before
 
-    # the command: a table, the list, exit code 1
+    # the command prints a table, writes the list and exits with 1
     assert run(folder) == 1
-    told = capsys.readouterr().out
-    assert all(kind in told for kind in KINDS)
-    listed = [json.loads(line) for line in (folder / FIXES).read_text().splitlines()]
+    printed = capsys.readouterr().out
+    assert all(kind in printed for kind in KINDS)
+    listed = [json.loads(line) for line in (folder / FIX_LIST).read_text().splitlines()]
     assert [found["kind"] for found in listed] == [found.kind for found in checked.findings]
-    assert files(folder).keys() - before.keys() == {FIXES}
+    assert files(folder).keys() - before.keys() == {FIX_LIST}
 
-    # applied: what could be mended is gone, the rest is as it was, and originals are kept
+    # --apply fixes what it can, leaves the rest unchanged and keeps the originals
     left = sorted((found.file_name, found.column, found.kind) for found in checked.findings if found.fix is None)
     assert run(folder, "--apply") == 1
     again = check_folder(folder).findings
@@ -284,15 +284,15 @@ def test_all_planted_faults_and_nothing_else(folder, capsys):
     assert all(found.fix is None for found in again)
     after = files(folder)
     for name, content in before.items():
-        assert content in (after.get(name), after.get(f"{BEFORE}/{name}")), name
-    assert len(read_folder(folder)) == 32 - 5 - 2  # 5 pictures missing, corrupt or blank, one outside, a known person
+        assert content in (after.get(name), after.get(f"{ORIGINALS}/{name}")), name
+    assert len(read_folder(folder)) == 32 - 5 - 2  # 5 images missing, corrupt or blank, one outside, one known identity
 
-    # once more: nothing changes
+    # --apply again changes nothing
     assert run(folder, "--apply") == 1
     assert files(folder) == after
 
 
-def test_what_is_mended_is_right(folder):
+def test_fixed_files_are_correct(folder):
     clean = {name: labels_of(folder / "train" / "mask" / f"{name}.png") for name in ("006", "007", "008")}
     sketch = labels_of(folder / "train" / "sketch" / "009.png")
     root = folder / "train" / "mask"
@@ -310,52 +310,52 @@ def test_what_is_mended_is_right(folder):
     for row in rows[:3]:
         np.testing.assert_array_equal(labels_of(row["mask_file_name"]), clean[row["file_name"].stem])
     assert rows[2]["mask_file_name"].name == "008.bmp.png"
-    assert (folder / BEFORE / "train" / "mask" / "008.bmp").is_file()
+    assert (folder / ORIGINALS / "train" / "mask" / "008.bmp").is_file()
     np.testing.assert_array_equal(labels_of(rows[3]["sketch_file_name"]), sketch)
 
 
-def test_the_list_can_be_edited_and_must_be_fresh(folder, capsys):
+def test_fix_list_can_be_edited_and_must_be_current(folder, capsys):
     metadata = folder / "train" / "metadata.jsonl"
     rows = [json.loads(line) for line in metadata.read_text().splitlines()]
     rows[0]["text"], rows[1]["text"] = LONG, ["", GOOD]
     metadata.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert run(folder) == 1
-    listed = (folder / FIXES).read_text().splitlines()
-    (folder / FIXES).write_text(listed[1] + "\n")
-    assert run(folder, "--apply") == 1  # the long caption was struck off the list
+    listed = (folder / FIX_LIST).read_text().splitlines()
+    (folder / FIX_LIST).write_text(listed[1] + "\n")
+    assert run(folder, "--apply") == 1  # the long caption was deleted from the list
     now = [json.loads(line)["text"] for line in metadata.read_text().splitlines()]
     assert now[:2] == [LONG, [GOOD]]
-    assert (folder / BEFORE / "train" / "metadata.jsonl").is_file()
+    assert (folder / ORIGINALS / "train" / "metadata.jsonl").is_file()
 
     metadata.write_text(metadata.read_text() + "\n" + json.dumps(rows[2]) + "\n")
     before = files(folder)
     assert run(folder, "--apply") == 2
     assert "has changed since" in capsys.readouterr().err
-    (folder / FIXES).write_text("[1]\n")
+    (folder / FIX_LIST).write_text("[1]\n")
     assert run(folder, "--apply") == 2
-    assert "line 1 is no line of a fix list" in capsys.readouterr().err
-    (folder / FIXES).unlink()
-    assert run(folder, "--apply") == 0  # without a list, one is made
-    assert not (folder / FIXES).exists()
+    assert "line 1 is not a line of a fix list" in capsys.readouterr().err
+    (folder / FIX_LIST).unlink()
+    assert run(folder, "--apply") == 0  # without a list, it checks first
+    assert not (folder / FIX_LIST).exists()
     assert files(folder)["train/metadata.jsonl"] != before["train/metadata.jsonl"]
 
 
-def test_stopped_half_way_it_can_be_finished(folder):
+def test_interrupted_fix_can_be_completed(folder):
     root = folder / "train"
     (root / "images" / "010.png").write_bytes(b"broken")
     save_mask(root / "mask" / "011.png", swap_classes(labels_of(root / "mask" / "011.png"), FLIP_PAIRS))
     write_fixes(folder, check_folder(folder).findings)
     metadata = (root / "metadata.jsonl").read_bytes()
-    obstacle = folder / BEFORE / "train" / "metadata.jsonl"
+    obstacle = folder / ORIGINALS / "train" / "metadata.jsonl"
     obstacle.mkdir(parents=True)
-    with pytest.raises(InputError, match="cannot mend"):
+    with pytest.raises(InputError, match="cannot fix"):
         apply_fixes(folder)
     assert (root / "metadata.jsonl").read_bytes() == metadata  # written last
     obstacle.rmdir()
     assert apply_fixes(folder) == {"drop-row": 1, "rewrite": 1}
     assert check_folder(folder).findings == []
     assert len(read_folder(folder)) == 31
-    assert sorted(path.name for path in (folder / BEFORE).rglob("*.*")) == [
+    assert sorted(path.name for path in (folder / ORIGINALS).rglob("*.*")) == [
         "010.json", "010.png", "010.png", "010.png", "011.png", "metadata.jsonl",
     ]  # fmt: skip
 
@@ -368,34 +368,34 @@ def test_unusable_input(folder, tmp_path, capsys):
     assert run(tmp_path / "empty") == 2
     assert "has no rows" in capsys.readouterr().err
     assert run(folder, "--sheet", tmp_path / "sheet.pdf") == 2
-    assert "should end in .png or .html" in capsys.readouterr().err
+    assert "use the suffix .png or .html" in capsys.readouterr().err
     assert run(folder, "--sheet", tmp_path / "sheet.png", "--count", 0) == 2
     (folder / "train" / "images" / "010.png").unlink()
-    (folder / FIXES).mkdir()  # a list that cannot be written
+    (folder / FIX_LIST).mkdir()  # the list cannot be written
     assert run(folder) == 2
-    told = capsys.readouterr()
-    assert "cannot write" in told.err
-    assert "missing-file" in told.out
+    printed = capsys.readouterr()
+    assert "cannot write" in printed.err
+    assert "missing-file" in printed.out
 
 
-def test_the_same_picture_is_known_again_and_others_are_not(clean):
-    pictures = [Image.open(path).convert("RGB") for path in sorted(clean.glob("*/images/*.png"))]
-    alone = b"".join(map(fingerprint, pictures))
-    np.testing.assert_array_equal(first_alike(alone), np.arange(len(pictures)))
+def test_near_duplicates(clean):
+    images = [Image.open(path).convert("RGB") for path in sorted(clean.glob("*/images/*.png"))]
+    alone = b"".join(map(image_hash, images))
+    np.testing.assert_array_equal(first_duplicates(alone), np.arange(len(images)))
     changes = {
-        "half the size": lambda picture: picture.resize((SIZE // 2, SIZE // 2), Image.Resampling.LANCZOS),
-        "lighter": lambda picture: ImageEnhance.Brightness(picture).enhance(1.1),
-        "grey": lambda picture: picture.convert("L"),
-        "itself": lambda picture: picture,
+        "half the size": lambda image: image.resize((SIZE // 2, SIZE // 2), Image.Resampling.LANCZOS),
+        "lighter": lambda image: ImageEnhance.Brightness(image).enhance(1.1),
+        "grey": lambda image: image.convert("L"),
+        "itself": lambda image: image,
     }
     for name, change in changes.items():
-        both = alone + b"".join(fingerprint(change(picture)) for picture in pictures)
-        np.testing.assert_array_equal(first_alike(both)[len(pictures) :], np.arange(len(pictures)), err_msg=name)
-    assert first_alike(b"").tolist() == []
+        both = alone + b"".join(image_hash(change(image)) for image in images)
+        np.testing.assert_array_equal(first_duplicates(both)[len(images) :], np.arange(len(images)), err_msg=name)
+    assert first_duplicates(b"").tolist() == []
 
 
 def test_bands_find_every_near_pair():
-    """The look-up by bands against all pairs."""
+    """Search by bands against all pairs."""
     rng = np.random.default_rng(0)
     base = rng.integers(0, 2, (40, 320), dtype=np.uint8)
     near = base.copy()
@@ -406,17 +406,17 @@ def test_bands_find_every_near_pair():
     far[:, 64 + np.arange(41)] ^= 1
     bits = np.concatenate([base, near, far])
     wanted = [*range(40), *range(40), *range(80, 120)]
-    assert first_alike(np.packbits(bits, axis=1).tobytes()).tolist() == wanted
+    assert first_duplicates(np.packbits(bits, axis=1).tobytes()).tolist() == wanted
 
 
 @pytest.mark.parametrize(
-    ("text", "mended", "kinds"),
+    ("text", "fixed", "kinds"),
     [
         (GOOD, GOOD, []),
         ([GOOD, "un caf\u00e9, s'il vous pla\u00eet"], [GOOD, "un caf\u00e9, s'il vous pla\u00eet"], []),
         ("\u4e00\u4f4d\u5973\u58eb", "\u4e00\u4f4d\u5973\u58eb", []),
         ("na\u00c3\u00afve", "na\u00efve", ["garbled-caption"]),
-        ("half a pair \ud800", None, ["garbled-caption"]),
+        ("half a surrogate pair \ud800", None, ["garbled-caption"]),
         (" ".join(["word"] * 75), " ".join(["word"] * 75), []),
         (" ".join(["word"] * 76), " ".join(["word"] * 75), ["long-caption"]),
         (" ".join(["word"] * 74) + " make-up", " ".join(["word"] * 74), ["long-caption"]),
@@ -424,17 +424,17 @@ def test_bands_find_every_near_pair():
         (["", 3, GOOD], [GOOD], ["empty-caption", "broken-row"]),
     ],
 )
-def test_captions(text, mended, kinds):
-    result, met = mend_captions(text, KINDS)
-    assert result == mended
-    assert [kind for kind, _ in met] == kinds
-    assert mend_captions(text, ()) == (text, met)
+def test_captions(text, fixed, kinds):
+    result, faults = fix_captions(text, KINDS)
+    assert result == fixed
+    assert [kind for kind, _ in faults] == kinds
+    assert fix_captions(text, ()) == (text, faults)
     if result is not None:
-        assert mend_captions(result, KINDS) == (result, [])
+        assert fix_captions(result, KINDS) == (result, [])
 
 
 class Links(HTMLParser):
-    """Collects whatever a browser would fetch or run."""
+    """Collects everything that a browser would fetch or run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -463,12 +463,12 @@ def test_contact_sheets(folder, tmp_path, capsys):
     assert found.tags.isdisjoint({"script", "link", "iframe"})
     assert "url(" not in page
     first = page.index("metadata.jsonl, line")
-    assert page[first:].startswith("metadata.jsonl, line 4")  # faulty rows come first
+    assert page[first:].startswith("metadata.jsonl, line 4")  # faulty rows first
     assert page.count('class="fault"') == 3
 
     write_sheet(folder, check_folder(folder), tmp_path / "sheet.png", 5)
     with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.size == (GAP + len(COLUMNS) * (CELL + GAP) + WORDS, GAP + 5 * (CELL + GAP))
+        assert sheet.size == (GAP + len(COLUMNS) * (CELL + GAP) + TEXT, GAP + 5 * (CELL + GAP))
         cell = np.asarray(sheet.crop((GAP, GAP, GAP + CELL, GAP + CELL)))
     shown = Image.open(folder / "train" / rows[3]["file_name"]).convert("RGB").resize((CELL, CELL))
     assert np.abs(cell.astype(int) - np.asarray(shown)).mean() < 3

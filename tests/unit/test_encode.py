@@ -1,4 +1,4 @@
-"""Stores: what was encoded is what the files are, nothing is encoded twice, and nothing is ever stale."""
+"""Latent stores: entries match their files, nothing is encoded twice, nothing is stale."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import sys
 from hashlib import sha256
 from pathlib import Path
 
-import layouts
 import pytest
+import sample_datasets
 import torch
 from PIL import Image
 
@@ -25,18 +25,17 @@ from likeness.encoders.latent import LatentCodec, to_tensor
 from likeness.pipelines.load import Components, load_components
 from likeness.prepare.encode import encode_folder
 from likeness.prepare.synthetic import write_synthetic
-from likeness.prepare.why import why
 from likeness.train.config import DataRecipe
 from likeness.train.step import make_batch
 from likeness.types import InputError
 
 SIZE, FACES, FILES = 32, 10, 4
-PICTURES = FACES * FILES
+IMAGES = FACES * FILES
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
-    """Ten drawn faces with three conditions each, tiny components, and their store."""
+    """Ten synthetic faces with three conditions each, tiny components, and their store."""
     root = tmp_path_factory.mktemp("prepared")
     write_synthetic(root / "faces", FACES, SIZE, seed=0)
     save_components(root / "components")
@@ -51,7 +50,7 @@ def parts(prepared) -> Components:
 
 @pytest.fixture
 def faces(prepared, tmp_path) -> Path:
-    """A copy of the faces that a test may change."""
+    """A copy of the faces for a test to change."""
     return Path(shutil.copytree(prepared / "faces", tmp_path / "faces"))
 
 
@@ -64,7 +63,7 @@ def write_rows(faces: Path, rows: list[dict]) -> None:
 
 
 def redraw(path: Path, value: int) -> None:
-    """Change one pixel of a picture, keeping its size in bytes and its time of modification where possible."""
+    """Change one pixel of an image, keeping its modification time."""
     state = path.stat()
     picture = Image.open(path)
     picture.putpixel((value % SIZE, value // SIZE % SIZE), value % 256 if picture.mode in "LP" else (value % 256, 9, 9))
@@ -80,7 +79,7 @@ def assert_same(one: Store, other: Store) -> None:
         assert a.captions == b.captions
         assert a.conditions.keys() == b.conditions.keys()
         for x, y in zip([a.latents, *a.conditions.values()], [b.latents, *b.conditions.values()], strict=True):
-            assert torch.allclose(x, y, atol=2e-3)  # a picture's last bit may depend on the others of its pass
+            assert torch.allclose(x, y, atol=2e-3)  # the last bit may depend on the other images of the batch
 
 
 def test_store_holds_what_was_encoded(prepared, parts):
@@ -99,9 +98,9 @@ def test_store_holds_what_was_encoded(prepared, parts):
             assert torch.allclose(sample.conditions[name], codec.encode(to_tensor([drawn]))[0], atol=2e-3)
 
 
-def test_views_mirror_and_vary(prepared, parts, tmp_path):
-    encode_folder(prepared / "faces", tmp_path / "views", parts, size=SIZE, views=2)
-    store, plain = Store(tmp_path / "views"), Store(prepared / "shards")
+def test_augmentations_mirror_and_vary(prepared, parts, tmp_path):
+    encode_folder(prepared / "faces", tmp_path / "augmented", parts, size=SIZE, augmentations=2)
+    store, plain = Store(tmp_path / "augmented"), Store(prepared / "shards")
     assert len(store) == 20
     assert store[3].captions == store[13].captions
     assert torch.allclose(store[3].latents, plain[3].latents, atol=2e-3)
@@ -112,10 +111,10 @@ def test_views_mirror_and_vary(prepared, parts, tmp_path):
     labels = mask.resize(mask.read(read_folder(prepared / "faces")[3]["mask_file_name"]).raw, SIZE, SIZE)
     exact = LatentCodec(parts.vae).encode(to_tensor([mask.render(mask.flip(labels), SIZE, SIZE)]))[0]
     off = (store[13].conditions["mask"] - exact).abs().mean()
-    assert 0.01 < off / exact.std() < 0.7  # varied, yet the mirrored mask of this face
+    assert 0.01 < off / exact.std() < 0.7  # varied, but still the mirrored mask of this face
 
 
-def test_faces_that_lack_a_condition_keep_the_others(faces, parts, tmp_path):
+def test_faces_without_a_condition_keep_the_others(faces, parts, tmp_path):
     rows = read_rows(faces)
     del rows[2]["keypoints_file_name"]
     write_rows(faces, rows)
@@ -128,10 +127,10 @@ def test_faces_that_lack_a_condition_keep_the_others(faces, parts, tmp_path):
 
 
 def test_interrupted_and_run_again(prepared, parts, tmp_path):
-    """Stopped after every file that is written: nothing is encoded twice, and there is no store before its end."""
+    """Interrupted after every written file: nothing is encoded twice; no manifest exists before the end."""
     out, encoded, runs = tmp_path / "shards", 0, 0
     plain = encode_folder(prepared / "faces", tmp_path / "whole", parts, size=SIZE)
-    assert plain == {"faces": FACES, "encoded": PICTURES, "captions": 0, "missing": 0}
+    assert plain == {"faces": FACES, "encoded": IMAGES, "captions": 0, "missing": 0}
 
     def stop(*_):
         raise KeyboardInterrupt
@@ -141,17 +140,17 @@ def test_interrupted_and_run_again(prepared, parts, tmp_path):
             Store(out)
         runs += 1
         assert runs < 10
-        try:  # `PIXELS` are one pass here, so that every file is written before the first report
+        try:  # a single batch here, so every file is written before the first report
             found = encode_folder(
                 prepared / "faces", out, parts, size=SIZE, share=(runs % 3, 3), shard_bytes=600, progress=stop
             )
         except KeyboardInterrupt:
             continue
         encoded += found["encoded"]
-    assert encoded == 0  # it was all done by runs that were stopped
+    assert encoded == 0  # the interrupted runs did everything
     assert_same(Store(out), Store(tmp_path / "whole"))
     keys = [key for file in out.glob("latents-*") for key in load_keys(file)]
-    assert len(keys) == len(set(keys)) == PICTURES
+    assert len(keys) == len(set(keys)) == IMAGES
 
 
 def load_keys(file: Path) -> list[bytes]:
@@ -160,10 +159,10 @@ def load_keys(file: Path) -> list[bytes]:
     return [key.numpy().tobytes() for key in load_file(file)["keys"]]
 
 
-def test_shares_together_are_the_whole(faces, prepared, parts, tmp_path):
-    """Three processes of which one is killed; then two go on: no entry is made twice."""
+def test_ranks_complete_each_other(faces, prepared, parts, tmp_path):
+    """One of three processes, then two others: no entry is written twice."""
     rows = read_rows(faces)
-    write_rows(faces, rows * 30)  # several blocks; a face that is there twice is encoded once
+    write_rows(faces, rows * 30)  # several blocks; a repeated face is encoded once
     for number, path in enumerate(sorted((faces / "train/masks").iterdir())):
         redraw(path, number)
     out, encoded = tmp_path / "shards", []
@@ -173,7 +172,7 @@ def test_shares_together_are_the_whole(faces, prepared, parts, tmp_path):
         assert (out / "manifest.json").is_file() == (found["missing"] == 0)
     assert found["missing"] == 0
     captions = {"", *(caption for row in rows for caption in row["text"])}
-    assert [sum(column) for column in zip(*encoded, strict=True)] == [PICTURES, len(captions)]
+    assert [sum(column) for column in zip(*encoded, strict=True)] == [IMAGES, len(captions)]
     store = Store(out)
     assert len(store) == 30 * FACES
     assert torch.equal(store[3].latents, store[293].latents)
@@ -181,7 +180,7 @@ def test_shares_together_are_the_whole(faces, prepared, parts, tmp_path):
 
 
 def contents(faces: Path) -> set[tuple[str, bytes]]:
-    """Every (column, hash of a file) that a folder names: what there is to encode in one view."""
+    """Every (column, file hash) in a folder: what one augmentation encodes."""
     rows = read_folder(faces)
     columns = ["file_name", *map(column_of, CONDITIONS)]
     return {(name, sha256(row[name].read_bytes()).digest()) for row in rows for name in columns if name in row}
@@ -224,48 +223,54 @@ KINDS = ("file_name", "mask_file_name", "sketch_file_name", "touch", "rename", "
 KINDS += ("delete", "caption", "drop", "share")
 
 
-def test_mutations_lead_to_the_necessary_encoding_only(faces, parts, tmp_path):
+def test_changes_encode_only_what_is_necessary(faces, parts, tmp_path):
     rng, out = random.Random(0), tmp_path / "shards"
-    encode_folder(faces, out, parts, size=SIZE, views=2, shard_bytes=3000)
+    encode_folder(faces, out, parts, size=SIZE, augmentations=2, shard_bytes=3000)
     assert Store(out).manifest["columns"] == ["image", "mask", "sketch", "keypoints"]
     before = contents(faces)
     for number in range(2 * len(KINDS)):
         mutate(faces, KINDS[number % len(KINDS)], rng, number)
         after = contents(faces)
-        found = encode_folder(faces, out, parts, size=SIZE, views=2, shard_bytes=3000)
+        found = encode_folder(faces, out, parts, size=SIZE, augmentations=2, shard_bytes=3000)
         assert found["encoded"] == 2 * len(after - before), KINDS[number % len(KINDS)]
         assert found["missing"] == 0
         before = after
         if number % 8 == 7:
             shutil.rmtree(tmp_path / "fresh", ignore_errors=True)
-            encode_folder(faces, tmp_path / "fresh", parts, size=SIZE, views=2)
+            encode_folder(faces, tmp_path / "fresh", parts, size=SIZE, augmentations=2)
             assert_same(Store(out), Store(tmp_path / "fresh"))
-    stored = sum(count for _, count in Store(out).manifest["latents"])
-    assert stored <= 2 * 2 * len(after)  # what nobody needs is left out
+    store = Store(out)
+    for start, (name, count) in zip([0, *store.latents.ends], store.manifest["latents"], strict=False):
+        entries = store.places["pictures"]
+        assert ((start <= entries) & (entries < start + count)).any(), name  # unused files are deleted
+    assert len(list(out.glob("latents-*"))) == len(store.manifest["latents"])
 
 
-def test_views_and_conditions_are_added_without_starting_anew(faces, parts, tmp_path):
+def test_augmentations_and_conditions_are_added_incrementally(faces, parts, tmp_path):
     rows = read_rows(faces)
     write_rows(faces, [{key: row[key] for key in ("file_name", "mask_file_name", "text")} for row in rows])
-    encode = lambda views: encode_folder(faces, tmp_path / "s", parts, size=SIZE, views=views)["encoded"]  # noqa: E731
+
+    def encode(count: int) -> int:
+        return encode_folder(faces, tmp_path / "s", parts, size=SIZE, augmentations=count)["encoded"]
+
     assert encode(1) == 2 * FACES
     assert Store(tmp_path / "s").conditions == ["mask"]
     write_rows(faces, rows)
     assert encode(1) == 2 * FACES  # sketches and keypoints
-    assert encode(3) == 7 * FACES  # pictures mirrored, conditions twice; the third view's picture is the first's
+    assert encode(3) == 7 * FACES  # mirrored images, conditions twice; images 0 and 2 are equal
     store = Store(tmp_path / "s")
     assert torch.equal(store[4].latents, store[24].latents)
     assert not torch.equal(store[4].conditions["mask"], store[24].conditions["mask"])
-    with pytest.raises(InputError, match="has 3 views"):
+    with pytest.raises(InputError, match="has 3 augmentations"):
         encode(2)
 
 
-def test_moments_are_drawn_from_in_training(prepared, tmp_path):
-    """An autoencoder with a distribution: pictures are another draw each time, conditions the mean."""
+def test_training_samples_from_moments(prepared, tmp_path):
+    """An autoencoder with a distribution: images are sampled, conditions are the mean."""
     tiny_flux_pipeline().save_pretrained(tmp_path / "flux")
     parts = load_components(tmp_path / "flux")
     found = encode_folder(prepared / "faces", tmp_path / "s", parts, size=SIZE)
-    assert found["encoded"] == PICTURES
+    assert found["encoded"] == IMAGES
     store = Store(tmp_path / "s")
     row, sample = read_folder(prepared / "faces")[2], store[2]
     moments = parts.vae.encode(to_tensor([read_photo(row["file_name"], SIZE)])).latent_dist
@@ -285,14 +290,14 @@ def test_moments_are_drawn_from_in_training(prepared, tmp_path):
     assert torch.equal(batch.condition_latents[0, 0], sample.conditions["mask"])
 
 
-def test_text_features_replace_the_tower(faces, parts, tmp_path):
+def test_text_features_replace_the_text_encoder(faces, parts, tmp_path):
     encode = lambda **options: encode_folder(faces, tmp_path / "s", parts, size=SIZE, shard_bytes=9000, **options)  # noqa: E731
     rows = read_rows(faces)
     captions = {"", *(caption for row in rows for caption in row["text"])}
     assert encode(text_features=True)["captions"] == len(captions)
-    rows[0]["text"] = ["words never said before", rows[1]["text"][0]]
+    rows[0]["text"] = ["a new caption", rows[1]["text"][0]]
     write_rows(faces, rows)
-    found = encode()  # a store that has features keeps having them
+    found = encode()  # text features are always updated
     assert (found["encoded"], found["captions"]) == (0, 1)
     samples = [Store(tmp_path / "s")[index] for index in range(FACES)]
     assert [len(sample.text) for sample in samples] == [len(row["text"]) + 1 for row in rows]
@@ -304,10 +309,10 @@ def test_text_features_replace_the_tower(faces, parts, tmp_path):
         assert torch.allclose(stored, fresh, atol=2e-3, rtol=2e-3)
 
 
-def test_refusals(prepared, faces, parts, tmp_path):
-    with pytest.raises(InputError, match="made with another size"):
+def test_rejected_input(prepared, faces, parts, tmp_path):
+    with pytest.raises(InputError, match="encoded with another size"):
         encode_folder(prepared / "faces", prepared / "shards", parts, size=64)
-    with pytest.raises(InputError, match="made with another precision"):
+    with pytest.raises(InputError, match="encoded with another precision"):
         encode_folder(prepared / "faces", prepared / "shards", parts, size=SIZE, precision="bf16")
     with pytest.raises(InputError, match="not a multiple"):
         encode_folder(prepared / "faces", tmp_path / "s", parts, size=SIZE + 1)
@@ -325,7 +330,7 @@ def test_refusals(prepared, faces, parts, tmp_path):
             use()
 
 
-def test_damaged_files_are_named_and_made_again(prepared, parts, tmp_path):
+def test_damaged_files_are_reported_and_rewritten(prepared, parts, tmp_path):
     out = tmp_path / "s"
     encode = lambda: encode_folder(prepared / "faces", out, parts, size=SIZE, shard_bytes=3000)["encoded"]  # noqa: E731
     encode()
@@ -342,41 +347,24 @@ def test_damaged_files_are_named_and_made_again(prepared, parts, tmp_path):
     assert_same(Store(out), Store(prepared / "shards"))
 
 
-def test_why(faces, prepared, parts, tmp_path):
-    out, mask = tmp_path / "s", faces / "train/masks/000003.png"
-    encode_folder(faces, out, parts, size=SIZE, views=2)
-    assert why(faces, out, mask) == ["row 4, mask of images/000003.png: nothing to encode: its content is in the store"]
-    redraw(mask, 5)
-    assert why(faces, out, mask) == [
-        "row 4, mask of images/000003.png: 2 to encode: its content is not what was encoded"
-    ]
-    rows = read_rows(faces)
-    Image.new("RGB", (SIZE, SIZE)).save(faces / "train/images/new.png")
-    write_rows(faces, [{"file_name": "images/new.png"}, *rows])
-    (told,) = why(faces, out, faces / "train/images/new.png")
-    assert told.startswith("row 1, image of images/new.png: 2 to encode: the store has no face of that name")
-    with pytest.raises(InputError, match="no row of"):
-        why(faces, out, faces / "train/images/nowhere.png")
-
-
 def test_command(prepared, tmp_path, capsys):
     out = tmp_path / "s"
     given = [str(prepared / "faces"), str(out), "--components", str(prepared / "components"), "--size", str(SIZE)]
     cli.main(["prepare", "encode", *given])
-    assert f"{FACES} faces, {PICTURES} pictures and 0 captions encoded now" in capsys.readouterr().out
+    assert f"{FACES} faces, {IMAGES} images and 0 captions encoded" in capsys.readouterr().out
     assert run("prepare", "encode", *given, "--device", "nowhere") == 2
     assert "Device 'nowhere' is not available" in capsys.readouterr().err
-    cli.main(["prepare", "encode", *given, "--why", str(prepared / "faces/train/images/000001.png")])
-    assert "nothing to encode" in capsys.readouterr().out
+    cli.main(["prepare", "encode", *given])
+    assert f"{FACES} faces, 0 images and 0 captions encoded" in capsys.readouterr().out
 
 
-def test_from_pictures_to_shards_in_one_command(prepared, tmp_path, capsys):
-    layouts.celeba(tmp_path / "source")
+def test_images_to_shards_in_one_command(prepared, tmp_path, capsys):
+    sample_datasets.celeba(tmp_path / "source")
     given = [tmp_path / "source", tmp_path / "out", "--size", SIZE, "--held-out", 4]
     command = ["prepare", "shards", *given, "--components", prepared / "components"]
     assert run(*command) == 0
-    told = capsys.readouterr()
-    assert [line.split(":")[0] for line in told.err.splitlines() if line.endswith("images a second")] == [
+    printed = capsys.readouterr()
+    assert [line.split(":")[0] for line in printed.err.splitlines() if line.endswith("images per second")] == [
         "ingesting", "annotating", "encoding",
     ]  # fmt: skip
     store = Store(tmp_path / "out" / "shards")
@@ -384,26 +372,26 @@ def test_from_pictures_to_shards_in_one_command(prepared, tmp_path, capsys):
     assert len(store[0].captions) == 10
     assert all({"mask_file_name", "sketch_file_name"} <= row.keys() for row in read_folder(tmp_path / "out/faces/test"))
     assert run(*command) == 0
-    assert "8 faces, 0 pictures and 0 captions encoded now" in capsys.readouterr().out
+    assert "8 faces, 0 images and 0 captions encoded" in capsys.readouterr().out
 
 
-def test_of_several_splits_train_is_encoded_and_it_is_said(prepared, faces, tmp_path, capsys):
+def test_only_train_is_encoded_and_reported(prepared, faces, tmp_path, capsys):
     shutil.copytree(faces / "train", faces / "test")
     given = (faces, tmp_path / "s", "--components", prepared / "components", "--size", SIZE)
     assert run("prepare", "encode", *given) == 0
-    told = capsys.readouterr()
-    assert "train is encoded, not test" in told.err
-    assert f"{FACES} faces" in told.out
+    printed = capsys.readouterr()
+    assert "only train is encoded, not test" in printed.err
+    assert f"{FACES} faces" in printed.out
 
 
 @pytest.mark.parametrize("wrong", ["components", "landmarker", "split"])
-def test_what_would_fail_later_is_told_before_the_work(prepared, tmp_path, wrong, capsys):
+def test_invalid_arguments_are_reported_before_the_work(prepared, tmp_path, wrong, capsys):
     source, out = tmp_path / "source", tmp_path / "out"
-    layouts.put(source, "test/0.png" if wrong == "split" else "0.png", layouts.picture(0))
+    sample_datasets.put(source, "test/0.png" if wrong == "split" else "0.png", sample_datasets.image(0))
     options = {"components": prepared / "components"} | ({} if wrong == "split" else {wrong: tmp_path / "none"})
     given = [word for name, value in options.items() for word in (f"--{name}", value)]
     assert run("prepare", "shards", source, out, *given) == 2
-    assert ("has test but no train" if wrong == "split" else f"{tmp_path / 'none'}") in capsys.readouterr().err
+    assert ("has test but no split train" if wrong == "split" else f"{tmp_path / 'none'}") in capsys.readouterr().err
     assert not list(out.rglob("sketches"))
     assert out.exists() == (wrong == "split")
 

@@ -1,4 +1,4 @@
-"""Export and back: pictures, masks, sketches, keypoints, captions and all other columns come back as they were."""
+"""Export, and ingest of the export, preserve images, conditions, captions and all other columns."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import shutil
 import tarfile
 from pathlib import Path
 
-import layouts
 import numpy as np
 import pyarrow.parquet
 import pytest
+import sample_datasets
 from PIL import Image
 
 from builders import run
 from likeness.data.folder import read_folder, read_record
 from likeness.prepare.check import check_folder
-from likeness.prepare.export import FORMS, export
+from likeness.prepare.export import WRITERS, export
+from likeness.prepare.fix import apply_fixes, write_fixes
 from likeness.prepare.ingest.write import ingest
-from likeness.prepare.mend import apply_fixes, write_fixes
 from likeness.types import InputError
 
 FILE_COLUMNS = ("file_name", "mask_file_name", "sketch_file_name")
@@ -27,14 +27,14 @@ FILE_COLUMNS = ("file_name", "mask_file_name", "sketch_file_name")
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A prepared folder of two splits, rows of which lack this or that."""
-    layouts.imagefolder(tmp_path / "source")
+    """A prepared folder of two splits; some rows lack some columns."""
+    sample_datasets.imagefolder(tmp_path / "source")
     ingest(tmp_path / "source", tmp_path / "folder")
     return tmp_path / "folder"
 
 
 def contents(folder: Path, split: str) -> list[dict[str, object]]:
-    """The rows of a split with the contents of their files."""
+    """Rows of a split with the contents of their files."""
     rows = []
     for row in read_folder(folder / split):
         points = json.loads(row.pop("keypoints_file_name").read_text()) if "keypoints_file_name" in row else None
@@ -47,19 +47,19 @@ def contents(folder: Path, split: str) -> list[dict[str, object]]:
     return rows
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", WRITERS)
 def test_round_trip(folder, tmp_path, form, capsys):
     assert run("prepare", "export", folder, tmp_path / "out", "--format", form) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'out'}: 2 train, 1 test, 0 skipped\n"
     assert run("prepare", "ingest", tmp_path / "out", tmp_path / "back") == 0
-    assert f"looks like {form}" in capsys.readouterr().err
+    assert f"is in the format {form}" in capsys.readouterr().err
     for split in ("train", "test"):
         assert contents(tmp_path / "back", split) == contents(folder, split)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_licence_and_split_go_along(tmp_path, form):
-    layouts.celebamask(tmp_path / "source")
+@pytest.mark.parametrize("form", WRITERS)
+def test_licence_and_split_are_kept(tmp_path, form):
+    sample_datasets.celebamask(tmp_path / "source")
     ingest(tmp_path / "source", tmp_path / "folder", held_out=1)
     export(tmp_path / "folder", tmp_path / "out", form)
     ingest(tmp_path / "out", tmp_path / "back")
@@ -69,9 +69,9 @@ def test_licence_and_split_go_along(tmp_path, form):
     assert read_record(tmp_path / "out")["split_is"] == first["split_is"]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_stopped_it_goes_on(tmp_path, form):
-    layouts.parquet(tmp_path / "source")
+@pytest.mark.parametrize("form", WRITERS)
+def test_interrupted_export_resumes(tmp_path, form):
+    sample_datasets.parquet(tmp_path / "source")
     ingest(tmp_path / "source", tmp_path / "folder")
     export(tmp_path / "folder", tmp_path / "whole", form, shard=5)
 
@@ -86,7 +86,7 @@ def test_stopped_it_goes_on(tmp_path, form):
     before = {path: path.stat().st_mtime_ns for path in written}
     assert before
     export(tmp_path / "folder", tmp_path / "out", form, shard=5)
-    assert all(path.stat().st_mtime_ns == moment for path, moment in before.items())  # not written again
+    assert all(path.stat().st_mtime_ns == moment for path, moment in before.items())  # not rewritten
     names = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.*")]
     assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in names)
     ingest(tmp_path / "out", tmp_path / "back")
@@ -94,7 +94,7 @@ def test_stopped_it_goes_on(tmp_path, form):
 
 
 @pytest.mark.parametrize("again", ["export", "ingest"])
-def test_rows_that_were_left_out_stay_out(folder, tmp_path, again):
+def test_removed_rows_stay_removed(folder, tmp_path, again):
     train = folder / "train"
     shutil.copyfile(train / "images/0.png", train / "images/2.png")
     with (train / "metadata.jsonl").open("a") as metadata:
@@ -106,38 +106,38 @@ def test_rows_that_were_left_out_stay_out(folder, tmp_path, again):
     assert len(read_folder(tmp_path / "out")) == len(read_folder(train)) == 2
 
 
-def test_names_with_points_do_not_meet(tmp_path):
+def test_names_with_points_are_unique(tmp_path):
     rows = [{"file_name": name} for name in ("img.1.png", "img_1.png")]
     for number, row in enumerate(rows):
-        layouts.put(tmp_path / "source", row["file_name"], layouts.picture(number))
-    layouts.put(tmp_path / "source", "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        sample_datasets.put(tmp_path / "source", row["file_name"], sample_datasets.image(number))
+    sample_datasets.put(tmp_path / "source", "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     export(tmp_path / "source", tmp_path / "out", "webdataset")
     with tarfile.open(tmp_path / "out" / "train-000000.tar") as archive:
         assert archive.getnames() == ["img_1.png", "img_1.json", "img_1-2.png", "img_1-2.json"]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", WRITERS)
 def test_attributes_of_any_kind(tmp_path, form):
-    """Those that are not all true or false go into a table as JSON, and come back."""
+    """Attributes that are not all true or false are stored as JSON in tables."""
     attributes = [{"Smiling": True}, {"age": 34, "Smiling": False}]
     rows = [{"file_name": f"{number}.png", "attributes": has} for number, has in enumerate(attributes)]
     for number, row in enumerate(rows):
-        layouts.put(tmp_path / "source", row["file_name"], layouts.picture(number))
-    layouts.put(tmp_path / "source", "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        sample_datasets.put(tmp_path / "source", row["file_name"], sample_datasets.image(number))
+    sample_datasets.put(tmp_path / "source", "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     assert run("prepare", "export", tmp_path / "source", tmp_path / "out", "--format", form) == 0
     ingest(tmp_path / "out", tmp_path / "back")
     assert [row["attributes"] for row in read_folder(tmp_path / "back")] == attributes
 
 
-def test_webdataset_is_one_that_others_read(folder, tmp_path):
+def test_webdataset_order(folder, tmp_path):
     export(folder, tmp_path / "out", "webdataset")
     with tarfile.open(tmp_path / "out" / "train-000000.tar") as archive:
         names = archive.getnames()
     assert names[:4] == ["0.png", "0.mask.png", "0.json", "0.txt"]
-    assert all(name.startswith("1.") for name in names[4:])  # a sample lies together
+    assert all(name.startswith("1.") for name in names[4:])  # the files of a sample are adjacent
 
 
-def test_parquet_is_as_hugging_face_has_it(folder, tmp_path):
+def test_parquet_has_hugging_face_metadata(folder, tmp_path):
     export(folder, tmp_path / "out", "parquet")
     table = pyarrow.parquet.read_table(tmp_path / "out" / "data" / "train-00000-of-00001.parquet")
     features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
@@ -150,17 +150,17 @@ def test_parquet_is_as_hugging_face_has_it(folder, tmp_path):
     assert np.shape(row["keypoints"]["points"]) == (68, 2)
 
 
-def test_refusals(folder, tmp_path, capsys):
+def test_rejected_input(folder, tmp_path, capsys):
     assert (
         run("prepare", "export", tmp_path / "source" / "train" / "images", tmp_path / "out", "--format", "parquet") == 2
     )
     assert "has no metadata.jsonl" in capsys.readouterr().err
     export(folder, tmp_path / "out", "parquet")
     assert run("prepare", "export", folder, tmp_path / "out", "--format", "webdataset") == 2
-    assert "holds another export" in capsys.readouterr().err
+    assert "contains another export" in capsys.readouterr().err
     assert run("prepare", "export", folder, folder, "--format", "webdataset") == 2
-    assert "holds another export" in capsys.readouterr().err
-    layouts.put(tmp_path, "file", "no folder")
+    assert "contains another export" in capsys.readouterr().err
+    sample_datasets.put(tmp_path, "file", "not a folder")
     assert run("prepare", "export", folder, tmp_path / "file" / "out", "--format", "webdataset") == 2
     assert "cannot write" in capsys.readouterr().err
     (folder / "train" / "metadata.jsonl").write_text('{"file_name": "../../secret.png"}\n')

@@ -1,4 +1,4 @@
-"""Ingest: every layout from its own files through the command line, bad input, interruption, splits and geometry."""
+"""Ingest: every dataset format through the command line, bad input, interruption, splits and geometry."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import zipfile
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-import layouts
 import numpy as np
 import pytest
+import sample_datasets
 from drawn import drawn_mask, drawn_sketch
 from hostile import bomb
-from layouts import SIDE, pack, picture, put
 from PIL import Image
+from sample_datasets import SIDE, image, pack, put
 
 from builders import run
 from likeness.cli import prepare
@@ -30,8 +30,8 @@ from likeness.conditions.mask.classes import FLIP_PAIRS
 from likeness.data.folder import read_folder, read_record
 from likeness.prepare.caption.grammar import ATTRIBUTES
 from likeness.prepare.check import check_folder
-from likeness.prepare.export import FORMS
-from likeness.prepare.ingest.recognise import LAYOUTS
+from likeness.prepare.export import WRITERS
+from likeness.prepare.ingest.formats import FORMATS
 from likeness.prepare.ingest.splits import SPLITS
 from likeness.prepare.ingest.write import ingest
 from likeness.types import InputError
@@ -42,7 +42,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def unfinished(out: Path) -> list[Path]:
-    """What must not be there before a run has ended: metadata, and files written in part."""
+    """Files that must not exist before a run has finished: metadata and partial files."""
     return [*out.rglob("metadata.jsonl"), *out.rglob("*.partial")]
 
 
@@ -51,39 +51,39 @@ def pixels(path: Path) -> np.ndarray:
 
 
 CASES = {
-    # source, layout, arguments, faces by split
-    "celeba": (layouts.celeba, "celeba", ("--held-out", 3), {"train": 8, "test": 4}),
-    "celebamask": (layouts.celebamask, "celebamask", ("--held-out", 1), {"train": 3, "test": 1}),
-    "celeba_hq": (layouts.celeba_hq, "celebamask", ("--held-out", 1), {"train": 3, "test": 1}),
-    "mm_celeba": (layouts.mm_celeba, "mm_celeba", (), {"train": 2, "test": 1}),
-    "ffhq": (layouts.ffhq, "ffhq", (), {"train": 2, "validation": 1}),
-    "face_mogle": (layouts.face_mogle, "face_mogle", (), {"train": 3, "test": 1}),
-    "mmface_dit": (layouts.mmface_dit, "mmface_dit", (), {"train": 3, "test": 1}),
-    "folder": (layouts.folder, "folder", (), {"train": 3}),
-    "imagefolder": (layouts.imagefolder, "imagefolder", (), {"train": 2, "test": 1}),
-    "parquet": (layouts.parquet, "parquet", (), {"train": 20, "test": 2}),
-    "webdataset": (layouts.webdataset, "webdataset", (), {"train": 3, "test": 1}),
+    # dataset, format, arguments, faces by split
+    "celeba": (sample_datasets.celeba, "celeba", ("--held-out", 3), {"train": 8, "test": 4}),
+    "celebamask": (sample_datasets.celebamask, "celebamask", ("--held-out", 1), {"train": 3, "test": 1}),
+    "celeba_hq": (sample_datasets.celeba_hq, "celebamask", ("--held-out", 1), {"train": 3, "test": 1}),
+    "mm_celeba": (sample_datasets.mm_celeba, "mm_celeba", (), {"train": 2, "test": 1}),
+    "ffhq": (sample_datasets.ffhq, "ffhq", (), {"train": 2, "validation": 1}),
+    "face_mogle": (sample_datasets.face_mogle, "face_mogle", (), {"train": 3, "test": 1}),
+    "mmface_dit": (sample_datasets.mmface_dit, "mmface_dit", (), {"train": 3, "test": 1}),
+    "folder": (sample_datasets.folder, "folder", (), {"train": 3}),
+    "imagefolder": (sample_datasets.imagefolder, "imagefolder", (), {"train": 2, "test": 1}),
+    "parquet": (sample_datasets.parquet, "parquet", (), {"train": 20, "test": 2}),
+    "webdataset": (sample_datasets.webdataset, "webdataset", (), {"train": 3, "test": 1}),
 }
 
 
-PACKED = [case for case in CASES if case not in ("parquet", "webdataset")]  # those are read where they lie only
+PACKED = [case for case in CASES if case not in ("parquet", "webdataset")]  # these are only read unpacked
 
 
 @pytest.mark.parametrize(("case", "packed"), [*((case, False) for case in CASES), *((case, True) for case in PACKED)])
-def test_every_layout(case, packed, tmp_path, capsys):
-    build, layout, arguments, counts = CASES[case]
+def test_every_format(case, packed, tmp_path, capsys):
+    build, format, arguments, counts = CASES[case]
     build(tmp_path / "source")
     source = pack(tmp_path / "source", tmp_path / "source.zip", "some folder/") if packed else tmp_path / "source"
     out = tmp_path / "out"
     assert run("prepare", "ingest", source, out, *arguments) == 0
-    told = capsys.readouterr()
-    assert f"looks like {layout}: {LAYOUTS[layout].look}" in told.err
-    assert ", ".join(f"{count} {name}" for name, count in counts.items()) in told.out
+    printed = capsys.readouterr()
+    assert f"is in the format {format}: {FORMATS[format].files}" in printed.err
+    assert ", ".join(f"{count} {name}" for name, count in counts.items()) in printed.out
     assert {split: len(read_folder(out / split)) for split in counts} == counts
     assert (sorted(path.name for path in out.iterdir() if path.is_dir())) == sorted(counts)
     record = read_record(out / "train")
-    assert f"split {record['split']}: {record['split_is']}" in told.err
-    assert record["layout"] == layout
+    assert f"split {record['split']}: {record['split_is']}" in printed.err
+    assert record["layout"] == format
     assert record["faces"] == counts
     assert record["licence"]
     for split in counts:
@@ -93,14 +93,16 @@ def test_every_layout(case, packed, tmp_path, capsys):
                 assert np.array_equal(np.asarray(Image.open(row["mask_file_name"])), drawn_mask(SIDE))
             if "sketch_file_name" in row:
                 assert np.array_equal(np.asarray(Image.open(row["sketch_file_name"])), drawn_sketch(SIDE))
-    assert not {found.kind for found in check_folder(out).findings} - {"shared-condition"}  # all have the one mask
+    assert not {found.kind for found in check_folder(out).findings} - {
+        "shared-condition"
+    }  # all faces have the same mask
 
 
-def test_the_command_names_every_layout_and_split():
+def test_command_lists_every_format_and_split():
     hints = get_type_hints(prepare.ingest)
-    assert set(get_args(hints["layout"])) == {"auto", *LAYOUTS}
+    assert set(get_args(hints["format"])) == {"auto", *FORMATS}
     assert set(get_args(hints["split"])) == {"auto", *SPLITS}
-    assert set(get_args(get_type_hints(prepare.export)["format"])) == set(FORMS)
+    assert set(get_args(get_type_hints(prepare.export)["format"])) == set(WRITERS)
 
 
 def ingested(tmp_path: Path, build, **options) -> Path:
@@ -109,8 +111,8 @@ def ingested(tmp_path: Path, build, **options) -> Path:
     return tmp_path / "out"
 
 
-def test_celeba_keeps_persons_apart_and_crops(tmp_path):
-    out = ingested(tmp_path, layouts.celeba, held_out=3, size=32)
+def test_celeba_separates_identities_and_crops(tmp_path):
+    out = ingested(tmp_path, sample_datasets.celeba, held_out=3, size=32)
     train, test = read_folder(out), read_folder(out / "test")
     assert not {row["identity"] for row in train} & {row["identity"] for row in test}
     row = train[0]
@@ -122,44 +124,44 @@ def test_celeba_keeps_persons_apart_and_crops(tmp_path):
 
 
 def test_celeba_skips_and_reports(tmp_path, capsys):
-    layouts.celeba(tmp_path / "source")
-    pictures = tmp_path / "source" / "img_align_celeba"
-    (pictures / "000001.jpg").write_bytes(b"broken")
-    Image.new("RGB", (64, 64)).save(pictures / "000002.jpg")
-    Image.new("RGB", (178, 218)).save(pictures / "999999.jpg")
-    (pictures / "000003.jpg").write_bytes(b"")
+    sample_datasets.celeba(tmp_path / "source")
+    images = tmp_path / "source" / "img_align_celeba"
+    (images / "000001.jpg").write_bytes(b"broken")
+    Image.new("RGB", (64, 64)).save(images / "000002.jpg")
+    Image.new("RGB", (178, 218)).save(images / "999999.jpg")
+    (images / "000003.jpg").write_bytes(b"")
     assert run("prepare", "ingest", tmp_path / "source", tmp_path / "out", "--held-out", 2) == 0
-    told = capsys.readouterr()
-    assert "4 skipped" in told.out
-    assert "64x64, not 178x218" in told.err
+    printed = capsys.readouterr()
+    assert "4 skipped" in printed.out
+    assert "64x64, not 178x218" in printed.err
     skipped = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
     assert {entry["name"].rpartition("/")[2] for entry in skipped} == {"000001", "000002", "000003", "999999.jpg"}
-    assert "no attributes or no identity" in told.err
+    assert "no attributes or no identity" in printed.err
     assert not list((tmp_path / "out").rglob("*.partial"))
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
-        (lambda root: (root / "list_attr_celeba.txt").unlink(), "list_attr_celeba.txt cannot be read"),
+        (lambda root: (root / "list_attr_celeba.txt").unlink(), "list_attr_celeba.txt does not exist"),
         (lambda root: put(root, "list_attr_celeba.txt", "1\nHat\na.jpg 1\n"), "not CelebA's attribute list"),
-        (lambda root: put(root, "list_attr_celeba.txt", b"\xff\xfe\x00"), "no text in UTF-8"),
+        (lambda root: put(root, "list_attr_celeba.txt", b"\xff\xfe\x00"), "not UTF-8 text"),
         (lambda root: put(root, "identity_CelebA.txt", "000001.jpg\n"), "identity_CelebA.txt, line 1"),
         (lambda root: (root / "identity_CelebA.txt").unlink(), "12 of 12 faces have no identity"),
-        (lambda root: [path.unlink() for path in (root / "img_align_celeba").iterdir()], "holds no .jpg"),
-        (lambda root: put(root, "list_attr_celeba.txt", layouts.attribute_list(["1.jpg"])), "holds no faces"),
+        (lambda root: [path.unlink() for path in (root / "img_align_celeba").iterdir()], "has no .jpg"),
+        (lambda root: put(root, "list_attr_celeba.txt", sample_datasets.attribute_list(["1.jpg"])), "has no faces"),
     ],
 )
-def test_celeba_refusals(tmp_path, change, words):
-    layouts.celeba(tmp_path / "source")
+def test_celeba_rejected_input(tmp_path, change, message):
+    sample_datasets.celeba(tmp_path / "source")
     change(tmp_path / "source")
-    with pytest.raises(InputError, match=words):
-        ingest(tmp_path / "source", tmp_path / "out", layout="celeba", held_out=2)
+    with pytest.raises(InputError, match=message):
+        ingest(tmp_path / "source", tmp_path / "out", format="celeba", held_out=2)
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_attribute_line_is_named(tmp_path):
-    layouts.celeba(tmp_path / "source")
+def test_bad_attribute_line_is_reported(tmp_path):
+    sample_datasets.celeba(tmp_path / "source")
     path = tmp_path / "source" / "list_attr_celeba.txt"
     lines = path.read_text().splitlines()
     lines[4] += " 1"
@@ -168,57 +170,57 @@ def test_bad_attribute_line_is_named(tmp_path):
         ingest(tmp_path / "source", tmp_path / "out", held_out=2)
 
 
-def test_exchanged_sides_are_put_right(tmp_path):
+def test_swapped_sides_are_fixed(tmp_path):
     source = tmp_path / "source"
-    layouts.celebamask(source)
-    put(source, "masks/1.png", layouts.mask_image(swap_classes(drawn_mask(SIDE), FLIP_PAIRS)))
+    sample_datasets.celebamask(source)
+    put(source, "masks/1.png", sample_datasets.mask_image(swap_classes(drawn_mask(SIDE), FLIP_PAIRS)))
     found = ingest(source, tmp_path / "out", held_out=1)
     assert found == {"train": 3, "test": 1, "repaired": 1, "skipped": {}}
     for row in [*read_folder(tmp_path / "out"), *read_folder(tmp_path / "out" / "test")]:
         assert np.array_equal(np.asarray(Image.open(row["mask_file_name"])), drawn_mask(SIDE))
 
 
-def test_celeba_hq_knows_attributes(tmp_path):
-    rows = read_folder(ingested(tmp_path, layouts.celeba_hq, split="none"))
-    assert [row["file_name"].name for row in rows] == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]  # copied as they are
+def test_celeba_hq_reads_attributes(tmp_path):
+    rows = read_folder(ingested(tmp_path, sample_datasets.celeba_hq, split="none"))
+    assert [row["file_name"].name for row in rows] == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]  # copied unchanged
     assert all(len(row["text"]) == 10 and row["attributes"].keys() == set(ATTRIBUTES) for row in rows)
 
 
 def test_mm_celeba_captions_and_sketches(tmp_path):
-    rows = read_folder(ingested(tmp_path, layouts.mm_celeba))
+    rows = read_folder(ingested(tmp_path, sample_datasets.mm_celeba))
     assert rows[0]["text"] == ["This is face 0.", "She smiles."]
     assert all("sketch_file_name" in row for row in rows)
 
 
-def test_masks_and_captions_of_padded_names_are_found(tmp_path):
-    source, told = tmp_path / "source", []
+def test_masks_and_captions_with_padded_numbers(tmp_path):
+    source, messages = tmp_path / "source", []
     for index in range(2):
-        put(source, f"images/{index}.jpg", picture(index))
-        put(source, f"masks/{index:05d}.png", layouts.mask())
+        put(source, f"images/{index}.jpg", image(index))
+        put(source, f"masks/{index:05d}.png", sample_datasets.mask())
         put(source, f"text/{index:05d}.txt", f"face {index}")
-    ingest(source, tmp_path / "out", split="none", tell=told.append)
+    ingest(source, tmp_path / "out", split="none", report=messages.append)
     rows = read_folder(tmp_path / "out")
     assert [("mask_file_name" in row, row["text"]) for row in rows] == [(True, ["face 0"]), (True, ["face 1"])]
-    assert "2 faces: 2 with a mask, 0 with a sketch, 0 with keypoints, 2 with captions" in told
+    assert "2 faces: 2 with a mask, 0 with a sketch, 0 with keypoints, 2 with captions" in messages
 
 
-def test_ffhq_keeps_the_licence_of_each_picture(tmp_path):
-    out = ingested(tmp_path, layouts.ffhq, size=32)
+def test_ffhq_keeps_the_licence_of_each_image(tmp_path):
+    out = ingested(tmp_path, sample_datasets.ffhq, size=32)
     row = read_folder(out)[1]
     assert (row["license"], row["author"], row["photo_url"]) == ("CC BY 2.0", "A. Nobody", "photo 1")
     assert json.loads(row["keypoints_file_name"].read_text())["size"] == [1024, 1024]
     assert "CC BY-NC-SA 4.0" in read_record(out)["licence"]
 
 
-def test_mmface_dit_takes_both_parts(tmp_path):
-    rows = read_folder(ingested(tmp_path, layouts.mmface_dit))
+def test_mmface_dit_reads_both_parts(tmp_path):
+    rows = read_folder(ingested(tmp_path, sample_datasets.mmface_dit))
     assert [row["file_name"].stem for row in rows] == ["0", "1", "ffhq_00000"]
     assert [row["text"] for row in rows] == [["face 0"], ["face 1"], ["a face of FFHQ"]]
     assert all("mask_file_name" in row and "sketch_file_name" in row for row in rows)
 
 
-def test_face_mogle_zips_beside_each_other(tmp_path):
-    layouts.face_mogle(tmp_path / "unpacked")
+def test_face_mogle_zip_files(tmp_path):
+    sample_datasets.face_mogle(tmp_path / "unpacked")
     source = tmp_path / "source"
     source.mkdir()
     pack(tmp_path / "unpacked" / "face", source / "face.zip", "face/")
@@ -231,30 +233,30 @@ def test_face_mogle_zips_beside_each_other(tmp_path):
     assert row["file_name"].read_bytes() == (tmp_path / "unpacked" / "face" / "27000.jpg").read_bytes()
 
 
-def test_captions_from_elsewhere(tmp_path):
-    layouts.folder(tmp_path / "source")
-    put(tmp_path / "words", "deep/1.txt", "the second\n")
-    assert run("prepare", "ingest", tmp_path / "source", tmp_path / "out", "--captions", tmp_path / "words") == 0
+def test_captions_in_another_folder(tmp_path):
+    sample_datasets.folder(tmp_path / "source")
+    put(tmp_path / "texts", "deep/1.txt", "the second\n")
+    assert run("prepare", "ingest", tmp_path / "source", tmp_path / "out", "--captions", tmp_path / "texts") == 0
     rows = read_folder(tmp_path / "out")
     assert [row.get("text") for row in rows] == [["the first face"], ["the second"], None]
 
 
-def test_captions_of_pictures_in_folders(tmp_path):
-    """By the path, where the name alone would fit several; files that fit no face are told."""
-    source, told = tmp_path / "source", []
+def test_captions_of_images_in_folders(tmp_path):
+    """Captions are matched by path if the name is ambiguous; unused files are reported."""
+    source, messages = tmp_path / "source", []
     for number, name in enumerate(("train/a", "train/sub/a", "test/a", "test/sub/b")):
-        put(source, f"{name}.png", picture(number))
-        put(tmp_path / "words", f"{name}.txt", name)
-    put(tmp_path / "words", "train/other.txt", "nobody")
-    ingest(source, tmp_path / "out", captions=tmp_path / "words", tell=told.append)
+        put(source, f"{name}.png", image(number))
+        put(tmp_path / "texts", f"{name}.txt", name)
+    put(tmp_path / "texts", "train/other.txt", "nobody")
+    ingest(source, tmp_path / "out", captions=tmp_path / "texts", report=messages.append)
     texts = {split: [row["text"] for row in read_folder(tmp_path / "out" / split)] for split in ("train", "test")}
     assert texts == {"train": [["train/a"], ["train/sub/a"]], "test": [["test/a"], ["test/sub/b"]]}
-    assert told[-1] == f"files of captions that were not used: 1, such as {tmp_path / 'words/train/other.txt'}"
+    assert messages[-1] == f"unused caption files: 1, such as {tmp_path / 'texts/train/other.txt'}"
 
 
-def test_imagefolder_keeps_further_columns(tmp_path):
-    rows = read_folder(ingested(tmp_path, layouts.imagefolder))
-    assert [row["text"] for row in rows] == [["face 0", "smiling"], ["one caption, no list"]]
+def test_imagefolder_keeps_other_columns(tmp_path):
+    rows = read_folder(ingested(tmp_path, sample_datasets.imagefolder))
+    assert [row["text"] for row in rows] == [["face 0", "smiling"], ["a single caption"]]
     assert [(row["camera"], row["year"], row["identity"]) for row in rows] == [
         ("drawn", 2020, "0"),
         ("drawn", 2021, "1"),
@@ -263,11 +265,11 @@ def test_imagefolder_keeps_further_columns(tmp_path):
 
 
 def test_null_is_absent(tmp_path):
-    """Tools that write tables fill gaps with null: ingested, and read as it is."""
+    """Null counts as absent, in ingest and in prepared folders."""
     source = tmp_path / "source"
     absent = {"mask_file_name": None, "sketch_file_name": None, "text": None, "identity": None}
     put(source, "metadata.jsonl", json.dumps({"file_name": "0.png", **absent}) + "\n")
-    put(source, "0.png", picture(0))
+    put(source, "0.png", image(0))
     for folder in (source, tmp_path / "out"):
         assert [row.keys() for row in read_folder(folder)] == [{"file_name"}]
         assert check_folder(folder).findings == []
@@ -276,27 +278,27 @@ def test_null_is_absent(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "words"),
+    ("row", "message"),
     [
-        ({"file_name": "0.png", "mask_file_name": 7}, "mask_file_name is 7, which names no file"),
-        ({"file_name": "0\0.png"}, "which names no file"),
+        ({"file_name": "0.png", "mask_file_name": 7}, "mask_file_name is 7, which is not a file name"),
+        ({"file_name": "0\0.png"}, "which is not a file name"),
         ({"file_name": "../0.png"}, "points outside the folder"),
         ({"file_name": "0.png", "sketch_file_name": "/etc/passwd"}, "points outside the folder"),
-        ({"file_name": "0.png", "text": {"caption": "a face"}}, "neither a caption nor a list of captions"),
-        ({"file_name": "0.png", "text": ["a face", None]}, "neither a caption nor a list of captions"),
+        ({"file_name": "0.png", "text": {"caption": "a face"}}, "must be a caption or a list of captions"),
+        ({"file_name": "0.png", "text": ["a face", None]}, "must be a caption or a list of captions"),
         ({"file_name": None}, "every row needs a file_name"),
         (["0.png"], "every row needs a file_name"),
     ],
 )
-def test_rows_that_cannot_be_read(tmp_path, row, words):
+def test_rows_that_cannot_be_read(tmp_path, row, message):
     put(tmp_path, "metadata.jsonl", json.dumps({"file_name": "0.png"}) + "\n" + json.dumps(row) + "\n")
-    with pytest.raises(InputError, match=f"line 2.*{words}"):
+    with pytest.raises(InputError, match=f"line 2.*{message}"):
         read_folder(tmp_path)
 
 
-def test_imagefolder_reports_what_is_not_there(tmp_path):
+def test_imagefolder_reports_missing_files(tmp_path):
     source = tmp_path / "source"
-    layouts.imagefolder(source)
+    sample_datasets.imagefolder(source)
     lines = [json.loads(line) for line in (source / "train" / "metadata.jsonl").read_text().splitlines()]
     lines[0] |= {"mask_file_name": "masks/none.png", "depth_file_name": "images/0.png"}
     lines += [{"file_name": "images/gone.png"}, {"file_name": "images/1.png", "text": 7}]
@@ -305,29 +307,29 @@ def test_imagefolder_reports_what_is_not_there(tmp_path):
     assert found["train"] == 2
     missing = {"train/masks/none.png", "column depth_file_name", "train/images/gone.png"}
     assert found["skipped"].keys() == {*missing, "train/1"}
-    assert "neither a caption nor a list" in found["skipped"]["train/1"]
+    assert "must be a caption or a list" in found["skipped"]["train/1"]
 
 
 def test_webdataset_reads_text_and_json(tmp_path):
-    rows = read_folder(ingested(tmp_path, layouts.webdataset))
+    rows = read_folder(ingested(tmp_path, sample_datasets.webdataset))
     assert [row["text"] for row in rows] == [["face 0"], ["face 1"], ["face 2"]]
     assert rows[0]["url"] == "drawn"
 
 
-def test_parquet_names_rows_without_a_path(tmp_path):
-    rows = read_folder(ingested(tmp_path, layouts.parquet))
+def test_parquet_rows_without_a_path(tmp_path):
+    rows = read_folder(ingested(tmp_path, sample_datasets.parquet))
     assert [row["file_name"].name for row in rows][:3] == ["0.png", "train-00000-of-00001_000001.png", "2.png"]
     assert ["mask_file_name" in row for row in rows][:2] == [False, True]
     assert [row["text"] for row in rows] == [[f"face {index}"] for index in range(20)]
     for index, row in enumerate(rows):
-        assert np.array_equal(pixels(row["file_name"]), np.asarray(picture(index)))
+        assert np.array_equal(pixels(row["file_name"]), np.asarray(image(index)))
 
 
 # Splits
 
 
 def test_celeba_partition_by_list_and_by_threshold(tmp_path):
-    layouts.celeba_hq(tmp_path / "source")
+    sample_datasets.celeba_hq(tmp_path / "source")
     ingest(tmp_path / "source", tmp_path / "one", split="celeba")
     numbers = {"100": 0, "162771": 1, "182637": 1, "182638": 2}
     lines = "".join(f"{int(number):06d}.jpg {part}\n" for number, part in numbers.items())
@@ -341,58 +343,58 @@ def test_celeba_partition_by_list_and_by_threshold(tmp_path):
         assert "list_eval_partition.txt" in read_record(out / "test")["split_is"]
 
 
-def test_faces_that_a_split_does_not_list_are_left_out(tmp_path):
-    layouts.mm_celeba(tmp_path / "source")
-    assert ingest(tmp_path / "source", tmp_path / "out")["skipped"] == {"3": "the split lists it nowhere"}
+def test_faces_not_listed_by_a_split_are_skipped(tmp_path):
+    sample_datasets.mm_celeba(tmp_path / "source")
+    assert ingest(tmp_path / "source", tmp_path / "out")["skipped"] == {"3": "the split does not list it"}
 
 
-def test_shared_persons_are_told(tmp_path):
-    layouts.celeba(tmp_path / "source")
-    told: list[str] = []
-    ingest(tmp_path / "source", tmp_path / "out", split="random", held_out=6, tell=told.append)
-    assert any(line.startswith("persons in more than one split: ") for line in told)
+def test_shared_identities_are_reported(tmp_path):
+    sample_datasets.celeba(tmp_path / "source")
+    messages: list[str] = []
+    ingest(tmp_path / "source", tmp_path / "out", split="random", held_out=6, report=messages.append)
+    assert any(line.startswith("identities in more than one split: ") for line in messages)
 
 
-def test_persons_are_kept_apart_where_all_are_known(tmp_path):
+def test_known_identities_are_separated(tmp_path):
     source = tmp_path / "source"
-    layouts.celeba_hq(source)
+    sample_datasets.celeba_hq(source)
     put(
         source, "identity_CelebA.txt", "".join(f"{file:06d}.jpg {file % 2}\n" for file in (100, 162771, 182637, 182638))
     )
     found = ingest(source, tmp_path / "out", held_out=1)
-    assert found == {"train": 2, "test": 2, "skipped": {}}  # two faces a person
+    assert found == {"train": 2, "test": 2, "skipped": {}}  # two faces per identity
     assert read_record(tmp_path / "out")["split"] == "person"
-    people = [{row["identity"] for row in read_folder(tmp_path / "out" / split)} for split in ("train", "test")]
-    assert not set.intersection(*people)
+    identities = [{row["identity"] for row in read_folder(tmp_path / "out" / split)} for split in ("train", "test")]
+    assert not set.intersection(*identities)
 
 
 def test_small_sets_hold_out_a_tenth(tmp_path):
-    assert ingest_of(layouts.celeba, tmp_path / "celeba", count=24) == {
+    assert ingest_of(sample_datasets.celeba, tmp_path / "celeba", count=24) == {
         "train": 22,
         "test": 2,
-    }  # a person has two faces
-    assert ingest_of(layouts.celebamask, tmp_path / "celebamask", count=4) == {"train": 3, "test": 1}
+    }  # an identity has two faces
+    assert ingest_of(sample_datasets.celebamask, tmp_path / "celebamask", count=4) == {"train": 3, "test": 1}
 
 
 def ingest_of(build, root: Path, **options) -> dict[str, int]:
-    """Faces by split where nothing is asked for."""
+    """Faces by split with default arguments."""
     build(root / "source", **options)
     assert run("prepare", "ingest", root / "source", root / "out") == 0
     return read_record(root / "out")["faces"]
 
 
 @pytest.mark.parametrize("stopped", [False, True])
-def test_pictures_of_one_split_in_another_are_told(tmp_path, stopped):
-    source, told = tmp_path / "source", []
+def test_leaks_are_reported(tmp_path, stopped):
+    source, messages = tmp_path / "source", []
     for index in range(6):
-        put(source, f"{'test' if index < 2 else 'train'}/{index}.png", picture(index))
-    put(source, "train/1.jpg", layouts.content(picture(1).resize((80, 80)), "JPEG"))  # another size, compressed
-    put(source, "train/2.jpg", layouts.content(picture(2), "JPEG"))  # twice, but in one split
+        put(source, f"{'test' if index < 2 else 'train'}/{index}.png", image(index))
+    put(source, "train/1.jpg", sample_datasets.content(image(1).resize((80, 80)), "JPEG"))  # another size, compressed
+    put(source, "train/2.jpg", sample_datasets.content(image(2), "JPEG"))  # twice, but in one split
     if stopped:
         with pytest.raises(KeyboardInterrupt):
             ingest(source, tmp_path / "out", progress=interrupted)
-    ingest(source, tmp_path / "out", tell=told.append)
-    assert told[-1].startswith("pictures of train that are in another split, too, or nearly: 1;")
+    ingest(source, tmp_path / "out", report=messages.append)
+    assert messages[-1].startswith("(nearly) equal images in train and another split: 1;")
     assert [found.kind for found in check_folder(tmp_path / "out").findings if found.kind == "leak"] == ["leak"]
 
 
@@ -402,17 +404,17 @@ def interrupted(done: int, total: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("split", "words"),
+    ("split", "message"),
     [
         ("celeba", "needs CelebA-HQ-to-CelebA-mapping.txt"),
         ("mm_celeba", "needs train/filenames.pickle"),
         ("person", "have no identity"),
-        ("random", "50 of 4 complete faces would be held out: ask for fewer by --held-out"),
+        ("random", "cannot hold out 50 of 4 complete faces: reduce --held-out"),
     ],
 )
-def test_splits_that_the_source_cannot_give(tmp_path, split, words):
-    layouts.celebamask(tmp_path / "source")
-    with pytest.raises(InputError, match=words):
+def test_splits_that_the_source_does_not_support(tmp_path, split, message):
+    sample_datasets.celebamask(tmp_path / "source")
+    with pytest.raises(InputError, match=message):
         ingest(tmp_path / "source", tmp_path / "out", split=split, held_out=3 if split == "person" else 50)
     assert not (tmp_path / "out").exists()
 
@@ -423,42 +425,42 @@ class Evil:
 
 
 @pytest.mark.parametrize(
-    "content", [pickle.dumps(Evil()), pickle.dumps([1, 2]), pickle.dumps({"a": "b"}), b"no pickle"]
+    "content", [pickle.dumps(Evil()), pickle.dumps([1, 2]), pickle.dumps({"a": "b"}), b"not a pickle"]
 )
-def test_pickles_of_anything_else_are_refused(tmp_path, content, monkeypatch):
+def test_other_pickles_are_rejected(tmp_path, content, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    layouts.mm_celeba(tmp_path / "source")
+    sample_datasets.mm_celeba(tmp_path / "source")
     put(tmp_path / "source", "train/filenames.pickle", content)
-    with pytest.raises(InputError, match="no plain list of file names"):
+    with pytest.raises(InputError, match="not a plain list of file names"):
         ingest(tmp_path / "source", tmp_path / "out")
     assert not (tmp_path / "stolen").exists()
 
 
-# Recognition
+# Detection
 
 
-def test_several_layouts_are_refused_with_the_candidates(tmp_path, capsys):
-    layouts.imagefolder(tmp_path / "source")
-    layouts.webdataset(tmp_path / "source")
+def test_ambiguous_format_is_rejected(tmp_path, capsys):
+    sample_datasets.imagefolder(tmp_path / "source")
+    sample_datasets.webdataset(tmp_path / "source")
     assert run("prepare", "ingest", tmp_path / "source", tmp_path / "out") == 2
-    told = capsys.readouterr().err
-    assert "could be imagefolder (metadata.jsonl) and webdataset (*.tar): say which with --layout" in told
-    assert run("prepare", "ingest", tmp_path / "source", tmp_path / "out", "--layout", "webdataset") == 0
+    printed = capsys.readouterr().err
+    assert "could be imagefolder (metadata.jsonl) and webdataset (*.tar): choose one with --format" in printed
+    assert run("prepare", "ingest", tmp_path / "source", tmp_path / "out", "--format", "webdataset") == 0
 
 
-def test_a_prepared_folder_is_no_celeba_hq(tmp_path):
-    """Portraits that were aligned and annotated lie in images and masks."""
-    layouts.imagefolder(tmp_path / "source")
+def test_prepared_folder_is_not_detected_as_celeba_hq(tmp_path):
+    """Aligned and annotated portraits are in the folders images and masks, too."""
+    sample_datasets.imagefolder(tmp_path / "source")
     ingest(tmp_path / "source" / "train", tmp_path / "out")
     assert read_record(tmp_path / "out")["layout"] == "imagefolder"
 
 
-def test_pictures_deep_in_folders_are_not_taken_for_granted(tmp_path):
-    put(tmp_path / "source", "a/b/1.jpg", picture(0))
-    put(tmp_path / "source", "a/c/1.jpg", picture(1))
-    with pytest.raises(InputError, match="--layout folder takes the 2 pictures"):
+def test_nested_images_need_an_explicit_format(tmp_path):
+    put(tmp_path / "source", "a/b/1.jpg", image(0))
+    put(tmp_path / "source", "a/c/1.jpg", image(1))
+    with pytest.raises(InputError, match="--format folder imports the 2 images"):
         ingest(tmp_path / "source", tmp_path / "out")
-    ingest(tmp_path / "source", tmp_path / "out", layout="folder")
+    ingest(tmp_path / "source", tmp_path / "out", format="folder")
     assert [row["file_name"].name for row in read_folder(tmp_path / "out")] == ["a_b_1.jpg", "a_c_1.jpg"]
 
 
@@ -472,55 +474,57 @@ def slip(root: Path) -> None:
 
 
 def one_row(**row: object):
-    return lambda root: (put(root, "metadata.jsonl", row), put(root, "0.png", picture(0)))
+    return lambda root: (put(root, "metadata.jsonl", row), put(root, "0.png", image(0)))
 
+
+CONTENT = sample_datasets.content(image(0), "JPEG")
 
 BAD = {
     "no source": (lambda root: None, "does not exist"),
-    "empty": (lambda root: root.mkdir(), "holds no pictures either"),
-    "zip that leads out": (slip, "points outside the folder"),
-    "broken zip": (lambda root: put(root, "face.zip", b"PK\x03\x04 no archive"), "no zip archive that can be read"),
-    "metadata leads out": (one_row(file_name="../secret.png"), "line 1 names '../secret.png', which points outside"),
+    "empty": (lambda root: root.mkdir(), "it contains no images"),
+    "zip with outside path": (slip, "points outside the folder"),
+    "broken zip": (lambda root: put(root, "face.zip", b"PK\x03\x04 not an archive"), "not a readable zip archive"),
+    "metadata with outside path": (one_row(file_name="../secret.png"), "line 1 names '../secret.png', which points"),
     "metadata is absolute": (one_row(file_name="/etc/passwd"), "points outside the folder"),
-    "mask leads out": (one_row(file_name="0.png", mask_file_name="..\\..\\x.png"), "points outside the folder"),
+    "mask with outside path": (one_row(file_name="0.png", mask_file_name="..\\..\\x.png"), "points outside the folder"),
     "no file name": (one_row(text="a face"), "every row needs a file_name"),
-    "no JSON": (lambda root: put(root, "metadata.jsonl", "{"), "line 1 is not valid JSON"),
+    "invalid JSON": (lambda root: put(root, "metadata.jsonl", "{"), "line 1 is not valid JSON"),
     "only a bomb": (lambda root: put(root, "0.png", bomb()), "too many pixels to be opened safely"),
-    "only corrupt": (lambda root: put(root, "0.jpg", layouts.content(picture(0), "JPEG")[:500]), "may be truncated"),
-    "not square": (lambda root: put(root, "0.jpg", picture(0, (64, 80))), "--crop takes its middle"),
-    "no Parquet": (lambda root: put(root, "0.parquet", b"PAR1 nothing PAR1"), "no Parquet file that can be read"),
-    "no tar": (lambda root: put(root, "0.tar", b"\x1f\x8b nothing"), "no whole, uncompressed tar archive"),
+    "only corrupt": (lambda root: put(root, "0.jpg", CONTENT[:500]), "may be truncated"),
+    "not square": (lambda root: put(root, "0.jpg", image(0, (64, 80))), "crop the centre with --crop"),
+    "invalid Parquet": (lambda root: put(root, "0.parquet", b"PAR1 nothing PAR1"), "not a readable Parquet file"),
+    "invalid tar": (lambda root: put(root, "0.tar", b"\x1f\x8b nothing"), "not a complete, uncompressed tar archive"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_sources_are_one_sentence(case, tmp_path, capsys):
-    build, words = BAD[case]
+def test_bad_sources_are_reported(case, tmp_path, capsys):
+    build, message = BAD[case]
     build(tmp_path / "source")
     assert run("prepare", "ingest", tmp_path / "source", tmp_path / "out") == 2
-    told = capsys.readouterr().err
-    assert words in told
-    assert "Traceback" not in told
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
     assert not list(tmp_path.rglob("evil.png"))
     assert not unfinished(tmp_path / "out")
 
 
-def test_bad_files_among_good_ones_are_left_out(tmp_path):
+def test_bad_files_are_skipped(tmp_path):
     source = tmp_path / "source"
-    layouts.celebamask(source, 6)
+    sample_datasets.celebamask(source, 6)
     put(source, "images/0.jpg", bomb())
     put(source, "masks/1.png", bomb())
     put(source, "masks/2.png", Image.new("RGB", (SIDE, SIDE), (1, 2, 3)))
-    put(source, "masks/3.png", layouts.mask().resize((SIDE, SIDE // 2), Image.Resampling.NEAREST))
+    put(source, "masks/3.png", sample_datasets.mask().resize((SIDE, SIDE // 2), Image.Resampling.NEAREST))
     found = ingest(source, tmp_path / "out", split="none")
     assert found["train"] == 5
     assert found["skipped"].keys() == {"train/0", *(f"mask_file_name of train/{index}" for index in (1, 2, 3))}
-    assert "the mask is 64x32, its picture 64x64" in found["skipped"]["mask_file_name of train/3"]
+    assert "the mask is 64x32, but the image is 64x64" in found["skipped"]["mask_file_name of train/3"]
     assert ["mask_file_name" in row for row in read_folder(tmp_path / "out")] == [False, False, False, True, True]
 
 
-def test_broken_files_in_archives_are_left_out(tmp_path):
-    layouts.folder(tmp_path / "unpacked")
+def test_broken_files_in_archives_are_skipped(tmp_path):
+    sample_datasets.folder(tmp_path / "unpacked")
     source = pack(tmp_path / "unpacked", tmp_path / "source.zip")
     data = bytearray(source.read_bytes())
     with zipfile.ZipFile(source) as archive:
@@ -533,16 +537,16 @@ def test_broken_files_in_archives_are_left_out(tmp_path):
 
 
 def test_truncated_shard(tmp_path):
-    layouts.webdataset(tmp_path / "source")
+    sample_datasets.webdataset(tmp_path / "source")
     shard = tmp_path / "source" / "train-000000.tar"
     shard.write_bytes(shard.read_bytes()[:5000])
-    with pytest.raises(InputError, match=r"train-000000\.tar is no whole|cut short"):
+    with pytest.raises(InputError, match=r"train-000000\.tar is not a complete|truncated"):
         ingest(tmp_path / "source", tmp_path / "out")
 
 
-def test_a_folder_that_cannot_be_written(tmp_path, capsys):
-    layouts.folder(tmp_path / "source")
-    put(tmp_path, "file", "no folder")
+def test_unwritable_folder(tmp_path, capsys):
+    sample_datasets.folder(tmp_path / "source")
+    put(tmp_path, "file", "not a folder")
     for out in (tmp_path / "file" / "out", Path("/proc/out")):
         assert run("prepare", "ingest", tmp_path / "source", out) == 2
         assert "cannot write" in capsys.readouterr().err
@@ -556,10 +560,10 @@ main(sys.argv[2:])
 """
 
 
-@pytest.mark.parametrize("most", [3000, 30000], ids=["picture", "metadata"])
+@pytest.mark.parametrize("most", [3000, 30000], ids=["image", "metadata"])
 def test_full_disk(tmp_path, most):
-    """No file may grow beyond `most` bytes, as on a disk that is full; afterwards the same command goes on."""
-    layouts.folder(tmp_path / "source")
+    """No file can grow beyond `most` bytes, as on a full disk; afterwards the same command resumes."""
+    sample_datasets.folder(tmp_path / "source")
     noise = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)  # about 12 KB
     put(tmp_path / "source", "1.png", Image.fromarray(noise))
     put(tmp_path / "source", "2.txt", "a very long caption " * 2000)
@@ -571,33 +575,33 @@ def test_full_disk(tmp_path, most):
     assert "Traceback" not in done.stderr
     assert not unfinished(out)
     for path in (*out.rglob("*.png"), *out.rglob("*.jpg")):
-        Image.open(path).load()  # whole
+        Image.open(path).load()  # complete
     assert run(*command) == 0
     assert len(read_folder(out)) == 4
 
 
-# Going on
+# Resuming
 
 
-def test_what_is_wrong_can_be_put_right_as_it_says(tmp_path, capsys):
-    put(tmp_path / "source", "0.jpg", picture(0, (64, 80)))
+def test_suggested_fix_works(tmp_path, capsys):
+    put(tmp_path / "source", "0.jpg", image(0, (64, 80)))
     command = ("prepare", "ingest", tmp_path / "source", tmp_path / "out")
     assert run(*command) == 2
-    assert "--crop takes its middle" in capsys.readouterr().err
+    assert "crop the centre with --crop" in capsys.readouterr().err
     assert run(*command, "--crop") == 0
     assert len(read_folder(tmp_path / "out")) == 1
 
 
-def test_what_was_written_into_the_source_is_not_ingested(tmp_path, monkeypatch):
-    layouts.folder(tmp_path)
+def test_output_inside_the_source_is_ignored(tmp_path, monkeypatch):
+    sample_datasets.folder(tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         ingest(Path(), Path("ready"), progress=interrupted)
     assert ingest(Path(), Path("ready")) == {"train": 3, "skipped": {}}
 
 
-def test_stopped_anywhere_it_goes_on(tmp_path):
-    layouts.imagefolder(tmp_path / "source")
+def test_interrupted_run_resumes(tmp_path):
+    sample_datasets.imagefolder(tmp_path / "source")
     ingest(tmp_path / "source", tmp_path / "whole", size=32)
     for moment in (1, 2, 3):
         out = tmp_path / f"stopped {moment}"
@@ -613,12 +617,12 @@ def test_stopped_anywhere_it_goes_on(tmp_path):
         assert files(out) == files(tmp_path / "whole")
 
 
-def test_killed_it_goes_on(tmp_path):
-    layouts.celeba(tmp_path / "source", 24)
+def test_killed_run_resumes(tmp_path):
+    sample_datasets.celeba(tmp_path / "source", 24)
     ingest(tmp_path / "source", tmp_path / "whole", held_out=6, size=256)
     out = tmp_path / "out"
     command = ["prepare", "ingest", str(tmp_path / "source"), str(out), "--held-out", "6", "--size", "256"]
-    for _ in range(20):  # until the kill comes before the end
+    for _ in range(20):  # until it is killed before the end
         shutil.rmtree(out, ignore_errors=True)
         process = subprocess.Popen([sys.executable, "-m", "likeness.cli", *command], stderr=subprocess.DEVNULL)
         while not list(out.glob("*/images/*.png")) and process.poll() is None:
@@ -628,22 +632,22 @@ def test_killed_it_goes_on(tmp_path):
         if not list(out.rglob("metadata.jsonl")):
             break
     else:
-        pytest.fail("every run ended before it could be killed")
+        pytest.fail("every run finished before it was killed")
     assert run(*command) == 0
     assert {name: data for name, data in files(out).items() if ".partial" not in name} == files(tmp_path / "whole")
 
 
 def test_complete_folders_are_left_alone(tmp_path, capsys):
-    layouts.folder(tmp_path / "source")
+    sample_datasets.folder(tmp_path / "source")
     command = ("prepare", "ingest", tmp_path / "source", tmp_path / "out")
     assert run(*command) == 0
     annotated = {"file_name": "images/0.jpg", "mask_file_name": "masks/0.png"}
-    put(tmp_path / "out", "train/metadata.jsonl", annotated)  # as if annotated meanwhile
+    put(tmp_path / "out", "train/metadata.jsonl", annotated)  # as if annotated in the meantime
     assert run(*command) == 0
-    assert "is ingested already, 3 faces: for new pictures choose another folder" in capsys.readouterr().err
+    assert "is complete, 3 faces: for new images choose another folder" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "train" / "metadata.jsonl").read_text()) == annotated
     assert run(*command, "--size", 32) == 2
-    assert "was begun with size None, not 32" in capsys.readouterr().err
+    assert "was ingested with size None, not 32" in capsys.readouterr().err
     put(tmp_path / "other", "something.txt", "")
     assert run("prepare", "ingest", tmp_path / "source", tmp_path / "other") == 2
     assert "is not empty" in capsys.readouterr().err
@@ -652,13 +656,13 @@ def test_complete_folders_are_left_alone(tmp_path, capsys):
 # Geometry and names
 
 
-def test_crop_cuts_conditions_alike(tmp_path):
+def test_crop_includes_conditions(tmp_path):
     source = tmp_path / "source"
     wide = np.pad(drawn_mask(SIDE), ((0, 0), (20, 12)))
-    put(source, "0.png", Image.fromarray(np.pad(np.asarray(picture(0)), ((0, 0), (20, 12), (0, 0)))))
-    put(source, "mask.png", layouts.mask_image(wide.repeat(2, 0).repeat(2, 1)))  # at twice the size
+    put(source, "0.png", Image.fromarray(np.pad(np.asarray(image(0)), ((0, 0), (20, 12), (0, 0)))))
+    put(source, "mask.png", sample_datasets.mask_image(wide.repeat(2, 0).repeat(2, 1)))  # at twice the size
     put(source, "sketch.png", Image.fromarray(np.pad(drawn_sketch(SIDE), ((0, 0), (20, 12)), constant_values=255)))
-    points = np.add(layouts.points()["points"], (20, 0))
+    points = np.add(sample_datasets.points()["points"], (20, 0))
     put(source, "points.json", {"points": points.tolist(), "size": [SIDE + 32, SIDE]})
     row = {"file_name": "0.png", "mask_file_name": "mask.png", "sketch_file_name": "sketch.png"}
     put(source, "metadata.jsonl", row | {"keypoints_file_name": "points.json"})
@@ -673,14 +677,14 @@ def test_crop_cuts_conditions_alike(tmp_path):
     assert np.allclose(found * SIDE, points - (left, 0), atol=1e-3)
 
 
-def test_pictures_are_turned_upright_and_made_rgb(tmp_path):
+def test_images_are_rotated_and_converted_to_rgb(tmp_path):
     source = tmp_path / "source"
     exif = Image.Exif()
     exif[0x0112] = 6
     source.mkdir()
-    picture(0).save(source / "turned.jpg", exif=exif, quality=95)
-    picture(1).convert("L").save(source / "grey.png")
-    picture(2).save(source / "plain.jpg")
+    image(0).save(source / "turned.jpg", exif=exif, quality=95)
+    image(1).convert("L").save(source / "grey.png")
+    image(2).save(source / "plain.jpg")
     ingest(source, tmp_path / "out")
     rows = {row["file_name"].stem: row["file_name"] for row in read_folder(tmp_path / "out")}
     assert np.array_equal(pixels(rows["turned"]), np.rot90(pixels(source / "turned.jpg"), -1))
@@ -691,26 +695,26 @@ def test_pictures_are_turned_upright_and_made_rgb(tmp_path):
 def test_names_are_unique_and_safe(tmp_path):
     source = tmp_path / "source"
     for name in ("a.jpg", "a.png", "A.jpg", "strange ?name*.jpg", "ü.jpg"):
-        put(source, name, picture(len(name)))
+        put(source, name, image(len(name)))
     ingest(source, tmp_path / "out")
     names = [row["file_name"].stem for row in read_folder(tmp_path / "out")]
     assert sorted(names) == ["A", "a-2", "a-3", "strange_name_", "ü"]
 
 
-def test_pictures_of_one_name_in_two_splits_are_left_out_each(tmp_path):
-    put(tmp_path / "source", "train/1.jpg", picture(1))
+def test_equal_names_in_two_splits_are_skipped_separately(tmp_path):
+    put(tmp_path / "source", "train/1.jpg", image(1))
     for split in ("train", "test"):
         put(tmp_path / "source", f"{split}/0.jpg", b"broken")
     assert ingest(tmp_path / "source", tmp_path / "out")["skipped"].keys() == {"train/0", "test/0"}
 
 
-def test_names_that_are_no_text_or_too_long(tmp_path):
+def test_invalid_or_long_names(tmp_path):
     source, latin = tmp_path / "source", os.fsdecode(b"caf\xe9")
-    put(source, f"{latin}.png", picture(0))
+    put(source, f"{latin}.png", image(0))
     put(source, f"{latin}s.png", b"broken")
-    put(source, "脸" * 82 + ".png", picture(1))
+    put(source, "脸" * 82 + ".png", image(1))
     put(source, "metadata.jsonl", json.dumps({"file_name": "a.png", "text": "half \ud83d"}))
-    put(source, "a.png", picture(2))
+    put(source, "a.png", image(2))
     (source / "metadata.jsonl").rename(tmp_path / "metadata.jsonl")
     assert run("prepare", "ingest", source, tmp_path / "out") == 0
     names = [row["file_name"].stem for row in read_folder(tmp_path / "out")]
@@ -724,13 +728,13 @@ def test_names_that_are_no_text_or_too_long(tmp_path):
 
 
 def test_limit(tmp_path):
-    out = ingested(tmp_path, layouts.celeba, limit=5, held_out=1)
+    out = ingested(tmp_path, sample_datasets.celeba, limit=5, held_out=1)
     assert sum(read_record(out)["faces"].values()) == 5
-    with pytest.raises(InputError, match="leaves no faces"):
+    with pytest.raises(InputError, match="limit must be at least 1"):
         ingest(tmp_path / "source", tmp_path / "none", limit=0)
 
 
-def test_open_picture_takes_bytes():
-    assert open_image(layouts.content(picture(0)), "face").size == (SIDE, SIDE)
+def test_open_picture_accepts_bytes():
+    assert open_image(sample_datasets.content(image(0)), "face").size == (SIDE, SIDE)
     with pytest.raises(InputError, match=r"^face is empty"):
         open_image(b"", "face")

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from layouts import celeba, celebamask
+from sample_datasets import celeba, celebamask
 
 from builders import run
 

@@ -242,9 +242,9 @@ def test_rejected_arguments(tmp_path: Path) -> None:
             write_synthetic(tmp_path / "refused", **arguments)
     assert not (tmp_path / "refused").exists()
     write_synthetic(tmp_path / "faces", count=1, size=32, seed=1)
-    with pytest.raises(InputError, match="already holds"):
+    with pytest.raises(InputError, match="already contains"):
         write_synthetic(tmp_path / "faces", count=1, size=32, seed=2)
-    with pytest.raises(InputError, match="already holds"):
+    with pytest.raises(InputError, match="already contains"):
         write_synthetic(tmp_path / "faces", count=1, size=64, seed=1)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
@@ -253,7 +253,7 @@ def test_rejected_arguments(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["notes.txt"]
     (tmp_path / "file").write_text("a file, no folder")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(InputError, match="Cannot write"):
+        with pytest.raises(InputError, match="cannot write"):
             write_synthetic(place, count=1, size=32)
     with pytest.raises(InputError):
         draw_face(-1, 0)

@@ -1,4 +1,4 @@
-"""The command that captions a folder: `likeness prepare caption`."""
+"""The command `likeness prepare caption`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from likeness.cli.terminal import PathArgument, progress_bar, quiet_libraries, tell
 from likeness.types import InputError
 
-SHOWN = 10
-"""Faces that failed, of which the reasons are told."""
+MAX_FAILURES = 10
+"""Number of failed faces to report individually."""
 
 
 def caption(
@@ -38,78 +38,76 @@ def caption(
     seed: int = 0,
     device: str = "auto",
 ) -> None:
-    """Caption a prepared folder by a vision-language model that is checked, or by a grammar over CelebA's attributes.
+    """Caption a prepared folder with a vision-language model and checks, or with a grammar over CelebA's attributes.
 
-    What models answer is kept in answers.jsonl at once, so that nothing is asked twice. Exit code: 0 when every face is
-    captioned, 1 when some could not be or the budget was spent, 2 when it cannot go on.
+    Answers are cached in answers.jsonl, so no question is repeated. Exit code: 0 if every face is captioned, 1 if some
+    are not or the budget is spent, 2 on error.
 
     Args:
-        folder: A folder with metadata.jsonl, or the parent of such splits; run again to go on after an interruption.
-        vlm: What describes the pictures: address of an OpenAI-compatible endpoint such as http://localhost:8000/v1, or
-            a checkpoint of transformers such as OpenGVLab/InternVL3-8B-hf.
-        refiner: What checks the captions against attributes and mask: an address, or a checkpoint such as
+        folder: Folder with metadata.jsonl, or the parent of splits. Run again to resume.
+        vlm: Model that describes the images: address of an OpenAI-compatible endpoint such as
+            http://localhost:8000/v1, or a transformers checkpoint such as OpenGVLab/InternVL3-8B-hf.
+        refiner: Model that checks the captions against attributes and mask: an address, or a checkpoint such as
             Qwen/Qwen3-8B.
-        grammar: Write captions from CelebA's attributes, offline; alone or beside vlm.
-        vlm_name: Name of the model at the endpoint; the only one that it serves by default.
+        grammar: Write captions from CelebA's attributes, offline, instead of or in addition to vlm.
+        vlm_name: Name of the model at the endpoint; default the only one that it serves.
         refiner_name: The same for the refiner.
-        vlm_fields: JSON of further fields of each request, such as '{"top_p": 0.9}'; null takes one out.
+        vlm_fields: JSON of additional fields of each request, such as '{"top_p": 0.9}'; null removes a field.
         refiner_fields: The same for the refiner, such as '{"chat_template_kwargs": {"enable_thinking": false}}'.
-        vlm_key_variable: Name of the environment variable that holds the endpoint's key; LIKENESS_API_KEY by default,
-            where it is set.
+        vlm_key_variable: Environment variable with the endpoint's API key; default LIKENESS_API_KEY.
         refiner_key_variable: The same for the refiner.
         prompts: Names of the prompts to use: natural, brief, cues, hair, face, expression, accessories, age, light,
-            portrait; all by default.
-        components: Folder of the model that is to be trained, whose tokenizer counts; by default that of the bundled
-            ones, which makes about two tokens of a word.
-        max_tokens: Most tokens of a caption, its start and end among them; longer ones are cut after a sentence.
-        pixels: Pixels of the longer side of what the model is shown, at most.
-        replace: Leave captions of other origin out of the metadata; captions.jsonl keeps them.
-        parallel: Faces worked on at the same time; 1 is enough for a checkpoint.
-        requests_per_minute: Pace of the requests to endpoints, both together.
-        budget: Most requests of this run, such as 5000, or most tokens, such as 2000000tokens.
-        tries: How often a request is made before the endpoint counts as gone; the waits double from 1 s.
-        timeout: Seconds without a word after which a request counts as failed.
-        seed: Seed of the grammar.
+            portrait; default all.
+        components: Folder of the model to train, whose tokenizer counts the tokens; default the bundled one, which
+            makes about two tokens per word.
+        max_tokens: Most tokens of a caption, including start and end; longer ones are cut after a sentence.
+        pixels: Largest side length of the images for the model, in pixels.
+        replace: Drop captions of other origin from the metadata; captions.jsonl keeps them.
+        parallel: Number of faces processed in parallel; 1 is enough for a checkpoint.
+        requests_per_minute: Rate limit of all endpoints.
+        budget: Maximum number of requests of this run, such as 5000, or of tokens, such as 2000000tokens.
+        tries: Attempts per request; the waits double from 1 s.
+        timeout: Seconds without data after which a request fails.
+        seed: Random seed of the grammar.
         device: Device of checkpoints, for example cuda or cpu; auto takes an accelerator if present.
     """
     from likeness.prepare.caption.endpoint import Meter
+    from likeness.prepare.caption.folder import CaptionSettings, caption_folder, open_model
     from likeness.prepare.caption.models import load_counter
     from likeness.prepare.caption.prompts import PROMPTS
-    from likeness.prepare.caption.stage import Plan, caption_folder, open_model
 
     quiet_libraries()
-    most = read_budget(budget)
-    for what, value in (("requests per minute", requests_per_minute), ("tries", tries), ("timeout", timeout)):
+    limits = read_budget(budget)
+    for option, value in (("requests per minute", requests_per_minute), ("tries", tries), ("timeout", timeout)):
         if value is not None and not value > 0:
-            raise InputError(f"{what} must be above 0, not {value}")
-    meter = Meter(requests_per_minute, most.get("requests"), most.get("tokens"), tries, timeout=timeout)
+            raise InputError(f"{option} must be greater than 0, not {value}")
+    meter = Meter(requests_per_minute, limits.get("requests"), limits.get("tokens"), tries, timeout=timeout)
     options = {"grammar": grammar, "prompts": prompts or tuple(PROMPTS), "max_tokens": max_tokens, "pixels": pixels}
-    plan = Plan(**options, replace=replace, seed=seed)
     count = load_counter(components) if components else load_counter()
-    given = {
+    sources = {
         "vlm": (vlm, vlm_name, vlm_fields, vlm_key_variable),
         "refiner": (refiner, refiner_name, refiner_fields, refiner_key_variable),
     }
     models = {
         role: open_model(
-            model, sees=role == "vlm", meter=meter, name=name, fields=fields, key_variable=key, device=device
+            model, vision=role == "vlm", meter=meter, name=name, fields=fields, key_variable=key, device=device
         )
-        for role, (model, name, fields, key) in given.items()
+        for role, (model, name, fields, key) in sources.items()
         if model is not None
     }
-    plan = Plan(**options, replace=replace, seed=seed, **models)
+    settings = CaptionSettings(**options, replace=replace, seed=seed, **models)
     with progress_bar("Captioning") as advance:
-        report = caption_folder(folder, plan, count, meter=meter, parallel=parallel, progress=advance)
+        report = caption_folder(folder, settings, count, meter=meter, parallel=parallel, progress=advance)
 
-    tell([f"{name}: {reason}" for name, reason in list(report.failed.items())[:SHOWN]])
-    if len(report.failed) > SHOWN:
-        tell([f"and {len(report.failed) - SHOWN} more faces that could not be captioned"])
+    tell([f"{name}: {reason}" for name, reason in list(report.failed.items())[:MAX_FAILURES]])
+    if len(report.failed) > MAX_FAILURES:
+        tell([f"and {len(report.failed) - MAX_FAILURES} more faces were not captioned"])
     if report.incomplete:
-        tell([f"the budget is spent: {report.incomplete} faces lack captions; run the same command again to go on"])
-    left_out = ", ".join(f"{number} {rule}" for rule, number in report.left_out.most_common())
+        tell([f"the budget is spent: {report.incomplete} faces lack captions; run the same command again to resume"])
+    dropped = ", ".join(f"{number} {rule}" for rule, number in report.dropped.most_common())
     print(
         f"{folder}: {report.faces} faces, {report.used} captions"
-        + (f"; left out: {left_out}" if left_out else "")
+        + (f"; dropped: {dropped}" if dropped else "")
         + (f"; {meter.requests} requests, {meter.tokens} tokens" if meter.requests else "")
     )
     if report.failed or report.incomplete:
@@ -117,10 +115,10 @@ def caption(
 
 
 def read_budget(text: str | None) -> dict[str, int]:
-    """`requests` or `tokens` -> the most of them."""
+    """Parse a budget to `requests` or `tokens` -> maximum."""
     if text is None:
         return {}
     found = re.fullmatch(r"([1-9]\d*) ?(requests|tokens)?", text.strip().replace("_", "").replace(",", ""))
     if not found:
-        raise InputError(f"{text!r} is no budget: give requests, such as 5000, or tokens, such as 2000000tokens")
+        raise InputError(f"invalid budget {text!r}: give requests, such as 5000, or tokens, such as 2000000tokens")
     return {found[2] or "requests": int(found[1])}

@@ -1,7 +1,7 @@
-"""Read a prepared folder of faces: a `metadata.jsonl` beside its pictures, as Hugging Face's imagefolder has it.
+"""Read prepared folders of faces: a `metadata.jsonl` next to its images, as in Hugging Face's imagefolder.
 
-A row is a plain dict; file columns are `file_name` and `<condition>_file_name`, captions are `text` (a list). Reading
-rows decodes no picture, so a folder of a million faces opens as fast as its metadata can be read.
+A row is a plain dict: file columns are `file_name` and `<condition>_file_name`, captions are `text` (a list). Reading
+rows decodes no image, so a folder of a million faces opens as fast as its metadata can be read.
 """
 
 from __future__ import annotations
@@ -23,25 +23,28 @@ from likeness.types import InputError
 METADATA = "metadata.jsonl"
 
 RECORD = "dataset.json"
-"""Beside the splits: what the folder holds, where it came from, how it was split and under which licence."""
+"""File next to the splits: contents, source, split and licence of the folder."""
+
+ORIGINALS = "before"
+"""Folder next to the splits in which `likeness prepare check --apply` keeps the files that it replaces or removes."""
 
 
 def read_folder(folder: str | Path) -> list[dict[str, Any]]:
-    """The rows of `folder`, every file column as an absolute `Path`.
+    """Read the rows of `folder`, with every file column as an absolute `Path`.
 
     Args:
         folder: a directory with `metadata.jsonl`, or its parent with a `train` split. A column that is null counts as
-            absent: tools that write tables fill their gaps so.
+            absent: tools that write tables fill gaps with null.
 
     Raises:
-        InputError: there is no metadata, a line is not JSON, has no `file_name`, names a file outside the folder, or
-            has captions that are no text.
+        InputError: there is no metadata, or a line is not JSON, has no `file_name`, names a file outside the folder, or
+            has captions that are not text.
     """
     return list(each_row(folder))
 
 
 def each_row(folder: str | Path) -> Iterator[dict[str, Any]]:
-    """The rows of `read_folder`, one at a time: the captions of a million faces are gigabytes."""
+    """Yield the rows of `read_folder` one at a time: the captions of a million faces take gigabytes."""
     root = root_of(folder)
     path, empty = root / METADATA, True
     folders: dict[str, str] = {}
@@ -61,7 +64,7 @@ def each_row(folder: str | Path) -> Iterator[dict[str, Any]]:
                 row[column] = file_inside(root, row[column], folders, f"{where}: {column}")
             text = row.get("text", "")
             if not (isinstance(text, str) or (isinstance(text, list) and all(isinstance(each, str) for each in text))):
-                raise InputError(f"{where}: text is neither a caption nor a list of captions")
+                raise InputError(f"{where}: text must be a caption or a list of captions")
             empty = False
             yield row
     if empty:
@@ -69,16 +72,16 @@ def each_row(folder: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def file_inside(root: Path, name: Any, folders: dict[str, str], where: str) -> Path:
-    """The file that a row names, as an absolute path; links are followed.
+    """Return the file that a row names as an absolute path with links resolved.
 
     Args:
-        root: the rows' folder, itself without links.
-        name: what the row says.
-        folders: where folders really are, by their names; resolving each once is what makes a million rows quick.
-        where: how messages call the column.
+        root: folder of the rows, without links.
+        name: value of the column.
+        folders: cache of resolved folders. Resolving each folder once makes a million rows fast.
+        where: position of the column, for messages.
 
     Raises:
-        InputError: it is no name of a file below `root`.
+        InputError: it is not the name of a file below `root`.
     """
     try:
         folder, base = os.path.split(name)
@@ -87,15 +90,15 @@ def file_inside(root: Path, name: Any, folders: dict[str, str], where: str) -> P
         file = os.path.join(folders[folder], base)
         if base in ("", ".", "..") or is_link(file):
             file = os.path.realpath(file)
-    except (TypeError, ValueError) as error:  # no string, or one that no file system takes
-        raise InputError(f"{where} is {name!r}, which names no file") from error
+    except (TypeError, ValueError) as error:  # not a string, or not a valid path
+        raise InputError(f"{where} is {name!r}, which is not a file name") from error
     if not f"{file}{os.sep}".startswith(os.path.join(root, "")):
         raise InputError(f"{where} {name!r} points outside the folder")
     return Path(file)
 
 
 def is_link(file: str) -> bool:
-    """Whether a file is a link; one that is not there is none. Unlike `os.path.islink`, raises for impossible names."""
+    """Return whether a file exists and is a link. Unlike `os.path.islink`, raises for invalid names."""
     try:
         return stat.S_ISLNK(os.lstat(file).st_mode)
     except OSError:
@@ -103,39 +106,73 @@ def is_link(file: str) -> bool:
 
 
 def root_of(folder: str | Path) -> Path:
-    """The absolute directory whose `metadata.jsonl` `read_folder` reads.
+    """Return the absolute directory whose `metadata.jsonl` is read: `folder` or its split `train`.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no metadata.
     """
     for root in (Path(folder), Path(folder) / "train"):
         if (root / METADATA).is_file():
             return root.resolve()
     raise InputError(
-        f"{folder} has no {METADATA}, nor has a folder train in it: `likeness prepare ingest PICTURES OUT` writes one"
+        f"{folder} has no {METADATA} and no split train: `likeness prepare ingest IMAGES OUT` writes a prepared folder"
     )
 
 
-def line_of(row: dict[str, Any]) -> bytes:
-    """A row, with its files by name, as a line of the metadata.
+def splits_of(folder: Path) -> list[str]:
+    """Return the subfolders of `folder` with metadata, `train` last, or ["."] if `folder` has metadata itself.
 
-    Half a surrogate pair, as in names that are no UTF-8, cannot be encoded, but its backslash form is its JSON.
+    Raises:
+        InputError: there is no metadata.
+    """
+    if (folder / METADATA).is_file():
+        return ["."]
+    found = [path.parent.name for path in folder.glob(f"*/{METADATA}") if path.parent.name != ORIGINALS]
+    if not found:
+        raise InputError(
+            f"{folder} has no {METADATA} and no splits: `likeness prepare ingest IMAGES OUT` writes a prepared folder"
+        )
+    return sorted(found, key=lambda split: (split == "train", split))
+
+
+def metadata_lines(folder: Path, split: str) -> Iterator[tuple[int, bytes]]:
+    """Yield (line number from 1, line) of a split's metadata without blank lines."""
+    path = folder / split / METADATA
+    try:
+        with path.open("rb") as lines:
+            yield from ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def line_of(row: dict[str, Any]) -> bytes:
+    """Encode a row, with its files by name, as a line of the metadata.
+
+    A lone surrogate, as in file names that are not UTF-8, cannot be encoded; its JSON escape can.
     """
     return json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
 
+def relative_row(row: dict[str, Any], root: Path) -> dict[str, Any]:
+    """Return a row with its files relative to `root`, as the metadata names them."""
+    return {
+        column: value.relative_to(root).as_posix() if isinstance(value, Path) else value
+        for column, value in row.items()
+    }
+
+
 def column_of(condition: str) -> str:
-    """The file column of a condition; the picture itself is `file_name`."""
+    """Return the file column of a condition; that of the image is `file_name`."""
     return f"{condition}_file_name"
 
 
 def condition_file(condition: str, stem: str) -> str:
-    """Where a condition's file goes, as the metadata names it."""
+    """Return the path of a condition's file as the metadata names it."""
     return CONDITIONS[condition].file(stem)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What `dataset.json` says of a prepared folder or of the parent of its splits; empty where there is none."""
+    """Return the content of `dataset.json` of a prepared folder or of the parent of its splits; {} if there is none."""
     path = next((place / RECORD for place in (folder, folder.resolve().parent) if (place / RECORD).is_file()), None)
     if path is None:
         return {}
@@ -147,24 +184,24 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def captions_of(row: dict[str, Any]) -> Sequence[str]:
-    """The captions of a row: `text` may be one string, a list, or absent."""
+    """Return the captions of a row: `text` may be a string, a list, or absent."""
     text = row.get("text", ())
     return (text,) if isinstance(text, str) else tuple(text)
 
 
 def read_photo(path: Path, size: int | None = None) -> np.ndarray:
-    """A photograph, upright, uint8 RGB [H, W, 3].
+    """Read an image upright, uint8 RGB [H, W, 3].
 
     Args:
         path: the file.
-        size: pixels a side to bring it to; None leaves it as it is.
+        size: side length in pixels to resize to; None keeps the size.
 
     Raises:
-        InputError: it cannot be read, or is not square where a size is asked for.
+        InputError: it cannot be read, or is not square although a size is given.
     """
     image = open_image(path).convert("RGB")
     if size is None or image.size == (size, size):
         return np.array(image)
     if image.width != image.height:
-        raise InputError(f"{path} is {image.width}x{image.height}; training pictures must be square: crop it")
+        raise InputError(f"{path} is {image.width}x{image.height}; training images must be square: crop it")
     return np.array(image.resize((size, size), Image.Resampling.LANCZOS))

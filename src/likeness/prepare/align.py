@@ -1,12 +1,11 @@
-"""Photos of any size -> a prepared folder of square portraits in the framing of CelebA-HQ and FFHQ.
+"""Align photos of any size: write a prepared folder of square portraits in the framing of CelebA-HQ and FFHQ.
 
-Each row keeps where its portrait comes from: the photo's name and SHA-256 and the similarity transform, so that `paste`
-can lay an edited portrait back. A portrait's name holds the beginning of its photo's hash: photos of one name do not
-meet, and what was annotated for one photo never passes for another's. Work is kept photo by photo in `.aligned.jsonl`;
-the metadata is written last.
+Each row records the photo's name and SHA-256 and the similarity transform, so that `paste` can paste an edited portrait
+back. A portrait's name contains the beginning of its photo's hash, so portraits of equally named photos do not collide.
+Progress is recorded per photo in `.aligned.jsonl`; the metadata is written last.
 
-Where the square reaches beyond the photo, the photo is reflected and grows blurred and grey outwards, as in FFHQ, since
-models learnt such borders. Other than there, the blur does not reach into the photo: what is pasted back is the photo.
+Outside the photo the portrait shows a reflection that fades into blur and grey, as in FFHQ, because models are trained
+on such borders. Unlike in FFHQ, no pixel inside the photo is blurred.
 """
 
 from __future__ import annotations
@@ -37,32 +36,32 @@ from likeness.data.folder import METADATA, column_of, condition_file, line_of, r
 from likeness.files import write_whole, writing_whole
 from likeness.prepare.annotate import keypoints_file, made_by_column
 from likeness.prepare.ingest.face import plain_name
-from likeness.prepare.ingest.tree import PICTURES, walk
+from likeness.prepare.ingest.source import IMAGES, walk
 from likeness.types import InputError
 
 JOURNAL = ".aligned.jsonl"
-"""What is done: a line of settings, then one a photo."""
+"""Progress: a line of settings, then one per photo."""
 
-LOOKED_AT = 384
-"""Pixels a side at which a face is looked at a second time."""
+REFINE_SIZE = 384
+"""Side length in pixels at which landmarks are detected a second time."""
 
 BLURRED, GREY = 0.1, 0.3
-"""How far beyond the photo, in shares of the portrait's side, reflections are fully blurred and fully the mean tone."""
+"""Distance from the photo, as a fraction of the portrait's side, at which it is fully blurred and fully grey."""
 
 
 @dataclass
 class Aligned:
-    """What became of a pile of photos, by their names."""
+    """Result of `align_photos`."""
 
     portraits: int = 0
     without: list[str] = field(default_factory=list)
-    """Photos in which no face was found."""
+    """Photos without a detected face."""
     unreadable: dict[str, str] = field(default_factory=dict)
-    """Photo -> why it cannot be read."""
+    """Photo -> reason."""
     faults: dict[str, list[str]] = field(default_factory=dict)
-    """Portrait -> what is off about its geometry."""
-    left_out: dict[str, list[str]] = field(default_factory=dict)
-    """Portrait -> why it was left out."""
+    """Portrait -> faults of its geometry."""
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+    """Skipped portrait -> faults of its geometry."""
 
 
 def align_photos(
@@ -71,31 +70,30 @@ def align_photos(
     landmarker: Path,
     *,
     size: int = 512,
-    every: bool = False,
+    all_faces: bool = False,
     strict: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Aligned:
     """Write `out/images`, `out/keypoints` and `out/metadata.jsonl` from a folder of photos, or from one photo.
 
     Args:
-        photos: a folder, searched with all below it, or a file.
-        out: folder to write; run again to go on after an interruption or with more photos. Rows and columns that are
-            there already stay.
+        photos: a folder, searched recursively, or a file.
+        out: folder to write. Run again to resume or to add photos. Existing rows and columns are kept.
         landmarker: MediaPipe's `face_landmarker.task`.
-        size: pixels a side of the portraits.
-        every: all faces of a photo, not only the largest.
-        strict: leave out faces whose geometry is off.
-        progress: called as (photos done, photos in all).
+        size: side length of the portraits in pixels.
+        all_faces: whether to align all faces of a photo instead of only the largest.
+        strict: whether to skip faces with faulty geometry.
+        progress: called as (photos done, total).
 
     Raises:
         InputError: there are no photos, the landmarker cannot be used, `out` was written with other settings, or
             cannot be written.
     """
     if size < 32:
-        raise InputError(f"portraits of {size} pixels are too small: at least 32 are needed")
+        raise InputError(f"size must be at least 32 pixels, not {size}")
     files = photo_files(photos, out)
     with open_face_finder(landmarker) as find:
-        settings = {"size": size, "every": every, "strict": strict, "landmarker": landmarker_name(landmarker)}
+        settings = {"size": size, "every": all_faces, "strict": strict, "landmarker": landmarker_name(landmarker)}
         return align_files(files, photos if photos.is_dir() else photos.parent, out, find, settings, progress)
 
 
@@ -107,14 +105,14 @@ def align_files(
     settings: dict[str, Any],
     progress: Callable[[int, int], None] | None = None,
 ) -> Aligned:
-    """Align photos below `root` by any finder of faces; `settings` has `size`, `every`, `strict` and `landmarker`."""
+    """Align photos below `root` with a face detector; `settings` has `size`, `every`, `strict` and `landmarker`."""
     aligned = Aligned()
-    rows: dict[str, str] = {}  # as JSON: a million rows fit into memory so
+    rows: dict[str, str] = {}  # as JSON, which takes less memory
     done = open_journal(out, settings)
     for number, file in enumerate(files, start=1):
-        record = one_photo(file, file.relative_to(root).as_posix(), out, find, done, **settings)
+        record = align_photo(file, file.relative_to(root).as_posix(), out, find, done, **settings)
         rows |= {row["file_name"]: json.dumps(row, ensure_ascii=False) for row in record["rows"]}
-        tally(aligned, record)
+        add_record(aligned, record)
         if progress is not None:
             progress(number, len(files))
     if rows:
@@ -123,22 +121,22 @@ def align_files(
 
 
 def photo_files(photos: Path, out: Path) -> list[Path]:
-    """The photos of a folder in order of their names, `out` and hidden files left aside; links are followed."""
+    """Return the photos of a folder, sorted, without `out` and hidden files. Links are followed."""
     if photos.is_file():
         return [photos]
     if not photos.is_dir():
         raise InputError(f"{photos} does not exist: give a folder of photos, or one photo")
     if photos.resolve().is_relative_to(out.resolve()):
-        raise InputError(f"{photos} lies in {out}, where portraits would pass for photos: write to another folder")
+        raise InputError(f"{photos} is inside {out}: write to another folder")
     files = [photos / folder / name for folder, names in walk(photos, out) for name in names]
-    files = sorted(path for path in files if path.suffix.lower() in PICTURES)
+    files = sorted(path for path in files if path.suffix.lower() in IMAGES)
     if not files:
-        raise InputError(f"{photos} holds no photos ({', '.join(PICTURES)})")
+        raise InputError(f"{photos} has no photos ({', '.join(IMAGES)})")
     return files
 
 
 def open_journal(out: Path, settings: dict[str, Any]) -> dict[tuple[str, str], str]:
-    """What is done already: (photo, SHA-256) -> its record as JSON. A line that was cut off is left aside."""
+    """Return (photo, SHA-256) -> record as JSON of the photos that are done. A truncated line is ignored."""
     path = out / JOURNAL
     first: dict[str, Any] = {}
     done: dict[tuple[str, str], str] = {}
@@ -156,11 +154,11 @@ def open_journal(out: Path, settings: dict[str, Any]) -> dict[tuple[str, str], s
         write_whole(path, json.dumps(settings))
         return {}
     if other := [f"{name} {first.get(name)}" for name in settings if first.get(name) != settings[name]]:
-        raise InputError(f"{out} was aligned with {', '.join(other)}: keep to that, or choose another folder")
+        raise InputError(f"{out} was aligned with {', '.join(other)}: use the same settings or choose another folder")
     return done
 
 
-def one_photo(
+def align_photo(
     file: Path,
     name: str,
     out: Path,
@@ -172,20 +170,20 @@ def one_photo(
     strict: bool,
     landmarker: str,
 ) -> dict[str, Any]:
-    """The record of one photo: its rows, and what is to be said of it. Portraits and keypoints are written."""
+    """Write the portraits and keypoints of one photo; returns its record with rows and faults."""
     try:
         sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
         known = json.loads(done.get((name, sha256), "null"))
         if known and all((out / row["file_name"]).is_file() for row in known["rows"]):
             return known
         photo = read_photo(file)
-    except (OSError, InputError) as error:  # said at the end; tried again the next time
+    except (OSError, InputError) as error:  # reported at the end and retried in the next run
         return {"photo": name, "rows": [], "unreadable": str(error)}
     height, width = photo.shape[:2]
     record: dict[str, Any] = {"photo": name, "sha256": sha256, "rows": [], "faces": {}}
     faces = find_faces(find, photo, every=every)
     for number, found in enumerate(faces if every else faces[:1]):
-        points = second_look(find, photo, found)
+        points = refine_landmarks(find, photo, found)
         stem = f"{plain_name(file.stem)}-{sha256[:8]}" + (f"-{number}" if number else "")
         transform = portrait_transform(points, size)
         own = move(points, transform)  # [478, 2] in pixels of the portrait
@@ -214,23 +212,23 @@ def one_photo(
             }
         )
     try:
-        with (out / JOURNAL).open("a") as journal:  # the newline first: a line that was cut off stays by itself
+        with (out / JOURNAL).open("a") as journal:  # newline first, to end a truncated line
             journal.write("\n" + json.dumps(record))
     except OSError as error:
         raise InputError(f"cannot write {out / JOURNAL}: {error.strerror or error}") from error
     return record
 
 
-def second_look(find: FaceFinder, photo: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Landmarks [478, 2] of a face, found again where it stands upright and fills the picture: there they are exact."""
-    transform = portrait_transform(points, LOOKED_AT)
-    faces = find(cut_portrait(photo, transform, LOOKED_AT))
-    again = [move(face.astype(np.float64) * LOOKED_AT, inverse(transform)) for face in faces]
+def refine_landmarks(find: FaceFinder, photo: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Detect the landmarks [478, 2] of a face again in the upright, image-filling portrait, where they are accurate."""
+    transform = portrait_transform(points, REFINE_SIZE)
+    faces = find(cut_portrait(photo, transform, REFINE_SIZE))
+    again = [move(face.astype(np.float64) * REFINE_SIZE, inverse(transform)) for face in faces]
     return next((face for face in again if same(face, points)), points)
 
 
-def tally(aligned: Aligned, record: dict[str, Any]) -> None:
-    """Count one photo's record in."""
+def add_record(aligned: Aligned, record: dict[str, Any]) -> None:
+    """Add the record of one photo to the result."""
     if "unreadable" in record:
         aligned.unreadable[record["photo"]] = record["unreadable"]
         return
@@ -240,11 +238,11 @@ def tally(aligned: Aligned, record: dict[str, Any]) -> None:
     aligned.portraits += len(kept)
     for stem, faults in record["faces"].items():
         if faults:
-            (aligned.faults if stem in kept else aligned.left_out)[f"{record['photo']} ({stem})"] = faults
+            (aligned.faults if stem in kept else aligned.skipped)[f"{record['photo']} ({stem})"] = faults
 
 
 def write_metadata(out: Path, rows: dict[str, str]) -> None:
-    """The rows, JSON by `file_name`, with the columns that others have added since, after rows of earlier runs."""
+    """Write rows, JSON by `file_name`, after rows of earlier runs. Columns added in the meantime are kept."""
     path = out / METADATA
     before: dict[str, str] = {}
     if path.is_file():
@@ -257,12 +255,12 @@ def write_metadata(out: Path, rows: dict[str, str]) -> None:
 
 
 def cut_portrait(photo: np.ndarray, transform: np.ndarray, size: int) -> np.ndarray:
-    """The portrait that a transform frames.
+    """Cut out the portrait that a transform frames.
 
     Args:
         photo: uint8 [H, W, 3].
         transform: [2, 3], photo -> portrait.
-        size: pixels a side of the portrait.
+        size: side length of the portrait in pixels.
 
     Returns:
         uint8 [size, size, 3].
@@ -282,36 +280,39 @@ def cut_portrait(photo: np.ndarray, transform: np.ndarray, size: int) -> np.ndar
 
 
 def fade(portrait: np.ndarray, distance: np.ndarray) -> np.ndarray:
-    """Blur and grey what lies beyond the photo, more the farther it lies; `distance` [S, S] in pixels, 0 within."""
+    """Fade pixels outside the photo into blur and grey, by their distance [S, S] in pixels, 0 inside."""
     if not distance.any():
         return portrait
     side = len(portrait)
     values = portrait.astype(np.float32)
-    share = distance[..., None].astype(np.float32) / side
-    values += (ndimage.gaussian_filter(values, (0.02 * side, 0.02 * side, 0)) - values) * np.clip(share / BLURRED, 0, 1)
-    values += (np.median(portrait, axis=(0, 1)).astype(np.float32) - values) * np.clip(share / GREY, 0, 1)
-    return np.where(share > 0, np.rint(values).clip(0, 255), portrait).astype(np.uint8)
+    fraction = distance[..., None].astype(np.float32) / side
+    values += (ndimage.gaussian_filter(values, (0.02 * side, 0.02 * side, 0)) - values) * np.clip(
+        fraction / BLURRED, 0, 1
+    )
+    values += (np.median(portrait, axis=(0, 1)).astype(np.float32) - values) * np.clip(fraction / GREY, 0, 1)
+    return np.where(fraction > 0, np.rint(values).clip(0, 255), portrait).astype(np.uint8)
 
 
-def resample(picture: np.ndarray, transform: np.ndarray, width: int, height: int) -> np.ndarray:
-    """The picture whose point p shows `picture` at transform(p), smooth where it grows, without moire where it shrinks.
+def resample(image: np.ndarray, transform: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Resample an image: point p of the result shows `image` at transform(p), with antialiasing.
 
     Args:
-        picture: uint8 [H, W, 3].
-        transform: [2, 3], similarity from the result to `picture`.
-        width, height: of the result.
+        image: uint8 [H, W, 3].
+        transform: [2, 3], similarity from the result to `image`.
+        width: width of the result.
+        height: height of the result.
     """
-    shrinks = float(np.hypot(*transform[:, 0]))  # pixels of the picture for one of the result
-    image = Image.fromarray(picture)
-    whole = max(1, int(shrinks / 2))
-    if whole > 1:
-        image = image.reduce(whole)
-    # What is left, a factor below 4, is taken from several samples a pixel; as floats, since Pillow truncates bytes.
-    samples = int(np.clip(np.ceil(shrinks / whole), 1, 4))
-    data = np.concatenate([transform[:, :2] / samples, transform[:, 2:]], axis=1) / whole
+    scale = float(np.hypot(*transform[:, 0]))  # pixels of the image per pixel of the result
+    picture = Image.fromarray(image)
+    factor = max(1, int(scale / 2))
+    if factor > 1:
+        picture = picture.reduce(factor)
+    # The remaining factor, below 4, takes several samples per pixel; as floats, since Pillow truncates bytes.
+    samples = int(np.clip(np.ceil(scale / factor), 1, 4))
+    data = np.concatenate([transform[:, :2] / samples, transform[:, 2:]], axis=1) / factor
     size, data = (width * samples, height * samples), tuple(data.flatten())
     found = []
-    for band in image.split():
+    for band in picture.split():
         moved = band.convert("F").transform(size, Image.Transform.AFFINE, data, Image.Resampling.BICUBIC)
         found.append(np.asarray(moved.reduce(samples) if samples > 1 else moved))
     return np.rint(np.stack(found, axis=-1)).clip(0, 255).astype(np.uint8)

@@ -1,8 +1,7 @@
-"""Join what a transformer stands on into one folder: autoencoder, text tower, tokenizer and the latents' statistics;
-beside them the picture tower and the face parser, which annotate and measure.
+"""Join the components of a transformer into one folder: autoencoder, text encoder, tokenizer and latent statistics, and
+optionally the image encoder and the face parser for annotation and evaluation.
 
-The statistics are measured once, on real pictures, and then belong to the autoencoder: latents are normalised with
-them in training and sampling alike.
+The statistics are measured once on real images. Latents are normalised with them in training and sampling.
 """
 
 from __future__ import annotations
@@ -40,20 +39,20 @@ def join_components(
     *,
     size: int,
     face_parser: Path | None = None,
-    pictures: int = 1024,
+    images: int = 1024,
     text_layer: int = -2,
 ) -> None:
     """Write `out` with packed weights (`likeness.pipelines.packed`).
 
     Args:
-        autoencoder: run folder of an autoencoder, or of a decoder.
-        text: run folder of a text tower; its picture tower and attribute head are kept, too.
+        autoencoder: run folder of an autoencoder or of a decoder.
+        text: run folder of a text encoder; its image encoder and attribute head are included.
         out: folder to write.
-        data: prepared folder whose pictures are measured.
-        size: pixels a side.
-        face_parser: run folder of a face parser to lay beside them; no transformer stands on it.
-        pictures: how many are measured, evenly spaced.
-        text_layer: hidden state of the text tower that gives the tokens.
+        data: prepared folder on which the statistics are measured.
+        size: side length in pixels.
+        face_parser: run folder of a face parser to include.
+        images: number of images to measure, evenly spaced.
+        text_layer: hidden state of the text encoder that is used as tokens.
 
     Raises:
         InputError: a run has not published its model, or the data cannot be read.
@@ -73,10 +72,10 @@ def join_components(
     if face_parser:
         save_packed(load_face_parser(face_parser / "model")[0], out / "face_parser")
 
-    # The statistics are those of the packed weights, which are the ones that will be used.
+    # Measure with the packed weights, because these are used later.
     codec = LatentCodec(load_component(out / "vae", "diffusers", "AutoencoderDC"))
     rows = read_folder(data)
-    chosen = rows[:: max(1, len(rows) // pictures)]
+    chosen = rows[:: max(1, len(rows) // images)]
     latents = torch.cat([codec.encode(to_tensor([read_photo(row["file_name"], size)])) for row in chosen])
     components = {
         "vae": ["diffusers", "AutoencoderDC"],
@@ -92,12 +91,12 @@ def join_components(
 
 
 def replace_decoder(run: Path, components: Path, out: Path) -> None:
-    """Write `out`, a copy of a components folder with the decoder of a decoder's run. The encoder and the latents'
-    statistics are unchanged: shards and models made with `components` are valid with `out`.
+    """Write `out`, a copy of a components folder with the decoder of a decoder run. The encoder and the latent
+    statistics are unchanged, so shards and models of `components` remain valid.
 
     Args:
         run: run folder of a decoder.
-        components: folder of `join_components`.
+        components: folder written by `join_components`.
         out: folder to write.
 
     Raises:

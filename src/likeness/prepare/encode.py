@@ -1,15 +1,14 @@
-"""Encode a prepared folder into a store: pictures and rendered conditions through the autoencoder, captions through
-the text towers where that is asked for, each once.
+"""Encode a prepared folder into a latent store: images and rendered conditions through the autoencoder, captions
+optionally through the text encoders.
 
-Run again after anything changed, it encodes what is not there yet and nothing else. Several processes each take their
-share; files are all they have in common, and whoever finds that nothing is missing any more finishes the store.
+A second run encodes only what is missing. Several processes divide the work and communicate through files only; the
+process that finds nothing missing writes the manifest.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -25,31 +24,30 @@ from likeness.data.store import IMAGE, LOG_VARIANCE, MANIFEST, read_manifest, wr
 from likeness.device import choose_device
 from likeness.encoders.latent import LatentCodec, spatial_factor, to_tensor
 from likeness.pipelines.load import Components
-from likeness.prepare.pool import LATENTS, TEXT, Pool, Table
-from likeness.prepare.sources import FILES, Hashes, Plan, each_block, hash_file, write_rows
+from likeness.prepare.content_keys import FILES, EncodeSettings, FileHashes, each_block, hash_file, write_rows
+from likeness.prepare.entries import Entries, EntryWriter
 from likeness.types import InputError
 
 PIXELS = 64 * 128 * 128
-"""Pixels a pass through the autoencoder: its memory grows with them."""
+"""Pixels per batch of the autoencoder."""
 CAPTIONS = 32
-"""Captions a pass through the text towers."""
+"""Captions per batch of the text encoders."""
 ABANDONED = 3600
-"""Seconds after which a half-written file belongs to nobody."""
+"""Age in seconds from which a partial file is deleted."""
 
 
 class Job(NamedTuple):
-    """A picture that the autoencoder is to be given."""
+    """One image or condition to encode."""
 
     row: int
-    """Number of its face."""
     path: Path
     column: str
     """`IMAGE` or the name of a condition."""
-    view: int
+    augmentation: int
     source: bytes
     """Hash of the file."""
     keys: tuple[bytes, ...]
-    """Key of its entry; where pictures have a log variance, that of the log variance, too."""
+    """Key of the entry and, if images have a log variance, key of the log variance."""
 
 
 def encode_folder(
@@ -58,7 +56,7 @@ def encode_folder(
     components: Components,
     *,
     size: int,
-    views: int = 1,
+    augmentations: int = 1,
     precision: Literal["fp32", "bf16"] = "fp32",
     text_features: bool = False,
     device: str | None = None,
@@ -66,279 +64,298 @@ def encode_folder(
     shard_bytes: int = 2**26,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, int]:
-    """Bring a store in line with a folder.
+    """Create or update a latent store.
 
     Args:
-        folder: a prepared folder (`likeness.data.folder`): of a parent of splits `train` only.
-        out: the store's folder; run again to go on after an interruption or a change.
-        components: autoencoder, text towers and their settings.
-        size: pixels a side.
-        views: versions of each face. View 0 is the face as it is; every odd one is mirrored; in all but view 0 the
-            conditions are varied (`likeness.conditions.augment`).
-        precision: of the autoencoder; latents are stored as float16. bf16 is about three times as fast on a CPU.
-        text_features: whether to encode captions, too; a store that has their features keeps having them.
-        device: Device of autoencoder and text encoders, as in `likeness.device.choose_device`.
-        share: (number of this process, number of processes).
-        shard_bytes: bytes of latents or text features a file.
-        progress: called as (faces done, faces in all), for pictures and then for captions.
+        folder: a prepared folder (`likeness.data.folder`); if it has splits, only `train` is encoded.
+        out: folder of the store. Run again to resume or after a change.
+        components: autoencoder, text encoders and their settings.
+        size: side length in pixels.
+        augmentations: versions of each face. Version 0 is the original, odd versions are mirrored, and the conditions
+            of all versions but 0 are varied (`likeness.conditions.augment`).
+        precision: precision of the autoencoder; latents are stored as float16. bf16 is about 3x faster on a CPU.
+        text_features: whether to encode captions. Once a store has text features, they are always updated.
+        device: device of autoencoder and text encoders, as in `likeness.device.choose_device`.
+        share: (rank, world size).
+        shard_bytes: bytes per file of latents or text features.
+        progress: called as (faces done, total), for images and then for captions.
 
     Returns:
-        `faces` of the store, views counted; pictures `encoded` and `captions` encoded by this process; how many
-        pictures and captions are still `missing`, because other processes are at work on them: the store is finished
-        when there are none.
+        `faces`: faces in the store, including augmentations; `encoded` and `captions`: images and captions encoded by
+        this process; `missing`: entries that other processes have yet to write. The store is complete if it is 0.
 
     Raises:
-        InputError: a file cannot be read, `out` holds something else, or there is no such device.
+        InputError: a file cannot be read, `out` contains something else, or the device does not exist.
     """
     factor = spatial_factor(components.vae)
     if size % factor:
-        raise InputError(f"the size {size} is not a multiple of the autoencoder's factor {factor}")
-    if views < 1:
-        raise InputError(f"views is {views}: every face needs at least one")
+        raise InputError(f"size {size} is not a multiple of the autoencoder's downsampling factor {factor}")
+    if augmentations < 1:
+        raise InputError(f"augmentations must be at least 1, not {augmentations}")
     root = root_of(folder)
-    place = choose_device(device)
-    trial = torch.zeros(1, 3, 2 * factor, 2 * factor, device=place)
-    vae = components.vae.to(device=place, memory_format=torch.channels_last)
+    vae = components.vae.to(device=choose_device(device), memory_format=torch.channels_last)
     codec = LatentCodec(vae, together=True)
-    recorded = begun(out).get("codec", "")
-    plan = Plan(
+    trial = torch.zeros(1, 3, 2 * factor, 2 * factor, device=vae.device)
+    existing = manifest_of(out)
+    recorded = existing.get("codec", "")
+    settings = EncodeSettings(
         codec=recorded if recorded and components.same_encoder(recorded) else components.codec_hash,
         moments=codec.moments(trial)[1] is not None,
         size=size,
         precision=precision,
-        views=views,
-        text=components.text_hash() if text_features or begun(out).get("text") else None,
+        augmentations=augmentations,
+        text=components.text_hash() if text_features or existing.get("text") else None,
     )
-    refuse_other(out, plan)
+    check_compatible(out, existing, settings)
     with (root / METADATA).open("rb") as lines:
         rows = sum(bool(line.strip()) for line in lines)
     report = progress or (lambda done, total: None)
-    encoded = encode_pictures(root, out, codec, plan, share, shard_bytes, lambda done: report(done, rows))
+    encoded = encode_images(root, out, codec, settings, share, shard_bytes, lambda done: report(done, rows))
     captions = 0
-    if plan.text:
-        captions = encode_captions(root, out, components, plan, share, shard_bytes, lambda done: report(done, rows))
-    missing = finish(root, out, plan, shard_bytes)
+    if settings.text:
+        captions = encode_captions(root, out, components, settings, share, shard_bytes, lambda done: report(done, rows))
+    missing = finish(root, out, settings)
     report(rows, rows)
-    return {"faces": rows * views, "encoded": encoded, "captions": captions, "missing": missing}
+    return {"faces": rows * augmentations, "encoded": encoded, "captions": captions, "missing": missing}
 
 
-def begun(out: Path) -> dict[str, Any]:
-    """The manifest of `out`, empty where there is none yet."""
-    if (out / "plan.json").is_file():  # what stores of the first schema were begun with
-        raise InputError(f"{out} holds shards of another version: delete it and encode again")
+def manifest_of(out: Path) -> dict[str, Any]:
+    """Return the manifest of `out`, or {} if there is none."""
+    if (out / "plan.json").is_file():  # schema 1
+        raise InputError(f"{out} contains shards of another version: delete it and encode again")
     return read_manifest(out) if (out / MANIFEST).is_file() else {}
 
 
-def refuse_other(out: Path, plan: Plan) -> None:
-    """Nothing would be left of a store with another encoder, size, precision or fewer views: that is a slip."""
-    before = begun(out)
-    names = {"codec": "encoder", "size": "size", "precision": "precision", "text": "text tower"}
+def check_compatible(out: Path, existing: dict[str, Any], settings: EncodeSettings) -> None:
+    """Reject settings under which no existing entry could be reused: they are most likely a mistake."""
+    wanted = settings.manifest()
+    names = {"codec": "encoder", "size": "size", "precision": "precision", "text": "text encoder"}
     for key, name in names.items():
-        if before.get(key) not in (None, getattr(plan, key)):
-            raise InputError(f"{out} was made with another {name}: choose another folder or delete it")
-    if plan.views < before.get("views", 1):
-        raise InputError(f"{out} has {before['views']} views of each face, not {plan.views}: ask for as many")
+        if existing.get(key) not in (None, wanted[key]):
+            raise InputError(f"{out} was encoded with another {name}: choose another folder or delete it")
+    if settings.augmentations < existing.get("views", 1):
+        raise InputError(f"{out} has {existing['views']} augmentations, not {settings.augmentations}: use as many")
 
 
-def encode_pictures(
+def encode_images(
     root: Path,
     out: Path,
     codec: LatentCodec,
-    plan: Plan,
+    settings: EncodeSettings,
     share: tuple[int, int],
     limit: int,
     progress: Callable[[int], None],
 ) -> int:
-    """Encode the pictures of a share that are not there yet; how many."""
-    pool = Pool(out, "latents", limit, Table(out, "latents").strings)
-    waiting = missing_pictures(root, out, plan, share, pool)
-    together = max(1, PIXELS // plan.size**2)
-    passes = iter(lambda: list(islice(waiting, together)), [])
+    """Encode the missing images and conditions of one rank; returns their number."""
+    writer = EntryWriter(out, "latents", limit)
+    jobs = missing_images(root, out, settings, share, writer)
+    batch_size = max(1, PIXELS // settings.size**2)
+    batches = iter(lambda: list(islice(jobs, batch_size)), [])
     device = codec.vae.device
     encoded = 0
-    for jobs, pictures in read_ahead(lambda jobs: (jobs, [picture_of(job, plan.size) for job in jobs]), passes):
-        given = to_tensor(pictures).to(device, memory_format=torch.channels_last)  # [B, 3, S, S]
-        with torch.autocast(device.type, torch.bfloat16, enabled=plan.precision == "bf16"):
-            mean, log_variance = codec.moments(given)  # [B, C, h, w]
+    for batch, images in read_ahead(lambda batch: (batch, [image_of(job, settings.size) for job in batch]), batches):
+        pixels = to_tensor(images).to(device, memory_format=torch.channels_last)  # [B, 3, S, S]
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            mean, log_variance = codec.moments(pixels)  # [B, C, h, w]
         mean = mean.half().cpu()
-        spread = mean if log_variance is None else log_variance.half().cpu()
-        finite = (mean + spread).isfinite().flatten(1).all(1).tolist()
-        for number, job in enumerate(jobs):
+        log_variance = mean if log_variance is None else log_variance.half().cpu()
+        finite = (mean + log_variance).isfinite().flatten(1).all(1).tolist()  # [B]
+        for number, job in enumerate(batch):
             if not finite[number]:
-                raise InputError(f"the autoencoder has no finite latent for {job.path}: try another precision")
-            for key, latents in zip(job.keys, (mean, spread), strict=False):
-                pool.add(key, latents=latents[number])
-        encoded += len(jobs)
-        progress(jobs[-1].row + 1)
-    pool.flush()
+                raise InputError(f"{job.path} has a non-finite latent (NaN or Inf): use another precision")
+            for key, latents in zip(job.keys, (mean, log_variance), strict=False):
+                writer.add(key, latents=latents[number])
+        encoded += len(batch)
+        progress(batch[-1].row + 1)
+    writer.flush()
     return encoded
 
 
-def missing_pictures(root: Path, out: Path, plan: Plan, share: tuple[int, int], pool: Pool) -> Iterator[Job]:
-    """The pictures of a share that no file of the store holds, each once."""
-    hashes = Hashes(out)
-    columns = list(plan.columns)
+def missing_images(
+    root: Path, out: Path, settings: EncodeSettings, share: tuple[int, int], writer: EntryWriter
+) -> Iterator[Job]:
+    """Yield the images and conditions of one rank that have no entry yet, each once."""
+    hashes = FileHashes(out)
+    columns = list(settings.columns)
+    rank, world = share
     start = 0
     for number, rows in enumerate(each_block(root)):
-        if number % share[1] == share[0]:
-            stamps, sources, _ = hashes.survey(root, rows)
+        if number % world == rank:
+            stamps, sources, _ = hashes.lookup(root, rows)
             write_rows(out, root, rows, stamps, sources)
-            keys = plan.keys(sources).swapaxes(0, 1)  # [R, V, C, 16]: a face's entries lie together
-            wanted = np.argwhere(keys.any(-1))
-            taken = set()
-            for found in pool.claim(keys[tuple(wanted.T)]):
-                row, view, at = wanted[found].tolist()
-                at = 0 if columns[at] == LOG_VARIANCE else at  # the picture and its log variance are one job
-                if (row, view, at) in taken:
+            keys = settings.keys(sources).swapaxes(0, 1)  # [R, A, C, 16]: the entries of a face are adjacent
+            present = np.argwhere(keys.any(-1))
+            yielded = set()
+            for found in writer.claim(keys[tuple(present.T)]):
+                row, augmentation, at = present[found].tolist()
+                at = 0 if columns[at] == LOG_VARIANCE else at  # mean and log variance are one job
+                if (row, augmentation, at) in yielded:
                     continue
-                taken.add((row, view, at))
+                yielded.add((row, augmentation, at))
                 name = "file_name" if at == 0 else column_of(columns[at])
-                entries = keys[row, view, at : at + (2 if at == 0 and plan.moments else 1)]
-                made = tuple(entry.tobytes() for entry in entries)
+                entries = keys[row, augmentation, at : at + (2 if at == 0 and settings.moments else 1)]
                 yield Job(
-                    start + row, rows[row][name], columns[at], view, sources[row, FILES.index(name)].tobytes(), made
+                    start + row,
+                    rows[row][name],
+                    columns[at],
+                    augmentation,
+                    sources[row, FILES.index(name)].tobytes(),
+                    tuple(entry.tobytes() for entry in entries),
                 )
         start += len(rows)
 
 
-def picture_of(job: Job, size: int) -> np.ndarray:
-    """What the autoencoder is given, uint8 [S, S, 3].
+def image_of(job: Job, size: int) -> np.ndarray:
+    """Return the input of the autoencoder, uint8 [S, S, 3].
 
     Raises:
-        InputError: the file cannot be read, or is no longer the one that was hashed.
+        InputError: the file cannot be read, or has changed since it was hashed.
     """
-    mirrored = job.view % 2 == 1
+    mirrored = job.augmentation % 2 == 1
     if job.column == IMAGE:
-        picture = read_photo(job.path, size)
-        picture = picture[:, ::-1] if mirrored else picture
+        image = read_photo(job.path, size)
+        image = image[:, ::-1] if mirrored else image
     else:
         condition = CONDITIONS[job.column]
         raw = condition.resize(condition.read(job.path).raw, size, size)
-        if job.view:
-            # by the key: a function of the file's content and of the view, whatever rows stand before this one
+        if job.augmentation:
+            # Seeded by the key: depends on the file's content and the augmentation only, not on other rows.
             raw = condition.augment(raw, np.random.default_rng(int.from_bytes(job.keys[0], "big")))
-        picture = condition.render(condition.flip(raw) if mirrored else raw, size, size)
+        image = condition.render(condition.flip(raw) if mirrored else raw, size, size)
     if hash_file(job.path) != job.source:
         raise InputError(f"{job.path} changed while it was being encoded: run the command again")
-    return picture
+    return image
 
 
 def encode_captions(
     root: Path,
     out: Path,
     components: Components,
-    plan: Plan,
+    settings: EncodeSettings,
     share: tuple[int, int],
     limit: int,
     progress: Callable[[int], None],
 ) -> int:
-    """Encode the captions of a share, and the empty one, that are not there yet; how many."""
-    for tower in (components.text_encoder, components.text_encoder_2):
-        if tower is not None:
-            tower.to(components.vae.device)
-    pool = Pool(out, "text", limit, Table(out, "text").strings)
+    """Encode the missing captions of one rank, including the empty one; returns their number."""
+    for encoder in (components.text_encoder, components.text_encoder_2):
+        if encoder is not None:
+            encoder.to(components.vae.device)
+    writer = EntryWriter(out, "text", limit)
     encoded = 0
-    waiting = missing_captions(root, plan, share, pool)
-    for part in iter(lambda: list(islice(waiting, CAPTIONS)), []):
-        features = components.text_features([caption for _, caption, _ in part])
+    captions = missing_captions(root, settings, share, writer)
+    for batch in iter(lambda: list(islice(captions, CAPTIONS)), []):
+        features = components.text_features([caption for _, caption, _ in batch])
         tokens, pooled = features.tokens.half().cpu(), features.pooled.half().cpu()  # [B, L, D], [B, P]
-        for number, (_, caption, key) in enumerate(part):
+        for number, (_, caption, key) in enumerate(batch):
             if not (tokens[number].isfinite().all() and pooled[number].isfinite().all()):
-                raise InputError(f"the text tower's features of {caption!r} are beyond float16: encode without them")
-            pool.add(key, tokens=tokens[number], pooled=pooled[number])
-        encoded += len(part)
-        progress(part[-1][0])
-    pool.flush()
+                raise InputError(
+                    f"the text features of {caption!r} exceed the range of float16: encode without text features"
+                )
+            writer.add(key, tokens=tokens[number], pooled=pooled[number])
+        encoded += len(batch)
+        progress(batch[-1][0])
+    writer.flush()
     return encoded
 
 
-def missing_captions(root: Path, plan: Plan, share: tuple[int, int], pool: Pool) -> Iterator[tuple[int, str, bytes]]:
-    """(faces so far, caption, key) of the captions that are this share's, by their keys, and not in the store."""
+def missing_captions(
+    root: Path, settings: EncodeSettings, share: tuple[int, int], writer: EntryWriter
+) -> Iterator[tuple[int, str, bytes]]:
+    """Yield (rows read, caption, key) of captions without an entry. Captions are assigned to ranks by key."""
+    rank, world = share
     start = 0
     for rows in each_block(root):
         start += len(rows)
         captions = list(dict.fromkeys(["", *(caption for row in rows for caption in captions_of(row))]))
-        keys = plan.caption_keys(captions)
-        mine = np.flatnonzero(keys[:, :2].astype(int) @ (256, 1) % share[1] == share[0])
-        for number in pool.claim(keys[mine]):
+        keys = settings.caption_keys(captions)
+        mine = np.flatnonzero(keys[:, :2].astype(int) @ (256, 1) % world == rank)
+        for number in writer.claim(keys[mine]):
             yield start, captions[mine[number]], keys[mine[number]].tobytes()
 
 
-def finish(root: Path, out: Path, plan: Plan, limit: int) -> int:
-    """Write the manifest if no entry is missing, and remove what it does not need; returns how many are missing."""
+def finish(root: Path, out: Path, settings: EncodeSettings) -> int:
+    """Write the manifest if no entry is missing, and delete unused files. Returns the number of missing entries."""
     while True:
-        hashes, unread = Hashes(out), 0
-        rows, picture_keys, caption_keys, counts = [], [], [plan.caption_keys([""] if plan.text else [])], []
+        hashes, unknown = FileHashes(out), 0
+        rows, image_keys, captions = [], [], []
         for block in each_block(root):
-            stamps, sources, left = hashes.survey(root, block, read=False)
-            unread += left * plan.views
-            if unread:
-                continue  # what another process has not come to yet, nobody else has to read
+            stamps, sources, left = hashes.lookup(root, block, read=False)
+            unknown += left * settings.augmentations
+            if unknown:
+                continue  # another process has not reached these files yet
             rows.append((write_rows(out, root, block, stamps, sources), len(block)))
-            picture_keys.append(plan.keys(sources))
-            if plan.text:
-                caption_keys.append(plan.caption_keys([caption for row in block for caption in captions_of(row)]))
-                counts += [len(captions_of(row)) for row in block]
-        if unread:
-            return unread
-        keys = np.concatenate(picture_keys, axis=1)  # [V, R, C, 16]
-        del hashes, picture_keys
+            image_keys.append(settings.keys(sources))
+            if settings.text:
+                caption_keys = settings.caption_keys([caption for row in block for caption in captions_of(row)])
+                captions.append(([len(captions_of(row)) for row in block], caption_keys))
+        if unknown:
+            return unknown
+        keys = np.concatenate(image_keys, axis=1)  # [A, R, C, 16]
+        del hashes, image_keys
         try:
-            lock = FileLock(out / ".lock").acquire()  # the system's own: a killed process does not hold it
+            lock = FileLock(out / ".lock").acquire()  # released by the system if the process is killed
         except OSError as error:
             raise InputError(f"cannot write in {out}: {error.strerror or error}") from error
         with lock:
             if not all((out / name).is_file() for name, _ in rows):
-                continue  # another process has finished meanwhile, and taken them for its own older ones
-            return finish_with(out, plan, rows, keys, np.concatenate(caption_keys), counts, limit)
+                continue  # another process finished in the meantime and deleted them
+            return write_store(out, settings, rows, keys, captions)
 
 
-def finish_with(
+def write_store(
     out: Path,
-    plan: Plan,
+    settings: EncodeSettings,
     rows: list[tuple[str, int]],
     keys: np.ndarray,
-    caption_keys: np.ndarray,
-    counts: list[int],
-    limit: int,
+    captions: list[tuple[list[int], np.ndarray]],
 ) -> int:
-    """`finish`, given the files of the rows, the keys of pictures [V, R, C, 16] and, where captions are encoded, of the
-    empty caption and all others [1 + N, 16], and the numbers of captions of each row.
+    """Write which entry belongs to which face, then the manifest. Returns the number of missing entries.
+
+    Args:
+        out: folder of the store.
+        settings: what the keys were made with.
+        rows: names and sizes of the `rows-*` files.
+        keys: keys of images and conditions, uint8 [A, R, C, 16].
+        captions: captions per row and keys of all captions, uint8 [N, 16], of each block of rows.
     """
-    latents, texts = Table(out, "latents"), Table(out, "text")
-    present, places, told = keys.any(-1), latents.places(keys), texts.places(caption_keys)  # [V, R, C] twice, [1 + N]
-    missing = int((present & (places < 0)).sum()) + int((told < 0).sum())
+    empty = settings.caption_keys([""] if settings.text else [])
+    text_keys = np.concatenate([empty, *(part for _, part in captions)])  # [1 + N, 16]
+    latents, texts = Entries(out, "latents"), Entries(out, "text")
+    places, text_places = latents.index.find(keys), texts.index.find(text_keys)  # [A, R, C], [1 + N]
+    present = keys.any(-1)  # [A, R, C]
+    missing = int((present & (places < 0)).sum()) + int((text_places < 0).sum())
     if missing:
         return missing
 
-    there = np.flatnonzero(present.any(axis=0).any(axis=0)).tolist()
-    columns = [plan.columns[number] for number in there]
-    places = places[..., there].reshape(-1, len(columns))  # [V R, C]
-    latent_files, moved = latents.settle(places, LATENTS, limit)
-    text_files, moved_texts = texts.settle(told, TEXT, limit)
-    tensors = {"pictures": torch.from_numpy(moved[places])}
-    told = moved_texts[told]
-    if plan.text:
-        tensors |= {"captions": torch.from_numpy(told[1:]), "caption_ends": torch.tensor(counts).cumsum(0)}
+    latents = Entries(out, "latents", latents.used_files(places))
+    texts = Entries(out, "text", texts.used_files(text_places))
+    used = np.flatnonzero(present.any(axis=0).any(axis=0)).tolist()
+    columns = [settings.columns[number] for number in used]
+    places = latents.index.find(keys[:, :, used]).reshape(-1, len(columns)).astype(np.int32)  # [A R, C]
+    text_places = texts.index.find(text_keys).astype(np.int32)
+    tensors = {"pictures": torch.from_numpy(places)}
+    if settings.text:
+        counts = torch.tensor([count for counts, _ in captions for count in counts])
+        tensors |= {"captions": torch.from_numpy(text_places[1:]), "caption_ends": counts.cumsum(0)}
+    places_file = write_part(out, "places", tensors)
     manifest = {
-        **asdict(plan),
+        **settings.manifest(),
         "count": len(places),
         "columns": columns,
         "conditions": [name for name in columns if name in CONDITIONS],
-        "empty_caption": int(told[0]) if plan.text else None,
-        "places": write_part(out, "places", tensors),
-        "latents": list(latent_files.items()),
-        "texts": list(text_files.items()),
+        "empty_caption": int(text_places[0]) if settings.text else None,
+        "places": places_file,
+        "latents": list(latents.files.items()),
+        "texts": list(texts.files.items()),
         "rows": rows,
     }
     write_manifest(out, manifest)
-    clean(out, {manifest["places"], *latent_files, *text_files, *(name for name, _ in rows)})
+    delete_unused(out, {places_file, *latents.files, *texts.files, *(name for name, _ in rows)})
     return 0
 
 
-def clean(out: Path, needed: set[str]) -> None:
-    """Remove the files that a finished store does not need, and what killed processes left half-written."""
+def delete_unused(out: Path, used: set[str]) -> None:
+    """Delete the files that a finished store does not use, and old partial files of killed processes."""
     for file in [*out.glob("*-*.safetensors"), *out.glob(".*.partial")]:
-        state = file.stat()
-        if file.name not in needed and (file.suffix != ".partial" or time.time() - state.st_mtime > ABANDONED):
+        if file.name not in used and (file.suffix != ".partial" or time.time() - file.stat().st_mtime > ABANDONED):
             file.unlink(missing_ok=True)

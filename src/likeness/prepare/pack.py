@@ -1,4 +1,4 @@
-"""Write a trained model the way the bundled ones ship: packed weights, and shared parts left to a folder beside it."""
+"""Write a trained model in the form of the bundled ones: packed weights, with components in another folder."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from likeness.types import InputError
 
 
 def pack_model(model: Path, out: Path) -> None:
-    """Pack a published pipeline into `out`, whose neighbour `common` must hold the components it was trained on.
+    """Pack a published pipeline into `out`. The folder `common` next to it must contain its components.
 
     Raises:
-        InputError: `model` is no published run, or was trained on other components.
+        InputError: `model` is not a published run, or was trained with other components.
     """
     index = read_json(model / "model_index.json")
     common = load_components(out.parent / COMMON)

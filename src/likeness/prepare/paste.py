@@ -1,7 +1,7 @@
-"""An edited portrait back into the photo it was cut from, by the transform that `align` has kept.
+"""Paste an edited portrait back into the photo that it was cut from, with the transform that `align` recorded.
 
-Beyond the portrait's square the photo's pixels are the very same; within, the portrait shows, and at its border both
-are mixed. The photo must be the file that was aligned: its SHA-256 is compared.
+Pixels outside the portrait's square do not change; at its border portrait and photo are blended. The photo must be the
+file that was aligned: its SHA-256 is compared.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from likeness.prepare.align import resample
 from likeness.types import InputError
 
 FEATHER = 0.1
-"""Width of the border in which portrait and photo are mixed, as a share of the portrait's side."""
+"""Width of the blended border as a fraction of the portrait's side."""
 
 BAND = 256
-"""Rows of the photo that are mixed at a time, so that a large face needs no more memory than a small one."""
+"""Rows of the photo that are blended at a time, to bound the memory."""
 
 COMPOSITE = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
-"""IPTC digital source type of a photo into which a trained model's picture was laid."""
+"""IPTC digital source type of a photo that contains generated content."""
 
 
 def paste_file(
@@ -42,79 +42,79 @@ def paste_file(
         portrait: the edited portrait, square, of any size.
         aligned: the folder that `align_photos` wrote.
         photo: the photo.
-        out: file to write: .png and .webp keep every pixel, .jpg rounds them all.
-        face: `file_name` of the portrait as it was aligned; needed where the photo has several faces and the edited
-            portrait has another name than the aligned one.
-        feather: width of the mixed border, as a share of the portrait's side.
+        out: file to write; .png and .webp are lossless, .jpg is not.
+        face: `file_name` of the aligned portrait; needed if the photo has several faces and the edited portrait has
+            another name than the aligned one.
+        feather: width of the blended border as a fraction of the portrait's side.
 
     Returns:
-        `file_name` of the row that was used.
+        `file_name` of the aligned portrait.
 
     Raises:
-        InputError: a file cannot be read or written, the photo is not one of the folder, or it is not clear which face.
+        InputError: a file cannot be read or written, the photo is not one of the folder, or the face is ambiguous.
     """
     kind = format_of(out)
     row = row_of(aligned, photo, portrait, face)
-    given = open_image(portrait)
+    edited = open_image(portrait)
     original = open_image(photo)
     pixels = paste_portrait(
         read_photo(photo), read_photo(portrait), np.array(row["transform"]), row["size"], feather=feather
     )
-    picture = Image.fromarray(pixels)
+    image = Image.fromarray(pixels)
     if "A" in original.getbands() and kind != "JPEG":
-        picture.putalpha(original.getchannel("A"))
-    write_whole(out, encoded(picture, kind, original.info.get("icc_profile"), generated=is_generated(given)))
+        image.putalpha(original.getchannel("A"))
+    write_whole(out, encode(image, kind, original.info.get("icc_profile"), generated=is_generated(edited)))
     return row["file_name"]
 
 
 def row_of(aligned: Path, photo: Path, portrait: Path, face: str | None) -> dict[str, Any]:
-    """`transform`, `size` and `file_name` of the face that a portrait belongs to."""
+    """Return `transform`, `size` and `file_name` of the face of a portrait."""
     sha256 = hashlib.sha256(existing_path(photo).read_bytes()).hexdigest()
     rows = [row for row in read_folder(aligned) if isinstance(row.get("aligned"), dict)]
     if not rows:
-        raise InputError(f"{aligned} keeps no transforms: give a folder that `likeness prepare align` wrote")
+        raise InputError(f"{aligned} has no transforms: give a folder written by `likeness prepare align`")
     rows = [row for row in rows if row["aligned"].get("sha256") == sha256]
     if not rows:
-        raise InputError(f"{photo} is none of the photos of {aligned}, or was changed since: give the file as it was")
+        raise InputError(f"{photo} is not a photo of {aligned}, or has changed: give the original file")
     names = [row["file_name"].name for row in rows]
     if face is not None:
         rows = [row for row in rows if row["file_name"].name == Path(face).name]
     elif len(rows) > 1:
         rows = [row for row in rows if row["file_name"].stem == portrait.stem]
     if len(rows) != 1:
-        raise InputError(f"{photo} has several faces: name one with --face ({', '.join(names)})")
+        raise InputError(f"{photo} has several faces: choose one with --face ({', '.join(names)})")
     return {**rows[0]["aligned"], "file_name": f"images/{rows[0]['file_name'].name}"}
 
 
 def paste_portrait(
     photo: np.ndarray, portrait: np.ndarray, transform: np.ndarray, size: int, *, feather: float = FEATHER
 ) -> np.ndarray:
-    """A photo with a portrait laid in.
+    """Paste a portrait into a photo.
 
     Args:
         photo: uint8 [H, W, 3].
         portrait: uint8 [S, S, 3], of any size S.
         transform: [2, 3], photo -> portrait of `size` pixels.
-        size: pixels a side for which the transform is stated.
-        feather: width of the mixed border, as a share of the portrait's side: more than 0, at most 0.5.
+        size: side length of the transform's portrait in pixels.
+        feather: width of the blended border as a fraction of the portrait's side, in (0, 0.5].
 
     Returns:
-        uint8 [H, W, 3], equal to the photo beyond the portrait.
+        uint8 [H, W, 3], equal to the photo outside the portrait.
 
     Raises:
-        InputError: the portrait is not square, or the feather is out of its range.
+        InputError: the portrait is not square, or the feather is out of range.
     """
     height, width = photo.shape[:2]
     side = len(portrait)
     if portrait.shape[1] != side:
-        raise InputError(f"the portrait is {portrait.shape[1]}x{side}: it must be square, as it was cut")
+        raise InputError(f"the portrait is {portrait.shape[1]}x{side}: it must be square")
     if not 0 < feather <= 0.5:
-        raise InputError(f"the feather is {feather:g}: it must be more than 0 and at most 0.5 of the portrait's side")
+        raise InputError(f"feather must be greater than 0 and at most 0.5, not {feather:g}")
     transform = rescaled(transform, size, side)
     corners = move(np.array([[0, 0], [side, 0], [0, side], [side, side]]), inverse(transform))
     left, top = np.clip(np.floor(corners.min(axis=0)).astype(int), 0, [width, height])
     right, bottom = np.clip(np.ceil(corners.max(axis=0)).astype(int), 0, [width, height])
-    rim = 8  # so that samples at the portrait's edge do not see past it
+    rim = 8  # for samples at the portrait's edge
     padded = np.pad(portrait, ((rim, rim), (rim, rim), (0, 0)), mode="edge")
     result = photo.copy()
     for start in range(top, bottom, BAND):
@@ -125,20 +125,22 @@ def paste_portrait(
         rising = np.clip(inside, 0, 1)[..., None]
         weight = rising * rising * (3 - 2 * rising)  # [h, w, 1]
         offset = move(np.array([left, start]), transform) + rim
-        laid = resample(padded, np.concatenate([transform[:, :2], offset[:, None]], axis=1), right - left, stop - start)
+        pasted = resample(
+            padded, np.concatenate([transform[:, :2], offset[:, None]], axis=1), right - left, stop - start
+        )
         own = photo[start:stop, left:right]
-        result[start:stop, left:right] = np.rint(own + weight * (laid.astype(np.float64) - own))
+        result[start:stop, left:right] = np.rint(own + weight * (pasted.astype(np.float64) - own))
     return result
 
 
 def is_generated(portrait: Image.Image) -> bool:
-    """Whether a portrait carries IPTC's mark of generated media."""
+    """Return whether a portrait has IPTC's mark of generated media."""
     packet = portrait.info.get(XMP_KEY) or portrait.info.get("xmp") or b""
     return GENERATED in (packet.decode("utf-8", "replace") if isinstance(packet, bytes) else packet)
 
 
-def encoded(picture: Image.Image, kind: str, profile: bytes | None, *, generated: bool) -> bytes:
-    """The content of a picture's file: its colour profile, and a mark of generated media where the portrait had one."""
+def encode(image: Image.Image, kind: str, profile: bytes | None, *, generated: bool) -> bytes:
+    """Encode an image with its colour profile and, if the portrait had one, a mark of generated media."""
     options: dict[str, Any] = {
         "JPEG": {"quality": 95, "subsampling": 0},
         "WEBP": {"lossless": True, "exact": True},
@@ -156,5 +158,5 @@ def encoded(picture: Image.Image, kind: str, profile: bytes | None, *, generated
         else:
             options["xmp"] = packet.encode()
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()

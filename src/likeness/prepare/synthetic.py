@@ -1,7 +1,6 @@
-"""Writes a data set of drawn faces: a folder like that of any real data set, so that nothing else needs to know.
+"""Write a dataset of synthetic faces as a prepared folder.
 
-Every file is written under another name and then renamed, and `metadata.jsonl` comes last: what is there is whole, and
-a run that was interrupted goes on where it stopped by skipping the faces whose files exist.
+Every file is written atomically, `metadata.jsonl` last. An interrupted run resumes by skipping existing files.
 """
 
 from __future__ import annotations
@@ -27,32 +26,36 @@ FOLDERS = {"images": "png", "masks": "png", "sketches": "png", "keypoints": "jso
 def write_synthetic(
     out: Path, count: int, size: int = 128, seed: int = 0, progress: Callable[[int], None] | None = None
 ) -> None:
-    """Write the faces 0 to `count` - 1 of the series `seed`, `size` x `size` pixels, into `out/train/`.
+    """Write synthetic faces to `out/train/`, with masks, sketches, keypoints in pixels, ten captions and attributes.
 
-    `metadata.jsonl` has a line a face: file_name, mask_file_name, sketch_file_name, keypoints_file_name (all relative
-    to `out/train/`), text (ten captions) and attributes. Masks are palette PNGs whose index is the class; keypoints are
-    {"points": [[x, y], ...], "size": [width, height]} in pixels. `progress` is told how many faces are done.
+    A folder of the same seed and size is completed; a larger `count` extends it.
 
-    A folder of the same seed and size is completed; a larger `count` extends it. Raises `InputError` if count is below
-    1, if size is out of 32 to 2048 or no multiple of 8, if seed is negative, if `out` holds anything else, or if it
-    cannot be written.
+    Args:
+        out: folder to write.
+        count: number of faces, at least 1.
+        size: side length in pixels, a multiple of 8 from 32 to 2048.
+        seed: random seed, at least 0.
+        progress: called with the number of faces done.
+
+    Raises:
+        InputError: an argument is out of range, `out` contains anything else, or it cannot be written.
     """
     if count < 1:
-        raise InputError(f"The number of faces is {count}, but it has to be 1 or more.")
+        raise InputError(f"count must be at least 1, not {count}")
     if not MINIMUM_SIZE <= size <= MAXIMUM_SIZE or size % 8:
-        raise InputError(f"The size is {size}, but it has to be a multiple of 8 from {MINIMUM_SIZE} to {MAXIMUM_SIZE}.")
+        raise InputError(f"size must be a multiple of 8 from {MINIMUM_SIZE} to {MAXIMUM_SIZE}, not {size}")
     if seed < 0:
-        raise InputError(f"The seed is {seed}, but it has to be 0 or more.")
+        raise InputError(f"seed must be at least 0, not {seed}")
     out = Path(out)
     try:
-        _claim(out, size, seed)
-        _write_faces(out / "train", count, size, seed, progress)
+        create_folders(out, size, seed)
+        write_faces(out / "train", count, size, seed, progress)
     except OSError as error:
-        raise InputError(f"Cannot write to {out}: {error.strerror or error}.") from error
+        raise InputError(f"cannot write {out}: {error.strerror or error}") from error
 
 
-def _claim(out: Path, size: int, seed: int) -> None:
-    """Make the folders and record what they are for, unless they are already for something else."""
+def create_folders(out: Path, size: int, seed: int) -> None:
+    """Create the folders and their record, unless they contain something else."""
     wanted = {"kind": "likeness synthetic faces", "size": size, "seed": seed}
     record = out / RECORD
     if record.exists():
@@ -61,24 +64,24 @@ def _claim(out: Path, size: int, seed: int) -> None:
         except ValueError:
             found = None
         if found != wanted:
-            held = {name: found.get(name) for name in wanted} if isinstance(found, dict) else "something else"
-            raise InputError(f"{out} already holds {held}, not {wanted}; choose another folder.")
+            content = {name: found.get(name) for name in wanted} if isinstance(found, dict) else "something else"
+            raise InputError(f"{out} already contains {content}, not {wanted}: choose another folder")
     elif out.is_dir() and any(not path.name.startswith(f".{RECORD}.") for path in out.iterdir()):
-        raise InputError(f"{out} is not empty and holds no {RECORD} of drawn faces; choose another folder.")
+        raise InputError(f"{out} is not empty and has no {RECORD} of synthetic faces: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     if not record.exists():
-        # Before the folders: a run that is stopped right here can still go on later.
+        # Before the folders, so that an interrupted run can resume.
         write_whole(record, (json.dumps(wanted) + "\n").encode())
     for folder in FOLDERS:
         (out / "train" / folder).mkdir(parents=True, exist_ok=True)
 
 
-def _write_faces(folder: Path, count: int, size: int, seed: int, progress: Callable[[int], None] | None) -> None:
+def write_faces(folder: Path, count: int, size: int, seed: int, progress: Callable[[int], None] | None) -> None:
     lines = []
     for index in range(count):
         names = {kind: f"{kind}/{index:06d}.{suffix}" for kind, suffix in FOLDERS.items()}
         if not all((folder / name).is_file() for name in names.values()):
-            for kind, content in _files(draw_face(seed, index, size)).items():
+            for kind, content in files_of(draw_face(seed, index, size)).items():
                 write_whole(folder / names[kind], content)
         attributes, captions = describe_face(seed, index)
         line = {
@@ -95,8 +98,8 @@ def _write_faces(folder: Path, count: int, size: int, seed: int, progress: Calla
     write_whole(folder / "metadata.jsonl", "".join(lines).encode())
 
 
-def _files(face: SyntheticFace) -> dict[str, bytes]:
-    """Content of a face's files, by folder."""
+def files_of(face: SyntheticFace) -> dict[str, bytes]:
+    """Return folder -> content of a face's file."""
     height, width = face.mask.shape
     points = np.round(face.keypoints.astype(np.float64) * (width, height), 3).tolist()
     return {

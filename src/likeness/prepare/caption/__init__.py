@@ -1,10 +1,10 @@
-"""Captions of a prepared folder: by a vision-language model that is checked, or by a grammar over known attributes.
+"""Captions for a prepared folder, by a vision-language model with checks, or by a grammar over attributes.
 
-`stage` runs all of it; in the order of what happens to a caption:
+`folder` captions a folder. A caption passes through:
 
-- `prompts`: what is asked; `models`: whom, by way of an `endpoint` or a `checkpoint`
-- `rules`: what is no caption is taken out, what is too long is cut
-- `refine`: what the attributes or the mask contradict is taken out
-- `grammar`: captions without any model, from CelebA's attributes
-- `records`: what was answered and where every caption comes from
+- `prompts`: the questions; `models`: the interface of a model behind an `endpoint` or in a `checkpoint`
+- `rules`: removes text that is not a caption and shortens long ones
+- `refine`: removes claims that the attributes or the mask contradict
+- `grammar`: captions without a model, from CelebA's attributes
+- `records`: stores answers and the origin of every caption
 """

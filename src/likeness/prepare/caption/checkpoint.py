@@ -1,7 +1,7 @@
-"""Models that run here, through transformers: one of vision and language that describes, one of language that checks.
+"""Local models through transformers: a vision-language model that describes and a language model that checks.
 
-No torchvision: pictures are prepared by the processors that need PIL only, and processors that also read videos are
-built without that part. For millions of captions serve the model with vLLM and give its address instead.
+Torchvision is not needed: images are prepared by PIL processors, and video processors are not loaded. For millions of
+captions, serve the model with vLLM and use its endpoint instead.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from likeness.types import InputError
 
 
 def open_vision_model(checkpoint: str, device: str | None = None) -> Model:
-    """A checkpoint of transformers that answers questions about pictures, such as `OpenGVLab/InternVL3-8B-hf`.
+    """Load a vision-language model, such as `OpenGVLab/InternVL3-8B-hf`.
 
     Args:
-        checkpoint: hub name or folder; nothing of its own code is run.
-        device: Device, as in `likeness.device.choose_device`.
+        checkpoint: hub name or folder; remote code is not run.
+        device: device, as in `likeness.device.choose_device`.
 
     Raises:
         InputError: it cannot be loaded, needs torchvision, or has no chat template.
@@ -44,18 +44,18 @@ def open_vision_model(checkpoint: str, device: str | None = None) -> Model:
             )
             for question in questions
         ]
-        pictures = [[question.picture] for question in questions]
-        return processor(images=pictures, text=texts, padding=True, return_tensors="pt")
+        images = [[question.image] for question in questions]
+        return processor(images=images, text=texts, padding=True, return_tensors="pt")
 
     return greedy(checkpoint, network, processor.tokenizer, encode)
 
 
 def open_language_model(checkpoint: str, device: str | None = None) -> Model:
-    """A checkpoint of transformers that answers questions in text, such as `Qwen/Qwen3-8B`.
+    """Load a language model, such as `Qwen/Qwen3-8B`.
 
     Args:
-        checkpoint: hub name or folder; nothing of its own code is run.
-        device: Device, as in `likeness.device.choose_device`.
+        checkpoint: hub name or folder; remote code is not run.
+        device: device, as in `likeness.device.choose_device`.
 
     Raises:
         InputError: it cannot be loaded or has no chat template.
@@ -75,7 +75,7 @@ def open_language_model(checkpoint: str, device: str | None = None) -> Model:
                 [{"role": "user", "content": question.text}],
                 add_generation_prompt=True,
                 tokenize=False,
-                enable_thinking=False,  # Qwen3 answers at once; templates that do not know it pass it over
+                enable_thinking=False,  # no reasoning by Qwen3; other templates ignore it
             )
             for question in questions
         ]
@@ -85,30 +85,30 @@ def open_language_model(checkpoint: str, device: str | None = None) -> Model:
 
 
 def greedy(checkpoint: str, network: Any, tokenizer: Any, encode: Any) -> Model:
-    """The model that answers all questions of a call in one batch, one call at a time."""
+    """Return a model that answers the questions of a call in one batch, one call at a time."""
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    turn = threading.Lock()
+    lock = threading.Lock()
     ends = network.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
 
     def answer(questions: Sequence[Question]) -> Iterator[Answer]:
-        with turn, torch.inference_mode():
+        with lock, torch.inference_mode():
             inputs = encode(questions).to(network.device)
             inputs = {name: v.to(network.dtype) if v.is_floating_point() else v for name, v in inputs.items()}
             tokens = network.generate(
                 **inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id
             )
-        for said in tokens[:, inputs["input_ids"].shape[1] :].tolist():
-            yield Answer(tokenizer.decode(said, skip_special_tokens=True), any(token in ends for token in said))
+        for output in tokens[:, inputs["input_ids"].shape[1] :].tolist():
+            yield Answer(tokenizer.decode(output, skip_special_tokens=True), any(token in ends for token in output))
 
     settings = f"greedy, {ANSWER_TOKENS} tokens"
     return Model(checkpoint_name(checkpoint), settings, answer)
 
 
 def checkpoint_name(given: str) -> str:
-    """A hub name as it is; a folder by its name and a hash of its configuration and of samples of its weights."""
+    """Return a hub name unchanged; for a folder, its name and a hash of configuration and parts of the weights."""
     folder = Path(given)
     if not folder.is_dir():
         return given
@@ -126,31 +126,31 @@ def load_network(kind: Any, checkpoint: str, device: str | None) -> Any:
     place = choose_device(device)
     try:
         network = kind.from_pretrained(checkpoint, dtype="auto").to(place).eval()
-    except Exception as error:  # hub, files and safetensors have many ways to say no
+    except Exception as error:  # hub, files and safetensors raise many errors
         raise InputError(f"the model {checkpoint} cannot be loaded: {first_line(error)}") from error
     network.generation_config.temperature = network.generation_config.top_p = network.generation_config.top_k = None
     return network
 
 
 def load_processor(checkpoint: str) -> Any:
-    """What prepares pictures and texts for a checkpoint, without the part for videos."""
+    """Load the processor of a checkpoint without its video part."""
     from transformers import AutoConfig
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
     try:
         config = AutoConfig.from_pretrained(checkpoint)
         if type(config) not in PROCESSOR_MAPPING:
-            raise InputError(f"{checkpoint} is no model that reads pictures and texts ({config.model_type})")
-        whole = PROCESSOR_MAPPING[type(config)]
-        parts = [part for part in whole.get_attributes() if "video" not in part]
-        without_videos: Any = type(whole.__name__, (whole,), {"get_attributes": classmethod(lambda cls: parts)})
+            raise InputError(f"{checkpoint} is not a model for images and text ({config.model_type})")
+        full = PROCESSOR_MAPPING[type(config)]
+        parts = [part for part in full.get_attributes() if "video" not in part]
+        without_videos: Any = type(full.__name__, (full,), {"get_attributes": classmethod(lambda cls: parts)})
         processor = without_videos.from_pretrained(checkpoint)
     except InputError:
         raise
     except Exception as error:
         if "torchvision" in str(error).lower():
             raise InputError(
-                f"the processor of {checkpoint} insists on torchvision, which likeness does without: serve the model "
+                f"the processor of {checkpoint} needs torchvision, which likeness does not use: serve the model "
                 "with vLLM and give its address to --vlm"
             ) from error
         raise InputError(f"the processor of {checkpoint} cannot be loaded: {first_line(error)}") from error
@@ -158,7 +158,7 @@ def load_processor(checkpoint: str) -> Any:
     return processor
 
 
-def check_template(checkpoint: str, speaker: Any) -> None:
-    """A model without a chat template was never taught to answer."""
-    if not speaker.chat_template:
-        raise InputError(f"{checkpoint} has no chat template: give a checkpoint that was tuned to follow instructions")
+def check_template(checkpoint: str, tokenizer: Any) -> None:
+    """Reject models without a chat template: they are not instruction-tuned."""
+    if not tokenizer.chat_template:
+        raise InputError(f"{checkpoint} has no chat template: use an instruction-tuned checkpoint")

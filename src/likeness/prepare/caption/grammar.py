@@ -1,7 +1,7 @@
-"""Captions from CelebA's forty attributes, by a grammar: varied in words and form, and true to the attributes.
+"""Captions from CelebA's forty attributes: varied in wording and form, and consistent with the attributes.
 
-A caption states a random part of what is known, so that a model learns each property by itself and in company. Nothing
-is guessed from what an attribute leaves open, and no judgement is passed on: `Attractive` and `Blurry` are not used.
+A caption states a random subset of the attributes, so that a model learns them individually and combined. Only known
+attributes are stated. The subjective `Attractive` and `Blurry` are not used.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 CAPTIONS = 10
-"""Captions a face."""
+"""Captions per face."""
 
 ATTRIBUTES: tuple[str, ...] = (
     "5_o_Clock_Shadow", "Arched_Eyebrows", "Attractive", "Bags_Under_Eyes", "Bald", "Bangs", "Big_Lips", "Big_Nose",
@@ -44,7 +44,7 @@ HAS: dict[str, Sequence[str]] = {
     "Rosy_Cheeks": ("rosy cheeks", "blushing cheeks", "pink cheeks"),
     "Sideburns": ("sideburns", "long sideburns"),
 }
-"""Attribute -> what such a face has."""
+"""Attribute -> phrases after "has"."""
 
 WEARS: dict[str, Sequence[str]] = {
     "Eyeglasses": ("glasses", "eyeglasses", "a pair of glasses"),
@@ -55,7 +55,7 @@ WEARS: dict[str, Sequence[str]] = {
     "Wearing_Lipstick": ("lipstick",),
     "Heavy_Makeup": ("heavy makeup", "a lot of makeup", "strong make-up"),
 }
-"""Attribute -> what such a person wears."""
+"""Attribute -> phrases after "wearing"."""
 
 COLOURS: dict[str, Sequence[str]] = {
     "Black_Hair": ("black", "dark black", "jet-black"),
@@ -63,18 +63,18 @@ COLOURS: dict[str, Sequence[str]] = {
     "Brown_Hair": ("brown", "brunette", "chestnut"),
     "Gray_Hair": ("grey", "gray", "silver"),
 }
-"""Attribute -> words for the colour of the hair."""
+"""Attribute -> hair colours."""
 
 TEXTURES: dict[str, Sequence[str]] = {"Straight_Hair": ("straight", "sleek"), "Wavy_Hair": ("wavy", "curly", "wavy")}
-"""Attribute -> words for how the hair falls."""
+"""Attribute -> hair textures."""
 
 KINDS = ("a photo of", "a portrait of", "a close-up of", "a picture of", "a headshot of", "the face of")
-"""Ways to begin."""
+"""Beginnings of a caption."""
 
 
 @dataclass
 class Traits:
-    """What may be said of one face, by place in a sentence; each entry is one fact with its words chosen."""
+    """Phrases about one face by their place in a sentence; each entry is one fact."""
 
     noun: str
     adjectives: list[str] = field(default_factory=list)
@@ -84,11 +84,11 @@ class Traits:
 
 
 def write_captions(attributes: Mapping[str, bool], rng: np.random.Generator) -> tuple[str, ...]:
-    """Ten different captions of at most about 40 words.
+    """Write ten different captions of at most about 40 words.
 
     Args:
         attributes: name -> whether the face has it; names of `ATTRIBUTES`.
-        rng: chooses facts, words and forms.
+        rng: chooses facts, phrases and forms.
     """
     captions: dict[str, None] = {}
     while len(captions) < CAPTIONS:
@@ -97,43 +97,43 @@ def write_captions(attributes: Mapping[str, bool], rng: np.random.Generator) -> 
 
 
 def draw_traits(attributes: Mapping[str, bool], rng: np.random.Generator) -> Traits:
-    """Choose words for everything that holds of a face."""
+    """Choose phrases for all attributes of a face."""
 
-    def pick(words: Sequence[str]) -> str:
-        return words[int(rng.integers(len(words)))]
+    def pick(phrases: Sequence[str]) -> str:
+        return phrases[int(rng.integers(len(phrases)))]
 
-    holds = lambda name: attributes.get(name, False)  # noqa: E731
-    nouns = ("man", "man", "man", "guy", "male person") if holds("Male") else ("woman", "woman", "woman", "lady")
+    has = lambda name: attributes.get(name, False)  # noqa: E731
+    nouns = ("man", "man", "man", "guy", "male person") if has("Male") else ("woman", "woman", "woman", "lady")
     traits = Traits(pick((*nouns, "person")))
-    if holds("Young"):
+    if has("Young"):
         traits.adjectives.append("young")
     elif "Young" in attributes:
-        traits.adjectives.append(pick(("old", "elderly", "older") if holds("Gray_Hair") else ("older", "mature")))
-    traits.has += [pick(words) for name, words in HAS.items() if holds(name)]
-    traits.wears += [pick(words) for name, words in WEARS.items() if holds(name)]
+        traits.adjectives.append(pick(("old", "elderly", "older") if has("Gray_Hair") else ("older", "mature")))
+    traits.has += [pick(phrases) for name, phrases in HAS.items() if has(name)]
+    traits.wears += [pick(phrases) for name, phrases in WEARS.items() if has(name)]
 
-    if holds("Bald"):
+    if has("Bald"):
         traits.has.append(pick(("a bald head", "no hair on the head")))
     else:
-        colours = [pick(words) for name, words in COLOURS.items() if holds(name)]
-        textures = [pick(words) for name, words in TEXTURES.items() if holds(name)]
-        words = [pick(found) for found in (textures, colours) if found]
-        if words:
-            traits.has.append(" ".join([*words, "hair"]))
-        if holds("Bangs"):
+        colours = [pick(phrases) for name, phrases in COLOURS.items() if has(name)]
+        textures = [pick(phrases) for name, phrases in TEXTURES.items() if has(name)]
+        adjectives = [pick(found) for found in (textures, colours) if found]
+        if adjectives:
+            traits.has.append(" ".join([*adjectives, "hair"]))
+        if has("Bangs"):
             traits.has.append(pick(("bangs", "a fringe", "hair falling over the forehead")))
 
-    facial_hair = any(holds(name) for name in ("5_o_Clock_Shadow", "Goatee", "Mustache", "Sideburns"))
-    if "No_Beard" in attributes and not holds("No_Beard"):
+    facial_hair = any(has(name) for name in ("5_o_Clock_Shadow", "Goatee", "Mustache", "Sideburns"))
+    if "No_Beard" in attributes and not has("No_Beard"):
         traits.has.append(pick(("a beard", "a beard on the chin")))
-    elif holds("Male") and holds("No_Beard") and not facial_hair:
+    elif has("Male") and has("No_Beard") and not facial_hair:
         traits.adjectives.append("clean-shaven")
 
-    if holds("Smiling"):
+    if has("Smiling"):
         traits.expression = pick(("smiling", "with a smile", "with a happy expression"))
-        if holds("Mouth_Slightly_Open"):
+        if has("Mouth_Slightly_Open"):
             traits.expression = pick(("smiling with an open mouth", "with an open smile", "smiling broadly"))
-    elif holds("Mouth_Slightly_Open"):
+    elif has("Mouth_Slightly_Open"):
         traits.expression = pick(("with parted lips", "with the mouth slightly open"))
     elif "Smiling" in attributes:
         traits.expression = pick(("not smiling", "with a serious look", "with a closed mouth and no smile"))
@@ -141,7 +141,7 @@ def draw_traits(attributes: Mapping[str, bool], rng: np.random.Generator) -> Tra
 
 
 def compose(traits: Traits, rng: np.random.Generator) -> str:
-    """One sentence or a few about a random part of the traits."""
+    """Write one or more sentences about a random subset of the traits."""
 
     def some(facts: list[str], most: int) -> list[str]:
         count = min(len(facts), int(rng.integers(0, most + 1)))
@@ -177,15 +177,15 @@ def compose(traits: Traits, rng: np.random.Generator) -> str:
 
 
 def listed(facts: Sequence[str]) -> str:
-    """a, b and c."""
+    """Join facts as "a, b and c"."""
     return facts[0] if len(facts) == 1 else f"{', '.join(facts[:-1])} and {facts[-1]}"
 
 
-def with_article(words: str) -> str:
-    """a or an before words."""
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+def with_article(noun: str) -> str:
+    """Prepend a or an."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-def capital(words: str) -> str:
-    """The first letter large."""
-    return words[0].upper() + words[1:]
+def capital(text: str) -> str:
+    """Capitalise the first letter."""
+    return text[0].upper() + text[1:]

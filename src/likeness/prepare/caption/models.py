@@ -1,7 +1,6 @@
-"""A model that answers questions, behind an address (`endpoint`) or here (`checkpoint`): what the stage knows of it.
+"""The interface of models that answer questions, behind an `endpoint` or in a `checkpoint`.
 
-One user message a question, decoded greedily, so that the same question has the same answer and answers can be kept by
-their question.
+A question is one user message, decoded greedily: the same question has the same answer, so answers are cached.
 """
 
 from __future__ import annotations
@@ -19,23 +18,23 @@ from likeness.pipelines.catalogue import BUNDLED, COMMON
 from likeness.types import InputError
 
 ANSWER_TOKENS = 256
-"""Most tokens of an answer: three times a caption, so that one that is too long can be cut at a sentence."""
+"""Most tokens of an answer: three captions, so that a long one can be cut after a sentence."""
 
 
 class Question(NamedTuple):
-    """What a model is asked."""
+    """A question about an image, or about text only."""
 
     text: str
-    picture: Image.Image | None = None
-    """RGB, seen before the text."""
+    image: Image.Image | None = None
+    """RGB, before the text."""
 
 
 class Answer(NamedTuple):
-    """What it said."""
+    """An answer."""
 
     text: str
     finished: bool = True
-    """Whether it came to its end, rather than to the largest number of tokens."""
+    """Whether it ended, rather than reached the maximum number of tokens."""
 
 
 @dataclass(frozen=True)
@@ -43,30 +42,30 @@ class Model:
     """A model that answers."""
 
     name: str
-    """What records call it."""
+    """Name for the records."""
     settings: str
-    """Whatever else decides its answers, as text."""
+    """Everything else that affects its answers, as text."""
     answer: Callable[[Sequence[Question]], Iterator[Answer]]
-    """Answers in order, each as soon as it is there."""
+    """Yields answers in order, each as soon as it is available."""
 
 
-def question_key(model: Model, text: str, picture: str = "") -> str:
-    """What an answer is kept under, 32 hexadecimal digits.
+def question_key(model: Model, text: str, image: str = "") -> str:
+    """Return the key under which an answer is cached, 32 hexadecimal digits.
 
     Args:
-        model: who is asked.
+        model: the model.
         text: the message.
-        picture: hash of the picture's file, and how it is shown.
+        image: hash of the image file and its size limit.
     """
-    parts = "\0".join((model.name, model.settings, text, picture))
+    parts = "\0".join((model.name, model.settings, text, image))
     return hashlib.sha256(parts.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
 def load_counter(components: Path = BUNDLED / COMMON) -> Callable[[str], int]:
-    """Counts tokens, start and end among them, with the tokenizer of a pipeline folder or of `common/`.
+    """Return a function that counts tokens, including start and end, with the tokenizer of a pipeline folder.
 
     Raises:
-        InputError: there is none, or it cannot be read.
+        InputError: there is no tokenizer, or it cannot be read.
     """
     from transformers import AutoTokenizer
 
@@ -75,15 +74,15 @@ def load_counter(components: Path = BUNDLED / COMMON) -> Callable[[str], int]:
     places = (components / "tokenizer", components.parent / COMMON / "tokenizer", components)
     where = next((place for place in places if (place / "tokenizer_config.json").is_file()), None)
     if where is None:
-        raise InputError(f"{components} holds no tokenizer: give a model's folder")
+        raise InputError(f"{components} has no tokenizer: give the folder of a model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"the tokenizer in {where} cannot be read: {first_line(error)}") from error
-    turn = threading.Lock()  # fast tokenizers change themselves while they encode
+    lock = threading.Lock()  # fast tokenizers are not thread-safe
 
     def count(text: str) -> int:
-        with turn:
+        with lock:
             return len(tokenizer(text, truncation=False, verbose=False)["input_ids"])
 
     return count

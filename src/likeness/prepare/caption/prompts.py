@@ -1,8 +1,9 @@
-"""What the models are asked, as data: ten prompts for the vision-language model, one for the model that checks it.
+"""Ten prompts for the vision-language model and one for the model that checks its captions.
 
-Each prompt looks at a face from another side, so that ten captions of one picture share its facts but not their words.
-All of it is one message of a user: some chat templates know no system role. The picture comes first, so that a server
-with a prefix cache reads it once for all ten.
+Each prompt asks for another aspect of the face, so ten captions of one image differ in wording. Everything is one user
+message, since some chat templates have no system role. The image comes first, for servers with a prefix cache.
+
+Changing a text changes the keys of the cached answers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ MANNER = (
     "Do not judge beauty. Do not speak of the image, the photograph or yourself. "
     "Leave out what is absent, hidden or uncertain. Plain English, no headings, no lists, no markup, at most 50 words."
 )
-"""What holds for every prompt."""
+"""Instructions of every prompt."""
 
 PROMPTS: dict[str, str] = {
     "natural": "Describe the face in two or three plain sentences: who it is (man, woman or child), hair, features, "
@@ -36,7 +37,7 @@ PROMPTS: dict[str, str] = {
     "portrait": "Write the one line a photographer would use to stage this portrait again: the person, hair, look, "
     "what is worn, light and background, as phrases in lower case separated by commas.",
 }
-"""Name -> the request; the name is what the captions' records call it."""
+"""Name, as in the records -> request."""
 
 REFINEMENT = """Below are a caption of a face and facts that were measured on the same picture. Check the caption:
 - Take out every claim that the facts contradict. Where the facts name the right thing, you may put it instead.
@@ -49,17 +50,17 @@ Facts:
 {facts}
 
 Caption: {caption}"""
-"""What the checking model is asked."""
+"""Prompt of the refiner."""
 
 NOTHING = "NONE"
-"""Its answer where nothing of a caption is supported."""
+"""Answer of the refiner if nothing of a caption is supported."""
 
 
 def describe(name: str) -> str:
-    """The whole message that goes with a picture."""
+    """Return the message to the vision-language model."""
     return f"{MANNER}\n\n{PROMPTS[name]}"
 
 
 def refine(facts: str, caption: str) -> str:
-    """The whole message of a check."""
+    """Return the message to the refiner."""
     return REFINEMENT.format(facts=facts, caption=caption)

@@ -1,14 +1,14 @@
-"""What is kept beside the metadata: what models answered (`answers.jsonl`) and what became of it (`captions.jsonl`).
+"""Files next to the metadata: a cache of the models' answers (`answers.jsonl`) and all captions (`captions.jsonl`).
 
-Answers are kept by their question as soon as they are there, so that nothing is asked twice after any end. A line is
-written by one call, whole; one that a full disk or a power cut left in half at the end is cut off when the file is
-opened again. In memory an answer takes 16 bytes: a million faces with twenty answers fit into 320 MB.
+Answers are stored immediately under the key of their question, so no question is repeated after an interruption. Each
+line is written by one call; a truncated last line is removed when the file is opened. In memory an answer takes 16
+bytes: a million faces with twenty answers take 320 MB.
 
-`captions.jsonl` has a line a face, from which the `text` of the metadata follows. A caption is a dict: `text`; `source`
-(given, grammar or vlm); of models `prompt`, `model`, `raw`, `refiner`, `refined`; `touched`, what changed it; and
-`dropped` where it is not used. A run replaces captions of the same source, model and prompt and leaves others alone.
-What somebody else wrote into the metadata is kept as `given`; what somebody took out stays out. That is told by
-comparing both files, so the metadata must never be the older one.
+`captions.jsonl` has one line per face; the `text` of the metadata follows from it. A caption is a dict: `text`;
+`source` (given, grammar or vlm); for models `prompt`, `model`, `raw`, `refiner`, `refined`; `touched`, the rules that
+changed it; and `dropped`, the reason, if it is not used. A run replaces captions of the same source, model and
+prompt. Captions that the user added to the metadata are kept as `given`; captions that the user removed stay removed.
+This is detected by comparing both files, so the metadata must never be older.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ BY_HAND = "by-hand: taken out of the metadata"
 REPLACED = "replaced: left out on request"
 
 BEGINNING = b'{"key": "'
-"""How every line begins, followed by the 32 digits of its key."""
+"""Beginning of every line, before the 32 digits of its key."""
 
 
-# What models answered
+# Answers
 
 
 class Journal:
-    """Answers by the key of their question. Made by `open_journal`; safe to use from several threads."""
+    """Answers by the key of their question. Thread-safe. Opened by `open_journal`."""
 
     def __init__(self, path: Path, descriptor: int):
         self.path, self.added = path, 0
@@ -53,7 +53,7 @@ class Journal:
         self._keys, self._offsets, self._end = read_index(path, descriptor)
 
     def find(self, key: str) -> Answer | None:
-        """The answer to a question, or None where it was never given."""
+        """Return the answer to a question, or None."""
         number = int(key[:16], 16)
         with self._lock:
             offset = self._fresh.get(number, -1)
@@ -67,13 +67,13 @@ class Journal:
             record = json.loads(line)
             return Answer(record["answer"], record["finished"]) if record["key"] == key else None
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self.path}: the line at byte {offset} is no answer: delete that line") from error
+            raise InputError(f"{self.path}: the line at byte {offset} is not an answer: delete that line") from error
 
     def add(self, key: str, answer: Answer, **about: Any) -> None:
-        """Keep an answer; `about` says for people what it was about.
+        """Store an answer; `about` is information for the user.
 
         Raises:
-            InputError: it cannot be written; the file ends where it ended before.
+            InputError: it cannot be written; the file is unchanged.
         """
         record = {"key": key, **about, "answer": answer.text, "finished": answer.finished}
         line = (json.dumps(record) + "\n").encode()
@@ -91,10 +91,10 @@ class Journal:
 
 @contextmanager
 def open_journal(path: Path) -> Iterator[Journal]:
-    """The journal in a file, made where there is none, for this process alone.
+    """Open or create a journal for this process only.
 
     Raises:
-        InputError: another process has it open, it cannot be read or written, or a line is none of ours.
+        InputError: another process has opened it, it cannot be read or written, or a line is invalid.
     """
     lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
     with ExitStack() as opened:
@@ -105,14 +105,14 @@ def open_journal(path: Path) -> Iterator[Journal]:
             opened.callback(os.close, descriptor)
             journal = Journal(path, descriptor)
         except Timeout as error:
-            raise InputError(f"another process is writing {path}: wait for it, or stop it") from error
+            raise InputError(f"another process is writing {path}: wait for it or stop it") from error
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror or error}") from error
         yield journal
 
 
 def read_index(path: Path, descriptor: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Keys (their first 64 bits, sorted), the offsets of their lines, and the length of the file without a torn end."""
+    """Return keys (their first 64 bits, sorted), offsets of their lines, and file size without a truncated line."""
     keys, offsets, end = array("Q"), array("q"), 0
     with os.fdopen(os.dup(descriptor), "rb") as file:
         file.seek(0)
@@ -125,7 +125,7 @@ def read_index(path: Path, descriptor: int) -> tuple[np.ndarray, np.ndarray, int
                     raise ValueError("no key")
                 keys.append(int(line[len(BEGINNING) : len(BEGINNING) + 16], 16))
             except ValueError as error:
-                raise InputError(f"{path}, line {number} is no answer of a model: delete that line") from error
+                raise InputError(f"{path}, line {number} is not an answer of a model: delete that line") from error
             offsets.append(end)
             end += len(line)
     order = np.argsort(np.frombuffer(keys, dtype=np.uint64), kind="stable") if keys else np.zeros(0, dtype=np.int64)
@@ -133,65 +133,65 @@ def read_index(path: Path, descriptor: int) -> tuple[np.ndarray, np.ndarray, int
 
 
 def read_line(descriptor: int, offset: int) -> bytes:
-    """The line that begins at an offset."""
+    """Read the line at an offset."""
     line = b""
     while b"\n" not in line and (more := os.pread(descriptor, 4096, offset + len(line))):
         line += more
     return line.partition(b"\n")[0]
 
 
-# What became of it
+# Captions
 
 
 def merge(
     current: Sequence[str], previous: Sequence[Caption], fresh: Sequence[Caption], replace: bool
 ) -> list[Caption]:
-    """All captions of a face after a run.
+    """Return all captions of a face after a run.
 
     Args:
-        current: what the metadata say.
-        previous: what the record says.
-        fresh: what this run made.
-        replace: whether captions that this run did not make are left out.
+        current: captions in the metadata.
+        previous: captions in the record.
+        fresh: captions of this run.
+        replace: whether to drop all captions of other runs.
     """
     made = {origin(caption) for caption in fresh}
     expected = {caption["text"] for caption in previous if caption.get("dropped", BY_HAND) == BY_HAND}
-    taken_out = expected - set(current)
+    removed = expected - set(current)
     known = {caption["text"] for caption in (*previous, *fresh)}
     kept = [caption for caption in previous if origin(caption) not in made]
     given = [{"text": text, "source": "given"} for text in dict.fromkeys(current) if text not in known]
     others = [caption | {"dropped": REPLACED} if replace and is_used(caption) else caption for caption in kept + given]
     merged: list[Caption] = []
-    said: set[str] = set()
+    used: set[str] = set()
     for caption in sorted(others, key=lambda caption: caption["source"] != "given") + list(fresh):
         if is_used(caption):
             text = caption["text"]
-            if text in taken_out:
+            if text in removed:
                 caption = caption | {"dropped": BY_HAND}
-            elif text.lower() in said:
+            elif text.lower() in used:
                 caption = caption | {"dropped": "same: as another caption of the face"}
             else:
-                said.add(text.lower())
+                used.add(text.lower())
         merged.append(caption)
     return merged
 
 
 def origin(caption: Caption) -> tuple[str, str, str]:
-    """What a caption came from; a new one of the same origin takes its place."""
+    """Return the origin of a caption; a new caption of the same origin replaces it."""
     return caption["source"], caption.get("model", ""), caption.get("prompt", "")
 
 
 def is_used(caption: Caption) -> bool:
-    """Whether it belongs into the metadata."""
+    """Return whether a caption belongs in the metadata."""
     return "dropped" not in caption
 
 
 @contextmanager
 def open_record(path: Path) -> Iterator[Callable[[str], list[Caption]]]:
-    """A function that gives the captions of a face by its `file_name`; none where there is no record.
+    """Open the record and return a function from `file_name` to the captions of a face.
 
     Raises:
-        InputError: a line is no record.
+        InputError: a line is invalid.
     """
     if not path.is_file():
         yield lambda name: []
@@ -213,7 +213,7 @@ def open_record(path: Path) -> Iterator[Callable[[str], list[Caption]]]:
 
 
 def read_captions(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    """One line of the record."""
+    """Parse one line of the record."""
     try:
         record = json.loads(line)
         if isinstance(record["file_name"], str) and all(
@@ -222,4 +222,4 @@ def read_captions(path: Path, number: int, line: bytes) -> dict[str, Any]:
             return record
     except (ValueError, KeyError, TypeError):
         pass
-    raise InputError(f"{path}, line {number} is no record of captions: restore or delete that line")
+    raise InputError(f"{path}, line {number} is not a record of captions: restore or delete that line")

@@ -1,7 +1,7 @@
-"""The refinement: a caption is held against the facts, attributes and mask, by a second model and by the mask itself.
+"""Check captions against facts from attributes and mask, with a second model and with the mask alone.
 
-The model is told the facts as text; what it makes of a caption is held against both, since it may take away and
-correct, but not invent. What the mask alone contradicts goes without asking anybody.
+The model receives the facts as text. It may remove and correct claims; an answer with new claims is rejected. Claims
+that the mask contradicts are removed without a model.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ PARTS: dict[str, str] = {
     "l_lip": "lower lip",
     "cloth": "clothes",
 }
-"""Class -> its name in words, where that is another."""
+"""Class -> its name in text, if different."""
 
-JUDGEMENTS = ("Attractive", "Blurry")
-"""Attributes of which captions do not speak."""
+SUBJECTIVE = ("Attractive", "Blurry")
+"""Attributes that captions do not mention."""
 
 PLAIN = DANGLING | frozenset((
     "he", "she", "they", "it", "him", "them", "be", "been", "being", "no", "not", "nor", "there", "some", "any",
     "appears", "looks", "shows", "person", "face", "man", "woman",
 ))  # fmt: skip
-"""Words that a shortened sentence may need and that claim nothing of their own; who it is, is checked by `SEXES`."""
+"""Words without a claim that a shortened sentence may need. Words for the sex are checked by `SEXES`."""
 
 SEXES = (
     frozenset(["man", "men", "guy", "boy", "male", "he", "his", "him"]),
     frozenset(["woman", "women", "lady", "girl", "female", "she", "her"]),
 )
 STEM = 4
-"""Letters that two forms of a word share: smile, smiling."""
+"""Letters that the forms of a word share: smile, smiling."""
 
 
 def read_labels(row: dict[str, Any]) -> np.ndarray | None:
-    """The mask of a row, uint8 [H, W], canonical; None where it has none.
+    """Return the mask of a row, uint8 [H, W], canonical; None if it has none.
 
     Raises:
         InputError: it cannot be read.
@@ -60,51 +60,51 @@ def read_labels(row: dict[str, Any]) -> np.ndarray | None:
 
 
 def facts_of(row: dict[str, Any], labels: np.ndarray | None, caption: str) -> str:
-    """The facts about a caption, a line each: attributes, parts of the mask with their shares, contradictions found."""
+    """Return the facts about a caption, one per line: attributes, areas of the parts, contradictions with the mask."""
     lines = []
     attributes = row.get("attributes")
     if isinstance(attributes, dict):
-        known = {name.replace("_", " ").lower(): value for name, value in attributes.items() if name not in JUDGEMENTS}
-        holds = [name for name, value in known.items() if value is True or value == 1]
-        not_so = [name for name, value in known.items() if value is False or value in (0, -1)]
+        known = {name.replace("_", " ").lower(): value for name, value in attributes.items() if name not in SUBJECTIVE}
+        true = [name for name, value in known.items() if value is True or value == 1]
+        false = [name for name, value in known.items() if value is False or value in (0, -1)]
         others = [f"{name} {value}" for name, value in known.items() if isinstance(value, str) and value]
-        lines += [f"It holds: {', '.join(holds)}."] if holds else []
-        lines += [f"It does not hold: {', '.join(not_so)}."] if not_so else []
+        lines += [f"It holds: {', '.join(true)}."] if true else []
+        lines += [f"It does not hold: {', '.join(false)}."] if false else []
         lines += [f"Known: {', '.join(others)}."] if others else []
     if labels is not None:
-        shares = np.bincount(labels.ravel(), minlength=len(CLASSES)) / labels.size
-        named = [(PARTS.get(part, part), share) for part, share in zip(CLASSES, shares, strict=True)]
-        seen = [f"{part} {100 * share:.1f} %" for part, share in named if share]
-        lines.append(f"Parts of the picture: {', '.join(seen)}.")
-        lines.append(f"Not in the picture: {', '.join(part for part, share in named if not share) or 'none'}.")
+        areas = np.bincount(labels.ravel(), minlength=len(CLASSES)) / labels.size
+        named = [(PARTS.get(part, part), area) for part, area in zip(CLASSES, areas, strict=True)]
+        visible = [f"{part} {100 * area:.1f} %" for part, area in named if area]
+        lines.append(f"Parts of the picture: {', '.join(visible)}.")
+        lines.append(f"Not in the picture: {', '.join(part for part, area in named if not area) or 'none'}.")
         lines += [f"Contradiction: {sentence}." for sentence in contradictions(labels, caption)]
     return "\n".join(lines) or "none"
 
 
 def accept(answer: str, caption: str, facts: str, finished: bool = True) -> Filtered:
-    """The checked caption, or nothing where the answer cannot be trusted.
+    """Return the refined caption, or "" if the answer must be rejected.
 
     Args:
-        answer: what the checking model said.
-        caption: what it was given.
-        facts: what it was told besides; their words may come in as corrections.
-        finished: whether it came to its end.
+        answer: answer of the refiner.
+        caption: the original caption.
+        facts: the facts; their words are allowed as corrections.
+        finished: whether the answer ended.
     """
-    spoken = thinking(answer, finished)[0].strip()
-    if spoken.strip(".\"' ").upper() == NOTHING:
-        return Filtered("", ["refined: nothing of it is supported"])
+    text = thinking(answer, finished)[0].strip()
+    if text.strip(".\"' ").upper() == NOTHING:
+        return Filtered("", ["refined: nothing is supported by the facts"])
     filtered = filter_answer(answer, finished)
     if not filtered.text:
-        return Filtered("", [f"refined: its check gave no caption ({filtered.touched[-1]})"])
+        return Filtered("", [f"refined: the answer is not a caption ({filtered.touched[-1]})"])
     known = words_of(caption) | words_of(facts)
     stems = {word[:STEM] for word in known if len(word) >= STEM}
     new = [
         word for word in WORD.findall(filtered.text.lower()) if word not in known | PLAIN and word[:STEM] not in stems
     ]
-    turned = [sex for sex in SEXES if words_of(filtered.text) & sex and not known & sex]
-    if new or turned:
+    changed = [sex for sex in SEXES if words_of(filtered.text) & sex and not known & sex]
+    if new or changed:
         return Filtered(
-            "", [f'refined: its check brought in "{new[0] if new else sorted(turned[0] & words_of(filtered.text))[0]}"']
+            "", [f'refined: the answer adds "{new[0] if new else sorted(changed[0] & words_of(filtered.text))[0]}"']
         )
     if filtered.text == caption:
         return Filtered(caption)
@@ -112,13 +112,13 @@ def accept(answer: str, caption: str, facts: str, finished: bool = True) -> Filt
 
 
 def words_of(text: str) -> set[str]:
-    """The words of a text, and the parts of those with hyphens."""
+    """Return the words of a text and the parts of hyphenated ones."""
     words = {word.lower() for word in WORD.findall(text)}
     return words | {part for word in words for part in word.split("-")}
 
 
 def without_contradictions(labels: np.ndarray | None, caption: str) -> tuple[str, list[str]]:
-    """A caption without the sentences or phrases that its mask contradicts, and why each was taken out."""
+    """Remove the sentences or phrases that the mask contradicts; also returns the reason of each."""
     if labels is None:
         return caption, []
     pieces, between = pieces_of(caption)

@@ -1,8 +1,8 @@
-"""The rule filter: what vision-language models write besides captions, each kind by a rule with a name; and the length.
+"""Rules that remove text other than captions from the answers of vision-language models, and shorten captions.
 
-A rule mends a text (takes out a sentence, a heading) or leaves nothing of it, and says why. Rules run in the order of
-`RULES`, each on what the one before left. They read form, not truth: truth is the business of `refine` and the masks.
-Whatever is taken out is a whole piece: a sentence, or a phrase where the caption is a list.
+A rule removes a part of a text or all of it, and returns the reason. The rules run in the order of `RULES`. They
+check the form; `refine` checks the facts. Removed parts are complete pieces: sentences, or phrases if the caption is
+a list.
 """
 
 from __future__ import annotations
@@ -17,79 +17,79 @@ from dataclasses import dataclass, field
 SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!\b(?:Mr|Ms|Dr|St|vs)\.)(?<!\bMrs\.)\s+(?=[\"'(]?[A-Z0-9])")
 
 WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
-"""A word with what hangs in it: five-o'clock, woman's."""
+"""A word, also with hyphens and apostrophes: five-o'clock, woman's."""
 
 DANGLING = frozenset((
     "a", "an", "the", "and", "or", "but", "with", "without", "of", "in", "on", "at", "by", "to", "from", "for",
     "as", "is", "are", "was", "has", "have", "having", "wearing", "wears", "who", "whose", "that", "which",
     "while", "her", "his", "their", "its", "this", "very", "slightly",
 ))  # fmt: skip
-"""Words with which no caption ends."""
+"""Words that cannot end a caption."""
 
 PHRASE_END = re.compile(r",\s+|;\s+|\s+(?=(?:and|with|while|wearing|who|against|in front of)\s)")
-"""Where a sentence can be broken off."""
+"""Places where a sentence can be cut."""
 
 Count = Callable[[str], int]
-"""A text -> its tokens, start and end among them."""
+"""Text -> number of tokens, including start and end."""
 
 Rule = Callable[[str, bool], tuple[str, str]]
-"""(text, whether the model came to its end) -> (text, "" where nothing is left; why, "" where it was untouched)."""
+"""(text, whether the answer ended) -> (remaining text, reason or "" if unchanged)."""
 
 
 @dataclass
 class Filtered:
-    """What the rules left of an answer."""
+    """Result of the rules."""
 
     text: str
-    """"" where a rule left nothing."""
+    """"" if the answer was rejected."""
     touched: list[str] = field(default_factory=list)
-    """"rule: why" of every rule that changed it; the last is the one that left nothing."""
+    """"rule: reason" of every rule that changed it; the last one rejected it if the text is ""."""
 
 
 def filter_answer(text: str, finished: bool = True) -> Filtered:
     """Run all rules over a model's answer.
 
     Args:
-        text: as the model gave it.
-        finished: whether the model came to its end, rather than to the largest number of tokens.
+        text: the answer.
+        finished: whether it ended, rather than reached the maximum number of tokens.
     """
     filtered = Filtered(text)
     for name, rule in RULES.items():
-        filtered.text, why = rule(filtered.text, finished)
-        if why:
-            filtered.touched.append(f"{name}: {why}")
+        filtered.text, reason = rule(filtered.text, finished)
+        if reason:
+            filtered.touched.append(f"{name}: {reason}")
         if not filtered.text:
             break
     return filtered
 
 
 def thinking(text: str, finished: bool) -> tuple[str, str]:
-    """Models that think aloud: what stands in <think> is no caption."""
-    spoken = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL).rpartition("</think>")[2]
-    if "<think>" in spoken or not spoken.strip():
-        return "", "it never came to an answer"
-    return spoken, "took out what was thought aloud" if spoken != text else ""
+    """Remove the reasoning in <think>."""
+    answer = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL).rpartition("</think>")[2]
+    if "<think>" in answer or not answer.strip():
+        return "", "no answer after the reasoning"
+    return answer, "reasoning removed" if answer != text else ""
 
 
 def empty(text: str, finished: bool) -> tuple[str, str]:
-    """Nothing was said."""
-    return text.strip(), "" if text.strip() else "no words"
+    """Reject empty answers."""
+    return text.strip(), "" if text.strip() else "no text"
 
 
 PLAIN = {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2026": "...", "\u00a0": " "}
-"""Typographic marks -> plain ones, which all rules read."""
+"""Typographic punctuation -> ASCII."""
 
 HIDDEN = ("So", "Sk", "Mn", "Cc", "Cf", "Co", "Cn")
-"""Categories of emoji, control characters and the like."""
+"""Unicode categories of emoji and control characters."""
 
 
 def symbols(text: str, finished: bool) -> tuple[str, str]:
-    """Emoji and control characters go, typographic marks become plain."""
+    """Remove emoji and control characters; replace typographic punctuation by ASCII."""
     plain = unicodedata.normalize("NFC", text).translate(str.maketrans(PLAIN))
     plain = re.sub(r"[ \t]*\u2014[ \t]*", ", ", plain).replace("\r\n", "\n")
     plain = "".join(c for c in plain if c in "\n\t" or unicodedata.category(c) not in HIDDEN)
     plain = re.sub(r"[ \t]+", " ", plain).strip()
-    return plain, "symbols taken out or made plain" if plain != text else ""
+    return plain, "symbols removed or replaced" if plain != text else ""
 
 
 REFUSALS = re.compile(
@@ -102,13 +102,13 @@ REFUSALS = re.compile(
 
 
 def refusal(text: str, finished: bool) -> tuple[str, str]:
-    """The model declined."""
+    """Reject refusals."""
     found = REFUSALS.search(text.lower())
     return ("", f'it says "{found[0]}"') if found else (text, "")
 
 
 def markup(text: str, finished: bool) -> tuple[str, str]:
-    """Headings go; of other marks and tags the words stay; lines become one."""
+    """Remove headings, markup and tags; join lines."""
     plain = re.sub(r"^(?:```\w*|#{1,6}\s.*)$", "", text, flags=re.MULTILINE)
     plain = re.sub(r"<[^<>]{1,30}>", " ", plain)
     plain = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", plain)
@@ -117,8 +117,8 @@ def markup(text: str, finished: bool) -> tuple[str, str]:
     lines = [line.strip() for line in plain.splitlines() if line.strip()]
     plain = "".join(line + (" " if line[-1] in ".!?:,;" else ", ") for line in lines).rstrip(" ,")
     if re.search(r"[{}\[\]|<>=\\]|https?:", plain):
-        return "", "what is left of it is code"
-    return plain, "marks taken out" if plain != " ".join(text.split()) else ""
+        return "", "it is code"
+    return plain, "markup removed" if plain != " ".join(text.split()) else ""
 
 
 LABEL = re.compile(
@@ -130,13 +130,13 @@ LABEL = re.compile(
 
 
 def label(text: str, finished: bool) -> tuple[str, str]:
-    """A lead-in such as "Here is a caption:", and quotation marks around all of it."""
+    """Remove introductions such as "Here is a caption:" and enclosing quotation marks."""
     bare = text
     while (shorter := LABEL.sub("", bare, count=1)) != bare:
         bare = shorter
     while len(bare) > 1 and (bare[0], bare[-1]) in (('"', '"'), ("'", "'")) and bare[0] not in bare[1:-1]:
         bare = bare[1:-1].strip()
-    return bare, f'took out "{text[: len(text) - len(bare)].strip()[:40]}"' if bare != text else ""
+    return bare, f'removed "{text[: len(text) - len(bare)].strip()[:40]}"' if bare != text else ""
 
 
 PICTURE = r"(?:image|picture|photo(?:graph)?|portrait|shot|headshot|close-up)"
@@ -152,19 +152,19 @@ ABOUT = re.compile(rf"\b(?:the|this) (?:overall )?{PICTURE}\b(?! of)", re.IGNORE
 
 
 def picture(text: str, finished: bool) -> tuple[str, str]:
-    """Talk of the picture instead of what it shows."""
+    """Remove references to the image, such as "The image shows"."""
     pieces, between = pieces_of(text)
-    mended = [ASIDE.sub("", LEAD.sub("", piece)) for piece in pieces]
+    fixed = [ASIDE.sub("", LEAD.sub("", piece)) for piece in pieces]
     if between == " ":
-        mended = [piece[:1].upper() + piece[1:] for piece in mended]
-    kept = [piece for piece in mended if not ABOUT.search(piece)]
+        fixed = [piece[:1].upper() + piece[1:] for piece in fixed]
+    kept = [piece for piece in fixed if not ABOUT.search(piece)]
     if kept == pieces:
         return text, ""
-    return join(kept, between), "it speaks of the picture"
+    return join(kept, between), "it refers to the image"
 
 
 def drop_pieces(text: str, pattern: re.Pattern[str]) -> tuple[str, str]:
-    """Take out the pieces in which a pattern is found, and say what was found."""
+    """Remove the pieces in which a pattern is found."""
     pieces, between = pieces_of(text)
     found = [match[0].strip() for piece in pieces if (match := pattern.search(piece))]
     if not found:
@@ -183,12 +183,12 @@ UNSEEN = re.compile(
 
 
 def first_person(text: str, finished: bool) -> tuple[str, str]:
-    """Sentences in which the model speaks of itself."""
+    """Remove sentences in the first person."""
     return drop_pieces(text, FIRST_PERSON)
 
 
 def unseen(text: str, finished: bool) -> tuple[str, str]:
-    """Sentences about what cannot be seen."""
+    """Remove sentences about what is not visible."""
     return drop_pieces(text, UNSEEN)
 
 
@@ -198,15 +198,15 @@ PROPER = frozenset((
     "Latin", "Latina", "Latino", "LED", "Mediterranean", "Middle", "Mohawk", "Native", "Nordic", "Santa",
     "South", "Southeast", "White", "U", "V", "T", "Afro",
 ))  # fmt: skip
-"""Capitalised words that are no names of persons."""
+"""Capitalised words that are not names of people."""
 
 
 def name(text: str, finished: bool) -> tuple[str, str]:
-    """Guessed names: capitalised words inside a piece; a single one at its beginning cannot be told from a word."""
+    """Remove pieces with names: capitalised words, except for the first word of a piece."""
     pieces, between = pieces_of(text)
     words = WORD.findall(text)
     if len(words) > 4 and sum(word[0].isupper() for word in words) > len(words) / 2:
-        return "", "it is in capitals, so that names cannot be told from other words"
+        return "", "capitalised words may be names"
     found = {piece: names_in(piece) for piece in pieces}
     if not any(found.values()):
         return text, ""
@@ -215,7 +215,7 @@ def name(text: str, finished: bool) -> tuple[str, str]:
 
 
 def names_in(piece: str) -> str:
-    """The capitalised words after the first of a piece, with the first where it leads to them."""
+    """Return the capitalised words of a piece; the first word counts only if a name follows it."""
     words = WORD.findall(piece)
     names = [word for word in words[1:] if word[0].isupper() and re.split(r"[-']", word)[0] not in PROPER]
     return " ".join([*(words[:1] if names and names[0] == words[1] else []), *names])
@@ -231,10 +231,10 @@ COMMON = frozenset((
 
 
 def english(text: str, finished: bool) -> tuple[str, str]:
-    """Another script, or hardly a word that English captions of faces are made of."""
-    strange = [c for c in text if c.isalpha() and ord(c) > 0x24F]
-    if strange:
-        return "", f'it has "{strange[0]}", a letter that English has not'
+    """Reject other scripts and languages."""
+    foreign = [c for c in text if c.isalpha() and ord(c) > 0x24F]
+    if foreign:
+        return "", f'"{foreign[0]}" is not a letter of English'
     words = [word.lower() for word in WORD.findall(text)]
     known = sum(word in COMMON or any(part in COMMON for part in word.split("-")) for word in words)
     if len(words) >= 4 and 8 * known < len(words):
@@ -243,7 +243,7 @@ def english(text: str, finished: bool) -> tuple[str, str]:
 
 
 def repeated(text: str, finished: bool) -> tuple[str, str]:
-    """What is said twice is said once; what goes in a loop is nothing."""
+    """Remove repeated pieces; reject loops."""
     pieces, between = pieces_of(text)
     once: dict[str, str] = {}
     for piece in pieces:
@@ -257,23 +257,23 @@ def repeated(text: str, finished: bool) -> tuple[str, str]:
 
 
 def truncated(text: str, finished: bool) -> tuple[str, str]:
-    """An end without an end: the last sentence or phrase goes."""
+    """Remove an incomplete last sentence or phrase."""
     pieces, between = pieces_of(text)
     last = WORD.findall(text)[-1:] or [""]
     ended = text.rstrip("\"')")[-1:] in ".!?"
     open_end = last[0].lower() in DANGLING or text[-1:] in ",;:-"
     if ended or (finished and not open_end and (len(pieces) == 1 or between == ", ")):
         return text, ""
-    return join(pieces[:-1], between), f'it breaks off at "{" ".join(pieces[-1].split()[-3:])}"'
+    return join(pieces[:-1], between), f'it is truncated at "{" ".join(pieces[-1].split()[-3:])}"'
 
 
-FEWEST = 3
+MIN_WORDS = 3
 
 
 def short(text: str, finished: bool) -> tuple[str, str]:
-    """Too little to be a caption."""
+    """Reject very short answers."""
     words = len(WORD.findall(text))
-    return (text, "") if words >= FEWEST else ("", f"{words} words")
+    return (text, "") if words >= MIN_WORDS else ("", f"{words} words")
 
 
 RULES: dict[str, Rule] = {
@@ -292,14 +292,14 @@ RULES: dict[str, Rule] = {
     "truncated": truncated,
     "short": short,
 }
-"""Name -> rule, in the order in which they run."""
+"""Name -> rule, in order of execution."""
 
 
 # Pieces and length
 
 
 def pieces_of(text: str) -> tuple[list[str], str]:
-    """The sentences of a text, or the phrases of a list such as "woman, red hair, smiling"; and what stood between."""
+    """Split a text into sentences, or a list such as "woman, red hair" into phrases; returns pieces and separator."""
     sentences = SENTENCE_END.split(text)
     phrases = re.split(r",\s+", text)
     if len(sentences) == 1 and len(phrases) >= 4 and len(text.split()) <= 4 * len(phrases):
@@ -308,16 +308,16 @@ def pieces_of(text: str) -> tuple[list[str], str]:
 
 
 def join(pieces: Iterable[str], between: str) -> str:
-    """The pieces as one text that begins as a text does."""
+    """Join pieces to a text; sentences begin with a capital."""
     text = between.join(pieces)
     return text[:1].upper() + text[1:] if between == " " else text
 
 
 def shorten(text: str, count: Count, limit: int) -> tuple[str, str]:
-    """The longest beginning of a text with at most `limit` tokens, cut after a sentence, else a phrase, else a word.
+    """Cut a text to at most `limit` tokens after a sentence, else after a phrase, else after a word.
 
     Returns:
-        The text, and in a few words what was done; "" where it fitted. The text is "" where not even a word fits.
+        The text, "" if not even a word fits; and the reason, "" if it was not cut.
     """
     long = count(text)
     if long <= limit:
@@ -334,11 +334,11 @@ def shorten(text: str, count: Count, limit: int) -> tuple[str, str]:
             short = beginning if kind == "sentence" else without_dangling(beginning)
             if short and (tokens := count(short)) <= limit:
                 return short, f"{long} to {tokens} tokens, cut after a {kind}"
-    return "", f"{long} tokens, and not even its first word has {limit}"
+    return "", f"{long} tokens, and its first word exceeds {limit}"
 
 
 def without_dangling(text: str) -> str:
-    """A beginning without the words and marks that lead on."""
+    """Remove final words and punctuation that cannot end a caption."""
     words = text.rstrip(" ,;:-").split()
     while words and words[-1].strip(",;:").lower() in DANGLING:
         words.pop()

@@ -1,1 +1,1 @@
-"""Any pile of face pictures into a prepared folder: a layout says what faces there are, one writer writes them."""
+"""Import face datasets into prepared folders: each dataset format yields faces, and one writer writes them."""

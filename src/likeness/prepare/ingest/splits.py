@@ -1,7 +1,7 @@
-"""Which faces are for training and which are kept for measuring: named splits, each with its source.
+"""Named splits into training and held-out faces, each with its source.
 
-A score means nothing without the split it was measured on, so that the one used is written into the prepared folder.
-Three of CelebA-HQ are in use and differ; the lists themselves are read from the files that come with the data.
+A score depends on the split it was measured on, so the split is recorded in the prepared folder. Three different splits
+of CelebA-HQ are in use; their lists are read from the files that come with the data.
 """
 
 from __future__ import annotations
@@ -12,103 +12,104 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from likeness.prepare.ingest.celeba import read_mapping, read_pairs
+from likeness.prepare.ingest.celeba import read_mapping, read_table
 from likeness.prepare.ingest.face import Face, content_of, name_of
-from likeness.prepare.ingest.tree import Tree
+from likeness.prepare.ingest.source import Source
 from likeness.types import InputError
 
 SPLITS: dict[str, str] = {
-    "given": "as the source has it; what it does not assign is for training",
-    "none": "everything is for training",
-    "person": "whole persons drawn at random, so that nobody is both learnt from and measured",
-    "random": "faces drawn at random; the same person may be in both",
+    "given": "the split of the source; unassigned faces are for training",
+    "none": "all faces are for training",
+    "person": "random identities, so that no identity is in both parts",
+    "random": "random faces; an identity may be in both parts",
     "celeba": "CelebA's list_eval_partition.txt (Liu et al. 2015); CelebA-HQ by CelebA-HQ-to-CelebA-mapping.txt",
-    "face_mogle": "CelebA-HQ's numbers: 0 to 26999 train, 27000 to 29999 test (Face-MoGLE, arXiv 2509.00428)",
+    "face_mogle": "numbers of CelebA-HQ: 0 to 26999 train, 27000 to 29999 test (Face-MoGLE, arXiv 2509.00428)",
     "mm_celeba": "the two lists of file names of Multi-Modal-CelebA-HQ (TediGAN, arXiv 2012.03308)",
 }
-"""Name of a split -> what it is, and its source."""
+"""Name of a split -> description and source."""
 
 HELD_OUT = 1000
-"""Faces that `person` and `random` keep for measuring where the user does not say; of smaller sets a tenth."""
+"""Faces held out by `person` and `random` by default; a tenth of smaller sets."""
 
 VALIDATION, TEST = 162771, 182638
-"""The first files of CelebA that its partition keeps for validation and test: what list_eval_partition.txt says.
+"""First files of CelebA's validation and test parts, as in list_eval_partition.txt.
 
-CelebAMask-HQ's g_partition.py compares these with numbers that begin at 0, so that a face at either seam may differ."""
+CelebAMask-HQ's g_partition.py compares these with numbers from 0, so a face at either boundary may differ."""
 
 PICKLES = {
     "train": ("train/filenames.pickle", "filenames_train.pickle", "train.pickle", "train.pkl"),
     "test": ("test/filenames.pickle", "filenames_test.pickle", "test.pickle", "test.pkl"),
 }
-"""Names under which the lists of Multi-Modal-CelebA-HQ circulate."""
+"""Names of the lists in copies of Multi-Modal-CelebA-HQ."""
 
 
-def assign(split: str, faces: Iterable[Face], tree: Tree, held_out: int, seed: int) -> list[str | None]:
-    """The split of each face; None where the named split lists it nowhere.
+def assign_splits(split: str, faces: Iterable[Face], source: Source, held_out: int, seed: int) -> list[str | None]:
+    """Return the split of each face; None if the named split does not list it.
 
     Args:
         split: one of `SPLITS`.
         faces: all faces, in order.
-        tree: the source, in which the lists lie.
-        held_out: faces kept for measuring by `person` (at least) and `random`.
-        seed: of what is drawn.
+        source: the source, with the lists.
+        held_out: faces held out by `person` (at least) and `random`.
+        seed: random seed.
 
     Raises:
-        InputError: the split needs what the source does not have, or more faces than there are.
+        InputError: the source lacks what the split needs, or has too few faces.
     """
     if split in ("person", "random"):
-        return drawn(split, faces, held_out, seed)
-    of = RULES[split](tree)
-    return [of(face) for face in faces]
+        return random_split(split, faces, held_out, seed)
+    split_of = RULES[split](source)
+    return [split_of(face) for face in faces]
 
 
-def usual_held_out(faces: int) -> int:
-    """How many of some faces are held out where the user does not say."""
+def default_held_out(faces: int) -> int:
+    """Return the default number of held-out faces."""
     return min(HELD_OUT, max(1, faces // 10)) if faces > 1 else 0
 
 
-def drawn(split: str, faces: Iterable[Face], held_out: int, seed: int) -> list[str | None]:
-    """`person` and `random`."""
-    people = [face.identity for face in faces]
-    if people and len(people) <= held_out:
-        raise InputError(f"{held_out} of {len(people)} complete faces would be held out: ask for fewer by --held-out")
+def random_split(split: str, faces: Iterable[Face], held_out: int, seed: int) -> list[str | None]:
+    """Assign the splits `person` and `random`."""
+    identities = [face.identity for face in faces]
+    if identities and len(identities) <= held_out:
+        raise InputError(f"cannot hold out {held_out} of {len(identities)} complete faces: reduce --held-out")
     rng = np.random.default_rng(seed)
     if split == "random":
-        test = {int(index) for index in rng.permutation(len(people))[:held_out]}
+        test = {int(index) for index in rng.permutation(len(identities))[:held_out]}
     else:
-        unknown = sum(person is None for person in people)
+        unknown = sum(identity is None for identity in identities)
         if unknown:
             raise InputError(
-                f"{unknown} of {len(people)} faces have no identity, which --split person needs: use --split random"
+                f"{unknown} of {len(identities)} faces have no identity, which --split person needs: use --split random"
             )
-        by_person: dict[str, list[int]] = {}
-        for index, person in enumerate(people):
-            by_person.setdefault(person or "", []).append(index)
-        persons = sorted(by_person)
+        by_identity: dict[str, list[int]] = {}
+        for index, identity in enumerate(identities):
+            by_identity.setdefault(identity or "", []).append(index)
+        names = sorted(by_identity)
         test = set()
-        for index in rng.permutation(len(persons)):
+        for index in rng.permutation(len(names)):
             if len(test) >= held_out:
                 break
-            test.update(by_person[persons[int(index)]])
-    return ["test" if index in test else "train" for index in range(len(people))]
+            test.update(by_identity[names[int(index)]])
+    return ["test" if index in test else "train" for index in range(len(identities))]
 
 
 def number_of(name: str, split: str) -> int:
-    """The number that a face is called by."""
+    """Return the number in a face's name."""
     digits = name.removesuffix(".jpg")
     if not digits.isdigit():
-        raise InputError(f"{name} is no number of CelebA, by which --split {split} goes: use --split random")
+        raise InputError(f"{name} is not a CelebA number, which --split {split} needs: use --split random")
     return int(digits)
 
 
-def by_partition(tree: Tree) -> Callable[[Face], str | None]:
-    """CelebA's partition; of CelebA-HQ by the file of CelebA that a face comes from."""
-    listed, originals = read_pairs(tree, "list_eval_partition.txt", "a file and 0, 1 or 2"), read_mapping(tree)
+def by_partition(source: Source) -> Callable[[Face], str | None]:
+    """CelebA's partition; faces of CelebA-HQ by their file in CelebA."""
+    listed = dict(read_table(source, "list_eval_partition.txt", "file, part"))
+    originals = read_mapping(source)
     names = {"0": "train", "1": "validation", "2": "test"}
 
-    def of(face: Face) -> str | None:
+    def split_of(face: Face) -> str | None:
         file = face.name + ".jpg"
-        if face.canvas is None:  # CelebA-HQ counts its faces anew
+        if face.image_size is None:  # CelebA-HQ, with its own numbers
             if not originals:
                 raise InputError("--split celeba of CelebA-HQ needs CelebA-HQ-to-CelebA-mapping.txt in the source")
             file = originals.get(str(number_of(face.name, "celeba")), "")
@@ -117,29 +118,28 @@ def by_partition(tree: Tree) -> Callable[[Face], str | None]:
         number = number_of(file, "celeba") if file else 0
         return "test" if number >= TEST else "validation" if number >= VALIDATION else "train" if number else None
 
-    return of
+    return split_of
 
 
-def by_number(tree: Tree) -> Callable[[Face], str | None]:
+def by_number(source: Source) -> Callable[[Face], str | None]:
     """Face-MoGLE's split of CelebA-HQ."""
 
-    def of(face: Face) -> str | None:
+    def split_of(face: Face) -> str | None:
         number = number_of(face.name, "face_mogle")
         return "train" if number < 27000 else "test" if number < 30000 else None
 
-    return of
+    return split_of
 
 
-def by_lists(tree: Tree) -> Callable[[Face], str | None]:
+def by_lists(source: Source) -> Callable[[Face], str | None]:
     """Multi-Modal-CelebA-HQ's pickled lists."""
     found: dict[str, str] = {}
     for split, names in PICKLES.items():
-        file = next((tree.file(name) for name in names if tree.file(name)), None)
-        nested = [tree.file(f"{folder}/filenames.pickle") for folder in tree.folders if folder.endswith(f"/{split}")]
-        file = file or next((given for given in nested if given), None)
+        nested = [f"{folder}/filenames.pickle" for folder in source.folders if folder.endswith(f"/{split}")]
+        file = next((file for name in (*names, *nested) if (file := source.file(name))), None)
         if file is None:
             raise InputError(
-                f"--split mm_celeba needs {names[0]} in the source: get it with the data set, or use another split"
+                f"--split mm_celeba needs {names[0]} in the source: download it with the dataset, or use another split"
             )
         for name in read_list(content_of(file), name_of(file)):
             stem = name.rpartition("/")[2].split(".")[0]
@@ -147,9 +147,9 @@ def by_lists(tree: Tree) -> Callable[[Face], str | None]:
     return lambda face: found.get(face.name.lstrip("0") or "0")
 
 
-RULES: dict[str, Callable[[Tree], Callable[[Face], str | None]]] = {
-    "given": lambda tree: lambda face: face.split or "train",
-    "none": lambda tree: lambda face: "train",
+RULES: dict[str, Callable[[Source], Callable[[Face], str | None]]] = {
+    "given": lambda source: lambda face: face.split or "train",
+    "none": lambda source: lambda face: "train",
     "celeba": by_partition,
     "face_mogle": by_number,
     "mm_celeba": by_lists,
@@ -157,7 +157,7 @@ RULES: dict[str, Callable[[Tree], Callable[[Face], str | None]]] = {
 
 
 class ListsOnly(pickle.Unpickler):
-    """Reads a pickle of plain lists, strings and numbers: anything that names a class or function is refused."""
+    """Reads pickles of plain lists, strings and numbers; rejects references to classes and functions."""
 
     def find_class(self, module: str, name: str) -> None:
         raise pickle.UnpicklingError(f"it names {module}.{name}")
@@ -167,11 +167,11 @@ class ListsOnly(pickle.Unpickler):
 
 
 def read_list(content: bytes, name: str) -> list[str]:
-    """A pickled list of strings. Raises `InputError` where it is, or could be, anything else."""
+    """Read a pickled list of strings. Raises `InputError` for any other pickle."""
     try:
         found = ListsOnly(io.BytesIO(content), encoding="latin1").load()
-    except Exception as error:  # a broken pickle raises nearly anything
-        raise InputError(f"{name} is no plain list of file names ({str(error)[:80]}): do not trust it") from error
+    except Exception as error:  # a broken pickle raises nearly any error
+        raise InputError(f"{name} is not a plain list of file names ({str(error)[:80]}): do not trust it") from error
     if not isinstance(found, list) or not all(isinstance(entry, str) for entry in found):
-        raise InputError(f"{name} is no plain list of file names: do not trust it")
+        raise InputError(f"{name} is not a plain list of file names: do not trust it")
     return found

@@ -1,7 +1,7 @@
-"""The fix list that a check leaves beside the data, and carrying it out.
+"""The fix list that a check writes next to the data, and its application.
 
-Files are mended one by one, each whole or not at all, and the metadata is written last; whatever is replaced or taken
-away is kept under `before/`. Only what is certain is mended: a fault whose `fix` is null waits for somebody's eye.
+Files are fixed one at a time, each atomically, and the metadata is written last. Everything that is replaced or removed
+is kept in `ORIGINALS`. Findings whose `fix` is null need a human decision and are left alone.
 """
 
 from __future__ import annotations
@@ -17,63 +17,66 @@ from pathlib import Path
 from typing import Any
 
 from likeness.conditions import CONDITIONS, inspection
-from likeness.data.folder import METADATA, column_of, line_of
+from likeness.data.folder import METADATA, ORIGINALS, column_of, line_of, metadata_lines, splits_of
 from likeness.files import write_whole
-from likeness.prepare.faults import BEFORE, KINDS, MENDING, Finding, Row, metadata_lines, read_rows, splits_of
+from likeness.prepare.findings import FIXES, KINDS, Finding, Row, read_rows
 from likeness.types import InputError
 
-FIXES = "fixes.jsonl"
-"""The fix list, beside the data: one finding a line."""
+FIX_LIST = "fixes.jsonl"
+"""File next to the data with one finding per line."""
 
-MOST_PIECES = 75
-"""Words, digits and marks of a caption: 77 tokens less start and end.
+MAX_PIECES = 75
+"""Most words, digits and punctuation marks of a caption: 77 tokens without start and end.
 
-No CLIP tokenizer makes fewer tokens than these pieces, and that of the large models hardly more of plain English. The
-tokenizer of the bundled models is no measure: with its 1,031 pieces it takes about two for a word.
+No CLIP tokenizer makes fewer tokens than these pieces; that of the large models makes few more of plain English. The
+tokenizer of the bundled models, with 1,031 tokens, makes about two per word and is not used here.
 """
 
 PIECE = re.compile(r"'(?:s|t|re|ve|m|ll|d)\b|[^\W\d_]+|\d|(?:[^\w\s]|_)+", re.IGNORECASE)
-"""What CLIP splits text into before it looks for tokens."""
+"""CLIP's split of a text before tokenization."""
 
 GARBAGE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffd]")
-"""Control characters, halves of pairs, and what decoders put where they could not read."""
+"""Control characters, lone surrogates and replacement characters."""
 
 
-def mend_captions(text: Any, kinds: Collection[str]) -> tuple[Any, list[tuple[str, str]]]:
-    """The captions of a row without the faults of `kinds`.
+# Captions
+
+
+def fix_captions(text: Any, kinds: Collection[str]) -> tuple[Any, list[tuple[str, str]]]:
+    """Fix the faults `kinds` of a row's captions.
 
     Args:
-        text: the column `text`: a string or a list of strings where all is well.
-        kinds: kinds of fault to mend.
+        text: the column `text`; valid if it is a string or a list of strings.
+        kinds: kinds of faults to fix.
 
     Returns:
-        The column mended, None where nothing is left of it; and (kind, sentence) of every fault met.
+        The fixed column, None if no caption remains; and (kind, sentence) of every fault.
     """
     captions = text if isinstance(text, list) else [text]
     if not captions:
-        return (None if "empty-caption" in kinds else text), [("empty-caption", "there is no caption in the list")]
-    met, kept = [], []
+        return (None if "empty-caption" in kinds else text), [("empty-caption", "the list of captions is empty")]
+    faults, kept = [], []
     for caption in captions:
-        while (verdict := judge_caption(caption)) is not None:
-            kind, sentence, mended = verdict
-            met.append((kind, sentence))
+        while (fault := caption_fault(caption)) is not None:
+            kind, sentence, fixed = fault
+            faults.append((kind, sentence))
             if kind not in kinds:
                 kept.append(caption)
-            if kind not in kinds or mended is None:
+            if kind not in kinds or fixed is None:
                 break
-            caption = mended
+            caption = fixed
         else:
             kept.append(caption)
-    return (kept if isinstance(text, list) else kept[0]) if kept else None, met
+    return (kept if isinstance(text, list) else kept[0]) if kept else None, faults
 
 
-def judge_caption(caption: Any) -> tuple[str, str, str | None] | None:
-    """(kind, sentence, mended or None to leave it out) of the first fault of a caption; None where it has none."""
+def caption_fault(caption: Any) -> tuple[str, str, str | None] | None:
+    """Return (kind, sentence, fixed caption or None to remove it) of the first fault of a caption, None if valid."""
     if caption is None or (isinstance(caption, str) and not caption.strip()):
         return "empty-caption", "a caption is empty", None
     if not isinstance(caption, str):
-        return "broken-row", f"a caption is no text but {json.dumps(caption)[:60]}", None
-    try:  # UTF-8 that was read as Windows-1252; right text other than plain English fails one of the two steps
+        return "broken-row", f"a caption is not text but {json.dumps(caption)[:60]}", None
+    try:  # UTF-8 decoded as Windows-1252; correct text other than ASCII fails one of the two steps
         decoded = caption.encode("cp1252").decode("utf-8")
     except UnicodeError:
         decoded = caption
@@ -81,21 +84,24 @@ def judge_caption(caption: Any) -> tuple[str, str, str | None] | None:
         return "garbled-caption", f"a caption is in the wrong encoding: {caption[:60]!r}", decoded
     if GARBAGE.search(caption):
         return "garbled-caption", f"a caption has unreadable characters: {caption[:60]!r}", None
-    pieces = list(PIECE.finditer(caption)) if len(caption) > MOST_PIECES else []
-    if len(pieces) > MOST_PIECES:
-        whole = re.sub(r"\S+$", "", caption[: pieces[MOST_PIECES].start()]).rstrip(" \t\r\n,;:-")
-        sentence = f"a caption has {len(pieces)} words and marks, of which {MOST_PIECES} are read: {caption[:60]!r}"
-        return "long-caption", sentence, whole or None
+    pieces = list(PIECE.finditer(caption)) if len(caption) > MAX_PIECES else []
+    if len(pieces) > MAX_PIECES:
+        short = re.sub(r"\S+$", "", caption[: pieces[MAX_PIECES].start()]).rstrip(" \t\r\n,;:-")
+        sentence = f"a caption has {len(pieces)} words and marks, of which {MAX_PIECES} are read: {caption[:60]!r}"
+        return "long-caption", sentence, short or None
     return None
 
 
+# The list
+
+
 def write_fixes(folder: Path, findings: list[Finding]) -> None:
-    """Write the fix list beside the data, one finding a line; where there is none, an older list is taken away.
+    """Write the fix list next to the data; without findings, delete an older list.
 
     Raises:
         InputError: it cannot be written.
     """
-    path = folder / FIXES
+    path = folder / FIX_LIST
     if findings:
         state = {"metadata": state_of(folder)}
         lines = [json.dumps(asdict(found) | state, ensure_ascii=False) + "\n" for found in findings]
@@ -105,7 +111,7 @@ def write_fixes(folder: Path, findings: list[Finding]) -> None:
 
 
 def state_of(folder: Path) -> str:
-    """Hash of all metadata: a list that was made for another state must not be carried out."""
+    """Hash all metadata: a list for another state must not be applied."""
     hashed = hashlib.sha256()
     for split in splits_of(folder):
         for _, line in metadata_lines(folder, split):
@@ -114,12 +120,12 @@ def state_of(folder: Path) -> str:
 
 
 def read_fixes(folder: Path) -> list[Finding]:
-    """The fix list beside the data.
+    """Read the fix list.
 
     Raises:
         InputError: it cannot be read, or was written for other metadata.
     """
-    path, state, findings = folder / FIXES, state_of(folder), []
+    path, state, findings = folder / FIX_LIST, state_of(folder), []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -130,88 +136,86 @@ def read_fixes(folder: Path) -> list[Finding]:
             written = values.pop("metadata")
             found = Finding(**values)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"{path}, line {number} is no line of a fix list: check the folder again") from error
+            raise InputError(f"{path}, line {number} is not a line of a fix list: check the folder again") from error
         if written != state:
             raise InputError(f"the metadata has changed since {path} was written: check the folder again")
-        if found.kind not in KINDS or (found.fix is not None and found.fix not in MENDING):
+        if found.kind not in KINDS or (found.fix is not None and found.fix not in FIXES):
             raise InputError(f"{path}, line {number}: the kind {found.kind!r} or the fix {found.fix!r} is unknown")
         findings.append(found)
     return findings
 
 
 def apply_fixes(folder: Path) -> dict[str, int]:
-    """Carry out the fix list. A line deleted from it, or one whose `fix` is null, leaves its fault as it is.
+    """Apply the fix list. Findings that were deleted from it, or whose `fix` is null, are left alone.
 
-    Stopped half-way, it is finished by checking and applying again. The metadata of the splits that change is held in
-    memory.
+    After an interruption, check and apply again. The metadata of the splits that change is kept in memory.
 
     Returns:
-        Way of mending -> how many findings were mended so.
+        Fix -> number of findings fixed.
 
     Raises:
         InputError: the list cannot be used (see `read_fixes`), or a file cannot be read or written.
     """
     folder = folder.resolve()
-    todo: dict[tuple[str, int], list[Finding]] = {}
+    by_row: dict[tuple[str, int], list[Finding]] = {}
     for found in read_fixes(folder):
         if found.fix is not None:
-            todo.setdefault((found.split, found.line), []).append(found)
+            by_row.setdefault((found.split, found.line), []).append(found)
     try:
-        mended = {split: b"".join(mend_split(folder, split, todo)) for split in sorted({split for split, _ in todo})}
-        for split, content in mended.items():
+        fixed = {split: b"".join(fix_split(folder, split, by_row)) for split in sorted({split for split, _ in by_row})}
+        for split, content in fixed.items():
             keep_copy(folder, split, METADATA)
             write_whole(folder / split / METADATA, content)
     except OSError as error:
-        raise InputError(f"cannot mend {folder}: {error}") from error
-    return dict(Counter(str(found.fix) for findings in todo.values() for found in findings))
+        raise InputError(f"cannot fix {folder}: {error}") from error
+    return dict(Counter(str(found.fix) for findings in by_row.values() for found in findings))
 
 
-def mend_split(folder: Path, split: str, todo: dict[tuple[str, int], list[Finding]]) -> Iterator[bytes]:
-    """Mend the files of a split; yields the lines of its new metadata."""
-    unneeded: set[str] = set()
+def fix_split(folder: Path, split: str, by_row: dict[tuple[str, int], list[Finding]]) -> Iterator[bytes]:
+    """Fix the files of a split and yield the lines of its new metadata."""
+    dropped: set[str] = set()
+    kept: set[str] = set()
     for row in read_rows(folder, split):
-        unneeded |= dropped_files(row, todo.get(row.place[:2], []))
+        gone = dropped_files(row, by_row.get(row.place[:2], []))
+        dropped |= gone
+        kept |= {name for name in row.files.values() if isinstance(name, str)} - gone
     for row in read_rows(folder, split):
-        names = {name for name in row.files.values() if isinstance(name, str)}
-        unneeded -= names - dropped_files(row, todo.get(row.place[:2], []))
-    for row in read_rows(folder, split):
-        findings = todo.get(row.place[:2], [])
-        for name in dropped_files(row, findings) & unneeded:
+        findings = by_row.get(row.place[:2], [])
+        for name in dropped_files(row, findings) & dropped - kept:
             move_away(folder, split, name)
         if not findings:
             yield row.raw if row.raw.endswith(b"\n") else row.raw + b"\n"
         elif not any(found.fix == "drop-row" for found in findings):
-            values = mend_row(folder, row, findings)
-            yield line_of(values)
+            yield line_of(fix_row(folder, row, findings))
 
 
-def mend_row(folder: Path, row: Row, findings: list[Finding]) -> dict[str, Any]:
-    """The columns of a row once its files are mended."""
-    columns = {fix: {found.column for found in findings if found.fix == fix} for fix in MENDING}
+def fix_row(folder: Path, row: Row, findings: list[Finding]) -> dict[str, Any]:
+    """Fix the files of a row and return its columns."""
+    columns = {fix: {found.column for found in findings if found.fix == fix} for fix in FIXES}
     values = {column: value for column, value in row.values.items() if column not in columns["drop-file"]}
     for column in columns["rewrite"] & values.keys():
         condition = next(name for name in CONDITIONS if column_of(name) == column)
         values[column] = rewrite(folder, row.split, values[column], condition)
     for column in columns["captions"] & values.keys():
-        captions, _ = mend_captions(values.pop(column), {found.kind for found in findings if found.column == column})
+        captions, _ = fix_captions(values.pop(column), {found.kind for found in findings if found.column == column})
         values |= {column: captions} if captions is not None else {}
     return values
 
 
 def dropped_files(row: Row, findings: list[Finding]) -> set[str]:
-    """The files that a row will not name any more; what lies outside the folder is not ours."""
-    whole = any(found.fix == "drop-row" for found in findings)
+    """Return the files that the fixed row no longer names, except for those outside the folder."""
+    whole_row = any(found.fix == "drop-row" for found in findings)
     columns = {found.column for found in findings if found.fix == "drop-file"}
     outside = {found.column for found in findings if found.kind == "broken-row"}
-    dropped = {column: name for column, name in row.files.items() if whole or column in columns}
+    dropped = {column: name for column, name in row.files.items() if whole_row or column in columns}
     return {name for column, name in dropped.items() if isinstance(name, str) and column not in outside}
 
 
 def rewrite(folder: Path, split: str, name: str, condition: str) -> str:
-    """Write a mask or sketch in its canonical form; its name, which ends in .png from now on."""
+    """Write a mask or sketch in its canonical form; returns its new name, which ends in .png."""
     path = folder / split / name
     target = path if path.suffix == ".png" else path.with_name(f"{path.name}.png")
-    # It may be done already, for another row that names it or before a run was stopped.
+    # Already done if another row names the same file, or in an interrupted run.
     if path.exists() and (target != path or CONDITIONS[condition].read(path).notes):
         report = inspection.inspect(path, condition)
         if target == path:
@@ -223,7 +227,7 @@ def rewrite(folder: Path, split: str, name: str, condition: str) -> str:
 
 
 def keep_copy(folder: Path, split: str, name: str) -> None:
-    """Copy a file to `before/`, unless this content is there already."""
+    """Copy a file to `ORIGINALS`, unless this content is there already."""
     content = (folder / split / name).read_bytes()
     place = free_place(folder, split, name, content)
     if not place.exists():
@@ -231,7 +235,7 @@ def keep_copy(folder: Path, split: str, name: str) -> None:
 
 
 def move_away(folder: Path, split: str, name: str) -> None:
-    """Move a file, or a folder of part files, to `before/`."""
+    """Move a file, or a folder of part files, to `ORIGINALS`."""
     path = folder / split / name
     if path.exists():
         place = free_place(folder, split, name)
@@ -240,8 +244,8 @@ def move_away(folder: Path, split: str, name: str) -> None:
 
 
 def free_place(folder: Path, split: str, name: str, content: bytes | None = None) -> Path:
-    """Where `before/` has nothing yet, or just this content."""
-    first = place = folder / BEFORE / split / name
+    """Return a path in `ORIGINALS` that does not exist, or has just this content."""
+    first = place = folder / ORIGINALS / split / name
     number = 1
     while place.exists() and (content is None or place.read_bytes() != content):
         number += 1

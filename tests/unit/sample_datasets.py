@@ -1,4 +1,4 @@
-"""Small sources in every layout that can be ingested, made of drawn faces with one picture, mask and sketch each."""
+"""Small datasets in every format that can be ingested. All synthetic faces have the same mask and sketch."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ SIDE = 64
 FILES = {"ear_r": "earring", "neck_l": "necklace"}
 
 
-def picture(index: int, size: tuple[int, int] = (SIDE, SIDE)) -> Image.Image:
-    """A drawn face in the colours of its classes, in another light for every index."""
+def image(index: int, size: tuple[int, int] = (SIDE, SIDE)) -> Image.Image:
+    """A synthetic face in the colours of its classes; the lighting depends on the index."""
     light = Image.fromarray(np.random.default_rng(index).integers(0, 256, (5, 5, 3), dtype=np.uint8))
     face = Image.fromarray(PALETTE[drawn_mask(SIDE)])
     return Image.blend(face, light.resize(face.size, Image.Resampling.BILINEAR), 0.6).resize(size)
@@ -40,9 +40,9 @@ def points() -> dict[str, object]:
     return {"points": (drawn_points() * SIDE).round(2).tolist(), "size": [SIDE, SIDE]}
 
 
-def content(image: Image.Image, form: str = "PNG") -> bytes:
+def content(picture: Image.Image, form: str = "PNG") -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, form)
+    picture.save(buffer, form)
     return buffer.getvalue()
 
 
@@ -65,21 +65,21 @@ def attribute_list(names: list[str]) -> str:
 
 
 def celeba(root: Path, count: int = 12) -> None:
-    """Two faces a person."""
+    """Two faces per identity."""
     names = [f"{index + 1:06d}.jpg" for index in range(count)]
     for index, name in enumerate(names):
-        put(root, f"img_align_celeba/{name}", picture(index, (178, 218)))
+        put(root, f"img_align_celeba/{name}", image(index, (178, 218)))
     put(root, "list_attr_celeba.txt", attribute_list(names))
     put(root, "identity_CelebA.txt", "".join(f"{name} {index // 2}\n" for index, name in enumerate(names)))
 
 
 def celeba_hq(root: Path, count: int = 4) -> None:
-    """CelebAMask-HQ: pictures, part files, attributes, the mapping to CelebA."""
+    """CelebAMask-HQ: images, part files, attributes, the mapping to CelebA."""
     parts = dict(enumerate(CLASSES))
     parts |= {CLASSES.index(ours): theirs for theirs, ours in FILES.items()}
     labels = drawn_mask(SIDE)
     for index in range(count):
-        put(root, f"CelebA-HQ-img/{index}.jpg", picture(index, (2 * SIDE, 2 * SIDE)))
+        put(root, f"CelebA-HQ-img/{index}.jpg", image(index, (2 * SIDE, 2 * SIDE)))
         for label in np.unique(labels)[1:]:
             part = Image.fromarray(np.where(labels == label, 255, 0).astype(np.uint8)).convert("RGB")
             put(root, f"CelebAMask-HQ-mask-anno/{index % 2}/{index:05d}_{parts[int(label)]}.png", part)
@@ -90,15 +90,15 @@ def celeba_hq(root: Path, count: int = 4) -> None:
 
 
 def celebamask(root: Path, count: int = 4) -> None:
-    """The palette form."""
+    """CelebAMask-HQ with palette masks."""
     for index in range(count):
-        put(root, f"images/{index}.jpg", picture(index))
+        put(root, f"images/{index}.jpg", image(index))
         put(root, f"masks/{index}.png", mask())
 
 
 def mm_celeba(root: Path, count: int = 4) -> None:
     for index in range(count):
-        put(root, f"image/images/{index}.jpg", picture(index))
+        put(root, f"image/images/{index}.jpg", image(index))
         put(root, f"label/{index}.png", mask())
         put(root, f"sketch/sketch/{index:05d}.png", sketch())
         put(root, f"text/celeba-caption/{index}.txt", f"This is face {index}.\n She smiles. \n\n")
@@ -109,7 +109,7 @@ def mm_celeba(root: Path, count: int = 4) -> None:
 def ffhq(root: Path, count: int = 3) -> None:
     metadata = {}
     for index in range(count):
-        put(root, f"images1024x1024/{index // 2 * 1000:05d}/{index:05d}.png", picture(index))
+        put(root, f"images1024x1024/{index // 2 * 1000:05d}/{index:05d}.png", image(index))
         metadata[str(index)] = {
             "category": "training" if index < 2 else "validation",
             "metadata": {"photo_url": f"photo {index}", "author": "A. Nobody", "license": "CC BY 2.0", "country": ""},
@@ -119,10 +119,10 @@ def ffhq(root: Path, count: int = 3) -> None:
 
 
 def face_mogle(root: Path) -> None:
-    """As the zips unpack: numbers on both sides of the split."""
+    """Unpacked release: numbers on both sides of the split."""
     texts = {}
     for index in (0, 1, 26999, 27000):
-        put(root, f"face/{index}.jpg", picture(index))
+        put(root, f"face/{index}.jpg", image(index))
         put(root, f"mask/{index}.png", mask())
         put(root, f"text/{index}.txt", f"face {index}\nsmiling\n")
         texts[f"{index}.jpg"] = [f"face {index}", "smiling"]
@@ -131,11 +131,11 @@ def face_mogle(root: Path) -> None:
 
 def mmface_dit(root: Path) -> None:
     for split, index in (("train", 0), ("train", 1), ("test", 2)):
-        put(root, f"Celeb_Dataset/Celeb_Final/{split}/images/{index}.jpg", picture(index))
+        put(root, f"Celeb_Dataset/Celeb_Final/{split}/images/{index}.jpg", image(index))
         put(root, f"Celeb_Dataset/Celeb_Final/{split}/masks/{index}.png", Image.fromarray(PALETTE[drawn_mask(SIDE)]))
         put(root, f"Celeb_Dataset/Celeb_Final/{split}/sketches/{index}.png", sketch())
         put(root, f"Celeb_Captions_Final/{index}.txt", f"face {index}\n")
-    put(root, "FFHQ/images1024x1024/00000/00000.png", picture(9))
+    put(root, "FFHQ/images1024x1024/00000/00000.png", image(9))
     put(root, "FFHQ/Masks_Colored_1024/00000.png", Image.fromarray(PALETTE[drawn_mask(SIDE)]))
     put(root, "FFHQ/sketches/00000.png", sketch())
     put(root, "FFHQ_Captions_Final/00000.txt", "a face of FFHQ\n")
@@ -143,14 +143,14 @@ def mmface_dit(root: Path) -> None:
 
 def folder(root: Path) -> None:
     for index in range(3):
-        put(root, f"{index}.jpg", picture(index))
+        put(root, f"{index}.jpg", image(index))
     put(root, "0.txt", "the first face\n")
 
 
 def imagefolder(root: Path) -> None:
     rows = {"train": [], "test": []}
     for split, index in (("train", 0), ("train", 1), ("test", 2)):
-        put(root, f"{split}/images/{index}.png", picture(index))
+        put(root, f"{split}/images/{index}.png", image(index))
         put(root, f"{split}/masks/{index}.png", mask())
         put(root, f"{split}/sketches/{index}.png", sketch())
         put(root, f"{split}/keypoints/{index}.json", points())
@@ -158,14 +158,14 @@ def imagefolder(root: Path) -> None:
         row |= {"sketch_file_name": f"sketches/{index}.png", "keypoints_file_name": f"keypoints/{index}.json"}
         row |= {"text": [f"face {index}", "smiling"], "attributes": {"Smiling": True}, "identity": str(index)}
         rows[split].append({**row, "camera": "drawn", "year": 2020 + index})
-    rows["train"][1] |= {"text": "one caption, no list"}
+    rows["train"][1] |= {"text": "a single caption"}
     del rows["train"][0]["sketch_file_name"], rows["test"][0]["keypoints_file_name"]
     for split, found in rows.items():
         put(root, f"{split}/metadata.jsonl", "".join(json.dumps(row) + "\n" for row in found))
 
 
 def parquet(root: Path) -> None:
-    """As `datasets` writes it."""
+    """Parquet files as `datasets` writes them."""
     import pyarrow
     import pyarrow.parquet
 
@@ -173,7 +173,7 @@ def parquet(root: Path) -> None:
         table = pyarrow.Table.from_pylist(
             [
                 {
-                    "image": {"bytes": content(picture(index)), "path": None if index == 1 else f"{index}.png"},
+                    "image": {"bytes": content(image(index)), "path": None if index == 1 else f"{index}.png"},
                     "mask": {"bytes": content(mask()), "path": None} if index else None,
                     "text": f"face {index}",
                 }
@@ -185,12 +185,12 @@ def parquet(root: Path) -> None:
 
 
 def webdataset(root: Path) -> None:
-    """As img2dataset writes it, with masks."""
+    """Shards as img2dataset writes them, with masks."""
     root.mkdir(parents=True, exist_ok=True)
     for split, numbers in (("train", range(3)), ("test", range(3, 4))):
         with tarfile.open(root / f"{split}-000000.tar", "w") as archive:
             for index in numbers:
-                files = {"jpg": content(picture(index), "JPEG"), "txt": f"face {index}".encode()}
+                files = {"jpg": content(image(index), "JPEG"), "txt": f"face {index}".encode()}
                 files |= {"json": json.dumps({"caption": f"face {index}", "url": "drawn"}).encode()}
                 files |= {"mask.png": content(mask())}
                 for kind, data in files.items():
