@@ -4,8 +4,8 @@ python benchmarks/studies.py --shards data/shards/celeba --test data/shards/test
 
 Networks are 128 wide and 6 deep. `own` and `shared` are trained on masks from random weights. For the LoRAs, a base is
 trained without conditions, like a small FLUX, and frozen. The result is the loss on held-out faces with the right mask,
-another face's and none (`likeness.train.validate`). Without --shards, faces are synthetic. Run the same command again to
-resume.
+another face's and none (`likeness.train.validate`). Without --shards, faces are synthetic. Run the same command again
+to resume.
 """
 
 from __future__ import annotations
