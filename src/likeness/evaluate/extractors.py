@@ -102,16 +102,9 @@ def face_parser(protocol: Protocol, size: int, device: str) -> Extractor:
         count = lambda given, found: class_counts(confusion_of(given, found))  # noqa: E731
         return compare_conditions("mask", labels, faces, None, count, (19, 3))
 
-    bundled = source == BUNDLED
-    return Extractor(
-        name="face_parser",
-        description="bundled face parser" if bundled else f"{network_name(network).split()[0]} in {source}",
-        hash=weights_hash(network)[:16],
-        extract=extract,
-        notes=("The bundled face parser annotated training masks of the bundled models: set another face_parser=",)
-        if bundled
-        else (),
-    )
+    name = f"{network_name(network).split()[0]} in {source}"
+    description = "bundled face parser" if source == BUNDLED else name
+    return Extractor(name="face_parser", description=description, hash=weights_hash(network)[:16], extract=extract)
 
 
 def sketch(protocol: Protocol, size: int, device: str) -> Extractor:
@@ -176,14 +169,7 @@ def text_image(protocol: Protocol, size: int, device: str) -> Extractor:
         has_caption = torch.tensor([[bool(face.caption)] for face in faces]).to(device)
         return torch.stack([image_features, pair.embed_captions(clip, ids) * has_caption], dim=1).cpu().numpy()
 
-    notes = ("The bundled text-image pair shares its text encoder with the bundled models: set another text_image=",)
-    return Extractor(
-        name="text_image",
-        description=description,
-        hash=weights_hash(clip)[:16],
-        extract=extract,
-        notes=notes if protocol.text_image == BUNDLED else (),
-    )
+    return Extractor(name="text_image", description=description, hash=weights_hash(clip)[:16], extract=extract)
 
 
 def pair_input(clip: Any, images: Images) -> Tensor:

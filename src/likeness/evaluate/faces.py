@@ -34,6 +34,11 @@ class Face:
     mismatched: Mapping[str, Path] = field(default_factory=dict)
     """The conditions of the next face, for the floor."""
 
+    def to_json(self) -> dict[str, str]:
+        """Return what reports show."""
+        files = {name: str(path) for name, path in self.conditions.items()}
+        return {"name": self.name, "caption": self.caption, "photo": str(self.photo), **files}
+
 
 def read_faces(folder: Path, protocol: Protocol, photos: Iterable[Path] | None = None) -> tuple[list[Face], list[str]]:
     """Read the faces of a prepared folder that have a caption and every condition of the protocol.
@@ -65,16 +70,8 @@ def read_faces(folder: Path, protocol: Protocol, photos: Iterable[Path] | None =
         if lacking:
             continue
         caption = captions[0] if protocol.caption == "first" else max(captions, key=lambda text: (len(text), text))
-        faces.append(
-            Face(
-                number=number,
-                name=name,
-                photo=row["file_name"],
-                conditions=files,
-                caption=caption,
-                attributes=row.get("attributes", {}),
-            )
-        )
+        known = {"conditions": files, "caption": caption, "attributes": row.get("attributes", {})}
+        faces.append(Face(number=number, name=name, photo=row["file_name"], **known))
     notes = [f"{count} faces without a {column} were skipped" for column, count in skipped.items() if count]
     if not faces:
         named = "" if stems is None else " named like the images"

@@ -49,8 +49,6 @@ class Extractor:
     extract: Extract
     close: Callable[[], None] = field(default=lambda: None)
     """Called when it is no longer needed."""
-    notes: tuple[str, ...] = ()
-    """Limitations of its numbers, one sentence each."""
 
 
 class Extracted(NamedTuple):

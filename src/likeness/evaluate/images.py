@@ -37,7 +37,7 @@ Progress = Callable[[str, int, int], None]
 """Called as (task, done, total)."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Task:
     """The arguments of an evaluation (`run.evaluate`) and its faces."""
 
@@ -47,7 +47,6 @@ class Task:
     faces: Sequence[Face]
     pipeline: Any
     model: str
-    device: str
     progress: Progress
 
 

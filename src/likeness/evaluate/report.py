@@ -9,7 +9,7 @@ import base64
 import io
 import json
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -215,6 +215,7 @@ def class_sections(classes: Mapping[str, Sequence[ClassScore]]) -> list[Section]
             bars=("IoU", "shown"),
         )
         for given, scores in classes.items()
+        if scores
     ]
 
 
@@ -222,7 +223,7 @@ def sample_section(results: Results) -> Section:
     """The first faces: conditions, an image of every condition set, photograph."""
     figures = []
     for index, face in enumerate(results.faces[:SAMPLES]):
-        images = [render_condition(face, name) for name in CONDITIONS if name in face]
+        images = [embed_condition(face, name) for name in CONDITIONS if name in face]
         images += [embed_file(files[index]) for files in results.images.values()]
         figures.append(Figure([*images, embed_file(face["photo"])], f"{face['name']}: {face['caption']}"))
     order = ", ".join([*CONDITIONS, *(f"image from {given}" for given in results.images), "photograph"])
@@ -241,7 +242,7 @@ def failure_sections(results: Results) -> list[Section]:
             figures = []
             for row in [int(row) for row in order if not np.isnan(values[row])][:FAILURES]:
                 face = results.faces[row]
-                images = [render_condition(face, name) for name in conditions_of(given) if name in face]
+                images = [embed_condition(face, name) for name in conditions_of(given) if name in face]
                 caption = f"{format_number(float(values[row]))}, {face['name']}: {face['caption']}"
                 figures.append(Figure([*images, embed_file(files[row]), embed_file(face["photo"])], caption))
             title = f"Worst images from {given}: {METRICS[name].title}"
@@ -251,18 +252,13 @@ def failure_sections(results: Results) -> list[Section]:
 
 def nearest_sections(results: Results) -> list[Section]:
     """The images that are nearest to a training photograph, next to it."""
-    return [
-        Section(
-            title=f"Nearest training photographs, images from {given}",
-            figures=[
-                Figure(
-                    [embed_file(results.images[given][found.row]), embed_file(found.photo)], f"cos {found.cosine:.3f}"
-                )
-                for found in neighbors
-            ],
-        )
-        for given, neighbors in results.nearest.items()
-    ]
+    sections = []
+    for given, neighbors in results.nearest.items():
+        pairs = [(results.images[given][found.row], found.photo) for found in neighbors]
+        captions = [f"cos {found.cosine:.3f}" for found in neighbors]
+        figures = [Figure(list(map(embed_file, pair)), text) for pair, text in zip(pairs, captions, strict=True)]
+        sections.append(Section(title=f"Nearest training photographs, images from {given}", figures=figures))
+    return sections
 
 
 def published_sections() -> list[Section]:
@@ -285,25 +281,21 @@ def published_tables() -> list[dict[str, Any]]:
 
 def embed_file(file: str | Path) -> str:
     """Embed an image file; "" if it cannot be read."""
-    try:
-        return embed(read_photo(Path(file)))
-    except InputError:
-        return ""
+    return embed(lambda: read_photo(Path(file)))
 
 
-def render_condition(face: Mapping[str, str], name: str) -> str:
+def embed_condition(face: Mapping[str, str], name: str) -> str:
     """Embed a condition as the network sees it; "" if it cannot be read."""
-    condition = CONDITIONS[name]
+    condition, size = CONDITIONS[name], (THUMBNAIL, THUMBNAIL)
+    return embed(lambda: condition.render(condition.resize(condition.read(face[name]).raw, *size), *size))
+
+
+def embed(read: Callable[[], np.ndarray]) -> str:
+    """Encode uint8 [H, W, 3] as a data URL."""
     try:
-        raw = condition.read(face[name]).raw
-        return embed(condition.render(condition.resize(raw, THUMBNAIL, THUMBNAIL), THUMBNAIL, THUMBNAIL))
+        image, buffer = Image.fromarray(read()), io.BytesIO()
     except InputError:
         return ""
-
-
-def embed(pixels: np.ndarray) -> str:
-    """Encode uint8 [H, W, 3] as a data URL."""
-    image, buffer = Image.fromarray(pixels), io.BytesIO()
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     image.save(buffer, "WEBP", quality=85)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"

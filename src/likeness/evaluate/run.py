@@ -20,10 +20,15 @@ from likeness.evaluate.faces import Face, faces_hash, read_faces, read_training_
 from likeness.evaluate.features import Extractor, MissingError, extract_cached
 from likeness.evaluate.images import ImageSets, Progress, Task, find_images, generate_images, image_size, user_images
 from likeness.evaluate.metrics import METRICS, Metric, PerImageMetric, SetMetric
-from likeness.evaluate.protocol import CEILING, REAL, TRAIN, Protocol
+from likeness.evaluate.protocol import BUNDLED, CEILING, REAL, TRAIN, Protocol
 from likeness.evaluate.results import Fault, MissingMetric, Results
 from likeness.parallel import rank_and_world
 from likeness.types import InputError
+
+BUNDLED_NOTES = {
+    "face_parser": "The bundled face parser annotated training masks of the bundled models: set another face_parser=",
+    "text_image": "The bundled text-image pair has the text encoder of the bundled models: set another text_image=",
+}
 
 
 def evaluate(
@@ -64,10 +69,7 @@ def evaluate(
         )
     files = None if images is None else find_images(images)
     faces, notes = read_faces(folder, protocol, files)
-    task = Task(
-        folder=folder, out=out, protocol=protocol, faces=faces, pipeline=pipeline, model=model, device=device,
-        progress=progress,
-    )  # fmt: skip
+    task = Task(folder, out, protocol, faces, pipeline, model, progress)
     sets = generate_images(task) if files is None else user_images(task, files)
     if rank_and_world()[0]:
         return None
@@ -86,11 +88,7 @@ def evaluate(
     results = Results(
         protocol=facts,
         settings=to_dict(protocol),
-        faces=[
-            {"name": face.name, "caption": face.caption, "photo": str(face.photo)}
-            | {name: str(path) for name, path in face.conditions.items()}
-            for face in faces
-        ],
+        faces=[face.to_json() for face in faces],
         images={given: [str(file.resolve()) for file in seeds[0]] for given, seeds in sets.by_condition.items()},
         notes=notes,
     )
@@ -158,7 +156,8 @@ def add_measurements(
     protocol: Protocol,
 ) -> None:
     """Add everything that follows from the outputs of an extractor."""
-    results.notes += extractor.notes
+    if getattr(protocol, extractor.name, None) == BUNDLED:
+        results.notes.append(BUNDLED_NOTES[extractor.name])
     results.extractors[extractor.name] = {"what": extractor.description, "hash": extractor.hash}
     facts = {**results.protocol, "extractor": extractor.description, "extractor_hash": extractor.hash}
     train_facts = {"train": faces_hash(train), "train_n": len(train)}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
@@ -185,24 +185,25 @@ def shifted_positions(
     network, size = parser
     total = (len(shifts) + 1) * len(seeds)
 
-    def labels(variant: PortraitRequest, done: int) -> list[np.ndarray]:
+    done = count(1)
+
+    def labels(variant: PortraitRequest) -> list[np.ndarray]:
         parsed = []
-        for number, seed in enumerate(seeds, done + 1):
+        for seed in seeds:
             image = np.asarray(generate(pipeline, variant, [seed])[0][0])
             parsed += parse_faces(network, [image], size=size)
             if progress is not None:
-                progress(number, total)
+                progress(next(done), total)
         return parsed
 
     accuracy, moved = [], []
-    for number, shift in enumerate(shifts):
+    for shift in shifts:
         with shifted(transformer, shift):
-            found = labels(request, number * len(seeds))
+            found = labels(request)
         right = shift * unit
         accuracy.append([pixel_accuracy(given, own) for own in found])
         moved.append([pixel_accuracy(given[:, : width - right], own[:, right:]) for own in found])
-    found = labels(replace(request, **WITHOUT_CONDITIONS), len(shifts) * len(seeds))
-    without = [pixel_accuracy(given, own) for own in found]
+    without = [pixel_accuracy(given, own) for own in labels(replace(request, **WITHOUT_CONDITIONS))]
     return {"shifts": list(shifts), "unit": unit, "accuracy": accuracy, "moved": moved, "without": without}
 
 
