@@ -23,9 +23,9 @@ train() { likeness train "$recipes/$1.toml" "${@:2}" --out "runs/$1"; }
 
 # 1. Faces: one geometry, split by person, captions, hand-made masks
 [ -f data/celeba/test/metadata.jsonl ] || \
-    likeness prepare ingest "$data/celeba" data/celeba --layout celeba --size 128 --held-out "${HELD_OUT:-1000}"
+    likeness prepare ingest "$data/celeba" data/celeba --format celeba --size 128 --held-out "${HELD_OUT:-1000}"
 [ -f data/celebamask/test/metadata.jsonl ] || \
-    likeness prepare ingest "$data/celebamask-hq" data/celebamask --layout celebamask --size 512 --held-out 80
+    likeness prepare ingest "$data/celebamask-hq" data/celebamask --format celebamask --size 512 --held-out 80
 [ -f data/synthetic/train/metadata.jsonl ] || likeness prepare synthetic data/synthetic --count 8000
 
 # 2. The face parser, and the masks, sketches and keypoints of all faces
@@ -45,8 +45,8 @@ likeness prepare components runs/decoder_mini runs/text_image_mini data/common \
     --data data/celeba --face-parser runs/face_parser
 
 # 4. Shards: two views of each face to learn from, one of each held out
-likeness prepare encode data/celeba/train data/shards/celeba --components data/common --views 2 --precision bf16
-likeness prepare encode data/celebamask/train data/shards/celebamask --components data/common --views 2 --precision bf16
+likeness prepare encode data/celeba/train data/shards/celeba --components data/common --augmentations 2 --precision bf16
+likeness prepare encode data/celebamask/train data/shards/celebamask --components data/common --augmentations 2 --precision bf16
 likeness prepare encode data/celeba/test data/shards/test --components data/common
 
 # 5. The transformers, packed beside what they stand on

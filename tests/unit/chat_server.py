@@ -1,4 +1,4 @@
-"""A local server that speaks OpenAI's chat completions, and can be told to fail in every way that servers fail."""
+"""A local server for OpenAI's chat completions that can simulate all failures of servers."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from typing import Any
 from PIL import Image
 
 HANG, DROP = "hang", "drop"
-"""Replies: say nothing; close the connection."""
+"""Replies: hang, or close the connection."""
 
 Reply = str | tuple[int, dict[str, str], bytes]
 
 
 def said(text: str | None, finish: str = "stop", tokens: int | None = 100) -> Reply:
-    """A reply with a message."""
+    """Return a reply with a message."""
     reply: dict[str, Any] = {"choices": [{"message": {"content": text}, "finish_reason": finish}]}
     return 200, {}, json.dumps(reply | ({"usage": {"total_tokens": tokens}} if tokens else {})).encode()
 
 
 def failed(status: int, message: str = "no", **headers: str) -> Reply:
-    """A reply with an error."""
+    """Return a reply with an error."""
     headers = {name.replace("_", "-"): value for name, value in headers.items()}
     return status, headers, json.dumps({"error": {"message": message}}).encode()
 
 
 class ChatServer(ThreadingHTTPServer):
-    """Answers every request by `reply(text, picture, number)`; `asked` keeps what came."""
+    """Answers every request with `reply(text, image, number)`; `asked` records the requests."""
 
     daemon_threads = True
 
@@ -56,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: Any) -> None:
-        """Quiet."""
+        """Log nothing."""
 
     def do_GET(self) -> None:
         assert self.path == "/v1/models"
@@ -67,12 +67,12 @@ class Handler(BaseHTTPRequestHandler):
         assert self.path == "/v1/chat/completions"
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         (message,) = body["messages"]
-        text, picture = message["content"], None
+        text, image = message["content"], None
         if isinstance(text, list):
             see, read = text
             head, data = see["image_url"]["url"].split(",")
             assert head == "data:image/jpeg;base64"
-            text, picture = read["text"], Image.open(io.BytesIO(base64.b64decode(data)))
+            text, image = read["text"], Image.open(io.BytesIO(base64.b64decode(data)))
         with self.server.lock:
             number = len(self.server.asked)
             self.server.asked.append(
@@ -81,7 +81,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.running += 1
             self.server.most_running = max(self.server.most_running, self.server.running)
         try:
-            self.send(self.server.reply(text, picture, number))
+            self.send(self.server.reply(text, image, number))
         finally:
             with self.server.lock:
                 self.server.running -= 1
@@ -105,7 +105,7 @@ class Handler(BaseHTTPRequestHandler):
 def chat_server(
     reply: Callable[[str, Image.Image | None, int], Reply], models: tuple[str, ...] = ("tiny-vlm",)
 ) -> Iterator[ChatServer]:
-    """A server that runs while the block does."""
+    """Run a server in a `with` block."""
     server = ChatServer(reply, models)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()

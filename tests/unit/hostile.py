@@ -1,4 +1,4 @@
-"""What goes wrong around a program: a full disk, a read-only folder, a picture that would fill the memory."""
+"""Simulated failures: a full disk, a read-only folder, a decompression bomb."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 CAP_DAC_OVERRIDE = 1
-"""What lets root write where the mode of a folder forbids it."""
+"""Capability with which root ignores file permissions."""
 
 
 @contextmanager
 def full_disk(most: int) -> Iterator[None]:
-    """No file grows beyond `most` bytes: writing fails in the middle, as on a disk that is full."""
+    """Limit files to `most` bytes, so that writing fails as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
     try:
@@ -27,7 +27,7 @@ def full_disk(most: int) -> Iterator[None]:
 
 @contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """A folder and all below it can be read and not written, by root neither."""
+    """Make a folder read-only recursively, also for root."""
     places = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
     modes = [path.stat().st_mode for path in places]
     for path in places:
@@ -42,7 +42,7 @@ def read_only(folder: Path) -> Iterator[None]:
 
 
 def set_override(wanted: bool) -> bool:
-    """Take `CAP_DAC_OVERRIDE` from this thread and those it starts, or give it back; whether it had it before."""
+    """Remove or restore `CAP_DAC_OVERRIDE` of this thread and its children; returns the previous state."""
     libc = ctypes.CDLL(None, use_errno=True)
     header = struct.pack("=Ii", 0x20080522, 0)  # version 3, this thread
     sets = ctypes.create_string_buffer(24)  # effective, permitted, inheritable: twice 32 bits each
@@ -56,7 +56,7 @@ def set_override(wanted: bool) -> bool:
 
 
 def bomb(side: int = 30000) -> bytes:
-    """A small PNG file that claims to be very large."""
+    """Return a small PNG file with a very large image size."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -68,7 +68,7 @@ def bomb(side: int = 30000) -> bytes:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder with its content; what is half-written has no place in it."""
+    """Return every file of a folder with its content; partial files must not exist."""
     files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
     assert not [name for name in files if name.endswith(".partial")]
     return {name: path.read_bytes() for name, path in files.items() if not name.endswith(".lock")}

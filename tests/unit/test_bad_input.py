@@ -1,5 +1,4 @@
-"""Whatever goes wrong around the commands that make data: one sentence, exit code 2, nothing half-written, and the
-same command goes on once things are mended."""
+"""Errors around the data commands: one sentence, exit code 2, no partial files, and the same command resumes later."""
 
 from __future__ import annotations
 
@@ -34,7 +33,7 @@ COMMANDS: dict[str, Callable[[Path, Path], tuple]] = {
         "mask", "mirror", root / "faces/train/masks/000000.png", "--out", out / "mask.png",
     ),
 }  # fmt: skip
-"""Commands that write into a folder of their own: (what there is, that folder) -> arguments."""
+"""Commands that write to a separate folder: (input, output) -> arguments."""
 
 IN_PLACE: dict[str, Callable[[Path], tuple]] = {
     "annotate": lambda root: ("prepare", "annotate", root / "faces", "--parser", "none"),
@@ -42,7 +41,7 @@ IN_PLACE: dict[str, Callable[[Path], tuple]] = {
     "check": lambda root: ("prepare", "check", root / "faces"),
     "check --apply": lambda root: ("prepare", "check", root / "faces", "--apply"),
 }
-"""Commands that add to a prepared folder."""
+"""Commands that change a prepared folder."""
 
 
 def components(root: Path) -> tuple:
@@ -51,7 +50,7 @@ def components(root: Path) -> tuple:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """Two drawn faces with CelebA's attributes and without sketches, a fault to mend, and tiny components."""
+    """Two synthetic faces with CelebA's attributes, without sketches and with a fault, and tiny components."""
     root = tmp_path_factory.mktemp("made")
     write_synthetic(root / "faces", 2, SIZE, seed=0)
     rows = read_rows(root)
@@ -77,32 +76,32 @@ def write_rows(root: Path, rows: list[dict]) -> None:
     (root / "faces/train/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def told(capsys) -> str:
-    """The one sentence on stderr."""
+def error_message(capsys) -> str:
+    """Return the error message on stderr."""
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("likeness: ")]
     assert len(lines) == 1
     return lines[0]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_full_disk_or_a_read_only_folder(root, tmp_path, name, capsys):
+def test_full_disk_or_read_only_folder(root, tmp_path, name, capsys):
     command, before = COMMANDS[name], snapshot(root)
-    whole, out, shut = tmp_path / "whole", tmp_path / "out", tmp_path / "shut"
-    shut.mkdir()
-    with read_only(shut):
-        assert run(*command(root, shut / "out")) == 2
-        assert str(shut) in told(capsys)
-        assert run(*command(root, shut)) == 2
-        assert str(shut) in told(capsys)
-    assert snapshot(shut) == {}
-    code = run(*command(root, whole))
-    assert code in (0, 1)  # 1: the check has found the fault
-    wanted = snapshot(whole)
+    complete, out, locked = tmp_path / "whole", tmp_path / "out", tmp_path / "locked"
+    locked.mkdir()
+    with read_only(locked):
+        assert run(*command(root, locked / "out")) == 2
+        assert str(locked) in error_message(capsys)
+        assert run(*command(root, locked)) == 2
+        assert str(locked) in error_message(capsys)
+    assert snapshot(locked) == {}
+    code = run(*command(root, complete))
+    assert code in (0, 1)  # 1: check found the fault
+    wanted = snapshot(complete)
     sizes = sorted(map(len, wanted.values()))
     for most in (100, sizes[len(sizes) // 2] - 1, sizes[-1] - 1):
         with full_disk(most):
             assert run(*command(root, out)) == 2
-        assert f"cannot write {tmp_path}" in told(capsys)
+        assert f"cannot write {tmp_path}" in error_message(capsys)
         assert snapshot(out).items() <= wanted.items() or name == "ingest"  # its record is written twice
     assert run(*command(root, out)) == code
     assert snapshot(out) == wanted
@@ -111,17 +110,17 @@ def test_a_full_disk_or_a_read_only_folder(root, tmp_path, name, capsys):
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
-def test_a_prepared_folder_on_a_full_disk_or_read_only(root, tmp_path, name, capsys):
+def test_full_disk_or_read_only_prepared_folder(root, tmp_path, name, capsys):
     command = IN_PLACE[name]
     copy = Path(shutil.copytree(root, tmp_path / "copy"))
     before = snapshot(root)
     with read_only(root / "faces"):
         assert run(*command(root)) == 2
-        assert str(root) in told(capsys)
+        assert str(root) in error_message(capsys)
     assert snapshot(root) == before
     with full_disk(100):
         assert run(*command(root)) == 2
-        assert str(root) in told(capsys)
+        assert str(root) in error_message(capsys)
     after = snapshot(root)
     assert {key: after[key] for key in before} == before
     assert not {key for key in after.keys() - before.keys() if "before/" not in key and after[key]}
@@ -130,8 +129,8 @@ def test_a_prepared_folder_on_a_full_disk_or_read_only(root, tmp_path, name, cap
     assert snapshot(root) == snapshot(copy)
 
 
-def test_picture_bombs(root, tmp_path, capsys):
-    """Where a command reads pictures one by one, the rest is done; where it needs all, it ends with a sentence."""
+def test_decompression_bombs(root, tmp_path, capsys):
+    """Commands that process images individually skip the bomb; commands that need all images fail."""
     train = root / "faces/train"
     (train / "images/000001.png").write_bytes(bomb())
     (train / "masks/000000.png").write_bytes(bomb())
@@ -139,14 +138,14 @@ def test_picture_bombs(root, tmp_path, capsys):
     before = snapshot(root)
     for name in ("encode", "mask"):
         assert run(*COMMANDS[name](root, tmp_path / "out")) == 2
-        assert "has too many pixels to be opened safely: reduce its size" in told(capsys)
+        assert "has too many pixels to be opened safely: reduce its size" in error_message(capsys)
     (tmp_path / "out").mkdir(exist_ok=True)
     assert not {name for name in snapshot(tmp_path / "out") if not name.startswith(("rows-", "latents-"))}
     assert run(*IN_PLACE["annotate"](root)) == 2
-    assert "images/000001.png has too many pixels" in told(capsys)
+    assert "images/000001.png has too many pixels" in error_message(capsys)
     with chat_server(lambda *_: said("A man with red hair and a smile.")) as server:
         assert run("prepare", "caption", root / "faces", "--vlm", server.address, "--prompts", "brief") == 1
-        assert not server.asked  # the second has no picture, the first no mask to be held against
+        assert not server.asked  # neither the image nor the mask can be read
     assert capsys.readouterr().err.count("has too many pixels") == 2
     for file in ("answers.jsonl", "captions.jsonl", ".answers.jsonl.lock"):
         (train / file).unlink(missing_ok=True)
@@ -168,19 +167,19 @@ def test_paths_outside_the_data(root, tmp_path, column, name, capsys):
     before = snapshot(root)
     commands = {key: command(root, tmp_path / "out") for key, command in COMMANDS.items() if key.startswith("en")}
     commands |= {key: command(root) for key, command in IN_PLACE.items() if not key.startswith("check")}
-    if name != "link.png":  # an export follows links: they may lead to where the pictures really are
+    if name != "link.png":  # export follows links to images in other folders
         commands |= {key: command(root, tmp_path / "out") for key, command in COMMANDS.items() if "export" in key}
     for command in commands.values():
         assert run(*command) == 2
-        assert "points outside the folder" in told(capsys)
+        assert "points outside the folder" in error_message(capsys)
     assert not (tmp_path / "out").exists() or not snapshot(tmp_path / "out")
     assert snapshot(root) == before
     assert run(*IN_PLACE["check"](root)) == 1
     assert "points outside the folder" in capsys.readouterr().out
 
 
-def test_a_disk_that_fills_while_a_store_grows(root, tmp_path, capsys):
-    """The old store stays the one that is read until the new one is whole."""
+def test_full_disk_during_encoding(root, tmp_path, capsys):
+    """The old store is used until the new one is complete."""
     out = tmp_path / "out"
     assert run(*COMMANDS["encode"](root, out)) == 0
     old = snapshot(out)
@@ -188,7 +187,7 @@ def test_a_disk_that_fills_while_a_store_grows(root, tmp_path, capsys):
     for most in (100, 700):
         with full_disk(most):
             assert run(*COMMANDS["encode"](root, out)) == 2
-        assert "cannot write" in told(capsys)
+        assert "cannot write" in error_message(capsys)
         assert old.items() <= snapshot(out).items()
         assert len(Store(out)) == 2
     assert run(*COMMANDS["encode"](root, out)) == 0
