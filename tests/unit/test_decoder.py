@@ -312,7 +312,7 @@ def test_shards_of_another_encoder_are_rejected(finished, tmp_path):
     given = dataclasses.replace(given, data=dataclasses.replace(given.data, components=str(tmp_path / "components")))
     with pytest.raises(InputError, match="shards was encoded with another encoder: encode it again"):
         loop.train(given, tmp_path / "run")
-    with pytest.raises(InputError, match="made with another encoder"):
+    with pytest.raises(InputError, match="encoded with another encoder: choose another folder"):
         encode_folder(finished / "faces", finished / "shards", other, size=SIZE)
     with pytest.raises(InputError, match=r"the encoder of .*decoder_run is not that of"):
         replace_decoder(finished / "decoder_run", tmp_path / "components", tmp_path / "out")

@@ -240,9 +240,9 @@ def test_text_features_of_the_shards(prepared, tmp_path):
         loop.train(of(out, prepared / "shards"), tmp_path / "mixed")
     manifest = json.loads((out / "manifest.json").read_text())
     (out / "manifest.json").write_text(json.dumps({**manifest, "text": "0" * 64}))
-    with pytest.raises(InputError, match="another text tower"):
+    with pytest.raises(InputError, match="another text encoder"):
         loop.train(of(out), tmp_path / "other")
-    with pytest.raises(InputError, match="another text tower"):
+    with pytest.raises(InputError, match="another text encoder"):
         encode_folder(prepared / "faces", out, parts, size=SIZE)
 
 

@@ -245,7 +245,7 @@ def open_stores(recipe: TrainRecipe, folders: Sequence[str], components: Compone
     if len(towers) > 1:
         raise InputError("some of the recipe's shards have text features and others not, or others: encode all alike")
     if towers - {None} and towers != {components.text_hash()}:
-        raise InputError(f"{stores[0].folder} holds text features of another text tower: encode it again")
+        raise InputError(f"{stores[0].folder} has text features of another text encoder: encode it again")
     if empty := [store.folder for store in stores if not len(store)]:
         raise InputError(f"{empty[0]} holds no face: encode a folder that has some")
     sizes, patch = {tuple(store[0].latents.shape) for store in stores}, getattr(recipe.network, "patch_size", 2)
