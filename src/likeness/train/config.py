@@ -274,6 +274,23 @@ WIDEST = 0.28
 """No power-law average has a relative width above 0.289: that is the plain mean of all weights."""
 
 
+def check_values(*rows: tuple[str, Any, bool, str]) -> None:
+    """Check values of a recipe, given as (key, value, whether it is valid, what is valid).
+
+    Raises:
+        InputError: at the first invalid value.
+    """
+    for name, value, good, wanted in rows:
+        if not good:
+            raise InputError(f"the recipe's {name} is {value}: it must be {wanted}")
+
+
+def check_single_conditions(data: DataRecipe) -> None:
+    """Reject combined conditions, which MMFace-DiT does not take. Raises `InputError`."""
+    if several := [share for share in data.condition_shares if "+" in share]:
+        raise InputError(f"condition_shares has {several[0]!r}, but MMFace-DiT takes one condition at a time")
+
+
 def check(recipe: TrainRecipe) -> None:
     """Refuse numbers with which nothing can be learnt.
 
@@ -281,7 +298,7 @@ def check(recipe: TrainRecipe) -> None:
         InputError: at the first of them.
     """
     o, shares = recipe.optimizer, recipe.data.condition_shares
-    for name, value, good, wanted in (
+    check_values(
         ("optimizer.batch", o.batch, o.batch >= 1, "at least 1"),
         ("optimizer.images", o.images, o.images >= o.batch, f"at least a batch, {o.batch}"),
         ("optimizer.learning_rate", o.learning_rate, o.learning_rate > 0, "above 0"),
@@ -299,9 +316,7 @@ def check(recipe: TrainRecipe) -> None:
         ("checkpoint_every", recipe.checkpoint_every, recipe.checkpoint_every >= 1, "at least 1"),
         ("canary_every", recipe.canary_every, recipe.canary_every >= 0, "at least 0"),
         ("seed", recipe.seed, recipe.seed >= 0, "at least 0"),
-    ):
-        if not good:
-            raise InputError(f"the recipe's {name} is {value}: it must be {wanted}")
+    )
     if unknown := sorted(recipe.defaults.keys() - set(DEFAULTS)):
         raise InputError(f"the recipe's defaults: unknown key {unknown[0]!r}; known are {', '.join(sorted(DEFAULTS))}")
 
@@ -313,7 +328,7 @@ def check_student(recipe: StudentRecipe) -> None:
         InputError: at the first value that is out of range.
     """
     d, steps = recipe.discriminator, recipe.defaults.get("steps", recipe.steps)
-    for name, value, good, wanted in (
+    check_values(
         ("steps", recipe.steps, recipe.steps >= 1, "at least 1"),
         ("defaults.steps", steps, isinstance(steps, int) and steps >= 1, "a whole number of at least 1"),
         ("flow_weight", recipe.flow_weight, recipe.flow_weight >= 0, "at least 0"),
@@ -332,9 +347,7 @@ def check_student(recipe: StudentRecipe) -> None:
         ("discriminator.mismatch", d.mismatch, d.mismatch >= 0, "at least 0"),
         ("discriminator.time_std", d.time_std, d.time_std > 0, "above 0"),
         ("discriminator.clean_fraction", d.clean_fraction, 0 <= d.clean_fraction <= 1, "from 0 to 1"),
-    ):
-        if not good:
-            raise InputError(f"the recipe's {name} is {value}: it must be {wanted}")
+    )
     if recipe.steps % steps:
         divisors = ", ".join(str(n) for n in range(1, recipe.steps + 1) if recipe.steps % n == 0)
         raise InputError(

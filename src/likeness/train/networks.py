@@ -17,7 +17,13 @@ from likeness.models.tied_weights import NEW
 from likeness.pipelines.adapters import Adapter, add_adapter
 from likeness.pipelines.catalogue import CODEC
 from likeness.pipelines.load import FLUX, Components, find, load_part
-from likeness.train.config import MDiTFaceAdapter, MDiTFaceNetwork, TrainRecipe, parts_of
+from likeness.train.config import (
+    MDiTFaceAdapter,
+    MDiTFaceNetwork,
+    TrainRecipe,
+    check_single_conditions,
+    parts_of,
+)
 from likeness.types import InputError
 
 
@@ -67,9 +73,7 @@ def build_network(
             spatial_stream=n.spatial_stream,
             static_modulation=n.static_modulation,
         )
-    several = [share for share in recipe.data.condition_shares if "+" in share]
-    if several:
-        raise InputError(f"condition_shares has {several[0]!r}, but MMFace-DiT takes one condition at a time")
+    check_single_conditions(recipe.data)
     if n.hidden_size % (4 * n.heads):  # whole heads, in pairs of values along two axes
         raise InputError(f"hidden_size is {n.hidden_size}: with {n.heads} heads it must be a multiple of {4 * n.heads}")
     if pooled_dim != text_dim:

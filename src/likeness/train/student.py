@@ -51,6 +51,7 @@ from likeness.train.config import (
     StudentRecipe,
     TrainRecipe,
     check,
+    check_single_conditions,
     check_student,
 )
 from likeness.train.learner import Learner, fill
@@ -413,11 +414,10 @@ def begin(recipe: StudentRecipe) -> tuple[TrainRecipe, Any, Components, Rectifie
         keep=recipe.keep,
     )
     check(training)
-    names, several = condition_names(training), [share for share in recipe.data.condition_shares if "+" in share]
-    if unknown := [name for name in names if name not in network.config.condition_names]:
+    if unknown := [name for name in condition_names(training) if name not in network.config.condition_names]:
         raise InputError(f"the teacher {recipe.teacher} was not trained with {unknown[0]}, which condition_shares has")
-    if several and kind == "MMFacePipeline":
-        raise InputError(f"condition_shares has {several[0]!r}, but MMFace-DiT takes one condition at a time")
+    if kind == "MMFacePipeline":
+        check_single_conditions(recipe.data)
     layers, _, _ = blocks_of(network)
     if wrong := [index for index in recipe.discriminator.blocks if not 0 <= index < len(layers)]:
         raise InputError(f"discriminator.blocks has {wrong[0]}, but the teacher's blocks are 0 to {len(layers) - 1}")

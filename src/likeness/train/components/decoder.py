@@ -33,6 +33,7 @@ from likeness.pipelines.catalogue import BUNDLED, COMMON
 from likeness.pipelines.load import load_part
 from likeness.train.checkpoint import save_state
 from likeness.train.components.autoencoder import Pictures, measure, pixel_loss
+from likeness.train.config import check_values
 from likeness.train.learner import Learner
 from likeness.train.loop import terminations
 from likeness.train.metrics import Reporter
@@ -127,7 +128,7 @@ def check(recipe: DecoderRecipe) -> None:
         InputError: a value is out of range.
     """
     first, *groups = recipe.discriminator_channels
-    for name, value, good, wanted in (
+    check_values(
         ("learning_rate", recipe.learning_rate, recipe.learning_rate > 0, "above 0"),
         ("discriminator_rate", recipe.discriminator_rate, recipe.discriminator_rate > 0, "above 0"),
         ("betas", list(recipe.betas), all(0 <= beta < 1 for beta in recipe.betas), "at least 0 and below 1"),
@@ -146,9 +147,7 @@ def check(recipe: DecoderRecipe) -> None:
             first > 0 and all(width > 0 and width % GROUPS == 0 for width in groups),
             f"above 0, the last two multiples of {GROUPS}",
         ),
-    ):
-        if not good:
-            raise InputError(f"the recipe's {name} is {value}: it must be {wanted}")
+    )
 
 
 def load_autoencoder(folder: str | Path | None) -> Any:
