@@ -16,11 +16,13 @@ from likeness.evaluate.scores import (
     class_counts,
     class_iou,
     edge_f_score,
+    is_complete_face,
     keypoint_error,
     mean_iou,
     nearest,
     pixel_accuracy,
     rare_class_recall,
+    sharpness,
 )
 
 
@@ -114,3 +116,33 @@ def test_retrieval_and_nearest():
     similarity, index = nearest(images[:5] * 2, images)
     assert torch.equal(index, torch.arange(5))
     assert torch.allclose(similarity, torch.ones(5))
+
+
+def test_complete_faces():
+    """Drawn faces are complete; without a part, with a part elsewhere, or with torn skin they are not."""
+    at = CLASS_INDEX
+    faces = [draw_face(0, index, 128).mask for index in range(20)]
+    complete = [labels for labels in faces if is_complete_face(labels)]
+    assert len(complete) >= 10
+    for labels in complete:
+        if (labels == at["eye_g"]).any():
+            continue
+        no_eye, no_mouth, moved, torn = labels.copy(), labels.copy(), labels.copy(), labels.copy()
+        no_eye[labels == at["l_eye"]] = at["skin"]
+        no_mouth[np.isin(labels, [at[name] for name in ("u_lip", "mouth", "l_lip")])] = at["skin"]
+        moved[labels == at["nose"]] = at["skin"]
+        moved[:12, :12] = at["nose"]
+        rows = np.flatnonzero((labels == at["skin"]).any(axis=1))
+        torn[rows[len(rows) // 2] :][:4] = at["hair"]
+        for broken in (no_eye, no_mouth, moved, torn):
+            assert not is_complete_face(broken)
+        assert is_complete_face(labels[:, ::-1])  # sides do not matter
+
+
+def test_sharpness():
+    """A checkerboard of 0 and 255 has the largest value; blurring lowers it; the border does not matter."""
+    board = (255 * (np.indices((64, 64)).sum(axis=0) % 2)).astype(np.uint8)[..., None].repeat(3, axis=2)
+    assert sharpness(board) == pytest.approx(1020)  # the Laplacian of each pixel is 4 * 255 in absolute value
+    flat = board.copy()
+    flat[11:-11, 11:-11] = 128
+    assert sharpness(flat) < 1

@@ -24,7 +24,7 @@ from likeness.evaluate import external
 from likeness.evaluate.faces import Face, read_condition
 from likeness.evaluate.features import Extractor, MissingError
 from likeness.evaluate.protocol import BUNDLED, Protocol
-from likeness.evaluate.scores import class_counts, edge_f_score, keypoint_error
+from likeness.evaluate.scores import class_counts, edge_f_score, is_complete_face, keypoint_error, sharpness
 from likeness.pipelines import catalogue
 from likeness.pipelines.load import load_face_parser, load_text_image, network_name, weights_hash
 
@@ -89,22 +89,35 @@ def compare_conditions(
     return scores
 
 
-def face_parser(protocol: Protocol, size: int, device: str) -> Extractor:
+def parser_extractor(name: str, score: Callable[[Sequence[np.ndarray], Faces], np.ndarray]) -> CreateExtractor:
+    """Score the label maps that the face parser finds: (label maps uint8 [S, S] of B images, faces) -> [B, ...]."""
+
+    def create(protocol: Protocol, size: int, device: str) -> Extractor:
+        source = protocol.face_parser
+        if source != BUNDLED and (folder := component_folder(source, "config.json")):
+            source = str(folder)
+        network, side = load_face_parser(source)
+        network.to(device)
+        class_name = f"{network_name(network).split()[0]} in {source}"
+        return Extractor(
+            name=name,
+            description="bundled face parser" if source == BUNDLED else class_name,
+            hash=weights_hash(network)[:16],
+            extract=lambda images, faces: score(parse_faces(network, images, size=side), faces),
+        )
+
+    return create
+
+
+def mask_counts(labels: Sequence[np.ndarray], faces: Faces) -> np.ndarray:
     """Class counts against the masks, [B, 2, 19, 3]."""
-    source = protocol.face_parser
-    if source != BUNDLED and (folder := component_folder(source, "config.json")):
-        source = str(folder)
-    network, side = load_face_parser(source)
-    network.to(device)
+    count = lambda given, found: class_counts(confusion_of(given, found))  # noqa: E731
+    return compare_conditions("mask", labels, faces, None, count, (19, 3))
 
-    def extract(images: Images, faces: Faces) -> np.ndarray:
-        labels = parse_faces(network, images, size=side)
-        count = lambda given, found: class_counts(confusion_of(given, found))  # noqa: E731
-        return compare_conditions("mask", labels, faces, None, count, (19, 3))
 
-    name = f"{network_name(network).split()[0]} in {source}"
-    description = "bundled face parser" if source == BUNDLED else name
-    return Extractor(name="face_parser", description=description, hash=weights_hash(network)[:16], extract=extract)
+def complete_faces(labels: Sequence[np.ndarray], faces: Faces) -> np.ndarray:
+    """Whether each label map shows a complete face, [B, 1]."""
+    return np.array([[float(is_complete_face(found))] for found in labels])
 
 
 def sketch(protocol: Protocol, size: int, device: str) -> Extractor:
@@ -249,8 +262,20 @@ def structural_similarity(name: str, min_size: int) -> CreateExtractor:
     return create
 
 
+def laplacian(protocol: Protocol, size: int, device: str) -> Extractor:
+    """Sharpness, [B, 1]."""
+    return Extractor(
+        name="laplacian",
+        description=f"standard deviation of the Laplacian at {size} px",
+        hash=hash_of("laplacian"),
+        extract=lambda images, faces: np.array([[sharpness(image)] for image in images]),
+    )
+
+
 EXTRACTORS: dict[str, CreateExtractor] = {
-    "face_parser": face_parser,
+    "face_parser": parser_extractor("face_parser", mask_counts),
+    "face_shape": parser_extractor("face_shape", complete_faces),
+    "laplacian": laplacian,
     "sketch": sketch,
     "landmarks": landmarks,
     "text_image": text_image,

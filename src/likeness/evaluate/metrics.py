@@ -196,6 +196,8 @@ METRICS: dict[str, Metric] = {
     "ssim": PerImageMetric("Photograph: SSIM", "ssim", "higher", first_column),
     "ms_ssim": PerImageMetric("Photograph: multi-scale SSIM", "ms_ssim", "higher", first_column),
     "lpips": PerImageMetric("Photograph: LPIPS", "lpips", "lower", first_column),
+    "complete_faces": PerImageMetric("Quality: complete faces", "face_shape", "higher", first_column),
+    "sharpness": PerImageMetric("Quality: sharpness", "laplacian", "higher", first_column),
     "topiq": PerImageMetric("Quality: TOPIQ", "topiq", "higher", first_column),
     "fid": set_metric("FID", "inception", "frechet"),
     "kid": set_metric("KID", "inception", "kid"),

@@ -22,9 +22,9 @@ CEILING, REAL, TRAIN = "ceiling", "real", "train"
 
 DEFAULT_METRICS = (
     "pixel_accuracy", "mean_iou", "mean_iou_absent_1", "mean_iou_absent_0", "rare_class_recall", "edge_f_score",
-    "keypoint_error", "clip_score", "clip_distance", "retrieval", "attribute_recall", "ssim", "ms_ssim",
-    "fd_text_image", "kid_text_image", "precision_text_image", "recall_text_image", "diversity", "diversity_of_seeds",
-    "nearest_training",
+    "keypoint_error", "clip_score", "clip_distance", "retrieval", "attribute_recall", "complete_faces", "sharpness",
+    "ssim", "ms_ssim", "fd_text_image", "kid_text_image", "precision_text_image", "recall_text_image", "diversity",
+    "diversity_of_seeds", "nearest_training",
 )  # fmt: skip
 """The metrics that do not need a download."""
 

@@ -11,11 +11,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from likeness.conditions.mask.classes import CLASS_INDEX
+from likeness.conditions.mask.geometry import broken_rules, measure
 
 RARE_CLASSES = tuple(CLASS_INDEX[name] for name in ("eye_g", "hat", "earring", "necklace"))
 """Glasses, hats, earrings and necklaces, which models omit first."""
 MIN_OVERLAP = 0.1
 """Fraction of the pixels of a class in the given mask that must be found for the class to be shown."""
+
+REQUIRED_PARTS: tuple[tuple[str, ...], ...] = (
+    ("l_eye", "eye_g"), ("r_eye", "eye_g"), ("nose",), ("u_lip", "mouth", "l_lip"),
+)  # fmt: skip
+"""The parts of a complete face; one class of each must be present. Glasses replace the eyes behind them."""
+MIN_PART = 0.0005
+"""Minimum fraction of the image's pixels of a required part, 8 of 128 x 128."""
+MAX_NOSE_OFFSET = 0.35
+"""Maximum horizontal distance of the nose from the center between the eyes, over the distance between the eyes."""
+MAX_EYE_RATIO = 3.0
+"""Maximum ratio of the areas of two eyes."""
+MIN_SKIN = 0.9
+"""Minimum fraction of the skin that is connected."""
 
 
 def pixel_accuracy(given: np.ndarray, found: np.ndarray) -> float:
@@ -110,6 +124,43 @@ def keypoint_error(given: np.ndarray, found: np.ndarray, strokes: Mapping[str, A
     if len(given) == len(found):
         return float(np.linalg.norm(given - found, axis=1).mean() / eye_distance)
     return float(np.mean([np.linalg.norm(parts[part] - others[part]) for part in parts]) / eye_distance)
+
+
+def is_complete_face(labels: np.ndarray) -> bool:
+    """Return whether a label map, uint8 [H, W], shows one complete and nearly symmetric face.
+
+    Eyes, nose and mouth are present, no rule of `conditions.mask.geometry` is broken, the nose is between the eyes, the
+    eyes have similar areas, and the skin is connected. Faces in profile fail.
+    """
+    at, geometry = CLASS_INDEX, measure(labels)
+    pixels, center = geometry.pixels, geometry.centre
+    if any(max(pixels[at[name]] for name in names) < MIN_PART * labels.size for names in REQUIRED_PARTS):
+        return False
+    if broken_rules(geometry):
+        return False
+    parts, count = ndimage.label(labels == at["skin"])
+    if not count or np.bincount(parts.ravel())[1:].max() < MIN_SKIN * pixels[at["skin"]]:
+        return False
+    left, right = (at[name] for name in ("l_eye", "r_eye"))
+    if not pixels[left] or not pixels[right]:
+        return True  # behind glasses
+    offset = abs(center[at["nose"], 0] - center[[left, right], 0].mean())
+    eye_distance = np.linalg.norm(center[left] - center[right])
+    ratio = max(pixels[left], pixels[right]) / min(pixels[left], pixels[right])
+    return bool(offset <= MAX_NOSE_OFFSET * eye_distance and ratio <= MAX_EYE_RATIO)
+
+
+def sharpness(image: np.ndarray) -> float:
+    """Return the standard deviation of the Laplacian of the gray values, 0 to 255, of the central 62 % of an image.
+
+    Args:
+        image: uint8 [H, W, 3]. The value depends on the resolution.
+    """
+    gray = image.astype(np.float32).mean(axis=-1)
+    laplacian = ndimage.laplace(gray)
+    height, width = gray.shape
+    top, left = round(0.19 * height), round(0.19 * width)
+    return float(laplacian[top : height - top, left : width - left].std())
 
 
 def nearest(features: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
