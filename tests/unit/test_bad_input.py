@@ -138,7 +138,7 @@ def test_decompression_bombs(root, tmp_path, capsys):
     before = snapshot(root)
     for name in ("encode", "mask"):
         assert run(*COMMANDS[name](root, tmp_path / "out")) == 2
-        assert "has too many pixels to be opened safely: reduce its size" in error_message(capsys)
+        assert "too many pixels" in error_message(capsys)
     (tmp_path / "out").mkdir(exist_ok=True)
     assert not {name for name in snapshot(tmp_path / "out") if not name.startswith(("rows-", "latents-"))}
     assert run(*IN_PLACE["annotate"](root)) == 2

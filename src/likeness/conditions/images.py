@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+import math
+import struct
 import warnings
+import zipfile
 from pathlib import Path
+from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from likeness.conditions.base import describe
 from likeness.types import InputError
@@ -21,8 +25,26 @@ MADE_BY = "likeness:made_by"
 TRANSPARENT = ("RGBA", "LA", "PA", "RGBa", "La")
 """Pillow modes with an alpha channel."""
 
+WIDE = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
+"""Pillow modes with more than 8 bits per value."""
+
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")
+"""Image formats that are read, by their names in Pillow. JPEG includes MPO, the form of phones with several images."""
+
 MINIMUM_SIDE = 8
 """Smallest side of an image in pixels."""
+
+MOST_CONDITION_PIXELS = 4096 * 4096
+"""Most pixels of a condition."""
+
+MOST_PIXELS = 64_000_000
+"""Most pixels of a photograph. A JPEG may have more, 178 million, because it is decoded at a lower resolution."""
+
+MOST_VALUES = 19 * 1024 * 1024
+"""Most values of an array in a file: one-hot masks of 1024 x 1024, or class numbers of 4096 x 4096."""
+
+MOST_HEADER = 4096
+"""Bytes in which the header of a .npy file ends."""
 
 
 def existing_path(source: str | Path) -> Path:
@@ -39,67 +61,187 @@ def existing_path(source: str | Path) -> Path:
     return path
 
 
-def open_image(source: str | Path | Image.Image | bytes, name: str = "") -> Image.Image:
-    """Decode an image completely and apply its EXIF orientation.
+def open_image(
+    source: str | Path | Image.Image | bytes, name: str = "", *, most: int = MOST_CONDITION_PIXELS
+) -> Image.Image:
+    """Decode an image file completely, in its own mode, and apply its EXIF orientation. See `read_rgb` for photographs.
+
+    The size is checked in the header, before anything is decoded. A JPEG above the bound is decoded at a half, a
+    quarter or an eighth of its size. Animations give their first frame.
 
     Args:
         source: A path, a PIL image, or the content of a file.
         name: Name for error messages. Default: the path.
+        most: Upper bound of its pixels.
 
     Raises:
-        InputError: The file is missing, empty, truncated, not an image, or exceeds Pillow's decompression limit.
+        InputError: The file is missing, empty, truncated, too large, or not an image in one of `FORMATS`.
     """
     name = name or describe(source)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our bound is checked instead
             if isinstance(source, Image.Image):
+                check_pixels(source.width, source.height, name, most)
                 source.load()
                 image = source
             else:
                 if isinstance(source, bytes):
-                    file, size = io.BytesIO(source), len(source)
+                    file, length = io.BytesIO(source), len(source)
                 else:
-                    file = existing_path(source)
-                    size = file.stat().st_size
-                    if file.is_dir():
-                        raise InputError(f"{name} is a folder: name one image in it", kind="corrupt-file")
-                if not size:
+                    file = _regular_file(source, name)
+                    length = file.stat().st_size
+                if not length:
                     raise InputError(f"{name} is empty (0 bytes): save or download it again", kind="corrupt-file")
-                with Image.open(file) as image:
+                with Image.open(file, formats=_formats(name)) as image:
+                    if image.format in ("JPEG", "MPO") and image.width * image.height > most:
+                        scale = next((n for n in (2, 4, 8) if image.width * image.height <= most * n * n), 8)
+                        image.draft(None, (image.width // scale, image.height // scale))
+                    check_pixels(image.width, image.height, name, most)
                     image.load()
             upright = ImageOps.exif_transpose(image)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        text = f"{name} has too many pixels to be opened safely: reduce its size"
-        raise InputError(text, kind="corrupt-file") from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{name} is not a readable image: save it as PNG", kind="corrupt-file") from error
+        text = f"{name} is not a readable image: save it as PNG (supported: {', '.join(FORMATS)})"
+        raise InputError(text, kind="corrupt-file") from error
     except InputError:
         raise
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except Image.DecompressionBombError as error:  # Pillow's own limit, far above ours
+        raise InputError(_too_large(name, most), kind="corrupt-file") from error
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         text = f"{name} cannot be read ({error}): it may be truncated, save or download it again"
         raise InputError(text, kind="corrupt-file") from error
     check_size(upright.width, upright.height, name)
     return upright
 
 
-def load_array(path: Path, name: str = "") -> np.ndarray:
-    """Load the single array of a .npy or .npz file. Raises `InputError` if the file is invalid or has several."""
-    name = name or str(path)
+def read_rgb(source: str | Path | Image.Image | bytes, name: str = "") -> Image.Image:
+    """Read a photograph in any supported form as 8-bit sRGB.
+
+    Transparent pixels are composited on white, so colours hidden under them never appear. Embedded ICC profiles are
+    converted to sRGB, CMYK and 16-bit or float values to 8 bits per channel (`to_8_bit`).
+
+    Args:
+        source: A path, a PIL image, or the content of a file.
+        name: Name for error messages. Default: the path.
+
+    Returns:
+        An image of mode RGB.
+
+    Raises:
+        InputError: See `open_image`, with `MOST_PIXELS`.
+    """
+    image = open_image(source, name, most=MOST_PIXELS)
+    profile = image.info.get("icc_profile")
+    if image.mode in WIDE:
+        image = to_8_bit(image)
+    if image.mode == "P":
+        image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+    if image.mode in TRANSPARENT or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if profile:
+        image = _to_srgb(image, profile)
+    return image.convert("RGB")
+
+
+def to_8_bit(image: Image.Image) -> Image.Image:
+    """Scale 16-bit integers, or float values, to 8-bit gray.
+
+    The range is 65535 for 16 bits, and for other modes the smallest of 1 (float only), 255 and 65535 that contains all
+    values.
+    """
+    values = np.nan_to_num(np.asarray(image).astype(np.float32))
+    high = float(values.max(initial=0))
+    if image.mode.startswith("I;16"):
+        white = 65535.0
+    else:
+        white = next((w for w in ((1.0,) if image.mode == "F" else ()) + (255.0, 65535.0) if high <= w), high)
+    return Image.fromarray(np.rint(values.clip(0, white) * (255 / white)).astype(np.uint8))
+
+
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """Convert from an ICC profile. A profile that is damaged or belongs to another mode is ignored, as viewers do."""
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded
-        with loaded:
-            if len(loaded.files) != 1:
-                text = f"{name} contains {len(loaded.files)} arrays: save exactly one"
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(source):
+            return image
+        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image
+    assert converted is not None
+    return converted
+
+
+def _regular_file(source: str | Path, name: str) -> Path:
+    path = existing_path(source)
+    if path.is_dir():
+        raise InputError(f"{name} is a folder: name one image in it", kind="corrupt-file")
+    if not path.is_file():
+        raise InputError(f"{name} is not a regular file: pass an image file", kind="corrupt-file")
+    return path
+
+
+def _formats(name: str) -> tuple[str, ...]:
+    """The formats that may be opened. HEIC needs a plug-in, which is loaded for such files only."""
+    if Path(name).suffix.lower() not in (".heic", ".heif"):
+        return FORMATS
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError as error:
+        text = f"{name} is a HEIC image: pip install 'likeness[heic]', or save it as JPEG"
+        raise InputError(text, kind="corrupt-file") from error
+    register_heif_opener()
+    return (*FORMATS, "HEIF")
+
+
+def check_pixels(width: int, height: int, name: str, most: int) -> None:
+    """Raise `InputError` if an image or array has more than `most` pixels."""
+    if width * height > most:
+        raise InputError(_too_large(f"{name} is {width}x{height}, which", most), kind="corrupt-file")
+
+
+def _too_large(name: str, most: int) -> str:
+    return f"{name} has too many pixels: at most {most / 1e6:.0f} million are read, reduce its size"
+
+
+def load_array(path: Path, name: str = "") -> np.ndarray:
+    """Load the single array of a .npy or .npz file, whose size is checked in the header.
+
+    Raises:
+        InputError: The file is invalid, or has several arrays or more than `MOST_VALUES` values.
+    """
+    name = name or str(path)
+    path = _regular_file(path, name)
+    try:
+        if not zipfile.is_zipfile(path):
+            with path.open("rb") as file:
+                return _read_array(file, name)
+        with zipfile.ZipFile(path) as archive:
+            if len(names := archive.namelist()) != 1:
+                text = f"{name} contains {len(names)} arrays: save exactly one"
                 raise InputError(text, kind="corrupt-file")
-            return loaded[loaded.files[0]]
+            with archive.open(names[0]) as file:
+                return _read_array(file, name)
     except InputError:
         raise
-    except Exception as error:  # np.load raises errors of zipfile, zlib, pickle, tokenize and others
+    except Exception as error:  # numpy raises errors of zipfile, zlib, tokenize and others
         text = f"{name} is not a readable NumPy file ({error}): save it with numpy.save"
         raise InputError(text, kind="corrupt-file") from error
+
+
+def _read_array(file: IO[bytes], name: str) -> np.ndarray:
+    """Read one array from an open .npy file. Raises `InputError` if its header announces too many values."""
+    start = io.BytesIO(file.read(MOST_HEADER))
+    version = np.lib.format.read_magic(start)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(start)
+    if math.prod(shape) > MOST_VALUES or dtype.itemsize > 16:
+        text = (
+            f"{name} has shape {list(shape)}: at most {MOST_VALUES / 1e6:.0f} million values are read, reduce its size"
+        )
+        raise InputError(text, kind="corrupt-file")
+    content = start.getvalue() + file.read(math.prod(shape) * dtype.itemsize)
+    return np.load(io.BytesIO(content), allow_pickle=False)
 
 
 def check_size(width: int, height: int, name: str) -> None:

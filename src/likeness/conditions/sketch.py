@@ -13,12 +13,14 @@ from likeness.conditions.augment import augment_lines
 from likeness.conditions.base import ARRAY_SUFFIXES, IMAGE_SUFFIXES, Condition, Reading, Source, describe
 from likeness.conditions.images import (
     TRANSPARENT,
+    WIDE,
     check_aspect,
     check_size,
     existing_path,
     load_array,
     open_image,
     png_bytes,
+    to_8_bit,
 )
 from likeness.conditions.mask.formats import UNION
 from likeness.conditions.mask.repair import nearest_colours
@@ -84,9 +86,8 @@ def read(source: Source, *, name: str = "") -> Reading:
 
 def _image_pixels(image: Image.Image) -> np.ndarray:
     """uint8 [H, W], [H, W, 3] or [H, W, 4]."""
-    if image.mode in ("I;16", "I;16B", "I;16L", "I"):
-        values = np.asarray(image).astype(np.float64)
-        return (values / (257.0 if values.max() > 255 else 1.0)).clip(0, 255).astype(np.uint8)
+    if image.mode in WIDE:
+        image = to_8_bit(image)
     if image.mode in ("1", "L"):
         return np.asarray(image.convert("L"))
     transparent = image.mode in TRANSPARENT or "transparency" in image.info

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from likeness.conditions import CONDITIONS
-from likeness.conditions.images import open_image
+from likeness.conditions.images import read_rgb
 from likeness.types import InputError
 
 METADATA = "metadata.jsonl"
@@ -190,7 +190,7 @@ def captions_of(row: dict[str, Any]) -> Sequence[str]:
 
 
 def read_photo(path: Path, size: int | None = None) -> np.ndarray:
-    """Read an image upright, uint8 RGB [H, W, 3].
+    """Read an image upright as sRGB, uint8 [H, W, 3]; transparent pixels become white.
 
     Args:
         path: the file.
@@ -199,7 +199,7 @@ def read_photo(path: Path, size: int | None = None) -> np.ndarray:
     Raises:
         InputError: it cannot be read, or is not square although a size is given.
     """
-    image = open_image(path).convert("RGB")
+    image = read_rgb(path)
     if size is None or image.size == (size, size):
         return np.array(image)
     if image.width != image.height:

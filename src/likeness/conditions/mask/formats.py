@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from likeness.conditions.base import ARRAY_SUFFIXES, Reading, Source, describe
-from likeness.conditions.images import TRANSPARENT, check_size, existing_path, load_array, open_image
+from likeness.conditions.images import TRANSPARENT, WIDE, check_size, existing_path, load_array, open_image
 from likeness.conditions.mask.classes import (
     CLASS_INDEX,
     CLASSES,
@@ -117,7 +117,7 @@ def _read_image(image: Image.Image, name: str, order: str | None, jpeg: bool) ->
         raise off_palette(f"{name} is black and white: a mask needs a class per pixel; pass a sketch as --sketch")
     if image.mode == "LA" and image.getchannel(1).getextrema() == (255, 255):
         image = image.getchannel(0)
-    if image.mode in ("L", "I", "I;16", "I;16B", "I;16L"):
+    if image.mode == "L" or image.mode in WIDE:
         values = np.asarray(image)
         if jpeg and 0 < values.max() < 2 * len(CLASSES):
             raise off_palette(f"{name} has class numbers in a JPEG, which changes them: save it as PNG")
