@@ -68,6 +68,49 @@ def test_points_keep_the_aspect_ratio_of_their_image():
         tiny_pipeline()("", control_image={"keypoints": wide}, height=32, width=32)
 
 
+def openpose(points: np.ndarray, *, people: int = 1, **fields) -> dict:
+    """Output of OpenPose: triples with a confidence and two pupils."""
+    pupils = [points[36:42].mean(axis=0), points[42:48].mean(axis=0)]
+    flat = [value for x, y in [*points, *pupils] for value in (float(x), float(y), 0.9)]
+    return {"version": 1.3, "people": [{"face_keypoints_2d": flat}] * people, **fields}
+
+
+def test_openpose(tmp_path):
+    canvas = {"canvas_width": SIZE[0], "canvas_height": SIZE[1]}
+    for document in (openpose(POINTS * SIZE, **canvas), [openpose(POINTS * SIZE, **canvas)]):
+        (tmp_path / "pose.json").write_text(json.dumps(document))
+        reading = read(tmp_path / "pose.json")
+        np.testing.assert_allclose(reading.raw, POINTS, atol=1e-6)
+        assert "OpenPose" in reading.scheme
+    with pytest.raises(InputError, match="the faces of 2 people"):
+        read(openpose(POINTS * SIZE, people=2, **canvas))
+    with pytest.raises(InputError, match="unknown size"):
+        read(openpose(POINTS * 512))
+    missing = openpose(POINTS * SIZE, **canvas)
+    missing["people"][0]["face_keypoints_2d"][2] = 0.0  # the confidence of the first point
+    with pytest.raises(InputError, match=r"1 of the 68 points .* are \(0, 0\)"):
+        read(missing)
+
+
+def test_mesh_without_irises():
+    whole, part = read(mesh()), read(mesh()[:468])
+    np.testing.assert_array_equal(part.raw, whole.raw[:468])
+    np.testing.assert_array_equal(render(part.raw, 64, 64), render(whole.raw, 64, 64))
+    np.testing.assert_allclose(flip(part.raw), flip(whole.raw)[:468])
+
+
+def test_undetected_points_are_rejected():
+    points = POINTS * 512
+    points[:5] = 0
+    with pytest.raises(InputError, match=r"5 of the 68 points .* are \(0, 0\)") as caught:
+        read({"points": points.tolist(), "size": [512, 512]})
+    assert caught.value.kind == "undetected-points"
+
+
+def test_exchanged_axes_are_noted():
+    assert [note.kind for note in read(POINTS[:, ::-1].copy()).notes] == ["axis-order"]
+
+
 def test_rejected_sources(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "none.json").write_text('{"landmarks": []}')

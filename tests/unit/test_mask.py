@@ -8,7 +8,16 @@ from drawn import drawn_mask
 from PIL import Image
 
 from likeness.conditions.mask import flip, read, render, resize, swap_classes
-from likeness.conditions.mask.classes import CLASSES, FLIP_PAIRS, ORDERS, PALETTE, PALETTES, PART_ALIASES, order_table
+from likeness.conditions.mask.classes import (
+    CLASS_INDEX,
+    CLASSES,
+    FLIP_PAIRS,
+    ORDERS,
+    PALETTE,
+    PALETTES,
+    PART_ALIASES,
+    order_table,
+)
 from likeness.conditions.mask.repair import unique_colours
 from likeness.types import InputError
 
@@ -247,3 +256,28 @@ def test_render_reads_back_exactly():
         image = render(FACE, size, size)
         assert image.shape == (size, size, 3)
         np.testing.assert_array_equal(read(image).raw, resize(FACE, size, size))
+
+
+def test_ignored_pixels_take_the_nearest_class():
+    """255 means ignore in many data sets, usually at the borders of classes."""
+    border = FACE.copy()
+    border[1:][FACE[1:] != FACE[:-1]] = 255
+    reading = read(border)
+    assert [note.kind for note in reading.notes] == ["ignored-pixels"]
+    assert (reading.raw == FACE).mean() > 0.95
+    assert np.array_equal(reading.raw[border != 255], FACE[border != 255])
+    mostly = FACE.copy()
+    mostly[: len(FACE) // 2] = 255
+    with pytest.raises(InputError, match="the number for ignored pixels"):
+        read(mostly)
+
+
+def test_foreign_class_numbers_are_rejected():
+    """A face in the numbering of Face Synthetics, which shares the first three classes with the canonical order."""
+    numbers = {"r_eye": 3, "l_eye": 4, "r_brow": 5, "l_brow": 6, "r_ear": 7, "l_ear": 8, "mouth": 9, "u_lip": 10}
+    numbers |= {"l_lip": 11, "neck": 12, "cloth": 15, "eye_g": 16, "hat": 17}
+    table = np.arange(len(CLASSES), dtype=np.uint8)
+    for name, number in numbers.items():
+        table[CLASS_INDEX[name]] = number
+    with pytest.raises(InputError, match="do not clearly fit a known class order"):
+        read(table[FACE])

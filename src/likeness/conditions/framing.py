@@ -14,10 +14,10 @@ import numpy as np
 from likeness.conditions.keypoints import part_points
 from likeness.types import InputError, Note
 
-MOUTH_CORNERS = {68: [48, 54], 478: [61, 291]}
+MOUTH_CORNERS = {68: [48, 54], 468: [61, 291], 478: [61, 291]}
 """Number of points -> corners of the mouth."""
 
-NOSE_AND_SIDES = {68: [30, 0, 16], 478: [4, 234, 454]}
+NOSE_AND_SIDES = {68: [30, 0, 16], 468: [4, 234, 454], 478: [4, 234, 454]}
 """Number of points -> tip of the nose, person's right and left side of the face."""
 
 TRAINED = {"left eye": (0.62, 0.482), "right eye": (0.38, 0.482), "mouth": (0.5, 0.733)}

@@ -1,4 +1,4 @@
-"""The keypoints condition: 68 iBUG or 478 MediaPipe face landmarks, rendered as the same skeleton.
+"""The keypoints condition: 68 iBUG or 478 MediaPipe face landmarks (468 without irises), rendered as one skeleton.
 
 Points are fractions of the image size, so that resizing is exact. Both conventions are rendered through the parts that
 they share (jaw, brows, nose, eyes, lips): a model trained on one also accepts the other. Forehead and irises, which the
@@ -71,12 +71,12 @@ def _permutation_478() -> np.ndarray:
     return order
 
 
-FLIPS: dict[int, np.ndarray] = {68: np.array(FLIP_68), 478: _permutation_478()}
+FLIPS: dict[int, np.ndarray] = {68: np.array(FLIP_68), 468: _permutation_478()[:468], 478: _permutation_478()}
 """Number of points -> int [P], the permutation of a horizontal flip."""
 
 
 def part_points(part: str, count: int) -> list[int]:
-    """Return the indices of a part of `STROKES` among `count` points (68 or 478)."""
+    """Return the indices of a part of `STROKES` among `count` points (68, 468 or 478)."""
     _, _, ibug, mediapipe = STROKES[part]
     return list(ibug if count == 68 else mediapipe)
 
@@ -90,17 +90,18 @@ def read(source: Source | dict, *, name: str = "") -> Reading:
     """Read keypoints.
 
     Args:
-        source: A .json file (`{"points": [[x, y], ...], "size": [width, height]}` or a bare list), .npy, .npz, .txt or
-            .csv (two or three numbers per line), .pts (iBUG; the size is read from the image of the same name in the
-            same folder), an array [P, 2] or [P, 3] of which x and y are used, or a dict with the content of a .json
-            file. P is 68 (iBUG) or 478 (MediaPipe). Pixels count from 1 in .pts and from 0 elsewhere.
+        source: A .json file (`{"points": [[x, y], ...], "size": [width, height]}`, a bare list, or the output of
+            OpenPose or DWPose), .npy, .npz, .txt or .csv (two or three numbers per line), .pts (iBUG; the size is read
+            from the image of the same name in the same folder), an array [P, 2] or [P, 3] of which x and y are used, or
+            a dict with the content of a .json file. P is 68 (iBUG), 478 or 468 (MediaPipe with and without irises).
+            Pixels count from 1 in .pts and from 0 elsewhere.
         name: Name for error messages. Default: the path.
 
     Returns:
         raw: float32 [P, 2], (x, y) as fractions of the image size.
 
     Raises:
-        InputError: Another number of points, pixels without a size, or points outside the image.
+        InputError: Another number of points, undetected points, pixels without a size, or points outside the image.
     """
     name = name or describe(source)
     if isinstance(source, Image.Image):
@@ -112,6 +113,12 @@ def read(source: Source | dict, *, name: str = "") -> Reading:
     else:
         form, values, size = _load(existing_path(source), name)
     points = _as_points(values, name)
+    if undetected := int(np.isin(points, (0, -1)).all(axis=1).sum()):  # -1 in .pts, which count from 1
+        text = (
+            f"{undetected} of the {len(points)} points of {name} are (0, 0), which detectors write for points that they "
+            "did not find: detect them in a frontal photograph"
+        )
+        raise InputError(text, kind="undetected-points")
     # A file may state its size next to points that are already fractions.
     fractions = bool(points.min() >= -0.5 and points.max() <= 1.5)
     unit = "fractions"
@@ -134,8 +141,14 @@ def read(source: Source | dict, *, name: str = "") -> Reading:
     notes = []
     if inside < 1:
         notes.append(Note("points-outside", f"{round((1 - inside) * len(points))} points are outside the image"))
-    left, right = (points[part_points(part, len(points)), 0].mean() for part in ("l_eye", "r_eye"))
-    if left < right:
+    left, right, lips = (
+        points[part_points(part, len(points))].mean(axis=0) for part in ("l_eye", "r_eye", "outer lips")
+    )
+    down = lips - (left + right) / 2
+    if abs(down[0]) > 2 * abs(down[1]):
+        text = "the mouth is beside the eyes: the points look like (y, x), or the photograph is rotated"
+        notes.append(Note("axis-order", text))
+    elif left[0] < right[0]:
         text = "the person's left eye is left of the right one in the image: the sides look swapped"
         notes.append(Note("swapped-sides", text))
     return Reading(
@@ -157,7 +170,7 @@ def _as_points(values: Any, name: str) -> np.ndarray:
     if points.ndim != 2 or points.shape[1] not in (2, 3):
         raise bad_points(f"the points of {name} have shape {list(points.shape)}: use [[x, y], ...]")
     if len(points) not in FLIPS:
-        raise bad_points(f"{name} has {len(points)} points: use the 68 of iBUG or the 478 of MediaPipe (with irises)")
+        raise bad_points(f"{name} has {len(points)} points: use the 68 of iBUG, or the 478 or 468 of MediaPipe")
     if not np.isfinite(points[:, :2]).all():
         raise bad_points(f"{name} has points that are not finite (NaN or Inf): detect them again")
     return points[:, :2]
@@ -204,8 +217,12 @@ def _load(path: Path, name: str) -> Loaded:
 
 
 def _from_document(document: Any, name: str) -> Loaded:
+    if isinstance(document, list) and len(document) == 1 and isinstance(document[0], dict):
+        (document,) = document  # a list of frames
     if not isinstance(document, dict):
         return "JSON", document, None
+    if "people" in document:
+        return _from_openpose(document, name)
     if "points" not in document:
         raise bad_points(f'{name} has no "points": use {{"points": [[x, y], ...], "size": [width, height]}}')
     size = document.get("size")
@@ -213,6 +230,26 @@ def _from_document(document: Any, name: str) -> Loaded:
         return "JSON", document["points"], None if size is None else tuple(float(side) for side in size)
     except (TypeError, ValueError) as error:
         raise bad_points(f"the size in {name} is {size!r}: it must be [width, height] in pixels") from error
+
+
+def _from_openpose(document: dict[str, Any], name: str) -> Loaded:
+    """The face of OpenPose's or DWPose's output: 68 or 70 (x, y, confidence), the last two being pupils."""
+    people = document["people"] if isinstance(document["people"], list) else []
+    faces = [
+        person["face_keypoints_2d"] for person in people if isinstance(person, dict) and person.get("face_keypoints_2d")
+    ]
+    if len(faces) != 1:
+        raise bad_points(f"{name} has the faces of {len(faces)} people in OpenPose's format: it must have exactly one")
+    try:
+        values = np.asarray(faces[0], dtype=np.float64).reshape(-1, 3)
+    except (TypeError, ValueError) as error:
+        raise bad_points(f"the face_keypoints_2d of {name} are not triples of x, y and confidence") from error
+    points = np.where(values[:, 2:] > 0, values[:, :2], 0)  # confidence 0: undetected
+    if len(points) == 70:
+        points = points[:68]
+    size = document.get("canvas_width"), document.get("canvas_height")
+    known = all(isinstance(side, int | float) for side in size)
+    return "OpenPose JSON", points, (float(size[0] or 0), float(size[1] or 0)) if known else None
 
 
 def resize(raw: np.ndarray, height: int, width: int) -> np.ndarray:
