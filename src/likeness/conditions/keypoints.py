@@ -115,7 +115,7 @@ def read(source: Source | dict, *, name: str = "") -> Reading:
     points = _as_points(values, name)
     if undetected := int(np.isin(points, (0, -1)).all(axis=1).sum()):  # -1 in .pts, which count from 1
         text = (
-            f"{undetected} of the {len(points)} points of {name} are (0, 0), which detectors write for points that they "
+            f"{undetected} of the {len(points)} points of {name} are (0, 0), which detectors write for points they "
             "did not find: detect them in a frontal photograph"
         )
         raise InputError(text, kind="undetected-points")
