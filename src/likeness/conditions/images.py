@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import struct
 import warnings
 import zipfile
 from pathlib import Path
@@ -107,7 +106,7 @@ def open_image(
         raise
     except Image.DecompressionBombError as error:  # Pillow's own limit, far above ours
         raise InputError(_too_large(name, most), kind="corrupt-file") from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+    except Exception as error:  # decoders of damaged files raise nearly anything
         text = f"{name} cannot be read ({error}): it may be truncated, save or download it again"
         raise InputError(text, kind="corrupt-file") from error
     check_size(upright.width, upright.height, name)
