@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -44,6 +45,8 @@ def writing_whole(path: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             yield file
+        with contextlib.suppress(FileNotFoundError):
+            partial.chmod(stat.S_IMODE(path.stat().st_mode))  # a file that was private stays private
         (os.replace if overwrite else rename_new)(partial, path)
     except OSError as error:
         if not overwrite and isinstance(error, FileExistsError) and os.path.lexists(path):
@@ -75,15 +78,22 @@ def partial_name(path: Path) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file, or one sentence about why not."""
+    """Read a JSON object in UTF-8, with or without byte order mark.
+
+    Raises:
+        InputError: the file cannot be read, or contains anything else.
+    """
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from error
+    except (ValueError, RecursionError) as error:  # of the encoding, or of JSON
+        raise InputError(f"{path} is not valid JSON: {first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} contains a {type(content).__name__}: it must be a JSON object")
+    return content
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
+    """Return the first line of an error's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,10 +1,10 @@
-"""Files are there whole or not at all, whoever writes them at the same time."""
+"""Files are written atomically, also by several writers at the same time."""
 
 from __future__ import annotations
 
 import pytest
 
-from likeness.files import write_whole, writing_whole
+from likeness.files import read_json, write_whole, writing_whole
 from likeness.types import InputError
 
 
@@ -26,3 +26,26 @@ def test_what_fails_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError), writing_whole(tmp_path / "b.txt"):
         raise RuntimeError
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_private_files_stay_private(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    path.chmod(0o600)
+    write_whole(path, "new")
+    assert path.read_text() == "new"
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_json_objects_only(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b"\xef\xbb\xbf" + '{"name": "é"}'.encode())
+    assert read_json(path) == {"name": "é"}
+    cases = {"not valid JSON": [b"{", b'"\xff"', b"[" * 100_000], "contains a list": [b"[1]"], "contains a int": [b"1"]}
+    for message, contents in cases.items():
+        for content in contents:
+            path.write_bytes(content)
+            with pytest.raises(InputError, match=message):
+                read_json(path)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_json(tmp_path / "absent.json")
