@@ -26,12 +26,13 @@ from transformers import (
 )
 
 from likeness.conditions.mask.classes import CLASSES
+from likeness.encoders.components import Components
 from likeness.models.mditface import MDiTFaceTransformer
 from likeness.models.mmface import MMFaceTransformer
 from likeness.objectives import RectifiedFlow
-from likeness.pipelines.load import Components, encoder_hash
 from likeness.pipelines.mditface import MDiTFacePipeline
 from likeness.pipelines.mmface import MMFacePipeline
+from likeness.weights.hashes import encoder_hash
 
 CAPTIONS = ["a woman with red hair", "a man with a beard and glasses", "a smiling person in a blue hat"]
 START, END = "<|startoftext|>", "<|endoftext|>"

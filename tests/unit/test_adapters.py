@@ -32,10 +32,11 @@ from likeness.pipelines.adapters import (
     unload_adapter,
 )
 from likeness.pipelines.generate import generate, resolve
-from likeness.pipelines.load import fingerprint, load
+from likeness.pipelines.load import load
 from likeness.pipelines.mditface import MDiTFacePipeline
 from likeness.pipelines.record import read_recipe, request_of
 from likeness.types import InputError
+from likeness.weights.hashes import pipeline_hash
 
 PROMPT = "a woman with red hair"
 STYLE = ("attn.to_q", "attn.to_v", "ff.net.2", "proj_mlp")  # what ordinary LoRAs for FLUX.1 change
@@ -150,7 +151,7 @@ def test_round_trip(root, tmp_path, mask, attention):
     assert again.transformer.config.static_modulation == "constant"
     assert torch.equal(make(again, mask), make(pipeline, mask))
     assert (make(again, mask) - make(again)).abs().max() > 1e-3
-    assert fingerprint(again) == fingerprint(pipeline)
+    assert pipeline_hash(again) == pipeline_hash(pipeline)
     if attention != "concat":
         assert torch.equal(make(again), fresh)  # words alone do not see the adapter
 
@@ -432,7 +433,7 @@ def test_generate_and_replay(root, tmp_path, capsys):
         assert run("replay", tmp_path / name) == 0
         assert "the same to the bit" in capsys.readouterr().out
     assert run(*given, "--model", orphan, "--out", tmp_path / "c.png") == 2
-    assert "there is no model /nowhere/flux" in capsys.readouterr().err
+    assert "Unknown model '/nowhere/flux'" in capsys.readouterr().err
     assert run(*given, "--negative-prompt", "hat", "--model", root / "adapter", "--out", tmp_path / "c.png") == 2
     assert "reads no negative prompt" in capsys.readouterr().err
     assert run(*given, "--model", root / "flux", "--out", tmp_path / "c.png") == 2
@@ -589,7 +590,7 @@ def test_8_bit_base(root, mask, tmp_path, capsys):
 
 def test_8_bits_are_for_flux(root, tmp_path, monkeypatch):
     tiny_mditface_pipeline().save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"is a MDiTFacePipeline: only FLUX\.1 is loaded in 8 bits"):
+    with pytest.raises(InputError, match=r"is a MDiTFacePipeline: only FLUX\.1 can be loaded in 8 bits"):
         load(tmp_path, quantize="int8")
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(InputError, match=r"pip install 'likeness\[quantize\]'"):

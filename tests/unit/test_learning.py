@@ -17,8 +17,9 @@ from builders import run, tiny_vae
 from likeness.cli import main, words_first
 from likeness.cli.evaluation import compare
 from likeness.cli.training import train
+from likeness.encoders.components import load_components
 from likeness.pipelines.generate import generate, resolve
-from likeness.pipelines.load import load, load_components
+from likeness.pipelines.load import load
 from likeness.prepare.encode import encode_folder
 from likeness.train import loop
 from likeness.train.checkpoint import load_state, save_state, states
@@ -226,7 +227,7 @@ def test_starts_that_do_not_fit(root, tmp_path):
     old = loop.train(small(root, optimizer={"images": 4}), tmp_path / "old")
     with pytest.raises(InputError, match="has depth = 2, but the recipe makes it 3"):
         loop.train(small(root, start=str(old), network={"depth": 3}), tmp_path / "a")
-    with pytest.raises(InputError, match="there is no model nowhere"):
+    with pytest.raises(InputError, match="Unknown model .nowhere"):
         loop.train(small(root, start="nowhere"), tmp_path / "b")
     with pytest.raises(InputError, match="trained has 'blok'"):
         loop.train(small(root, trained=["blok"]), tmp_path / "c")

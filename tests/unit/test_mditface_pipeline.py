@@ -30,10 +30,11 @@ from likeness.encoders.text import encode_text
 from likeness.models.layers import patchify
 from likeness.models.mditface import MDiTFaceTransformer
 from likeness.objectives.flow import dynamic_shift
-from likeness.pipelines.load import fingerprint, load
+from likeness.pipelines.load import load
 from likeness.pipelines.mditface import MDiTFacePipeline
 from likeness.prepare.pack import pack_model
 from likeness.types import InputError, TextFeatures
+from likeness.weights.hashes import pipeline_hash
 
 PROMPT, NEGATIVE = "a woman with red hair", "a man"
 MODES = ("holistic", "hard", "decoupled", "concat")
@@ -126,7 +127,7 @@ def test_what_is_not_flux_is_refused(flux, tmp_path):
     folder = tmp_path / "flux"
     flux[0].save_pretrained(folder)
     (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(InputError, match=r"the FluxPipeline in .* cannot be loaded"):
+    with pytest.raises(InputError, match=r"The FluxPipeline in .* cannot be loaded"):
         load(folder)
     parts = {name: part for name, part in flux[0].components.items() if part is not None}
     parts |= {"transformer": tiny_mditface(), "tokenizer_2": None}
@@ -277,7 +278,7 @@ def test_two_towers_give_each_picture_its_own_bits(face):
         assert np.array_equal(alone, picture)
 
 
-def test_both_towers_matter_and_cut_words_are_told():
+def test_both_towers_matter_and_truncated_text_are_told():
     pipeline = two_towers()
     make = lambda pipe: pipe(PROMPT, generator=seed(), output_type="latent").images  # noqa: E731
     before = make(pipeline)
@@ -297,10 +298,10 @@ def test_two_towers_are_saved_and_loaded(tmp_path, face):
     again = load(tmp_path)
     make = lambda pipe: pipe(PROMPT, control_image=face, generator=seed(), output_type="np").images  # noqa: E731
     assert np.array_equal(make(again), make(pipeline))
-    assert fingerprint(again) == fingerprint(pipeline)
+    assert pipeline_hash(again) == pipeline_hash(pipeline)
     with torch.no_grad():
         next(again.text_encoder_2.parameters()).mul_(2)
-    assert fingerprint(again) != fingerprint(pipeline)
+    assert pipeline_hash(again) != pipeline_hash(pipeline)
 
 
 def test_memory_savers_of_diffusers(face):
@@ -327,7 +328,7 @@ def folder(tmp_path_factory, face) -> Iterator[Path]:
     save_components(root / "common")
     pipeline = tiny_mditface_pipeline()
     pipeline.save_pretrained(root / "run")
-    from likeness.pipelines.load import load_components
+    from likeness.encoders.components import load_components
 
     codec = load_components(root / "common").codec_hash
     (root / "run" / "codec.json").write_text(json.dumps({"codec": codec}))
@@ -361,7 +362,7 @@ def test_generate_and_replay(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--base", "somewhere"], "is no adapter, so it takes no base model"),
+        (["--base", "somewhere"], "is not an adapter: leave the base model"),
         (["--size", "40", "--force-size"], "multiples of 16"),
         (["--guidance-scale", "-1"], "guidance scale"),
     ],

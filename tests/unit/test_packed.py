@@ -10,22 +10,18 @@ import pytest
 import torch
 
 from builders import tiny_clip, tiny_face_parser, tiny_text_encoder, tiny_tokenizer, tiny_transformer, tiny_vae
-from likeness.encoders.text_image import AttributeHead, load_attribute_head, save_attribute_head
+from likeness.annotators.face_parser import load_face_parser
+from likeness.encoders.components import load_components
+from likeness.encoders.text_image import AttributeHead, load_attribute_head, load_text_image, save_attribute_head
 from likeness.objectives import RectifiedFlow
-from likeness.pipelines.load import (
-    encoder_hash,
-    load,
-    load_component,
-    load_components,
-    load_face_parser,
-    load_text_image,
-)
+from likeness.pipelines.load import load
 from likeness.pipelines.mmface import MMFacePipeline
-from likeness.pipelines.packed import SCALE, pack, save_packed, widen
 from likeness.prepare.components import join_components
 from likeness.prepare.pack import pack_model
 from likeness.prepare.synthetic import write_synthetic
 from likeness.types import InputError
+from likeness.weights.hashes import encoder_hash
+from likeness.weights.packed import SCALE, load_component, pack, save_packed, unpack
 
 
 def test_error_is_at_most_half_a_step():
@@ -39,13 +35,13 @@ def test_error_is_at_most_half_a_step():
     packed = pack(state)
     assert packed["matrix"].dtype == packed["kernel"].dtype == torch.int8
     assert packed["bias"].dtype == torch.float16
-    again = widen(packed)
+    again = unpack(packed)
     assert again.keys() == state.keys()
     for name in ("matrix", "kernel"):
         step = packed[name + SCALE].reshape(-1, *[1] * (state[name].ndim - 1))
         assert ((again[name] - state[name]).abs() <= step / 2 * 1.001).all()
     assert torch.equal(again["number"], state["number"])
-    assert widen(packed, torch.bfloat16)["matrix"].dtype == torch.bfloat16
+    assert unpack(packed, torch.bfloat16)["matrix"].dtype == torch.bfloat16
 
 
 def test_text_encoder_round_trip(tmp_path):
@@ -127,7 +123,7 @@ def test_what_measures_is_packed_beside(bundle):
     head = load_attribute_head(bundle / "common")
     assert head.classes == {"Smiling": ["False", "True"]}
     assert torch.equal(head.weight, load_attribute_head(bundle / "text" / "model").weight)
-    with pytest.raises(InputError, match="text-image pair"):
+    with pytest.raises(InputError, match="not a text-image model"):
         load_text_image(bundle / "mini")
 
 
@@ -173,5 +169,5 @@ def test_devices_that_are_not_there_are_refused(device):
 
 def test_hub_ids_fail_with_a_sentence(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(InputError, match="neither here nor on the hub"):
+    with pytest.raises(InputError, match="neither a folder nor available on the Hub"):
         load("nobody/no-such-model")

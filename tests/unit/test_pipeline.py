@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler, FlowMatchHeunDiscreteScheduler
 
 from builders import tiny_mditface_pipeline, tiny_pipeline
 from likeness.data.synthetic import draw_face
-from likeness.encoders.text import cut_words
+from likeness.encoders.text import truncated_text
 from likeness.objectives import DDPM
 from likeness.pipelines.load import load
 from likeness.pipelines.mmface import MMFacePipeline
@@ -268,12 +268,12 @@ def test_notes_tell_what_was_read_and_cut(pipeline, faces):
     assert "red hair" not in cut
 
 
-def test_cut_words_begin_with_a_word(pipeline):
+def test_truncated_text_begin_with_a_word(pipeline):
     prompt = "extraordinarily unusual words"
     for limit in range(3, 12):
-        cut = cut_words(pipeline.tokenizer, prompt, limit)
+        cut = truncated_text(pipeline.tokenizer, prompt, limit)
         assert cut in ("extraordinarily unusual words", "unusual words", "words")
-    assert cut_words(pipeline.tokenizer, prompt, 100) == ""
+    assert truncated_text(pipeline.tokenizer, prompt, 100) == ""
 
 
 @pytest.mark.parametrize(

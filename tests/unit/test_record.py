@@ -11,7 +11,7 @@ from PIL import Image
 from builders import tiny_pipeline
 from likeness.data.synthetic import draw_face
 from likeness.pipelines.generate import generate, resolve
-from likeness.pipelines.load import fingerprint, load
+from likeness.pipelines.load import load
 from likeness.pipelines.record import (
     EXIF_POINTER,
     GENERATED,
@@ -25,6 +25,7 @@ from likeness.pipelines.record import (
     write_picture,
 )
 from likeness.types import InputError, PortraitRequest
+from likeness.weights.hashes import pipeline_hash
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def made():
     )
     request = resolve(request, pipeline)
     picture = generate(pipeline, request, [request.seed])[0][0]
-    recipe = recipe_of(request, pipeline, model="tiny", fingerprint=fingerprint(pipeline))
+    recipe = recipe_of(request, pipeline, model="tiny", fingerprint=pipeline_hash(pipeline))
     return pipeline, request, picture, recipe
 
 
@@ -80,9 +81,9 @@ def test_settings_are_the_same_after_saving_and_not_after_a_change(made, tmp_pat
     pipeline, _, _, recipe = made
     pipeline.save_pretrained(tmp_path)
     again = load(tmp_path)
-    assert differences(recipe, again, fingerprint(again)) == []
+    assert differences(recipe, again, pipeline_hash(again)) == []
     again.register_to_config(defaults={**again.config.defaults, "guidance_interval": (0.2, 0.8)})
-    assert [line.split(":")[0] for line in differences(recipe, again, fingerprint(again))] == ["settings"]
+    assert [line.split(":")[0] for line in differences(recipe, again, pipeline_hash(again))] == ["settings"]
 
 
 def test_differences_are_named(made):

@@ -11,11 +11,11 @@ from PIL import Image
 
 from builders import run, tiny_mditface_pipeline, tiny_pipeline
 from likeness.data.synthetic import draw_face
-from likeness.pipelines.catalogue import BUNDLED, bundled_models
 from likeness.pipelines.load import load
 from likeness.pipelines.record import read_recipe, settings_hash
 from likeness.pipelines.sizes import generation_size, parse_size, trained_sizes
 from likeness.types import InputError
+from likeness.weights.catalog import BUNDLED, bundled_models
 
 SEVERAL = {"sizes": [[128, 128], [256, 256], [256, 320]], "defaults": {"size": 128}}
 

@@ -16,8 +16,9 @@ from builders import save_components, tiny_transformer
 from likeness.config import load_toml
 from likeness.data.sampler import Sampler
 from likeness.data.store import Sample, Store
+from likeness.encoders.components import load_components
 from likeness.pipelines.generate import generate, resolve
-from likeness.pipelines.load import load, load_components
+from likeness.pipelines.load import load
 from likeness.prepare.encode import encode_folder
 from likeness.prepare.synthetic import write_synthetic
 from likeness.train import loop

@@ -165,7 +165,7 @@ def test_a_base_of_our_own(prepared, tmp_path):
 
 def test_refusals(prepared, adapter_recipe, tmp_path):
     wrong = {"name": "mditface_adapter", "base": str(prepared / "nowhere")}
-    with pytest.raises(InputError, match="there is no model"):
+    with pytest.raises(InputError, match="Unknown model"):
         loop.train(recipe(prepared, wrong, "flux_shards", None), tmp_path / "a")
     wrong = {"name": "mditface_adapter", "base": "mmface-mini"}
     with pytest.raises(InputError, match=r"mmface-mini is a MMFacePipeline: the base of an adapter must be FLUX\.1"):

@@ -8,9 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from likeness.annotators.u2net import INPUT_SIDE, MEAN, PORTRAIT, STD, U2Net, draw_sketch, load_u2net
+from likeness.annotators.u2net import INPUT_SIDE, MEAN, PORTRAIT, STD, U2Net, draw_sketch, load_sketcher, load_u2net
 from likeness.data.synthetic import draw_face
-from likeness.pipelines.load import load_sketcher
 from likeness.types import InputError
 
 STAGES = {

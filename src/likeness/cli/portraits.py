@@ -14,9 +14,9 @@ import tyro
 
 from likeness.cli.output import exit_on_sigterm, image_names, save_image
 from likeness.cli.terminal import PathArgument, progress_bar, quiet_libraries, tell
-from likeness.pipelines.catalogue import BUNDLED, bundled_models
 from likeness.runtime import choose_threads, optional_packages_hidden, set_threads
 from likeness.types import DtypeName, InputError, PortraitRequest
+from likeness.weights.catalog import BUNDLED, bundled_models
 
 DTYPE_NAMES: dict[str, DtypeName] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 """Number format in a recipe -> `--dtype`."""
@@ -126,8 +126,8 @@ def generate(
         from likeness.pipelines.adapters import add_loras
         from likeness.pipelines.generate import batches, resolve, work_of
         from likeness.pipelines.generate import generate as make
-        from likeness.pipelines.load import fingerprint as fingerprint_of
         from likeness.pipelines.record import recipe_of
+        from likeness.weights.hashes import pipeline_hash
 
         pipeline = load_pipeline(model, dtype, device, base, quantize, offload)
     tell([f"left out of the LoRA: {line}" for line in add_loras(pipeline, loras, strict=lora_strict)])
@@ -137,7 +137,7 @@ def generate(
     assert width
     if pipeline._execution_device.type == "cpu":
         choose_threads(work_of(pipeline, height, width))
-    fingerprint = fingerprint_of(pipeline) if metadata else ""
+    fingerprint = pipeline_hash(pipeline) if metadata else ""
     named: dict[str, Any] = {"model": model, "base": base, "quantize": quantize, "fingerprint": fingerprint}
     told: set[str] = set()
     with exit_on_sigterm(), progress_bar("Generating") as advance:
@@ -187,7 +187,7 @@ def replay(
     from likeness.pipelines.adapters import act_again
     from likeness.pipelines.generate import generate as make
     from likeness.pipelines.generate import resolve
-    from likeness.pipelines.load import fingerprint as fingerprint_of
+    from likeness.weights.hashes import pipeline_hash
 
     device = device or ("cpu" if recipe["environment"].get("device") == "cpu" else "auto")
     dtype = DTYPE_NAMES[recipe["environment"]["dtype"]]
@@ -202,7 +202,7 @@ def replay(
         again = np.asarray(pictures[0])
         if out is not None:
             print(save_image(pictures[0], recipe, names, overwrite))
-    circumstances = differences(recipe, pipeline, fingerprint_of(pipeline))
+    circumstances = differences(recipe, pipeline, pipeline_hash(pipeline))
     tell(circumstances)
     if again.shape == pixels.shape and (again == pixels).all():
         print(f"{image}: the same to the bit")

@@ -118,8 +118,8 @@ def positions(
     """
     if count < 1 or not shifts:
         raise InputError(f"count is {count} and shifts has {len(shifts)} values: both require at least one")
+    from likeness.annotators.face_parser import load_face_parser
     from likeness.evaluate.study import shifted_positions
-    from likeness.pipelines.load import load_face_parser
 
     pipeline, request = prepare(subject)
     network = load_face_parser(parser)

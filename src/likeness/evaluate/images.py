@@ -16,15 +16,15 @@ from typing import Any
 from PIL import Image
 
 from likeness.data.folder import read_folder, read_photo
-from likeness.encoders.latent import LatentCodec, through
+from likeness.encoders.latent import LatentCodec, reconstruct
 from likeness.evaluate.faces import Face
 from likeness.evaluate.protocol import Protocol, conditions_of
 from likeness.files import write_whole
 from likeness.parallel import rank_and_world
 from likeness.pipelines.generate import generate, resolve
-from likeness.pipelines.load import fingerprint as fingerprint_of
 from likeness.pipelines.record import hash_of, read_recipe, recipe_of, settings_hash, write_picture
 from likeness.types import InputError, PortraitRequest
+from likeness.weights.hashes import pipeline_hash
 
 SEED_STRIDE = 1_000_000
 """Difference between two seeds of the same face."""
@@ -76,7 +76,7 @@ def generate_images(task: Task) -> ImageSets:
         InputError: the folder contains images that were made in another way.
     """
     pipeline, protocol, faces = task.pipeline, task.protocol, task.faces
-    defaults, fingerprint = pipeline.config.defaults, fingerprint_of(pipeline)
+    defaults, fingerprint = pipeline.config.defaults, pipeline_hash(pipeline)
     steps = defaults["steps"] if protocol.steps is None else protocol.steps
     guidance = defaults["guidance_scale"] if protocol.guidance_scale is None else protocol.guidance_scale
     source = {
@@ -165,7 +165,7 @@ def reconstruct_photos(task: Task) -> tuple[list[Path], dict[str, str]]:
         face, file = task.faces[index], files[index]
         if not file.is_file() or is_newer(face.photo, file):
             try:
-                image = through(codec, read_photo(face.photo, task.pipeline.config.defaults["size"]))
+                image = reconstruct(codec, read_photo(face.photo, task.pipeline.config.defaults["size"]))
             except InputError as error:
                 faults[face.name] = str(error)
                 continue

@@ -163,7 +163,7 @@ def shifted_positions(
         request: a resolved request with a mask.
         seeds: seeds of the images, for each shift.
         shifts: numbers of tokens.
-        parser: a face parser and its input size in pixels (`likeness.pipelines.load.load_face_parser`).
+        parser: a face parser and its input size in pixels (`likeness.annotators.face_parser.load_face_parser`).
         progress: called after every image.
 
     Returns:

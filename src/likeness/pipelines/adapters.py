@@ -24,9 +24,9 @@ from likeness.config import build, to_dict
 from likeness.files import first_line, read_json, write_whole
 from likeness.models.mditface import MDiTFaceTransformer
 from likeness.models.tied_weights import NEW, lora_targets
-from likeness.pipelines.catalogue import ADAPTER
 from likeness.pipelines.sizes import ANY
 from likeness.types import InputError
+from likeness.weights.catalog import ADAPTER
 
 WEIGHTS = "adapter.safetensors"
 

@@ -27,7 +27,7 @@ from likeness.conditions import CONDITIONS
 from likeness.conditions.base import Condition, Reading
 from likeness.conditions.images import check_aspect
 from likeness.encoders.latent import LatentCodec, spatial_factor, to_pixels, to_tensor
-from likeness.encoders.text import cut_words
+from likeness.encoders.text import truncated_text
 from likeness.objectives import make_objective
 from likeness.objectives.flow import dynamic_shift
 from likeness.pipelines.arguments import interval_of, number, own_steps, spread, whole_number
@@ -335,7 +335,7 @@ class PortraitPipeline(DiffusionPipeline):
         """Features of distinct texts, tokens [T, L, D]; notes which words did not fit."""
         limit = self.config.max_text_tokens
         for text in texts:
-            if cut := cut_words(getattr(self, "tokenizer_2", None) or self.tokenizer, text, limit):
+            if cut := truncated_text(getattr(self, "tokenizer_2", None) or self.tokenizer, text, limit):
                 which = "prompt" if text in prompts else "negative prompt"
                 notes.append(f"the {which} is longer than {limit} tokens; this was cut: {cut!r}")
         return TextFeatures(*(x.to(self._execution_device, self.transformer.dtype) for x in self.text_features(texts)))

@@ -61,7 +61,7 @@ def recipe_of(
         request: the request, with nothing left open (`likeness.pipelines.generate.resolve`).
         pipeline: the pipeline that made it.
         model: the name under which it was loaded.
-        fingerprint: hash of its weights (`likeness.pipelines.load.fingerprint`).
+        fingerprint: hash of its weights (`likeness.weights.hashes.pipeline_hash`).
         base: the base under which it was loaded, where the name is an adapter's and the base not its own.
         quantize: how its weights were narrowed when it was loaded.
     """

@@ -14,19 +14,19 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from likeness.conditions import read_conditions
+from likeness.encoders.components import Components
 from likeness.files import write_whole, writing_whole
 from likeness.objectives import Objective
 from likeness.parallel import ALONE, World, gather
 from likeness.pipelines.adapters import adapter_state, save_adapter
-from likeness.pipelines.catalogue import CODEC
 from likeness.pipelines.generate import generate, resolve
-from likeness.pipelines.load import Components
 from likeness.pipelines.mditface import MDiTFacePipeline
 from likeness.pipelines.mmface import MMFacePipeline
 from likeness.train.config import MDiTFaceAdapter, TrainRecipe
 from likeness.train.learner import Learner
 from likeness.train.networks import adapter_of, condition_names
 from likeness.types import InputError, PortraitRequest
+from likeness.weights.catalog import CODEC
 
 PIPELINE_OF = {"mmface": MMFacePipeline, "mditface": MDiTFacePipeline, "mditface_adapter": MDiTFacePipeline}
 """Network of a recipe -> the pipeline that is published with it."""
