@@ -227,7 +227,7 @@ def test_starts_that_do_not_fit(root, tmp_path):
     old = loop.train(small(root, optimizer={"images": 4}), tmp_path / "old")
     with pytest.raises(InputError, match="has depth = 2, but the recipe makes it 3"):
         loop.train(small(root, start=str(old), network={"depth": 3}), tmp_path / "a")
-    with pytest.raises(InputError, match="Unknown model .nowhere"):
+    with pytest.raises(InputError, match="Unknown model 'nowhere'"):
         loop.train(small(root, start="nowhere"), tmp_path / "b")
     with pytest.raises(InputError, match="trained has 'blok'"):
         loop.train(small(root, trained=["blok"]), tmp_path / "c")

@@ -275,7 +275,7 @@ def test_commands(folder, tmp_path, capsys, monkeypatch, command, model, options
         (["positions", "mditface", "--sketch", "sketch.png"], "against a mask: pass a mask"),
         (["positions", "mditface", "--mask", "mask.png"], "Cannot shift by 2 tokens: the image is 2 tokens wide"),
         (["positions", "mditface", "--mask", "mask.png", "--count", "0"], "count is 0"),
-        (["keys", "nowhere", "--mask", "mask.png"], "Unknown model .nowhere"),
+        (["keys", "nowhere", "--mask", "mask.png"], "Unknown model 'nowhere'"),
         (["attention", "mditface", "--mask", "absent.png"], "absent.png"),
     ],
 )

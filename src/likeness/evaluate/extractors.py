@@ -26,7 +26,7 @@ from likeness.evaluate.faces import Face, read_condition
 from likeness.evaluate.features import Extractor, MissingError
 from likeness.evaluate.protocol import BUNDLED, Protocol
 from likeness.evaluate.scores import class_counts, edge_f_score, keypoint_error
-from likeness.weights.catalog import BUNDLED, COMMON
+from likeness.weights import catalog
 from likeness.weights.hashes import network_name, weights_hash
 
 Images, Faces = Sequence[np.ndarray], Sequence[Face]
@@ -146,7 +146,7 @@ def load_pair(protocol: Protocol, device: str) -> tuple[Any, Any, Path | None, s
     """Load the text-image pair: `CLIPModel`, tokenizer, its folder (None for a published CLIP), a description."""
     name = protocol.text_image
     if name == BUNDLED:
-        folder, description = BUNDLED / COMMON, "bundled text-image pair"
+        folder, description = catalog.BUNDLED / catalog.COMMON, "bundled text-image pair"
     elif (Path(name) / "config.json").is_file():  # a CLIP as transformers saves it
         folder, description = None, f"CLIPModel in {name}"
     else:
