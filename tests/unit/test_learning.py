@@ -28,7 +28,7 @@ from likeness.train.optim import Ema, make_optimizers, power_of
 from likeness.train.page import write_page
 from likeness.train.posthoc import average_of, solve
 from likeness.train.run import held
-from likeness.types import InputError, PortraitRequest, TryAgain
+from likeness.types import ConditionInput, InputError, PortraitRequest, TryAgain
 from runs import SIZE, metrics, prepare, small, weights_of
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -217,7 +217,7 @@ def test_a_new_condition_leaves_the_old_ones_alone(root, tmp_path):
     pictures = []
     for folder in (old, new):
         pipeline = load(folder)
-        request = resolve(PortraitRequest(prompt="a face", control_image={"mask": mask}), pipeline)
+        request = resolve(PortraitRequest(prompt="a face", conditions={"mask": ConditionInput(image=mask)}), pipeline)
         pictures.append(generate(pipeline, request, [3])[0][0].tobytes())
     assert pictures[0] == pictures[1]
     assert list(load(new).transformer.config.condition_names) == ["mask", "sketch", "keypoints", "none"]

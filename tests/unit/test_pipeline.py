@@ -263,7 +263,7 @@ def test_lanczos_setting_blends_and_crops(faces):
 def test_notes_tell_what_was_read_and_cut(pipeline, faces):
     output = pipeline("a woman with red hair and " + "a blue hat " * 9, control_image={"mask": faces[0]["mask"]})
     assert any(note.startswith("mask: ") for note in output.notes)
-    cut = next(note for note in output.notes if "cut" in note)
+    cut = next(note for note in output.notes if "truncated" in note)
     assert "blue hat" in cut
     assert "red hair" not in cut
 
@@ -279,33 +279,33 @@ def test_truncated_text_begin_with_a_word(pipeline):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"num_inference_steps": 0}, "steps is 0"),
-        ({"num_inference_steps": -3}, "steps is -3"),
+        ({"num_inference_steps": 0}, "number of steps is 0"),
+        ({"num_inference_steps": -3}, "number of steps is -3"),
         ({"height": 48}, "Size 32x48 is not supported: the model was trained at 32x32, none with its aspect ratio"),
         ({"height": 64, "width": 64}, r"Use a trained size, upscale \(--upscale\) .*, or force_size"),
         ({"height": 40, "force_size": True}, "multiples of 16"),
         ({"width": 8, "force_size": True}, "multiples of 16"),
         ({"height": 64, "width": 64, "upscale": True, "force_size": True}, "exclude each other"),
-        ({"height": 64, "width": 64, "upscale": True, "output_type": "latent"}, "latents cannot be upscaled"),
+        ({"height": 64, "width": 64, "upscale": True, "output_type": "latent"}, "Latents cannot be upscaled"),
         ({"height": 8192, "width": 8192, "upscale": True}, "at most 4096"),
         ({"guidance_scale": float("nan")}, "guidance scale"),
         ({"guidance_scale": -1.0}, "guidance scale"),
         ({"output_type": "jpeg"}, "output_type"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt"),
         ({"prompt": ["a", "b", "c"], "negative_prompt": ["x", "y"]}, "2 values of negative prompt do not match 3"),
-        ({"prompt": 3}, "not text"),
-        ({"generator": [torch.Generator()] * 2}, "2 generators for 1 pictures"),
+        ({"prompt": 3}, "must be a string"),
+        ({"generator": [torch.Generator()] * 2}, "2 generators for 1 images"),
         ({"latents": torch.zeros(1, 4, 8, 8)}, "shape"),
-        ({"control_image": {"depth": np.zeros((8, 8), np.uint8)}}, "'depth' is unknown"),
-        ({"conditioning_scale": {"mask": 1.0}}, "no such condition is given"),
-        ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "callbacks"),
+        ({"control_image": {"depth": np.zeros((8, 8), np.uint8)}}, "Unknown condition 'depth'"),
+        ({"conditioning_scale": {"mask": 1.0}}, "but control_image does not"),
+        ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "Callbacks receive"),
         ({"height": 0}, "Size 32x0"),
         ({"height": "32"}, "height is '32'"),
         ({"prompt": []}, "list of prompt is empty"),
-        ({"control_image": np.zeros((8, 8), np.uint8)}, "control_image is of the type ndarray"),
+        ({"control_image": np.zeros((8, 8), np.uint8)}, "control_image is of type ndarray"),
         ({"guidance_interval": 0.5}, "two numbers"),
         ({"guidance_interval": (0.8, 0.2)}, "the lower noise level comes first"),
-        ({"sigmas": [1.0, 0.5], "timesteps": [999, 500]}, "both given"),
+        ({"sigmas": [1.0, 0.5], "timesteps": [999, 500]}, "Both sigmas and timesteps are set"),
     ],
 )
 def test_refusals(pipeline, change, words):
@@ -318,8 +318,8 @@ def test_refusals(pipeline, change, words):
     [
         ({"conditioning_scale": -1.0}, "scale of mask"),
         ({"conditioning_scale": [0.5]}, r"conditioning_scale is \[0.5\]"),
-        ({"control_guidance_start": 0.8, "control_guidance_end": 0.2}, "acts from"),
-        ({"control_guidance_end": 1.5}, "acts from"),
+        ({"control_guidance_start": 0.8, "control_guidance_end": 0.2}, "is active from"),
+        ({"control_guidance_end": 1.5}, "is active from"),
     ],
 )
 def test_control_refusals(pipeline, faces, change, words):

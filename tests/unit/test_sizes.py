@@ -11,8 +11,8 @@ from PIL import Image
 
 from builders import run, tiny_mditface_pipeline, tiny_pipeline
 from likeness.data.synthetic import draw_face
+from likeness.pipelines.image_recipe import read_recipe, settings_hash
 from likeness.pipelines.load import load
-from likeness.pipelines.record import read_recipe, settings_hash
 from likeness.pipelines.sizes import generation_size, parse_size, trained_sizes
 from likeness.types import InputError
 from likeness.weights.catalog import BUNDLED, bundled_models
@@ -136,6 +136,6 @@ def test_command_line(tmp_path, capsys):
         assert recipe.get("upscale") is recorded
         assert pixels.shape == (64, 64, 3)
         assert run("replay", image) == 0
-        assert capsys.readouterr().out.endswith("the same to the bit\n")
+        assert capsys.readouterr().out.endswith("bit-identical\n")
     assert run("models") == 0
     assert capsys.readouterr().out.count("  128x128  ") == 2

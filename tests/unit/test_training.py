@@ -27,7 +27,7 @@ from likeness.train.config import DataRecipe, TrainRecipe
 from likeness.train.optim import Ema, learning_rate, make_optimizers, power_of
 from likeness.train.step import make_batch
 from likeness.train.validate import condition_losses
-from likeness.types import InputError, PortraitRequest, TryAgain
+from likeness.types import ConditionInput, InputError, PortraitRequest, TryAgain
 
 SIZE = 32
 
@@ -199,7 +199,9 @@ def test_preview_is_what_generate_makes(prepared, tmp_path):
     wish = config.preview[0]
     pipeline = load(model)
     assert pipeline.config.sizes == [[32, 32]]  # those of the shards
-    request = resolve(PortraitRequest(prompt=wish.prompt, control_image={"mask": wish.mask}, seed=5), pipeline)
+    request = resolve(
+        PortraitRequest(prompt=wish.prompt, conditions={"mask": ConditionInput(image=wish.mask)}, seed=5), pipeline
+    )
     picture = generate(pipeline, request, [5])[0][0]
     preview = Image.open(sorted((tmp_path / "previews").iterdir())[-1])
     assert np.array_equal(np.asarray(preview), np.asarray(picture))

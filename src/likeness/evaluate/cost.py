@@ -86,7 +86,7 @@ def mditface_costs(
 def empty_cache(network: MDiTFaceTransformer, text: TextFeatures, latents: Tensor, index: Tensor) -> StaticCache:
     """`MDiTFaceTransformer.static_cache` for tensors without values."""
     layers = network.static_pathway(network.context_embedder(text.tokens), text.pooled, latents, index)
-    return StaticCache(layers=layers, text=text, condition_latents=latents, condition_index=index, complete=True)
+    return StaticCache(layers=layers, text=text, condition_latents=latents, condition_index=index)
 
 
 def count(network: nn.Module, call: Callable[[], object]) -> tuple[int, int]:

@@ -1,8 +1,7 @@
-"""What MDiTFace's static pathway leaves behind: the keys and values of every condition, layer by layer.
+"""The output of MDiTFace's static pathway: keys and values of every condition in every layer.
 
-They depend on conditions and prompt but not on time, so one generation computes them once. The cache is an object that
-the caller holds and passes to `forward`, never a module's state: two requests cannot meet in it. It remembers what it
-was filled from, so that a stale one is refused rather than used.
+They depend on conditions and prompt but not on time, so one generation computes them once. The cache is an argument of
+`forward`, not a module's state, so requests cannot interfere. It records its inputs, so that a stale one is rejected.
 
 B batch, K conditions, S tokens of one condition, H heads, d width of a head, L text tokens, T text width.
 """
@@ -20,7 +19,7 @@ from likeness.types import InputError, TextFeatures
 
 
 class KeysValues(NamedTuple):
-    """Of the spatial tokens in one layer, after QK-norm and rotary positions; condition after condition."""
+    """Keys and values of one layer, after QK-norm and rotary positions; conditions are concatenated."""
 
     keys: Tensor
     """[B, K S, H, d]."""
@@ -30,21 +29,19 @@ class KeysValues(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class StaticCache:
-    """Made by `MDiTFaceTransformer.static_cache`. The tensors it was filled from must not be written into."""
+    """Output of `MDiTFaceTransformer.static_cache`. Its input tensors must not be modified in place."""
 
     layers: tuple[KeysValues, ...]
-    """One for every block, double blocks first."""
+    """One per block, double blocks first."""
     text: TextFeatures
-    """The prompts that the static pathway read."""
+    """The prompts of the static pathway."""
     condition_latents: Tensor
     """[B, K, C, h, w]."""
     condition_index: Tensor
-    """[B, K], -1 where absent."""
-    complete: bool
-    """Whether no condition is absent, so that attention needs no mask."""
+    """[B, K], -1 if absent."""
 
-    def rows(self, start: int, stop: int) -> StaticCache:
-        """The part for samples start <= b < stop; nothing is copied."""
+    def samples(self, start: int, stop: int) -> StaticCache:
+        """The part of samples start <= b < stop, as views."""
         return replace(
             self,
             layers=tuple(KeysValues(*(x[start:stop] for x in layer)) for layer in self.layers),
@@ -54,8 +51,8 @@ class StaticCache:
         )
 
     def conditions(self, keep: Sequence[int]) -> StaticCache:
-        """The part for these of the K conditions. Conditions do not see one another in the static pathway, so this
-        equals a cache filled with these alone.
+        """The part of these of the K conditions. Conditions do not attend to each other in the static pathway, so this
+        equals a cache of these conditions alone.
         """
         count = self.condition_index.shape[1]
         part = lambda x: x.unflatten(1, (count, -1))[:, keep].flatten(1, 2)  # noqa: E731  # [B, len(keep) S, H, d]
@@ -72,29 +69,24 @@ class StaticCache:
         return sum(x.numel() * x.element_size() for layer in self.layers for x in layer)
 
     def check(self, text: TextFeatures | None, condition_latents: Tensor, condition_index: Tensor) -> None:
-        """Refuse to serve another request.
+        """Raise `InputError` if the cache is of another request.
 
         Args:
-            text: the prompts of the request, or None where the static pathway reads no text.
+            text: the prompts of the request, or None if the static pathway has no text.
             condition_latents: the conditions of the request, [B, K, C, h, w].
-            condition_index: their rows, [B, K]; -1 switches off a condition that the cache has.
-
-        Raises:
-            InputError: another batch size, number of conditions or latent size; another condition; another prompt.
+            condition_index: their ids, [B, K]; -1 disables a condition of the cache.
         """
         if condition_latents.shape != self.condition_latents.shape:
-            raise InputError(
-                f"the static cache was filled from conditions {tuple(self.condition_latents.shape)}, not "
-                f"{tuple(condition_latents.shape)}; fill one for this request"
-            )
-        rows = self.condition_index
-        known = condition_index is rows or bool(((condition_index < 0) | (condition_index == rows)).all())
-        if not known or not same(condition_latents, self.condition_latents):
-            raise InputError("the static cache was filled from other conditions; fill one for this request")
+            own, found = tuple(self.condition_latents.shape), tuple(condition_latents.shape)
+            raise InputError(f"The static cache is of conditions {own}, not {found}: compute one for this request")
+        ids = self.condition_index
+        same_ids = condition_index is ids or bool(((condition_index < 0) | (condition_index == ids)).all())
+        if not same_ids or not same(condition_latents, self.condition_latents):
+            raise InputError("The static cache is of other conditions: compute one for this request")
         if text is not None and not all(map(same, text, self.text)):
-            raise InputError("the static cache was filled from another prompt; fill one for this request")
+            raise InputError("The static cache is of another prompt: compute one for this request")
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal. The very same object is not looked into, which on an accelerator saves a wait."""
+    """Return whether two tensors are equal. The same object is not compared, which would synchronize an accelerator."""
     return a is b or torch.equal(a, b)

@@ -26,6 +26,7 @@ from likeness.data.store import Sample, Store
 from likeness.encoders.components import Components, load_components
 from likeness.encoders.latent import spatial_factor
 from likeness.files import write_whole
+from likeness.models.layers import use_explicit_attention
 from likeness.objectives import Objective, make_objective
 from likeness.parallel import World, mean_over_ranks, shard_model, spread_again, synchronise
 from likeness.train.canary import Canary
@@ -99,6 +100,7 @@ def learn(recipe: TrainRecipe, run: Path, world: World, told: Sequence[int]) -> 
         choose_trained(model, recipe)
     if recipe.network.gradient_checkpointing:
         model.enable_gradient_checkpointing()
+    use_explicit_attention(model, world.kind == "cpu" and recipe.precision == "bf16")
     model.to(world.device).train()
     shard_model(model, world, recipe.precision)
     for tower in (components.text_encoder, components.text_encoder_2):

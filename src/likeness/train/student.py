@@ -38,7 +38,7 @@ from likeness import parallel
 from likeness.data.sampler import step_stream
 from likeness.encoders.components import Components, load_components
 from likeness.files import read_json
-from likeness.models.layers import modulate
+from likeness.models.layers import modulate, use_explicit_attention
 from likeness.models.mditface import PATCH, MDiTFaceTransformer
 from likeness.models.mmface import MMFaceTransformer
 from likeness.objectives import RectifiedFlow, make_objective
@@ -458,6 +458,7 @@ def learn(
     world = parallel.World(device="cuda" if torch.cuda.is_available() else "cpu")
     stores = open_stores(training, recipe.data.shards, components)
     torch.manual_seed(recipe.seed)  # initial weights of the heads only; every later draw has its own stream
+    use_explicit_attention(network, world.kind == "cpu" and recipe.precision == "bf16")
     discriminator = Discriminator(network, d.blocks, d.width).to(world.device).train()
     student = network.to(world.device).train()
     if not stores[0].tower:

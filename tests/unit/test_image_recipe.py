@@ -11,8 +11,7 @@ from PIL import Image
 from builders import tiny_pipeline
 from likeness.data.synthetic import draw_face
 from likeness.pipelines.generate import generate, resolve
-from likeness.pipelines.load import load
-from likeness.pipelines.record import (
+from likeness.pipelines.image_recipe import (
     EXIF_POINTER,
     GENERATED,
     USER_COMMENT,
@@ -22,9 +21,10 @@ from likeness.pipelines.record import (
     read_recipe,
     recipe_of,
     request_of,
-    write_picture,
+    write_image,
 )
-from likeness.types import InputError, PortraitRequest
+from likeness.pipelines.load import load
+from likeness.types import ConditionInput, InputError, PortraitRequest
 from likeness.weights.hashes import pipeline_hash
 
 
@@ -33,13 +33,14 @@ def made():
     """A pipeline, a resolved request with all three conditions, its picture and recipe."""
     pipeline = tiny_pipeline()
     face = draw_face(0, 0, 64)
-    control = {"mask": face.mask, "sketch": face.sketch, "keypoints": face.keypoints}
     request = PortraitRequest(
         prompt='a "quoted" <face> & more, naïve 顔',
         negative_prompt="glasses",
-        control_image=control,
-        conditioning_scale={"mask": 0.7},
-        control_guidance_end={"sketch": 0.5},
+        conditions={
+            "mask": ConditionInput(image=face.mask, scale=0.7),
+            "sketch": ConditionInput(image=face.sketch, end=0.5),
+            "keypoints": ConditionInput(image=face.keypoints),
+        },
         seed=2**62 + 1,
     )
     request = resolve(request, pipeline)
@@ -52,22 +53,18 @@ def made():
 def test_round_trip(made, tmp_path, suffix):
     _, request, picture, recipe = made
     path = tmp_path / f"face.{suffix}"
-    write_picture(picture, path, recipe)
+    write_image(picture, path, recipe)
     found, pixels = read_recipe(path)
     assert found == recipe
     if suffix in ("png", "webp"):
         assert np.array_equal(pixels, np.asarray(picture))
     again = request_of(found)
-    assert dataclasses.replace(again, control_image={}) == dataclasses.replace(
-        request,
-        control_image={},
-        conditioning_scale={"mask": 0.7, "sketch": 1.0, "keypoints": 1.0},
-        control_guidance_start=dict.fromkeys(request.control_image, 0.0),
-        control_guidance_end={"mask": 1.0, "sketch": 0.5, "keypoints": 1.0},
-    )
-    for name, reading in request.control_image.items():
-        assert np.array_equal(again.control_image[name].raw, reading.raw)
-        assert again.control_image[name].raw.dtype == reading.raw.dtype
+    assert dataclasses.replace(again, conditions={}) == dataclasses.replace(request, conditions={})
+    for name, condition in request.conditions.items():
+        found = again.conditions[name]
+        assert dataclasses.replace(found, image=None) == dataclasses.replace(condition, image=None)
+        assert np.array_equal(found.image.raw, condition.image.raw)
+        assert found.image.raw.dtype == condition.image.raw.dtype
 
 
 def test_replay_gives_the_same_bits(made):
@@ -102,12 +99,12 @@ def test_galleries_and_the_mark_of_generated_media(made, tmp_path):
     assert line.splitlines()[1] == "Negative prompt: glasses"
     assert "Steps: 4, Sampler: FlowMatchEulerDiscreteScheduler, CFG scale: 2" in line
     assert f"Seed: {2**62 + 1}, Size: 32x32" in line
-    write_picture(picture, tmp_path / "a.png", recipe)
+    write_image(picture, tmp_path / "a.png", recipe)
     with Image.open(tmp_path / "a.png") as image:
         assert image.info["parameters"] == line
         assert GENERATED in image.info[XMP_KEY]
     for name in ("a.jpg", "a.webp"):
-        write_picture(picture, tmp_path / name, recipe)
+        write_image(picture, tmp_path / name, recipe)
         with Image.open(tmp_path / name) as image:
             comment = image.getexif().get_ifd(EXIF_POINTER)[USER_COMMENT]
             assert comment.removeprefix(b"UNICODE\x00").decode("utf-16-be") == line
@@ -118,10 +115,10 @@ def test_stripped(made, tmp_path):
     _, _, picture, _ = made
     for suffix in ("png", "jpg", "webp"):
         path = tmp_path / f"bare.{suffix}"
-        write_picture(picture, path, None)
+        write_image(picture, path, None)
         with Image.open(path) as image:
             assert not {"parameters", XMP_KEY, "xmp", "exif"} & set(image.info)
-        with pytest.raises(InputError, match="holds no recipe"):
+        with pytest.raises(InputError, match="has no recipe"):
             read_recipe(path)
 
 
@@ -129,23 +126,23 @@ def test_jpeg_without_room_keeps_the_hashes(made, tmp_path):
     """A condition that does not fit into a JPEG's 64 KiB of XMP is left out, and replay says so."""
     _, _, picture, recipe = made
     noise = np.random.default_rng(0).integers(0, 256, (256, 256), dtype=np.uint8)
-    from likeness.pipelines.record import embed
+    from likeness.pipelines.image_recipe import encode_raw
 
-    large = {**recipe, "conditions": {"sketch": {**recipe["conditions"]["sketch"], "data": embed(noise)}}}
-    write_picture(picture, tmp_path / "a.jpg", large)
+    large = {**recipe, "conditions": {"sketch": {**recipe["conditions"]["sketch"], "data": encode_raw(noise)}}}
+    write_image(picture, tmp_path / "a.jpg", large)
     found, _ = read_recipe(tmp_path / "a.jpg")
     assert found["conditions"]["sketch"]["sha256"] == large["conditions"]["sketch"]["sha256"]
-    with pytest.raises(InputError, match="does not hold its sketch"):
+    with pytest.raises(InputError, match="does not contain its sketch"):
         request_of(found)
     with pytest.raises(InputError, match="too long for a JPEG"):
-        write_picture(picture, tmp_path / "b.jpg", {**recipe, "prompt": "long " * 8000})
+        write_image(picture, tmp_path / "b.jpg", {**recipe, "prompt": "long " * 8000})
     assert not (tmp_path / "b.jpg").exists()
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"schema": 99}, "layout 99"),
+        ({"schema": 99}, "version 99"),
         ({"seed": None, "prompt": ...}, "damaged"),
         ({"conditions": {"mask": {"data": {"png": "AAAA"}, "sha256": "", "scheme": ""}}}, "damaged"),
     ],
@@ -160,17 +157,17 @@ def test_damaged_recipes(made, change, words):
 def test_changed_condition_is_noticed(made):
     recipe = made[3]
     entry = {**recipe["conditions"]["mask"], "sha256": "0" * 64}
-    with pytest.raises(InputError, match="mask was changed"):
+    with pytest.raises(InputError, match="mask of the recipe was modified"):
         request_of({**recipe, "conditions": {"mask": entry}})
 
 
 def test_unwritable_and_unknown(made, tmp_path):
     _, _, picture, recipe = made
     with pytest.raises(InputError, match="must end in"):
-        write_picture(picture, tmp_path / "a.gif", recipe)
+        write_image(picture, tmp_path / "a.gif", recipe)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
-        write_picture(picture, tmp_path / "file" / "a.png", recipe)
+        write_image(picture, tmp_path / "file" / "a.png", recipe)
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(InputError, match="cannot be read"):
         read_recipe(tmp_path / "text.png")
