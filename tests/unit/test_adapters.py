@@ -314,7 +314,7 @@ def test_what_does_not_fit_is_listed_and_refused(root):
     before, layers = make(pipeline), dict(pipeline.transformer.named_modules())
     with pytest.raises(
         InputError, match="the state dict was not made for this network; 10 weights do not match"
-    ) as told:
+    ) as raised:
         pipeline.load_lora_weights(state, "style")
     listed = dict(line.strip().split(": ", 1) for line in str(raised.value).splitlines()[1:])
     assert listed.keys() == {key for key in state if not key.startswith(good)}
@@ -414,8 +414,6 @@ def test_networks_that_take_no_adapter(root):
         load_adapter(tiny_mditface_pipeline(attention="concat", spatial_stream="lora"), root / "adapter")
     with pytest.raises(InputError, match="no MDiTFace adapter to save"):
         save_adapter(load(root / "flux").transformer, root / "other", Adapter(base="x", condition_names=("mask",)))
-    with pytest.raises(InputError, match="does not match its configuration; 51 weights do not match"):
-        save_adapter(pipeline.transformer, root / "other", Adapter(base="x", condition_names=("mask",)))
     assert not (root / "other").exists()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from builders import MAX_TOKENS, randomise, tiny_transformer
+from builders import randomise, tiny_transformer
 from likeness.models.layers import use_explicit_attention
 from likeness.models.mmface import MMFaceTransformer
 from likeness.types import TextFeatures
@@ -154,25 +154,6 @@ def test_save_and_load(tmp_path):
 
 def test_patch_size_one():
     assert variant(patch_size=1)(**inputs(height=3, width=5)).shape == (2, 4, 3, 5)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"height": 3}, "patch size"),
-        ({"tokens": MAX_TOKENS + 1}, "text tokens"),
-    ],
-)
-def test_refusals(change, words):
-    with pytest.raises(ValueError, match=words):
-        tiny_transformer()(**inputs(**change))
-
-
-def test_two_conditions_in_one_pass_are_refused():
-    given = inputs()
-    given["condition_index"] = torch.zeros(2, 2, dtype=torch.long)
-    with pytest.raises(ValueError, match="one condition per pass"):
-        tiny_transformer()(**given)
 
 
 def test_bad_widths_are_refused():

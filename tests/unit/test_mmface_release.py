@@ -189,13 +189,13 @@ def test_refusals(release, tmp_path):
     (tmp_path / "text.safetensors").write_text("no tensors")
     with pytest.raises(InputError, match="cannot be read"):
         convert_release(tmp_path / "text.safetensors", tmp_path / "out", release="rfm-256")
-    with pytest.raises(InputError, match="cannot tell"):
+    with pytest.raises(InputError, match="is unknown: pass --release"):
         convert_release(tmp_path / "text.safetensors", tmp_path / "out")
     with pytest.raises(InputError, match="not empty"):
         convert_release(release, tmp_path)
-    with pytest.raises(InputError, match="no CLIP text model"):
+    with pytest.raises(InputError, match="is not a CLIP text model"):
         convert_release(release, tmp_path / "out", text_encoder=tmp_path)
-    with pytest.raises(InputError, match="no diffusers autoencoder"):
+    with pytest.raises(InputError, match="is not an autoencoder of diffusers"):
         convert_release(release, tmp_path / "out", vae=tmp_path)
     with pytest.raises(InputError, match="not MMFace-DiT"):
         convert_state({"a": torch.zeros(1)}, "flow")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from likeness.encoders.text import encode_text, encode_text_flux
+from likeness.encoders.text import encode_text
 from likeness.files import read_json
 from likeness.types import InputError, TextFeatures
 from likeness.weights.catalog import BUNDLED, COMMON, COMPONENTS, find_model
@@ -57,11 +57,16 @@ class Components:
 
     def text_features(self, captions: Sequence[str]) -> TextFeatures:
         """Encode B captions in one batch, on the device of the text encoders."""
-        first, limit = (self.tokenizer, self.text_encoder), self.settings["max_text_tokens"]
-        if self.text_encoder_2 is None:
-            return encode_text(*first, captions, max_tokens=limit, layer=self.settings["text_layer"], batched=True)
-        second = (self.tokenizer_2, self.text_encoder_2)
-        return encode_text_flux(*first, *second, captions, max_tokens=limit, batched=True)
+        return encode_text(
+            self.tokenizer,
+            self.text_encoder,
+            captions,
+            max_tokens=self.settings["max_text_tokens"],
+            layer=self.settings.get("text_layer", -2),
+            tokenizer_2=self.tokenizer_2,
+            text_encoder_2=self.text_encoder_2,
+            batched=True,
+        )
 
 
 def load_components(source: str | Path = BUNDLED / COMMON) -> Components:

@@ -23,60 +23,35 @@ def encode_text(
     *,
     max_tokens: int,
     layer: int = -2,
+    tokenizer_2: Any = None,
+    text_encoder_2: Any = None,
     batched: bool = False,
 ) -> TextFeatures:
-    """Encode B captions with CLIP.
+    """Encode B captions with CLIP, or as FLUX.1 does: tokens from T5's last layer, the pooled vector from CLIP.
 
     Args:
         tokenizer: a CLIP tokenizer.
         text_encoder: a `CLIPTextModel`.
         captions: B strings, truncated to `max_tokens`.
-        max_tokens: length L to which captions are padded, start and end tokens included.
-        layer: index of the hidden state; -1 is the last layer, before the final norm.
-        batched: one pass for all captions also on a CPU: faster, but rounding then depends on B.
-
-    Returns:
-        tokens [B, L, D] and pooled [B, D], on the model's device and in its dtype.
-    """
-    chunks = token_chunks(tokenizer, text_encoder, captions, max_tokens, batched)
-    outputs = [text_encoder(chunk, output_hidden_states=True) for chunk in chunks]
-    return TextFeatures(
-        torch.cat([output.hidden_states[layer] for output in outputs]),
-        torch.cat([output.pooler_output for output in outputs]),
-    )
-
-
-@torch.no_grad()
-def encode_text_flux(
-    tokenizer: Any,
-    text_encoder: Any,
-    tokenizer_2: Any,
-    text_encoder_2: Any,
-    captions: Sequence[str],
-    *,
-    max_tokens: int = 512,
-    batched: bool = False,
-) -> TextFeatures:
-    """Encode B captions as FLUX.1 does: the last layer of T5 as tokens, the pooled vector of CLIP.
-
-    Args:
-        tokenizer: a CLIP tokenizer; captions are padded or truncated to its maximum length, 77.
-        text_encoder: a `CLIPTextModel`.
+        max_tokens: length L to which captions are padded, start and end tokens included. With T5, captions for CLIP are
+            padded to the maximum length of its tokenizer, 77.
+        layer: index of CLIP's hidden state for tokens; -1 is the last layer, before the final norm.
         tokenizer_2: a T5 tokenizer.
         text_encoder_2: a `T5EncoderModel`.
-        captions: B strings.
-        max_tokens: length L to which captions are padded or truncated for T5.
         batched: one pass for all captions also on a CPU: faster, but rounding then depends on B.
 
     Returns:
-        tokens [B, L, T] and pooled [B, P], on the models' devices and in their dtypes.
+        tokens [B, L, D] and pooled [B, P], on the models' devices and in their dtypes.
     """
-    clip_chunks = token_chunks(tokenizer, text_encoder, captions, tokenizer.model_max_length, batched)
-    t5_chunks = token_chunks(tokenizer_2, text_encoder_2, captions, max_tokens, batched)
-    return TextFeatures(
-        torch.cat([text_encoder_2(chunk).last_hidden_state for chunk in t5_chunks]),
-        torch.cat([text_encoder(chunk).pooler_output for chunk in clip_chunks]),
-    )
+    clip_length = max_tokens if text_encoder_2 is None else tokenizer.model_max_length
+    chunks = token_chunks(tokenizer, text_encoder, captions, clip_length, batched)
+    outputs = [text_encoder(chunk, output_hidden_states=True) for chunk in chunks]
+    if text_encoder_2 is None:
+        tokens = [output.hidden_states[layer] for output in outputs]  # [b, L, D] each
+    else:
+        chunks = token_chunks(tokenizer_2, text_encoder_2, captions, max_tokens, batched)
+        tokens = [text_encoder_2(chunk).last_hidden_state for chunk in chunks]  # [b, L, D] each
+    return TextFeatures(torch.cat(tokens), torch.cat([output.pooler_output for output in outputs]))
 
 
 def token_ids(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> Tensor:

@@ -48,7 +48,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from likeness.models.layers import Rope, explicit_attention, modulate, patchify, unpatchify
-from likeness.models.static_cache import KeysValues, StaticCache
 from likeness.models.tied_weights import init_missing, load_shared_once, save_shared_once, tie
 from likeness.types import InputError, TextFeatures
 
@@ -57,6 +56,20 @@ PATCH = 2
 
 Tokens = dict[str, Tensor]
 """Stream -> tokens [B, n, D], in the order of the sequence. In single blocks text is part of the following stream."""
+
+
+class KeysValues(NamedTuple):
+    """Keys and values of the spatial tokens in one block, after QK-norm and rotary positions."""
+
+    keys: Tensor
+    """[B, S, H, d]; conditions are concatenated."""
+    values: Tensor
+    """[B, S, H, d]."""
+
+
+StaticCache = tuple[KeysValues, ...]
+"""Output of the static pathway, one entry per block. It depends on conditions and prompt, but not on time: a generation
+computes it once (`MDiTFaceTransformer.static_cache`)."""
 
 
 class Shared(NamedTuple):
@@ -325,20 +338,16 @@ class MDiTFaceTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             condition_scale: strength s >= 0 of each condition, [B, K]: log s is added to the logits of its keys, so
                 s = 1 changes nothing and s = 0 is absence. `concat` multiplies by s instead.
             guidance: the value that a guidance-distilled network embeds, [B]. Default: 1, as in training.
-            static_cache: `self.static_cache(...)` of these prompts and conditions. Default: computed.
+            static_cache: `self.static_cache(...)` of these prompts and conditions; condition latents are then ignored.
+                Default: computed.
 
         Returns:
             The prediction, [B, C, h, w].
 
         Raises:
-            InputError: shapes that do not match, guidance without guidance embedding, or the cache of another request.
+            InputError: guidance for a network without guidance embedding.
         """
-        self.check(latents, text, condition_latents, condition_index, condition_scale)
         (height, width), conditions, mode = latents.shape[-2:], condition_index.shape[1], self.config.attention
-        if static_cache is not None:
-            self.check_static()
-            static_cache.check(text if mode == "decoupled" else None, condition_latents, condition_index)
-
         image_ids = grid_ids(height // PATCH, width // PATCH, latents.device)  # [N, 3]
         ids = [image_ids.new_zeros(text.tokens.shape[1], 3), image_ids]  # [L, 3], [N, 3]
         image = self.x_embedder(patchify(latents, PATCH))  # [B, N, D]
@@ -356,7 +365,7 @@ class MDiTFaceTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             elif static_cache is None:
                 static = self.static_pathway(tokens["text"], text.pooled, condition_latents, condition_index)
             else:
-                static = static_cache.layers
+                static = static_cache
             if not (all_present and condition_scale is None and self.config.text_reads_spatial):
                 bias = self.spatial_bias(strengths(condition_index, condition_scale), tokens)
 
@@ -376,21 +385,16 @@ class MDiTFaceTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             condition_index: [B, K], -1 if absent.
 
         Raises:
-            InputError: a network without a static pathway, no condition, or shapes that do not match.
+            InputError: the network has no static pathway.
         """
-        self.check_static()
-        if condition_latents.ndim != 5 or not condition_latents.shape[1]:
-            raise InputError(f"condition_latents has shape {tuple(condition_latents.shape)}, not [B, K >= 1, C, h, w]")
-        self.check(condition_latents[:, 0], text, condition_latents, condition_index, None)
+        if self.config.attention not in ("hard", "decoupled"):
+            raise InputError(f"{self.config.attention} attention has no static pathway")
         tokens = self.context_embedder(text.tokens)  # [B, L, D]
-        layers = self.static_pathway(tokens, text.pooled, condition_latents, condition_index)
-        return StaticCache(
-            layers=layers, text=text, condition_latents=condition_latents, condition_index=condition_index
-        )
+        return self.static_pathway(tokens, text.pooled, condition_latents, condition_index)
 
     def static_pathway(
         self, text: Tensor, pooled: Tensor, condition_latents: Tensor, condition_index: Tensor
-    ) -> tuple[KeysValues, ...]:
+    ) -> StaticCache:
         """Keys and values [B, S, H, d] of the spatial tokens in every block, from <mask, text> (`hard`: from the mask),
         at time 0. Each condition is a sample of its own with a copy of the text; absent ones are masked later.
 
@@ -462,39 +466,6 @@ class MDiTFaceTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise InputError("This network does not embed guidance values: leave `guidance` out")
         return self.time_text_embed(time, pooled)
 
-    def check(
-        self,
-        latents: Tensor,
-        text: TextFeatures,
-        condition_latents: Tensor,
-        condition_index: Tensor,
-        condition_scale: Tensor | None,
-    ) -> None:
-        """Raise `InputError` for shapes that do not match."""
-        if latents.ndim != 4 or condition_index.ndim != 2:
-            found = f"{tuple(latents.shape)} and {tuple(condition_index.shape)}"
-            raise InputError(f"latents and condition_index have shapes {found}, not [B, C, h, w] and [B, K]")
-        batch, channels, height, width = latents.shape
-        conditions = condition_index.shape[1]
-        if 4 * channels != self.config.in_channels:
-            raise InputError(f"latents has {channels} channels; this network takes {self.config.in_channels // 4}")
-        if height % PATCH or width % PATCH:
-            raise InputError(f"The latent size {height}x{width} is not a multiple of the patch size {PATCH}")
-        for name, found, expected in (
-            ("text.tokens", text.tokens, (batch, text.tokens.shape[1], self.config.joint_attention_dim)),
-            ("text.pooled", text.pooled, (batch, self.config.pooled_projection_dim)),
-            ("condition_latents", condition_latents, (batch, conditions, channels, height, width)),
-            ("condition_index", condition_index, (batch, conditions)),
-            ("condition_scale", condition_scale, (batch, conditions)),
-        ):
-            if found is not None and found.shape != expected:
-                raise InputError(f"{name} has shape {tuple(found.shape)}; this batch requires {expected}")
-
-    def check_static(self) -> None:
-        """Raise `InputError` for networks without a static pathway."""
-        if self.config.attention not in ("hard", "decoupled"):
-            raise InputError(f"{self.config.attention} attention has no static pathway, so it has no static cache")
-
     @property
     def tied(self) -> bool:
         """Whether the spatial stream shares the base weights of the image stream."""
@@ -520,6 +491,21 @@ class MDiTFaceTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if self.tied:
             raise InputError("A LoRA cannot be fused: the image and the spatial stream share their weights")
         super().fuse_lora(*args, **kwargs)
+
+
+def select(cache: StaticCache, start: int, stop: int, keep: Sequence[int], conditions: int) -> StaticCache:
+    """Select samples start <= b < stop and some of the conditions of a cache.
+
+    Conditions do not attend to each other in the static pathway, so the result equals a cache of these alone.
+    """
+
+    def part(x: Tensor) -> Tensor:
+        x = x[start:stop]  # [b, S, H, d], a view
+        if len(keep) == conditions:
+            return x
+        return x.unflatten(1, (conditions, -1))[:, keep].flatten(1, 2)  # [b, len(keep) N, H, d]
+
+    return tuple(KeysValues(part(keys), part(values)) for keys, values in cache)
 
 
 def join_text(tokens: Tokens) -> Tokens:

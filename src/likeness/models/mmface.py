@@ -188,12 +188,9 @@ class MMFaceTransformer(ModelMixin, ConfigMixin):
 
         Returns:
             The prediction, [B, C, h, w].
-
-        Raises:
-            InputError: a size that is not a multiple of the patch size, too many text tokens, or several conditions.
         """
         height, width = latents.shape[-2:]
-        self.check(height, width, text.tokens.shape[1], condition_index.shape[1])
+        assert condition_index.shape[1] == 1, "one condition per pass"
 
         present = condition_index[:, 0] >= 0  # [B]
         condition = condition_latents[:, 0].masked_fill(~present[:, None, None, None], 0)  # [B, C, h, w]
@@ -227,13 +224,3 @@ class MMFaceTransformer(ModelMixin, ConfigMixin):
         positions = torch.arange(text_tokens) * (self.config.text_rope == "sequential")  # [L]
         angles = torch.cat([image, rope_angles(positions, dim, theta)])  # [N + L, d / 2]
         return angles.cos().float().to(device), angles.sin().float().to(device)
-
-    def check(self, height: int, width: int, text_tokens: int, conditions: int) -> None:
-        """Raise `InputError` for unsupported shapes."""
-        patch = self.config.patch_size
-        if height % patch or width % patch:
-            raise InputError(f"The latent size {height}x{width} is not a multiple of the patch size {patch}")
-        if text_tokens > self.config.max_text_tokens:
-            raise InputError(f"{text_tokens} text tokens exceed the maximum of {self.config.max_text_tokens}")
-        if conditions != 1:
-            raise InputError(f"MMFace takes one condition per pass, not {conditions}")

@@ -2,7 +2,7 @@
 
 An adapter folder contains `adapter.safetensors` (the LoRA of the spatial stream, the condition embedding and, for
 `concat`, its embedder) and `adapter.json` (`Adapter`), which names the base model. The weights of a file are compared
-with the network before anything is changed, because PEFT silently ignores those that do not match.
+with those of the network, because PEFT silently ignores weights that do not match.
 """
 
 from __future__ import annotations
@@ -133,12 +133,11 @@ def save_adapter(
         state: its weights, if those of the network are sharded.
 
     Raises:
-        InputError: the network has no adapter, or not the one of the configuration, or the folder cannot be written.
+        InputError: the network has no adapter, or the folder cannot be written.
     """
     if NAME not in getattr(transformer, "peft_config", {}):
         raise InputError("The network has no MDiTFace adapter to save")
     state = state or adapter_state(transformer)
-    check_weights(state, expected_shapes(transformer, adapter), "The adapter does not match its configuration")
     write_whole(folder / WEIGHTS, save({name: value.contiguous().cpu() for name, value in state.items()}))
     write_whole(folder / ADAPTER, json.dumps(to_dict(adapter), indent=2))
 
@@ -163,8 +162,17 @@ def load_adapter(pipeline: Any, folder: str | Path) -> None:
         state = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder / WEIGHTS} cannot be read: {error}") from error
-    check_weights(state, expected_shapes(transformer, adapter), f"The adapter in {folder} does not match this network")
     add_adapter(transformer, adapter)
+    shapes = {name: tuple(value.shape) for name, value in adapter_state(transformer).items()}
+    reasons = {name: "missing" for name in shapes if name not in state}
+    for name, value in state.items():
+        if name not in shapes:
+            reasons[name] = "unknown weight"
+        elif tuple(value.shape) != shapes[name]:
+            reasons[name] = f"shape {tuple(value.shape)}, not {shapes[name]}"
+    if reasons:
+        unload_adapter(pipeline)
+        reject(reasons, f"The adapter in {folder} does not match this network")
     lora = {name: value for name, value in state.items() if not name.startswith(NEW)}
     set_peft_model_state_dict(transformer, lora, adapter_name=NAME)
     with torch.no_grad():
@@ -210,29 +218,6 @@ def adapter_state(transformer: MDiTFaceTransformer) -> dict[str, Tensor]:
 
     lora = get_peft_model_state_dict(transformer, adapter_name=NAME)
     return lora | {name: value for name, value in transformer.state_dict().items() if name.startswith(NEW)}
-
-
-def expected_shapes(transformer: MDiTFaceTransformer, adapter: Adapter) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of the weights of such an adapter for this network."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name in lora_targets(transformer, adapter.targets):
-        layer = transformer.get_submodule(name)
-        shapes[f"{name}.lora_A.weight"] = (adapter.rank, layer.in_features)
-        shapes[f"{name}.lora_B.weight"] = (layer.out_features, adapter.rank)
-    shapes |= {name: (*value.shape,) for name, value in transformer.state_dict().items() if name.startswith(NEW)}
-    shapes["condition_embed.weight"] = (len(adapter.condition_names), transformer.condition_embed.embedding_dim)
-    return shapes
-
-
-def check_weights(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], message: str) -> None:
-    """Raise `InputError` with the names of all weights that are missing, unknown or of another shape."""
-    reasons = {name: "missing" for name in shapes if name not in state}
-    for name, value in state.items():
-        if name not in shapes:
-            reasons[name] = "unknown weight"
-        elif tuple(value.shape) != shapes[name]:
-            reasons[name] = f"shape {tuple(value.shape)}, not {shapes[name]}"
-    reject(reasons, message)
 
 
 def reject(reasons: Mapping[str, str], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Normalize and check the arguments of a pipeline call and the settings of a checkpoint."""
+"""Normalize and check the arguments of a pipeline call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from likeness.conditions import CONDITIONS
-from likeness.pipelines.sizes import trained_sizes
 from likeness.types import ConditionInput, InputError
 
 
@@ -130,12 +129,3 @@ def condition_inputs(
         name: [convert(name, image) for image in value] if isinstance(value, (list, tuple)) else convert(name, value)
         for name, value in images.items()
     }
-
-
-def check_settings(condition_resize: str, defaults: Mapping[str, Any], known: Mapping[str, Any], sizes: Any) -> None:
-    """Reject invalid settings of a checkpoint. Raises `InputError`."""
-    if condition_resize not in ("exact", "lanczos"):
-        raise InputError(f"condition_resize is {condition_resize!r}; choose exact or lanczos")
-    if unknown := [name for name in defaults if name not in known]:
-        raise InputError(f"Unknown default {unknown[0]!r} of the checkpoint. Available: {', '.join(known)}")
-    trained_sizes({"sizes": sizes, "defaults": {**known, **defaults}})

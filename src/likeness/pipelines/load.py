@@ -7,8 +7,6 @@ The weights of the bundled models are packed (`likeness.weights.packed`), and th
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,12 +71,10 @@ def load(
         from likeness.pipelines.adapters import load_adapter, read_adapter
 
         adapter = read_adapter(folder)
-        with progress_bars_disabled():
-            pipeline = load_folder(find_model(base or adapter.base), dtype, adapter.network, quantize)
+        pipeline = load_folder(find_model(base or adapter.base), dtype, adapter.network, quantize)
         load_adapter(pipeline, folder)
     elif base is None:
-        with progress_bars_disabled():
-            pipeline = load_folder(folder, dtype, quantize=quantize)
+        pipeline = load_folder(folder, dtype, quantize=quantize)
     else:
         raise InputError(f"{folder} is not an adapter: leave the base model {base} out")
     if offload:
@@ -87,26 +83,6 @@ def load(
         pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-@contextmanager
-def progress_bars_disabled() -> Iterator[None]:
-    """Disable the progress bars of diffusers, transformers and the Hub; restore their state afterwards."""
-    from diffusers.utils import logging as diffusers_logging
-    from huggingface_hub import utils as hub
-    from transformers.utils import logging as transformers_logging
-
-    active = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
-    hub_disabled = hub.are_progress_bars_disabled()
-    for library in active:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in active:
-            library.enable_progress_bar()
-        if hub_disabled:
-            hub.disable_progress_bars()  # transformers has enabled them, too
 
 
 def load_folder(

@@ -18,10 +18,8 @@ from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from likeness.encoders.text import encode_text, encode_text_flux
-from likeness.models.mditface import PATCH, MDiTFaceTransformer
+from likeness.models.mditface import PATCH, MDiTFaceTransformer, select
 from likeness.pipelines.adapters import NAME, load_lora, unload_adapter
-from likeness.pipelines.arguments import check_settings
 from likeness.pipelines.portrait import EncodedBatch, Passes, PortraitPipeline
 from likeness.types import InputError, TextFeatures
 
@@ -79,7 +77,6 @@ class MDiTFacePipeline(PortraitPipeline, FluxLoraLoaderMixin):
         sizes: Sequence[Sequence[int]] | str | None = None,
     ) -> None:
         super().__init__()
-        check_settings(condition_resize, defaults or {}, DEFAULTS, sizes)
         if not isinstance(transformer, MDiTFaceTransformer):
             raise InputError(
                 f"The transformer is a {type(transformer).__name__}: load FLUX.1 with likeness.load(folder), or pass "
@@ -97,14 +94,15 @@ class MDiTFacePipeline(PortraitPipeline, FluxLoraLoaderMixin):
             tokenizer_2=tokenizer_2,
         )
         own_mean, own_std = vae.config.get("shift_factor") or 0.0, 1 / (vae.config.get("scaling_factor") or 1.0)
-        self.register_to_config(
-            objective=dict(objective or {"name": "rectified_flow"}),
+        self.register_settings(
+            DEFAULTS,
+            objective=objective,
             latent_mean=own_mean if latent_mean is None else latent_mean,
             latent_std=own_std if latent_std is None else latent_std,
             text_layer=text_layer,
             max_text_tokens=max_text_tokens,
             condition_resize=condition_resize,
-            defaults={**DEFAULTS, **(defaults or {})},
+            defaults=defaults,
             sizes=sizes,
         )
         self.loras: dict[str, dict[str, Any]] = {}  # LoRA -> how it was loaded, for recipes
@@ -114,13 +112,6 @@ class MDiTFacePipeline(PortraitPipeline, FluxLoraLoaderMixin):
         if self.transformer.config.guidance_embeds and any(negatives):
             found = next(filter(None, negatives))
             raise InputError(f"A guidance-distilled network has no negative prompt: leave {found!r} out")
-
-    def text_features(self, texts: Sequence[str]) -> TextFeatures:
-        """Encode T distinct texts, tokens [T, L, D]."""
-        limit, first = self.config.max_text_tokens, (self.tokenizer, self.text_encoder)
-        if self.text_encoder_2 is None:
-            return encode_text(*first, texts, max_tokens=limit, layer=self.config.text_layer)
-        return encode_text_flux(*first, self.tokenizer_2, self.text_encoder_2, texts, max_tokens=limit)
 
     def pass_function(self, batch: EncodedBatch, group: Sequence[int]) -> Callable[[int], Passes]:
         """Return the function from a step to the passes of a group of images: those with prompts, then those with
@@ -156,11 +147,7 @@ class MDiTFacePipeline(PortraitPipeline, FluxLoraLoaderMixin):
                 "all_present": all(numbers[p][k] for p in range(start, stop) for k in keep),
             }
             if cache is not None and keep:
-                part = cache.samples(start, stop)
-                part = part.conditions(keep) if len(keep) < len(names) else part
-                # the cache's own tensors, whose equality is known without a comparison on the device
-                arguments |= {name: getattr(part, name) for name in ("text", "condition_latents", "condition_index")}
-                arguments["static_cache"] = part
+                arguments["static_cache"] = select(cache, start, stop, keep, len(names))
             scales = [conditions[names[k]].scale for k in keep]
             if any(s != 1 for s in scales):
                 arguments["condition_scale"] = torch.tensor(scales, device=device).expand(stop - start, -1)  # [P, K]

@@ -12,9 +12,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, SchedulerMixin
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from likeness.encoders.text import encode_text
 from likeness.models.mmface import MMFaceTransformer
-from likeness.pipelines.arguments import check_settings
 from likeness.pipelines.guidance import passes
 from likeness.pipelines.portrait import EncodedBatch, Passes, PortraitPipeline
 from likeness.types import InputError, TextFeatures
@@ -64,18 +62,18 @@ class MMFacePipeline(PortraitPipeline):
         sizes: Sequence[Sequence[int]] | str | None = None,
     ) -> None:
         super().__init__()
-        check_settings(condition_resize, defaults or {}, DEFAULTS, sizes)
         self.register_modules(
             transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler
         )
-        self.register_to_config(
-            objective=dict(objective or {"name": "rectified_flow"}),
+        self.register_settings(
+            DEFAULTS,
+            objective=objective,
             latent_mean=latent_mean,
             latent_std=latent_std,
             text_layer=text_layer,
             max_text_tokens=max_text_tokens,
             condition_resize=condition_resize,
-            defaults={**DEFAULTS, **(defaults or {})},
+            defaults=defaults,
             sizes=sizes,
         )
 
@@ -87,12 +85,9 @@ class MMFacePipeline(PortraitPipeline):
     def check_network(self, negatives: Sequence[str]) -> None:
         """Raise `InputError` if a component is missing, as in a converted folder."""
         if missing := [name for name in self._optional_components if getattr(self, name) is None]:
-            raise InputError(f"This checkpoint has no {missing[0]}: convert it again with --text-encoder and --vae")
-
-    def text_features(self, texts: Sequence[str]) -> TextFeatures:
-        """Encode T distinct texts, tokens [T, L, D]."""
-        limit, layer = self.config.max_text_tokens, self.config.text_layer
-        return encode_text(self.tokenizer, self.text_encoder, texts, max_tokens=limit, layer=layer)
+            raise InputError(
+                f"This checkpoint has no {' and no '.join(missing)}: convert it again with --text-encoder and --vae"
+            )
 
     def pass_function(self, batch: EncodedBatch, group: Sequence[int]) -> Callable[[int], Passes]:
         """Return the function from a step to the passes of a group of images."""

@@ -27,7 +27,7 @@ from likeness.conditions import CONDITIONS, read_condition
 from likeness.conditions.base import Condition
 from likeness.conditions.images import check_aspect
 from likeness.encoders.latent import LatentCodec, spatial_factor, to_pixels, to_tensor
-from likeness.encoders.text import truncated_text
+from likeness.encoders.text import encode_text, truncated_text
 from likeness.objectives import Objective, make_objective
 from likeness.objectives.flow import dynamic_shift
 from likeness.pipelines.arguments import condition_inputs, noise_interval, number, per_image, whole_number
@@ -88,6 +88,30 @@ class PortraitPipeline(DiffusionPipeline):
 
     _callback_tensor_inputs: ClassVar = ["latents"]
 
+    def register_settings(
+        self,
+        known: Mapping[str, Any],
+        *,
+        objective: Mapping[str, Any] | None,
+        defaults: Mapping[str, Any] | None,
+        condition_resize: str,
+        sizes: Any,
+        **settings: Any,
+    ) -> None:
+        """Check the settings of a checkpoint and store them; `known` are the `defaults` of the network.
+
+        Raises:
+            InputError: a setting is invalid.
+        """
+        if condition_resize not in ("exact", "lanczos"):
+            raise InputError(f"condition_resize is {condition_resize!r}; choose exact or lanczos")
+        if unknown := sorted(set(defaults or {}) - set(known)):
+            raise InputError(f"Unknown default {unknown[0]!r} of the checkpoint. Available: {', '.join(known)}")
+        settings |= {"defaults": {**known, **(defaults or {})}, "sizes": sizes}
+        trained_sizes(settings)
+        objective = dict(objective or {"name": "rectified_flow"})
+        self.register_to_config(objective=objective, condition_resize=condition_resize, **settings)
+
     @property
     def patch_size(self) -> int:
         """Side of the network's patches, in latent pixels."""
@@ -99,7 +123,9 @@ class PortraitPipeline(DiffusionPipeline):
 
     def text_features(self, texts: Sequence[str]) -> TextFeatures:
         """Encode T distinct texts, tokens [T, L, D]."""
-        raise NotImplementedError
+        second: dict[str, Any] = {name: getattr(self, name, None) for name in ("tokenizer_2", "text_encoder_2")}
+        limit, layer = self.config.max_text_tokens, self.config.text_layer
+        return encode_text(self.tokenizer, self.text_encoder, texts, max_tokens=limit, layer=layer, **second)
 
     def pass_function(self, batch: EncodedBatch, group: Sequence[int]) -> Callable[[int], Passes]:
         """Return the function from a step to the passes of a group of images."""
