@@ -1,4 +1,4 @@
-"""MDiTFace's adapter on FLUX.1: saved, loaded, scaled, removed; LoRAs of others beside it; what does not fit."""
+"""Adapters on FLUX.1: save, load, scale and remove MDiTFace's adapter and other LoRAs; weights that do not match."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def lora_of(network: nn.Module, layers: tuple[str, ...], rank: int, std: float =
 
 
 def kohya() -> dict[str, torch.Tensor]:
-    """One layer in the format of kohya's scripts, alpha beside it."""
+    """One layer in the format of kohya's scripts, with alpha."""
     g, name = torch.Generator().manual_seed(9), "lora_unet_double_blocks_0_img_attn_proj"
     down, up = torch.randn(4, 32, generator=g), torch.randn(32, 4, generator=g)
     return {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(2.0)}
@@ -117,8 +117,8 @@ def mask() -> dict[str, np.ndarray]:
 
 def test_folder_and_its_configuration(root):
     assert sorted(path.name for path in (root / "adapter").iterdir()) == ["adapter.json", "adapter.safetensors"]
-    told = json.loads((root / "adapter" / "adapter.json").read_text())
-    assert told == {
+    config = json.loads((root / "adapter" / "adapter.json").read_text())
+    assert config == {
         "base": str(root / "flux"),
         "condition_names": ["mask", "sketch"],
         "attention": "decoupled",
@@ -153,7 +153,7 @@ def test_round_trip(root, tmp_path, mask, attention):
     assert (make(again, mask) - make(again)).abs().max() > 1e-3
     assert pipeline_hash(again) == pipeline_hash(pipeline)
     if attention != "concat":
-        assert torch.equal(make(again), fresh)  # words alone do not see the adapter
+        assert torch.equal(make(again), fresh)  # text alone do not see the adapter
 
 
 def load_with(base: Path, adapter: Adapter) -> MDiTFacePipeline:
@@ -212,7 +212,7 @@ def test_number_formats(root, mask):
 
 @pytest.mark.parametrize("names", [("style",), ("turbo",), ("style", "turbo"), ("kohya.safetensors",)])
 def test_loras_act_as_in_diffusers(root, mask, names):
-    """Without a condition the pictures are diffusers' own, with the adapter loaded; with one, both act."""
+    """Without a condition the images are diffusers' own, with the adapter loaded; with one, both act."""
     pipeline = load(root / "adapter")
     before = make(pipeline, mask)
     for name in names:
@@ -254,13 +254,13 @@ def test_loading_keeps_the_strength_of_others(root, mask):
 
 
 def test_a_lora_of_the_text_encoder(root):
-    """Formats that bring one have it applied."""
+    """LoRAs that contain weights of the text encoder apply them."""
     pipeline = load(root / "flux")
     layer = next(n for n, m in pipeline.text_encoder.named_modules() if n.endswith("layers.0.self_attn.q_proj"))
     down, up = torch.randn(2, 32, generator=torch.Generator().manual_seed(0)), torch.ones(32, 2)
     state = {f"text_encoder.{layer}.lora_A.weight": down, f"text_encoder.{layer}.lora_B.weight": up}
     before = make(pipeline)
-    pipeline.load_lora_weights(state, "words")
+    pipeline.load_lora_weights(state, "text")
     assert (make(pipeline) - before).abs().max() > 1e-4
 
 
@@ -293,7 +293,7 @@ def test_a_lora_without_its_prefix(root):
     assert torch.equal(make(pipeline), make(other))
 
 
-def test_what_does_not_fit_is_listed_and_refused(root):
+def test_what_does_not_fit_is_listed_and_rejected(root):
     """All of it, key by key, with the reason; on demand the rest is loaded."""
     good = "transformer.transformer_blocks.0.attn.to_q"
     state = {
@@ -337,19 +337,19 @@ def test_what_does_not_fit_is_listed_and_refused(root):
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_foreign_files_are_refused(root, tmp_path, strict):
+def test_foreign_files_are_rejected(root, tmp_path, strict):
     pipeline = load(root / "adapter")
     foreign = {f"unet.down.{i}.lora_{half}.weight": torch.ones(2, 2) for i in range(3) for half in "AB"}
     save_file(foreign, tmp_path / "sd.safetensors")
     (tmp_path / "text.safetensors").write_text("no weights")
-    for source, words in (
+    for source, message in (
         (tmp_path / "sd.safetensors", "sd.safetensors was not made for this network; 6 weights do not match"),
         (tmp_path / "text.safetensors", "text.safetensors cannot be read as a LoRA"),
         (tmp_path / "absent.safetensors", "absent.safetensors does not exist"),
         (root / "adapter" / "adapter.safetensors", "condition_embed.weight: not a pair"),
     ):
-        if strict or "condition" not in words:
-            with pytest.raises(InputError, match=words):
+        if strict or "condition" not in message:
+            with pytest.raises(InputError, match=message):
                 pipeline.load_lora_weights(source, "other", strict=strict)
     pipeline.load_lora_weights(root / "style", "style")
     with pytest.raises(InputError, match="'style' exists already"):
@@ -362,15 +362,15 @@ def test_foreign_files_are_refused(root, tmp_path, strict):
 def changed(root: Path, out: Path, weights: dict | None = None, **values) -> Path:
     """The adapter with other weights, or other values in its configuration."""
     shutil.copytree(root / "adapter", out)
-    told = json.loads((out / "adapter.json").read_text())
-    (out / "adapter.json").write_text(json.dumps({**told, **values}))
+    config = json.loads((out / "adapter.json").read_text())
+    (out / "adapter.json").write_text(json.dumps({**config, **values}))
     if weights is not None:
         save_file(weights, out / "adapter.safetensors")
     return out
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "message"),
     [
         ({"rank": 8}, r"does not match this network; 50 weights do not match:\n.*shape \(4, 32\), not \(8, 32\)"),
         ({"condition_names": ["mask"]}, r"condition_embed\.weight: shape \(2, 32\), not \(1, 32\)"),
@@ -380,8 +380,8 @@ def changed(root: Path, out: Path, weights: dict | None = None, **values) -> Pat
         ({"base": "/nowhere/flux"}, "Unknown model '/nowhere/flux'"),
     ],
 )
-def test_wrong_configurations(root, tmp_path, values, words):
-    with pytest.raises(InputError, match=words):
+def test_wrong_configurations(root, tmp_path, values, message):
+    with pytest.raises(InputError, match=message):
         load(changed(root, tmp_path / "adapter", **values))
 
 
@@ -437,7 +437,7 @@ def test_generate_and_replay(root, tmp_path, capsys):
     assert run(*given, "--negative-prompt", "hat", "--model", root / "adapter", "--out", tmp_path / "c.png") == 2
     assert "reads no negative prompt" in capsys.readouterr().err
     assert run(*given, "--model", root / "flux", "--out", tmp_path / "c.png") == 2
-    assert "takes words only" in capsys.readouterr().err
+    assert "takes text only" in capsys.readouterr().err
 
 
 def lora_file(root: Path, name: str) -> Path:
@@ -445,7 +445,7 @@ def lora_file(root: Path, name: str) -> Path:
 
 
 def test_generate_with_loras_and_replay(root, tmp_path, capsys):
-    """Files and strengths are in the recipe; what was given as numbers or lies no longer there is refused."""
+    """Recipes contain files and strengths; LoRAs from a state dict or a missing file are rejected."""
     shutil.copy(lora_file(root, "style"), tmp_path / "style.safetensors")
     given = ("generate", PROMPT, "--mask", root / "mask.png", "--seed", 5, "--model", root / "adapter")
     assert run(*given, "--out", tmp_path / "plain.png") == 0
@@ -475,7 +475,7 @@ def test_generate_with_loras_and_replay(root, tmp_path, capsys):
 
 
 def test_recipes_hold_what_acts(root, mask):
-    """Whatever was loaded by whatever way, at the strength that it has now."""
+    """All active adapters are recorded with their current strength, however they were loaded."""
     pipeline = load(root / "adapter")
     assert active_adapters(pipeline) == {NAME: {"scale": 1.0}}
     pipeline.load_lora_weights(root / "style", "style")
@@ -529,30 +529,30 @@ def test_strengths_by_block_cannot_be_recorded(root):
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_loras_that_fit_in_part(root, tmp_path, capsys, strict):
-    """Listed key by key: refused, or on demand left out and told."""
+    """Listed key by key: rejected, or on demand left out and reported."""
     state = load_file(lora_file(root, "style"))
     state |= {f"transformer.transformer_blocks.7.attn.to_q.lora_{half}.weight": torch.ones(2, 2) for half in "AB"}
     save_file(state, tmp_path / "part.safetensors")
     given = ("generate", PROMPT, "--model", root / "adapter", "--lora", tmp_path / "part.safetensors")
     out = tmp_path / "a.png"
     assert run(*given, "--out", out, *(() if strict else ("--no-lora-strict",))) == (2 if strict else 0)
-    told = capsys.readouterr().err
-    assert told.count("transformer.transformer_blocks.7.attn.to_q.lora_") == 2
+    reported = capsys.readouterr().err
+    assert reported.count("transformer.transformer_blocks.7.attn.to_q.lora_") == 2
     assert out.exists() != strict
     if not strict:
         assert run("replay", out) == 0
 
 
 @pytest.mark.parametrize(
-    ("lora", "words"),
+    ("lora", "message"),
     [
         ("absent.safetensors", "absent.safetensors does not exist"),
         ("style.safetensors=nan", "a file and its strength as FILE=0.6"),
     ],
 )
-def test_bad_loras(root, tmp_path, capsys, lora, words):
+def test_bad_loras(root, tmp_path, capsys, lora, message):
     assert run("generate", "--model", root / "adapter", "--lora", lora, "--out", tmp_path / "a.png") == 2
-    assert words in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -1,4 +1,4 @@
-"""The record inside a picture: written, read back by others' rules, replayed, stripped, damaged."""
+"""The record inside an image: written, read back by others' rules, replayed, stripped, damaged."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from likeness.weights.hashes import pipeline_hash
 
 @pytest.fixture(scope="module")
 def made():
-    """A pipeline, a resolved request with all three conditions, its picture and recipe."""
+    """A pipeline, a resolved request with all three conditions, its image and recipe."""
     pipeline = tiny_pipeline()
     face = draw_face(0, 0, 64)
     request = PortraitRequest(
@@ -44,20 +44,20 @@ def made():
         seed=2**62 + 1,
     )
     request = resolve(request, pipeline)
-    picture = generate(pipeline, request, [request.seed])[0][0]
+    image = generate(pipeline, request, [request.seed])[0][0]
     recipe = recipe_of(request, pipeline, model="tiny", fingerprint=pipeline_hash(pipeline))
-    return pipeline, request, picture, recipe
+    return pipeline, request, image, recipe
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "webp"])
 def test_round_trip(made, tmp_path, suffix):
-    _, request, picture, recipe = made
+    _, request, image, recipe = made
     path = tmp_path / f"face.{suffix}"
-    write_image(picture, path, recipe)
+    write_image(image, path, recipe)
     found, pixels = read_recipe(path)
     assert found == recipe
     if suffix in ("png", "webp"):
-        assert np.array_equal(pixels, np.asarray(picture))
+        assert np.array_equal(pixels, np.asarray(image))
     again = request_of(found)
     assert dataclasses.replace(again, conditions={}) == dataclasses.replace(request, conditions={})
     for name, condition in request.conditions.items():
@@ -68,9 +68,9 @@ def test_round_trip(made, tmp_path, suffix):
 
 
 def test_replay_gives_the_same_bits(made):
-    pipeline, _, picture, recipe = made
+    pipeline, _, image, recipe = made
     again = request_of(recipe)
-    assert np.array_equal(np.asarray(generate(pipeline, again, [again.seed])[0][0]), np.asarray(picture))
+    assert np.array_equal(np.asarray(generate(pipeline, again, [again.seed])[0][0]), np.asarray(image))
     assert differences(recipe, pipeline, recipe["fingerprint"]) == []
 
 
@@ -86,25 +86,25 @@ def test_settings_are_the_same_after_saving_and_not_after_a_change(made, tmp_pat
 def test_differences_are_named(made):
     pipeline, _, _, recipe = made
     other = {**recipe, "environment": {**recipe["environment"], "torch": "1.0"}}
-    told = differences(other, pipeline, "0")
-    assert any(line.startswith("torch: 1.0 then") for line in told)
-    assert any(line.startswith("fingerprint") for line in told)
-    assert len(told) == 2
+    reported = differences(other, pipeline, "0")
+    assert any(line.startswith("torch: 1.0 then") for line in reported)
+    assert any(line.startswith("fingerprint") for line in reported)
+    assert len(reported) == 2
 
 
 def test_galleries_and_the_mark_of_generated_media(made, tmp_path):
-    _, _, picture, recipe = made
+    _, _, image, recipe = made
     line = parameters_line(recipe)
     assert line.splitlines()[0] == recipe["prompt"]
     assert line.splitlines()[1] == "Negative prompt: glasses"
     assert "Steps: 4, Sampler: FlowMatchEulerDiscreteScheduler, CFG scale: 2" in line
     assert f"Seed: {2**62 + 1}, Size: 32x32" in line
-    write_image(picture, tmp_path / "a.png", recipe)
+    write_image(image, tmp_path / "a.png", recipe)
     with Image.open(tmp_path / "a.png") as image:
         assert image.info["parameters"] == line
         assert GENERATED in image.info[XMP_KEY]
     for name in ("a.jpg", "a.webp"):
-        write_image(picture, tmp_path / name, recipe)
+        write_image(image, tmp_path / name, recipe)
         with Image.open(tmp_path / name) as image:
             comment = image.getexif().get_ifd(EXIF_POINTER)[USER_COMMENT]
             assert comment.removeprefix(b"UNICODE\x00").decode("utf-16-be") == line
@@ -112,10 +112,10 @@ def test_galleries_and_the_mark_of_generated_media(made, tmp_path):
 
 
 def test_stripped(made, tmp_path):
-    _, _, picture, _ = made
+    _, _, image, _ = made
     for suffix in ("png", "jpg", "webp"):
         path = tmp_path / f"bare.{suffix}"
-        write_image(picture, path, None)
+        write_image(image, path, None)
         with Image.open(path) as image:
             assert not {"parameters", XMP_KEY, "xmp", "exif"} & set(image.info)
         with pytest.raises(InputError, match="has no recipe"):
@@ -123,34 +123,34 @@ def test_stripped(made, tmp_path):
 
 
 def test_jpeg_without_room_keeps_the_hashes(made, tmp_path):
-    """A condition that does not fit into a JPEG's 64 KiB of XMP is left out, and replay says so."""
-    _, _, picture, recipe = made
+    """A condition that does not fit into a JPEG's 64 KiB of XMP is left out, which is an error on replay."""
+    _, _, image, recipe = made
     noise = np.random.default_rng(0).integers(0, 256, (256, 256), dtype=np.uint8)
     from likeness.pipelines.image_recipe import encode_raw
 
     large = {**recipe, "conditions": {"sketch": {**recipe["conditions"]["sketch"], "data": encode_raw(noise)}}}
-    write_image(picture, tmp_path / "a.jpg", large)
+    write_image(image, tmp_path / "a.jpg", large)
     found, _ = read_recipe(tmp_path / "a.jpg")
     assert found["conditions"]["sketch"]["sha256"] == large["conditions"]["sketch"]["sha256"]
     with pytest.raises(InputError, match="does not contain its sketch"):
         request_of(found)
     with pytest.raises(InputError, match="too long for a JPEG"):
-        write_image(picture, tmp_path / "b.jpg", {**recipe, "prompt": "long " * 8000})
+        write_image(image, tmp_path / "b.jpg", {**recipe, "prompt": "long " * 8000})
     assert not (tmp_path / "b.jpg").exists()
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"schema": 99}, "version 99"),
         ({"seed": None, "prompt": ...}, "damaged"),
         ({"conditions": {"mask": {"data": {"png": "AAAA"}, "sha256": "", "scheme": ""}}}, "damaged"),
     ],
 )
-def test_damaged_recipes(made, change, words):
+def test_damaged_recipes(made, change, message):
     recipe = {**made[3], **change}
     recipe = {key: value for key, value in recipe.items() if value is not ...}
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=message):
         request_of(recipe)
 
 
@@ -162,13 +162,13 @@ def test_changed_condition_is_noticed(made):
 
 
 def test_unwritable_and_unknown(made, tmp_path):
-    _, _, picture, recipe = made
+    _, _, image, recipe = made
     with pytest.raises(InputError, match="must end in"):
-        write_image(picture, tmp_path / "a.gif", recipe)
+        write_image(image, tmp_path / "a.gif", recipe)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
-        write_image(picture, tmp_path / "file" / "a.png", recipe)
-    (tmp_path / "text.png").write_text("no picture")
+        write_image(image, tmp_path / "file" / "a.png", recipe)
+    (tmp_path / "text.png").write_text("no image")
     with pytest.raises(InputError, match="cannot be read"):
         read_recipe(tmp_path / "text.png")
     with pytest.raises(InputError, match="cannot be read"):

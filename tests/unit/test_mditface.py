@@ -1,4 +1,4 @@
-"""The MDiTFace network: FLUX where there is no condition, three ways to bring one in, and what may be cached."""
+"""The MDiTFace network: FLUX without conditions, all attention modes, the static cache, tied weights, adapters."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def flux_output(flux: FluxTransformer2DModel, given: dict, guidance: torch.Tenso
 
 
 def add_lora(model: nn.Module, targets: list[str], rank: int = 8, std: float = 0.3) -> nn.Module:
-    """An adapter that is no longer at its zero beginning."""
+    """An adapter that is no longer at its initial zeros."""
     model.requires_grad_(False)
     model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
     g = torch.Generator().manual_seed(6)
@@ -146,7 +146,7 @@ def test_samples_with_and_without_conditions_in_one_batch(mode):
 
 
 def test_a_flux_folder_is_a_base(tmp_path):
-    """With `lora`, `full` or `concat`, a FLUX folder begins as a network that has learnt nothing of conditions."""
+    """With `lora`, `full` or `concat`, a FLUX folder loads as a network on which conditions have no trained effect."""
     flux, given = tiny_flux(), inputs()
     flux.save_pretrained(tmp_path)
     tied = MDiTFaceTransformer.from_pretrained(tmp_path)
@@ -160,7 +160,7 @@ def test_a_flux_folder_is_a_base(tmp_path):
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
-def test_another_base_is_refused(tmp_path, low_cpu_mem_usage):
+def test_another_base_is_rejected(tmp_path, low_cpu_mem_usage):
     flux = tiny_flux()
     state = flux.state_dict()
     del state["transformer_blocks.1.attn.to_q.weight"]
@@ -493,7 +493,7 @@ def test_concat_adapts_the_image_stream():
 
 @pytest.mark.parametrize("mode", ["decoupled", "concat"])
 def test_an_adapter_of_all_streams(mode):
-    """The layers of the image stream are in it as those of the spatial one are; words alone see it; ties hold."""
+    """The layers of the image stream are in it as those of the spatial one are; text alone see it; ties hold."""
     model, given = tiny_mditface(attention=mode), inputs()
     spatial, everything = lora_targets(model), lora_targets(model, "all")
     assert len(everything) == len(set(everything))
@@ -572,14 +572,14 @@ def test_the_costs_of_table_4(capsys):
     assert rows["decoupled"][6:] == ["717", "28,978,688"]
 
 
-def test_cost_of_impossible_requests_is_refused():
+def test_cost_of_impossible_requests_is_rejected():
     with pytest.raises(InputError, match="The size 100 is not a multiple of 16"):
         mditface_costs(size=100)
     with pytest.raises(InputError, match="steps is 0"):
         mditface_costs(steps=0)
 
 
-# --- Training, sizes, refusals
+# --- Training, sizes, rejected_arguments
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -632,13 +632,13 @@ def test_sizes_and_aspect_ratios(mode):
         assert model(**inputs(height=height, width=width, conditions=2)).shape == (2, 4, height, width)
 
 
-def test_guidance_that_nothing_embeds_is_refused():
+def test_guidance_that_nothing_embeds_is_rejected():
     with pytest.raises(InputError, match="guidance"):
         tiny_mditface(guidance_embeds=False)(**inputs(), guidance=torch.ones(2))
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"attention": "soft"}, "attention is 'soft'; choose one of holistic, hard, decoupled, concat"),
         ({"spatial_stream": "own"}, "spatial_stream"),
@@ -646,6 +646,6 @@ def test_guidance_that_nothing_embeds_is_refused():
         ({"axes_dims_rope": (16, 56, 56)}, "axes_dims_rope"),
     ],
 )
-def test_bad_configurations_are_refused(changes, words):
-    with pytest.raises(InputError, match=words):
+def test_bad_configurations_are_rejected(changes, message):
+    with pytest.raises(InputError, match=message):
         MDiTFaceTransformer(**{**TINY_FLUX, **changes})

@@ -67,7 +67,7 @@ def test_every_input_matters(name):
 
 
 def test_absent_condition():
-    """-1 is the `none` row and a zero latent, whatever the latent is; without a `none` row it is row 0."""
+    """-1 is the `none` row and a zero latent, for any latent; without a `none` row it is row 0."""
     model, given = tiny_transformer(), inputs()
     none = model.config.condition_names.index("none")
     zero = torch.zeros_like(given["condition_latents"])
@@ -86,7 +86,7 @@ def test_sizes_and_aspect_ratios():
 
 
 def test_positions_matter():
-    """Attention is blind to order without rotary positions: exchanging two patches must not just exchange outputs."""
+    """Attention is blind to order without rotary positions: swapping two patches must not just swap outputs."""
     model, given = tiny_transformer(), inputs(batch=1)
     flipped = {**given, "latents": given["latents"].flip(-1), "condition_latents": given["condition_latents"].flip(-1)}
     # patches are flipped inside as well, so compare with a model that has no positions at all
@@ -156,7 +156,7 @@ def test_patch_size_one():
     assert variant(patch_size=1)(**inputs(height=3, width=5)).shape == (2, 4, 3, 5)
 
 
-def test_bad_widths_are_refused():
+def test_bad_widths_are_rejected():
     with pytest.raises(ValueError, match="multiple"):
         MMFaceTransformer(hidden_size=30, heads=4)
 

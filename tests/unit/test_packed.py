@@ -1,4 +1,4 @@
-"""Packed weights and bundled folders: small errors, whole pipelines, refusals."""
+"""Packed weights and bundled folders: small errors, whole pipelines, rejected_arguments."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_error_is_at_most_half_a_step():
 
 
 def test_text_encoder_round_trip(tmp_path):
-    """Its position numbers are a buffer that no file holds."""
+    """Its position ids are a buffer that is not saved."""
     encoder = tiny_text_encoder()
     save_packed(encoder, tmp_path)
     again = load_component(tmp_path, "transformers", "CLIPTextModel")
@@ -56,7 +56,7 @@ def test_text_encoder_round_trip(tmp_path):
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory) -> Path:
-    """`common/` and a packed model beside it, made by the commands' own functions."""
+    """`common/` and a packed model next to it, made by the commands' own functions."""
     root = tmp_path_factory.mktemp("bundle")
     write_synthetic(root / "faces", 4, 32, seed=0)
     tiny_vae().save_pretrained(root / "autoencoder" / "model")
@@ -87,7 +87,7 @@ def bundle(tmp_path_factory) -> Path:
     return root
 
 
-def test_packed_model_makes_the_same_pictures(bundle):
+def test_packed_model_makes_the_same_images(bundle):
     assert {path.name for path in (bundle / "mini").iterdir()} == {
         "codec.json",
         "model_index.json",
@@ -112,8 +112,8 @@ def test_what_measures_is_packed_beside(bundle):
     network, size = load_face_parser(bundle / "common" / "face_parser")
     plain, plain_size = load_face_parser(bundle / "parser" / "model")
     assert size == plain_size == 32
-    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    wanted, found = plain(picture).logits, network(picture).logits
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    wanted, found = plain(image).logits, network(image).logits
     assert 0 < (found - wanted).norm() / wanted.norm() < 0.05
     clip, tokenizer = load_text_image(bundle / "common")
     assert tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
@@ -127,7 +127,7 @@ def test_what_measures_is_packed_beside(bundle):
         load_text_image(bundle / "mini")
 
 
-def test_model_of_another_autoencoder_is_refused(bundle, tmp_path):
+def test_model_of_another_autoencoder_is_rejected(bundle, tmp_path):
     (tmp_path / "common").symlink_to(bundle / "common")
     (tmp_path / "run").mkdir()
     for file in ("model_index.json", "transformer", "scheduler"):
@@ -162,7 +162,7 @@ def test_broken_folders_are_named(bundle, tmp_path):
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "nowhere"])
-def test_devices_that_are_not_there_are_refused(device):
+def test_devices_that_are_not_there_are_rejected(device):
     with pytest.raises(InputError, match=f"Device '{device}' is not available. Available: .*cpu"):
         load(device=device)
 

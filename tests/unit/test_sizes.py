@@ -50,7 +50,7 @@ def test_size_to_generate_at(size, options, found):
 
 
 @pytest.mark.parametrize(
-    ("size", "options", "words"),
+    ("size", "options", "message"),
     [
         ((512, 512), {}, "trained at 128x128, 256x256, 256x320. Use a trained size, upscale .*, or force_size"),
         ((320, 256), {"upscale": True}, "none with its aspect ratio. Use a trained size, or force_size"),
@@ -59,8 +59,8 @@ def test_size_to_generate_at(size, options, found):
         ((512, 512), {"upscale": True, "force_size": True}, "exclude each other"),
     ],
 )
-def test_rejected_sizes(size, options, words):
-    with pytest.raises(InputError, match=words):
+def test_rejected_sizes(size, options, message):
+    with pytest.raises(InputError, match=message):
         generation_size(SEVERAL, size, **options)
 
 

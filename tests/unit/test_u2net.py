@@ -194,7 +194,7 @@ def test_probable_lines_are_dark():
     for value in network.state_dict().values():
         value.zero_()
     with torch.no_grad():
-        network.outconv.weight[0, 0] = 1.0  # the first side output alone, which is given below
+        network.outconv.weight[0, 0] = 1.0  # the first side output alone, which is set below
     network.side1.forward = lambda x: torch.linspace(-4, 4, x.shape[3]).expand(1, 1, x.shape[2], -1)  # type: ignore
     sketch = draw_sketch(network, np.full((64, 64, 3), 100, np.uint8))
     assert sketch[:, 0].min() > 240

@@ -51,9 +51,9 @@ class Components:
         encoders = [
             weights_hash(encoder) for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None
         ]
-        words = [sorted(t.get_vocab().items()) for t in (self.tokenizer, self.tokenizer_2) if t is not None]
+        vocabularies = [sorted(t.get_vocab().items()) for t in (self.tokenizer, self.tokenizer_2) if t is not None]
         settings = [self.settings.get(key) for key in ("max_text_tokens", "text_layer")]
-        return hashlib.sha256(json.dumps([encoders, words, settings]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([encoders, vocabularies, settings]).encode()).hexdigest()
 
     def text_features(self, captions: Sequence[str]) -> TextFeatures:
         """Encode B captions in one batch, on the device of the text encoders."""

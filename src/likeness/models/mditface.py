@@ -396,7 +396,7 @@ class MDiTFaceTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self, text: Tensor, pooled: Tensor, condition_latents: Tensor, condition_index: Tensor
     ) -> StaticCache:
         """Keys and values [B, S, H, d] of the spatial tokens in every block, from <mask, text> (`hard`: from the mask),
-        at time 0. Each condition is a sample of its own with a copy of the text; absent ones are masked later.
+        at time 0. Each condition is a separate sample with a copy of the text; absent ones are masked later.
 
         text: embedded tokens, [B, L, D].
         """

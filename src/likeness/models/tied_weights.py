@@ -1,5 +1,6 @@
-"""Share one set of base weights between MDiTFace's image and spatial stream. The spatial stream has modules of its own,
-so that an adapter can wrap one and not the other, but the same parameters.
+"""Share one set of base weights between MDiTFace's image and spatial stream.
+
+The modules are separate, so that an adapter can wrap one and not the other; the parameters are the same.
 
 Pairs are found by name (`...spatial.attn.to_q` is `...attn.to_q`, `spatial_embedder` is `x_embedder`), since
 quantization and adapters replace modules. State dicts contain shared weights once, under FLUX's name.

@@ -28,7 +28,7 @@ from likeness.conditions.base import Condition
 from likeness.conditions.images import check_aspect
 from likeness.encoders.latent import LatentCodec, spatial_factor, to_pixels, to_tensor
 from likeness.encoders.text import encode_text, truncated_text
-from likeness.objectives import Objective, make_objective
+from likeness.objectives import make_objective
 from likeness.objectives.flow import dynamic_shift
 from likeness.pipelines.arguments import condition_inputs, noise_interval, number, per_image, whole_number
 from likeness.pipelines.sizes import format_sizes, generation_size, trained_sizes
@@ -151,8 +151,6 @@ class PortraitPipeline(DiffusionPipeline):
         num_images_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
-        sigmas: Sequence[float] | None = None,
-        timesteps: Sequence[int] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]] | None = None,
@@ -186,8 +184,6 @@ class PortraitPipeline(DiffusionPipeline):
             generator: One per image, or one for all, from which the images draw their noise in turn. Samplers that add
                 noise at every step use it, too.
             latents: Initial noise [B, C, h, w] instead of random noise.
-            sigmas: Noise levels of the scheduler, instead of the objective's.
-            timesteps: Timesteps of the scheduler, likewise. Only one of the two.
             output_type: `pil`, `np` ([B, H, W, 3] in [0, 1]), `pt` ([B, 3, H, W] in [0, 1]) or `latent`.
             return_dict: Whether to return a `PortraitOutput` or a tuple.
             callback_on_step_end: Called as (pipeline, step, timestep, {"latents": ...}) after every step. It may return
@@ -245,7 +241,8 @@ class PortraitPipeline(DiffusionPipeline):
         latents = self.prepare_latents(latents, len(prompts), tuple(condition_latents.shape[1:]), generators)
         scheduler = copy.deepcopy(self.scheduler)  # its state belongs to this call
         objective = make_objective(self.config.objective)
-        schedule = schedule_arguments(scheduler, objective, steps, sigmas=sigmas, timesteps=timesteps)
+        own = type(scheduler) is type(objective.scheduler())
+        schedule = objective.schedule(steps) if own else {"num_inference_steps": steps}
         if scheduler.config.get("use_dynamic_shifting"):
             schedule["mu"] = dynamic_shift(latents[0, 0].numel() // self.patch_size**2, scheduler.config)
         scheduler.set_timesteps(**schedule, device=latents.device)
@@ -426,27 +423,6 @@ class PortraitPipeline(DiffusionPipeline):
             return [Image.fromarray(image) for image in to_pixels(images)]
         images = images.add(1).div(2).clamp(0, 1)
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def schedule_arguments(
-    scheduler: Any, objective: Objective, steps: int, **custom: Sequence[float] | None
-) -> dict[str, Any]:
-    """Return the arguments of `set_timesteps`: `custom` sigmas or timesteps, or else those of the objective.
-
-    Raises:
-        InputError: both are set, or the scheduler does not support them.
-    """
-    values = {name: list(values) for name, values in custom.items() if values is not None}
-    if len(values) > 1:
-        raise InputError("Both sigmas and timesteps are set: choose one")
-    for name in values:
-        if name not in inspect.signature(scheduler.set_timesteps).parameters:
-            raise InputError(f"{type(scheduler).__name__} does not support custom {name}: leave them out")
-    if values:
-        return values
-    if type(scheduler) is type(objective.scheduler()):
-        return objective.schedule(steps)
-    return {"num_inference_steps": steps}
 
 
 def render(condition: Condition, raw: np.ndarray, height: int, width: int, resize: str) -> np.ndarray:
