@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def written_out(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """softmax(Q K^T / sqrt(d)) V as the networks have it (`likeness.models.layers.attend`)."""
+    """softmax(Q K^T / sqrt(d)) V as in `likeness.models.layers.explicit_attention`."""
     return (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(dim=-1) @ value
 
 

@@ -36,8 +36,8 @@ from PIL import Image
 from likeness.conditions import CONDITIONS
 from likeness.data.folder import captions_of, column_of, each_row, read_folder, read_photo, root_of
 from likeness.data.store import IMAGE, Store
+from likeness.encoders.components import load_components
 from likeness.encoders.latent import LatentCodec, to_tensor
-from likeness.pipelines.load import load_components
 from likeness.prepare.content_keys import EncodeSettings, FileHashes, each_block
 from likeness.prepare.encode import encode_folder, finish, image_of, missing_images
 from likeness.prepare.entries import EntryWriter
@@ -104,7 +104,7 @@ def stages(root: Path, options: argparse.Namespace) -> None:
     """Seconds of each stage on its own, with one thread."""
     write_synthetic(root / "faces", options.faces, 128, seed=0)
     parts, out, folder = load_components(), root / "store", root_of(root / "faces")
-    codec = LatentCodec(parts.vae.to(memory_format=torch.channels_last), together=True)
+    codec = LatentCodec(parts.vae.to(memory_format=torch.channels_last), batched=True)
     settings = EncodeSettings(
         codec=parts.codec_hash, moments=False, size=128, precision="fp32", augmentations=2, text=None
     )

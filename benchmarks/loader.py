@@ -20,16 +20,16 @@ import torch
 
 from likeness.config import load_toml
 from likeness.data.store import Store
+from likeness.encoders.components import load_components
 from likeness.objectives import make_objective
 from likeness.parallel import ALONE
-from likeness.pipelines.catalogue import BUNDLED, COMMON
-from likeness.pipelines.load import load_components
 from likeness.train import loop
 from likeness.train.config import TrainRecipe
 from likeness.train.learner import Learner
 from likeness.train.networks import build_network
 from likeness.train.optim import Ema, make_optimizers
 from likeness.train.step import loss_of
+from likeness.weights.catalog import BUNDLED, COMMON
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "mmface_mini.toml"
 READ_AHEAD, BATCHES, STEPS = 6, 20, 3

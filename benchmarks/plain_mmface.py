@@ -61,7 +61,7 @@ def forward(
     words = model.text_embed(text.tokens)  # [B, L, D]
     frequencies = torch.tensor([math.exp(-math.log(10_000) * i / 128) for i in range(128)])
     waves = torch.cat([(time[:, None] * frequencies).cos(), (time[:, None] * frequencies).sin()], dim=-1)
-    row = torch.where(condition_index[:, 0] >= 0, condition_index[:, 0], model.absent_row)
+    row = torch.where(condition_index[:, 0] >= 0, condition_index[:, 0], model.absent_id)
     vector = model.time_embed.linear_2(F.silu(model.time_embed.linear_1(waves)))
     vector = F.silu(vector + model.pooled_embed(text.pooled) + model.condition_embed(row))  # [B, D]
 

@@ -19,11 +19,10 @@ import torch
 from PIL import Image
 
 import likeness
-from likeness.annotators.face_parser import parse_faces
+from likeness.annotators.face_parser import load_face_parser, parse_faces
 from likeness.annotators.landmarks import open_landmarker
 from likeness.annotators.sketch import extract_sketch
 from likeness.conditions.mask import mask_image
-from likeness.pipelines.load import load_face_parser
 
 HERE = Path(__file__).parent
 SIZE = 256

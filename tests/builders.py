@@ -26,12 +26,13 @@ from transformers import (
 )
 
 from likeness.conditions.mask.classes import CLASSES
+from likeness.encoders.components import Components
 from likeness.models.mditface import MDiTFaceTransformer
 from likeness.models.mmface import MMFaceTransformer
 from likeness.objectives import RectifiedFlow
-from likeness.pipelines.load import Components, encoder_hash
 from likeness.pipelines.mditface import MDiTFacePipeline
 from likeness.pipelines.mmface import MMFacePipeline
+from likeness.weights.hashes import encoder_hash
 
 CAPTIONS = ["a woman with red hair", "a man with a beard and glasses", "a smiling person in a blue hat"]
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -84,7 +85,7 @@ def tiny_text_encoder() -> CLIPTextModel:
 
 
 def tiny_clip() -> CLIPModel:
-    """A text-image pair for `tiny_tokenizer` and pictures of 16 pixels."""
+    """A text-image pair for `tiny_tokenizer` and images of 16 pixels."""
     torch.manual_seed(3)
     text = tiny_text_encoder().config.to_dict()
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -93,7 +94,7 @@ def tiny_clip() -> CLIPModel:
 
 
 def tiny_face_parser() -> SegformerForSemanticSegmentation:
-    """A face parser that sees 32 pixels."""
+    """A face parser for 32 x 32 pixels."""
     torch.manual_seed(4)
     labels = dict(enumerate(CLASSES))
     config = SegformerConfig(
@@ -150,7 +151,7 @@ def tiny_flux(**changes) -> FluxTransformer2DModel:
 
 
 def tiny_flux_pipeline(**changes) -> FluxPipeline:
-    """FLUX.1 whole: two text towers, an autoencoder of factor 8 with scale and shift, steps that move with the size."""
+    """A complete FLUX.1: two text encoders, an autoencoder of factor 8 with scale and shift, dynamic shifting."""
     torch.manual_seed(6)
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
     t5 = T5EncoderModel(T5Config(vocab_size=400, feed_forward_proj="gated-gelu", **sizes))
@@ -190,7 +191,7 @@ def randomise(model: torch.nn.Module, std: float = 0.05) -> torch.nn.Module:
 
 
 def tiny_components() -> Components:
-    """What a tiny transformer stands on."""
+    """The components of a tiny transformer."""
     vae = tiny_vae()
     settings = {"latent_mean": [0.0] * 4, "latent_std": [1.0] * 4, "text_layer": -2, "max_text_tokens": MAX_TOKENS}
     return Components(
@@ -208,7 +209,7 @@ def tiny_pipeline(condition_names: tuple[str, ...] = ("mask", "sketch", "keypoin
 
 
 def tiny_mditface_pipeline(**changes) -> MDiTFacePipeline:
-    """The form with one text tower, at 32 px, 4 steps, classifier-free guidance: that of the bundled mini."""
+    """A pipeline with one text encoder as the bundled mini: 32 px, 4 steps, classifier-free guidance."""
     network = {"guidance_embeds": False, "spatial_stream": "full", **changes}
     return whole_pipeline(MDiTFacePipeline, tiny_mditface(**network))
 

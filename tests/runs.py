@@ -10,7 +10,7 @@ import torch
 
 from builders import save_components, tiny_flux_pipeline
 from likeness.config import build
-from likeness.pipelines.load import load_components
+from likeness.encoders.components import load_components
 from likeness.prepare.encode import encode_folder
 from likeness.prepare.synthetic import write_synthetic
 from likeness.train.config import TrainRecipe

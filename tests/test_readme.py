@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from likeness.cli import main
-from likeness.pipelines.catalogue import DEFAULT, bundled_models
+from likeness.weights.catalog import DEFAULT, bundled_models
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

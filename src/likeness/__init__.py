@@ -1,6 +1,6 @@
-"""Portraits from words, semantic masks and sketches.
+"""Generate face images from text, semantic masks and sketches.
 
-`likeness.load()` gives a pipeline; everything heavy is imported when it is first asked for.
+`likeness.load()` loads a pipeline. Heavy modules are imported at their first use.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from likeness.pipelines.mmface import MMFacePipeline
     from likeness.types import InputError, PortraitRequest
 
-_HOMES = {
+_MODULES = {
     "InputError": "likeness.types",
     "MDiTFacePipeline": "likeness.pipelines.mditface",
     "MDiTFaceTransformer": "likeness.models.mditface",
@@ -43,7 +43,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
+    if name in _MODULES:
         with library_imports():
-            return getattr(importlib.import_module(_HOMES[name]), name)
+            return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'likeness' has no attribute {name!r}")

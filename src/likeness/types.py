@@ -1,7 +1,4 @@
-"""The nouns that every layer shares.
-
-Nothing here computes. A value that crosses a layer boundary is described once, in this file.
-"""
+"""Types that all layers share: errors, notes, text features and requests."""
 
 from __future__ import annotations
 
@@ -14,18 +11,15 @@ if TYPE_CHECKING:
 
 
 DtypeName = Literal["auto", "fp32", "bf16", "fp16"]
-"""Number format of a computation; `auto` depends on the device (`likeness.device.choose_dtype`)."""
+"""Dtype of a computation; `auto` depends on the device (`likeness.device.choose_dtype`)."""
 
 
 class InputError(ValueError):
-    """Input cannot be used. The message is one sentence: what is wrong, the offending value, and how to fix it.
-
-    The command line prints it and exits with code 2. Any other exception is a bug and keeps its traceback.
+    """Invalid user input. The command line prints the message and exits with code 2; other exceptions are bugs.
 
     Args:
-        message: the sentence.
-        kind: what went wrong, as a short constant such as `wrong-size`, if a caller needs to tell errors apart. No code
-            may depend on the text of a message.
+        message: what is wrong, the offending value, and how to fix it.
+        kind: short constant such as `wrong-size`, if a caller distinguishes errors. No code may depend on the message.
     """
 
     def __init__(self, message: str = "", *, kind: str = "") -> None:
@@ -34,60 +28,72 @@ class InputError(ValueError):
 
 
 class Note(NamedTuple):
-    """A remark for the user about input that was accepted. Code depends on `kind` only, never on `text`."""
+    """A note for the user about accepted input. Code depends on `kind` only, never on `text`."""
 
     kind: str
-    """What it is about, as a short constant such as `blended-labels`."""
+    """Short constant such as `blended-labels`."""
     text: str
     """One sentence."""
 
 
 class TryAgain(InputError):
-    """What the same command, run again, gets past without a change: the command line exits with code 75, by which
-    launchers know it (EX_TEMPFAIL of sysexits.h).
+    """An error that does not recur when the same command runs again. The command line exits with code 75, EX_TEMPFAIL
+    of sysexits.h, by which launchers recognize it.
     """
 
 
 class TextFeatures(NamedTuple):
-    """What a text encoder says of B captions. A named tuple, so that torch sees the tensors inside."""
+    """Output of a text encoder for B captions. A named tuple, so that torch finds the tensors inside."""
 
     tokens: torch.Tensor
-    """Token sequence, [B, L, D]."""
+    """Token features, [B, L, D]."""
     pooled: torch.Tensor
-    """One vector a caption, [B, P]."""
+    """Pooled vectors, [B, P]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionInput:
+    """A condition as requested: its image and how it acts."""
+
+    image: Any
+    """A path, PIL image, array or tensor as `likeness.conditions` reads it, or a `Reading`."""
+    scale: float = 1.0
+    """Strength: 1 as trained, 0 is the same as no condition."""
+    start: float = 0.0
+    """Fraction of the steps at which it starts to act."""
+    end: float = 1.0
+    """Fraction of the steps at which it stops acting."""
+
+    def is_active(self, progress: float) -> bool:
+        """Return whether it acts when this fraction of the steps is done, 0 <= progress < 1."""
+        return self.scale != 0 and self.start <= progress < self.end
 
 
 @dataclass(frozen=True, kw_only=True)
 class PortraitRequest:
-    """One picture to make: the same request for the command line, previews, evaluation and the service.
+    """An image to generate: the request of the command line, previews and evaluation.
 
-    The names are those of the pipelines' arguments, which are diffusers' names where diffusers has one.
+    The names are those of the pipelines' arguments, which are diffusers' names if diffusers has one.
     """
 
     prompt: str = ""
-    """What to show. The empty string means: no text."""
+    """Text prompt; "" means no text."""
     negative_prompt: str = ""
-    """What to steer away from, when `guidance_scale` is not 1."""
-    control_image: Mapping[str, Any] = field(default_factory=dict)
-    """Condition name -> path, PIL image or array, as `likeness.conditions` reads it."""
-    conditioning_scale: Mapping[str, float] = field(default_factory=dict)
-    """Condition name -> strength; 1 where it is not named, 0 means absent."""
-    control_guidance_start: Mapping[str, float] = field(default_factory=dict)
-    """Condition name -> fraction of the steps at which it begins to act; 0 where it is not named."""
-    control_guidance_end: Mapping[str, float] = field(default_factory=dict)
-    """Condition name -> fraction of the steps at which it ceases to act; 1 where it is not named."""
+    """What the image should not show, if `guidance_scale` is not 1."""
+    conditions: Mapping[str, ConditionInput] = field(default_factory=dict)
+    """Condition name -> input."""
     guidance_scale: float | None = None
-    """Text guidance g in v = u + g (t - u); 1 means none, None takes the checkpoint's own."""
+    """Text guidance g in v = u + g (t - u); 1 disables it. Default: that of the checkpoint."""
     num_inference_steps: int | None = None
-    """Sampling steps; None takes the checkpoint's own."""
+    """Sampling steps. Default: that of the checkpoint."""
     height: int | None = None
-    """Pixels; None takes the checkpoint's own."""
+    """Pixels. Default: that of the checkpoint."""
     width: int | None = None
-    """Pixels; None takes the checkpoint's own."""
+    """Pixels. Default: that of the checkpoint."""
     upscale: bool = False
     """If the model was not trained at this size, generate at the nearest trained size with the same aspect ratio and
     resample."""
     force_size: bool = False
     """Generate at this size even if the model was not trained at it."""
     seed: int = 0
-    """Seed of this picture's noise: 0 <= seed < 2**63."""
+    """Seed of the noise, 0 <= seed < 2**63."""

@@ -353,7 +353,7 @@ def test_paste_file(photos, tmp_path, capsys):
 
 
 def test_profile_transparency_and_mark_of_generated_media(photos, tmp_path):
-    from likeness.pipelines.record import GENERATED, XMP_KEY
+    from likeness.pipelines.image_recipe import GENERATED, XMP_KEY
 
     source = Image.open(photos / "one.png").convert("RGBA")
     source.putalpha(Image.linear_gradient("L").resize(source.size))

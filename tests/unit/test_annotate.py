@@ -13,15 +13,15 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from likeness.annotators.face_parser import parse_faces
+from likeness.annotators.face_parser import load_face_parser, parse_faces
 from likeness.annotators.u2net import PORTRAIT, U2Net
 from likeness.cli import main
 from likeness.data.folder import read_folder
 from likeness.data.synthetic import draw_face
-from likeness.pipelines.load import load_face_parser, network_name
 from likeness.prepare.annotate import annotate_folder, count_annotators, made_by
 from likeness.train.components.face_parser import FaceParserRecipe, build
 from likeness.types import InputError
+from likeness.weights.hashes import network_name
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_default_parser_depends_on_the_image_size(folder, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main(["prepare", "annotate", str(folder), "--redo", "mask"])
     printed = capsys.readouterr().err
-    assert "jonathandinu/face-parsing is neither here nor on the hub" in printed
+    assert "jonathandinu/face-parsing is neither a folder nor available on the Hub" in printed
     assert "--parser bundled needs no download" in printed
     main(["prepare", "annotate", str(folder), "--parser", "none", "--redo", "sketch"])
     assert "sketches added: 0" in capsys.readouterr().out

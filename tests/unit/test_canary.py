@@ -10,7 +10,7 @@ import torch
 
 from builders import save_components
 from likeness.data.store import IMAGE, write_manifest, write_part
-from likeness.pipelines.load import load_components
+from likeness.encoders.components import load_components
 from likeness.train import canary, loop
 from likeness.train.canary import CHANCE, CLEAR, certainty, pairing
 from runs import metrics, small

@@ -31,7 +31,7 @@ def folder(tmp_path_factory) -> Path:
     Image.fromarray(np.zeros((64, 64), np.uint8)).save(root / "empty.png")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(root / "noise.png")
     Image.fromarray(np.pad(face.mask, ((0, 0), (16, 16)))).save(root / "wide.png")
-    (root / "text.png").write_text("no picture")
+    (root / "text.png").write_text("no image")
     broken = root / "broken"
     tiny_pipeline().save_pretrained(broken)
     weights = broken / "transformer" / "diffusion_pytorch_model.safetensors"
@@ -40,7 +40,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_help_needs_no_torch():
-    """Help answers at once because nothing heavy is imported for it."""
+    """Help is fast because it imports no heavy module."""
     code = "import sys; from likeness.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     code += "main(['--version'])\n"
     code += "print([m for m in ('torch', 'diffusers', 'transformers', 'PIL', 'numpy') if m in sys.modules])"
@@ -64,7 +64,7 @@ def test_words_have_names(capsys):
 
 
 def test_stopped(tmp_path, monkeypatch, capsys):
-    """Ctrl-C promises to go on only where the same command does."""
+    """Ctrl-C mentions resuming only for commands that resume."""
 
     class Interrupted(io.StringIO):
         def write(self, text):
@@ -81,12 +81,12 @@ def test_generate_all_conditions_and_replay(folder, tmp_path, capsys):
     out = tmp_path / "face.png"
     given = ["--mask", folder / "mask.png", "--sketch", folder / "sketch.png", "--keypoints", folder / "points.json"]
     assert run("generate", "a woman", *given, "--model", folder / "model", "--seed", 5, "--out", out) == 0
-    told = capsys.readouterr()
-    assert told.out.strip() == f"{out}  seed 5"
-    assert "mask: " in told.err
+    reported = capsys.readouterr()
+    assert reported.out.strip() == f"{out}  seed 5"
+    assert "mask: " in reported.err
     assert Image.open(out).size == (32, 32)
     assert run("replay", out, "--out", tmp_path / "again.png") == 0
-    assert "the same to the bit" in capsys.readouterr().out
+    assert "bit-identical" in capsys.readouterr().out
     assert np.array_equal(np.asarray(Image.open(out)), np.asarray(Image.open(tmp_path / "again.png")))
 
 
@@ -104,13 +104,13 @@ def test_replay_says_what_changed(folder, tmp_path, capsys):
         pixels[0, 0, 0] ^= 255
         Image.fromarray(pixels).save(out, pnginfo=info)
     assert run("replay", out) == 2
-    assert "its pixels were changed" in capsys.readouterr().err
+    assert "its pixels were modified" in capsys.readouterr().err
     assert run("replay", out, "--model", folder / "released") == 2
     assert "fingerprint" in capsys.readouterr().err
 
 
 def test_count_seeds_and_batch(folder, tmp_path, capsys):
-    """Portrait k of a series is the portrait of its own seed."""
+    """Image k of a series equals the image of its own seed."""
     out = tmp_path / "series.webp"
     assert run("generate", "a man", "--model", folder / "model", "--seed", 8, "--count", 3, "--out", out) == 0
     assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()] == ["8", "9", "10"]
@@ -128,11 +128,11 @@ def test_unconditional_face_default_name_and_stripping(folder, tmp_path, capsys,
         assert image.size == (48, 32)
         assert image.info == {}
     pixels = [np.asarray(Image.open(path)) for path in sorted(tmp_path.iterdir())]
-    assert not np.array_equal(*pixels)  # seeds are random where none is given
+    assert not np.array_equal(*pixels)  # seeds are random by default
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (["--mask", "{}/absent.png"], "absent.png"),
         (["--mask", "{}/text.png"], "text.png"),
@@ -162,24 +162,24 @@ def test_unconditional_face_default_name_and_stripping(folder, tmp_path, capsys,
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_input(folder, tmp_path, capsys, arguments, words):
+def test_bad_input(folder, tmp_path, capsys, arguments, message):
     given = [argument.format(folder) for argument in arguments]
     if "--model" not in given:
         given += ["--model", str(folder / "model")]
     if "--out" not in given:
         given += ["--out", str(tmp_path / "face.png")]
     assert run("generate", "a woman", *given) == 2
-    told = capsys.readouterr().err.strip().splitlines()
-    assert told[-1].startswith("likeness: ")
-    assert words in told[-1]
+    reported = capsys.readouterr().err.strip().splitlines()
+    assert reported[-1].startswith("likeness: ")
+    assert message in reported[-1]
     assert list(tmp_path.iterdir()) == []  # nothing half-written
 
 
 def test_inspect_and_fix(folder, tmp_path, capsys):
     assert run("inspect", folder / "mask.png", "--fix", tmp_path / "fixed.png") == 0
-    told = capsys.readouterr().out
-    assert "skin" in told
-    assert "%" in told
+    reported = capsys.readouterr().out
+    assert "skin" in reported
+    assert "%" in reported
     assert Image.open(tmp_path / "fixed.png").mode == "P"
     assert run("inspect", folder / "sketch.png") == 0
     assert "sketch" in capsys.readouterr().out
@@ -188,7 +188,7 @@ def test_inspect_and_fix(folder, tmp_path, capsys):
 
 
 def test_train_and_prepare_from_the_command_line(folder, tmp_path, capsys):
-    """Drawn faces to shards to a published model to a portrait, by commands only."""
+    """Synthetic faces, shards, training, and an image of the published model, by commands only."""
     from builders import save_components
 
     save_components(tmp_path / "components")

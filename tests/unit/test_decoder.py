@@ -17,10 +17,9 @@ from torch.nn import functional as F
 
 from builders import run, save_components
 from likeness.data.folder import read_folder
+from likeness.encoders.components import load_components
 from likeness.models.patch_discriminator import PatchDiscriminator
 from likeness.models.squeezenet import SqueezeNetFeatures, perceptual_distance
-from likeness.pipelines.load import encoder_hash, load_components, weights_hash
-from likeness.pipelines.packed import pack, widen
 from likeness.prepare.components import replace_decoder
 from likeness.prepare.encode import encode_folder
 from likeness.prepare.synthetic import write_synthetic
@@ -39,6 +38,8 @@ from likeness.train.components.decoder import (
     train_decoder,
 )
 from likeness.types import InputError, TryAgain
+from likeness.weights.hashes import encoder_hash, weights_hash
+from likeness.weights.packed import pack, unpack
 from runs import metrics, prepare, small
 
 SIZE = 32
@@ -330,7 +331,7 @@ def test_models_with_other_statistics_are_rejected(finished, tmp_path):
 
 
 def test_bundled_models_match_the_bundled_encoder():
-    from likeness.pipelines.catalogue import BUNDLED, bundled_models
+    from likeness.weights.catalog import BUNDLED, bundled_models
 
     common = load_components(BUNDLED / "common")
     for name in bundled_models():
@@ -340,8 +341,8 @@ def test_bundled_models_match_the_bundled_encoder():
 
 def test_packing_again_is_exact(finished):
     """So that components with packed weights keep their encoder through a decoder's run."""
-    once = widen(pack(load_components(finished / "components").vae.state_dict()))
-    again = widen(pack(once))
+    once = unpack(pack(load_components(finished / "components").vae.state_dict()))
+    again = unpack(pack(once))
     assert all(torch.equal(once[name], again[name]) for name in once)
 
 

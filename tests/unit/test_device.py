@@ -12,8 +12,8 @@ from builders import run, tiny_pipeline
 from likeness.cli import COMMANDS, GROUPS
 from likeness.cli.study import Subject
 from likeness.device import choose_device, choose_dtype
+from likeness.pipelines.image_recipe import read_recipe
 from likeness.pipelines.load import load
-from likeness.pipelines.record import read_recipe
 from likeness.types import InputError
 
 
@@ -94,7 +94,7 @@ def test_recipes_record_the_format_in_use(tmp_path, capsys):
         environment = read_recipe(image)[0]["environment"]
         assert (environment["device"], environment["dtype"]) == ("cpu", name)
         assert run("replay", image) == 0
-        assert capsys.readouterr().out.endswith("the same to the bit\n")
+        assert capsys.readouterr().out.endswith("bit-identical\n")
 
 
 @pytest.mark.parametrize(

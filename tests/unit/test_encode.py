@@ -21,8 +21,8 @@ from likeness import cli
 from likeness.conditions import CONDITIONS
 from likeness.data.folder import captions_of, column_of, read_folder, read_photo
 from likeness.data.store import Store
+from likeness.encoders.components import Components, load_components
 from likeness.encoders.latent import LatentCodec, to_tensor
-from likeness.pipelines.load import Components, load_components
 from likeness.prepare.encode import encode_folder
 from likeness.prepare.synthetic import write_synthetic
 from likeness.train.config import DataRecipe

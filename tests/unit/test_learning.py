@@ -17,8 +17,9 @@ from builders import run, tiny_vae
 from likeness.cli import main, words_first
 from likeness.cli.evaluation import compare
 from likeness.cli.training import train
+from likeness.encoders.components import load_components
 from likeness.pipelines.generate import generate, resolve
-from likeness.pipelines.load import load, load_components
+from likeness.pipelines.load import load
 from likeness.prepare.encode import encode_folder
 from likeness.train import loop
 from likeness.train.checkpoint import load_state, save_state, states
@@ -27,7 +28,7 @@ from likeness.train.optim import Ema, make_optimizers, power_of
 from likeness.train.page import write_page
 from likeness.train.posthoc import average_of, solve
 from likeness.train.run import held
-from likeness.types import InputError, PortraitRequest, TryAgain
+from likeness.types import ConditionInput, InputError, PortraitRequest, TryAgain
 from runs import SIZE, metrics, prepare, small, weights_of
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -216,7 +217,7 @@ def test_a_new_condition_leaves_the_old_ones_alone(root, tmp_path):
     pictures = []
     for folder in (old, new):
         pipeline = load(folder)
-        request = resolve(PortraitRequest(prompt="a face", control_image={"mask": mask}), pipeline)
+        request = resolve(PortraitRequest(prompt="a face", conditions={"mask": ConditionInput(image=mask)}), pipeline)
         pictures.append(generate(pipeline, request, [3])[0][0].tobytes())
     assert pictures[0] == pictures[1]
     assert list(load(new).transformer.config.condition_names) == ["mask", "sketch", "keypoints", "none"]
@@ -226,7 +227,7 @@ def test_starts_that_do_not_fit(root, tmp_path):
     old = loop.train(small(root, optimizer={"images": 4}), tmp_path / "old")
     with pytest.raises(InputError, match="has depth = 2, but the recipe makes it 3"):
         loop.train(small(root, start=str(old), network={"depth": 3}), tmp_path / "a")
-    with pytest.raises(InputError, match="there is no model nowhere"):
+    with pytest.raises(InputError, match="Unknown model 'nowhere'"):
         loop.train(small(root, start="nowhere"), tmp_path / "b")
     with pytest.raises(InputError, match="trained has 'blok'"):
         loop.train(small(root, trained=["blok"]), tmp_path / "c")

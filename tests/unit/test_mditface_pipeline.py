@@ -1,6 +1,6 @@
-"""MDiTFace's own promises: FLUX where there is no condition, conditions as the network has them, files, commands.
+"""The MDiTFace pipeline: FLUX without conditions, the static cache, guidance, files, commands.
 
-What it shares with MMFace is in `test_pipeline.py`, for both.
+`test_pipeline.py` tests what both pipelines have in common.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from likeness.encoders.text import encode_text
 from likeness.models.layers import patchify
 from likeness.models.mditface import MDiTFaceTransformer
 from likeness.objectives.flow import dynamic_shift
-from likeness.pipelines.load import fingerprint, load
+from likeness.pipelines.load import load
 from likeness.pipelines.mditface import MDiTFacePipeline
 from likeness.prepare.pack import pack_model
 from likeness.types import InputError, TextFeatures
+from likeness.weights.hashes import pipeline_hash
 
 PROMPT, NEGATIVE = "a woman with red hair", "a man"
 MODES = ("holistic", "hard", "decoupled", "concat")
@@ -58,8 +59,8 @@ def seed(number: int = 7) -> torch.Generator:
     return torch.Generator().manual_seed(number)
 
 
-def two_towers(**changes) -> MDiTFacePipeline:
-    """FLUX.1's components round a network that knows three conditions."""
+def two_text_encoders(**changes) -> MDiTFacePipeline:
+    """FLUX.1's components with a network of three conditions."""
     parts = {name: part for name, part in tiny_flux_pipeline().components.items() if part is not None}
     parts["transformer"] = tiny_mditface(**changes)
     pipeline = MDiTFacePipeline(**parts, max_text_tokens=12, defaults={"size": 32, "steps": 4})
@@ -72,7 +73,7 @@ def two_towers(**changes) -> MDiTFacePipeline:
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (48, 64)])
 def test_without_a_condition_it_is_flux(flux, height, width):
-    """The same noise, text, steps, codec: the same latents and pictures as diffusers' own pipeline."""
+    """The same noise, text, steps, codec: the same latents and images as diffusers' own pipeline."""
     theirs, folder = flux
     ours = load(folder)
     size = {"height": height, "width": width, "num_inference_steps": 5}
@@ -106,7 +107,7 @@ def test_true_guidance_is_flux_s():
 def test_flux_alone_takes_words_only(flux, face):
     _, folder = flux
     pipeline = load(folder)
-    with pytest.raises(InputError, match="not trained with mask: it takes words only"):
+    with pytest.raises(InputError, match="not trained with mask: it takes text only"):
         pipeline(PROMPT, control_image={"mask": face["mask"]})
     dev = pipeline.transformer.config.guidance_embeds
     wanted = {"size": 512, "steps": 28, "guidance_scale": 3.5} if dev else {"steps": 4, "guidance_scale": 1.0}
@@ -115,22 +116,22 @@ def test_flux_alone_takes_words_only(flux, face):
     assert pipeline.config.max_text_tokens == 512
 
 
-def test_flux_s_own_transformer_is_refused(flux):
+def test_flux_s_own_transformer_is_rejected(flux):
     with pytest.raises(InputError, match=r"FluxTransformer2DModel: load FLUX\.1 with likeness\.load"):
         MDiTFacePipeline.from_pretrained(flux[1])
     transformer = MDiTFaceTransformer.from_pretrained(flux[1], subfolder="transformer")
     assert MDiTFacePipeline.from_pretrained(flux[1], transformer=transformer).tokenizer_2 is not None
 
 
-def test_what_is_not_flux_is_refused(flux, tmp_path):
+def test_what_is_not_flux_is_rejected(flux, tmp_path):
     folder = tmp_path / "flux"
     flux[0].save_pretrained(folder)
     (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(InputError, match=r"the FluxPipeline in .* cannot be loaded"):
+    with pytest.raises(InputError, match=r"The FluxPipeline in .* cannot be loaded"):
         load(folder)
     parts = {name: part for name, part in flux[0].components.items() if part is not None}
     parts |= {"transformer": tiny_mditface(), "tokenizer_2": None}
-    with pytest.raises(InputError, match="belong together"):
+    with pytest.raises(InputError, match="must both be set"):
         MDiTFacePipeline(**parts)
 
 
@@ -139,7 +140,7 @@ def test_steps_move_towards_noise_with_the_size():
     config = tiny_flux_pipeline().scheduler.config
     assert [round(dynamic_shift(tokens, config), 4) for tokens in (256, 1024, 4096)] == [0.5, 0.63, 1.15]
     seen = []
-    pipeline = two_towers()
+    pipeline = two_text_encoders()
     watch = lambda pipe, i, timestep, given: seen.append(float(timestep)) or {}  # noqa: E731
     for size in (32, 64):
         pipeline(PROMPT, height=size, width=size, force_size=True, generator=seed(), callback_on_step_end=watch)
@@ -155,15 +156,15 @@ def test_steps_move_towards_noise_with_the_size():
 def by_hand(pipeline, prompt, negative, controls, guidance, interval, steps=4) -> torch.Tensor:
     """The whole generation at 32 px, every step from scratch: no cache, one pass a forward."""
     network, names = pipeline.transformer, pipeline.transformer.config.condition_names
-    encode = lambda words: encode_text(pipeline.tokenizer, pipeline.text_encoder, [words], max_tokens=12)  # noqa: E731
+    encode = lambda text: encode_text(pipeline.tokenizer, pipeline.text_encoder, [text], max_tokens=12)  # noqa: E731
     text = [encode(prompt), encode(negative)]
     x = torch.randn((1, 4, 4, 4), generator=seed())
     for i in range(steps):
         t = 1 - i / steps
         active = {name: c for name, c in controls.items() if c[2] <= i / steps < c[3]}
         kinds = {name: CONDITIONS[name] for name in active}
-        pictures = [kind.render(kind.resize(active[name][0], 32, 32), 32, 32) for name, kind in kinds.items()]
-        latents = pipeline.codec.encode(to_tensor(pictures))[None] if pictures else x[:, None][:, :0]
+        images = [kind.render(kind.resize(active[name][0], 32, 32), 32, 32) for name, kind in kinds.items()]
+        latents = pipeline.codec.encode(to_tensor(images))[None] if images else x[:, None][:, :0]
         rows = torch.tensor([[names.index(name) for name in active]], dtype=torch.long)
         scale = torch.tensor([[c[1] for c in active.values()]], dtype=torch.float32)
         time = torch.tensor([1000 * t])
@@ -178,7 +179,7 @@ def by_hand(pipeline, prompt, negative, controls, guidance, interval, steps=4) -
 @pytest.mark.parametrize("attention", MODES)
 @pytest.mark.parametrize(("guidance", "interval"), [(1.0, (0, 1)), (3.0, (0, 1)), (3.0, (0.4, 0.8)), (0.0, (0.4, 0.8))])
 def test_a_generation_is_its_formula(face, attention, guidance, interval):
-    """Guidance, strengths, conditions that begin and cease: all equal to steps that know nothing of caches."""
+    """Guidance, strengths and intervals of conditions equal a generation without caches."""
     pipeline = tiny_mditface_pipeline(attention=attention)
     controls = {"mask": (face["mask"], 0.5, 0.0, 0.75), "sketch": (face["sketch"], 1.0, 0.5, 1.0)}
     found = pipeline(
@@ -207,17 +208,6 @@ def test_the_static_pathway_runs_once(face, attention, runs):
             seen.append(tuple(condition_index.shape))
             return super().static_pathway(text, pooled, condition_latents, condition_index)
 
-        def forward(self, latents, time, text, condition_latents, condition_index, *, static_cache=None, **more):
-            if (
-                static_cache is not None
-            ):  # its very own tensors: an accelerator need not be asked whether they are equal
-                given = (*text, condition_latents, condition_index)
-                own = (*static_cache.text, static_cache.condition_latents, static_cache.condition_index)
-                assert all(a is b for a, b in zip(given, own, strict=True))
-            return super().forward(
-                latents, time, text, condition_latents, condition_index, static_cache=static_cache, **more
-            )
-
     pipeline.transformer.__class__ = Counting
     both = {"mask": face["mask"], "sketch": face["sketch"]}
     pipeline(PROMPT, control_image=both, guidance_interval=(0.3, 0.9), control_guidance_end={"mask": 0.5})
@@ -229,8 +219,8 @@ def test_the_static_pathway_runs_once(face, attention, runs):
 
 @pytest.mark.parametrize("make", [tiny_pipeline, tiny_mditface_pipeline], ids=["mmface", "mditface"])
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 3.0])
-def test_a_batch_that_runs_together_gives_the_same_pictures(face, make, guidance):
-    """As on an accelerator: pictures with and without text, negative prompt and conditions in one forward."""
+def test_a_batch_that_runs_together_gives_the_same_images(face, make, guidance):
+    """As on an accelerator: images with and without text, negative prompt and conditions in one forward."""
     pipeline = make()
 
     class Together(type(pipeline)):
@@ -254,67 +244,67 @@ def test_a_batch_that_runs_together_gives_the_same_pictures(face, make, guidance
 
 def test_distilled_guidance(face):
     """The network embeds g, 1 outside the interval; true guidance never acts."""
-    pipeline = two_towers()
+    pipeline = two_text_encoders()
     make = lambda **more: pipeline(PROMPT, generator=seed(), output_type="latent", **more).images  # noqa: E731
     three = make(guidance_scale=3.0)
     assert (three - make(guidance_scale=2.0)).abs().max() > 1e-3
     assert torch.equal(make(), make(guidance_scale=3.5))
     assert torch.equal(make(guidance_scale=3.0, guidance_interval=(2.0, 2.0)), make(guidance_scale=1.0))
     assert (three - make(guidance_scale=3.0, guidance_interval=(0.0, 0.5))).abs().max() > 1e-3
-    with pytest.raises(InputError, match="reads no negative prompt: leave 'a man' out"):
+    with pytest.raises(InputError, match="has no negative prompt: leave 'a man' out"):
         pipeline(PROMPT, NEGATIVE)
 
 
-def test_two_towers_give_each_picture_its_own_bits(face):
-    """Words through T5 and CLIP, masks, and nothing at all, alone and together."""
-    pipeline = two_towers()
+def test_two_text_encoders_give_each_picture_its_own_bits(face):
+    """Text through T5 and CLIP, masks, and no input: bit-identical individually and batched."""
+    pipeline = two_text_encoders()
     prompts, masks = [PROMPT, "", "a man with a beard"], [face["mask"], face["mask"], None]
     generators = [seed(i) for i in range(3)]
     both = pipeline(prompts, control_image={"mask": masks}, generator=generators, output_type="np").images
-    for i, (prompt, mask, picture) in enumerate(zip(prompts, masks, both, strict=True)):
+    for i, (prompt, mask, image) in enumerate(zip(prompts, masks, both, strict=True)):
         control = {} if mask is None else {"mask": mask}
         alone = pipeline(prompt, control_image=control, generator=seed(i), output_type="np").images[0]
-        assert np.array_equal(alone, picture)
+        assert np.array_equal(alone, image)
 
 
-def test_both_towers_matter_and_cut_words_are_told():
-    pipeline = two_towers()
+def test_both_text_encoders_matter_and_truncated_text_are_told():
+    pipeline = two_text_encoders()
     make = lambda pipe: pipe(PROMPT, generator=seed(), output_type="latent").images  # noqa: E731
     before = make(pipeline)
-    for tower in ("text_encoder", "text_encoder_2"):
-        other = two_towers()
+    for name in ("text_encoder", "text_encoder_2"):
+        other = two_text_encoders()
         with torch.no_grad():
-            for parameter in getattr(other, tower).parameters():
+            for parameter in getattr(other, name).parameters():
                 parameter.mul_(0.5)
         assert (make(other) - before).abs().max() > 1e-4
     notes = pipeline("a woman with red hair and " + "a blue hat " * 9, num_inference_steps=1).notes
     assert any("longer than 12 tokens" in note and "blue hat" in note for note in notes)
 
 
-def test_two_towers_are_saved_and_loaded(tmp_path, face):
-    pipeline = two_towers(spatial_stream="full")
+def test_two_text_encoders_are_saved_and_loaded(tmp_path, face):
+    pipeline = two_text_encoders(spatial_stream="full")
     pipeline.save_pretrained(tmp_path)
     again = load(tmp_path)
     make = lambda pipe: pipe(PROMPT, control_image=face, generator=seed(), output_type="np").images  # noqa: E731
     assert np.array_equal(make(again), make(pipeline))
-    assert fingerprint(again) == fingerprint(pipeline)
+    assert pipeline_hash(again) == pipeline_hash(pipeline)
     with torch.no_grad():
         next(again.text_encoder_2.parameters()).mul_(2)
-    assert fingerprint(again) != fingerprint(pipeline)
+    assert pipeline_hash(again) != pipeline_hash(pipeline)
 
 
 def test_memory_savers_of_diffusers(face):
-    """Layers that lie elsewhere until they run change nothing; those kept in 8 bits change little."""
+    """Offloaded layers are bit-identical; layers stored in 8 bits differ little."""
     make = lambda pipe: pipe(PROMPT, control_image=face, generator=seed(), output_type="np").images  # noqa: E731
-    wanted = make(two_towers())
-    offloaded = two_towers()
+    wanted = make(two_text_encoders())
+    offloaded = two_text_encoders()
     offloaded.transformer.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
     assert np.array_equal(make(offloaded), wanted)
-    small = two_towers()
+    small = two_text_encoders()
     small.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     assert small.transformer.transformer_blocks[0].attn.to_q.weight.dtype is torch.float8_e4m3fn
     assert 0 < np.abs(make(small) - wanted).max() < 0.2
-    assert two_towers().model_cpu_offload_seq == "text_encoder->text_encoder_2->transformer->vae"
+    assert two_text_encoders().model_cpu_offload_seq == "text_encoder->text_encoder_2->transformer->vae"
 
 
 # --- Files and commands
@@ -322,12 +312,12 @@ def test_memory_savers_of_diffusers(face):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, face) -> Iterator[Path]:
-    """A trained model as `train` publishes it, packed beside `common`; a mask."""
+    """A trained model as `train` publishes it, packed next to `common`; a mask."""
     root = tmp_path_factory.mktemp("mditface")
     save_components(root / "common")
     pipeline = tiny_mditface_pipeline()
     pipeline.save_pretrained(root / "run")
-    from likeness.pipelines.load import load_components
+    from likeness.encoders.components import load_components
 
     codec = load_components(root / "common").codec_hash
     (root / "run" / "codec.json").write_text(json.dumps({"codec": codec}))
@@ -355,18 +345,18 @@ def test_generate_and_replay(folder, tmp_path, capsys):
     given = ("a man", "--mask", folder / "mask.png", "--mask-scale", 0.7, "--model", folder / "mini", "--seed", 5)
     assert run("generate", *given, "--negative-prompt", "hat", "--control-guidance-end", 0.6, "--out", out) == 0
     assert run("replay", out) == 0
-    assert "the same to the bit" in capsys.readouterr().out
+    assert "bit-identical" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
-        (["--base", "somewhere"], "is no adapter, so it takes no base model"),
+        (["--base", "somewhere"], "is not an adapter: leave the base model"),
         (["--size", "40", "--force-size"], "multiples of 16"),
         (["--guidance-scale", "-1"], "guidance scale"),
     ],
 )
-def test_bad_input(folder, tmp_path, capsys, arguments, words):
+def test_bad_input(folder, tmp_path, capsys, arguments, message):
     assert run("generate", "a man", "--model", folder / "mini", "--out", tmp_path / "face.png", *arguments) == 2
-    assert words in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

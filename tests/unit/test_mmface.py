@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from builders import MAX_TOKENS, randomise, tiny_transformer
+from builders import randomise, tiny_transformer
+from likeness.models.layers import use_explicit_attention
 from likeness.models.mmface import MMFaceTransformer
 from likeness.types import TextFeatures
 
@@ -66,7 +67,7 @@ def test_every_input_matters(name):
 
 
 def test_absent_condition():
-    """-1 is the `none` row and a zero latent, whatever the latent holds; without a `none` row it is row 0."""
+    """-1 is the `none` row and a zero latent, for any latent; without a `none` row it is row 0."""
     model, given = tiny_transformer(), inputs()
     none = model.config.condition_names.index("none")
     zero = torch.zeros_like(given["condition_latents"])
@@ -85,7 +86,7 @@ def test_sizes_and_aspect_ratios():
 
 
 def test_positions_matter():
-    """Attention is blind to order without rotary positions: exchanging two patches must not just exchange outputs."""
+    """Attention is blind to order without rotary positions: swapping two patches must not just swap outputs."""
     model, given = tiny_transformer(), inputs(batch=1)
     flipped = {**given, "latents": given["latents"].flip(-1), "condition_latents": given["condition_latents"].flip(-1)}
     # patches are flipped inside as well, so compare with a model that has no positions at all
@@ -100,11 +101,24 @@ def test_text_rope(text_rope, order_matters):
     assert ((after - before).norm() / before.norm() > 1e-4) == order_matters
 
 
-def test_precomputed_modulation_and_rope_change_nothing():
+def test_precomputed_rope_changes_nothing():
     model, given = tiny_transformer(), inputs()
-    modulation = model.modulation(given["time"], given["text"].pooled, given["condition_index"])
-    rope = model.rope(4, 4, 5)
-    torch.testing.assert_close(model(**given, modulation=modulation, rope=rope), model(**given), atol=1e-6, rtol=1e-5)
+    assert torch.equal(model(**given, rope=model.rope(4, 4, 5)), model(**given))
+
+
+def test_explicit_attention():
+    """The same prediction and gradients up to rounding, in passes with gradients only."""
+    fused, explicit, given = tiny_transformer(), tiny_transformer(), inputs()
+    use_explicit_attention(explicit)
+    outputs = [model(**given) for model in (fused, explicit)]
+    for output in outputs:
+        output.square().sum().backward()
+    torch.testing.assert_close(*outputs, atol=1e-6, rtol=1e-5)
+    weights = zip(fused.parameters(), explicit.parameters(), strict=True)
+    for one, other in ((a.grad, b.grad) for a, b in weights if a.grad is not None):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        assert torch.equal(fused(**given), explicit(**given))
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
@@ -142,26 +156,7 @@ def test_patch_size_one():
     assert variant(patch_size=1)(**inputs(height=3, width=5)).shape == (2, 4, 3, 5)
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"height": 3}, "patches"),
-        ({"tokens": MAX_TOKENS + 1}, "text tokens"),
-    ],
-)
-def test_refusals(change, words):
-    with pytest.raises(ValueError, match=words):
-        tiny_transformer()(**inputs(**change))
-
-
-def test_two_conditions_in_one_pass_are_refused():
-    given = inputs()
-    given["condition_index"] = torch.zeros(2, 2, dtype=torch.long)
-    with pytest.raises(ValueError, match="one condition"):
-        tiny_transformer()(**given)
-
-
-def test_bad_widths_are_refused():
+def test_bad_widths_are_rejected():
     with pytest.raises(ValueError, match="multiple"):
         MMFaceTransformer(hidden_size=30, heads=4)
 

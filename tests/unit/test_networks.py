@@ -1,4 +1,4 @@
-"""Networks from recipes: the right class and rows, and recipes that ask for the impossible."""
+"""Networks of recipes: class, condition ids, and invalid recipes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ MMFACE = {"hidden_size": 32, "depth": 1, "heads": 2}
 MDITFACE = {"name": "mditface", "hidden_size": 32, "depth": 1, "single_depth": 1, "heads": 2}
 
 
-def made(network: dict, shares: dict[str, float], pooled: int = 24):
-    data = {"shards": ["x"], "condition_shares": shares}
+def made(network: dict, fractions: dict[str, float], pooled: int = 24):
+    data = {"shards": ["x"], "condition_shares": fractions}
     recipe = build(TrainRecipe, {"network": network, "data": data, "optimizer": OPTIMIZER})
     with torch.device("meta"):
         return build_network(recipe, channels=4, text_dim=24, pooled_dim=pooled, text_tokens=12), recipe
@@ -57,7 +57,7 @@ def test_defaults_are_those_of_the_pipelines():
 
 
 @pytest.mark.parametrize(
-    ("network", "shares", "pooled", "words"),
+    ("network", "fractions", "pooled", "message"),
     [
         (MMFACE, {"mask+sketch": 1.0}, 24, "one condition at a time"),
         (MMFACE, {"mask": 1.0}, 16, "one text tower"),
@@ -68,6 +68,6 @@ def test_defaults_are_those_of_the_pipelines():
         (MMFACE | {"single_depth": 2}, {"mask": 1.0}, 24, "unknown key 'single_depth'"),
     ],
 )
-def test_impossible_recipes(network, shares, pooled, words):
-    with pytest.raises(InputError, match=words):
-        made(network, shares, pooled)
+def test_impossible_recipes(network, fractions, pooled, message):
+    with pytest.raises(InputError, match=message):
+        made(network, fractions, pooled)

@@ -117,7 +117,7 @@ def test_configuration_round_trip(objective):
 
 
 @pytest.mark.parametrize(
-    ("config", "words"),
+    ("config", "message"),
     [
         ({"name": "score"}, "score"),
         ({"name": "ddpm", "shift": 1}, "shift"),
@@ -125,6 +125,6 @@ def test_configuration_round_trip(objective):
         ({"name": "ddpm", "prediction": "x0"}, "x0"),
     ],
 )
-def test_bad_configuration_is_named(config, words):
-    with pytest.raises(ValueError, match=words):
+def test_bad_configuration_is_named(config, message):
+    with pytest.raises(ValueError, match=message):
         make_objective(config)

@@ -1,4 +1,4 @@
-"""Output names: folders, inputs that stay, several processes at once, and what an interrupted command leaves."""
+"""Output names: folders, protected inputs, concurrent processes, and the files of an interrupted command."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def start(folder: Path, *arguments: object, **options) -> subprocess.Popen[str]:
-    """A command in a process of its own, to which Ctrl-C is not ignored as in a shell's background jobs."""
+    """A command in a separate process that does not ignore Ctrl-C, unlike background jobs of a shell."""
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += "from likeness.cli import main; main()"
     command = [sys.executable, "-c", code, "generate", "a woman", "--model", folder / "model", *arguments]

@@ -1,4 +1,4 @@
-"""Packed weights and bundled folders: small errors, whole pipelines, refusals."""
+"""Packed weights and bundled folders: small errors, whole pipelines, rejected_arguments."""
 
 from __future__ import annotations
 
@@ -10,22 +10,18 @@ import pytest
 import torch
 
 from builders import tiny_clip, tiny_face_parser, tiny_text_encoder, tiny_tokenizer, tiny_transformer, tiny_vae
-from likeness.encoders.text_image import AttributeHead, load_attribute_head, save_attribute_head
+from likeness.annotators.face_parser import load_face_parser
+from likeness.encoders.components import load_components
+from likeness.encoders.text_image import AttributeHead, load_attribute_head, load_text_image, save_attribute_head
 from likeness.objectives import RectifiedFlow
-from likeness.pipelines.load import (
-    encoder_hash,
-    load,
-    load_component,
-    load_components,
-    load_face_parser,
-    load_text_image,
-)
+from likeness.pipelines.load import load
 from likeness.pipelines.mmface import MMFacePipeline
-from likeness.pipelines.packed import SCALE, pack, save_packed, widen
 from likeness.prepare.components import join_components
 from likeness.prepare.pack import pack_model
 from likeness.prepare.synthetic import write_synthetic
 from likeness.types import InputError
+from likeness.weights.hashes import encoder_hash
+from likeness.weights.packed import SCALE, load_component, pack, save_packed, unpack
 
 
 def test_error_is_at_most_half_a_step():
@@ -39,17 +35,17 @@ def test_error_is_at_most_half_a_step():
     packed = pack(state)
     assert packed["matrix"].dtype == packed["kernel"].dtype == torch.int8
     assert packed["bias"].dtype == torch.float16
-    again = widen(packed)
+    again = unpack(packed)
     assert again.keys() == state.keys()
     for name in ("matrix", "kernel"):
         step = packed[name + SCALE].reshape(-1, *[1] * (state[name].ndim - 1))
         assert ((again[name] - state[name]).abs() <= step / 2 * 1.001).all()
     assert torch.equal(again["number"], state["number"])
-    assert widen(packed, torch.bfloat16)["matrix"].dtype == torch.bfloat16
+    assert unpack(packed, torch.bfloat16)["matrix"].dtype == torch.bfloat16
 
 
 def test_text_encoder_round_trip(tmp_path):
-    """Its position numbers are a buffer that no file holds."""
+    """Its position ids are a buffer that is not saved."""
     encoder = tiny_text_encoder()
     save_packed(encoder, tmp_path)
     again = load_component(tmp_path, "transformers", "CLIPTextModel")
@@ -60,7 +56,7 @@ def test_text_encoder_round_trip(tmp_path):
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory) -> Path:
-    """`common/` and a packed model beside it, made by the commands' own functions."""
+    """`common/` and a packed model next to it, made by the commands' own functions."""
     root = tmp_path_factory.mktemp("bundle")
     write_synthetic(root / "faces", 4, 32, seed=0)
     tiny_vae().save_pretrained(root / "autoencoder" / "model")
@@ -91,7 +87,7 @@ def bundle(tmp_path_factory) -> Path:
     return root
 
 
-def test_packed_model_makes_the_same_pictures(bundle):
+def test_packed_model_makes_the_same_images(bundle):
     assert {path.name for path in (bundle / "mini").iterdir()} == {
         "codec.json",
         "model_index.json",
@@ -116,8 +112,8 @@ def test_what_measures_is_packed_beside(bundle):
     network, size = load_face_parser(bundle / "common" / "face_parser")
     plain, plain_size = load_face_parser(bundle / "parser" / "model")
     assert size == plain_size == 32
-    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    wanted, found = plain(picture).logits, network(picture).logits
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    wanted, found = plain(image).logits, network(image).logits
     assert 0 < (found - wanted).norm() / wanted.norm() < 0.05
     clip, tokenizer = load_text_image(bundle / "common")
     assert tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
@@ -127,11 +123,11 @@ def test_what_measures_is_packed_beside(bundle):
     head = load_attribute_head(bundle / "common")
     assert head.classes == {"Smiling": ["False", "True"]}
     assert torch.equal(head.weight, load_attribute_head(bundle / "text" / "model").weight)
-    with pytest.raises(InputError, match="text-image pair"):
+    with pytest.raises(InputError, match="not a text-image model"):
         load_text_image(bundle / "mini")
 
 
-def test_model_of_another_autoencoder_is_refused(bundle, tmp_path):
+def test_model_of_another_autoencoder_is_rejected(bundle, tmp_path):
     (tmp_path / "common").symlink_to(bundle / "common")
     (tmp_path / "run").mkdir()
     for file in ("model_index.json", "transformer", "scheduler"):
@@ -166,12 +162,12 @@ def test_broken_folders_are_named(bundle, tmp_path):
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "nowhere"])
-def test_devices_that_are_not_there_are_refused(device):
+def test_devices_that_are_not_there_are_rejected(device):
     with pytest.raises(InputError, match=f"Device '{device}' is not available. Available: .*cpu"):
         load(device=device)
 
 
 def test_hub_ids_fail_with_a_sentence(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(InputError, match="neither here nor on the hub"):
+    with pytest.raises(InputError, match="neither a folder nor available on the Hub"):
         load("nobody/no-such-model")

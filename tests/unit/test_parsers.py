@@ -21,12 +21,12 @@ from transformers import (
 )
 
 from builders import tiny_face_parser
-from likeness.annotators.face_parser import Translated, parse_faces, sides_swapped, to_input
+from likeness.annotators.face_parser import Translated, load_face_parser, parse_faces, sides_swapped, to_input
 from likeness.annotators.labels import NAMES, classes_of
 from likeness.conditions.mask.classes import CLASS_INDEX, CLASSES, FLIP_PAIRS, ORDERS
 from likeness.data.synthetic import draw_face
-from likeness.pipelines.load import load_face_parser, network_name
 from likeness.types import InputError
+from likeness.weights.hashes import network_name
 
 HUB = (
     "background", "skin", "nose", "eye_g", "l_eye", "r_eye", "l_brow", "r_brow", "l_ear", "r_ear", "mouth", "u_lip",
@@ -153,7 +153,7 @@ def test_missing_classes_never_appear(tmp_path):
     network, size = load_face_parser(save(tmp_path, LAPA))
     masks = parse_faces(network, [draw_face(0, index, 48).image for index in range(3)], size=size)
     assert set(np.unique(masks)) <= set(classes_of(LAPA, "x"))
-    swapped, _ = load_face_parser(tmp_path, exchanged=True)
+    swapped, _ = load_face_parser(tmp_path, swapped=True)
     other = parse_faces(swapped, [draw_face(0, index, 48).image for index in range(3)], size=size)
     table = np.arange(19)
     for left, right in FLIP_PAIRS:
@@ -207,10 +207,10 @@ def test_rejected_processors(tmp_path, changes, message):
 def test_rejected_checkpoints(tmp_path):
     with pytest.raises(InputError, match=r"has no preprocessor_config\.json"):
         load_face_parser(save(tmp_path / "bare", settings=None))
-    with pytest.raises(InputError, match="is no folder of a checkpoint"):
+    with pytest.raises(InputError, match="is not a checkpoint folder"):
         load_face_parser(tmp_path / "nowhere")
     MaskFormerConfig().save_pretrained(tmp_path / "maskformer")
-    with pytest.raises(InputError, match="holds no semantic segmentation network"):
+    with pytest.raises(InputError, match="is not a semantic segmentation network"):
         load_face_parser(tmp_path / "maskformer")
     with pytest.raises(InputError, match="LABEL_0"):
         load_face_parser(save(tmp_path / "numbers", tuple(f"LABEL_{index}" for index in range(19))))
@@ -228,7 +228,7 @@ def test_name_depends_on_the_weights(tmp_path):
     network, _ = load_face_parser(save(tmp_path))
     name = network_name(network)
     assert name == network_name(load_face_parser(tmp_path)[0])
-    assert name != network_name(load_face_parser(tmp_path, exchanged=True)[0])
+    assert name != network_name(load_face_parser(tmp_path, swapped=True)[0])
     with torch.no_grad():
         network.network.decode_head.classifier.bias[0] += 1
     assert network_name(network) != name

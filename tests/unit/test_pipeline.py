@@ -1,4 +1,4 @@
-"""What both pipelines promise, with real tiny parts: subsets, seeds, batches, scales, callbacks, formats, refusals."""
+"""Both pipelines with tiny components: subsets, seeds, batches, scales, callbacks, output types, invalid arguments."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler, FlowMatchHeunDiscreteScheduler
 
 from builders import tiny_mditface_pipeline, tiny_pipeline
 from likeness.data.synthetic import draw_face
-from likeness.encoders.text import cut_words
+from likeness.encoders.text import truncated_text
 from likeness.objectives import DDPM
 from likeness.pipelines.load import load
 from likeness.pipelines.mmface import MMFacePipeline
@@ -40,15 +40,15 @@ def make(pipeline, prompt=PROMPT, negative="", control=None, numbers=(7,), **mor
     return pipeline(prompt, negative, control or {}, generator=seeds(*numbers), output_type="np", **more).images
 
 
-def test_every_subset_is_its_own_picture(pipeline, faces):
+def test_every_subset_is_its_own_image(pipeline, faces):
     names = ("text", "mask", "sketch", "keypoints")
-    pictures = {}
+    images = {}
     for size in range(len(names) + 1):
         for subset in itertools.combinations(names, size):
             control = {name: faces[0][name] for name in subset if name != "text"}
-            pictures[subset] = make(pipeline, PROMPT if "text" in subset else "", control=control)
-    for one, other in itertools.combinations(pictures, 2):
-        assert not np.array_equal(pictures[one], pictures[other]), (one, other)
+            images[subset] = make(pipeline, PROMPT if "text" in subset else "", control=control)
+    for one, other in itertools.combinations(images, 2):
+        assert not np.array_equal(images[one], images[other]), (one, other)
 
 
 def test_order_of_conditions_does_not_matter(pipeline, faces):
@@ -73,8 +73,8 @@ def test_picture_depends_on_its_own_request_only(pipeline, faces, threads):
         batch = [requests[k] for k in order]
         control = {n: [c.get(n) for _, c, _ in batch] for n in ("mask", "sketch") if any(n in c for _, c, _ in batch)}
         together = make(pipeline, [p for p, _, _ in batch], control=control, numbers=[s for _, _, s in batch])
-        for k, picture in zip(order, together, strict=True):
-            assert np.array_equal(picture, alone[k]), (order, k)
+        for k, image in zip(order, together, strict=True):
+            assert np.array_equal(image, alone[k]), (order, k)
 
 
 def test_one_generator_draws_in_turn(pipeline):
@@ -132,12 +132,12 @@ def test_sizes(pipeline, faces):
 
 def test_output_types(pipeline):
     call = lambda kind: pipeline(PROMPT, generator=seeds(1), output_type=kind).images  # noqa: E731
-    array, tensor, picture, latent = call("np"), call("pt"), call("pil")[0], call("latent")
+    array, tensor, image, latent = call("np"), call("pt"), call("pil")[0], call("latent")
     assert array.dtype == np.float32
     assert tensor.shape == (1, 3, 32, 32)
     assert latent.shape == (1, 4, 4, 4)
     np.testing.assert_allclose(tensor.permute(0, 2, 3, 1).numpy(), array)
-    np.testing.assert_allclose(np.asarray(picture) / 255, array[0], atol=0.5 / 255 + 1e-6)
+    np.testing.assert_allclose(np.asarray(image) / 255, array[0], atol=0.5 / 255 + 1e-6)
     assert isinstance(pipeline(PROMPT, return_dict=False, output_type="np"), tuple)
 
 
@@ -169,11 +169,19 @@ def test_callbacks_see_change_and_stop(pipeline):
     assert seen == [0]
 
 
-def test_given_latents_and_sigmas(pipeline):
+def test_encoded_texts_and_conditions_are_reused(pipeline, faces):
+    """Images of several calls with one cache are bit-identical; texts and conditions are encoded once."""
+    encoded: dict = {}
+    for control in ({"mask": faces[0]["mask"]}, {"mask": faces[1]["mask"]}, {}):
+        for number in (1, 2):
+            cached = make(pipeline, control=control, numbers=(number,), encoded=encoded)
+            assert np.array_equal(cached, make(pipeline, control=control, numbers=(number,)))
+    assert len(encoded) == 4  # prompt, negative prompt, two masks
+
+
+def test_latents(pipeline):
     noise = torch.randn((1, 4, 4, 4), generator=torch.Generator().manual_seed(7))
     assert np.array_equal(pipeline(PROMPT, latents=noise, output_type="np").images, make(pipeline))
-    steps = pipeline(PROMPT, latents=noise, sigmas=[1.0, 0.75, 0.5, 0.25], output_type="np").images
-    np.testing.assert_allclose(steps, make(pipeline), atol=1e-5)
 
 
 def test_other_schedulers_and_objectives():
@@ -189,7 +197,7 @@ def test_other_schedulers_and_objectives():
 
 
 def test_samplers_with_noise_draw_it_from_the_generator():
-    """Each picture from its own: again the same, and alone as in a batch."""
+    """Each image from its own: again the same, and alone as in a batch."""
     pipeline, objective = tiny_pipeline(), DDPM()
     pipeline.register_to_config(objective=objective.config())
     pipeline.scheduler = DDPMScheduler.from_config(objective.scheduler().config)
@@ -199,7 +207,7 @@ def test_samplers_with_noise_draw_it_from_the_generator():
 
 
 def test_texts_that_nothing_reads_are_not_encoded(pipeline):
-    """Without guidance a negative prompt changes no bit, and what is cut from it is not told."""
+    """Without guidance a negative prompt changes no bit, and what is cut from it is not reported."""
     plain = pipeline(PROMPT, guidance_scale=1.0, generator=seeds(7), output_type="np")
     if not pipeline.transformer.config.get("guidance_embeds"):
         negative = pipeline(PROMPT, "long " * 40, guidance_scale=1.0, generator=seeds(7), output_type="np")
@@ -223,7 +231,7 @@ def test_what_diffusers_users_bring(pipeline, faces):
 
 @pytest.mark.parametrize("setting", [{"condition_resize": "nearest"}, {"defaults": {"stepz": 2}}])
 @pytest.mark.parametrize("made", [tiny_pipeline, tiny_mditface_pipeline])
-def test_settings_that_nothing_knows_are_refused(made, setting):
+def test_settings_that_nothing_knows_are_rejected(made, setting):
     whole = made()
     with pytest.raises(InputError, match=r"nearest|stepz"):
         type(whole)(**whole.components, **setting)
@@ -236,10 +244,10 @@ def test_save_and_load(tmp_path, faces, dtype):
     again = load(tmp_path, dtype=dtype)
     assert again.transformer.dtype == again.vae.dtype == again.text_encoder.dtype == dtype
     control = {"mask": faces[0]["mask"]}
-    picture, wanted = make(again, control=control), make(pipeline, control=control)
+    image, wanted = make(again, control=control), make(pipeline, control=control)
     if dtype is torch.float32:
-        assert np.array_equal(picture, wanted)
-    np.testing.assert_allclose(picture, wanted, atol=0.1)
+        assert np.array_equal(image, wanted)
+    np.testing.assert_allclose(image, wanted, atol=0.1)
     assert MMFacePipeline.from_pretrained(tmp_path).config.objective == pipeline.config.objective
 
 
@@ -252,7 +260,7 @@ def test_checkpoint_without_the_none_row(faces):
 
 
 def test_lanczos_setting_blends_and_crops(faces):
-    """The released weights saw masks resized as pictures; any aspect ratio is cropped."""
+    """The released weights saw masks resized as images; any aspect ratio is cropped."""
     pipeline = tiny_pipeline()
     exact = make(pipeline, control={"mask": faces[0]["mask"]})
     pipeline.register_to_config(condition_resize="lanczos")
@@ -263,65 +271,64 @@ def test_lanczos_setting_blends_and_crops(faces):
 def test_notes_tell_what_was_read_and_cut(pipeline, faces):
     output = pipeline("a woman with red hair and " + "a blue hat " * 9, control_image={"mask": faces[0]["mask"]})
     assert any(note.startswith("mask: ") for note in output.notes)
-    cut = next(note for note in output.notes if "cut" in note)
+    cut = next(note for note in output.notes if "truncated" in note)
     assert "blue hat" in cut
     assert "red hair" not in cut
 
 
-def test_cut_words_begin_with_a_word(pipeline):
+def test_truncated_text_begin_with_a_word(pipeline):
     prompt = "extraordinarily unusual words"
     for limit in range(3, 12):
-        cut = cut_words(pipeline.tokenizer, prompt, limit)
+        cut = truncated_text(pipeline.tokenizer, prompt, limit)
         assert cut in ("extraordinarily unusual words", "unusual words", "words")
-    assert cut_words(pipeline.tokenizer, prompt, 100) == ""
+    assert truncated_text(pipeline.tokenizer, prompt, 100) == ""
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
-        ({"num_inference_steps": 0}, "steps is 0"),
-        ({"num_inference_steps": -3}, "steps is -3"),
+        ({"num_inference_steps": 0}, "number of steps is 0"),
+        ({"num_inference_steps": -3}, "number of steps is -3"),
         ({"height": 48}, "Size 32x48 is not supported: the model was trained at 32x32, none with its aspect ratio"),
         ({"height": 64, "width": 64}, r"Use a trained size, upscale \(--upscale\) .*, or force_size"),
         ({"height": 40, "force_size": True}, "multiples of 16"),
         ({"width": 8, "force_size": True}, "multiples of 16"),
         ({"height": 64, "width": 64, "upscale": True, "force_size": True}, "exclude each other"),
-        ({"height": 64, "width": 64, "upscale": True, "output_type": "latent"}, "latents cannot be upscaled"),
+        ({"height": 64, "width": 64, "upscale": True, "output_type": "latent"}, "Latents cannot be upscaled"),
         ({"height": 8192, "width": 8192, "upscale": True}, "at most 4096"),
         ({"guidance_scale": float("nan")}, "guidance scale"),
         ({"guidance_scale": -1.0}, "guidance scale"),
         ({"output_type": "jpeg"}, "output_type"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt"),
         ({"prompt": ["a", "b", "c"], "negative_prompt": ["x", "y"]}, "2 values of negative prompt do not match 3"),
-        ({"prompt": 3}, "not text"),
-        ({"generator": [torch.Generator()] * 2}, "2 generators for 1 pictures"),
+        ({"prompt": 3}, "must be a string"),
+        ({"generator": [torch.Generator()] * 2}, "2 generators for 1 images"),
         ({"latents": torch.zeros(1, 4, 8, 8)}, "shape"),
-        ({"control_image": {"depth": np.zeros((8, 8), np.uint8)}}, "'depth' is unknown"),
-        ({"conditioning_scale": {"mask": 1.0}}, "no such condition is given"),
-        ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "callbacks"),
+        ({"control_image": {"depth": np.zeros((8, 8), np.uint8)}}, "Unknown condition 'depth'"),
+        ({"conditioning_scale": {"mask": 1.0}}, "but control_image does not"),
+        ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "Callbacks receive"),
         ({"height": 0}, "Size 32x0"),
         ({"height": "32"}, "height is '32'"),
         ({"prompt": []}, "list of prompt is empty"),
-        ({"control_image": np.zeros((8, 8), np.uint8)}, "control_image is of the type ndarray"),
+        ({"control_image": np.zeros((8, 8), np.uint8)}, "control_image is of type ndarray"),
         ({"guidance_interval": 0.5}, "two numbers"),
         ({"guidance_interval": (0.8, 0.2)}, "the lower noise level comes first"),
-        ({"sigmas": [1.0, 0.5], "timesteps": [999, 500]}, "both given"),
     ],
 )
-def test_refusals(pipeline, change, words):
-    with pytest.raises(InputError, match=words):
+def test_rejected_arguments(pipeline, change, message):
+    with pytest.raises(InputError, match=message):
         pipeline(**{"prompt": PROMPT, **change})
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"conditioning_scale": -1.0}, "scale of mask"),
         ({"conditioning_scale": [0.5]}, r"conditioning_scale is \[0.5\]"),
-        ({"control_guidance_start": 0.8, "control_guidance_end": 0.2}, "acts from"),
-        ({"control_guidance_end": 1.5}, "acts from"),
+        ({"control_guidance_start": 0.8, "control_guidance_end": 0.2}, "is active from"),
+        ({"control_guidance_end": 1.5}, "is active from"),
     ],
 )
-def test_control_refusals(pipeline, faces, change, words):
-    with pytest.raises(InputError, match=words):
+def test_control_rejected_arguments(pipeline, faces, change, message):
+    with pytest.raises(InputError, match=message):
         pipeline(PROMPT, control_image={"mask": faces[0]["mask"]}, **change)

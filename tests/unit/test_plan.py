@@ -127,7 +127,7 @@ def test_command(capsys):
         (["--layouts", "--device", "abacus"], "no data sheet of 'abacus'"),
         (["micro_batch=3"], "a batch of 16 cannot be cut into parts of 3 for 1 processes"),
         (["--layouts", "micro_batch=3"], "a batch of 16 cannot be cut into parts of 3"),
-        (["objective.name=abacus"], "the objective 'abacus' is unknown"),
+        (["objective.name=abacus"], "Unknown objective 'abacus'"),
     ):
         with pytest.raises(SystemExit, match="2"):
             main(["train", str(RECIPES / "debug.toml"), "--plan", "--device", "h100", *arguments])

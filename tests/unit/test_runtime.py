@@ -15,7 +15,7 @@ from diffusers.utils import logging as diffusers_logging
 
 import likeness
 from builders import run, tiny_pipeline
-from likeness.pipelines.record import read_recipe
+from likeness.pipelines.image_recipe import read_recipe
 from likeness.runtime import SMALL_WORK, THREAD_VARIABLES, choose_threads, mute_noise
 
 VARIABLES = (*THREAD_VARIABLES, "OMP_WAIT_POLICY")

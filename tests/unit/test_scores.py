@@ -10,7 +10,7 @@ from likeness.annotators.face_parser import confusion_of
 from likeness.conditions.keypoints import STROKES
 from likeness.conditions.mask.classes import CLASS_INDEX
 from likeness.data.synthetic import draw_face
-from likeness.encoders.text_image import finds
+from likeness.encoders.text_image import retrieved
 from likeness.evaluate.scores import (
     accuracy,
     class_counts,
@@ -105,14 +105,14 @@ def test_edge_f_score_of_different_faces():
 def test_retrieval_and_nearest():
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(40, 16, generator=generator)
-    assert finds(images, 3 * images, 10).tolist() == [True] * 40
-    assert len(finds(images, images, 15)) == 30  # an incomplete group is skipped
-    assert finds(images, images.roll(1, 0), 10).float().mean() <= 0.1
+    assert retrieved(images, 3 * images, 10).tolist() == [True] * 40
+    assert len(retrieved(images, images, 15)) == 30  # an incomplete group is skipped
+    assert retrieved(images, images.roll(1, 0), 10).float().mean() <= 0.1
     mixed = images.clone()
     mixed[:10] = mixed[:10].roll(1, 0)  # a quarter has wrong captions
-    assert finds(images, mixed, 10).float().mean() == 0.75
+    assert retrieved(images, mixed, 10).float().mean() == 0.75
     with pytest.raises(ValueError, match="fill no group"):
-        finds(images, images, 50)
+        retrieved(images, images, 50)
     similarity, index = nearest(images[:5] * 2, images)
     assert torch.equal(index, torch.arange(5))
     assert torch.allclose(similarity, torch.ones(5))

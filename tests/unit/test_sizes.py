@@ -11,11 +11,11 @@ from PIL import Image
 
 from builders import run, tiny_mditface_pipeline, tiny_pipeline
 from likeness.data.synthetic import draw_face
-from likeness.pipelines.catalogue import BUNDLED, bundled_models
+from likeness.pipelines.image_recipe import read_recipe, settings_hash
 from likeness.pipelines.load import load
-from likeness.pipelines.record import read_recipe, settings_hash
 from likeness.pipelines.sizes import generation_size, parse_size, trained_sizes
 from likeness.types import InputError
+from likeness.weights.catalog import BUNDLED, bundled_models
 
 SEVERAL = {"sizes": [[128, 128], [256, 256], [256, 320]], "defaults": {"size": 128}}
 
@@ -50,7 +50,7 @@ def test_size_to_generate_at(size, options, found):
 
 
 @pytest.mark.parametrize(
-    ("size", "options", "words"),
+    ("size", "options", "message"),
     [
         ((512, 512), {}, "trained at 128x128, 256x256, 256x320. Use a trained size, upscale .*, or force_size"),
         ((320, 256), {"upscale": True}, "none with its aspect ratio. Use a trained size, or force_size"),
@@ -59,8 +59,8 @@ def test_size_to_generate_at(size, options, found):
         ((512, 512), {"upscale": True, "force_size": True}, "exclude each other"),
     ],
 )
-def test_rejected_sizes(size, options, words):
-    with pytest.raises(InputError, match=words):
+def test_rejected_sizes(size, options, message):
+    with pytest.raises(InputError, match=message):
         generation_size(SEVERAL, size, **options)
 
 
@@ -136,6 +136,6 @@ def test_command_line(tmp_path, capsys):
         assert recipe.get("upscale") is recorded
         assert pixels.shape == (64, 64, 3)
         assert run("replay", image) == 0
-        assert capsys.readouterr().out.endswith("the same to the bit\n")
+        assert capsys.readouterr().out.endswith("bit-identical\n")
     assert run("models") == 0
     assert capsys.readouterr().out.count("  128x128  ") == 2

@@ -27,7 +27,7 @@ from likeness.train.checkpoint import load_state, states
 from likeness.train.config import StudentRecipe
 from likeness.train.posthoc import average_of
 from likeness.train.student import Discriminator, Samples, draw, losses_of, student_rate, train_student
-from likeness.types import InputError, PortraitRequest, TextFeatures, TryAgain
+from likeness.types import ConditionInput, InputError, PortraitRequest, TextFeatures, TryAgain
 from runs import SIZE, metrics, prepare
 
 TEACHERS = {"mmface": tiny_pipeline, "mditface": tiny_mditface_pipeline}
@@ -172,7 +172,9 @@ def test_published_student(prepared, tmp_path, teacher):
     defaults = pipeline.config.defaults
     assert (defaults["size"], defaults["steps"], defaults["guidance_scale"]) == (SIZE, 4, 1.0)
     wish = given.preview[0]
-    request = resolve(PortraitRequest(prompt=wish.prompt, control_image={"mask": wish.mask}), pipeline)
+    request = resolve(
+        PortraitRequest(prompt=wish.prompt, conditions={"mask": ConditionInput(image=wish.mask)}), pipeline
+    )
     (image,), _ = generate(pipeline, request, [wish.seed])
     preview = Image.open(sorted((tmp_path / "previews").iterdir())[-1])
     assert np.array_equal(np.asarray(preview), np.asarray(image))
@@ -388,7 +390,7 @@ def test_recipes_that_do_not_fit(prepared, tmp_path):
             train_student(recipe(prepared, **changes), tmp_path / "run")
         assert not (tmp_path / "run").exists()
 
-    rejected("there is no model .*nowhere", teacher=str(prepared / "nowhere"))
+    rejected("Unknown model .*nowhere", teacher=str(prepared / "nowhere"))
     rejected("discriminator.blocks has 2, but the teacher's blocks are 0 to 1", discriminator={"blocks": [0, 2]})
     rejected("different blocks", discriminator={"blocks": [1, 1]})
     rejected("steps is 0: it must be at least 1", steps=0)
@@ -425,7 +427,14 @@ def test_several_conditions_at_once(prepared, tmp_path):
     faces = prepared / "faces/train"
     control = {"mask": str(faces / "masks/000000.png"), "sketch": str(faces / "sketches/000000.png")}
     pipeline = load(model)
-    request = resolve(PortraitRequest(prompt="a face", control_image=control, num_inference_steps=2), pipeline)
+    request = resolve(
+        PortraitRequest(
+            prompt="a face",
+            conditions={name: ConditionInput(image=image) for name, image in control.items()},
+            num_inference_steps=2,
+        ),
+        pipeline,
+    )
     (image,), _ = generate(pipeline, request, [1])
     assert image.size == (SIZE, SIZE)
 

@@ -27,7 +27,7 @@ from likeness.evaluate.study import (
     softmax_fractions,
 )
 from likeness.pipelines.generate import generate, resolve
-from likeness.types import InputError, PortraitRequest
+from likeness.types import ConditionInput, InputError, PortraitRequest
 
 DOUBLE, SINGLE = ("double 0", "double 1"), ("single 0", "single 1")
 
@@ -35,7 +35,15 @@ DOUBLE, SINGLE = ("double 0", "double 1"), ("single 0", "single 1")
 def request_for(pipeline, *names: str, **more) -> PortraitRequest:
     face = draw_face(0, 0, 64)
     control = {name: getattr(face, name) for name in names}
-    return resolve(PortraitRequest(prompt="a woman with red hair", control_image=control, seed=3, **more), pipeline)
+    return resolve(
+        PortraitRequest(
+            prompt="a woman with red hair",
+            conditions={name: ConditionInput(image=image) for name, image in control.items()},
+            seed=3,
+            **more,
+        ),
+        pipeline,
+    )
 
 
 # --- Keys over time
@@ -256,7 +264,7 @@ def test_commands(folder, tmp_path, capsys, monkeypatch, command, model, options
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"{command}.html", f"{command}.json"]
     found = json.loads((tmp_path / "out" / f"{command}.json").read_text())
     assert found["request"]["seed"] == 3
-    assert "mask" in found["request"]["control_image"]
+    assert "mask" in found["request"]["conditions"]
     assert "background: rgba" in (tmp_path / "out" / f"{command}.html").read_text()
 
 
@@ -275,7 +283,7 @@ def test_commands(folder, tmp_path, capsys, monkeypatch, command, model, options
         (["positions", "mditface", "--sketch", "sketch.png"], "against a mask: pass a mask"),
         (["positions", "mditface", "--mask", "mask.png"], "Cannot shift by 2 tokens: the image is 2 tokens wide"),
         (["positions", "mditface", "--mask", "mask.png", "--count", "0"], "count is 0"),
-        (["keys", "nowhere", "--mask", "mask.png"], "there is no model nowhere"),
+        (["keys", "nowhere", "--mask", "mask.png"], "Unknown model 'nowhere'"),
         (["attention", "mditface", "--mask", "absent.png"], "absent.png"),
     ],
 )

@@ -16,8 +16,8 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from likeness.config import load_toml
 from likeness.data.folder import read_photo
-from likeness.encoders.text import cut_words, encode_text, to_ids
-from likeness.encoders.text_image import load_attribute_head, name_attributes, reduced
+from likeness.encoders.text import encode_text, token_ids, truncated_text
+from likeness.encoders.text_image import load_attribute_head, name_attributes, resize_images
 from likeness.train.checkpoint import load_state, states
 from likeness.train.components.text_image import (
     SMALLEST_VOCABULARY,
@@ -125,12 +125,12 @@ def test_every_character_is_encodable(towers: tuple[CLIPModel, CLIPTextModel, An
 def test_truncation_keeps_the_end_token(towers: tuple[CLIPModel, CLIPTextModel, Any]) -> None:
     tokenizer = towers[2]
     assert tokenizer.model_max_length == 16
-    ids = to_ids(tokenizer, [LONG, "red"], 16)
+    ids = token_ids(tokenizer, [LONG, "red"], 16)
     assert ids.shape == (2, 16)
     assert ids[0, -1] == tokenizer.eos_token_id
     assert (ids[0, :-1] != tokenizer.eos_token_id).all()
-    assert cut_words(tokenizer, LONG, 16).endswith("red box")
-    assert cut_words(tokenizer, "red box", 16) == ""
+    assert truncated_text(tokenizer, LONG, 16).endswith("red box")
+    assert truncated_text(tokenizer, "red box", 16) == ""
 
 
 def test_tokenizer_is_the_same_for_any_order_and_keeps_to_its_size() -> None:
@@ -150,7 +150,7 @@ def test_pooled_is_at_the_first_end_token(towers: tuple[CLIPModel, CLIPTextModel
     assert ends[0] == 1
     assert ends[-1] == 15
     with torch.no_grad():
-        output = text_encoder(to_ids(tokenizer, captions, 16))
+        output = text_encoder(token_ids(tokenizer, captions, 16))
     torch.testing.assert_close(output.pooler_output, output.last_hidden_state[range(4), ends])
     # what comes after the end token is not looked at, and the other positions are different vectors
     shorter = encode_text(tokenizer, text_encoder, captions[:3], max_tokens=12)
@@ -164,7 +164,7 @@ def test_published_parts_belong_together(towers: tuple[CLIPModel, CLIPTextModel,
     assert features.tokens.shape == (12, 16, 32)
     assert features.pooled.shape == (12, 32)
     with torch.no_grad():
-        embedded = clip.get_text_features(input_ids=to_ids(tokenizer, CAPTIONS, 16)).pooler_output
+        embedded = clip.get_text_features(input_ids=token_ids(tokenizer, CAPTIONS, 16)).pooler_output
     torch.testing.assert_close(clip.text_projection(features.pooled), embedded, atol=1e-5, rtol=1e-4)
     distances = torch.cdist(features.pooled, features.pooled) + torch.eye(12) * 1e3
     assert distances.min() > 0.1
@@ -262,7 +262,7 @@ def test_the_published_head_names_attributes(
     assert head is not None
     rows = captioned_rows(recipe.train)
     pictures = [read_photo(row["file_name"]) for row in rows]
-    named = name_attributes(towers[0], head, reduced(pictures, 16))
+    named = name_attributes(towers[0], head, resize_images(pictures, 16))
     assert set(named[0]) == set(head.classes) == {"color", "left"}
     for name in ("color", "left"):
         right = [found[name] == str(row["attributes"][name]) for found, row in zip(named, rows, strict=True)]

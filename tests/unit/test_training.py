@@ -16,8 +16,9 @@ from builders import save_components, tiny_transformer
 from likeness.config import load_toml
 from likeness.data.sampler import Sampler
 from likeness.data.store import Sample, Store
+from likeness.encoders.components import load_components
 from likeness.pipelines.generate import generate, resolve
-from likeness.pipelines.load import load, load_components
+from likeness.pipelines.load import load
 from likeness.prepare.encode import encode_folder
 from likeness.prepare.synthetic import write_synthetic
 from likeness.train import loop
@@ -26,7 +27,7 @@ from likeness.train.config import DataRecipe, TrainRecipe
 from likeness.train.optim import Ema, learning_rate, make_optimizers, power_of
 from likeness.train.step import make_batch
 from likeness.train.validate import condition_losses
-from likeness.types import InputError, PortraitRequest, TryAgain
+from likeness.types import ConditionInput, InputError, PortraitRequest, TryAgain
 
 SIZE = 32
 
@@ -198,7 +199,9 @@ def test_preview_is_what_generate_makes(prepared, tmp_path):
     wish = config.preview[0]
     pipeline = load(model)
     assert pipeline.config.sizes == [[32, 32]]  # those of the shards
-    request = resolve(PortraitRequest(prompt=wish.prompt, control_image={"mask": wish.mask}, seed=5), pipeline)
+    request = resolve(
+        PortraitRequest(prompt=wish.prompt, conditions={"mask": ConditionInput(image=wish.mask)}, seed=5), pipeline
+    )
     picture = generate(pipeline, request, [5])[0][0]
     preview = Image.open(sorted((tmp_path / "previews").iterdir())[-1])
     assert np.array_equal(np.asarray(preview), np.asarray(picture))

@@ -19,7 +19,7 @@ from likeness.train import loop
 from likeness.train.checkpoint import load_state
 from likeness.train.config import TrainRecipe
 from likeness.train.validate import condition_losses
-from likeness.types import InputError, PortraitRequest
+from likeness.types import ConditionInput, InputError, PortraitRequest
 from runs import SIZE, prepare
 
 NETWORK = {"name": "mditface", "hidden_size": 32, "depth": 1, "single_depth": 1, "heads": 2}
@@ -73,7 +73,9 @@ def test_from_random_weights(prepared, tmp_path, monkeypatch):
     assert isinstance(pipeline.transformer, MDiTFaceTransformer)
     assert tuple(pipeline.transformer.config.condition_names) == ("mask", "sketch")
     wish = given.preview[0]
-    request = resolve(PortraitRequest(prompt=wish.prompt, control_image={"mask": wish.mask}), pipeline)
+    request = resolve(
+        PortraitRequest(prompt=wish.prompt, conditions={"mask": ConditionInput(image=wish.mask)}), pipeline
+    )
     (again,), _ = generate(pipeline, request, [wish.seed])
     preview = sorted((tmp_path / "whole" / "previews").iterdir())[-1]
     assert again.tobytes() == Image.open(preview).convert("RGB").tobytes()
@@ -108,7 +110,7 @@ def test_adapter_on_flux(prepared, adapter_recipe, tmp_path, monkeypatch):
             found = state[name] if name in state else state[name.replace(".weight", ".base_layer.weight")]
             assert torch.equal(found, value), name  # the base is as it was
     condition = str(prepared / "faces/train/masks/000000.png")
-    request = resolve(PortraitRequest(prompt="a face", control_image={"mask": condition}), pipeline)
+    request = resolve(PortraitRequest(prompt="a face", conditions={"mask": ConditionInput(image=condition)}), pipeline)
     with_mask = generate(pipeline, request, [1])[0][0]
     words = resolve(PortraitRequest(prompt="a face"), pipeline)
     assert with_mask.tobytes() != generate(pipeline, words, [1])[0][0].tobytes()
@@ -165,7 +167,7 @@ def test_a_base_of_our_own(prepared, tmp_path):
 
 def test_refusals(prepared, adapter_recipe, tmp_path):
     wrong = {"name": "mditface_adapter", "base": str(prepared / "nowhere")}
-    with pytest.raises(InputError, match="there is no model"):
+    with pytest.raises(InputError, match="Unknown model"):
         loop.train(recipe(prepared, wrong, "flux_shards", None), tmp_path / "a")
     wrong = {"name": "mditface_adapter", "base": "mmface-mini"}
     with pytest.raises(InputError, match=r"mmface-mini is a MMFacePipeline: the base of an adapter must be FLUX\.1"):

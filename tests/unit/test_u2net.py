@@ -8,9 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from likeness.annotators.u2net import INPUT_SIDE, MEAN, PORTRAIT, STD, U2Net, draw_sketch, load_u2net
+from likeness.annotators.u2net import INPUT_SIDE, MEAN, PORTRAIT, STD, U2Net, draw_sketch, load_sketcher, load_u2net
 from likeness.data.synthetic import draw_face
-from likeness.pipelines.load import load_sketcher
 from likeness.types import InputError
 
 STAGES = {
@@ -195,7 +194,7 @@ def test_probable_lines_are_dark():
     for value in network.state_dict().values():
         value.zero_()
     with torch.no_grad():
-        network.outconv.weight[0, 0] = 1.0  # the first side output alone, which is given below
+        network.outconv.weight[0, 0] = 1.0  # the first side output alone, which is set below
     network.side1.forward = lambda x: torch.linspace(-4, 4, x.shape[3]).expand(1, 1, x.shape[2], -1)  # type: ignore
     sketch = draw_sketch(network, np.full((64, 64, 3), 100, np.uint8))
     assert sketch[:, 0].min() > 240

@@ -7,6 +7,7 @@ The network runs at its training size. Its logits, not its labels, are enlarged,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,14 +17,58 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from likeness.annotators.labels import classes_of
 from likeness.conditions.mask.classes import CLASS_INDEX, CLASSES, COUNTERPART
+from likeness.files import first_line, read_json
 from likeness.types import InputError
+from likeness.weights.catalog import BUNDLED, COMMON, checkpoint_file
+from likeness.weights.packed import PACKED, load_component
+
+PROCESSOR = "preprocessor_config.json"
+"""Configuration of the image processor of a transformers checkpoint."""
 
 MEAN, STD = 0.5, 0.25
 """Normalization of pixels in [0, 1], equal for all channels."""
 
 IMPOSSIBLE = -1e4
 """Logit of a class that a network lacks: low, but finite after interpolation and addition, also in half precision."""
+
+
+def load_face_parser(source: str | Path = "bundled", *, swapped: bool = False) -> tuple[Any, int]:
+    """Load a face parser with this project's input and 19 classes.
+
+    Args:
+        source: `bundled`, a folder, packed or not, or a Hub id (`owner/name`) of any semantic segmentation network of
+            transformers. Its labels are matched by name, its normalization is read from `preprocessor_config.json`.
+            Without that file it must be a parser trained by this project.
+        swapped: Its left is the viewer's left.
+
+    Returns:
+        The network and the side of its input in pixels.
+
+    Raises:
+        InputError: It cannot be read, its labels are not parts of a face, or its input is not a whole square image.
+    """
+    from transformers import AutoModelForSemanticSegmentation
+
+    source = BUNDLED / COMMON / "face_parser" if str(source) == "bundled" else source
+    config = read_json(checkpoint_file(source, "config.json"))
+    try:
+        if (Path(source) / PACKED).is_file():
+            network = load_component(Path(source), "transformers", config["architectures"][0])
+        else:
+            network = AutoModelForSemanticSegmentation.from_pretrained(source).eval()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{source} is not a semantic segmentation network: {first_line(error)}") from error
+    labels = tuple(network.config.id2label[index] for index in range(network.config.num_labels))
+    classes = classes_of(labels, str(source), swapped=swapped)
+    processor = checkpoint_file(source, PROCESSOR)
+    if processor.is_file():
+        return translated(network, classes, read_json(processor), str(source))
+    size = getattr(network.config, "image_size", None)
+    if labels != CLASSES or not isinstance(size, int):
+        raise InputError(f"{source} has no {PROCESSOR} with the size and normalization of its input: save it there")
+    return network, size
 
 
 def to_input(image: np.ndarray, size: int) -> Tensor:

@@ -9,6 +9,7 @@ segment the subject of a photo. In shapes, h and w are halved from level to leve
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from likeness.annotators.sketch import DRAWING, extract_sketch
+from likeness.device import choose_device
 from likeness.types import InputError
+from likeness.weights.hashes import network_name
+
+Sketcher = Callable[[np.ndarray], np.ndarray]
+"""Portrait uint8 RGB [H, W, 3] -> dark lines on white, uint8 [H, W]."""
 
 INPUT_SIDE = 512
 """Shorter side of the network's input in pixels."""
@@ -187,3 +194,23 @@ def draw_sketch(network: U2Net, image: np.ndarray) -> np.ndarray:
     low, high = float(paper.min()), float(paper.max())
     tone = np.rint(255 * (paper - low) / (high - low)) if high > low else np.full_like(paper, 255)
     return np.array(Image.fromarray(tone.astype(np.uint8)).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def load_sketcher(weights: Path | None = None, *, device: str | None = None) -> tuple[Sketcher, str]:
+    """Load a sketch extractor.
+
+    Args:
+        weights: Weights of U2-Net. Default: XDoG, which needs none.
+        device: Device of U2-Net, as in `choose_device`.
+
+    Returns:
+        The extractor, and the name by which datasets record it.
+
+    Raises:
+        InputError: The weights cannot be used, or the device is not available.
+    """
+    device = choose_device(device)
+    if weights is None:
+        return extract_sketch, f"XDoG {DRAWING}"
+    network = load_u2net(weights).to(device)
+    return lambda image: draw_sketch(network, image), network_name(network)

@@ -70,11 +70,11 @@ def check_writable(folder: Path) -> None:
 
 def save_image(image: Image.Image, recipe: Mapping[str, Any] | None, names: Iterator[Path], overwrite: bool) -> Path:
     """Write an image under the next of the names that is free, and return that."""
-    from likeness.pipelines.record import write_picture
+    from likeness.pipelines.image_recipe import write_image
 
     for name in names:
         try:
-            write_picture(image, name, recipe, overwrite=overwrite)
+            write_image(image, name, recipe, overwrite=overwrite)
         except FileExistsError:  # another process was faster
             continue
         return name

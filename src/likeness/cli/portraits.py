@@ -14,15 +14,17 @@ import tyro
 
 from likeness.cli.output import exit_on_sigterm, image_names, save_image
 from likeness.cli.terminal import PathArgument, progress_bar, quiet_libraries, tell
-from likeness.pipelines.catalogue import BUNDLED, bundled_models
+from likeness.files import read_json
+from likeness.pipelines.sizes import format_sizes, parse_size, trained_sizes
 from likeness.runtime import choose_threads, optional_packages_hidden, set_threads
-from likeness.types import DtypeName, InputError, PortraitRequest
+from likeness.types import ConditionInput, DtypeName, InputError, PortraitRequest
+from likeness.weights.catalog import BUNDLED, bundled_models
 
 DTYPE_NAMES: dict[str, DtypeName] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-"""Number format in a recipe -> `--dtype`."""
+"""Dtype in a recipe -> `--dtype`."""
 
-MOST_IMAGES = 1000
-"""Upper bound of `--count`."""
+MAX_COUNT = 1000
+"""Largest `--count`."""
 
 
 def generate(
@@ -62,7 +64,7 @@ def generate(
         prompt: Text prompt. Without a prompt and a condition: any face.
         negative_prompt: What the image should not show.
         mask: Semantic mask; `likeness inspect` lists the supported forms.
-        sketch: Dark lines on white.
+        sketch: Sketch, dark lines on white.
         keypoints: 68 or 478 points (.json, .npy, .csv, .pts).
         mask_scale: Strength of the mask; 0 is the same as no mask.
         sketch_scale: Strength of the sketch.
@@ -72,11 +74,11 @@ def generate(
         model: Bundled model, folder of a model or an adapter, or hub id.
         base: Base model of an adapter. Default: the one that the adapter names.
         lora: LoRAs made for FLUX.1: files, folders or hub ids, each as FILE or FILE=STRENGTH.
-        lora_strict: Reject a LoRA that fits only in part.
+        lora_strict: Reject a LoRA that matches the network only in part.
         steps: Sampling steps. Default: that of the model.
         guidance_scale: Classifier-free guidance scale; 1 disables guidance. Default: that of the model.
         seed: Seed of the first image; each further image uses the next seed. Default: random.
-        count: Number of images, at most 1000. Each is written as soon as it is made.
+        count: Number of images, at most 1000. Each is written as soon as it is generated.
         size: Width x height in pixels, as 128 or 128x160. Default: that of the model, which rejects untrained sizes.
         upscale: If the model was not trained at SIZE, generate at the nearest trained size and resample (Lanczos).
         force_size: Generate at SIZE even if the model was not trained at it. Expect artifacts.
@@ -85,27 +87,26 @@ def generate(
         format: File format if OUT has no suffix.
         metadata: Write the recipe and the mark of generated media into the file.
         device: Device, for example cuda or cpu; auto takes an accelerator if present.
-        dtype: Number format; auto is fp32 on a CPU, bf16 or fp16 on an accelerator.
+        dtype: Dtype; auto is fp32 on a CPU, bf16 or fp16 on an accelerator.
         quantize: Store the matrices of FLUX.1's transformer in 8 bits.
         offload: Keep only the active part of the model on the accelerator.
     """
-    from likeness.pipelines.sizes import parse_size
-
     width, height = (None, None) if size is None else parse_size(size, "--size")
-    if not 1 <= count <= MOST_IMAGES:
-        raise InputError(f"--count is {count}; it must be from 1 to {MOST_IMAGES}")
+    if not 1 <= count <= MAX_COUNT:
+        raise InputError(f"--count is {count}; it must be from 1 to {MAX_COUNT}")
     first = secrets.randbelow(2**31) if seed is None else seed
-    given = {"mask": mask, "sketch": sketch, "keypoints": keypoints}
-    scales = {"mask": mask_scale, "sketch": sketch_scale, "keypoints": keypoints_scale}
-    given = {name: path for name, path in given.items() if path is not None}
-    names, overwrite = image_names(out, format, count, given.values())
+    files = {"mask": (mask, mask_scale), "sketch": (sketch, sketch_scale), "keypoints": (keypoints, keypoints_scale)}
+    interval = {"start": control_guidance_start, "end": control_guidance_end}
+    conditions = {
+        name: ConditionInput(image=file, scale=scale, **interval)
+        for name, (file, scale) in files.items()
+        if file is not None
+    }
+    names, overwrite = image_names(out, format, count, [condition.image for condition in conditions.values()])
     request = PortraitRequest(
         prompt=prompt,
         negative_prompt=negative_prompt,
-        control_image=given,
-        conditioning_scale={name: scales[name] for name in given},
-        control_guidance_start=dict.fromkeys(given, control_guidance_start),
-        control_guidance_end=dict.fromkeys(given, control_guidance_end),
+        conditions=conditions,
         guidance_scale=guidance_scale,
         num_inference_steps=steps,
         width=width,
@@ -114,20 +115,20 @@ def generate(
         force_size=force_size,
         seed=first,
     )
-    # Conditions are read before the model is loaded: a wrong file should not cost a wait.
+    # Read conditions before loading the model, so that invalid files are reported at once
     from likeness.conditions import read_conditions
 
     request, notes = read_conditions(request)
     tell(notes)
     loras = [parse_lora(text) for text in lora]
 
-    bare = model in bundled_models() and not (loras or quantize)
-    with optional_packages_hidden() if bare else nullcontext():
+    core_only = model in bundled_models() and not (loras or quantize)
+    with optional_packages_hidden() if core_only else nullcontext():
         from likeness.pipelines.adapters import add_loras
         from likeness.pipelines.generate import batches, resolve, work_of
-        from likeness.pipelines.generate import generate as make
-        from likeness.pipelines.load import fingerprint as fingerprint_of
-        from likeness.pipelines.record import recipe_of
+        from likeness.pipelines.generate import generate as generate_images
+        from likeness.pipelines.image_recipe import recipe_of
+        from likeness.weights.hashes import pipeline_hash
 
         pipeline = load_pipeline(model, dtype, device, base, quantize, offload)
     tell([f"left out of the LoRA: {line}" for line in add_loras(pipeline, loras, strict=lora_strict)])
@@ -137,22 +138,24 @@ def generate(
     assert width
     if pipeline._execution_device.type == "cpu":
         choose_threads(work_of(pipeline, height, width))
-    fingerprint = fingerprint_of(pipeline) if metadata else ""
-    named: dict[str, Any] = {"model": model, "base": base, "quantize": quantize, "fingerprint": fingerprint}
-    told: set[str] = set()
+    fingerprint = pipeline_hash(pipeline) if metadata else ""
+    source: dict[str, Any] = {"model": model, "base": base, "quantize": quantize, "fingerprint": fingerprint}
+    encoded: dict[Any, Any] = {}
+    reported: set[str] = set()
     with exit_on_sigterm(), progress_bar("Generating") as advance:
         for done, batch in batches(requests, pipeline):
-            pictures, notes = make(
+            images, notes = generate_images(
                 pipeline,
                 batch[0],
                 [one.seed for one in batch],
                 lambda step, steps, done=done, batch=batch: advance(done * steps + step * len(batch), count * steps),
+                encoded,
             )
-            tell([note for note in notes if note not in told])
-            told.update(notes)
-            for picture, one in zip(pictures, batch, strict=True):
-                recipe = recipe_of(one, pipeline, **named) if metadata else None
-                print(f"{save_image(picture, recipe, names, overwrite)}  seed {one.seed}", flush=True)
+            tell([note for note in notes if note not in reported])
+            reported.update(notes)
+            for image, one in zip(images, batch, strict=True):
+                recipe = recipe_of(one, pipeline, **source) if metadata else None
+                print(f"{save_image(image, recipe, names, overwrite)}  seed {one.seed}", flush=True)
 
 
 def replay(
@@ -176,53 +179,54 @@ def replay(
     """
     import numpy as np
 
-    from likeness.pipelines.record import differences, read_recipe, request_of
+    from likeness.pipelines.image_recipe import differences, read_recipe, request_of
 
     recipe, pixels = read_recipe(image)
     request = request_of(recipe)
-    request = dataclasses.replace(request, force_size=not request.upscale)  # accepted when the image was made
+    request = dataclasses.replace(request, force_size=not request.upscale)  # accepted when the image was generated
     suffix = image.suffix.removeprefix(".")
     names, overwrite = (iter(()), False) if out is None else image_names(out, suffix, 1, [image])
 
-    from likeness.pipelines.adapters import act_again
-    from likeness.pipelines.generate import generate as make
+    from likeness.pipelines.adapters import restore_adapters
+    from likeness.pipelines.generate import generate as generate_images
     from likeness.pipelines.generate import resolve
-    from likeness.pipelines.load import fingerprint as fingerprint_of
+    from likeness.weights.hashes import pipeline_hash
 
-    device = device or ("cpu" if recipe["environment"].get("device") == "cpu" else "auto")
-    dtype = DTYPE_NAMES[recipe["environment"]["dtype"]]
+    environment = recipe["environment"]
+    device = device or ("cpu" if environment.get("device") == "cpu" else "auto")
+    dtype = DTYPE_NAMES[environment["dtype"]]
     base = base or recipe.get("base")
     pipeline = load_pipeline(model or recipe["model"], dtype, device, base, recipe.get("quantize"), offload)
-    act_again(pipeline, recipe.get("adapters", {}))
-    threads = recipe["environment"].get("threads")
+    restore_adapters(pipeline, recipe.get("adapters", {}))
+    threads = environment.get("threads")
     if isinstance(threads, int) and 1 <= threads <= (os.cpu_count() or 1):
-        set_threads(threads)  # the bits of a matrix product depend on them
+        set_threads(threads)  # the rounding of matrix products depends on them
     with exit_on_sigterm(), progress_bar("Generating") as advance:
-        pictures, _ = make(pipeline, resolve(request, pipeline), [request.seed], advance)
-        again = np.asarray(pictures[0])
+        images, _ = generate_images(pipeline, resolve(request, pipeline), [request.seed], advance)
+        again = np.asarray(images[0])
         if out is not None:
-            print(save_image(pictures[0], recipe, names, overwrite))
-    circumstances = differences(recipe, pipeline, fingerprint_of(pipeline))
-    tell(circumstances)
+            print(save_image(images[0], recipe, names, overwrite))
+    changes = differences(recipe, pipeline, pipeline_hash(pipeline))
+    tell(changes)
     if again.shape == pixels.shape and (again == pixels).all():
-        print(f"{image}: the same to the bit")
+        print(f"{image}: bit-identical")
         return
     lossy = image.suffix.lower() in (".jpg", ".jpeg")
     changed = np.abs(again.astype(int) - pixels) if again.shape == pixels.shape else np.array([255])
-    reason = "a JPEG's pixels are not exact" if lossy else "see above" if circumstances else "its pixels were changed"
-    share = f"{(changed > 0).mean():.1%} of values differ, by {changed.max()} at most"
-    raise InputError(f"{image} came out differently: {share} ({reason})")
+    reason = "JPEG is lossy" if lossy else "see above" if changes else "its pixels were modified"
+    fraction = f"{(changed > 0).mean():.1%} of values differ, by at most {changed.max()}"
+    raise InputError(f"{image} is not reproduced: {fraction} ({reason})")
 
 
 def inspect(
     file: PathArgument, *, condition: Literal["mask", "sketch", "keypoints"] | None = None, fix: Path | None = None
 ) -> None:
-    """Say what a mask, sketch or keypoints file is: its form, its classes with their shares, its problems.
+    """Report the format, classes and problems of a mask, sketch or keypoints file.
 
     Args:
-        file: The file, or a folder of part files.
-        condition: What it should be taken for; recognised by default.
-        fix: Where to write it in canonical form, mended.
+        file: File, or folder of part files.
+        condition: Kind of the file. Default: recognized.
+        fix: File to write in canonical form, with problems repaired.
     """
     from likeness.conditions import inspection
 
@@ -235,13 +239,9 @@ def inspect(
 
 def models() -> None:
     """List the bundled models with the sizes they were trained at."""
-    import json
-
-    from likeness.pipelines.sizes import format_sizes, trained_sizes
-
     for name in bundled_models():
-        index = json.loads((BUNDLED / name / "model_index.json").read_text())
-        config = json.loads((BUNDLED / name / "transformer" / "config.json").read_text())
+        index = read_json(BUNDLED / name / "model_index.json")
+        config = read_json(BUNDLED / name / "transformer" / "config.json")
         conditions = ", ".join(c for c in config["condition_names"] if c != "none")
         print(f"{name}  {index['_class_name']}  {format_sizes(trained_sizes(index))}  text, {conditions}")
 
@@ -262,12 +262,12 @@ def load_pipeline(
 
 
 def parse_lora(text: str) -> tuple[str, float]:
-    """`style.safetensors` or `style.safetensors=0.6` as (source, strength)."""
+    """Parse `style.safetensors` or `style.safetensors=0.6` as (source, strength)."""
     source, _, strength = text.rpartition("=")
     try:
-        found = (source, float(strength)) if source else (text, 1.0)
+        lora = (source, float(strength)) if source else (text, 1.0)
     except ValueError:
-        found = (text, 1.0)  # the name itself has the sign
-    if not math.isfinite(found[1]):
-        raise InputError(f"--lora is {text!r}; give a file, or a file and its strength as FILE=0.6")
-    return found
+        lora = (text, 1.0)  # the name contains "="
+    if not math.isfinite(lora[1]):
+        raise InputError(f"--lora is {text!r}; pass a file, or a file and its strength as FILE=0.6")
+    return lora

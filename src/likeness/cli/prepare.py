@@ -277,8 +277,8 @@ def encode(
         device: Device of autoencoder and text encoders, for example cuda or cpu; auto takes an accelerator if present.
     """
     from likeness.data.folder import splits_of
+    from likeness.encoders.components import load_components
     from likeness.parallel import rank_and_world
-    from likeness.pipelines.load import load_components
     from likeness.prepare.encode import encode_folder
 
     share = rank_and_world()
@@ -336,7 +336,7 @@ def shards(
     """
     from likeness.annotators.landmarks import open_landmarker
     from likeness.data.folder import metadata_lines, splits_of
-    from likeness.pipelines.load import load_components
+    from likeness.encoders.components import load_components
 
     if components is not None:  # fail before hours of work
         load_components(components)

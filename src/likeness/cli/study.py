@@ -13,7 +13,7 @@ import tyro
 
 from likeness.cli.portraits import load_pipeline
 from likeness.cli.terminal import progress_bar, tell
-from likeness.types import DtypeName, InputError, PortraitRequest
+from likeness.types import ConditionInput, DtypeName, InputError, PortraitRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +118,8 @@ def positions(
     """
     if count < 1 or not shifts:
         raise InputError(f"count is {count} and shifts has {len(shifts)} values: both require at least one")
+    from likeness.annotators.face_parser import load_face_parser
     from likeness.evaluate.study import shifted_positions
-    from likeness.pipelines.load import load_face_parser
 
     pipeline, request = prepare(subject)
     network = load_face_parser(parser)
@@ -185,7 +185,7 @@ def prepare(subject: Subject) -> tuple[Any, PortraitRequest]:
     request = PortraitRequest(
         prompt=subject.prompt,
         negative_prompt=subject.negative_prompt,
-        control_image={name: path for name, path in files.items() if path is not None},
+        conditions={name: ConditionInput(image=path) for name, path in files.items() if path is not None},
         guidance_scale=subject.guidance_scale,
         num_inference_steps=subject.steps,
         width=width,
@@ -240,7 +240,7 @@ def write(
         cells = [[row, *(f"{value:.3f}" for value in own)] for row, own in zip(rows, values, strict=False)]
         limits = min(map(min, values)), max(map(max, values))
         sections.append(Section(title=title, level=3, header=["", *map_columns], rows=cells, heat=limits))
-    content = {"model": subject.model, "request": {**vars(request), "control_image": sorted(request.control_image)}}
+    content = {"model": subject.model, "request": {**vars(request), "conditions": sorted(request.conditions)}}
     write_whole(out / f"{name}.json", json.dumps({**content, **found}, indent=1))
     write_whole(out / f"{name}.html", render("report.html.jinja", f"{subject.model}: {name}", sections))
     print(f"{out / name}.json  {out / name}.html")

@@ -13,25 +13,38 @@ from likeness.types import InputError, PortraitRequest
 CONDITIONS: dict[str, Condition] = {condition.name: condition for condition in (MASK, SKETCH, KEYPOINTS)}
 """Name -> condition, in the order of the command line and of dataset columns."""
 
-__all__ = ["CONDITIONS", "Condition", "Reading", "Source", "read_conditions"]
+__all__ = ["CONDITIONS", "Condition", "Reading", "Source", "read_condition", "read_conditions"]
+
+
+def read_condition(name: str, source: Source | Reading) -> tuple[Reading, list[str]]:
+    """Read a condition, unless it is read already.
+
+    Returns:
+        The condition, and one line per recognized format or note.
+
+    Raises:
+        InputError: The condition is unknown or cannot be read.
+    """
+    if name not in CONDITIONS:
+        raise InputError(f"Unknown condition {name!r}. Available: {', '.join(CONDITIONS)}")
+    if isinstance(source, Reading):
+        return source, []
+    reading = CONDITIONS[name].read(source)
+    return reading, [f"{name}: {text}" for text in (reading.scheme, *(note.text for note in reading.notes))]
 
 
 def read_conditions(request: PortraitRequest) -> tuple[PortraitRequest, list[str]]:
     """Read the conditions of a request, before anything expensive starts.
 
     Returns:
-        The request with each condition as a `Reading`, and one line per recognized format or note.
+        The request with each image as a `Reading`, and one line per recognized format or note.
 
     Raises:
         InputError: A condition is unknown or cannot be read.
     """
-    readings, lines = {}, []
-    for name, source in request.control_image.items():
-        if name not in CONDITIONS:
-            raise InputError(f"Unknown condition {name!r}. Available: {', '.join(CONDITIONS)}")
-        if isinstance(source, Reading):
-            readings[name] = source
-            continue
-        readings[name] = reading = CONDITIONS[name].read(source)
-        lines += [f"{name}: {text}" for text in (reading.scheme, *(note.text for note in reading.notes))]
-    return dataclasses.replace(request, control_image=readings), lines
+    conditions, lines = {}, []
+    for name, condition in request.conditions.items():
+        reading, notes = read_condition(name, condition.image)
+        conditions[name] = dataclasses.replace(condition, image=reading)
+        lines += notes
+    return dataclasses.replace(request, conditions=conditions), lines

@@ -1,1 +1,1 @@
-"""Other people's weights into this project's folders."""
+"""Convert released weights to folders of this project."""

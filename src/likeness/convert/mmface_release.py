@@ -1,8 +1,8 @@
-"""The released MMFace-DiT checkpoints as a folder that `likeness.load` reads.
+"""Convert the released MMFace-DiT checkpoints to pipeline folders.
 
-What differs from our conventions is folded into the weights once, so that the network needs no special cases: flow
-time that runs from noise to data, the sign of the velocity, the order of values inside a patch, and rotary pairs
-that are neighbours instead of halves. What cannot be folded is recorded as settings of the pipeline.
+Differences in conventions are folded into the weights: flow time from noise to data, the sign of the velocity, the
+order of values inside a patch, and rotary pairs that are neighbours instead of halves. Differences that cannot be
+folded are settings of the pipeline.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from likeness.types import InputError
 Kind = Literal["flow", "diffusion"]
 
 TIME_SCALE = 999.0
-"""What the released flow network multiplies its time in [0, 1] by."""
+"""Factor of the released flow network on its time in [0, 1]."""
 
 HEAD_DIM = 72
-"""Width of a head in every released checkpoint; the number of heads cannot be read from the weights."""
+"""Width of a head in every released checkpoint; weights do not determine the number of heads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +46,10 @@ RELEASES: dict[str, Release] = {
     "rfm-256": Release(kind="flow", step=283_517, size=256),
     "rfm-512": Release(kind="flow", step=44_070, size=512),
 }
-"""The three published checkpoints; each lies in a folder `checkpoint-<step>`."""
+"""The published checkpoints; each is in a folder `checkpoint-<step>`."""
 
 FLUX_SCALE, FLUX_SHIFT = 0.3611, 0.1159
-"""FLUX.1's latents are FLUX_SCALE (z - FLUX_SHIFT), z what its autoencoder gives."""
+"""FLUX.1's latents are FLUX_SCALE (z - FLUX_SHIFT), where z is the output of its autoencoder."""
 
 PADDING = "!"
 """Token 0 of CLIP's vocabulary, with which Stable Diffusion 2.1 pads captions."""
@@ -57,7 +57,7 @@ PADDING = "!"
 COMPATIBILITY: dict[str, Any] = {
     "text_layer": -2,  # penultimate layer, without the final norm; the pooled text is the EOS token after it
     "max_text_tokens": 77,
-    "condition_resize": "lanczos",  # masks were resized as pictures
+    "condition_resize": "lanczos",  # masks were resized as images
 }
 """Settings the released weights were trained with; fields of `MMFacePipeline`."""
 
@@ -74,8 +74,12 @@ PLAIN_KEYS = {
     "x_embedder.proj.bias": "patch_embed.bias",
     "final_layer.adaLN_modulation.1.weight": "final_modulation.weight",
     "final_layer.adaLN_modulation.1.bias": "final_modulation.bias",
+    "t_embedder.mlp.0.weight": "time_embed.linear_1.weight",
+    "x_embedder.proj.weight": "patch_embed.weight",
+    "final_layer.linear.weight": "final.weight",
+    "final_layer.linear.bias": "final.bias",
 }
-"""Official key -> ours, for what carries over as it is."""
+"""Released name -> ours, outside of blocks."""
 
 BLOCK_KEYS = {
     "adaLN_modulation.1.weight": "modulation.weight",
@@ -89,114 +93,110 @@ BLOCK_KEYS = {
         for part in ("weight", "bias")
     },
 }
-"""The same inside `blocks.<n>.`."""
+"""Released name -> ours, inside `blocks.<n>.`."""
 
 
 def convert_state(state: Mapping[str, Tensor], kind: Kind, heads: int | None = None) -> MMFaceTransformer:
-    """The official network's weights as an `MMFaceTransformer`.
+    """Convert the weights of a released network to an `MMFaceTransformer`.
 
     Args:
-        state: tensors under the official names.
-        kind: `flow` folds time direction and sign in; `diffusion` predicts the noise in both.
-        heads: attention heads; None means heads of 72.
+        state: tensors under the released names.
+        kind: `flow` folds time direction and sign into the weights; `diffusion` predicts the noise in both.
+        heads: attention heads. Default: heads of width 72.
 
     Raises:
-        InputError: a key is missing, left over or of a wrong shape; all of them are listed.
+        InputError: keys are missing, unknown or of another shape; all of them are listed.
     """
     try:
-        embed, final = state["x_embedder.proj.weight"], state["final_layer.linear.weight"]
+        embed = state["x_embedder.proj.weight"]
         text_dim = state["clip_seq_proj.weight"].shape[1]
         hidden = state["blocks.0.mlp_i.0.weight"].shape[0]
     except KeyError as error:
-        raise InputError(f"these are not MMFace-DiT weights: the key {error.args[0]!r} is missing") from error
+        raise InputError(f"These are not MMFace-DiT weights: the key {error.args[0]!r} is missing") from error
     width, in_channels, patch = embed.shape[:3]
-    numbers = [int(found[1]) for key in state if (found := re.match(r"blocks\.(\d+)\.", key))]
+    depth = 1 + max(int(found[1]) for key in state if (found := re.match(r"blocks\.(\d+)\.", key)))
     heads = heads or width // HEAD_DIM
     if width % (4 * heads):
-        raise InputError(f"a width of {width} does not divide into {heads} heads: give the number of heads")
-    config = {
-        "patch_size": patch,
-        "latent_channels": in_channels // 2,
-        "hidden_size": width,
-        "depth": max(numbers) + 1,
-        "heads": heads,
-        "mlp_ratio": hidden / width,
-        "text_dim": text_dim,
-        "max_text_tokens": 77,
-        "condition_names": ["mask", "sketch"],
-        "text_rope": "none",
-    }
-
-    left = dict(state)
-    missing: list[str] = []
-
-    def take(key: str) -> Tensor | None:
-        if key not in left:
-            missing.append(key)
-            return None
-        return left.pop(key).float()
-
-    ours: dict[str, Tensor | None] = {new: take(old) for old, new in PLAIN_KEYS.items()}
-    ours["patch_embed.weight"] = take("x_embedder.proj.weight").flatten(1)  # type: ignore[union-attr]
-    for part in ("weight", "bias"):
-        final = take(f"final_layer.linear.{part}")
-        if final is not None:
-            # their patch values are ordered (p, q, C), ours (C, p, q)
-            final = final.unflatten(0, (patch, patch, -1)).movedim(2, 0).flatten(0, 2)
-            ours[f"final.{part}"] = -final if kind == "flow" else final  # theirs is data - noise, ours noise - data
-    first = take("t_embedder.mlp.0.weight")
-    if first is not None:
-        ours["time_embed.linear_1.weight"] = reverse_time(first) if kind == "flow" else first
-    for number in range(config["depth"]):
-        theirs, mine = f"blocks.{number}.", f"blocks.{number}."
-        for old, new in BLOCK_KEYS.items():
-            ours[mine + new] = take(theirs + old)
-        for suffix, stream in (("", "image"), ("_t", "text")):
-            query, key, value = (take(f"{theirs}attn.to_{letter}{suffix}.weight") for letter in "qkv")
-            if query is not None and key is not None and value is not None:
-                joined = torch.cat([halves(query, heads), halves(key, heads), value])
-                ours[f"{mine}attention.{stream}_qkv.weight"] = joined
-
+        raise InputError(f"The width {width} is not a multiple of 4 x {heads} heads: pass the number of heads")
     with torch.device("meta"):
-        model = MMFaceTransformer.from_config(config)
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found_tensors = {name: value for name, value in ours.items() if value is not None}
-    wrong = [f"{k} has shape {tuple(v.shape)}, not {expected[k]}" for k, v in found_tensors.items()
-             if tuple(v.shape) != expected[k]]  # fmt: skip
-    faults = [f"missing {key}" for key in missing] + [f"unexpected {key}" for key in left] + wrong
+        model = MMFaceTransformer(
+            patch_size=patch,
+            latent_channels=in_channels // 2,
+            hidden_size=width,
+            depth=depth,
+            heads=heads,
+            mlp_ratio=hidden / width,
+            text_dim=text_dim,
+            max_text_tokens=77,
+            condition_names=("mask", "sketch"),
+            text_rope="none",
+        )
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    names = released_names(depth)  # ours -> theirs
+    expected = {key for keys in names.values() for key in keys}
+    faults = [f"missing {key}" for key in sorted(expected - state.keys())]
+    faults += [f"unexpected {key}" for key in sorted(state.keys() - expected)]
+    converted: dict[str, Tensor] = {}
+    for name, keys in names.items():
+        if not state.keys() >= set(keys):
+            continue
+        value = state[keys[0]].float()
+        if name == "patch_embed.weight":
+            value = value.flatten(1)  # [D, 2 C, p, p] -> [D, 2 C p p]
+        elif name.startswith("final."):  # (p, q, C) -> (C, p, q); the flow target is data - noise there
+            value = value.unflatten(0, (patch, patch, -1)).movedim(2, 0).flatten(0, 2) * (-1 if kind == "flow" else 1)
+        elif name == "time_embed.linear_1.weight" and kind == "flow":
+            value = reverse_time(value)
+        elif len(keys) == 3:
+            query, key, value = (state[key].float() for key in keys)
+            value = torch.cat([halves(query, heads), halves(key, heads), value])  # [3 D, D]
+        if tuple(value.shape) != shapes[name]:
+            faults.append(f"{', '.join(keys)} gives {name} of shape {tuple(value.shape)}, not {shapes[name]}")
+        converted[name] = value
     if faults:
-        raise InputError(f"{len(faults)} keys do not fit the MMFace-DiT network:\n  " + "\n  ".join(faults))
-    model.load_state_dict(found_tensors, assign=True)
+        raise InputError(f"{len(faults)} keys do not match the MMFace-DiT network:\n  " + "\n  ".join(faults))
+    model.load_state_dict(converted, assign=True)
     return model.eval()
 
 
-def reverse_time(weight: Tensor) -> Tensor:
-    """The first time layer [D, 256] for time that runs the other way.
+def released_names(depth: int) -> dict[str, tuple[str, ...]]:
+    """Return our name -> released names: one, or those of query, key and value, which we concatenate."""
+    names: dict[str, tuple[str, ...]] = {ours: (theirs,) for theirs, ours in PLAIN_KEYS.items()}
+    for n in range(depth):
+        names |= {f"blocks.{n}.{ours}": (f"blocks.{n}.{theirs}",) for theirs, ours in BLOCK_KEYS.items()}
+        for suffix, stream in (("", "image"), ("_t", "text")):
+            qkv = tuple(f"blocks.{n}.attn.to_{letter}{suffix}.weight" for letter in "qkv")
+            names[f"blocks.{n}.attention.{stream}_qkv.weight"] = qkv
+    return names
 
-    cos(f (s - u)) and sin(f (s - u)) are a rotation of cos(f u) and sin(f u) by the angle f s, so the turn folds into
-    the columns of the layer behind them.
+
+def reverse_time(weight: Tensor) -> Tensor:
+    """Return the first time layer [D, 256] for the opposite time direction.
+
+    cos(f (s - u)) and sin(f (s - u)) are a rotation of cos(f u) and sin(f u) by the angle f s, which is folded into the
+    columns of the layer.
     """
     half = weight.shape[1] // 2
-    turn = time_frequencies(torch.tensor([TIME_SCALE]), weight.shape[1])[0].double()  # [256]
-    cos, sin = turn[:half], turn[half:]
+    rotation = time_frequencies(torch.tensor([TIME_SCALE]), weight.shape[1])[0].double()  # [256]
+    cos, sin = rotation[:half], rotation[half:]
     on_cos, on_sin = weight.double().split(half, dim=1)
     return torch.cat([on_cos * cos + on_sin * sin, on_cos * sin - on_sin * cos], dim=1).float()
 
 
 def halves(weight: Tensor, heads: int) -> Tensor:
-    """Rows [H d, D] of queries or keys, reordered so that rotary pairs (2 i, 2 i + 1) become (i, i + d / 2)."""
+    """Reorder rows [H d, D] of queries or keys so that rotary pairs (2 i, 2 i + 1) become (i, i + d / 2)."""
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def read_release(path: Path) -> tuple[dict[str, Tensor], Path]:
-    """The tensors of a released checkpoint: its folder or its safetensors file.
+    """Read the tensors of a released checkpoint: its folder or its safetensors file.
 
     Raises:
-        InputError: there is no such file, or it is not safetensors.
+        InputError: the file does not exist, or is not safetensors.
     """
     file = path / "dit_model_weights_ema.safetensors" if path.is_dir() else path
     if not file.is_file():
-        raise InputError(f"{file} does not exist: give a released checkpoint-<step> folder or its safetensors file")
+        raise InputError(f"{file} does not exist: pass a released checkpoint-<step> folder or its safetensors file")
     try:
         with safe_open(file, framework="pt") as tensors:
             return {key: tensors.get_tensor(key) for key in tensors.keys()}, file  # noqa: SIM118
@@ -205,15 +205,15 @@ def read_release(path: Path) -> tuple[dict[str, Tensor], Path]:
 
 
 def release_of(path: Path, name: str | None) -> Release:
-    """Which release a path is: by name, or by the step in `checkpoint-<step>`."""
+    """Identify a release by name, or by the step in `checkpoint-<step>`."""
     if name is not None:
         if name not in RELEASES:
-            raise InputError(f"the release {name!r} is unknown; choose one of {', '.join(RELEASES)}")
+            raise InputError(f"Unknown release {name!r}. Available: {', '.join(RELEASES)}")
         return RELEASES[name]
     for release in RELEASES.values():
         if f"checkpoint-{release.step}" in path.resolve().parts:
             return release
-    raise InputError(f"cannot tell which release {path} is; add --release, one of {', '.join(RELEASES)}")
+    raise InputError(f"The release of {path} is unknown: pass --release, one of {', '.join(RELEASES)}")
 
 
 def convert_release(
@@ -225,27 +225,27 @@ def convert_release(
     vae: Path | None = None,
     heads: int | None = None,
 ) -> list[str]:
-    """Write a released checkpoint as a pipeline folder.
+    """Convert a released checkpoint to a pipeline folder.
 
     Args:
         path: the `checkpoint-<step>` folder or the safetensors file in it.
         out: the folder to write; it must not exist or be empty.
-        release: one of `RELEASES`, where the path does not tell.
+        release: one of `RELEASES`, if the path does not identify it.
         text_encoder: a folder with `CLIPTextModel` weights and its tokenizer (or `text_encoder/` and `tokenizer/`).
         vae: a folder with FLUX.1's autoencoder.
-        heads: attention heads; None means heads of 72.
+        heads: attention heads. Default: heads of width 72.
 
     Returns:
-        What is missing for the folder to make pictures, one sentence each.
+        The components that are missing to generate images, one sentence each.
 
     Raises:
-        InputError: the input does not fit, or `out` is in use.
+        InputError: the input is not a released checkpoint, or `out` is not empty.
     """
     from likeness.pipelines.mmface import MMFacePipeline
 
     which = release_of(path, release)
     if out.exists() and any(out.iterdir()):
-        raise InputError(f"{out} is not empty: choose another folder, so that nothing is overwritten")
+        raise InputError(f"{out} is not empty: choose another folder")
     state, file = read_release(path)
     transformer = convert_state(state, which.kind, heads)
     objective = RectifiedFlow(time_sampling="uniform", time_scale=TIME_SCALE) if which.kind == "flow" else DDPM()
@@ -269,16 +269,16 @@ def convert_release(
     if encoder is None:
         missing.append(
             "the text encoder of Stable Diffusion 2.1 (OpenCLIP ViT-H, 23 layers): add --text-encoder DIR; "
-            "docs/released-weights.md says what serves"
+            "see docs/released-weights.md"
         )
     if vae is None:
-        missing.append("the autoencoder of FLUX.1: add --vae DIR; docs/released-weights.md says what serves")
+        missing.append("the autoencoder of FLUX.1: add --vae DIR; see docs/released-weights.md")
     return missing
 
 
 def latent_statistics(vae: Any) -> dict[str, Any]:
-    """`latent_mean` and `latent_std` with which an autoencoder gives the latents of the releases: FLUX_SCALE z, without
-    the shift. taef1, whose latents y = FLUX_SCALE (z - FLUX_SHIFT) are scaled already, lacks the shift alone.
+    """Return the `latent_mean` and `latent_std` of an autoencoder for the latents of the releases, FLUX_SCALE z without
+    the shift. The latents of taef1 are FLUX_SCALE (z - FLUX_SHIFT).
     """
     from diffusers import AutoencoderTiny
 
@@ -288,25 +288,25 @@ def latent_statistics(vae: Any) -> dict[str, Any]:
 
 
 def load_text_encoder(folder: Path) -> tuple[Any, Any]:
-    """A CLIP text model and its tokenizer from a folder, or from the two subfolders of a pipeline folder.
+    """Load a CLIP text model and its tokenizer from a folder, or from the two subfolders of a pipeline folder.
 
-    The network reads all 77 tokens, the padding, too: it must be that of Stable Diffusion 2.1, "!", where the same
-    vocabulary in other repositories is padded with the end token.
+    The network reads the padding, too. It must be that of Stable Diffusion 2.1, "!"; other repositories with the same
+    vocabulary pad with the end token.
     """
     from transformers import CLIPTextModel, CLIPTokenizer
 
     model = folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder
     tokenizer = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
     try:
-        encoder, words = CLIPTextModel.from_pretrained(model), CLIPTokenizer.from_pretrained(tokenizer)
-        words.pad_token = PADDING
-        return encoder, words
+        encoder, vocabulary = CLIPTextModel.from_pretrained(model), CLIPTokenizer.from_pretrained(tokenizer)
+        vocabulary.pad_token = PADDING
+        return encoder, vocabulary
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder} holds no CLIP text model with its tokenizer: {error}") from error
+        raise InputError(f"{folder} is not a CLIP text model with its tokenizer: {error}") from error
 
 
 def load_vae(folder: Path) -> Any:
-    """An autoencoder from a folder, or from the `vae` subfolder of a pipeline folder; its class is in its config."""
+    """Load an autoencoder from a folder, or from the `vae` subfolder of a pipeline folder."""
     import diffusers
 
     where = folder / "vae" if (folder / "vae").is_dir() else folder
@@ -314,4 +314,4 @@ def load_vae(folder: Path) -> Any:
         name = json.loads((where / "config.json").read_text())["_class_name"]
         return getattr(diffusers, name).from_pretrained(where)
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"{folder} holds no diffusers autoencoder: {error}") from error
+        raise InputError(f"{folder} is not an autoencoder of diffusers: {error}") from error

@@ -1,1 +1,1 @@
-"""Frozen encoders between pixels or words and what the transformers read."""
+"""Frozen encoders from images and text to the inputs of the transformers."""

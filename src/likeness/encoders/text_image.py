@@ -1,6 +1,6 @@
-"""Pictures and captions in the space where they meet: what a text-image pair (a `CLIPModel`) says of both.
+"""Features of images and captions in a common embedding space, with a `CLIPModel`.
 
-Training, its measurements and evaluation share these functions, so that a picture has the same features everywhere.
+Training, its validation and evaluation share these functions, so that an image has the same features everywhere.
 """
 
 from __future__ import annotations
@@ -17,87 +17,106 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from likeness.encoders.latent import to_tensor
-from likeness.files import write_whole
+from likeness.files import first_line, write_whole
+from likeness.types import InputError
+from likeness.weights.packed import load_component
 
 ATTRIBUTES = "attributes.safetensors"
-"""File of the attribute head, beside the pair's `clip` and `tokenizer`."""
+"""File of the attribute head, next to `clip` and `tokenizer`."""
 
 
 class AttributeHead(NamedTuple):
-    """One matrix that reads attributes from the picture tower's pooled vector, before its projection."""
+    """A linear layer from the pooled vector of the image encoder, before its projection, to attributes."""
 
     weight: Tensor
-    """[C, D], the classes of all attributes one after the other."""
+    """[C, D], the classes of all attributes concatenated."""
     bias: Tensor
     """[C]."""
     classes: Mapping[str, Sequence[str]]
     """Attribute -> its values, in the order of the classes."""
 
 
-def reduced(pictures: Sequence[np.ndarray], size: int) -> Tensor:
-    """B uint8 pictures, brought to `size` by areas, as the picture tower takes them: [B, 3, size, size] in [-1, 1]."""
+def resize_images(images: Sequence[np.ndarray], size: int) -> Tensor:
+    """Resize B uint8 images by area averaging for the image encoder: [B, 3, size, size] in [-1, 1]."""
     box = Image.Resampling.BOX
-    return to_tensor([np.asarray(Image.fromarray(picture).resize((size, size), box)) for picture in pictures])
+    return to_tensor([np.asarray(Image.fromarray(image).resize((size, size), box)) for image in images])
 
 
-def embed_pictures(clip: Any, pictures: Tensor) -> Tensor:
-    """Pictures [B, 3, S, S] in [-1, 1] as unit vectors [B, P]."""
-    return F.normalize(clip.get_image_features(pixel_values=pictures).pooler_output.float(), dim=-1)
+def embed_images(clip: Any, images: Tensor) -> Tensor:
+    """Embed images [B, 3, S, S] in [-1, 1] as unit vectors [B, P]."""
+    return F.normalize(clip.get_image_features(pixel_values=images).pooler_output.float(), dim=-1)
 
 
 def embed_captions(clip: Any, ids: Tensor) -> Tensor:
-    """Token ids [B, L] as unit vectors [B, P]."""
+    """Embed token ids [B, L] as unit vectors [B, P]."""
     return F.normalize(clip.get_text_features(input_ids=ids).pooler_output.float(), dim=-1)
 
 
-def most_tokens(clip: Any) -> int:
-    """Length to which the text tower's captions are padded."""
+def text_length(clip: Any) -> int:
+    """Return the length to which captions are padded."""
     return clip.text_model.embeddings.position_embedding.num_embeddings
 
 
-def finds(pictures: Tensor, captions: Tensor, choices: int) -> Tensor:
-    """Whether each picture's own caption is the likest to it among those of its group, bool [n].
+def retrieved(queries: Tensor, candidates: Tensor, choices: int) -> Tensor:
+    """Return whether each query's own candidate is the nearest one within its group, bool [n].
 
     Args:
-        pictures: their features [N, D], of any length.
-        captions: features of their captions [N, D], in the same order; exchanged, it is pictures that are found.
-        choices: size of the groups, taken in order; what does not fill a group is left out, so n <= N. Chance is
+        queries: features of images or captions [N, D], of any length.
+        candidates: features of the captions or images that belong to them [N, D].
+        choices: size of the groups, which are consecutive; an incomplete last group is left out, so n <= N. Chance is
             1 / choices.
 
     Raises:
-        ValueError: there are fewer than `choices` pictures.
+        ValueError: there are fewer than `choices` queries.
     """
-    count = len(pictures) // choices * choices
+    count = len(queries) // choices * choices
     if not count:
-        raise ValueError(f"{len(pictures)} pictures fill no group of {choices}")
-    picture, caption = (
-        F.normalize(x[:count].float(), dim=-1).unflatten(0, (-1, choices)) for x in (pictures, captions)
+        raise ValueError(f"{len(queries)} queries are fewer than one group of {choices}")
+    query, candidate = (
+        F.normalize(x[:count].float(), dim=-1).unflatten(0, (-1, choices)) for x in (queries, candidates)
     )
-    right = torch.arange(choices, device=picture.device)
-    return ((picture @ caption.mT).argmax(dim=2) == right).flatten()  # [G, C, C] -> [G * C]
+    own = torch.arange(choices, device=query.device)
+    return ((query @ candidate.mT).argmax(dim=2) == own).flatten()  # [G, C, C] -> [G * C]
 
 
 @torch.no_grad()
-def name_attributes(clip: Any, head: AttributeHead, pictures: Tensor) -> list[dict[str, str]]:
-    """The likeliest value of every attribute of pictures [B, 3, S, S] in [-1, 1]."""
-    pooled = clip.vision_model(pixel_values=pictures).pooler_output.float()  # [B, D]
+def name_attributes(clip: Any, head: AttributeHead, images: Tensor) -> list[dict[str, str]]:
+    """Predict the most probable value of every attribute for images [B, 3, S, S] in [-1, 1]."""
+    pooled = clip.vision_model(pixel_values=images).pooler_output.float()  # [B, D]
     scores = F.linear(pooled, head.weight.to(pooled.device), head.bias.to(pooled.device))  # [B, C]
     parts = scores.split([len(values) for values in head.classes.values()], dim=1)
     best = {name: part.argmax(dim=1).tolist() for name, part in zip(head.classes, parts, strict=True)}
-    return [{name: head.classes[name][best[name][item]] for name in best} for item in range(len(pictures))]
+    return [{name: head.classes[name][best[name][item]] for name in best} for item in range(len(images))]
+
+
+def load_text_image(folder: Path) -> tuple[Any, Any]:
+    """Load a text-image model from a folder with `clip`, packed or not, and `tokenizer`.
+
+    Returns:
+        The `CLIPModel` and its tokenizer.
+
+    Raises:
+        InputError: a part is missing or cannot be read.
+    """
+    try:
+        clip = load_component(folder / "clip", "transformers", "CLIPModel")
+        return clip, AutoTokenizer.from_pretrained(folder / "tokenizer")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} is not a text-image model (clip and tokenizer): {first_line(error)}") from error
 
 
 def save_attribute_head(head: AttributeHead, folder: Path) -> None:
-    """Write `attributes.safetensors`; the names of the classes are in its metadata."""
+    """Write `attributes.safetensors` with the names of the classes as metadata."""
     tensors = {"weight": head.weight.detach().float().cpu().contiguous(), "bias": head.bias.detach().float().cpu()}
     classes = {name: list(values) for name, values in head.classes.items()}
     write_whole(folder / ATTRIBUTES, save(tensors, metadata={"classes": json.dumps(classes)}))
 
 
 def load_attribute_head(folder: Path) -> AttributeHead | None:
-    """What `save_attribute_head` wrote; None where there is no such file."""
+    """Load the attribute head of a folder; None if it has none."""
     if not (folder / ATTRIBUTES).is_file():
         return None
     with safe_open(folder / ATTRIBUTES, "pt") as file:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from likeness.models.mditface import PATCH, MDiTFaceTransformer
-from likeness.models.static_cache import StaticCache
 from likeness.pipelines.adapters import Adapter, adapter_state, add_adapter
 from likeness.types import InputError, TextFeatures
 
@@ -74,19 +73,14 @@ def mditface_costs(
             add_adapter(
                 network, Adapter(base="", condition_names=("mask",), attention=attention, rank=rank, alpha=rank)
             )
-            cache = empty_cache(network, text, *given) if attention in ("hard", "decoupled") else None
+            cache = network.static_cache(text, *given) if attention in ("hard", "decoupled") else None
             first = count(network, lambda: run(*given))  # noqa: B023
             later = count(network, lambda: run(*given, static_cache=cache)) if cache else first  # noqa: B023
             linear, products = (once + (steps - 1) * again for once, again in zip(first, later, strict=True))
             parameters = sum(value.numel() for value in adapter_state(network).values())
-            costs.append(Cost(attention, linear, products, cache.bytes // 2 if cache else 0, parameters))  # from fp32
+            cached = 2 * sum(x.numel() for layer in cache or () for x in layer)  # bf16
+            costs.append(Cost(attention, linear, products, cached, parameters))
     return costs
-
-
-def empty_cache(network: MDiTFaceTransformer, text: TextFeatures, latents: Tensor, index: Tensor) -> StaticCache:
-    """`MDiTFaceTransformer.static_cache` for tensors without values."""
-    layers = network.static_pathway(network.context_embedder(text.tokens), text.pooled, latents, index)
-    return StaticCache(layers=layers, text=text, condition_latents=latents, condition_index=index, complete=True)
 
 
 def count(network: nn.Module, call: Callable[[], object]) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from likeness.evaluate.faces import Face
 from likeness.evaluate.features import Extractor, MissingError
 from likeness.evaluate.protocol import Protocol
 from likeness.files import first_line
-from likeness.pipelines.load import weights_hash
+from likeness.weights.hashes import weights_hash
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Radford et al. 2021."""

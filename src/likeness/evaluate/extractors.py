@@ -13,20 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from likeness.annotators.face_parser import confusion_of, parse_faces
+from likeness.annotators.face_parser import confusion_of, load_face_parser, parse_faces
 from likeness.annotators.landmarks import open_landmarker
 from likeness.annotators.sketch import DRAWING, extract_sketch
 from likeness.conditions.keypoints import STROKES
 from likeness.data.folder import read_photo
 from likeness.encoders import text_image as pair
-from likeness.encoders.text import to_ids
+from likeness.encoders.text import token_ids
+from likeness.encoders.text_image import load_text_image
 from likeness.evaluate import external
 from likeness.evaluate.faces import Face, read_condition
 from likeness.evaluate.features import Extractor, MissingError
 from likeness.evaluate.protocol import BUNDLED, Protocol
 from likeness.evaluate.scores import class_counts, edge_f_score, is_complete_face, keypoint_error, sharpness
-from likeness.pipelines import catalogue
-from likeness.pipelines.load import load_face_parser, load_text_image, network_name, weights_hash
+from likeness.weights import catalog
+from likeness.weights.hashes import network_name, weights_hash
 
 Images, Faces = Sequence[np.ndarray], Sequence[Face]
 
@@ -158,7 +159,7 @@ def load_pair(protocol: Protocol, device: str) -> tuple[Any, Any, Path | None, s
     """Load the text-image pair: `CLIPModel`, tokenizer, its folder (None for a published CLIP), a description."""
     name = protocol.text_image
     if name == BUNDLED:
-        folder, description = catalogue.BUNDLED / catalogue.COMMON, "bundled text-image pair"
+        folder, description = catalog.BUNDLED / catalog.COMMON, "bundled text-image pair"
     elif (Path(name) / "config.json").is_file():  # a CLIP as transformers saves it
         folder, description = None, f"CLIPModel in {name}"
     else:
@@ -177,8 +178,8 @@ def text_image(protocol: Protocol, size: int, device: str) -> Extractor:
     @torch.no_grad()
     def extract(images: Images, faces: Faces) -> np.ndarray:
         pixels = pair_input(clip, images) if folder else external.clip_input(clip, images)
-        image_features = pair.embed_pictures(clip, pixels.to(device))
-        ids = to_ids(tokenizer, [face.caption for face in faces], pair.most_tokens(clip)).to(device)
+        image_features = pair.embed_images(clip, pixels.to(device))
+        ids = token_ids(tokenizer, [face.caption for face in faces], pair.text_length(clip)).to(device)
         has_caption = torch.tensor([[bool(face.caption)] for face in faces]).to(device)
         return torch.stack([image_features, pair.embed_captions(clip, ids) * has_caption], dim=1).cpu().numpy()
 
@@ -187,7 +188,7 @@ def text_image(protocol: Protocol, size: int, device: str) -> Extractor:
 
 def pair_input(clip: Any, images: Images) -> Tensor:
     """Prepare uint8 images for an image encoder of this project."""
-    return pair.reduced(images, clip.config.vision_config.image_size)
+    return pair.resize_images(images, clip.config.vision_config.image_size)
 
 
 def attributes(protocol: Protocol, size: int, device: str) -> Extractor:

@@ -16,15 +16,15 @@ from typing import Any
 from PIL import Image
 
 from likeness.data.folder import read_folder, read_photo
-from likeness.encoders.latent import LatentCodec, through
+from likeness.encoders.latent import LatentCodec, reconstruct
 from likeness.evaluate.faces import Face
 from likeness.evaluate.protocol import Protocol, conditions_of
 from likeness.files import write_whole
 from likeness.parallel import rank_and_world
 from likeness.pipelines.generate import generate, resolve
-from likeness.pipelines.load import fingerprint as fingerprint_of
-from likeness.pipelines.record import hash_of, read_recipe, recipe_of, settings_hash, write_picture
-from likeness.types import InputError, PortraitRequest
+from likeness.pipelines.image_recipe import hash_of, read_recipe, recipe_of, settings_hash, write_image
+from likeness.types import ConditionInput, InputError, PortraitRequest
+from likeness.weights.hashes import pipeline_hash
 
 SEED_STRIDE = 1_000_000
 """Difference between two seeds of the same face."""
@@ -76,7 +76,7 @@ def generate_images(task: Task) -> ImageSets:
         InputError: the folder contains images that were made in another way.
     """
     pipeline, protocol, faces = task.pipeline, task.protocol, task.faces
-    defaults, fingerprint = pipeline.config.defaults, fingerprint_of(pipeline)
+    defaults, fingerprint = pipeline.config.defaults, pipeline_hash(pipeline)
     steps = defaults["steps"] if protocol.steps is None else protocol.steps
     guidance = defaults["guidance_scale"] if protocol.guidance_scale is None else protocol.guidance_scale
     source = {
@@ -110,7 +110,7 @@ def generate_images(task: Task) -> ImageSets:
                 if not is_current(file, request):
                     images, _ = generate(pipeline, request, [request.seed])
                     recipe = recipe_of(request, pipeline, model=task.model, fingerprint=fingerprint)
-                    write_picture(images[0], file, recipe)
+                    write_image(images[0], file, recipe)
                 task.progress(f"images from {given}", done + 1, len(faces))
     ceiling, unread = reconstruct_photos(task)
     return ImageSets(
@@ -132,7 +132,7 @@ def request_for(face: Face, given: str, seed_index: int, protocol: Protocol) -> 
     """Return the request of an image."""
     return PortraitRequest(
         prompt=face.caption,
-        control_image={name: face.conditions[name] for name in conditions_of(given)},
+        conditions={name: ConditionInput(image=face.conditions[name]) for name in conditions_of(given)},
         num_inference_steps=protocol.steps,
         guidance_scale=protocol.guidance_scale,
         seed=face.number + seed_index * SEED_STRIDE,
@@ -148,7 +148,7 @@ def is_current(file: Path, request: PortraitRequest) -> bool:
         recipe, _ = read_recipe(file)
     except InputError:  # the file does not exist
         return False
-    wanted = {name: hash_of(reading.raw) for name, reading in request.control_image.items()}
+    wanted = {name: hash_of(condition.image.raw) for name, condition in request.conditions.items()}
     found = {name: entry["sha256"] for name, entry in recipe["conditions"].items()}
     return (recipe["prompt"], recipe["seed"], found) == (request.prompt, request.seed, wanted)
 
@@ -165,11 +165,11 @@ def reconstruct_photos(task: Task) -> tuple[list[Path], dict[str, str]]:
         face, file = task.faces[index], files[index]
         if not file.is_file() or is_newer(face.photo, file):
             try:
-                image = through(codec, read_photo(face.photo, task.pipeline.config.defaults["size"]))
+                image = reconstruct(codec, read_photo(face.photo, task.pipeline.config.defaults["size"]))
             except InputError as error:
                 faults[face.name] = str(error)
                 continue
-            write_picture(Image.fromarray(image), file, None)
+            write_image(Image.fromarray(image), file, None)
         task.progress("photographs through the autoencoder", done + 1, len(files))
     return files, faults
 

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from likeness.encoders.text_image import finds
+from likeness.encoders.text_image import retrieved
 from likeness.evaluate import distances, scores
 
 Array = np.ndarray
@@ -102,7 +102,7 @@ def clip_distance(output: Array, inputs: Inputs) -> Array:
 def retrieval(output: Array, inputs: Inputs) -> Array:
     """Whether the face's own caption is the nearest of `choices`, for the images that fill a group."""
     images, captions = (torch.from_numpy(np.ascontiguousarray(output[:, part])) for part in (0, 1))
-    return finds(images, captions, inputs.choices).numpy().astype(float)
+    return retrieved(images, captions, inputs.choices).numpy().astype(float)
 
 
 def nearest_training(output: Array, inputs: Inputs) -> Array:

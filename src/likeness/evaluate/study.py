@@ -34,10 +34,6 @@ from likeness.types import InputError, PortraitRequest
 Progress = Callable[[int, int], None]
 """Called as (done, total)."""
 
-WITHOUT_CONDITIONS: dict[str, Any] = {
-    name: {} for name in ("control_image", "conditioning_scale", "control_guidance_start", "control_guidance_end")
-}
-
 
 def key_similarity(pipeline: Any, request: PortraitRequest, progress: Progress | None = None) -> dict[str, Any]:
     """Measure how much keys and values change between steps. Decoupled attention assumes that those of condition tokens
@@ -59,7 +55,7 @@ def key_similarity(pipeline: Any, request: PortraitRequest, progress: Progress |
         InputError: the network has no condition tokens, or the request has no condition or one step.
     """
     transformer = spatial_transformer(pipeline)
-    if not request.control_image:
+    if not request.conditions:
         raise InputError("This study compares the keys of conditions: pass a mask, a sketch or keypoints")
     if (request.num_inference_steps or 0) < 2:
         raise InputError(f"This study compares steps: {request.num_inference_steps} is too few, pass at least 2")
@@ -107,10 +103,8 @@ def attention_mass(pipeline: Any, request: PortraitRequest, progress: Progress |
         InputError: several conditions for MMFace.
     """
     transformer = pipeline.transformer
-    if not isinstance(transformer, MDiTFaceTransformer) and len(request.control_image) > 1:
-        raise InputError(
-            f"MMFace runs one condition per pass: study {' and '.join(request.control_image)} one at a time"
-        )
+    if not isinstance(transformer, MDiTFaceTransformer) and len(request.conditions) > 1:
+        raise InputError(f"MMFace runs one condition per pass: study {' and '.join(request.conditions)} one at a time")
     blocks = blocks_of(transformer)
     per_layer = lambda: defaultdict(lambda: [[] for _ in blocks])  # noqa: E731
     mass: dict[str, dict[str, list[list[float]]]] = defaultdict(per_layer)
@@ -163,7 +157,7 @@ def shifted_positions(
         request: a resolved request with a mask.
         seeds: seeds of the images, for each shift.
         shifts: numbers of tokens.
-        parser: a face parser and its input size in pixels (`likeness.pipelines.load.load_face_parser`).
+        parser: a face parser and its input size in pixels (`likeness.annotators.face_parser.load_face_parser`).
         progress: called after every image.
 
     Returns:
@@ -175,13 +169,13 @@ def shifted_positions(
         InputError: the network has no condition tokens, the request has no mask, or a shift leaves no overlap.
     """
     transformer = spatial_transformer(pipeline)
-    if "mask" not in request.control_image:
+    if "mask" not in request.conditions:
         raise InputError("This study measures the accuracy against a mask: pass a mask")
     height, width = int(request.height or 0), int(request.width or 0)
     unit = spatial_factor(pipeline.vae) * pipeline.patch_size
     if invalid := [shift for shift in shifts if not 0 <= shift < width // unit]:
         raise InputError(f"Cannot shift by {invalid[0]} tokens: the image is {width // unit} tokens wide")
-    given = CONDITIONS["mask"].resize(request.control_image["mask"].raw, height, width)  # [height, width]
+    given = CONDITIONS["mask"].resize(request.conditions["mask"].image.raw, height, width)  # [height, width]
     network, size = parser
     total = (len(shifts) + 1) * len(seeds)
 
@@ -203,7 +197,7 @@ def shifted_positions(
         right = shift * unit
         accuracy.append([pixel_accuracy(given, own) for own in found])
         moved.append([pixel_accuracy(given[:, : width - right], own[:, right:]) for own in found])
-    without = [pixel_accuracy(given, own) for own in labels(replace(request, **WITHOUT_CONDITIONS))]
+    without = [pixel_accuracy(given, own) for own in labels(replace(request, conditions={}))]
     return {"shifts": list(shifts), "unit": unit, "accuracy": accuracy, "moved": moved, "without": without}
 
 
@@ -339,8 +333,7 @@ def gate_hooks(block: Any, observe: Callable[[Sequence[str], Tensor, Tensor], No
         observe(names, output[1], output[-1])  # (x, gate, shift, scale, gate), or (x, gate) of both
 
     def observe_mmface(module: Any, inputs: tuple) -> None:
-        modulation = inputs[4] if len(inputs) > 4 else None  # [B, 12 D], if computed before the loop
-        modulation = module.modulation(inputs[2]) if modulation is None else modulation
+        modulation = module.modulation(inputs[2])  # [B, 12 D]
         gates = modulation.chunk(12, dim=-1)[2::3]  # [B, D] each: attention and MLP of the image, then of the text
         observe(("image",), *gates[:2])
         observe(("text",), *gates[2:])

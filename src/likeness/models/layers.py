@@ -1,4 +1,4 @@
-"""The small pieces that the transformers share: time embedding, patches, rotary positions, attention, modulation.
+"""Layers that the transformers share: time embedding, patches, rotary positions, attention, modulation.
 
 B batch, C channels, h x w latent size, p patch size, N tokens, D width, H heads, d width of a head.
 """
@@ -21,8 +21,8 @@ def time_frequencies(time: Tensor, dim: int, max_period: float = 10_000.0) -> Te
 
 
 def patchify(latents: Tensor, patch: int) -> Tensor:
-    """[B, C, h, w] -> [B, (h / p)(w / p), C p p]. With a Linear after it this is a convolution of stride p, but one
-    whose bits do not depend on the batch size on a CPU.
+    """[B, C, h, w] -> [B, (h / p)(w / p), C p p]. Followed by a Linear it is a convolution of stride p, but its
+    rounding does not depend on the batch size on a CPU.
     """
     b, c, h, w = latents.shape
     x = latents.reshape(b, c, h // patch, patch, w // patch, patch)  # [B, C, h/p, p, w/p, p]
@@ -44,7 +44,7 @@ def rope_angles(positions: Tensor, dim: int, theta: float) -> Tensor:
 
 
 def grid_angles(rows: int, columns: int, dim: int, theta: float) -> Tensor:
-    """Axial angles of a rows x columns grid of tokens: half of the pairs turn with the row, half with the column.
+    """Axial angles of a rows x columns grid of tokens: half of the pairs rotate with the row, half with the column.
     float64 [rows * columns, dim / 2].
     """
     row = torch.arange(rows).repeat_interleave(columns)  # [N]
@@ -53,13 +53,13 @@ def grid_angles(rows: int, columns: int, dim: int, theta: float) -> Tensor:
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Turn each pair (x_i, x_(i + d/2)) of x [B, H, N, d] by its angle. Halves rather than neighbours are paired:
-    the two are equal up to a permutation of the weights, and halves are contiguous.
+    """Rotate each pair (x_i, x_(i + d/2)) of x [B, H, N, d] by its angle. Pairs are halves, not neighbours: the two
+    are equal up to a permutation of the weights, and halves are contiguous in memory.
     """
     cos, sin = rope  # [N, d / 2]
     first, second = x.float().chunk(2, dim=-1)  # [B, H, N, d / 2]
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return turned.to(x.dtype)
+    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return rotated.to(x.dtype)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -67,26 +67,31 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-    """softmax(Q K^T / sqrt(d) + bias) V for [B, H, N, d] -> [B, N, D]; the bias broadcasts to [B, H, queries, keys]."""
-    if written_out(query):
-        logits = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5  # [B, H, queries, keys]
-        weights = (logits if bias is None else logits + bias).softmax(dim=-1).to(value.dtype)
-        return (weights @ value).transpose(1, 2).flatten(2)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2).flatten(2)
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(Q K^T / sqrt(d) + bias) V for [B, H, N, d]; the bias broadcasts to [B, H, queries, keys]."""
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
 
 
-def written_out(query: Tensor) -> bool:
-    """Whether attention is to be written out: in bf16 training on a CPU, where the backward pass of PyTorch's fused
-    attention takes longer than all the rest of a step (`benchmarks/attention.py`). In float32 the fused one is faster.
+def explicit_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same formula as separate operations."""
+    logits = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5  # [B, H, queries, keys]
+    weights = (logits if bias is None else logits + bias).softmax(dim=-1).to(value.dtype)
+    return weights @ value
+
+
+def use_explicit_attention(network: nn.Module, explicit: bool = True) -> None:
+    """Select explicit attention for passes with gradients; passes without gradients stay fused.
+
+    It is faster in bf16 training on a CPU, where the backward pass of PyTorch's fused operator takes longer than the
+    rest of a step (`benchmarks/attention.py`).
     """
-    if query.device.type != "cpu" or not torch.is_grad_enabled():
-        return False
-    return query.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    for module in network.modules():
+        if hasattr(module, "explicit_attention"):
+            setattr(module, "explicit_attention", explicit)  # noqa: B010
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x [B, N, D] scaled and shifted by vectors [B, D]."""
+    """Scale and shift x [B, N, D] by vectors [B, D]."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 

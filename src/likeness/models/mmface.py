@@ -1,21 +1,20 @@
 """MMFace-DiT: a dual-stream diffusion transformer for text and one spatial condition (arXiv 2603.29029).
 
-Image and text tokens have weights of their own and meet in one attention; time, pooled text and the kind of
-condition modulate every layer. The condition's latent enters by channel concatenation, so a mask or a sketch costs no
-tokens. Only the network is here: noise, guidance, devices and files are other modules' business.
+Image and text tokens have separate weights and one joint attention. Time, pooled text and the kind of condition
+modulate every layer. The latent of the condition is concatenated to that of the image along channels, so it adds no
+tokens.
 
 B batch, C latent channels, h x w latent size, p patch size, N image tokens (h / p)(w / p), L text tokens, D width,
-H heads, d = D / H, T text width, R condition rows, K conditions (always 1 here).
+H heads, d = D / H, T text width, K conditions (always 1 here).
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,7 +22,8 @@ from likeness.models.layers import (
     MLP,
     Rope,
     TimeEmbedding,
-    attend,
+    explicit_attention,
+    fused_attention,
     grid_angles,
     modulate,
     patchify,
@@ -35,26 +35,13 @@ from likeness.models.layers import (
 from likeness.types import InputError, TextFeatures
 
 
-class Modulation(NamedTuple):
-    """Every shift, scale and gate of a forward pass. They depend on time, pooled text and condition only, so those of
-    all sampling steps can be computed in one pass (`MMFaceTransformer.modulation`).
-    """
-
-    blocks: Tensor
-    """[depth, B, 12 D]."""
-    final: Tensor
-    """[B, 2 D]."""
-
-    def rows(self, start: int, stop: int) -> Modulation:
-        """The part for samples start <= b < stop."""
-        return Modulation(self.blocks[:, start:stop], self.final[start:stop])
-
-
 class JointAttention(nn.Module):
     """Shared RoPE attention: queries, keys and values of both streams, image first, in one softmax (section 3.2).
 
     Q = [Q_image; Q_text], likewise K and V; Attention = softmax(RoPE(Q) RoPE(K)^T / sqrt(d)) V.
     """
+
+    explicit_attention = False  # `use_explicit_attention`
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -67,7 +54,9 @@ class JointAttention(nn.Module):
     def forward(self, image: Tensor, text: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         qkv = torch.cat([self.image_qkv(image), self.text_qkv(text)], dim=1)  # [B, N + L, 3 D]
         query, key, value = (split_heads(x, self.heads) for x in qkv.chunk(3, dim=-1))  # [B, H, N + L, d]
-        x = attend(rotate(query, rope), rotate(key, rope), value)  # [B, N + L, D]
+        attention = explicit_attention if self.explicit_attention and torch.is_grad_enabled() else fused_attention
+        x = attention(rotate(query, rope), rotate(key, rope), value)  # [B, H, N + L, d]
+        x = x.transpose(1, 2).flatten(2)  # [B, N + L, D]
         image, text = x.split([image.shape[1], text.shape[1]], dim=1)  # [B, N, D], [B, L, D]
         return self.image_out(image), self.text_out(text)
 
@@ -78,17 +67,14 @@ class MMFaceBlock(nn.Module):
     def __init__(self, width: int, heads: int, mlp_width: int) -> None:
         super().__init__()
         self.modulation = nn.Linear(width, 12 * width)
-        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)  # no weights: one serves all four places
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)  # without weights: shared by all four uses
         self.attention = JointAttention(width, heads)
         self.image_mlp = MLP(width, mlp_width)
         self.text_mlp = MLP(width, mlp_width)
 
-    def forward(
-        self, image: Tensor, text: Tensor, conditioning: Tensor, rope: Rope, modulation: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """image [B, N, D], text [B, L, D], conditioning [B, D] after SiLU, modulation [B, 12 D] where it is known."""
-        if modulation is None:
-            modulation = self.modulation(conditioning)
+    def forward(self, image: Tensor, text: Tensor, conditioning: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """image [B, N, D], text [B, L, D], conditioning [B, D] after SiLU."""
+        modulation = self.modulation(conditioning)  # [B, 12 D]
         image_1, scale_i1, gate_i1, image_2, scale_i2, gate_i2, *rest = modulation.chunk(12, dim=-1)  # [B, D] each
         text_1, scale_t1, gate_t1, text_2, scale_t2, gate_t2 = rest
 
@@ -114,15 +100,15 @@ class MMFaceTransformer(ModelMixin, ConfigMixin):
         heads: attention heads.
         mlp_ratio: width of an MLP over D.
         text_dim: width of text tokens and of the pooled text.
-        max_text_tokens: most text tokens that are accepted.
-        condition_names: the name of each row of the condition embedding. Where `none` is among them, it stands for an
-            absent condition; otherwise row 0 does (so the released weights were trained).
-        text_rope: `sequential` turns text token l by position l over the whole head (the paper's 1-D positions);
-            `none` leaves text unturned (the released code gives every text token position 0).
+        max_text_tokens: largest number of text tokens.
+        condition_names: names of the ids of the condition embedding. An absent condition has the id of `none`, or 0
+            without `none`, as in the training of the released weights.
+        text_rope: `sequential` rotates text token l by position l over the whole head (the paper's 1-D positions);
+            `none` does not rotate text (in the released code every text token has position 0).
         rope_theta: base of the rotary frequencies.
 
     Raises:
-        InputError: widths that do not divide.
+        InputError: `hidden_size` is not a multiple of 4 heads, or `text_rope` is unknown.
     """
 
     _supports_gradient_checkpointing = True
@@ -155,17 +141,17 @@ class MMFaceTransformer(ModelMixin, ConfigMixin):
         self.time_embed = TimeEmbedding(hidden_size)
         self.pooled_embed = nn.Linear(text_dim, hidden_size)
         self.condition_embed = nn.Embedding(len(condition_names), hidden_size)
-        # The published network has this vector for dropping the pooled text a second time. It is never read: absent
-        # text is the encoded empty string, dropped once, by the data.
+        # A parameter of the published network for dropping the pooled text. It is never read: absent text is the
+        # encoded empty string.
         self.null_pooled = nn.Parameter(torch.zeros(text_dim))
         self.blocks = nn.ModuleList(MMFaceBlock(hidden_size, heads, int(hidden_size * mlp_ratio)) for _ in range(depth))
         self.final_modulation = nn.Linear(hidden_size, 2 * hidden_size)
         self.final_norm = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.final = nn.Linear(hidden_size, latent_channels * patch_size**2)
-        self.initialise()
+        self.initialize()
 
-    def initialise(self) -> None:
-        """Blocks keep PyTorch's initial values; every residual branch and the output start at zero."""
+    def initialize(self) -> None:
+        """Initialize residual branches and the output to zero; blocks keep PyTorch's initial values."""
         nn.init.xavier_uniform_(self.patch_embed.weight)
         nn.init.zeros_(self.patch_embed.bias)
         for layer in (self.time_embed.linear_1, self.time_embed.linear_2, self.pooled_embed, self.condition_embed):
@@ -175,8 +161,8 @@ class MMFaceTransformer(ModelMixin, ConfigMixin):
             nn.init.zeros_(layer.bias)  # pyrefly: ignore
 
     @property
-    def absent_row(self) -> int:
-        """The row that stands for an absent condition."""
+    def absent_id(self) -> int:
+        """Id of an absent condition."""
         names = list(self.config.condition_names)
         return names.index("none") if "none" in names else 0
 
@@ -188,28 +174,23 @@ class MMFaceTransformer(ModelMixin, ConfigMixin):
         condition_latents: Tensor,
         condition_index: Tensor,
         *,
-        modulation: Modulation | None = None,
         rope: Rope | None = None,
     ) -> Tensor:
-        """Predict at x_t.
+        """Predict the target of the objective at x_t.
 
         Args:
             latents: x_t, [B, C, h, w]; h and w any multiples of the patch size.
-            time: what `Objective.model_time` gives, [B].
+            time: output of `Objective.model_time`, [B].
             text: tokens [B, L, T] and pooled [B, T].
-            condition_latents: the condition's latent, [B, 1, C, h, w]; read only where the condition is present.
-            condition_index: row of each condition, [B, 1]; -1 where it is absent.
-            modulation: `self.modulation(...)` for these very samples, where it is computed beforehand.
-            rope: `self.rope(...)` for this size, where it is computed beforehand.
+            condition_latents: latent of the condition, [B, 1, C, h, w]; ignored if it is absent.
+            condition_index: id of the condition, [B, 1]; -1 if it is absent.
+            rope: `self.rope(...)` for this size. Default: computed.
 
         Returns:
             The prediction, [B, C, h, w].
-
-        Raises:
-            InputError: a size the patches do not divide, more text tokens than allowed, or more than one condition.
         """
         height, width = latents.shape[-2:]
-        self.check(height, width, text.tokens.shape[1], condition_index.shape[1])
+        assert condition_index.shape[1] == 1, "one condition per pass"
 
         present = condition_index[:, 0] >= 0  # [B]
         condition = condition_latents[:, 0].masked_fill(~present[:, None, None, None], 0)  # [B, C, h, w]
@@ -218,35 +199,22 @@ class MMFaceTransformer(ModelMixin, ConfigMixin):
         tokens = self.text_embed(text.tokens)  # [B, L, D]
         if rope is None:
             rope = self.rope(height, width, tokens.shape[1], tokens.device)
-        conditioning = self.conditioning(time, text.pooled, condition_index) if modulation is None else None  # [B, D]
+        conditioning = self.conditioning(time, text.pooled, condition_index)  # [B, D]
 
-        for index, block in enumerate(self.blocks):
-            known = None if modulation is None else modulation.blocks[index]  # [B, 12 D]
+        for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                image, tokens = self._gradient_checkpointing_func(block, image, tokens, conditioning, rope, known)
+                image, tokens = self._gradient_checkpointing_func(block, image, tokens, conditioning, rope)
             else:
-                image, tokens = block(image, tokens, conditioning, rope, known)
+                image, tokens = block(image, tokens, conditioning, rope)
 
-        final = self.final_modulation(conditioning) if modulation is None else modulation.final  # [B, 2 D]
-        shift, scale = final.chunk(2, dim=-1)  # [B, D] each
+        shift, scale = self.final_modulation(conditioning).chunk(2, dim=-1)  # [B, D] each
         output = self.final(modulate(self.final_norm(image), shift, scale))  # [B, N, C p p]
         return unpatchify(output, height, width, self.config.patch_size)  # [B, C, h, w]
 
     def conditioning(self, time: Tensor, pooled_text: Tensor, condition_index: Tensor) -> Tensor:
-        """SiLU(E_time(t) + E_caption(pooled) + E_modality(m)): the vector behind every modulation, [B, D]
-        (section 3.3).
-        """
-        row = torch.where(condition_index[:, 0] >= 0, condition_index[:, 0], self.absent_row)  # [B]
-        return F.silu(self.time_embed(time) + self.pooled_embed(pooled_text) + self.condition_embed(row))
-
-    @apply_forward_hook  # so that offloading brings the weights before this call, too
-    def modulation(self, time: Tensor, pooled_text: Tensor, condition_index: Tensor) -> Modulation:
-        """All modulations of a pass over these samples: the weights, a third of the network, are read once."""
-        conditioning = self.conditioning(time, pooled_text, condition_index)  # [B, D]
-        return Modulation(
-            torch.stack([block.modulation(conditioning) for block in self.blocks]),  # pyrefly: ignore  # [depth, B, 12 D]
-            self.final_modulation(conditioning),  # [B, 2 D]
-        )
+        """SiLU(E_time(t) + E_caption(pooled) + E_modality(m)), the input of every modulation, [B, D] (section 3.3)."""
+        kind = torch.where(condition_index[:, 0] >= 0, condition_index[:, 0], self.absent_id)  # [B]
+        return F.silu(self.time_embed(time) + self.pooled_embed(pooled_text) + self.condition_embed(kind))
 
     def rope(self, height: int, width: int, text_tokens: int, device: torch.device | str = "cpu") -> Rope:
         """Rotary tables of the joint sequence [image; text] for a latent of height x width, [N + L, d / 2] each."""
@@ -256,13 +224,3 @@ class MMFaceTransformer(ModelMixin, ConfigMixin):
         positions = torch.arange(text_tokens) * (self.config.text_rope == "sequential")  # [L]
         angles = torch.cat([image, rope_angles(positions, dim, theta)])  # [N + L, d / 2]
         return angles.cos().float().to(device), angles.sin().float().to(device)
-
-    def check(self, height: int, width: int, text_tokens: int, conditions: int) -> None:
-        """Refuse shapes this network cannot take."""
-        patch = self.config.patch_size
-        if height % patch or width % patch:
-            raise InputError(f"a latent of {height}x{width} cannot be cut into patches of {patch}")
-        if text_tokens > self.config.max_text_tokens:
-            raise InputError(f"{text_tokens} text tokens; this network takes at most {self.config.max_text_tokens}")
-        if conditions != 1:
-            raise InputError(f"MMFace takes one condition a pass, not {conditions}; combine them by guidance")

@@ -1,6 +1,6 @@
-"""A small patch discriminator (Isola et al. 2017): one score for each patch of 26 x 26 pixels.
+"""A small patch discriminator (Isola et al. 2017): one score per patch of 26 x 26 pixels.
 
-It judges texture, which is what a decoder adds; what an image shows is given by its latents.
+It scores texture, which the decoder adds; the content of an image is determined by its latents.
 
 Shapes: B images, H and W pixels.
 """

@@ -1,4 +1,4 @@
-"""What the network is trained to predict, and how samples are drawn with it."""
+"""Training objectives and their samplers: rectified flow and DDPM."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["DDPM", "OBJECTIVES", "Objective", "RectifiedFlow", "make_objective"]
 
 
 def make_objective(config: Mapping[str, Any]) -> Objective:
-    """The objective of a configuration: `{"name": "rectified_flow" | "ddpm", ...fields}`.
+    """Return the objective of a configuration, `{"name": "rectified_flow" | "ddpm", ...fields}`.
 
     Raises:
         InputError: an unknown name or field, or a value out of range.
@@ -24,8 +24,8 @@ def make_objective(config: Mapping[str, Any]) -> Objective:
     fields = dict(config)
     name = fields.pop("name", None)
     if name not in OBJECTIVES:
-        raise InputError(f"the objective {name!r} is unknown; choose one of {', '.join(OBJECTIVES)}")
+        raise InputError(f"Unknown objective {name!r}. Available: {', '.join(OBJECTIVES)}")
     try:
         return OBJECTIVES[name](**fields)
     except TypeError as error:
-        raise InputError(f"the configuration of the objective {name!r} does not fit: {error}") from error
+        raise InputError(f"The configuration of the objective {name!r} is invalid: {error}") from error

@@ -1,7 +1,6 @@
-"""The one owner of time direction, unit, sign and weight.
+"""The interface of training objectives: time direction, units, signs and weights are defined here only.
 
-Every objective is x_t = alpha(t) x_0 + sigma(t) noise with t growing from data to noise, in float32. The loop, the
-pipeline and the tests ask an objective and never compute with time themselves.
+Every objective is x_t = alpha(t) x_0 + sigma(t) noise with t growing from data to noise, in float32.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from torch import Tensor
 
 
 class Objective(Protocol):
-    """What a training objective must answer; B is the batch."""
+    """A training objective for batches of B samples."""
 
     def sample_time(self, uniform: Tensor) -> Tensor:
         """Training times [B] from uniform numbers in [0, 1), [B]."""
@@ -25,38 +24,38 @@ class Objective(Protocol):
         ...
 
     def target(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        """What the network should predict at x_t, [B, C, h, w]."""
+        """Target of the network at x_t, [B, C, h, w]."""
         ...
 
     def weight(self, time: Tensor) -> Tensor:
-        """Weight of each sample's mean squared error, [B]."""
+        """Weight of the mean squared error of each sample, [B]."""
         ...
 
     def noise_level(self, time: Tensor) -> Tensor:
-        """sigma(t) in [0, 1]: the share of noise, by which intervals of guidance are given."""
+        """sigma(t) in [0, 1], the unit of guidance intervals."""
         ...
 
     def model_time(self, time: Tensor) -> Tensor:
-        """What the network embeds, [B]."""
+        """Time input of the network, [B]."""
         ...
 
     def scheduler(self) -> SchedulerMixin:
-        """The diffusers scheduler that inverts this objective."""
+        """The diffusers scheduler of this objective."""
         ...
 
     def schedule(self, steps: int) -> dict[str, Any]:
-        """What to hand to that scheduler's `set_timesteps`, exactly."""
+        """Arguments of the scheduler's `set_timesteps`."""
         ...
 
     def time_of(self, timesteps: Tensor) -> Tensor:
-        """The scheduler's timesteps as times of this objective, float32."""
+        """Times of this objective from the scheduler's timesteps, float32."""
         ...
 
     def config(self) -> dict[str, Any]:
-        """Plain values from which `make_objective` makes it again; stored in a published pipeline."""
+        """Configuration for `make_objective`, stored in pipelines."""
         ...
 
 
 def column(values: Tensor, like: Tensor) -> Tensor:
-    """Per-sample values [B] shaped to multiply `like` [B, ...]."""
+    """Reshape per-sample values [B] to broadcast with `like` [B, ...]."""
     return values.reshape(-1, *[1] * (like.ndim - 1)).to(torch.float32)

@@ -26,7 +26,7 @@ class DDPM:
     prediction: Literal["epsilon", "v_prediction"] = "epsilon"
     """Target: the noise, or v = sqrt(a_t) noise - sqrt(1 - a_t) x_0."""
     snr_gamma: float | None = 5.0
-    """Cap of the signal-to-noise ratio in the weight; None weighs every time alike."""
+    """Cap of the signal-to-noise ratio in the weight; None weights all times equally."""
     timesteps: int = 1000
     """Number of noise levels."""
     beta_start: float = 0.00085

@@ -1,7 +1,7 @@
 """Rectified flow: a straight line from data to noise, and the network predicts its direction.
 
 Liu et al. 2022 (arXiv 2209.03003); MMFace-DiT uses it with uniform time. Here t = 0 is data and t = 1 is noise, as
-in diffusers; the released MMFace-DiT weights run the other way and are turned round when they are converted.
+in diffusers; the released MMFace-DiT weights have the opposite direction, which is reversed by their conversion.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class RectifiedFlow:
     logit_std: float = 1.0
     """Standard deviation of that normal."""
     shift: float = 1.0
-    """Moves training times and sampling steps towards noise: t -> s t / (1 + (s - 1) t) (same paper, equation 23)."""
+    """Shifts training times and sampling steps towards noise: t -> s t / (1 + (s - 1) t) (same paper, equation 23)."""
     time_scale: float = 1000.0
-    """What t is multiplied by before it is embedded; 999 in the released MMFace-DiT weights."""
+    """Factor of t before it is embedded; 999 in the released MMFace-DiT weights."""
 
     def __post_init__(self) -> None:
         if self.time_sampling not in ("uniform", "logit_normal"):
@@ -80,8 +80,8 @@ class RectifiedFlow:
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TIMESTEPS, stochastic_sampling=True)
 
     def schedule(self, steps: int) -> dict[str, Any]:
-        # The scheduler's own choice of sigmas ends at 1/1000 and is not uniform in n: with it 8 steps miss the
-        # integral by 3 %. These are n equal steps from 1 to 0 (the scheduler appends the 0).
+        # n equal steps from 1 to 0 (the scheduler appends the 0). The scheduler's default sigmas end at 1/1000 and are
+        # not uniform: with them, 8 steps miss the integral by 3 %.
         sigmas = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
         return {"sigmas": self._shifted(sigmas).tolist()}
 
@@ -96,8 +96,8 @@ class RectifiedFlow:
 
 
 def dynamic_shift(tokens: int, scheduler: Mapping[str, Any]) -> float:
-    """mu, by which FLUX.1's sampler moves its steps towards noise: t -> e^mu t / (1 + (e^mu - 1) t), more for larger
-    pictures (FLUX's `get_schedule`).
+    """Return mu, by which FLUX.1's sampler shifts its steps towards noise, t -> e^mu t / (1 + (e^mu - 1) t): more for
+    larger images (FLUX's `get_schedule`).
 
     Args:
         tokens: image tokens, (h / 2)(w / 2).

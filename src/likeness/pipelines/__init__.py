@@ -1,1 +1,1 @@
-"""A request in, a portrait out: the pipelines, their loading, and the record inside every picture."""
+"""Pipelines from a request to images, their loading, and the recipe in every image file."""

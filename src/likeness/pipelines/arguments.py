@@ -1,18 +1,18 @@
-"""What callers of a pipeline bring, and what a checkpoint is set to, made plain or refused in one sentence."""
+"""Normalize and check the arguments of a pipeline call."""
 
 from __future__ import annotations
 
-import inspect
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from likeness.pipelines.sizes import trained_sizes
-from likeness.types import InputError
+from likeness.conditions import CONDITIONS
+from likeness.types import ConditionInput, InputError
 
 
 def whole_number(value: Any, name: str) -> int:
-    """`value` as an int, NumPy's and PyTorch's, too. Raises `InputError` where it is none."""
+    """Convert to int, also from NumPy and PyTorch. Raises `InputError` for other values."""
     try:
         return operator.index(value)
     except TypeError as error:
@@ -20,15 +20,15 @@ def whole_number(value: Any, name: str) -> int:
 
 
 def number(value: Any, name: str) -> float:
-    """`value` as a float. Raises `InputError` where it is none."""
+    """Convert to float. Raises `InputError` for values that are not numbers."""
     try:
         return float(value)
     except (TypeError, ValueError) as error:
         raise InputError(f"{name} is {value!r}; it must be a number") from error
 
 
-def interval_of(value: Any) -> tuple[float, float]:
-    """The noise levels between which guidance acts. Raises `InputError` where they are none."""
+def noise_interval(value: Any) -> tuple[float, float]:
+    """Convert a guidance interval to two noise levels. Raises `InputError`."""
     try:
         low, high = (float(level) for level in value)
     except (TypeError, ValueError) as error:
@@ -38,70 +38,94 @@ def interval_of(value: Any) -> tuple[float, float]:
     return low, high
 
 
-def own_steps(scheduler: Any, **given: Sequence[float] | None) -> dict[str, list[float]]:
-    """A request's own `sigmas` or `timesteps` for `set_timesteps`. Raises `InputError` for both, or what it lacks."""
-    chosen = {
-        name: [float(x) if name == "sigmas" else int(x) for x in of] for name, of in given.items() if of is not None
-    }
-    if len(chosen) > 1:
-        raise InputError("sigmas and timesteps are both given: they say the same in two ways, leave one out")
-    (name,) = chosen
-    if name not in inspect.signature(scheduler.set_timesteps).parameters:
-        raise InputError(f"{type(scheduler).__name__} takes no {name} of one's own: leave them out")
-    return chosen
+def per_image(arguments: Mapping[str, Any], repeats: int) -> list[dict[str, Any]]:
+    """Distribute arguments over the images of a batch.
 
+    Args:
+        arguments: name -> one value for all images, or a list with one value per image.
+        repeats: images per value.
 
-def spread(
-    prompt: str | Sequence[str],
-    negative_prompt: str | Sequence[str] | None,
-    control_image: Mapping[str, Any] | None,
-    per_prompt: int,
-) -> tuple[list[str], list[str], list[dict[str, Any]]]:
-    """Prompts, negative prompts and conditions, one a picture.
+    Returns:
+        For each image: name -> value, without names whose value is None.
 
-    A single value serves all pictures; lists must agree in length. Every entry is repeated `per_prompt` times.
+    Raises:
+        InputError: lists of different lengths, an empty list, or `repeats` below 1.
     """
-    per_prompt = whole_number(per_prompt, "num_images_per_prompt")
-    if per_prompt < 1:
-        raise InputError(f"num_images_per_prompt is {per_prompt}; it must be at least 1")
-    negative_prompt, control_image = (
-        "" if negative_prompt is None else negative_prompt,
-        {} if control_image is None else control_image,
-    )
-    if not isinstance(control_image, Mapping):
-        kind = type(control_image).__name__
-        raise InputError(f'control_image is of the type {kind}; it must say what is what, such as {{"mask": ...}}')
-    columns: dict[str, Any] = {"prompt": prompt, "negative prompt": negative_prompt, **control_image}
-    lengths = {name: len(value) for name, value in columns.items() if isinstance(value, (list, tuple))}
-    count = max(lengths.values(), default=1)
-    for name, length in lengths.items():
-        if not length:
-            raise InputError(f"the list of {name} is empty: give one value for all pictures, or one each")
-        if length not in (1, count):
-            longest = next(other for other, size in lengths.items() if size == count)
+    repeats = whole_number(repeats, "num_images_per_prompt")
+    if repeats < 1:
+        raise InputError(f"num_images_per_prompt is {repeats}; it must be at least 1")
+    columns = {name: value if isinstance(value, (list, tuple)) else [value] for name, value in arguments.items()}
+    count = max(len(values) for values in columns.values())
+    for name, values in columns.items():
+        if not values:
+            raise InputError(f"The list of {name} is empty: pass one value for all images, or one per image")
+        if len(values) not in (1, count):
+            longest = next(other for other in columns if len(columns[other]) == count)
             raise InputError(
-                f"{length} values of {name} do not match {count} of {longest}: "
-                "if a batch size is not 1, it must be the same for prompts and conditions"
+                f"{len(values)} values of {name} do not match {count} of {longest}: "
+                "pass one value for all images, or one per image"
             )
-
-    def of(value: Any, index: int) -> Any:
-        if not isinstance(value, (list, tuple)):
-            return value
-        return value[index if len(value) > 1 else 0]
-
-    items = [index for index in range(count) for _ in range(per_prompt)]
-    prompts, negatives = [of(prompt, i) for i in items], [of(negative_prompt, i) for i in items]
-    for text in (*prompts, *negatives):
-        if not isinstance(text, str):
-            raise InputError(f"a prompt is {text!r}, which is not text")
-    images = [{name: of(value, i) for name, value in control_image.items() if of(value, i) is not None} for i in items]
-    return prompts, negatives, images
+    rows = [{name: values[i % len(values)] for name, values in columns.items()} for i in range(count)]
+    return [{name: value for name, value in row.items() if value is not None} for row in rows for _ in range(repeats)]
 
 
-def check_settings(condition_resize: str, defaults: Mapping[str, Any], known: Mapping[str, Any], sizes: Any) -> None:
-    """Reject invalid settings of a checkpoint. Raises `InputError`."""
-    if condition_resize not in ("exact", "lanczos"):
-        raise InputError(f"condition_resize is {condition_resize!r}; choose exact or lanczos")
-    if unknown := [name for name in defaults if name not in known]:
-        raise InputError(f"the checkpoint's defaults have an unknown {unknown[0]!r}; there are {', '.join(known)}")
-    trained_sizes({"sizes": sizes, "defaults": {**known, **defaults}})
+def condition_inputs(
+    images: Mapping[str, Any],
+    trained: Sequence[str],
+    *,
+    scale: float | Mapping[str, float],
+    start: float | Mapping[str, float],
+    end: float | Mapping[str, float],
+) -> dict[str, Any]:
+    """Convert the keyword arguments of a pipeline call to `ConditionInput`.
+
+    Args:
+        images: name -> image, or a list of images with None where an image of the batch has no such condition. A
+            `ConditionInput` instead of an image is returned unchanged.
+        trained: the conditions of the checkpoint.
+        scale: of all conditions, or by name.
+        start: likewise.
+        end: likewise.
+
+    Returns:
+        Name -> `ConditionInput` or list of `ConditionInput` and None.
+
+    Raises:
+        InputError: a condition is unknown or was not trained, or a number is invalid.
+    """
+    if not isinstance(images, Mapping):
+        raise InputError(f'control_image is of type {type(images).__name__}; pass a dict such as {{"mask": ...}}')
+    usable = ", ".join(name for name in trained if name in CONDITIONS) or "text only"
+    for name in images:
+        if name not in CONDITIONS:
+            raise InputError(f"Unknown condition {name!r}. This checkpoint takes {usable}")
+        if name not in trained:
+            raise InputError(f"This checkpoint was not trained with {name}: it takes {usable}")
+    numbers: dict[str, dict[str, float]] = {name: {} for name in images}
+    for field, argument, values, default in (
+        ("scale", "conditioning_scale", scale, 1.0),
+        ("start", "control_guidance_start", start, 0.0),
+        ("end", "control_guidance_end", end, 1.0),
+    ):
+        by_name = values if isinstance(values, Mapping) else dict.fromkeys(images, values)
+        if unused := sorted(set(by_name) - set(images)):
+            raise InputError(f"{argument} contains {unused[0]!r}, but control_image does not")
+        for name in images:
+            numbers[name][field] = number(by_name.get(name, default), argument)
+
+    def convert(name: str, image: Any) -> ConditionInput | None:
+        if image is None:
+            return None
+        condition = image if isinstance(image, ConditionInput) else ConditionInput(image=image, **numbers[name])
+        if not math.isfinite(condition.scale) or condition.scale < 0:
+            raise InputError(f"The scale of {name} is {condition.scale}; it must be a finite number of at least 0")
+        if not 0 <= condition.start <= condition.end <= 1:
+            raise InputError(
+                f"{name} is active from {condition.start} to {condition.end}; these must be in [0, 1], the start first"
+            )
+        return condition
+
+    return {
+        name: [convert(name, image) for image in value] if isinstance(value, (list, tuple)) else convert(name, value)
+        for name, value in images.items()
+    }

@@ -1,4 +1,4 @@
-"""The file formats that pictures are written in."""
+"""File formats of generated images. No torch here."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
 
 
 def format_of(path: Path) -> str:
-    """Pillow's format for a file name.
+    """Return Pillow's format of a file name.
 
     Raises:
-        InputError: another suffix than png, jpg, jpeg or webp.
+        InputError: the suffix is not png, jpg, jpeg or webp.
     """
     suffix = path.suffix.lower().removeprefix(".")
     if suffix not in FORMATS:

@@ -1,4 +1,4 @@
-"""Requests to finished pictures: the one path that the command line, previews, evaluation and the service share."""
+"""Generate the images of a request: the common path of the command line, previews and evaluation."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from likeness.types import InputError, PortraitRequest
 SEED_LIMIT = 2**63
 
 BATCH = 4
-"""Images of a batch on an accelerator."""
+"""Images per batch on an accelerator."""
 
 
 def resolve(request: PortraitRequest, pipeline: Any) -> PortraitRequest:
-    """Complete a request: read its conditions, and take the checkpoint's defaults for what it leaves open.
+    """Complete a request: read its conditions, and set unset fields to the checkpoint's defaults.
 
     Raises:
         InputError: a condition cannot be read, the seed is out of range, or the model was not trained at the size.
     """
     if not isinstance(request.seed, int) or not 0 <= request.seed < SEED_LIMIT:
-        raise InputError(f"the seed is {request.seed}; it must be a whole number from 0 to 2^63 - 1")
+        raise InputError(f"The seed is {request.seed}; it must be a whole number from 0 to 2^63 - 1")
     defaults = pipeline.config.defaults
     request, _ = read_conditions(request)
     width, height = request.width or defaults["size"], request.height or defaults["size"]
@@ -45,7 +45,7 @@ def work_of(pipeline: Any, height: int, width: int) -> float:
     """Estimate the work of one pass through the network at an image size, for `likeness.runtime.choose_threads`.
 
     Args:
-        pipeline: a pipeline of this package.
+        pipeline: the pipeline.
         height: pixels.
         width: pixels.
 
@@ -57,16 +57,16 @@ def work_of(pipeline: Any, height: int, width: int) -> float:
 
 
 def batches(requests: Sequence[PortraitRequest], pipeline: Any) -> Iterator[tuple[int, Sequence[PortraitRequest]]]:
-    """Split requests into batches that run together, so that images can be stored as they are made.
+    """Split requests into batches, so that images can be saved as soon as they are generated.
 
-    On a CPU a batch is a single image: several would take as long and share nothing.
+    On a CPU a batch is a single image: larger ones take as long per image.
 
     Args:
-        requests: what `resolve` returned, equal but for their seeds.
+        requests: output of `resolve`, equal but for their seeds.
         pipeline: the pipeline that generates them.
 
     Yields:
-        How many images the earlier batches have, and the requests of this one.
+        The number of images in the earlier batches, and the requests of this one.
     """
     size = 1 if pipeline._execution_device.type == "cpu" else BATCH
     for start in range(0, len(requests), size):
@@ -74,18 +74,23 @@ def batches(requests: Sequence[PortraitRequest], pipeline: Any) -> Iterator[tupl
 
 
 def generate(
-    pipeline: Any, request: PortraitRequest, seeds: Sequence[int], on_step: Callable[[int, int], None] | None = None
+    pipeline: Any,
+    request: PortraitRequest,
+    seeds: Sequence[int],
+    on_step: Callable[[int, int], None] | None = None,
+    encoded: dict[Any, Any] | None = None,
 ) -> tuple[list[Image.Image], list[str]]:
-    """One resolved request, one picture a seed.
+    """Generate one image per seed.
 
     Args:
-        pipeline: a pipeline of this package.
-        request: what `resolve` gave; its own seed is not read.
-        seeds: seeds of the pictures.
-        on_step: called after every step as (steps done, steps in all).
+        pipeline: the pipeline.
+        request: output of `resolve`; its own seed is ignored.
+        seeds: seeds of the images.
+        on_step: called after every step as (steps done, total steps).
+        encoded: cache of encoded texts and conditions (`PortraitPipeline.__call__`).
 
     Returns:
-        The pictures, and which words of the prompts did not fit.
+        The images, and notes on truncated words of the prompts.
     """
 
     def report(pipe: Any, i: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -96,18 +101,16 @@ def generate(
     output = pipeline(
         request.prompt,
         request.negative_prompt,
-        dict(request.control_image),
+        request.conditions,
         height=request.height,
         width=request.width,
         upscale=request.upscale,
         force_size=request.force_size,
         num_inference_steps=request.num_inference_steps,
         guidance_scale=request.guidance_scale,
-        conditioning_scale=dict(request.conditioning_scale),
-        control_guidance_start=dict(request.control_guidance_start),
-        control_guidance_end=dict(request.control_guidance_end),
         num_images_per_prompt=len(seeds),
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         callback_on_step_end=report,
+        encoded=encoded,
     )
     return output.images, output.notes

@@ -1,54 +1,39 @@
-"""Which passes through the network a step needs, and with what weight each enters the prediction.
+"""The forward passes of a step and their weights in the prediction.
 
-Text guidance gives each condition k a prediction v_k = u_k + g (t_k - u_k), where t has the prompt and u the negative
-prompt; conditions combine as v = v_0 + sum_k s_k (v_k - v_0), v_0 being without any condition. Both are linear in the
-passes, so a step is a short list of passes with weights, and a pass whose weight is 0 is never run.
+Text guidance turns each condition k into a prediction v_k = u_k + g (t_k - u_k), with t for the prompt and u for the
+negative prompt. Conditions combine as v = v_0 + sum_k s_k (v_k - v_0), where v_0 has no condition. Both are linear in
+the passes, so a step is a list of passes with weights. Passes with weight 0 are not run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
+
+from likeness.types import ConditionInput
 
 
 class Pass(NamedTuple):
     """One evaluation of the network."""
 
     condition: str | None
-    """The condition it sees."""
+    """Its condition."""
     negative: bool
     """Whether it reads the negative prompt instead of the prompt."""
     weight: float
     """Its factor in the prediction."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Control:
-    """How one condition acts."""
-
-    scale: float = 1.0
-    """s_k; 0 is the same as absent."""
-    start: float = 0.0
-    """Fraction of the steps at which it begins to act."""
-    end: float = 1.0
-    """Fraction of the steps at which it ceases to act."""
-
-    def acts(self, progress: float) -> bool:
-        """Whether it acts where this fraction of the steps is done, 0 <= progress < 1."""
-        return self.scale != 0 and self.start <= progress < self.end
-
-
-def passes(controls: Mapping[str, Control], guidance_scale: float, progress: float) -> tuple[Pass, ...]:
-    """The passes of one step for one picture.
+def passes(conditions: Mapping[str, ConditionInput], guidance_scale: float, progress: float) -> tuple[Pass, ...]:
+    """Return the passes of one step for one image.
 
     Args:
-        controls: the conditions this picture has.
-        guidance_scale: g at this step; 1 where guidance is off or prompt and negative prompt are the same.
+        conditions: the conditions of the image.
+        guidance_scale: g at this step; 1 if guidance is off or prompt and negative prompt are equal.
         progress: fraction of the steps that are done, 0 <= progress < 1.
     """
-    active = {name: c.scale for name, c in controls.items() if c.acts(progress)}
-    terms: list[tuple[str | None, float]] = [(None, 1 - sum(active.values())), *active.items()]
+    scales = {name: condition.scale for name, condition in conditions.items() if condition.is_active(progress)}
+    terms: list[tuple[str | None, float]] = [(None, 1 - sum(scales.values())), *scales.items()]
     found = []
     for condition, weight in terms:
         if abs(weight) < 1e-9:  # such as 1 - (0.7 + 0.2 + 0.1)

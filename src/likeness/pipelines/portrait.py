@@ -1,11 +1,10 @@
-"""What all portrait pipelines do with a request: check, encode, draw noise, denoise, decode.
+"""The pipeline that both networks share: check, encode, draw noise, plan, denoise, decode.
 
-A family of networks adds how it reads texts and which passes a step needs (`calls`). On a CPU every picture runs
-through the network by itself (with all its guidance passes in one batch), because the bits of a matrix product depend
-on its number of rows: so picture k depends on its own request and seed only. On an accelerator the whole batch runs at
-once.
+A subclass adds how texts are encoded and which forward passes a step needs. On a CPU every image runs through the
+network individually (with all its guidance passes in one batch), because the rounding of a matrix product depends on
+its number of rows: so an image depends only on its own request and seed. On an accelerator the batch runs as one.
 
-B pictures, C latent channels, h x w latent size, P passes through the network.
+B images, C latent channels, h x w latent size, P passes through the network.
 """
 
 from __future__ import annotations
@@ -13,63 +12,72 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
-from likeness.conditions import CONDITIONS
-from likeness.conditions.base import Condition, Reading
+from likeness.conditions import CONDITIONS, read_condition
+from likeness.conditions.base import Condition
 from likeness.conditions.images import check_aspect
 from likeness.encoders.latent import LatentCodec, spatial_factor, to_pixels, to_tensor
-from likeness.encoders.text import cut_words
+from likeness.encoders.text import encode_text, truncated_text
 from likeness.objectives import make_objective
 from likeness.objectives.flow import dynamic_shift
-from likeness.pipelines.arguments import interval_of, number, own_steps, spread, whole_number
-from likeness.pipelines.guidance import Control
-from likeness.pipelines.output import PortraitOutput
+from likeness.pipelines.arguments import condition_inputs, noise_interval, number, per_image, whole_number
 from likeness.pipelines.sizes import format_sizes, generation_size, trained_sizes
-from likeness.types import InputError, TextFeatures
+from likeness.types import ConditionInput, InputError, TextFeatures
+
+
+@dataclass
+class PortraitOutput(BaseOutput):
+    """The images of a call, and notes on its inputs."""
+
+    images: Any
+    """B images: PIL images, float32 array [B, H, W, 3] in [0, 1], tensor [B, 3, H, W] in [0, 1], or latents."""
+    notes: list[str] = field(default_factory=list)
+    """The recognized format of each condition, and truncated words of a prompt; one sentence each."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """A request, checked and encoded: B pictures in S steps, of T distinct texts and M distinct conditions."""
+class EncodedBatch:
+    """Checked and encoded arguments: B images in S steps, of T distinct texts and M distinct conditions."""
 
-    prompts: list[int]
-    """Which text each picture's prompt is, [B]."""
-    negatives: list[int]
-    """Which text its negative prompt is, [B]."""
     text: TextFeatures
     """Of the distinct texts, tokens [T, L, D]."""
-    controls: list[dict[str, Control]]
-    """How each picture's conditions act, [B]."""
-    conditions: list[dict[str, int]]
-    """Which condition each of them is, 1 to M, [B]."""
+    prompts: list[int]
+    """Index of each image's prompt in `text`, [B]."""
+    negatives: list[int]
+    """Index of its negative prompt, [B]."""
+    conditions: list[dict[str, ConditionInput]]
+    """The conditions of each image, [B]."""
+    latent_indices: list[dict[str, int]]
+    """Their indices in `condition_latents`, 1 to M, [B]."""
     condition_latents: Tensor
-    """[M + 1, C, h, w]; number 0 is the absent condition, zeros."""
-    condition_rows: Tensor
-    """Their rows in the network's condition embedding, [M + 1]; -1 for absent."""
+    """[M + 1, C, h, w]; the first is an absent condition, zeros."""
+    condition_ids: Tensor
+    """Their ids in the network's condition embedding, [M + 1]; -1 for absent."""
     guidance: list[float]
-    """Text guidance g at every step, 1 where it does not act, [S]."""
+    """Text guidance g at every step, 1 outside its interval, [S]."""
     times: Tensor
-    """What the network embeds at every step, float32 [S]."""
+    """Network input at every step, float32 [S]."""
 
 
-class Call(NamedTuple):
-    """The passes through the network that one group of pictures needs at one step; P of them."""
+class Passes(NamedTuple):
+    """The P forward passes of one step for a group of images."""
 
     items: list[int]
-    """Which picture each belongs to, [P]."""
+    """Image of each, [P]."""
     weights: list[float]
-    """Factor of each in its picture's prediction, [P]."""
+    """Factor of each in the prediction of its image, [P]."""
     arguments: dict[str, Any]
-    """What the network is given beside latents and times, [P, ...] each."""
+    """Arguments of the network in addition to latents and times, [P, ...] each."""
 
 
 class PortraitPipeline(DiffusionPipeline):
@@ -80,21 +88,47 @@ class PortraitPipeline(DiffusionPipeline):
 
     _callback_tensor_inputs: ClassVar = ["latents"]
 
+    def register_settings(
+        self,
+        known: Mapping[str, Any],
+        *,
+        objective: Mapping[str, Any] | None,
+        defaults: Mapping[str, Any] | None,
+        condition_resize: str,
+        sizes: Any,
+        **settings: Any,
+    ) -> None:
+        """Check the settings of a checkpoint and store them; `known` are the `defaults` of the network.
+
+        Raises:
+            InputError: a setting is invalid.
+        """
+        if condition_resize not in ("exact", "lanczos"):
+            raise InputError(f"condition_resize is {condition_resize!r}; choose exact or lanczos")
+        if unknown := sorted(set(defaults or {}) - set(known)):
+            raise InputError(f"Unknown default {unknown[0]!r} of the checkpoint. Available: {', '.join(known)}")
+        settings |= {"defaults": {**known, **(defaults or {})}, "sizes": sizes}
+        trained_sizes(settings)
+        objective = dict(objective or {"name": "rectified_flow"})
+        self.register_to_config(objective=objective, condition_resize=condition_resize, **settings)
+
     @property
     def patch_size(self) -> int:
         """Side of the network's patches, in latent pixels."""
         raise NotImplementedError
 
-    def check_family(self, negatives: Sequence[str]) -> None:
-        """Refuse what this family cannot do with its components and these negative prompts."""
+    def check_network(self, negatives: Sequence[str]) -> None:
+        """Raise `InputError` for requests that the network or its components do not support."""
         raise NotImplementedError
 
     def text_features(self, texts: Sequence[str]) -> TextFeatures:
-        """Features of T distinct texts, tokens [T, L, D]."""
-        raise NotImplementedError
+        """Encode T distinct texts, tokens [T, L, D]."""
+        second: dict[str, Any] = {name: getattr(self, name, None) for name in ("tokenizer_2", "text_encoder_2")}
+        limit, layer = self.config.max_text_tokens, self.config.text_layer
+        return encode_text(self.tokenizer, self.text_encoder, texts, max_tokens=limit, layer=layer, **second)
 
-    def calls(self, job: Job, group: Sequence[int]) -> Iterator[Call]:
-        """The passes of these pictures, step by step."""
+    def pass_function(self, batch: EncodedBatch, group: Sequence[int]) -> Callable[[int], Passes]:
+        """Return the function from a step to the passes of a group of images."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -117,20 +151,20 @@ class PortraitPipeline(DiffusionPipeline):
         num_images_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
-        sigmas: Sequence[float] | None = None,
-        timesteps: Sequence[int] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        encoded: dict[Any, Any] | None = None,
     ) -> PortraitOutput | tuple[Any, ...]:
-        """Make portraits.
+        """Generate images.
 
         Args:
-            prompt: one sentence or one a picture; "" means no text.
-            negative_prompt: what to steer away from, likewise.
-            control_image: condition name -> a path, image, array or tensor (`likeness.conditions`), or a list of them,
-                one a prompt, with None where a picture has no such condition.
+            prompt: Text prompt, or a list with one per image; "" means no text.
+            negative_prompt: What the images should not show, likewise.
+            control_image: Condition name -> path, image, array or tensor (`likeness.conditions`), or a list with one
+                per prompt, with None for an image without this condition. `ConditionInput` sets its scale, start and
+                end, too.
             height: Pixels. The size must be one that the checkpoint was trained at (`pipeline.config.sizes`). Default:
                 the checkpoint's default size.
             width: Pixels, as `height`.
@@ -138,94 +172,99 @@ class PortraitPipeline(DiffusionPipeline):
                 if the checkpoint was not trained at this size.
             force_size: Whether to generate at this size although the checkpoint was not trained at it. Both sides must
                 be multiples of the autoencoder's factor times the patch size.
-            num_inference_steps: steps of the sampler, at least 1.
-            guidance_scale: text guidance g in v = u + g (t - u); 1 switches it off. A guidance-distilled network is
-                given g instead.
-            guidance_interval: noise levels between which text guidance acts, 0 (data) to 1 (noise).
-            conditioning_scale: strength of the conditions, for all or by name: 1 as trained, 0 absent. MMFace scales
+            num_inference_steps: Sampling steps, at least 1.
+            guidance_scale: Text guidance g in v = u + g (t - u); 1 disables it. A guidance-distilled network embeds g
+                instead.
+            guidance_interval: Noise levels between which text guidance acts, 0 (data) to 1 (noise).
+            conditioning_scale: Strength of the conditions, for all or by name: 1 as trained, 0 absent. MMFace scales
                 predictions, s_k in v = v_0 + sum_k s_k (v_k - v_0); MDiTFace adds log s_k to the logits of keys.
-            control_guidance_start: fraction of the steps at which a condition begins to act, likewise.
-            control_guidance_end: fraction at which it ceases to act, likewise.
-            num_images_per_prompt: pictures a prompt; those of one prompt follow one another.
-            generator: one a picture, or one for all, from which the pictures draw their noise in turn, also that of
-                samplers which add some at every step.
-            latents: initial noise [B, C, h, w] instead of drawing it.
-            sigmas: the scheduler's noise levels, instead of the objective's.
-            timesteps: the scheduler's timesteps, likewise; not both.
+            control_guidance_start: Fraction of the steps at which a condition starts to act, likewise.
+            control_guidance_end: Fraction of the steps at which it stops acting, likewise.
+            num_images_per_prompt: Images per prompt; those of a prompt are consecutive.
+            generator: One per image, or one for all, from which the images draw their noise in turn. Samplers that add
+                noise at every step use it, too.
+            latents: Initial noise [B, C, h, w] instead of random noise.
             output_type: `pil`, `np` ([B, H, W, 3] in [0, 1]), `pt` ([B, 3, H, W] in [0, 1]) or `latent`.
-            return_dict: whether to return a `PortraitOutput` or a tuple.
-            callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after every step; it may return
-                other latents, and stops the loop by setting `pipeline._interrupt`. Such state on the pipeline, as
-                everywhere in diffusers, is of one call at a time.
-            callback_on_step_end_tensor_inputs: what the callback is given: `latents`.
+            return_dict: Whether to return a `PortraitOutput` or a tuple.
+            callback_on_step_end: Called as (pipeline, step, timestep, {"latents": ...}) after every step. It may return
+                other latents, and stops the loop by setting `pipeline._interrupt`.
+            callback_on_step_end_tensor_inputs: Tensors for the callback: `latents`.
+            encoded: Cache of encoded texts and conditions. Pass the same dict to several calls of this pipeline to
+                encode the same texts and the same condition objects once.
 
         Raises:
-            InputError: an argument that cannot be used; the sentence says which and how to mend it.
+            InputError: An argument is invalid.
         """
-        # 1. Check what was asked for, and spread it over the pictures
+        # 1. Check the arguments and distribute them over the images
         defaults = self.config.defaults
-        height = whole_number(defaults["size"] if height is None else height, "height")
-        width = whole_number(defaults["size"] if width is None else width, "width")
-        steps = whole_number(
-            defaults["steps"] if num_inference_steps is None else num_inference_steps, "num_inference_steps"
+        default = lambda value, name: defaults[name] if value is None else value  # noqa: E731
+        size = whole_number(default(width, "size"), "width"), whole_number(default(height, "size"), "height")
+        steps = whole_number(default(num_inference_steps, "steps"), "num_inference_steps")
+        guidance = number(default(guidance_scale, "guidance_scale"), "guidance_scale")
+        interval = noise_interval(default(guidance_interval, "guidance_interval"))
+        controls = condition_inputs(
+            {} if control_image is None else control_image,
+            list(self.transformer.config.condition_names),
+            scale=conditioning_scale,
+            start=control_guidance_start,
+            end=control_guidance_end,
         )
-        guidance = number(defaults["guidance_scale"] if guidance_scale is None else guidance_scale, "guidance_scale")
-        interval = interval_of(defaults["guidance_interval"] if guidance_interval is None else guidance_interval)
-        prompts, negatives, images = spread(prompt, negative_prompt, control_image, num_images_per_prompt)
-        self.check_family(negatives)
-        notes: list[str] = []
-        size = width, height  # of the images that are returned
+        texts_of = {"prompt": prompt, "negative prompt": "" if negative_prompt is None else negative_prompt}
+        conditions: list[dict[str, Any]] = per_image({**texts_of, **controls}, num_images_per_prompt)
+        prompts, negatives = ([row.pop(name) for row in conditions] for name in texts_of)
+        for text in (*prompts, *negatives):
+            if not isinstance(text, str):
+                raise InputError(f"A prompt is {text!r}; it must be a string")
+        self.check_network(negatives)
         width, height = generation_size(self.config, size, upscale=upscale, force_size=force_size)
+        if (width, height) != size and output_type == "latent":
+            raise InputError("Latents cannot be upscaled: choose another output_type, or leave upscale out")
+        self.check_inputs(height, width, steps, guidance, output_type, callback_on_step_end_tensor_inputs)
+        notes: list[str] = []
         if force_size and (sizes := trained_sizes(self.config)) and size not in sizes:
             trained = format_sizes(sizes)
             notes.append(f"warning: the model was trained at {trained}, not at {width}x{height}: expect artifacts")
-        if (width, height) != size and output_type == "latent":
-            raise InputError("latents cannot be upscaled: choose another output_type, or leave upscale out")
-        self.check_inputs(height, width, steps, guidance, output_type, callback_on_step_end_tensor_inputs)
-        controls = self.controls(images, conditioning_scale, control_guidance_start, control_guidance_end)
         if guidance == 1 or self.transformer.config.get("guidance_embeds"):
-            negatives = prompts  # nothing reads them
+            negatives = prompts  # negative prompts have no effect
         self._interrupt = False
 
-        # 2. Encode text and conditions, each distinct one once
+        # 2. Encode each distinct text and condition once
+        encoded = {} if encoded is None else encoded
         texts = list(dict.fromkeys([*prompts, *negatives]))
-        text = self.encode_prompts(texts, prompts, notes)
-        condition_latents, condition_rows, conditions = self.encode_conditions(images, height, width, notes)
+        text = self.encode_prompts(texts, prompts, encoded, notes)
+        condition_latents, condition_ids, latent_indices = self.encode_conditions(
+            conditions, height, width, encoded, notes
+        )
 
-        # 3. Draw the noise and lay out the steps
+        # 3. Draw the noise and set the timesteps
         generators = list(generator) if isinstance(generator, Sequence) else generator
         latents = self.prepare_latents(latents, len(prompts), tuple(condition_latents.shape[1:]), generators)
         scheduler = copy.deepcopy(self.scheduler)  # its state belongs to this call
         objective = make_objective(self.config.objective)
-        shift = {}
+        own = type(scheduler) is type(objective.scheduler())
+        schedule = objective.schedule(steps) if own else {"num_inference_steps": steps}
         if scheduler.config.get("use_dynamic_shifting"):
-            shift = {"mu": dynamic_shift(latents[0, 0].numel() // self.patch_size**2, scheduler.config)}
-        if sigmas is not None or timesteps is not None:
-            chosen = own_steps(scheduler, sigmas=sigmas, timesteps=timesteps)
-            scheduler.set_timesteps(**chosen, **shift, device=latents.device)
-        elif type(scheduler) is type(objective.scheduler()):
-            scheduler.set_timesteps(**objective.schedule(steps), **shift, device=latents.device)
-        else:
-            scheduler.set_timesteps(num_inference_steps=steps, **shift, device=latents.device)
+            schedule["mu"] = dynamic_shift(latents[0, 0].numel() // self.patch_size**2, scheduler.config)
+        scheduler.set_timesteps(**schedule, device=latents.device)
         latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
         times = objective.time_of(scheduler.timesteps)  # [S]
         levels = objective.noise_level(times.cpu()).tolist()
         self._num_timesteps = len(times)
         noise = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
 
-        # 4. Plan the passes of every group of pictures that run together
-        job = Job(
+        # 4. Plan the passes of every group of images
+        batch = EncodedBatch(
+            text=text,
             prompts=[texts.index(text) for text in prompts],
             negatives=[texts.index(text) for text in negatives],
-            text=text,
-            controls=controls,
             conditions=conditions,
+            latent_indices=latent_indices,
             condition_latents=condition_latents,
-            condition_rows=condition_rows,
+            condition_ids=condition_ids,
             guidance=[guidance if interval[0] <= level <= interval[1] else 1.0 for level in levels],
             times=objective.model_time(times),
         )
-        streams = [self.calls(job, group) for group in self.groups(len(prompts))]
+        pass_functions = [self.pass_function(batch, group) for group in self.groups(len(prompts))]
 
         # 5. Denoise
         dtype = self.transformer.dtype
@@ -234,44 +273,46 @@ class PortraitPipeline(DiffusionPipeline):
                 if self._interrupt:
                     continue
                 scaled = latents
-                if hasattr(scheduler, "scale_model_input"):  # the samplers of variance-exploding models
+                if hasattr(scheduler, "scale_model_input"):  # samplers of variance-exploding models
                     scaled = scheduler.scale_model_input(latents, timestep)
                 prediction = torch.zeros_like(latents)
-                for call in map(next, streams):
-                    time = job.times[i].expand(len(call.items))  # [P]
-                    output = self.transformer(scaled[call.items].to(dtype), time, **call.arguments).float()
-                    for item, weight, one in zip(call.items, call.weights, output, strict=True):
-                        prediction[item] += weight * one
+                for passes_at in pass_functions:
+                    items, weights, arguments = passes_at(i)
+                    time = batch.times[i].expand(len(items))  # [P]
+                    outputs = self.transformer(scaled[items].to(dtype), time, **arguments).float()  # [P, C, h, w]
+                    for item, weight, output in zip(items, weights, outputs, strict=True):
+                        prediction[item] += weight * output
                 latents = scheduler.step(prediction, timestep, latents, **noise, return_dict=False)[0]
                 if callback_on_step_end is not None:
-                    given = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
-                    latents = (callback_on_step_end(self, i, timestep, given) or {}).get("latents", latents)
+                    tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
+                    latents = (callback_on_step_end(self, i, timestep, tensors) or {}).get("latents", latents)
                 progress.update()
 
         # 6. Decode
-        images_out = self.decode(latents, output_type, size)
+        images = self.decode(latents, output_type, size)
         self.maybe_free_model_hooks()
-        return PortraitOutput(images=images_out, notes=notes) if return_dict else (images_out,)
+        return PortraitOutput(images=images, notes=notes) if return_dict else (images,)
 
     @property
     def num_timesteps(self) -> int:
-        """Steps of the present call, for callbacks."""
+        """Number of steps of the current call, for callbacks."""
         return self._num_timesteps
 
     @property
     def interrupt(self) -> bool:
-        """Whether a callback has stopped the present call."""
+        """Whether a callback has stopped the current call."""
         return self._interrupt
 
     def groups(self, count: int) -> list[range]:
-        """Which pictures run together: on a CPU each by itself, so that its bits depend on nothing else."""
-        alone = self._execution_device.type == "cpu"
-        return [range(item, item + 1) for item in range(count)] if alone else [range(count)]
+        """Return which images are batched: none on a CPU, all on an accelerator."""
+        if self._execution_device.type == "cpu":
+            return [range(item, item + 1) for item in range(count)]
+        return [range(count)]
 
     def check_inputs(
         self, height: int, width: int, steps: int, guidance: float, output_type: str, tensor_inputs: Sequence[str]
     ) -> None:
-        """Refuse what cannot be made, in one sentence."""
+        """Raise `InputError` for invalid arguments."""
         unit = spatial_factor(self.vae) * self.patch_size
         if height % unit or width % unit or min(height, width) < unit:
             near = [max(unit, round(side / unit) * unit) for side in (width, height)]
@@ -280,104 +321,68 @@ class PortraitPipeline(DiffusionPipeline):
                 f"Nearest: {near[0]}x{near[1]}"
             )
         if steps < 1:
-            raise InputError(f"the number of steps is {steps}; it must be a whole number of at least 1")
+            raise InputError(f"The number of steps is {steps}; it must be at least 1")
         if not math.isfinite(guidance) or guidance < 0:
-            raise InputError(f"the guidance scale is {guidance}; it must be a finite number of at least 0")
+            raise InputError(f"The guidance scale is {guidance}; it must be a finite number of at least 0")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise InputError(f"output_type is {output_type!r}; choose pil, np, pt or latent")
-        unknown = set(tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise InputError(f"callbacks are given {self._callback_tensor_inputs}, not {sorted(unknown)}")
+        if unknown := sorted(set(tensor_inputs) - set(self._callback_tensor_inputs)):
+            raise InputError(f"Callbacks receive {self._callback_tensor_inputs}, not {unknown}")
 
-    def controls(
-        self,
-        images: Sequence[Mapping[str, Any]],
-        scale: float | Mapping[str, float],
-        start: float | Mapping[str, float],
-        end: float | Mapping[str, float],
-    ) -> list[dict[str, Control]]:
-        """How each picture's conditions act; refuses names and numbers that cannot be used."""
-        rows = list(self.transformer.config.condition_names)
-        usable = ", ".join(name for name in rows if name in CONDITIONS) or "words only"
-        given = {name for image in images for name in image}
-        for mapping, what in (
-            (scale, "conditioning_scale"),
-            (start, "control_guidance_start"),
-            (end, "control_guidance_end"),
-        ):
-            if isinstance(mapping, Mapping) and set(mapping) - given:
-                raise InputError(f"{what} names {sorted(set(mapping) - given)[0]!r}, but no such condition is given")
-        for name in sorted(given):
-            if name not in CONDITIONS:
-                raise InputError(f"the condition {name!r} is unknown; this checkpoint takes {usable}")
-            if name not in rows:
-                raise InputError(f"this checkpoint was not trained with {name}: it takes {usable}")
-
-        def of(values: float | Mapping[str, float], name: str, otherwise: float, what: str) -> float:
-            return number(values.get(name, otherwise) if isinstance(values, Mapping) else values, what)
-
-        control = {
-            name: Control(
-                scale=of(scale, name, 1.0, "conditioning_scale"),
-                start=of(start, name, 0.0, "control_guidance_start"),
-                end=of(end, name, 1.0, "control_guidance_end"),
-            )
-            for name in given
-        }
-        for name, c in control.items():
-            if not math.isfinite(c.scale) or c.scale < 0:
-                raise InputError(f"the scale of {name} is {c.scale}; it must be a finite number of at least 0")
-            if not 0 <= c.start <= c.end <= 1:
-                raise InputError(f"{name} acts from {c.start} to {c.end}; both must lie in [0, 1], the start first")
-        return [{name: control[name] for name in image} for image in images]
-
-    def encode_prompts(self, texts: Sequence[str], prompts: Sequence[str], notes: list[str]) -> TextFeatures:
-        """Features of distinct texts, tokens [T, L, D]; notes which words did not fit."""
+    def encode_prompts(
+        self, texts: Sequence[str], prompts: Sequence[str], encoded: dict[Any, Any], notes: list[str]
+    ) -> TextFeatures:
+        """Encode distinct texts, tokens [T, L, D]; add notes on truncated words."""
         limit = self.config.max_text_tokens
         for text in texts:
-            if cut := cut_words(getattr(self, "tokenizer_2", None) or self.tokenizer, text, limit):
+            if cut := truncated_text(getattr(self, "tokenizer_2", None) or self.tokenizer, text, limit):
                 which = "prompt" if text in prompts else "negative prompt"
-                notes.append(f"the {which} is longer than {limit} tokens; this was cut: {cut!r}")
-        return TextFeatures(*(x.to(self._execution_device, self.transformer.dtype) for x in self.text_features(texts)))
+                notes.append(f"the {which} is longer than {limit} tokens; truncated: {cut!r}")
+        if new := [text for text in texts if ("text", text) not in encoded]:
+            features = self.text_features(new)
+            for i, text in enumerate(new):
+                encoded["text", text] = TextFeatures(*(x[i : i + 1] for x in features))
+        tokens, pooled = (torch.cat(parts) for parts in zip(*(encoded["text", text] for text in texts), strict=True))
+        device, dtype = self._execution_device, self.transformer.dtype
+        return TextFeatures(tokens.to(device, dtype), pooled.to(device, dtype))
 
     def encode_conditions(
-        self, images: Sequence[Mapping[str, Any]], height: int, width: int, notes: list[str]
+        self,
+        conditions: Sequence[Mapping[str, ConditionInput]],
+        height: int,
+        width: int,
+        encoded: dict[Any, Any],
+        notes: list[str],
     ) -> tuple[Tensor, Tensor, list[dict[str, int]]]:
-        """Latents of all conditions.
+        """Encode the distinct conditions of all images; add notes on how they were read.
 
         Returns:
-            latents [M + 1, C, h, w], of which number 0 is the absent condition (zeros); their rows in the condition
-            embedding [M + 1], -1 for absent; and for each picture, condition name -> number.
+            latents [M + 1, C, h, w], the first of which is an absent condition (zeros); their ids in the condition
+            embedding [M + 1], -1 for absent; and for each image, condition name -> index.
         """
-        pictures: list[np.ndarray] = []
-        rows = [-1]
-        numbers: dict[tuple[str, int], int] = {}  # (name, id of the source) -> number: a shared source is read once
-        of_item: list[dict[str, int]] = []
-        names = list(self.transformer.config.condition_names)
-        for image in images:
-            found = {}
-            for name, source in image.items():
-                key = (name, id(source))
-                if key not in numbers:
-                    reading = source
-                    if not isinstance(source, Reading):
-                        reading = CONDITIONS[name].read(source.cpu().numpy() if isinstance(source, Tensor) else source)
-                        notes.extend([f"{name}: {reading.scheme}", *(f"{name}: {note.text}" for note in reading.notes)])
-                    if reading.size is not None:
-                        check_aspect(
-                            (round(reading.size[1]), round(reading.size[0])), (height, width), f"picture of the {name}"
-                        )
-                    pictures.append(render(CONDITIONS[name], reading.raw, height, width, self.config.condition_resize))
-                    rows.append(names.index(name))
-                    numbers[key] = len(pictures)
-                found[name] = numbers[key]
-            of_item.append(found)
-        device, dtype = self._execution_device, self.transformer.dtype
-        factor = spatial_factor(self.vae)
-        latents = torch.zeros(1, self.vae.config.latent_channels, height // factor, width // factor)
-        if pictures:
-            latents = torch.cat([latents, self.codec.encode(to_tensor(pictures).to(device)).cpu()])
-        return latents.to(device, dtype), torch.tensor(rows, device=device), of_item
+        device, factor = self._execution_device, spatial_factor(self.vae)
+        sources = {(name, id(c.image), height, width): c.image for row in conditions for name, c in row.items()}
+        new: dict[Any, np.ndarray] = {}
+        for key, source in sources.items():
+            if key in encoded:
+                continue
+            name = key[0]
+            reading, lines = read_condition(name, source.cpu().numpy() if isinstance(source, Tensor) else source)
+            notes.extend(lines)
+            if reading.size is not None:
+                size = round(reading.size[1]), round(reading.size[0])
+                check_aspect(size, (height, width), f"image of the {name}")
+            new[key] = render(CONDITIONS[name], reading.raw, height, width, self.config.condition_resize)
+        if new:
+            images = to_tensor(list(new.values())).to(device)  # [new, 3, H, W]
+            for key, latent in zip(new, self.codec.encode(images).cpu(), strict=True):
+                encoded[key] = latent, sources[key]  # with the source, so that its id stays unique
+        latents = [torch.zeros(self.vae.config.latent_channels, height // factor, width // factor)]
+        latents += [encoded[key][0] for key in sources]
+        names, index = list(self.transformer.config.condition_names), {key: i for i, key in enumerate(sources, start=1)}
+        ids = [-1, *(names.index(name) for name, *_ in sources)]
+        indices = [{n: index[n, id(c.image), height, width] for n, c in row.items()} for row in conditions]
+        return torch.stack(latents).to(device, self.transformer.dtype), torch.tensor(ids, device=device), indices
 
     def prepare_latents(
         self,
@@ -386,20 +391,21 @@ class PortraitPipeline(DiffusionPipeline):
         shape: tuple[int, ...],
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> Tensor:
-        """Initial noise [B, C, h, w], float32. Each picture draws its own, so that a batch changes nothing."""
+        """Draw the initial noise [B, C, h, w], float32; each image on its own, so that batches change nothing."""
         device = self._execution_device
         if latents is not None:
             if tuple(latents.shape) != (count, *shape):
-                raise InputError(f"latents have the shape {tuple(latents.shape)}; this call needs {(count, *shape)}")
+                raise InputError(f"latents has shape {tuple(latents.shape)}; this call requires {(count, *shape)}")
             return latents.to(device, torch.float32)
         generators = generator if isinstance(generator, list) else [generator] * count
         if len(generators) != count:
-            raise InputError(f"{len(generators)} generators for {count} pictures: give one, or one a picture")
-        drawn = [
-            torch.randn((1, *shape), generator=g, device=g.device if g is not None else "cpu").to(device)
-            for g in generators
-        ]
-        return torch.cat(drawn)
+            raise InputError(f"{len(generators)} generators for {count} images: pass one, or one per image")
+        return torch.cat(
+            [
+                torch.randn((1, *shape), generator=g, device=g.device if g is not None else "cpu").to(device)
+                for g in generators
+            ]
+        )
 
     @property
     def codec(self) -> LatentCodec:
@@ -407,38 +413,37 @@ class PortraitPipeline(DiffusionPipeline):
         return LatentCodec(self.vae, self.config.latent_mean, self.config.latent_std)
 
     def decode(self, latents: Tensor, output_type: str = "pil", size: tuple[int, int] | None = None) -> Any:
-        """Decode latents [B, C, h, w] to images of the given type, of `size` (width, height) if that differs."""
+        """Decode latents [B, C, h, w] to images of a type, resampled to `size` (width, height) if that differs."""
         if output_type == "latent":
             return latents
-        pictures = self.codec.decode(latents)  # [B, 3, H, W]
-        if size is not None and size != (pictures.shape[-1], pictures.shape[-2]):
-            pictures = resample(pictures, *size)
-        if output_type == "pt":
-            return pictures.add(1).div(2).clamp(0, 1)
-        if output_type == "np":
-            return pictures.add(1).div(2).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
-        return [Image.fromarray(picture) for picture in to_pixels(pictures)]
+        images = self.codec.decode(latents)  # [B, 3, H, W]
+        if size is not None and size != (images.shape[-1], images.shape[-2]):
+            images = resample(images, *size)
+        if output_type == "pil":
+            return [Image.fromarray(image) for image in to_pixels(images)]
+        images = images.add(1).div(2).clamp(0, 1)
+        return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def render(condition: Condition, raw: np.ndarray, height: int, width: int, resize: str) -> np.ndarray:
-    """A condition's picture, uint8 [height, width, 3].
+    """Render the image of a condition, uint8 [height, width, 3].
 
-    `exact` resizes the raw form, so that labels never blend; `lanczos` resizes the picture and crops its centre.
+    `exact` resizes the raw form, so that labels are not mixed; `lanczos` resizes the image and crops its centre.
     """
     if resize == "exact" or condition.raw == "points":
         return condition.render(condition.resize(raw, height, width), height, width)
-    picture = Image.fromarray(condition.render(raw, *raw.shape))
-    scale = max(height / picture.height, width / picture.width)
-    size = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
-    picture = picture.resize(size, Image.Resampling.LANCZOS)
-    left, top = (picture.width - width) // 2, (picture.height - height) // 2
-    return np.asarray(picture.crop((left, top, left + width, top + height)))
+    image = Image.fromarray(condition.render(raw, *raw.shape))
+    scale = max(height / image.height, width / image.width)
+    size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    image = image.resize(size, Image.Resampling.LANCZOS)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return np.asarray(image.crop((left, top, left + width, top + height)))
 
 
 def resample(images: Tensor, width: int, height: int) -> Tensor:
     """Resample images [B, 3, H, W] in [-1, 1] to [B, 3, height, width] with Pillow's Lanczos filter.
 
-    Values are clamped first, as in the image of the former size, and computed in float32 on the CPU.
+    Values are clamped first and computed in float32 on the CPU.
     """
     channels = [Image.fromarray(channel) for channel in images.flatten(0, 1).float().clamp(-1, 1).cpu().numpy()]
     resized = [np.asarray(channel.resize((width, height), Image.Resampling.LANCZOS)) for channel in channels]

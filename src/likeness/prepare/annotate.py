@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from likeness.annotators.face_parser import Translated, parse_faces, sides_swapped
+from likeness.annotators.face_parser import Translated, load_face_parser, parse_faces, sides_swapped
 from likeness.annotators.landmarks import Landmarker, landmarker_name, open_landmarker
+from likeness.annotators.u2net import load_sketcher
 from likeness.conditions import CONDITIONS
 from likeness.conditions.images import MADE_BY, png_bytes
 from likeness.conditions.mask import mask_image
@@ -36,8 +37,9 @@ from likeness.data.folder import (
 )
 from likeness.device import choose_device
 from likeness.files import write_whole, writing_whole
-from likeness.pipelines.load import checkpoint_file, load_face_parser, load_sketcher, network_name
 from likeness.types import InputError
+from likeness.weights.catalog import checkpoint_file
+from likeness.weights.hashes import network_name
 
 BATCH = 16
 """Faces per batch of a parser with an input of 192 pixels; fewer for larger inputs."""
@@ -210,7 +212,7 @@ def count_annotators(rows: Iterable[dict[str, Any]]) -> dict[str, Counter[str]]:
 
 def mask_annotator(source: str | Path, *, swapped_sides: bool = False, device: str | None = None) -> Annotator:
     """Make palette PNGs with a face parser."""
-    network, size = load_face_parser(source, exchanged=swapped_sides)
+    network, size = load_face_parser(source, swapped=swapped_sides)
     network.to(choose_device(device))
     name = network_name(network)
     batch = max(1, BATCH * 192**2 // size**2)

@@ -14,21 +14,16 @@ import torch
 from diffusers import AutoencoderDC
 from transformers import AutoTokenizer, CLIPModel, CLIPTextModel
 
+from likeness.annotators.face_parser import load_face_parser
 from likeness.data.folder import read_folder, read_photo
+from likeness.encoders.components import load_components
 from likeness.encoders.latent import LatentCodec, to_tensor
 from likeness.encoders.text_image import load_attribute_head, save_attribute_head
 from likeness.files import read_json, write_whole
-from likeness.pipelines.catalogue import COMPONENTS
-from likeness.pipelines.load import (
-    component_class,
-    encoder_hash,
-    load_component,
-    load_components,
-    load_face_parser,
-    weights_hash,
-)
-from likeness.pipelines.packed import PACKED, save_packed
 from likeness.types import InputError
+from likeness.weights.catalog import COMPONENTS
+from likeness.weights.hashes import encoder_hash, weights_hash
+from likeness.weights.packed import PACKED, component_class, load_component, save_packed
 
 
 def join_components(
@@ -42,7 +37,7 @@ def join_components(
     images: int = 1024,
     text_layer: int = -2,
 ) -> None:
-    """Write `out` with packed weights (`likeness.pipelines.packed`).
+    """Write `out` with packed weights (`likeness.weights.packed`).
 
     Args:
         autoencoder: run folder of an autoencoder or of a decoder.

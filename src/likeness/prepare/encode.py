@@ -22,8 +22,8 @@ from likeness.data.ahead import read_ahead
 from likeness.data.folder import METADATA, captions_of, column_of, read_photo, root_of
 from likeness.data.store import IMAGE, LOG_VARIANCE, MANIFEST, read_manifest, write_manifest, write_part
 from likeness.device import choose_device
+from likeness.encoders.components import Components
 from likeness.encoders.latent import LatentCodec, spatial_factor, to_tensor
-from likeness.pipelines.load import Components
 from likeness.prepare.content_keys import FILES, EncodeSettings, FileHashes, each_block, hash_file, write_rows
 from likeness.prepare.entries import Entries, EntryWriter
 from likeness.types import InputError
@@ -94,7 +94,7 @@ def encode_folder(
         raise InputError(f"augmentations must be at least 1, not {augmentations}")
     root = root_of(folder)
     vae = components.vae.to(device=choose_device(device), memory_format=torch.channels_last)
-    codec = LatentCodec(vae, together=True)
+    codec = LatentCodec(vae, batched=True)
     trial = torch.zeros(1, 3, 2 * factor, 2 * factor, device=vae.device)
     existing = manifest_of(out)
     recorded = existing.get("codec", "")

@@ -6,11 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
+from likeness.encoders.components import load_components
 from likeness.files import read_json, write_whole
-from likeness.pipelines.catalogue import CODEC, COMMON
-from likeness.pipelines.load import component_class, load_components
-from likeness.pipelines.packed import save_packed
 from likeness.types import InputError
+from likeness.weights.catalog import CODEC, COMMON
+from likeness.weights.packed import component_class, save_packed
 
 
 def pack_model(model: Path, out: Path) -> None:

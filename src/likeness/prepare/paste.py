@@ -19,7 +19,7 @@ from likeness.conditions.images import existing_path, open_image
 from likeness.data.folder import read_folder, read_photo
 from likeness.files import write_whole
 from likeness.pipelines.formats import format_of
-from likeness.pipelines.record import GENERATED, IPTC, RDF, XMP_KEY
+from likeness.pipelines.image_recipe import GENERATED, IPTC, RDF, XMP_KEY
 from likeness.prepare.align import resample
 from likeness.types import InputError
 

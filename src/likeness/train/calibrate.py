@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 
+from likeness.models.layers import use_explicit_attention
 from likeness.objectives import make_objective
 from likeness.train.config import DataRecipe, MMFaceNetwork, OptimizerRecipe, TrainRecipe
 from likeness.train.devices import Device
@@ -66,6 +67,7 @@ def measured_step(recipe: TrainRecipe, micro: int, stands: Stands, steps: int = 
     now = clock.process_time if device == "cpu" and torch.get_num_threads() == 1 else clock.perf_counter
     torch.manual_seed(0)
     network = fake_network(recipe, stands).to(device).train()
+    use_explicit_attention(network, device == "cpu" and recipe.precision == "bf16")
     if recipe.network.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(network.parameters(), fused=True)

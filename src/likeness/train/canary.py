@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from likeness.data.store import Store
+from likeness.encoders.components import Components
 from likeness.objectives import Objective
 from likeness.parallel import own, spread_again
-from likeness.pipelines.load import Components
 from likeness.train.config import MDiTFaceAdapter, TrainRecipe
 from likeness.train.learner import Learner
 from likeness.train.networks import condition_names, share_of

@@ -23,12 +23,12 @@ from likeness import parallel
 from likeness.data.ahead import read_ahead
 from likeness.data.sampler import Sampler
 from likeness.data.store import Sample, Store
+from likeness.encoders.components import Components, load_components
 from likeness.encoders.latent import spatial_factor
 from likeness.files import write_whole
+from likeness.models.layers import use_explicit_attention
 from likeness.objectives import Objective, make_objective
 from likeness.parallel import World, mean_over_ranks, shard_model, spread_again, synchronise
-from likeness.pipelines.catalogue import BUNDLED, COMMON
-from likeness.pipelines.load import Components, load_components
 from likeness.train.canary import Canary
 from likeness.train.checkpoint import newest, save_state
 from likeness.train.config import FREE, MDiTFaceAdapter, TrainRecipe, check, micro_batch
@@ -42,6 +42,7 @@ from likeness.train.publish import averaged_pipeline, preview, publish, wishes
 from likeness.train.run import held, keep_recipe
 from likeness.train.step import Batch, loss_of, make_batch
 from likeness.types import InputError, TextFeatures, TryAgain
+from likeness.weights.catalog import BUNDLED, COMMON
 
 NON_FINITE = "non_finite.jsonl"
 """The batches whose loss or gradient was not a number; a run that goes on passes them over."""
@@ -99,6 +100,7 @@ def learn(recipe: TrainRecipe, run: Path, world: World, told: Sequence[int]) -> 
         choose_trained(model, recipe)
     if recipe.network.gradient_checkpointing:
         model.enable_gradient_checkpointing()
+    use_explicit_attention(model, world.kind == "cpu" and recipe.precision == "bf16")
     model.to(world.device).train()
     shard_model(model, world, recipe.precision)
     for tower in (components.text_encoder, components.text_encoder_2):

@@ -10,13 +10,12 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
+from likeness.encoders.components import FLUX, Components
 from likeness.files import read_json
 from likeness.models.mditface import MDiTFaceTransformer
 from likeness.models.mmface import MMFaceTransformer
 from likeness.models.tied_weights import NEW
 from likeness.pipelines.adapters import Adapter, add_adapter
-from likeness.pipelines.catalogue import CODEC
-from likeness.pipelines.load import FLUX, Components, find, load_part
 from likeness.train.config import (
     MDiTFaceAdapter,
     MDiTFaceNetwork,
@@ -25,6 +24,8 @@ from likeness.train.config import (
     parts_of,
 )
 from likeness.types import InputError
+from likeness.weights.catalog import CODEC, find_model
+from likeness.weights.packed import load_component
 
 
 def build_network(
@@ -46,7 +47,7 @@ def build_network(
     names = condition_names(recipe)
     if isinstance(n, MDiTFaceAdapter):
         adapter = adapter_of(recipe)
-        base = find(n.base)
+        base = find_model(n.base)
         if (kind := read_json(base / "model_index.json").get("_class_name")) not in (FLUX, "MDiTFacePipeline"):
             raise InputError(f"{n.base} is a {kind}: the base of an adapter must be FLUX.1")
         # its condition rows come with the adapter
@@ -170,11 +171,11 @@ def start_from(network: Any, recipe: TrainRecipe, components: Components) -> Non
     """
     if recipe.start is None:
         return
-    folder = find(recipe.start)
+    folder = find_model(recipe.start)
     if not (folder / "model_index.json").is_file() or isinstance(recipe.network, MDiTFaceAdapter):
         raise InputError(f"start is {recipe.start}: only a whole network can be gone on from, not an adapter")
     same_codec(folder, components)
-    given = load_part(folder / "transformer", *read_json(folder / "model_index.json")["transformer"])
+    given = load_component(folder / "transformer", *read_json(folder / "model_index.json")["transformer"])
     for key, value in network.config.items():
         if not key.startswith("_") and key != "condition_names" and plain(given.config.get(key)) != plain(value):
             raise InputError(f"{recipe.start} has {key} = {given.config.get(key)}, but the recipe makes it {value}")

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from likeness.encoders.components import load_components
 from likeness.parallel import Layout
-from likeness.pipelines.catalogue import BUNDLED, COMMON
-from likeness.pipelines.load import load_components
 from likeness.train.config import MDiTFaceAdapter, TrainRecipe, micro_batch
 from likeness.train.devices import DEVICES, Device
 from likeness.train.trace import FLUX_STANDS, Stands, Trace, trace
 from likeness.types import InputError
+from likeness.weights.catalog import BUNDLED, COMMON
 
 GB = 1e9
 LAYOUTS: tuple[Layout, ...] = ("replicate", "shard", "hybrid")

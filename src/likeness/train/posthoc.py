@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save
 
 from likeness.files import read_json, write_whole
 from likeness.parallel import gather
-from likeness.pipelines.load import load_part
 from likeness.train.config import WIDEST
 from likeness.train.learner import Learner
 from likeness.train.optim import power_of
 from likeness.types import InputError
+from likeness.weights.packed import load_component
 
 FOLDER = "averages"
 
@@ -69,7 +69,7 @@ def average_of(run: Path, width: float, seen: int | None = None) -> Path:
     shutil.rmtree(fresh, ignore_errors=True)
     shutil.copytree(run / "model", fresh)
     entry = read_json(fresh / "model_index.json")["transformer"]
-    model = load_part(fresh / "transformer", *entry)
+    model = load_component(fresh / "transformer", *entry)
     model.load_state_dict(total, strict=False)
     model.save_pretrained(fresh / "transformer")
     shutil.rmtree(out, ignore_errors=True)

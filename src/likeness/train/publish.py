@@ -14,19 +14,19 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from likeness.conditions import read_conditions
+from likeness.encoders.components import Components
 from likeness.files import write_whole, writing_whole
 from likeness.objectives import Objective
 from likeness.parallel import ALONE, World, gather
 from likeness.pipelines.adapters import adapter_state, save_adapter
-from likeness.pipelines.catalogue import CODEC
 from likeness.pipelines.generate import generate, resolve
-from likeness.pipelines.load import Components
 from likeness.pipelines.mditface import MDiTFacePipeline
 from likeness.pipelines.mmface import MMFacePipeline
 from likeness.train.config import MDiTFaceAdapter, TrainRecipe
 from likeness.train.learner import Learner
 from likeness.train.networks import adapter_of, condition_names
-from likeness.types import InputError, PortraitRequest
+from likeness.types import ConditionInput, InputError, PortraitRequest
+from likeness.weights.catalog import CODEC
 
 PIPELINE_OF = {"mmface": MMFacePipeline, "mditface": MDiTFacePipeline, "mditface_adapter": MDiTFacePipeline}
 """Network of a recipe -> the pipeline that is published with it."""
@@ -108,11 +108,12 @@ def wishes(recipe: TrainRecipe) -> list[PortraitRequest]:
     """
     requests = []
     for number, wish in enumerate(recipe.preview, start=1):
-        given = {name: file for name in ("mask", "sketch", "keypoints") if (file := getattr(wish, name))}
-        unknown = sorted(given.keys() - set(condition_names(recipe)))
+        files = {name: file for name in ("mask", "sketch", "keypoints") if (file := getattr(wish, name))}
+        unknown = sorted(files.keys() - set(condition_names(recipe)))
         if unknown:
             raise InputError(f"preview {number} has a {unknown[0]}, which the recipe's condition_shares do not name")
-        requests.append(read_conditions(PortraitRequest(prompt=wish.prompt, control_image=given, seed=wish.seed))[0])
+        given = {name: ConditionInput(image=file) for name, file in files.items()}
+        requests.append(read_conditions(PortraitRequest(prompt=wish.prompt, conditions=given, seed=wish.seed))[0])
     return requests
 
 

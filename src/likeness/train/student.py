@@ -36,12 +36,12 @@ from torch.nn import functional as F
 
 from likeness import parallel
 from likeness.data.sampler import step_stream
+from likeness.encoders.components import Components, load_components
 from likeness.files import read_json
-from likeness.models.layers import modulate
+from likeness.models.layers import modulate, use_explicit_attention
 from likeness.models.mditface import PATCH, MDiTFaceTransformer
 from likeness.models.mmface import MMFaceTransformer
 from likeness.objectives import RectifiedFlow, make_objective
-from likeness.pipelines.load import Components, find, load_components, load_part
 from likeness.train.checkpoint import entries, newest, save_state
 from likeness.train.config import (
     FREE_STUDENT,
@@ -63,6 +63,8 @@ from likeness.train.publish import wishes
 from likeness.train.run import held, keep_recipe
 from likeness.train.step import Batch
 from likeness.types import InputError, TextFeatures, TryAgain
+from likeness.weights.catalog import find_model
+from likeness.weights.packed import load_component
 
 CLEAN_TIME = 0.02
 """Time of the discriminator's inputs that have almost no noise."""
@@ -385,7 +387,7 @@ def begin(recipe: StudentRecipe) -> tuple[TrainRecipe, Any, Components, Rectifie
         InputError: the teacher is not a flow model that was trained here, or the recipe does not fit it.
     """
     check_student(recipe)
-    folder = find(recipe.teacher)
+    folder = find_model(recipe.teacher)
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     kind, settings = index.get("_class_name"), index.get("objective") or {"name": "rectified_flow"}
     if kind not in ("MMFacePipeline", "MDiTFacePipeline"):
@@ -393,7 +395,7 @@ def begin(recipe: StudentRecipe) -> tuple[TrainRecipe, Any, Components, Rectifie
     objective = make_objective(settings)
     if not isinstance(objective, RectifiedFlow):
         raise InputError(f"the teacher {recipe.teacher} is not a flow model: its objective is {settings['name']}")
-    network = load_part(folder / "transformer", *index["transformer"]).float()
+    network = load_component(folder / "transformer", *index["transformer"]).float()
     if network.config.get("guidance_embeds"):
         raise InputError(f"the teacher {recipe.teacher} is guidance-distilled: it must be a plain flow model")
     components = dataclasses.replace(load_components(folder), scheduler=objective.renoising_scheduler())
@@ -456,6 +458,7 @@ def learn(
     world = parallel.World(device="cuda" if torch.cuda.is_available() else "cpu")
     stores = open_stores(training, recipe.data.shards, components)
     torch.manual_seed(recipe.seed)  # initial weights of the heads only; every later draw has its own stream
+    use_explicit_attention(network, world.kind == "cpu" and recipe.precision == "bf16")
     discriminator = Discriminator(network, d.blocks, d.width).to(world.device).train()
     student = network.to(world.device).train()
     if not stores[0].tower:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from likeness.files import read_json
-from likeness.models import layers, mditface
+from likeness.models.layers import use_explicit_attention
 from likeness.models.mditface import MDiTFaceTransformer
 from likeness.objectives import make_objective
 from likeness.train.config import MDiTFaceAdapter, TrainRecipe, parts_of
@@ -117,34 +116,17 @@ def trace(recipe: TrainRecipe, micro: int, stands: Stands, accelerator: bool = F
     """
     depths = depths_of(recipe)
     few = [min(depth, 2) for depth in depths]
-    with without_values(accelerator):
-        counted = trace_blocks(recipe, micro, stands, few)
-        total = dataclasses.asdict(counted)
-        for kind, depth in enumerate(depths):
-            if depth > 2:
-                more = trace_blocks(recipe, micro, stands, [n + (kind == at) for at, n in enumerate(few)])
-                for name in total.keys() - {"block"}:
-                    total[name] += (depth - 2) * (getattr(more, name) - getattr(counted, name))
+    counted = trace_blocks(recipe, micro, stands, few, accelerator)
+    total = dataclasses.asdict(counted)
+    for kind, depth in enumerate(depths):
+        if depth > 2:
+            more = trace_blocks(recipe, micro, stands, [n + (kind == at) for at, n in enumerate(few)], accelerator)
+            for name in total.keys() - {"block"}:
+                total[name] += (depth - 2) * (getattr(more, name) - getattr(counted, name))
     return Trace(**total)
 
 
-@contextmanager
-def without_values(accelerator: bool) -> Iterator[None]:
-    """Networks take the tensors that are counted for a CPU's: they would look at their values, of which there are none,
-    and write attention out where an accelerator never does.
-    """
-    written_out, can_look = layers.written_out, mditface.can_look
-    try:
-        mditface.can_look = lambda x: False
-        if accelerator:
-            layers.written_out = mditface.written_out = lambda query: False
-        yield
-    finally:
-        layers.written_out = mditface.written_out = written_out
-        mditface.can_look = can_look
-
-
-def trace_blocks(recipe: TrainRecipe, micro: int, stands: Stands, depths: Sequence[int]) -> Trace:
+def trace_blocks(recipe: TrainRecipe, micro: int, stands: Stands, depths: Sequence[int], accelerator: bool) -> Trace:
     """Count with so many blocks of each kind."""
     side = recipe.defaults.get("size", 256) // 8
     most = max(1, *(len(parts_of(share)) for share in recipe.data.condition_shares))
@@ -156,6 +138,7 @@ def trace_blocks(recipe: TrainRecipe, micro: int, stands: Stands, depths: Sequen
         if recipe.network.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         network.train()
+        use_explicit_attention(network, not accelerator and recipe.precision == "bf16")
         latents = torch.zeros(micro, stands.channels, side, side)
         text = TextFeatures(
             torch.zeros(micro, stands.text_tokens, stands.text_dim), torch.zeros(micro, stands.pooled_dim)

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from likeness.pipelines.catalogue import BUNDLED, COMMON
 from likeness.types import InputError
+from likeness.weights.catalog import BUNDLED, COMMON
 
 ANSWER_TOKENS = 256
 """Most tokens of an answer: three captions, so that a long one can be cut after a sentence."""

@@ -20,7 +20,7 @@ from likeness.conditions import CONDITIONS
 from likeness.conditions.mask.classes import CLASSES, PALETTE
 from likeness.data.ahead import read_ahead
 from likeness.data.folder import column_of, read_folder, read_photo
-from likeness.encoders.latent import LatentCodec, through
+from likeness.encoders.latent import LatentCodec, reconstruct
 from likeness.train.checkpoint import save_state
 from likeness.train.learner import Learner
 from likeness.train.metrics import Reporter
@@ -246,11 +246,11 @@ def measure(vae: AutoencoderDC, rows: list[dict[str, Any]], size: int) -> dict[s
     mask = CONDITIONS["mask"]
     for row in rows:
         picture = read_photo(row["file_name"], size)
-        error = through(codec, picture).astype(np.float64) - picture
+        error = reconstruct(codec, picture).astype(np.float64) - picture
         ratios.append(10 * np.log10(255**2 / max((error**2).mean(), 1e-10)))
         if column_of("mask") in row:
             labels = mask.resize(mask.read(row[column_of("mask")]).raw, size, size)
-            found = through(codec, mask.render(labels, size, size)).astype(np.int64)
+            found = reconstruct(codec, mask.render(labels, size, size)).astype(np.int64)
             nearest = ((found[:, :, None] - PALETTE.astype(np.int64)) ** 2).sum(-1).argmin(-1)  # [S, S]
             count += np.bincount(labels.ravel(), minlength=len(CLASSES))
             kept += np.bincount(labels[nearest == labels], minlength=len(CLASSES))

@@ -29,8 +29,6 @@ from likeness.encoders.latent import LatentCodec, spatial_factor, to_tensor
 from likeness.files import first_line, read_json
 from likeness.models.patch_discriminator import GROUPS, PatchDiscriminator
 from likeness.models.squeezenet import Normalization, SqueezeNetFeatures, perceptual_distance
-from likeness.pipelines.catalogue import BUNDLED, COMMON
-from likeness.pipelines.load import load_part
 from likeness.train.checkpoint import save_state
 from likeness.train.components.autoencoder import Pictures, measure, pixel_loss
 from likeness.train.config import check_values
@@ -40,6 +38,8 @@ from likeness.train.metrics import Reporter
 from likeness.train.optim import Ema, learning_rate
 from likeness.train.run import begun, finite_numbers
 from likeness.types import InputError, TryAgain
+from likeness.weights.catalog import BUNDLED, COMMON
+from likeness.weights.packed import load_component
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +160,7 @@ def load_autoencoder(folder: str | Path | None) -> Any:
     name = read_json(folder / "config.json").get("_class_name", "")
     if not name.startswith("Autoencoder"):
         raise InputError(f"{folder} does not contain an autoencoder of diffusers: its config.json names {name!r}")
-    vae = load_part(folder, "diffusers", name).eval().requires_grad_(False)
+    vae = load_component(folder, "diffusers", name).eval().requires_grad_(False)
     vae.decoder.requires_grad_(True)
     return vae
 
@@ -284,7 +284,7 @@ def learn(recipe: DecoderRecipe, run: Path, signals: list[int]) -> None:
     discriminator: Any = PatchDiscriminator(recipe.discriminator_channels)
     discriminator.to(device, memory_format=torch.channels_last)
     critics = Critics(discriminator, None if perceptual is None else perceptual.to(device))
-    codec = LatentCodec(vae, together=True)
+    codec = LatentCodec(vae, batched=True)
     groups = [
         {"params": list(vae.decoder.parameters())},
         {"params": list(discriminator.parameters()), "rate_factor": recipe.discriminator_rate},

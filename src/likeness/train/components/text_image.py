@@ -30,14 +30,14 @@ from likeness.data.ahead import read_ahead
 from likeness.data.folder import captions_of, read_folder, read_photo
 from likeness.data.sampler import Sampler, stream
 from likeness.encoders.latent import to_tensor
-from likeness.encoders.text import to_ids
+from likeness.encoders.text import token_ids
 from likeness.encoders.text_image import (
     AttributeHead,
     embed_captions,
-    embed_pictures,
-    finds,
-    most_tokens,
+    embed_images,
+    retrieved,
     save_attribute_head,
+    text_length,
 )
 from likeness.train.checkpoint import newest, save_state
 from likeness.train.learner import Learner
@@ -276,7 +276,7 @@ class Pairs:
     def make(self, start: int, indices: Sequence[int]) -> Batch:
         """The pairs from number `start` on, of the rows `indices`."""
         drawn = [self.draw(start + offset, self.rows[index]) for offset, index in enumerate(indices)]
-        ids = to_ids(self.tokenizer, [caption for _, caption in drawn], self.recipe.max_tokens)
+        ids = token_ids(self.tokenizer, [caption for _, caption in drawn], self.recipe.max_tokens)
         row = torch.tensor(indices)
         same_row = row[:, None] == row[None]  # [B, B]
         same_caption = (ids[:, None] == ids[None]).all(dim=2)  # [B, B]
@@ -364,18 +364,18 @@ def retrieval(
         texts = [captions_of(row) for row in group]
         random = np.random.default_rng([seed, 1, start])
         pixels = to_tensor([read_box(row["file_name"], size) for row in group])
-        pictures.append(embed_pictures(clip, pixels.to(clip.device)))
+        pictures.append(embed_images(clip, pixels.to(clip.device)))
         for kept, captions in (
             (drawn, [options[int(random.integers(len(options)))] for options in texts]),
             (longest, [max(options, key=lambda caption: (len(caption), caption)) for options in texts]),
         ):
-            kept.append(embed_captions(clip, to_ids(tokenizer, captions, most_tokens(clip)).to(clip.device)))
+            kept.append(embed_captions(clip, token_ids(tokenizer, captions, text_length(clip)).to(clip.device)))
     picture = torch.cat(pictures)  # [n, P]
     found: dict[str, float] = {}
     for prefix, kept in (("", drawn), ("longest_", longest)):
         caption = torch.cat(kept)
-        found[f"{prefix}find_caption"] = finds(picture, caption, choices).float().mean().item()
-        found[f"{prefix}find_picture"] = finds(caption, picture, choices).float().mean().item()
+        found[f"{prefix}find_caption"] = retrieved(picture, caption, choices).float().mean().item()
+        found[f"{prefix}find_picture"] = retrieved(caption, picture, choices).float().mean().item()
     return {**found, "n": count, "choices": choices}
 
 

@@ -1,4 +1,4 @@
-"""The record inside a picture: written, read back by others' rules, replayed, stripped, damaged."""
+"""The record inside an image: written, read back by others' rules, replayed, stripped, damaged."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from PIL import Image
 from builders import tiny_pipeline
 from likeness.data.synthetic import draw_face
 from likeness.pipelines.generate import generate, resolve
-from likeness.pipelines.load import fingerprint, load
-from likeness.pipelines.record import (
+from likeness.pipelines.image_recipe import (
     EXIF_POINTER,
     GENERATED,
     USER_COMMENT,
@@ -22,57 +21,56 @@ from likeness.pipelines.record import (
     read_recipe,
     recipe_of,
     request_of,
-    write_picture,
+    write_image,
 )
-from likeness.types import InputError, PortraitRequest
+from likeness.pipelines.load import load
+from likeness.types import ConditionInput, InputError, PortraitRequest
+from likeness.weights.hashes import pipeline_hash
 
 
 @pytest.fixture(scope="module")
 def made():
-    """A pipeline, a resolved request with all three conditions, its picture and recipe."""
+    """A pipeline, a resolved request with all three conditions, its image and recipe."""
     pipeline = tiny_pipeline()
     face = draw_face(0, 0, 64)
-    control = {"mask": face.mask, "sketch": face.sketch, "keypoints": face.keypoints}
     request = PortraitRequest(
         prompt='a "quoted" <face> & more, naïve 顔',
         negative_prompt="glasses",
-        control_image=control,
-        conditioning_scale={"mask": 0.7},
-        control_guidance_end={"sketch": 0.5},
+        conditions={
+            "mask": ConditionInput(image=face.mask, scale=0.7),
+            "sketch": ConditionInput(image=face.sketch, end=0.5),
+            "keypoints": ConditionInput(image=face.keypoints),
+        },
         seed=2**62 + 1,
     )
     request = resolve(request, pipeline)
-    picture = generate(pipeline, request, [request.seed])[0][0]
-    recipe = recipe_of(request, pipeline, model="tiny", fingerprint=fingerprint(pipeline))
-    return pipeline, request, picture, recipe
+    image = generate(pipeline, request, [request.seed])[0][0]
+    recipe = recipe_of(request, pipeline, model="tiny", fingerprint=pipeline_hash(pipeline))
+    return pipeline, request, image, recipe
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "webp"])
 def test_round_trip(made, tmp_path, suffix):
-    _, request, picture, recipe = made
+    _, request, image, recipe = made
     path = tmp_path / f"face.{suffix}"
-    write_picture(picture, path, recipe)
+    write_image(image, path, recipe)
     found, pixels = read_recipe(path)
     assert found == recipe
     if suffix in ("png", "webp"):
-        assert np.array_equal(pixels, np.asarray(picture))
+        assert np.array_equal(pixels, np.asarray(image))
     again = request_of(found)
-    assert dataclasses.replace(again, control_image={}) == dataclasses.replace(
-        request,
-        control_image={},
-        conditioning_scale={"mask": 0.7, "sketch": 1.0, "keypoints": 1.0},
-        control_guidance_start=dict.fromkeys(request.control_image, 0.0),
-        control_guidance_end={"mask": 1.0, "sketch": 0.5, "keypoints": 1.0},
-    )
-    for name, reading in request.control_image.items():
-        assert np.array_equal(again.control_image[name].raw, reading.raw)
-        assert again.control_image[name].raw.dtype == reading.raw.dtype
+    assert dataclasses.replace(again, conditions={}) == dataclasses.replace(request, conditions={})
+    for name, condition in request.conditions.items():
+        found = again.conditions[name]
+        assert dataclasses.replace(found, image=None) == dataclasses.replace(condition, image=None)
+        assert np.array_equal(found.image.raw, condition.image.raw)
+        assert found.image.raw.dtype == condition.image.raw.dtype
 
 
 def test_replay_gives_the_same_bits(made):
-    pipeline, _, picture, recipe = made
+    pipeline, _, image, recipe = made
     again = request_of(recipe)
-    assert np.array_equal(np.asarray(generate(pipeline, again, [again.seed])[0][0]), np.asarray(picture))
+    assert np.array_equal(np.asarray(generate(pipeline, again, [again.seed])[0][0]), np.asarray(image))
     assert differences(recipe, pipeline, recipe["fingerprint"]) == []
 
 
@@ -80,33 +78,33 @@ def test_settings_are_the_same_after_saving_and_not_after_a_change(made, tmp_pat
     pipeline, _, _, recipe = made
     pipeline.save_pretrained(tmp_path)
     again = load(tmp_path)
-    assert differences(recipe, again, fingerprint(again)) == []
+    assert differences(recipe, again, pipeline_hash(again)) == []
     again.register_to_config(defaults={**again.config.defaults, "guidance_interval": (0.2, 0.8)})
-    assert [line.split(":")[0] for line in differences(recipe, again, fingerprint(again))] == ["settings"]
+    assert [line.split(":")[0] for line in differences(recipe, again, pipeline_hash(again))] == ["settings"]
 
 
 def test_differences_are_named(made):
     pipeline, _, _, recipe = made
     other = {**recipe, "environment": {**recipe["environment"], "torch": "1.0"}}
-    told = differences(other, pipeline, "0")
-    assert any(line.startswith("torch: 1.0 then") for line in told)
-    assert any(line.startswith("fingerprint") for line in told)
-    assert len(told) == 2
+    reported = differences(other, pipeline, "0")
+    assert any(line.startswith("torch: 1.0 then") for line in reported)
+    assert any(line.startswith("fingerprint") for line in reported)
+    assert len(reported) == 2
 
 
 def test_galleries_and_the_mark_of_generated_media(made, tmp_path):
-    _, _, picture, recipe = made
+    _, _, image, recipe = made
     line = parameters_line(recipe)
     assert line.splitlines()[0] == recipe["prompt"]
     assert line.splitlines()[1] == "Negative prompt: glasses"
     assert "Steps: 4, Sampler: FlowMatchEulerDiscreteScheduler, CFG scale: 2" in line
     assert f"Seed: {2**62 + 1}, Size: 32x32" in line
-    write_picture(picture, tmp_path / "a.png", recipe)
+    write_image(image, tmp_path / "a.png", recipe)
     with Image.open(tmp_path / "a.png") as image:
         assert image.info["parameters"] == line
         assert GENERATED in image.info[XMP_KEY]
     for name in ("a.jpg", "a.webp"):
-        write_picture(picture, tmp_path / name, recipe)
+        write_image(image, tmp_path / name, recipe)
         with Image.open(tmp_path / name) as image:
             comment = image.getexif().get_ifd(EXIF_POINTER)[USER_COMMENT]
             assert comment.removeprefix(b"UNICODE\x00").decode("utf-16-be") == line
@@ -114,63 +112,63 @@ def test_galleries_and_the_mark_of_generated_media(made, tmp_path):
 
 
 def test_stripped(made, tmp_path):
-    _, _, picture, _ = made
+    _, _, image, _ = made
     for suffix in ("png", "jpg", "webp"):
         path = tmp_path / f"bare.{suffix}"
-        write_picture(picture, path, None)
+        write_image(image, path, None)
         with Image.open(path) as image:
             assert not {"parameters", XMP_KEY, "xmp", "exif"} & set(image.info)
-        with pytest.raises(InputError, match="holds no recipe"):
+        with pytest.raises(InputError, match="has no recipe"):
             read_recipe(path)
 
 
 def test_jpeg_without_room_keeps_the_hashes(made, tmp_path):
-    """A condition that does not fit into a JPEG's 64 KiB of XMP is left out, and replay says so."""
-    _, _, picture, recipe = made
+    """A condition that does not fit into a JPEG's 64 KiB of XMP is left out, which is an error on replay."""
+    _, _, image, recipe = made
     noise = np.random.default_rng(0).integers(0, 256, (256, 256), dtype=np.uint8)
-    from likeness.pipelines.record import embed
+    from likeness.pipelines.image_recipe import encode_raw
 
-    large = {**recipe, "conditions": {"sketch": {**recipe["conditions"]["sketch"], "data": embed(noise)}}}
-    write_picture(picture, tmp_path / "a.jpg", large)
+    large = {**recipe, "conditions": {"sketch": {**recipe["conditions"]["sketch"], "data": encode_raw(noise)}}}
+    write_image(image, tmp_path / "a.jpg", large)
     found, _ = read_recipe(tmp_path / "a.jpg")
     assert found["conditions"]["sketch"]["sha256"] == large["conditions"]["sketch"]["sha256"]
-    with pytest.raises(InputError, match="does not hold its sketch"):
+    with pytest.raises(InputError, match="does not contain its sketch"):
         request_of(found)
     with pytest.raises(InputError, match="too long for a JPEG"):
-        write_picture(picture, tmp_path / "b.jpg", {**recipe, "prompt": "long " * 8000})
+        write_image(image, tmp_path / "b.jpg", {**recipe, "prompt": "long " * 8000})
     assert not (tmp_path / "b.jpg").exists()
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
-        ({"schema": 99}, "layout 99"),
+        ({"schema": 99}, "version 99"),
         ({"seed": None, "prompt": ...}, "damaged"),
         ({"conditions": {"mask": {"data": {"png": "AAAA"}, "sha256": "", "scheme": ""}}}, "damaged"),
     ],
 )
-def test_damaged_recipes(made, change, words):
+def test_damaged_recipes(made, change, message):
     recipe = {**made[3], **change}
     recipe = {key: value for key, value in recipe.items() if value is not ...}
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=message):
         request_of(recipe)
 
 
 def test_changed_condition_is_noticed(made):
     recipe = made[3]
     entry = {**recipe["conditions"]["mask"], "sha256": "0" * 64}
-    with pytest.raises(InputError, match="mask was changed"):
+    with pytest.raises(InputError, match="mask of the recipe was modified"):
         request_of({**recipe, "conditions": {"mask": entry}})
 
 
 def test_unwritable_and_unknown(made, tmp_path):
-    _, _, picture, recipe = made
+    _, _, image, recipe = made
     with pytest.raises(InputError, match="must end in"):
-        write_picture(picture, tmp_path / "a.gif", recipe)
+        write_image(image, tmp_path / "a.gif", recipe)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
-        write_picture(picture, tmp_path / "file" / "a.png", recipe)
-    (tmp_path / "text.png").write_text("no picture")
+        write_image(image, tmp_path / "file" / "a.png", recipe)
+    (tmp_path / "text.png").write_text("no image")
     with pytest.raises(InputError, match="cannot be read"):
         read_recipe(tmp_path / "text.png")
     with pytest.raises(InputError, match="cannot be read"):

@@ -1,0 +1,104 @@
+"""The frozen components of a transformer: autoencoder, text encoders, tokenizers and their settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from likeness.encoders.text import encode_text
+from likeness.files import read_json
+from likeness.types import InputError, TextFeatures
+from likeness.weights.catalog import BUNDLED, COMMON, COMPONENTS, find_model
+from likeness.weights.hashes import encoder_hash, weights_hash
+from likeness.weights.packed import load_component
+
+FLUX = "FluxPipeline"
+"""Pipeline class in the `model_index.json` of FLUX.1; its components are those of `MDiTFacePipeline`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Components:
+    """Autoencoder, text encoders and tokenizers of a transformer, with their settings."""
+
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
+    text_encoder_2: Any = None
+    """T5, if the base is FLUX.1."""
+    tokenizer_2: Any = None
+    scheduler: Any = None
+    """FLUX.1's sampler."""
+    settings: dict[str, Any]
+    """Settings of the pipeline: latent_mean, latent_std, text_layer, max_text_tokens."""
+    codec_hash: str
+    """SHA-256 of the encoder's weights (`encoder_hash`). Shards and models record it."""
+    encoder_of: tuple[str, ...] = ()
+    """SHA-256 of the weights of whole autoencoders with this encoder. Earlier versions recorded this hash instead."""
+
+    def same_encoder(self, recorded: str) -> bool:
+        """Return whether a recorded hash is of this encoder. Raw latents do not depend on the decoder."""
+        return recorded in (self.codec_hash, *self.encoder_of) or recorded == weights_hash(self.vae)
+
+    def text_hash(self) -> str:
+        """Return the SHA-256 of text encoders, vocabularies and settings. Stored text features record it.
+
+        It reads all weights, so it is computed only if features are stored.
+        """
+        encoders = [
+            weights_hash(encoder) for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None
+        ]
+        vocabularies = [sorted(t.get_vocab().items()) for t in (self.tokenizer, self.tokenizer_2) if t is not None]
+        settings = [self.settings.get(key) for key in ("max_text_tokens", "text_layer")]
+        return hashlib.sha256(json.dumps([encoders, vocabularies, settings]).encode()).hexdigest()
+
+    def text_features(self, captions: Sequence[str]) -> TextFeatures:
+        """Encode B captions in one batch, on the device of the text encoders."""
+        return encode_text(
+            self.tokenizer,
+            self.text_encoder,
+            captions,
+            max_tokens=self.settings["max_text_tokens"],
+            layer=self.settings.get("text_layer", -2),
+            tokenizer_2=self.tokenizer_2,
+            text_encoder_2=self.text_encoder_2,
+            batched=True,
+        )
+
+
+def load_components(source: str | Path = BUNDLED / COMMON) -> Components:
+    """Load the components of a pipeline folder, FLUX.1's included, or of a components folder such as `common/`.
+
+    Raises:
+        InputError: a component is missing or cannot be read.
+    """
+    folder = Path(source) if Path(source).is_dir() else find_model(source)
+    index = read_json(folder / (COMPONENTS if (folder / COMPONENTS).is_file() else "model_index.json"))
+    names = ["vae", "text_encoder", "tokenizer"]
+    flux = index.get("_class_name") == FLUX
+    if flux or (index.get("text_encoder_2") or [None])[0]:
+        names += ["text_encoder_2", "tokenizer_2"]
+    if flux:
+        names += ["scheduler"]
+    parts: dict[str, Any] = {}
+    for name in names:
+        if not (part := part_folder(folder, name)).is_dir() or not index.get(name):
+            raise InputError(f"{folder} has no {name}")
+        parts[name] = load_component(part, *index[name])
+    config = parts["vae"].config
+    if flux:
+        settings = {"latent_mean": config["shift_factor"], "latent_std": 1 / config["scaling_factor"]}
+        settings |= {"max_text_tokens": 512}
+    else:
+        settings = {key: index[key] for key in ("latent_mean", "latent_std", "text_layer", "max_text_tokens")}
+    of_vae = part_folder(folder, "vae").parent / COMPONENTS
+    encoder_of = tuple(read_json(of_vae).get("encoder_of", ())) if of_vae.is_file() else ()
+    return Components(**parts, settings=settings, codec_hash=encoder_hash(parts["vae"]), encoder_of=encoder_of)
+
+
+def part_folder(folder: Path, name: str) -> Path:
+    """Return the folder of a component: in the model's folder, or else in `common` next to it."""
+    return folder / name if (folder / name).is_dir() else folder.parent / COMMON / name

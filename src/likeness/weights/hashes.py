@@ -1,0 +1,43 @@
+"""Hashes of weights. Recipes, shards and published models record them."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def weights_hash(model: torch.nn.Module, without: tuple[str, ...] = ()) -> str:
+    """Return the SHA-256 of a model's weights, in the order of their names, as float32.
+
+    Args:
+        model: the model.
+        without: prefixes of the names of weights to leave out.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if name.startswith(without):
+            continue
+        digest.update(name.encode())
+        value = value.dequantize() if hasattr(value, "qdata") else value  # torchao
+        digest.update(value.detach().float().cpu().contiguous().numpy().reshape(-1).view(np.uint8))  # no copy
+    return digest.hexdigest()
+
+
+def encoder_hash(vae: torch.nn.Module) -> str:
+    """Return the SHA-256 of the weights of an autoencoder that determine its latents: all but the decoder's."""
+    return weights_hash(vae, without=("decoder.", "post_quant_conv."))
+
+
+def pipeline_hash(pipeline: Any) -> str:
+    """Return the SHA-256 of all weights of a pipeline, which identifies a checkpoint. Recipes call it `fingerprint`."""
+    parts = [pipeline.transformer, pipeline.vae, pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)]
+    return hashlib.sha256("".join(weights_hash(part) for part in parts if part is not None).encode()).hexdigest()
+
+
+def network_name(network: Any) -> str:
+    """Return the name by which datasets record a network: its class and the start of its hash."""
+    own = getattr(network, "network", network)  # inside a wrapper such as `Translated`
+    return f"{type(own).__name__} {weights_hash(network)[:12]}"
