@@ -148,9 +148,9 @@ def test_eight_bit_checkpoints(runs, root, tmp_path):
 
 
 def test_all_processes_stop_together(runs):
-    for name, words in (("not_a_number", "the batch of images"), ("indivisible", "batch of 4 cannot be divided")):
+    for name, message in (("not_a_number", "the batch of images"), ("indivisible", "batch of 4 cannot be divided")):
         errors = [(runs / f"{name}.error.{rank}").read_text() for rank in (0, 1)]
-        assert words in errors[0]
+        assert message in errors[0]
         assert errors[0] == errors[1]
     errors = [(runs / f"no_place.error.{rank}").read_text() for rank in (0, 1)]
     assert "cannot write the checkpoint" in errors[0]

@@ -106,14 +106,14 @@ def test_slurm(tmp_path):
         (tmp_path / name).chmod(0o755)
     given = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "17"}
     given["SLURM_JOB_NODELIST"] = "node[3-4]"
-    words = ["recipes/debug.toml", 'data.shards=["a b"]']
+    arguments = ["recipes/debug.toml", 'data.shards=["a b"]']
     script = PROJECT / "launch" / "slurm.sbatch"
-    done = subprocess.run(["bash", script, *words], env=given, capture_output=True, text=True, check=True)
+    done = subprocess.run(["bash", script, *arguments], env=given, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
         "2 node3:29500 17",
         "--kill-on-bad-exit=1",
         "launch/torchrun.sh",
-        *words,
+        *arguments,
     ]
     assert subprocess.run(["bash", script], env=given, capture_output=True).returncode == 2
     (log,) = re.findall(r"^#SBATCH --output=(.*)$", script.read_text(), re.MULTILINE)

@@ -106,11 +106,11 @@ def test_published_student(prepared, tmp_path, teacher):
     assert pipeline.scheduler.config.stochastic_sampling
     defaults = pipeline.config.defaults
     assert (defaults["size"], defaults["steps"], defaults["guidance_scale"]) == (SIZE, 4, 1.0)
-    wish = given.preview[0]
-    request = resolve(PortraitRequest(prompt=wish.prompt, control_image={"mask": wish.mask}), pipeline)
-    (image,), _ = generate(pipeline, request, [wish.seed])
-    preview = Image.open(sorted((tmp_path / "previews").iterdir())[-1])
-    assert np.array_equal(np.asarray(preview), np.asarray(image))
+    preview = given.preview[0]
+    request = resolve(PortraitRequest(prompt=preview.prompt, control_image={"mask": preview.mask}), pipeline)
+    (image,), _ = generate(pipeline, request, [preview.seed])
+    published = Image.open(sorted((tmp_path / "previews").iterdir())[-1])
+    assert np.array_equal(np.asarray(published), np.asarray(image))
     for steps in (1, 2, 4):
         request = resolve(PortraitRequest(prompt="a face", num_inference_steps=steps), pipeline)
         first, second = generate(pipeline, request, [3, 4])[0]

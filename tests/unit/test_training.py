@@ -57,16 +57,16 @@ def test_batch_depends_on_positions_only():
     assert whole.captions[4:] == part.captions
 
 
-def test_shares_and_dropout_are_what_the_recipe_says():
-    """Text is dropped once, not twice: 10 % of 10,000 samples, and conditions in their shares."""
-    sample = Sample(torch.zeros(1, 1, 1), {"mask": torch.zeros(1, 1, 1), "sketch": torch.zeros(1, 1, 1)}, ["words"])
+def test_probabilities_of_conditions_and_text_dropout():
+    """Text is dropped once, in 10 % of 10,000 samples, and conditions have their probabilities."""
+    sample = Sample(torch.zeros(1, 1, 1), {"mask": torch.zeros(1, 1, 1), "sketch": torch.zeros(1, 1, 1)}, ["caption"])
     data = DataRecipe(shards=(), condition_probabilities={"mask": 0.45, "sketch": 0.35, "none": 0.2}, text_dropout=0.1)
     n, one, zero = 10_000, torch.ones(1), torch.zeros(1)
     batch = make_batch([sample] * n, range(n), data, ["mask", "sketch", "none"], zero, one, seed=0)
     assert abs(batch.captions.count("") / n - 0.1) < 0.01
     index = batch.condition_index[:, 0]
-    for row, share in ((0, 0.45), (1, 0.35), (-1, 0.2)):
-        assert abs((index == row).float().mean().item() - share) < 0.015
+    for condition_id, probability in ((0, 0.45), (1, 0.35), (-1, 0.2)):
+        assert abs((index == condition_id).float().mean().item() - probability) < 0.015
     assert abs(batch.uniform.mean().item() - 0.5) < 0.01
     assert abs(batch.noise.std().item() - 1) < 0.03
 

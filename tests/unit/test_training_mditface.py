@@ -77,8 +77,8 @@ def test_adapter_on_flux(prepared, adapter_recipe, tmp_path):
     condition = str(prepared / "faces/train/masks/000000.png")
     request = resolve(PortraitRequest(prompt="a face", control_image={"mask": condition}), pipeline)
     with_mask = generate(pipeline, request, [1])[0][0]
-    words = resolve(PortraitRequest(prompt="a face"), pipeline)
-    assert with_mask.tobytes() != generate(pipeline, words, [1])[0][0].tobytes()
+    text_only = resolve(PortraitRequest(prompt="a face"), pipeline)
+    assert with_mask.tobytes() != generate(pipeline, text_only, [1])[0][0].tobytes()
 
 
 def test_diagnostics_identify_faces_by_conditions(adapter_recipe, tmp_path, monkeypatch):

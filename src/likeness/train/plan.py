@@ -246,8 +246,9 @@ def measure_device() -> Device:
     device = "cuda" if cuda else "cpu"
     matrix = torch.randn(2048, 2048, dtype=torch.bfloat16, device=device)
     flops = 2 * 2048**3 / seconds_of(lambda: matrix @ matrix)
-    memory = torch.randn(2**25, device=device)  # 128 MiB
-    bandwidth = 2 * memory.nbytes / seconds_of(memory.clone)
+    source = torch.randn(2**25, device=device)  # 128 MiB
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.nbytes / seconds_of(lambda: target.copy_(source))
     if cuda:
         total, count = torch.cuda.get_device_properties(0).total_memory, torch.cuda.device_count()
         return data_sheet(total / GB, flops / 1e12, bandwidth / GB, per_machine=count)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
@@ -175,11 +176,7 @@ def write_previews(publication: Publication, pipeline: Any, run: Path, seen: int
         images += generate(pipeline, resolve(request, pipeline), [request.seed])[0]
     if not world.main:
         return
-    sheet = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)))
-    left = 0
-    for image in images:
-        sheet.paste(image, (left, 0))
-        left += image.width
+    sheet = Image.fromarray(np.hstack([np.asarray(image) for image in images]))
     folder = run / "previews"
     with writing_whole(folder / f"{seen:012d}.png") as file:
         sheet.save(file, "PNG")
