@@ -1,4 +1,4 @@
-"""Predictions of `likeness train --plan` against measurements on this machine.
+"""Predictions of `likeness train --plan` against measurements, for networks outside the calibration.
 
     python benchmarks/plan.py [--precision bf16] [--networks 4]
 
@@ -14,52 +14,16 @@ import dataclasses
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from likeness.objectives import make_objective
-from likeness.train.config import DataRecipe, MMFaceNetwork, OptimizerRecipe, TrainRecipe
-from likeness.train.losses import denoising_losses
-from likeness.train.plan import GB, Device, measure_device, predict
-from likeness.train.trace import ComponentSizes, random_batch, random_network, trace
-
-SIZES = ComponentSizes(text_dim=192, pooled_dim=192, text_tokens=32, text_parameters=0)
+from likeness.train.config import TrainRecipe
+from likeness.train.plan import GB, REFERENCE_SIZES, Device, measure_device, measure_step, predict, reference_recipe
+from likeness.train.trace import trace
 
 NETWORKS = ((256, 6, 8, 32), (320, 4, 5, 64), (512, 8, 8, 16), (768, 6, 12, 8))
 """(width, blocks, heads, images)."""
-
-
-def network_recipe(width: int, depth: int, heads: int, precision: Any) -> TrainRecipe:
-    """Return a recipe with a network of this size at 128 px."""
-    return TrainRecipe(
-        network=MMFaceNetwork(hidden_size=width, depth=depth, heads=heads),
-        data=DataRecipe(shards=(), condition_probabilities={"mask": 1.0}),
-        optimizer=OptimizerRecipe(images=1, batch=1, learning_rate=0.0),
-        defaults={"size": 128},
-        precision=precision,
-    )
-
-
-def measure_step(recipe: TrainRecipe, micro: int, steps: int = 5) -> float:
-    """Return the median seconds of an optimizer step with random weights on the CPU."""
-    now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    torch.manual_seed(0)
-    network = random_network(recipe, SIZES, [recipe.network.depth]).train()
-    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
-    objective, batch = make_objective({"name": "rectified_flow"}), random_batch(recipe, micro, SIZES)
-    times = []
-    for _ in range(steps + 1):
-        start = now()
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
-            loss = denoising_losses(network, objective, batch).mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        times.append(now() - start)
-    return sorted(times[1:])[steps // 2]
 
 
 def checkpointed(recipe: TrainRecipe) -> TrainRecipe:
@@ -74,10 +38,10 @@ def measured_memory(arguments: list[str]) -> float:
 
 def one(width: int, depth: int, heads: int, images: int, precision: str, saving: bool) -> None:
     """Measure in the child process: first a small network, for the memory of libraries, then the given one."""
-    measure_step(network_recipe(64, 2, 2, precision), 2, steps=1)
+    measure_step(reference_recipe(64, 2, 2, precision), 2, REFERENCE_SIZES, steps=1)
     before = peak()
-    recipe = network_recipe(width, depth, heads, precision)
-    measure_step(checkpointed(recipe) if saving else recipe, images, steps=2)
+    recipe = reference_recipe(width, depth, heads, precision)
+    measure_step(checkpointed(recipe) if saving else recipe, images, REFERENCE_SIZES, steps=2)
     print(peak() - before)
 
 
@@ -97,19 +61,19 @@ def main() -> None:
         *sizes, precision, saving = options.one
         one(*map(int, sizes), precision, saving == "True")
         return
-    device: Device = dataclasses.replace(measure_device(), base=0.0)
+    device: Device = dataclasses.replace(measure_device(options.precision), base=0.0)
     print(f"{torch.get_num_threads()} threads, {options.precision}: {device.flops / 1e9:.0f} GFLOP/s, ", end="")
     print(f"{device.bandwidth / GB:.1f} GB/s, {device.launch * 1e6:.1f} us per operation")
     print("width x blocks, images       time: predicted, measured, error     memory: predicted, measured, error")
     for saving in (False, True):
         for width, depth, heads, images in NETWORKS[: options.networks]:
-            recipe = network_recipe(width, depth, heads, options.precision)
+            recipe = reference_recipe(width, depth, heads, options.precision)
             recipe = checkpointed(recipe) if saving else recipe
             traced = trace(recipe, images)
             batch = dataclasses.replace(recipe.optimizer, batch=images)
             plan = predict(dataclasses.replace(recipe, optimizer=batch), traced, device, 1, images)
             memory = plan.memory - 4 * traced.trainable  # the measured step has no EMA
-            seconds = measure_step(recipe, images)
+            seconds = measure_step(recipe, images, REFERENCE_SIZES)
             found = measured_memory([*map(str, (width, depth, heads, images)), options.precision, str(saving)])
             print(
                 f"{width:4d} x {depth}, {images:3d}{' checkpointed' if saving else '':13s} "

@@ -9,19 +9,37 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
-from torch import Tensor
+from scipy.optimize import nnls
 
+from likeness.objectives import make_objective
 from likeness.parallel import Sharding
 from likeness.pipelines.catalogue import BUNDLED, COMMON
 from likeness.pipelines.load import load_components
-from likeness.train.config import MDiTFaceAdapter, TrainRecipe, micro_batch
-from likeness.train.trace import FLUX_SIZES, ComponentSizes, Trace, trace
+from likeness.train.config import (
+    DataRecipe,
+    MDiTFaceAdapter,
+    MMFaceNetwork,
+    OptimizerRecipe,
+    TrainRecipe,
+    micro_batch,
+)
+from likeness.train.losses import denoising_losses
+from likeness.train.trace import (
+    FLUX_SIZES,
+    ComponentSizes,
+    Trace,
+    block_counts,
+    random_batch,
+    random_network,
+    trace,
+)
 from likeness.types import InputError
 
 GB = 1e9
@@ -32,6 +50,9 @@ STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.03, "muon": 8.0}
 """Bytes of optimizer state per trainable weight; 8-bit states have a scale per 256 values; Muon's are fewer."""
 CPU_OVERHEAD = 1.25
 """Memory of a process on a CPU, relative to its live tensors (fitted: `benchmarks/plan.py`)."""
+REFERENCES = ((64, 2, 2, 16), (128, 4, 4, 16), (192, 8, 6, 16), (256, 4, 8, 4), (192, 4, 6, 64), (384, 6, 8, 8))
+"""(width, blocks, heads, images) of the networks that are measured, at 128 px."""
+REFERENCE_SIZES = ComponentSizes(text_dim=192, pooled_dim=192, text_tokens=32, text_parameters=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,15 +198,17 @@ def describe(recipe: TrainRecipe, name: str | None, gpus: int) -> str:
     if gpus < 1 or recipe.optimizer.batch % gpus:
         raise InputError(f"a batch of {recipe.optimizer.batch} cannot be divided among {gpus} devices")
     micro = micro_batch(recipe, gpus)
-    device, sizes = find_device(name), component_sizes(recipe)
+    device, sizes = find_device(name, recipe), component_sizes(recipe)
     traced = trace(recipe, micro, sizes, device.accelerator)
     source = "measured" if name is None else "from its data sheet"
+    limited = device.bandwidth < (1e13 if device.accelerator else 1e12)  # else the fit found no effect of memory
+    bandwidth = f"{device.bandwidth / GB:.3g} GB/s" if limited else "memory bandwidth is not a limit"
     lines = [
         f"weights: {traced.parameters / GB:.3g} GB, {traced.trainable:,} trainable",
         f"a pass of {micro} images: {traced.flops / 1e12:.4g} TFLOP, {traced.moved / GB:.3g} GB read and written, "
         f"{traced.operations:,} operations",
         f"{gpus} x {name or 'this machine'}, {device.memory / GB:.0f} GB each, {source}: "
-        f"{device.flops / 1e12:.3g} TFLOP/s, {device.bandwidth / GB:.3g} GB/s",
+        f"{device.flops / 1e12:.3g} TFLOP/s, {bandwidth}",
         f"{'memory':>10} {'step':>10} {'images/s':>10}  setting",
     ]
     for setting, plan, fits in search(recipe, device, gpus, sizes):
@@ -198,7 +221,7 @@ def describe_shardings(recipe: TrainRecipe, name: str | None) -> str:
     device is unknown, or `micro_batch` does not divide the batch.
     """
     micro_batch(recipe, 1)
-    device = find_device(name)
+    device = find_device(name, recipe)
     plans = compare_shardings(recipe, device, component_sizes(recipe))
     lines = [
         f"{name or 'this machine'}, {recipe.optimizer.batch} images per device, {device.per_machine} devices per "
@@ -214,10 +237,10 @@ def describe_shardings(recipe: TrainRecipe, name: str | None) -> str:
     return "\n".join(lines)
 
 
-def find_device(name: str | None) -> Device:
+def find_device(name: str | None, recipe: TrainRecipe) -> Device:
     """Return a device of `DEVICES`; None measures this machine. Raises `InputError` if the device is unknown."""
     if name is None:
-        return measure_device()
+        return measure_device(recipe.precision)
     if name not in DEVICES:
         raise InputError(f"Unknown device {name!r}. Available: {', '.join(DEVICES)}; omit it to measure this machine")
     return DEVICES[name]
@@ -240,33 +263,55 @@ def component_sizes(recipe: TrainRecipe) -> ComponentSizes:
     )
 
 
-def measure_device() -> Device:
-    """Return this machine, with the rates of a large bf16 matrix product and of a copy as its peak."""
-    cuda = torch.cuda.is_available()
-    device = "cuda" if cuda else "cpu"
-    matrix = torch.randn(2048, 2048, dtype=torch.bfloat16, device=device)
-    flops = 2 * 2048**3 / seconds_of(lambda: matrix @ matrix)
-    source = torch.randn(2**25, device=device)  # 128 MiB
-    target = torch.empty_like(source)
-    bandwidth = 2 * source.nbytes / seconds_of(lambda: target.copy_(source))
+def reference_recipe(width: int, depth: int, heads: int, precision: Any = "bf16") -> TrainRecipe:
+    """Return a recipe with a network of this size at 128 px."""
+    return TrainRecipe(
+        network=MMFaceNetwork(hidden_size=width, depth=depth, heads=heads),
+        data=DataRecipe(shards=(), condition_probabilities={"mask": 1.0}),
+        optimizer=OptimizerRecipe(images=1, batch=1, learning_rate=0.0),
+        defaults={"size": 128},
+        precision=precision,
+    )
+
+
+def measure_device(precision: str = "bf16") -> Device:
+    """Measure steps of the reference networks, about a minute on two cores, and fit the rates of this machine."""
+    counts, seconds, cuda = [], [], torch.cuda.is_available()
+    for width, depth, heads, images in REFERENCES:
+        recipe = reference_recipe(width, depth, heads, precision)
+        traced = trace(recipe, images, REFERENCE_SIZES, accelerator=cuda)
+        counts.append([traced.flops, traced.moved + 28 * traced.trainable, traced.operations])
+        seconds.append(measure_step(recipe, images, REFERENCE_SIZES))
+    scale = np.mean(counts, axis=0)
+    rates, _ = nnls(np.array(counts) / scale / np.array(seconds)[:, None], np.ones(len(seconds)))  # relative errors
+    flop, byte, launch = np.maximum(rates, 1e-6) / scale
+    fitted = {"flops": 1 / flop, "bandwidth": 1 / byte, "launch": launch}
     if cuda:
-        total, count = torch.cuda.get_device_properties(0).total_memory, torch.cuda.device_count()
-        return data_sheet(total / GB, flops / 1e12, bandwidth / GB, per_machine=count)
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    cpu = {"per_machine": 1, "overhead": CPU_OVERHEAD, "accelerator": False}
-    return data_sheet(total / GB, flops / 1e12, bandwidth / GB, **cpu)
+        memory = torch.cuda.get_device_properties(0).total_memory
+        return Device(memory=memory, per_machine=torch.cuda.device_count(), **fitted)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Device(memory=memory, per_machine=1, link=5e9, overhead=CPU_OVERHEAD, accelerator=False, **fitted)
 
 
-def seconds_of(operation: Callable[[], Tensor], repeats: int = 10) -> float:
-    """Return the median seconds of an operation. With one thread, CPU time, which other programs do not affect."""
-    cuda = torch.cuda.is_available()
-    now = time.perf_counter if cuda or torch.get_num_threads() > 1 else time.process_time
-    operation()
-    durations = []
-    for _ in range(repeats):
+def measure_step(recipe: TrainRecipe, micro: int, sizes: ComponentSizes, steps: int = 5) -> float:
+    """Return the median seconds of an optimizer step with random weights on this machine. With one thread, CPU time is
+    measured, which other programs do not affect.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    now = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    torch.manual_seed(0)
+    network = random_network(recipe, sizes, block_counts(recipe)).to(device).train()
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+    objective, batch = make_objective({"name": "rectified_flow"}), random_batch(recipe, micro, sizes).to(device)
+    times = []
+    for _ in range(steps + 1):
         start = now()
-        operation()
-        if cuda:
+        with torch.autocast(device, torch.bfloat16, enabled=recipe.precision == "bf16"):
+            loss = denoising_losses(network, objective, batch).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device == "cuda":
             torch.cuda.synchronize()
-        durations.append(now() - start)
-    return sorted(durations)[repeats // 2]
+        times.append(now() - start)
+    return sorted(times[1:])[steps // 2]
