@@ -22,13 +22,14 @@ from likeness.config import load_toml
 from likeness.data.store import Store
 from likeness.encoders.components import load_components
 from likeness.objectives import make_objective
-from likeness.parallel import ALONE
-from likeness.train import loop
+from likeness.parallel import SINGLE_PROCESS
+from likeness.train.batches import read_batches
 from likeness.train.config import TrainRecipe
-from likeness.train.learner import Learner
+from likeness.train.ema import Ema
+from likeness.train.losses import denoising_losses
 from likeness.train.networks import build_network
-from likeness.train.optim import Ema, make_optimizers
-from likeness.train.step import loss_of
+from likeness.train.optim import make_optimizers
+from likeness.train.train_state import TrainState
 from likeness.weights.catalog import BUNDLED, COMMON
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "mmface_mini.toml"
@@ -49,19 +50,18 @@ def main() -> None:
     width = components.text_encoder.config.hidden_size
     tokens, channels = components.settings["max_text_tokens"], stores[0][0].latents.shape[0]
     model: Any = build_network(recipe, channels=channels, text_dim=width, pooled_dim=width, text_tokens=tokens)
-    averages = [Ema(model)]
-    learner = Learner(model=model, optimizers=make_optimizers(model, recipe.optimizer), averages=averages)
+    state = TrainState(model=model, optimizers=make_optimizers(model, recipe.optimizer), emas=[Ema(model, 0.1)])
     objective, batch = make_objective(recipe.objective), recipe.optimizer.batch
-    batches = loop.read_batches(recipe, stores, model, components, ALONE, range(0, 10**9, batch))
+    names, starts = list(model.config.condition_names), range(0, 10**9, batch)
+    batches = read_batches(recipe, stores, names, components.settings, SINGLE_PROCESS, starts, batch)
 
     def step(one: Any) -> None:
-        text = components.text_features(one.captions) if one.text is None else one.text
+        one = one.with_text(components)
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
-            times = objective.sample_time(one.uniform)
-            given = (one.clean, one.noise, times, text, one.condition_latents, one.condition_index)
-            loss_of(model, objective, *given).backward()
-        learner.step(1e-4, recipe.optimizer.clip)
-        learner.count(batch)
+            loss = denoising_losses(model, objective, one).mean()
+        loss.backward()
+        state.step(1e-4, recipe.optimizer.max_grad_norm)
+        state.count(batch)
 
     loaded, learnt = [], []
     (first,) = next(batches)

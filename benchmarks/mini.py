@@ -64,7 +64,7 @@ def main() -> None:
 def measure_autoencoder(pipeline: Any, folder: Path) -> None:
     """Print PSNR and the labels that a face parser recovers after encoding and decoding."""
     found = measure(pipeline.vae, read_folder(folder), SIZE)
-    print(f"autoencoder on {folder}: {found['psnr']:.2f} dB, mean of {found['pictures']} images at {SIZE} px")
+    print(f"autoencoder on {folder}: {found['psnr']:.2f} dB, mean of {found['images']} images at {SIZE} px")
     classes = {name.removeprefix("labels_"): v for name, v in found.items() if name.startswith("labels_")}
     if classes:
         worst = ", ".join(f"{name} {value:.2f}" for name, value in sorted(classes.items(), key=lambda c: c[1])[:4])

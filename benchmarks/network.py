@@ -24,8 +24,8 @@ from side_by_side import median_seconds
 
 from likeness.models.mmface import MMFaceTransformer
 from likeness.train.config import OptimizerRecipe
-from likeness.train.learner import Learner
 from likeness.train.optim import make_optimizers
+from likeness.train.train_state import TrainState
 from likeness.types import TextFeatures
 
 
@@ -75,7 +75,7 @@ def main() -> None:
     backward = median_seconds(both, options.rounds)
 
     recipe = OptimizerRecipe(images=1, batch=1, learning_rate=1e-4)
-    learner = Learner(model=model, optimizers=make_optimizers(model, recipe), averages=[])
+    state = TrainState(model=model, optimizers=make_optimizers(model, recipe))
     adamw = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
 
     def plain_step() -> float:
@@ -86,7 +86,7 @@ def main() -> None:
 
     def our_step() -> None:
         gradients(model)
-        learner.step(1e-4, 1.0)
+        state.step(1e-4, 1.0)
 
     if options.compile:
         model.compile(dynamic=False)

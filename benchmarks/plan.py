@@ -1,10 +1,10 @@
-"""What `--plan` predicts against what is measured on this machine, for networks that the calibration has not seen.
+"""Predictions of `likeness train --plan` against measurements, for networks outside the calibration.
 
     python benchmarks/plan.py [--precision bf16] [--networks 4]
 
-Time: the median of five steps; with one thread (OMP_NUM_THREADS=1) the processor's, to which other programs add
-nothing. Memory: what a process of its own takes more at its peak than it did before it built the network (weights,
-gradients, AdamW's states, activations).
+Time: median of five steps; with one thread (OMP_NUM_THREADS=1) CPU time, which other programs do not affect. Memory:
+peak of a separate process minus its memory before it built the network (weights, gradients, AdamW's states,
+activations).
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ from pathlib import Path
 
 import torch
 
-from likeness.train.calibrate import STANDS, measured_step, reference, this_machine
 from likeness.train.config import TrainRecipe
-from likeness.train.devices import Device
-from likeness.train.plan import GB, predict
+from likeness.train.plan import GB, REFERENCE_SIZES, Device, measure_device, measure_step, predict, reference_recipe
 from likeness.train.trace import trace
 
 NETWORKS = ((256, 6, 8, 32), (320, 4, 5, 64), (512, 8, 8, 16), (768, 6, 12, 8))
@@ -33,22 +31,22 @@ def checkpointed(recipe: TrainRecipe) -> TrainRecipe:
 
 
 def measured_memory(arguments: list[str]) -> float:
-    """Peak of a step in a process of its own, above what it had before, in bytes."""
+    """Return the peak of a step in a separate process, above its memory before, in bytes."""
     done = subprocess.run([sys.executable, __file__, "--one", *arguments], capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
 def one(width: int, depth: int, heads: int, images: int, precision: str, saving: bool) -> None:
-    """The child: a small network first, so that libraries have what they want, then the one that is measured."""
-    measured_step(reference(64, 2, 2, precision), 2, STANDS, steps=1)
+    """Measure in the child process: first a small network, for the memory of libraries, then the given one."""
+    measure_step(reference_recipe(64, 2, 2, precision), 2, REFERENCE_SIZES, steps=1)
     before = peak()
-    recipe = reference(width, depth, heads, precision)
-    measured_step(checkpointed(recipe) if saving else recipe, images, STANDS, steps=2)
+    recipe = reference_recipe(width, depth, heads, precision)
+    measure_step(checkpointed(recipe) if saving else recipe, images, REFERENCE_SIZES, steps=2)
     print(peak() - before)
 
 
 def peak() -> float:
-    """The most bytes this process had so far. `getrusage` would begin with those of the process that started it."""
+    """Return the peak memory of this process in bytes. That of `getrusage` includes the parent's."""
     (kib,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return 1024.0 * int(kib)
 
@@ -56,26 +54,26 @@ def peak() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--networks", type=int, default=len(NETWORKS), help="how many of them")
+    parser.add_argument("--networks", type=int, default=len(NETWORKS), help="number of networks")
     parser.add_argument("--one", nargs=6)
     options = parser.parse_args()
     if options.one:
         *sizes, precision, saving = options.one
         one(*map(int, sizes), precision, saving == "True")
         return
-    device: Device = dataclasses.replace(this_machine(options.precision), base=0.0)
+    device: Device = dataclasses.replace(measure_device(options.precision), base=0.0)
     print(f"{torch.get_num_threads()} threads, {options.precision}: {device.flops / 1e9:.0f} GFLOP/s, ", end="")
-    print(f"{device.bandwidth / GB:.1f} GB/s, {device.launch * 1e6:.1f} us an operation")
-    print("width x blocks, images       time: predicted, measured, off       memory: predicted, measured, off")
+    print(f"{device.bandwidth / GB:.1f} GB/s, {device.launch * 1e6:.1f} us per operation")
+    print("width x blocks, images       time: predicted, measured, error     memory: predicted, measured, error")
     for saving in (False, True):
         for width, depth, heads, images in NETWORKS[: options.networks]:
-            recipe = reference(width, depth, heads, options.precision)
+            recipe = reference_recipe(width, depth, heads, options.precision)
             recipe = checkpointed(recipe) if saving else recipe
-            traced = trace(recipe, images, STANDS)
+            traced = trace(recipe, images)
             batch = dataclasses.replace(recipe.optimizer, batch=images)
-            plan = predict(dataclasses.replace(recipe, optimizer=batch), traced, device, 1, images, STANDS)
-            memory = plan.memory - 4 * traced.trained  # the timed step keeps no average
-            seconds = measured_step(recipe, images, STANDS)
+            plan = predict(dataclasses.replace(recipe, optimizer=batch), traced, device, 1, images)
+            memory = plan.memory - 4 * traced.trainable  # the measured step has no EMA
+            seconds = measure_step(recipe, images, REFERENCE_SIZES)
             found = measured_memory([*map(str, (width, depth, heads, images)), options.precision, str(saving)])
             print(
                 f"{width:4d} x {depth}, {images:3d}{' checkpointed' if saving else '':13s} "

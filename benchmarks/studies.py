@@ -104,7 +104,7 @@ def recipe(
 ) -> TrainRecipe:
     """Return the recipe: Muon for full networks, as for the bundled model; AdamW for LoRAs."""
     full = network["name"] == "mditface"
-    data = {"shards": options.shards, "condition_shares": probabilities, "text_dropout": 0.1}
+    data = {"shards": options.shards, "condition_probabilities": probabilities, "text_dropout": 0.1}
     values: dict[str, Any] = {
         "network": network,
         "objective": {"name": "rectified_flow", "time_sampling": "logit_normal"},

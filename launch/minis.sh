@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
-# The mini family from the two data sets to packed models: data, face parser, autoencoder, text tower, transformers.
+# Train the bundled models from two datasets: data, face parser, autoencoder, text encoder, transformers.
 #
 #   launch/minis.sh DATA [OUT]
 #
-# DATA holds celeba/ and celebamask-hq/ in their official layouts (docs/minis.md), OUT (default: here) gets data/ and
-# runs/. Every step goes on where it stopped: to resume, run the same command again. LANDMARKER may name MediaPipe's
-# face_landmarker.task: then there are keypoints, too. HELD_OUT is how many faces of celeba/ are only measured (1000).
-# SQUEEZENET is the path of SqueezeNet's weights (docs/minis.md). Default: the decoder is trained without them.
+# DATA contains celeba/ and celebamask-hq/ in their official formats (docs/minis.md); data/ and runs/ are written to OUT
+# (default: here). To resume, run the same command again. LANDMARKER is the path of MediaPipe's face_landmarker.task, for
+# keypoints. HELD_OUT is the number of test faces of celeba/ (default: 1000). SQUEEZENET is the path of SqueezeNet's weights (docs/minis.md). Default: the decoder is trained without them.
 set -euo pipefail
 data=$(realpath "$1")
 recipes=$(realpath "$(dirname "$0")/../recipes")
@@ -16,19 +15,19 @@ mkdir -p "${2:-.}" && cd "${2:-.}"
 [ -e examples ] || ln -s "$examples" examples # the recipes' previews name files in it
 landmarks=(${LANDMARKER:+--landmarker "$LANDMARKER"})
 perceptual=(${SQUEEZENET:+"perceptual=$SQUEEZENET"})
-shares=() rendered=() # the recipes' own, with keypoints
-[ -n "${LANDMARKER:-}" ] || shares=('data.condition_shares={mask=0.45, sketch=0.35, none=0.2}')
-[ -n "${LANDMARKER:-}" ] || rendered=('shares={image=0.7, mask=0.18, sketch=0.12}')
+conditions=() rendered=() # with keypoints: those of the recipes
+[ -n "${LANDMARKER:-}" ] || conditions=('data.condition_probabilities={mask=0.45, sketch=0.35, none=0.2}')
+[ -n "${LANDMARKER:-}" ] || rendered=('probabilities={image=0.7, mask=0.18, sketch=0.12}')
 train() { likeness train "$recipes/$1.toml" "${@:2}" --out "runs/$1"; }
 
-# 1. Faces: one geometry, split by person, captions, hand-made masks
+# 1. Faces: aligned, split by identity, with captions and manual masks
 [ -f data/celeba/test/metadata.jsonl ] || \
     likeness prepare ingest "$data/celeba" data/celeba --format celeba --size 128 --held-out "${HELD_OUT:-1000}"
 [ -f data/celebamask/test/metadata.jsonl ] || \
     likeness prepare ingest "$data/celebamask-hq" data/celebamask --format celebamask --size 512 --held-out 80
 [ -f data/synthetic/train/metadata.jsonl ] || likeness prepare synthetic data/synthetic --count 8000
 
-# 2. The face parser, and the masks, sketches and keypoints of all faces
+# 2. Face parser; masks, sketches and keypoints of all faces
 train face_parser
 for part in celeba/train celeba/test; do
     likeness prepare annotate "data/$part" --parser runs/face_parser/model "${landmarks[@]}"
@@ -37,20 +36,20 @@ for part in celebamask/train celebamask/test; do
     likeness prepare annotate "data/$part" "${landmarks[@]}"
 done
 
-# 3. What the transformers stand on
+# 3. Components
 train autoencoder_mini
 train decoder_mini "${perceptual[@]}" "${rendered[@]}"
 train text_image_mini
 likeness prepare components runs/decoder_mini runs/text_image_mini data/common \
     --data data/celeba --face-parser runs/face_parser
 
-# 4. Shards: two views of each face to learn from, one of each held out
+# 4. Shards: two augmentations of training faces, one of test faces
 likeness prepare encode data/celeba/train data/shards/celeba --components data/common --augmentations 2 --precision bf16
 likeness prepare encode data/celebamask/train data/shards/celebamask --components data/common --augmentations 2 --precision bf16
 likeness prepare encode data/celeba/test data/shards/test --components data/common
 
-# 5. The transformers, packed beside what they stand on
+# 5. Transformers, packed
 for model in mmface mditface; do
-    train "${model}_mini" "${shares[@]}"
+    train "${model}_mini" "${conditions[@]}"
     likeness prepare pack "runs/${model}_mini/model" "data/$model-mini"
 done

@@ -1,8 +1,8 @@
-"""One program on one CPU or on many machines: torch's own distribution, and nothing else knows of ranks.
+"""Distributed training on one or many machines with FSDP.
 
-Ranks form a (replicate, shard) mesh: weights, gradients and optimizer states are spread along `shard` and repeated
-along `replicate`, so that one mechanism (`fully_shard`) is data parallelism, sharding, or both. A single process has no
-mesh and runs the plain modules: its bits are those of a program without this file.
+Ranks form a (replicate, shard) mesh: weights, gradients and optimizer states are sharded along `shard` and replicated
+along `replicate`, so that `fully_shard` provides data parallelism, sharding, or both. A single process has no mesh and
+runs the plain modules: its results are bit-identical to those without this module.
 """
 
 from __future__ import annotations
@@ -22,79 +22,81 @@ from torch.distributed.tensor import DTensor
 
 from likeness.types import InputError
 
-Layout = Literal["replicate", "shard", "hybrid"]
+Sharding = Literal["replicate", "shard", "hybrid"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """The processes that train together, and this one's place among them."""
+    """The processes of a training, and the rank of this one."""
 
     rank: int = 0
-    """This process."""
+    """Rank of this process."""
     size: int = 1
-    """How many there are."""
+    """Number of processes."""
     device: str = "cpu"
-    """Where this process computes."""
+    """Device of this process."""
     mesh: DeviceMesh | None = None
     """(replicate, shard); None for a single process."""
 
     @property
     def main(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this process writes files and reports."""
         return self.rank == 0
 
     @property
-    def kind(self) -> str:
+    def device_type(self) -> str:
         """The device without its number, for autocast."""
         return torch.device(self.device).type
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait for all processes."""
         if self.size > 1:
             dist.barrier()
 
-    def agree(self, good: bool) -> bool:
-        """Whether all processes say so. They tell one another on the CPU: no accelerator is waited for."""
+    def all_true(self, good: bool) -> bool:
+        """Return whether `good` is True on all ranks. Communication on the CPU avoids waiting for an accelerator."""
         bad = torch.tensor(float(not good))
         return not mean_over_ranks(bad, self).item()
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """What is refused in one process within a `with` block is refused in all at its end, so that none waits for one
-        that has stopped.
+    def joint_errors(self) -> Iterator[None]:
+        """Raise an `InputError` of one rank within a `with` block on all ranks at its end, so that none waits for a
+        rank that has stopped.
         """
         problem = None
         try:
             yield
         except InputError as error:
             problem = error
-        if not self.agree(problem is None):
-            raise problem or InputError("another process was refused; its message says why")
+        if not self.all_true(problem is None):
+            raise problem or InputError("another process stopped with an error; see its message")
 
 
-ALONE = World()
+SINGLE_PROCESS = World()
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's number and how many there are, as torchrun and its like tell: RANK and WORLD_SIZE.
+    """Return rank and number of processes from the environment variables RANK and WORLD_SIZE, as torchrun sets them.
 
     Raises:
-        InputError: they are no such numbers.
+        InputError: they are not valid.
     """
-    told = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if not all(text.isdigit() for text in told) or not int(told[0]) < int(told[1]):
-        raise InputError(f"RANK is {told[0]} and WORLD_SIZE {told[1]}: the rank must count from 0 to WORLD_SIZE - 1")
-    return int(told[0]), int(told[1])
+    values = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not all(text.isdigit() for text in values) or not int(values[0]) < int(values[1]):
+        raise InputError(
+            f"RANK is {values[0]} and WORLD_SIZE {values[1]}: the rank must count from 0 to WORLD_SIZE - 1"
+        )
+    return int(values[0]), int(values[1])
 
 
-def begin(layout: Layout = "shard") -> World:
-    """Join the processes that `torchrun` started, or be alone.
+def init_world(sharding: Sharding = "shard") -> World:
+    """Join the processes that `torchrun` started; without it, return a world of one process.
 
     Args:
-        layout: how weights lie on the ranks (`mesh_shape`).
+        sharding: how weights are distributed over the ranks (`mesh_shape`).
 
     Raises:
-        InputError: the ranks cannot be laid out so.
+        InputError: this number of ranks does not support it.
     """
     cuda = torch.cuda.is_available()
     _, size = rank_and_world()
@@ -105,29 +107,31 @@ def begin(layout: Layout = "shard") -> World:
         torch.cuda.set_device(local)
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    shape = mesh_shape(layout, size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+    shape = mesh_shape(sharding, size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
     mesh = init_device_mesh("cuda" if cuda else "cpu", shape, mesh_dim_names=("replicate", "shard"))
     return World(rank=dist.get_rank(), size=size, device=f"cuda:{local}" if cuda else "cpu", mesh=mesh)
 
 
-def mesh_shape(layout: Layout, size: int, local: int) -> tuple[int, int]:
-    """Ranks along (replicate, shard): `replicate` repeats everything on each rank, `shard` spreads it over all ranks,
-    `hybrid` spreads it within a machine of `local` ranks and repeats it on each machine.
+def mesh_shape(sharding: Sharding, size: int, local: int) -> tuple[int, int]:
+    """Return the ranks along (replicate, shard): `replicate` replicates everything on each rank, `shard` shards it over
+    all ranks, `hybrid` shards it within a machine of `local` ranks and replicates it on each machine.
 
     Raises:
         InputError: hybrid, and machines of unequal size.
     """
-    if layout == "hybrid" and size % local:
-        raise InputError(f"layout hybrid needs machines of equal size: {size} processes are no multiple of {local}")
-    shard = {"replicate": 1, "shard": size, "hybrid": local}[layout]
+    if sharding == "hybrid" and size % local:
+        raise InputError(
+            f"hybrid sharding needs machines of equal size: {size} processes are not a multiple of {local}"
+        )
+    shard = {"replicate": 1, "shard": size, "hybrid": local}[sharding]
     return size // shard, shard
 
 
 def shard_model(model: Any, world: World, precision: Literal["bf16", "fp32"]) -> None:
-    """Spread a network over the mesh, block by block; it must have the same weights in every process.
+    """Shard a network over the mesh, block by block; it must have the same weights on every rank.
 
-    Weights stay float32; in bf16 they travel and compute as such, and gradients are added up in float32. Inputs are not
-    cast: times are float32.
+    Weights stay float32. In bf16, they are communicated and used in bf16, and gradients are reduced in float32. Inputs
+    are not cast, since times are float32.
     """
     if world.mesh is None:
         return
@@ -136,19 +140,19 @@ def shard_model(model: Any, world: World, precision: Literal["bf16", "fp32"]) ->
     blocks = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     for module in (*blocks, model):
         fully_shard(module, mesh=world.mesh, mp_policy=policy)
-    if hasattr(model, "static_cache"):  # the other way into a network
+    if hasattr(model, "static_cache"):  # a second forward method
         register_fsdp_forward_method(model, "static_cache")
 
 
-def spread_again(model: nn.Module) -> None:
-    """After passes without a backward one, whose end does this: spread the outermost weights over the ranks again."""
+def reshard(model: nn.Module) -> None:
+    """Reshard the outermost weights after forward passes without a backward pass, at whose end FSDP does this."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
-def synchronise(model: nn.Module, world: World, last: bool) -> None:
-    """Say before a backward pass whether it is the last of its step. Replicas add up their gradients once a step; where
-    gradients are spread they are spread after every pass, so that no rank holds a whole one.
+def set_gradient_sync(model: nn.Module, world: World, last: bool) -> None:
+    """Configure the next backward pass. Replicas reduce their gradients after the last pass of a step; sharded
+    gradients are reduced after every pass, so that no rank stores unsharded ones.
     """
     if isinstance(model, FSDPModule) and world.mesh is not None:
         model.set_requires_gradient_sync(last or world.mesh.size(1) > 1)
@@ -157,7 +161,7 @@ def synchronise(model: nn.Module, world: World, last: bool) -> None:
 
 
 def mean_over_ranks(values: Tensor, world: World) -> Tensor:
-    """The mean over all processes, in every one of them."""
+    """Return the mean over all ranks. Call on every rank."""
     if world.size > 1:
         values = values.detach().clone()
         dist.all_reduce(values)
@@ -165,21 +169,21 @@ def mean_over_ranks(values: Tensor, world: World) -> Tensor:
     return values
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may be spread over ranks, in one piece; every process must ask."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return a possibly sharded tensor unsharded. Call on every rank."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gather(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
-    """Tensors in one piece on the main process's CPU, one at a time; nothing on the others."""
+    """Return unsharded tensors on the main process's CPU, nothing on the others. Call on every rank."""
     pieces: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        value = whole(tensor)
+        value = full_tensor(tensor)
         if world.main:
             pieces[name] = value.detach().cpu()
     return pieces
 
 
-def own(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, sharing its memory: for what is done element by element."""
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor, which shares its memory, for elementwise operations."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,6 +1,6 @@
-"""Trains in child processes that are killed at awkward moments, then lets one finish: as a machine that fails does.
+"""Train in child processes that are killed at given moments, then in one that finishes.
 
-    killed.py recipe.json RUN MOMENT...      MOMENT: a path below RUN whose appearing is the signal to kill
+    killed.py recipe.json RUN MOMENT...      MOMENT: kill when this path below RUN appears
 
 The children are forked after the imports, which take longer than the training.
 """
@@ -31,10 +31,10 @@ for moment in (*sys.argv[3:], None):
     while moment and not (run / moment).exists():
         time.sleep(0.0005)
         if os.waitpid(child, os.WNOHANG)[0]:
-            sys.exit(f"it ended before {moment} was seen")
+            sys.exit(f"training ended before {moment} appeared")
     if moment:
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     if moment is None and status:
-        sys.exit("the last one failed")
+        sys.exit("the last training failed")
     print(moment, status, sorted(path.name for path in (run / "checkpoints").glob("*")), flush=True)

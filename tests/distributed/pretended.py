@@ -1,5 +1,5 @@
-"""One of four processes, the other three pretended: how often the gradients of a step of one and of three passes are
-spread within a machine and added up between the two machines, as JSON, {passes: [spread, added up]}.
+"""One of four processes with a fake process group: count how often the gradients of a step of one and of three passes
+are reduced within a machine and between the two machines, as JSON, {passes: [reduce-scatter, all-reduce]}.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from builders import tiny_transformer
-from likeness.parallel import World, shard_model, synchronise
+from likeness.parallel import World, set_gradient_sync, shard_model
 from likeness.types import TextFeatures
 
 
 class Collectives(TorchDispatchMode):
-    """Counts what is sent, by the name of the operation."""
+    """Count collectives by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,12 +37,13 @@ shard_model(model, world, "fp32")
 latents, index = torch.zeros(1, 4, 4, 4), torch.zeros(1, 1, dtype=torch.long)
 found = {}
 for passes in (1, 3):
-    with Collectives() as sent:
+    with Collectives() as collectives:
         for number in range(passes):
-            synchronise(model, world, last=number == passes - 1)
+            set_gradient_sync(model, world, last=number == passes - 1)
             text = TextFeatures(torch.zeros(1, 4, 32), torch.zeros(1, 32))
             model(latents, torch.zeros(1), text, latents[:, None], index).sum().backward()
     found[passes] = [
-        sum(count for name, count in sent.counts.items() if kind in name) for kind in ("reduce_scatter", "allreduce")
+        sum(count for name, count in collectives.counts.items() if kind in name)
+        for kind in ("reduce_scatter", "allreduce")
     ]
 print(json.dumps(found))

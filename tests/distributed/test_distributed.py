@@ -1,4 +1,4 @@
-"""Two processes learn what one does, in every layout; a run may change their number; and a killed run loses nothing."""
+"""Two processes give the results of one, with every sharding; their number may change; a killed run loses nothing."""
 
 from __future__ import annotations
 
@@ -15,49 +15,34 @@ import torch
 from likeness.config import build
 from likeness.parallel import mesh_shape
 from likeness.train import loop
-from likeness.train.checkpoint import load_state
 from likeness.train.config import TrainRecipe
 from likeness.types import InputError
-from runs import SIZE, prepare
+from runs import assert_identical, load_checkpoint, prepare, small_values
 
 HERE = Path(__file__).parent
 MMFACE = {"name": "mmface", "hidden_size": 32, "depth": 2, "heads": 2}
-WIDE = MMFACE | {"hidden_size": 64}  # so wide that halves of its matrices have 8-bit states
+WIDE = MMFACE | {"hidden_size": 64}  # large enough for 8-bit states of sharded matrices
 EIGHT_BIT = {"name": "adamw8bit"}
-WISH = [{"prompt": "a face", "seed": 1}]
+PREVIEW = [{"prompt": "a face", "seed": 1}]
 MDITFACE = {"name": "mditface", "hidden_size": 32, "depth": 1, "single_depth": 1, "heads": 2}
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """Ten drawn faces, tiny components and a tiny FLUX.1, and shards by both autoencoders."""
+    """Ten synthetic faces, tiny components, a tiny FLUX.1, and shards of both autoencoders."""
     return prepare(tmp_path_factory.mktemp("distributed"), 10, flux=True)
 
 
 def job(root: Path, network: dict[str, Any] | None = None, images: int = 16, **changes: Any) -> dict[str, Any]:
-    """Values of a recipe: 4 images a step, a constant rate, float32."""
-    adapter = bool(network) and network["name"] == "mditface_adapter"
-    optimizer = {"images": images, "batch": 4, "learning_rate": 1e-3, "decay": "constant"}
-    values = {
-        "network": network or MMFACE,
-        "data": {
-            "shards": [str(root / ("flux_shards" if adapter else "shards"))],
-            "condition_shares": {"mask": 0.5, "sketch": 0.3, "none": 0.2},
-            **({} if adapter else {"components": str(root / "components")}),
-        },
-        "optimizer": optimizer | changes.pop("optimizer", {}),
-        "defaults": {"size": SIZE, "steps": 2},
-        "precision": "fp32",
-        "log_every": 4,
-        "checkpoint_every": 8,
-    }
-    return values | changes
+    """Values of a recipe: 4 images per step, a constant learning rate, float32."""
+    optimizer = {"images": images, "decay": "constant"} | changes.pop("optimizer", {})
+    return small_values(root, network=network or MMFACE, optimizer=optimizer, log_every=4, **changes)
 
 
 def alone(values: dict[str, Any], run: Path) -> dict[str, torch.Tensor]:
-    """The state that a run of one process ends with."""
+    """Train in this process; return the tensors of the last checkpoint."""
     loop.train(build(TrainRecipe, values), run)
-    return load_state(run)
+    return load_checkpoint(run)
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +50,13 @@ def runs(root) -> Path:
     """All runs of two processes, in one launch: starting them takes longer than the training."""
     adapter = {"name": "mditface_adapter", "base": str(root / "flux"), "rank": 2, "alpha": 2}
     jobs = {
-        "replicate": job(root, layout="replicate"),
-        "shard": job(root, layout="shard"),
-        "accumulate": job(root, layout="shard", micro_batch=1),
-        "accumulate_replicate": job(root, layout="replicate", micro_batch=1),
+        "replicate": job(root, sharding="replicate"),
+        "shard": job(root, sharding="shard"),
+        "accumulate": job(root, sharding="shard", micro_batch=1),
+        "accumulate_replicate": job(root, sharding="replicate", micro_batch=1),
         "checkpointing": job(root, MMFACE | {"gradient_checkpointing": True}),
         "muon": job(root, optimizer={"name": "muon"}),
-        "bf16": job(root, precision="bf16", canary_every=8),
+        "bf16": job(root, precision="bf16", diagnostics_every=8),
         "eight_bit": job(root, WIDE, optimizer=EIGHT_BIT),
         "eight_bit_parts": job(root, WIDE, images=8, optimizer=EIGHT_BIT),
         "eight_bit_parts again": job(root, WIDE, optimizer=EIGHT_BIT),
@@ -80,15 +65,15 @@ def runs(root) -> Path:
         "two_then_one": job(root, images=8),
         "one_then_two": job(root),
         "mditface": job(root, MDITFACE),
-        "adapter": job(root, adapter, precision="bf16", canary_every=8, preview=WISH),
+        "adapter": job(root, adapter, precision="bf16", diagnostics_every=8, preview=PREVIEW),
         "not_a_number": job(root, optimizer={"learning_rate": 1e30}),
         "indivisible": job(root, micro_batch=3),
         "no_place": job(root),
     }
     (root / "no_place").mkdir()
-    (root / "no_place" / "checkpoints").write_text("no folder")
+    (root / "no_place" / "checkpoints").write_text("not a folder")
     alone(job(root, images=8), root / "one_then_two")
-    with torch.compiler.set_stance("force_eager"):  # torchao's optimizer would compile itself for a minute
+    with torch.compiler.set_stance("force_eager"):  # torchao's optimizer would compile for a minute
         alone(job(root, WIDE, images=8, optimizer=EIGHT_BIT), root / "eight_bit_one_then_two")
     (root / "jobs.json").write_text(
         json.dumps([[values, str(root / name.split()[0])] for name, values in jobs.items()])
@@ -102,7 +87,7 @@ def runs(root) -> Path:
 
 
 def assert_close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], tolerance: float = 2e-5) -> None:
-    """Equal names, and weights equal to float tolerance; AdamW turns a rounded gradient near 0 into a step of 1e-3."""
+    """Same names, and weights close on average: AdamW turns a rounded gradient near 0 into a step of 1e-3."""
     assert found.keys() == wanted.keys()
     weights = [name for name in wanted if name.startswith("model/")]
     assert weights
@@ -117,42 +102,44 @@ def plain(root) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ["replicate", "shard", "accumulate", "accumulate_replicate", "checkpointing"])
-def test_two_processes_learn_what_one_does(runs, plain, name):
-    assert_close(load_state(runs / name), plain)
+def test_two_processes(runs, plain, name):
+    assert_close(load_checkpoint(runs / name), plain)
     assert (runs / name / "model" / "model_index.json").is_file()
 
 
-def test_parts_of_a_batch_add_up(root, plain, tmp_path):
-    """4 x 1 = 1 x 4: four micro-batches of one image are a batch of four."""
+def test_split_key_a_batch_add_up(root, plain, tmp_path):
+    """Four micro-batches of one image are a batch of four."""
     assert_close(alone(job(root, micro_batch=1), tmp_path), plain)
 
 
 def test_other_networks_and_optimizers(runs, root, tmp_path):
     adapter = {"name": "mditface_adapter", "base": str(root / "flux"), "rank": 2, "alpha": 2}
-    assert_close(load_state(runs / "mditface"), alone(job(root, MDITFACE), tmp_path / "mditface"))
-    assert_close(load_state(runs / "muon"), alone(job(root, optimizer={"name": "muon"}), tmp_path / "muon"), 2e-4)
-    assert_close(load_state(runs / "adapter"), alone(job(root, adapter, precision="bf16"), tmp_path / "adapter"), 2e-4)
-    assert_close(load_state(runs / "bf16"), alone(job(root, precision="bf16"), tmp_path / "bf16"), 2e-4)
+    assert_close(load_checkpoint(runs / "mditface"), alone(job(root, MDITFACE), tmp_path / "mditface"))
+    assert_close(load_checkpoint(runs / "muon"), alone(job(root, optimizer={"name": "muon"}), tmp_path / "muon"), 2e-4)
+    assert_close(
+        load_checkpoint(runs / "adapter"), alone(job(root, adapter, precision="bf16"), tmp_path / "adapter"), 2e-4
+    )
+    assert_close(load_checkpoint(runs / "bf16"), alone(job(root, precision="bf16"), tmp_path / "bf16"), 2e-4)
     assert (runs / "adapter" / "model" / "adapter.safetensors").is_file()
     assert [path.name for path in sorted((runs / "adapter" / "previews").iterdir())] == [
         f"{n:012d}.png" for n in (8, 16)
     ]
     lines = [json.loads(line) for line in (runs / "bf16" / "metrics.jsonl").read_text().splitlines()]
-    assert {"canary/mask_right", "canary/sketch_none"} <= {key for line in lines for key in line}
+    assert {"diagnostics/mask_right", "diagnostics/sketch_none"} <= {key for line in lines for key in line}
 
 
 def test_the_number_of_processes_may_change(runs, root, plain):
-    assert_close(load_state(runs / "one_then_two"), plain)
+    assert_close(load_checkpoint(runs / "one_then_two"), plain)
     assert_close(alone(job(root), runs / "two_then_one"), plain)
 
 
-def test_eight_bit_states(runs, root, tmp_path):
-    """They are spread like the weights, and a run may be cut, and change the number of its processes, as any other."""
+def test_eight_bit_checkpoints(runs, root, tmp_path):
+    """They are sharded as the weights; a run may be interrupted and change its number of processes."""
     with torch.compiler.set_stance("force_eager"):
         plain = alone(job(root, WIDE, optimizer=EIGHT_BIT), tmp_path / "plain")
-        assert_close(load_state(runs / "eight_bit"), plain)
-        assert_close(load_state(runs / "eight_bit_one_then_two"), plain)
-        found, parts = load_state(runs / "eight_bit"), load_state(runs / "eight_bit_parts")
+        assert_close(load_checkpoint(runs / "eight_bit"), plain)
+        assert_close(load_checkpoint(runs / "eight_bit_one_then_two"), plain)
+        found, parts = load_checkpoint(runs / "eight_bit"), load_checkpoint(runs / "eight_bit_parts")
         assert all(torch.equal(found[name], parts[name]) for name in found)
         assert_close(alone(job(root, WIDE, optimizer=EIGHT_BIT), runs / "eight_bit_two_then_one"), plain)
     weights = sum(value.numel() for name, value in found.items() if name.startswith("model/"))
@@ -161,16 +148,16 @@ def test_eight_bit_states(runs, root, tmp_path):
 
 
 def test_all_processes_stop_together(runs):
-    for name, words in (("not_a_number", "the batch of images"), ("indivisible", "batch of 4 cannot be cut")):
-        refusals = [(runs / f"{name}.refused.{rank}").read_text() for rank in (0, 1)]
-        assert words in refusals[0]
-        assert refusals[0] == refusals[1]
-    refusals = [(runs / f"no_place.refused.{rank}").read_text() for rank in (0, 1)]
-    assert "cannot write the checkpoint" in refusals[0]
-    assert "another process was refused" in refusals[1]
+    for name, message in (("not_a_number", "the batch of images"), ("indivisible", "batch of 4 cannot be divided")):
+        errors = [(runs / f"{name}.error.{rank}").read_text() for rank in (0, 1)]
+        assert message in errors[0]
+        assert errors[0] == errors[1]
+    errors = [(runs / f"no_place.error.{rank}").read_text() for rank in (0, 1)]
+    assert "cannot write the checkpoint" in errors[0]
+    assert "another process stopped with an error" in errors[1]
 
 
-def test_layouts():
+def test_shardings():
     assert mesh_shape("replicate", 16, 8) == (16, 1)
     assert mesh_shape("shard", 16, 8) == (1, 16)
     assert mesh_shape("hybrid", 16, 8) == (2, 8)
@@ -178,9 +165,9 @@ def test_layouts():
         mesh_shape("hybrid", 12, 8)
 
 
-def test_machines_meet_once_a_step():
-    """Layout hybrid, two machines of two: gradients are spread within a machine after every pass, and added up between
-    the machines after the last.
+def test_machines_communicate_once_per_step():
+    """Hybrid sharding on two machines of two: gradients are reduced within a machine after every pass, and between the
+    machines after the last.
     """
     given = os.environ | {"PYTHONPATH": str(HERE.parent)}
     command = [sys.executable, str(HERE / "pretended.py")]
@@ -192,23 +179,22 @@ def test_machines_meet_once_a_step():
     assert (spread_thrice, added_thrice) == (3 * spread, added)
 
 
-def test_killed_anywhere(root, plain, tmp_path):
-    """SIGKILL while a state is written, after it, and while the model is published: bit-identical in the end."""
+def test_killed_at_any_time(root, plain, tmp_path):
+    """SIGKILL while a checkpoint is written, after it, and while the model is published: bit-identical in the end."""
     values = job(root, checkpoint_every=4, preview=[{"prompt": "a face", "seed": 1}])
     whole = alone(values, tmp_path / "whole")
     (tmp_path / "recipe.json").write_text(json.dumps(values))
     moments = [
-        "checkpoints/000000000004.partial",
-        "checkpoints/000000000008",
+        "checkpoints/000000000004",
+        "checkpoints/000000000008/.metadata",
         "model.partial",
         "previews/000000000012.png",
     ]
     command = [sys.executable, str(HERE / "killed.py"), str(tmp_path / "recipe.json"), str(tmp_path / "run"), *moments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    found = load_state(tmp_path / "run")
-    assert found.keys() == whole.keys()
-    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    found = load_checkpoint(tmp_path / "run")
+    assert_identical(found, whole)
     for path in ("model/transformer/diffusion_pytorch_model.safetensors", "previews/000000000016.png"):
         assert (tmp_path / "run" / path).read_bytes() == (tmp_path / "whole" / path).read_bytes()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

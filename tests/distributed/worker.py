@@ -1,4 +1,4 @@
-"""One rank of a torchrun: trains every job of a JSON file in turn, and writes down by rank why a job was refused.
+"""One rank of a torchrun: trains every job of a JSON file and records errors per rank.
 
 torchrun --nproc-per-node 2 worker.py jobs.json
 """
@@ -18,9 +18,9 @@ from likeness.train.config import TrainRecipe
 from likeness.types import InputError
 
 torch.set_num_threads(1)
-torch.compiler.set_stance("force_eager")  # torchao's optimizer would compile itself for a minute
+torch.compiler.set_stance("force_eager")  # torchao's optimizer would compile for a minute
 for values, run in json.loads(Path(sys.argv[1]).read_text()):
     try:
         loop.train(build(TrainRecipe, values), Path(run))
     except InputError as error:
-        Path(f"{run}.refused.{os.environ['RANK']}").write_text(str(error))
+        Path(f"{run}.error.{os.environ['RANK']}").write_text(str(error))

@@ -1,9 +1,8 @@
-"""The mini autoencoder's training: learns, resumes to the bit, and measures what it says."""
+"""The autoencoder: training, exact resume and measurements; and the checks that all components share."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +12,14 @@ from diffusers import AutoencoderDC
 
 from likeness.data.folder import read_folder
 from likeness.prepare.synthetic import write_synthetic
-from likeness.train.checkpoint import load_state, states
-from likeness.train.components import autoencoder
-from likeness.train.components.autoencoder import AutoencoderRecipe, Pictures, build, measure, train_autoencoder
+from likeness.train.checkpoint import checkpoints
+from likeness.train.components.autoencoder import AutoencoderRecipe, TrainingImages, build, measure, train_autoencoder
 from likeness.train.components.decoder import DecoderRecipe, train_decoder
 from likeness.train.components.face_parser import FaceParserRecipe, train_face_parser
 from likeness.train.components.text_image import TextImageRecipe, train_text_image
-from likeness.train.run import held
+from likeness.train.run_folder import locked
 from likeness.types import InputError
+from runs import check_resume, killed_after_checkpoint, load_checkpoint, metrics, sigterm_in_step
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,7 @@ def recipe(faces: Path, **changes) -> AutoencoderRecipe:
         "encoder_layers": (1, 1, 1),
         "decoder_layers": (1, 1, 1),
         "latent_channels": 4,
-        "shares": {"image": 0.5, "mask": 0.2, "sketch": 0.2, "keypoints": 0.1},
+        "probabilities": {"image": 0.5, "mask": 0.2, "sketch": 0.2, "keypoints": 0.1},
         "images": 64,
         "batch": 8,
         "warmup": 8,
@@ -58,58 +57,43 @@ def test_learns_and_publishes(faces, tmp_path):
     untrained = measure(build(recipe(faces)).eval(), read_folder(faces), 32)
     assert trained["psnr"] > untrained["psnr"] + 3
     assert trained["labels"] > untrained["labels"]
-    assert trained["pictures"] == 6
-    reported = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][-1]
-    assert reported["psnr"] == pytest.approx(trained["psnr"], abs=1e-6)
+    assert trained["images"] == 6
+    assert metrics(tmp_path)[-1]["psnr"] == pytest.approx(trained["psnr"], abs=1e-6)
 
 
-def test_resume_is_exact(faces, tmp_path, monkeypatch):
-    train_autoencoder(recipe(faces), tmp_path / "whole")
-    real = autoencoder.save_state
-
-    def save_and_die(run, seen, state):
-        real(run, seen, state)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(autoencoder, "save_state", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
-        train_autoencoder(recipe(faces), tmp_path / "parts")
-    monkeypatch.setattr(autoencoder, "save_state", real)
-    assert [path.name for path in states(tmp_path / "parts")] == ["000000000032"]
-    train_autoencoder(recipe(faces), tmp_path / "parts")
-    whole, parts = load_state(tmp_path / "whole"), load_state(tmp_path / "parts")
-    assert whole.keys() == parts.keys()
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+def test_resume_is_exact(faces, tmp_path):
+    interruptions = (killed_after_checkpoint(), sigterm_in_step(2, 48))
+    check_resume(lambda run: train_autoencoder(recipe(faces), run), tmp_path, *interruptions)
 
 
-def test_another_recipe_is_refused(faces, tmp_path):
+def test_another_recipe_is_rejected(faces, tmp_path):
     train_autoencoder(recipe(faces, images=8, checkpoint_every=8), tmp_path)
-    with pytest.raises(InputError, match="begun with another learning_rate"):
+    with pytest.raises(InputError, match="started with another learning_rate"):
         train_autoencoder(recipe(faces, images=16, learning_rate=1e-4), tmp_path)
-    train_autoencoder(recipe(faces, images=16), tmp_path)  # its length is free
-    assert [int(path.name) for path in states(tmp_path)] == [8, 16]
+    train_autoencoder(recipe(faces, images=16), tmp_path)  # the number of images may change
+    assert [int(path.name) for path in checkpoints(tmp_path)] == [8, 16]
 
 
-def test_a_loss_that_is_no_number(faces, tmp_path):
-    """It ends the run before anything is written of it."""
-    with pytest.raises(InputError, match=r"the loss is (nan|inf) .*lower the learning rate"):
+def test_non_finite_loss(faces, tmp_path):
+    """Training stops before anything of it is saved."""
+    with pytest.raises(InputError, match=r"is (nan|inf) .*lower the learning rate"):
         train_autoencoder(recipe(faces, learning_rate=1e30, checkpoint_every=8), tmp_path)
-    assert all(value.isfinite().all() for value in load_state(tmp_path).values())
+    assert all(value.isfinite().all() for value in load_checkpoint(tmp_path).values())
 
 
 @pytest.mark.parametrize(
     ("train", "given"),
     [
-        (train_autoencoder, AutoencoderRecipe(train=("x",), test=("x",), shares={"image": 1.0}, images=8)),
-        (train_decoder, DecoderRecipe(train=("x",), test=("x",), shares={"image": 1.0}, images=8)),
+        (train_autoencoder, AutoencoderRecipe(train=("x",), test=("x",), probabilities={"image": 1.0}, images=8)),
+        (train_decoder, DecoderRecipe(train=("x",), test=("x",), probabilities={"image": 1.0}, images=8)),
         (train_text_image, TextImageRecipe(train=("x",), test=("x",), images=8)),
         (train_face_parser, FaceParserRecipe(train=("x",), test=("x",), images=8)),
     ],
 )
-def test_components_are_trained_one_at_a_time(train, given, tmp_path, monkeypatch):
+def test_components_are_trained_by_one_process(train, given, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="checkpoint_every is 0: it must be at least 1"):
         train(dataclasses.replace(given, checkpoint_every=0), tmp_path)
-    with held(tmp_path), pytest.raises(InputError, match="another process trains in"):
+    with locked(tmp_path), pytest.raises(InputError, match="another process trains in"):
         train(given, tmp_path)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -117,19 +101,18 @@ def test_components_are_trained_one_at_a_time(train, given, tmp_path, monkeypatc
         train(given, tmp_path)
 
 
-def test_pictures_depend_on_their_position_only(faces):
-    pictures = Pictures((str(faces),), {"image": 0.5, "mask": 0.5}, 32, seed=3)
-    again = Pictures((str(faces),), {"image": 0.5, "mask": 0.5}, 32, seed=3)
-    assert np.array_equal(pictures[7], again[7])
-    assert len({pictures[position].tobytes() for position in range(12)}) > 6
-    assert all(pictures[position].shape == (32, 32, 3) for position in range(12))
+def test_images_depend_on_their_position_only(faces):
+    images, again = (TrainingImages((str(faces),), {"image": 0.5, "mask": 0.5}, 32, seed=3) for _ in range(2))
+    assert np.array_equal(images[7], again[7])
+    assert len({images[position].tobytes() for position in range(12)}) > 6
+    assert all(images[position].shape == (32, 32, 3) for position in range(12))
 
 
-def test_missing_column_is_refused(faces):
+def test_missing_column_is_rejected(faces):
     with pytest.raises(InputError, match="depth_file_name"):
-        Pictures((str(faces),), {"image": 0.5, "depth": 0.5}, 32, seed=0)
+        TrainingImages((str(faces),), {"image": 0.5, "depth": 0.5}, 32, seed=0)
 
 
-def test_channels_that_the_shortcut_cannot_divide_are_refused(faces):
+def test_channels_must_be_a_multiple_of_the_latents(faces):
     with pytest.raises(InputError, match="encoder_channels end in 12: choose a multiple of latent_channels, 8"):
         build(recipe(faces, encoder_channels=(4, 8, 12), latent_channels=8))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderDC
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from builders import run, save_components
@@ -24,12 +23,12 @@ from likeness.prepare.components import replace_decoder
 from likeness.prepare.encode import encode_folder
 from likeness.prepare.synthetic import write_synthetic
 from likeness.train import loop
-from likeness.train.checkpoint import load_state, states
-from likeness.train.components import autoencoder, decoder
+from likeness.train.checkpoint import checkpoints
+from likeness.train.components import autoencoder
 from likeness.train.components.decoder import (
     Critics,
+    DecoderBatches,
     DecoderRecipe,
-    batches,
     discriminator_loss,
     load_autoencoder,
     load_perceptual,
@@ -37,10 +36,10 @@ from likeness.train.components.decoder import (
     photograph_loss,
     train_decoder,
 )
-from likeness.types import InputError, TryAgain
+from likeness.types import InputError
 from likeness.weights.hashes import encoder_hash, weights_hash
 from likeness.weights.packed import pack, unpack
-from runs import metrics, prepare, small
+from runs import check_resume, killed_after_checkpoint, load_checkpoint, metrics, prepare, sigterm_in_step, small
 
 SIZE = 32
 
@@ -59,7 +58,7 @@ def root(tmp_path_factory) -> Path:
         encoder_layers=(1, 1, 1),
         decoder_layers=(1, 1, 1),
         latent_channels=4,
-        shares={},
+        probabilities={},
         images=1,
     )
     autoencoder.build(tiny).save_pretrained(root / "autoencoder")
@@ -74,7 +73,7 @@ def recipe(root: Path, **changes) -> DecoderRecipe:
         "test": (str(root / "faces"),),
         "autoencoder": str(root / "autoencoder"),
         "size": SIZE,
-        "shares": {"image": 0.6, "mask": 0.2, "sketch": 0.1, "keypoints": 0.1},
+        "probabilities": {"image": 0.6, "mask": 0.2, "sketch": 0.1, "keypoints": 0.1},
         "images": 64,
         "batch": 4,
         "perceptual": str(root / "squeezenet.safetensors"),
@@ -95,7 +94,7 @@ def test_only_the_decoder_changes(root, tmp_path):
     assert changed == {name for name, _ in before.named_parameters() if name.startswith("decoder.")}
     assert encoder_hash(before) == encoder_hash(after)
     assert weights_hash(before) != weights_hash(after)
-    assert not any("autoencoder.encoder" in name for name in load_state(tmp_path))
+    assert not any("autoencoder.encoder" in name for name in load_checkpoint(tmp_path))
 
 
 @pytest.mark.parametrize("perceptual", [True, False])
@@ -112,50 +111,31 @@ def test_learns(root, tmp_path, perceptual):
     assert lines[1]["rendered"] < 0.9 * lines[0]["rendered"]
 
 
-def test_resume_is_exact(root, tmp_path, monkeypatch):
-    """On SIGTERM a checkpoint is saved after the step; the same command continues to bit-identical weights."""
-    train_decoder(recipe(root), tmp_path / "whole")
-    steps = []
-
-    def terminated_in_the_tenth(*arguments):
-        steps.append(len(steps) + 1)
-        if steps[-1] == 10:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*arguments)
-
-    real = decoder.learning_rate
-    monkeypatch.setattr(decoder, "learning_rate", terminated_in_the_tenth)
-    with pytest.raises(TryAgain, match="SIGTERM after 40 images: run the same command again to resume"):
-        train_decoder(recipe(root), tmp_path / "parts")
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert [int(path.name) for path in states(tmp_path / "parts")] == [32, 40]
-    train_decoder(recipe(root), tmp_path / "parts")
-    whole, parts = load_state(tmp_path / "whole"), load_state(tmp_path / "parts")
-    assert whole.keys() == parts.keys()
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    one, other = (
-        load_file(tmp_path / name / "model/diffusion_pytorch_model.safetensors") for name in ("whole", "parts")
-    )
-    assert all(torch.equal(one[name], other[name]) for name in one)
+def test_resume_is_exact(root, tmp_path):
+    interruptions = (killed_after_checkpoint(), sigterm_in_step(2, 40))
+    check_resume(lambda run: train_decoder(recipe(root), run), tmp_path, *interruptions)
+    assert [int(path.name) for path in checkpoints(tmp_path / "parts")] == [40, 64]
 
 
 def test_discriminator_sees_photographs_only(root, tmp_path):
-    """Without a photograph it does not change, nor has it a loss."""
-    train_decoder(recipe(root, shares={"image": 1e-12, "mask": 1.0}), tmp_path)
+    """Without photographs it is not trained."""
+    train_decoder(recipe(root, probabilities={"image": 1e-12, "mask": 1.0}), tmp_path)
     torch.manual_seed(0)
-    fresh, trained = PatchDiscriminator((8, 8, 16)).state_dict(), load_state(tmp_path)
+    fresh, trained = PatchDiscriminator((8, 8, 16)).state_dict(), load_checkpoint(tmp_path)
     assert all(torch.equal(trained[f"model/discriminator.{name}"], value) for name, value in fresh.items())
     assert not any(name.startswith("optimizer") and "discriminator" in name for name in trained)
 
 
 def test_batches_are_of_one_kind(root):
-    given = recipe(root, images=400, shares={"image": 0.7, "mask": 0.3})
-    drawn = list(batches(given, 0))
-    assert 0.55 < sum(batch.photographs for batch in drawn) / len(drawn) < 0.85
-    again = list(batches(given, 200))
-    assert all(torch.equal(a.images, b.images) for a, b in zip(drawn[50:], again, strict=True))
-    assert not any(batch.photographs for batch in batches(recipe(root, shares={"image": 1e-12, "sketch": 1.0}), 0))
-    assert all(batch.photographs for batch in batches(recipe(root, shares={"image": 1.0}), 0))
+    starts = range(0, 400, 4)
+    kinds = lambda probabilities: [  # noqa: E731
+        DecoderBatches(recipe(root, probabilities=probabilities))[start][0] for start in starts
+    ]
+    assert 0.55 < np.mean(kinds({"image": 0.7, "mask": 0.3})) < 0.85
+    assert not any(kinds({"image": 1e-12, "sketch": 1.0}))
+    assert all(kinds({"image": 1.0}))
+    first, second = (DecoderBatches(recipe(root))[8][1] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_gradients_reach_the_decoder_only(root):
@@ -178,8 +158,8 @@ def test_gradients_reach_the_decoder_only(root):
     torch.testing.assert_close(loss, terms["l1"] + 0.5 * terms["perceptual"] + 0.25 * terms["adversarial"])
 
 
-def test_discriminator_loss_of_a_linear_one():
-    """Its gradient is constant, so that the penalty has a closed form."""
+def test_loss_of_a_linear_discriminator():
+    """The gradient is constant, so that the penalty has a closed form."""
     g = torch.Generator().manual_seed(0)
     real, fake, noise = torch.rand(2, 3, 8, 8, generator=g), torch.rand(2, 3, 8, 8, generator=g), None
     noise = torch.randn(4, 3, 8, 8, generator=g)
@@ -219,9 +199,9 @@ def test_perceptual_distance():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"shares": {"mask": 1.0}}, 'shares is .*a table with "image" above 0'),
-        ({"shares": {"image": 1.0, "mask": -0.5}}, "shares is .*at least 0 each"),
-        ({"shares": {"image": 1.0, "depth": 0.5}}, "depth_file_name"),
+        ({"probabilities": {"mask": 1.0}}, 'probabilities is .*a table with "image" above 0'),
+        ({"probabilities": {"image": 1.0, "mask": -0.5}}, "probabilities is .*at least 0 each"),
+        ({"probabilities": {"image": 1.0, "depth": 0.5}}, "depth_file_name"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0: it must be above 0"),
         ({"betas": (0.5, 1.0)}, r"betas is \[0.5, 1.0\]: it must be at least 0 and below 1"),
         ({"adversarial_weight": -1.0}, "adversarial_weight is -1.0: it must be at least 0"),
@@ -231,7 +211,7 @@ def test_perceptual_distance():
         ({"images": 0}, "images is 0: it must be at least 1"),
         ({"autoencoder": "nowhere"}, r"nowhere/config\.json cannot be read"),
         ({"perceptual": "nowhere.safetensors"}, "nowhere.safetensors does not contain the weights of SqueezeNet 1.0"),
-        ({"learning_rate": 1e30, "checkpoint_every": 4}, "the loss is (nan|inf)"),
+        ({"learning_rate": 1e30, "checkpoint_every": 4}, "is (nan|inf) .*lower the learning rate"),
     ],
 )
 def test_bad_recipes_are_rejected(root, tmp_path, changes, message):
@@ -263,7 +243,7 @@ def finished(tmp_path_factory) -> Path:
         test=(),
         autoencoder=str(root / "components" / "vae"),
         size=SIZE,
-        shares={"image": 0.7, "mask": 0.3},
+        probabilities={"image": 0.7, "mask": 0.3},
         images=16,
         batch=4,
         compile=False,
@@ -294,7 +274,7 @@ def test_shards_and_models_stay_valid(finished, tmp_path, earlier):
     shutil.copytree(finished / "model_run" / "model", tmp_path / "model")
     (tmp_path / "model" / "codec.json").write_text(json.dumps({"codec": recorded}))
 
-    given = small(finished, optimizer={"images": 8}, start=str(tmp_path / "model"))
+    given = small(finished, optimizer={"images": 8}, init_from=str(tmp_path / "model"))
     moved = {"shards": (str(tmp_path / "shards"),), "components": str(finished / "new")}
     loop.train(dataclasses.replace(given, data=dataclasses.replace(given.data, **moved)), tmp_path / "run")
     assert json.loads((tmp_path / "run" / "model" / "codec.json").read_text()) == {"codec": old.codec_hash}
@@ -324,7 +304,7 @@ def test_models_with_other_statistics_are_rejected(finished, tmp_path):
     shutil.copytree(finished / "components", tmp_path / "components")
     path = tmp_path / "components" / "components.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "latent_std": [1.0, 1.0, 1.0, 1.5]}))
-    given = small(finished, start=str(finished / "model_run" / "model"))
+    given = small(finished, init_from=str(finished / "model_run" / "model"))
     given = dataclasses.replace(given, data=dataclasses.replace(given.data, components=str(tmp_path / "components")))
     with pytest.raises(InputError, match="another latent_std than that of the components"):
         loop.train(given, tmp_path / "run")

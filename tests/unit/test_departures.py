@@ -1,7 +1,7 @@
-"""Where MMFace-DiT's official code departs from its paper, this project follows the paper; each test shows both.
+"""Differences between MMFace-DiT's official code and its paper, where this project follows the paper; tests show both.
 
-That gradients are those of the whole batch on several processes is `tests/distributed`; that text is dropped once and
-not twice is `test_training.py`.
+`tests/distributed` tests gradients of the whole batch on several processes, and `test_training.py` that text is dropped
+once.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from likeness.config import load_toml
 from likeness.models.mmface import MMFaceTransformer
 from likeness.objectives import RectifiedFlow, make_objective
-from likeness.train.config import TrainRecipe
+from likeness.train.config import TrainRecipe, load_recipe
 from likeness.train.networks import build_network
 from likeness.train.optim import learning_rate
 from likeness.types import TextFeatures
@@ -24,9 +23,9 @@ from likeness.types import TextFeatures
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
-def test_the_rate_does_not_climb_back():
-    """A schedule that every process advances is through its cosine at half the run, and back at the peak at its end."""
-    o = load_toml(RECIPES / "mmface_256_rfm.toml", TrainRecipe).optimizer
+def test_learning_rate_does_not_rise_again():
+    """A schedule advanced by each of two processes reaches 0 at half of the run, and the peak again at its end."""
+    o = load_recipe(RECIPES / "mmface_256_rfm.toml", TrainRecipe).optimizer
     steps = range(0, o.images + 1, o.images // 200)
     ours = [learning_rate(seen, o.images, o.learning_rate, o.warmup, o.decay) for seen in steps]
     falling = [rate for seen, rate in zip(steps, ours, strict=True) if seen >= o.warmup]
@@ -38,7 +37,7 @@ def test_the_rate_does_not_climb_back():
 
 
 def test_times_are_float32():
-    """Drawn in bf16 there are but some hundred different times, and they are fed to the network in steps."""
+    """bf16 has only some hundred different times."""
     uniform = torch.rand(10_000, generator=torch.Generator().manual_seed(0))
     times = RectifiedFlow(time_sampling="uniform").sample_time(uniform)
     assert times.dtype == torch.float32
@@ -50,8 +49,8 @@ def test_times_are_float32():
 
 @pytest.mark.parametrize("size", [256, 512])
 def test_min_snr_is_used(size):
-    """lambda = 5 is in the recipe and in the weight; without it, as released, every time weighs alike."""
-    objective = make_objective(load_toml(RECIPES / f"mmface_{size}_ddpm.toml", TrainRecipe).objective)
+    """lambda = 5 is in the recipe and in the weight; without it, as released, all times have equal weight."""
+    objective = make_objective(load_recipe(RECIPES / f"mmface_{size}_ddpm.toml", TrainRecipe).objective)
     times = torch.tensor([10.0, 500.0, 990.0])
     squared = objective.alpha_squared[times.long()]
     snr = squared / (1 - squared)
@@ -61,10 +60,10 @@ def test_min_snr_is_used(size):
 
 
 @pytest.mark.parametrize("objective", ["rfm", "ddpm"])
-def test_512_goes_on_from_256(objective):
-    """50 epochs at an effective batch of 16 from the weights of the 256 stage, whose network it is."""
-    small, large = (load_toml(RECIPES / f"mmface_{size}_{objective}.toml", TrainRecipe) for size in (256, 512))
-    assert large.start == f"runs/mmface_256_{objective}/model"
+def test_512_is_initialized_with_256(objective):
+    """50 epochs at an effective batch of 16 from the weights of the 256 px stage, with the same network."""
+    small, large = (load_recipe(RECIPES / f"mmface_{size}_{objective}.toml", TrainRecipe) for size in (256, 512))
+    assert large.init_from == f"runs/mmface_256_{objective}/model"
     assert (large.network, large.objective) == (small.network, small.objective)
     assert (small.optimizer.images, small.optimizer.batch) == (300 * 94_000, 32)
     assert (large.optimizer.images, large.optimizer.batch) == (50 * 94_000, 16)
@@ -75,20 +74,20 @@ def test_512_goes_on_from_256(objective):
 
 
 def test_pooled_text_is_not_dropped_in_the_network():
-    """The vector that the official network puts in its place is there for the count, and is never read."""
+    """The null vector of the official network exists for the parameter count, but is not used."""
     model = MMFaceTransformer(hidden_size=32, depth=1, heads=2, latent_channels=4, text_dim=16, max_text_tokens=4)
     torch.nn.init.normal_(model.final.weight)
     model.train()
-    given = (
+    inputs = (
         torch.randn(64, 4, 4, 4),
         torch.rand(64),
         TextFeatures(torch.randn(64, 4, 16), torch.randn(64, 16)),
         torch.zeros(64, 1, 4, 4, 4),
         torch.zeros(64, 1, dtype=torch.long),
     )
-    before = model(*given)
+    before = model(*inputs)
     torch.nn.init.normal_(model.null_pooled)
-    assert torch.equal(model(*given), before)
+    assert torch.equal(model(*inputs), before)
     before.sum().backward()
     assert model.null_pooled.grad is None
 

@@ -25,8 +25,8 @@ from likeness.encoders.components import Components, load_components
 from likeness.encoders.latent import LatentCodec, to_tensor
 from likeness.prepare.encode import encode_folder
 from likeness.prepare.synthetic import write_synthetic
+from likeness.train.batches import make_batch
 from likeness.train.config import DataRecipe
-from likeness.train.step import make_batch
 from likeness.types import InputError
 
 SIZE, FACES, FILES = 32, 10, 4
@@ -121,7 +121,7 @@ def test_faces_without_a_condition_keep_the_others(faces, parts, tmp_path):
     encode_folder(faces, tmp_path / "s", parts, size=SIZE)
     store = Store(tmp_path / "s")
     assert [set(store[i].conditions) for i in (1, 2)] == [{"mask", "sketch", "keypoints"}, {"mask", "sketch"}]
-    data = DataRecipe(shards=("s",), condition_shares={"keypoints": 1.0})
+    data = DataRecipe(shards=("s",), condition_probabilities={"keypoints": 1.0})
     batch = make_batch([store[1], store[2]], [0, 1], data, ["keypoints"], torch.zeros(1), torch.ones(1), seed=0)
     assert batch.condition_index.tolist() == [[0], [-1]]
 
@@ -280,7 +280,7 @@ def test_training_samples_from_moments(prepared, tmp_path):
     drawn = to_tensor([mask.render(mask.read(row["mask_file_name"]).raw, SIZE, SIZE)])
     assert torch.allclose(sample.conditions["mask"], parts.vae.encode(drawn).latent_dist.mode()[0], atol=2e-3)
 
-    data, zero, one = DataRecipe(shards=(), condition_shares={"mask": 1.0}), torch.zeros(1), torch.ones(1)
+    data, zero, one = DataRecipe(shards=(), condition_probabilities={"mask": 1.0}), torch.zeros(1), torch.ones(1)
     draw = lambda positions: make_batch([sample] * len(positions), positions, data, ["mask"], zero, one, seed=0)  # noqa: E731
     batch = draw(range(2000))
     spread = torch.exp(0.5 * sample.log_variance)
@@ -301,7 +301,7 @@ def test_text_features_replace_the_text_encoder(faces, parts, tmp_path):
     assert (found["encoded"], found["captions"]) == (0, 1)
     samples = [Store(tmp_path / "s")[index] for index in range(FACES)]
     assert [len(sample.text) for sample in samples] == [len(row["text"]) + 1 for row in rows]
-    data = DataRecipe(shards=(), condition_shares={"mask": 1.0}, text_dropout=0.3)
+    data = DataRecipe(shards=(), condition_probabilities={"mask": 1.0}, text_dropout=0.3)
     batch = make_batch(samples, range(FACES), data, ["mask"], torch.zeros(1), torch.ones(1), seed=0)
     assert "" in batch.captions
     expected = parts.text_features(batch.captions)

@@ -1,4 +1,4 @@
-"""`launch/minis.sh`, from two data sets to a packed model: the script as it is, its recipes cut short."""
+"""`launch/minis.sh`, from two data sets to a packed model, with short recipes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SHORT = {
     "heads": 2,
     "steps": 2,
 }
-"""What a recipe says otherwise, where it has the key."""
+"""Values that replace those of the recipes, if they have the key."""
 
 
 def shortened(recipe: str) -> str:
@@ -40,12 +40,12 @@ def shortened(recipe: str) -> str:
         recipe = re.sub(rf"^{key} = .*$", f"{key} = {value}", recipe, flags=re.MULTILINE)
     recipe = re.sub(r"^compile = true\n", "", recipe, flags=re.MULTILINE)
     recipe = re.sub(r"^(kind = .*)$", r"\1\ncompile = false", recipe, flags=re.MULTILINE)
-    return recipe.replace("attributes = 1.0", "attributes = 1.0\nchoices = 2")
+    return recipe.replace("attribute_weight = 1.0", "attribute_weight = 1.0\nretrieval_candidates = 2")
 
 
 @pytest.mark.slow
-def test_from_data_sets_to_a_portrait(tmp_path):
-    """Stopped within, the same command goes on; what comes out makes a portrait."""
+def test_from_data_sets_to_an_image(tmp_path):
+    """The script fails in the middle and is resumed; the models generate images."""
     project, data, out = (tmp_path / name for name in ("project", "data", "out"))
     for folder in ("launch", "examples"):
         shutil.copytree(PROJECT / folder, project / folder)
@@ -64,7 +64,7 @@ def test_from_data_sets_to_a_portrait(tmp_path):
     }
     command = [project / "launch" / "minis.sh", data, out]
     recipe = project / "recipes" / "text_image_mini.toml"
-    recipe.write_text(recipe.read_text().replace("kind =", "kin ="))  # it fails in the middle
+    recipe.write_text(recipe.read_text().replace("kind =", "kin ="))  # fails in the middle
     stopped = subprocess.run(command, **given)
     assert stopped.returncode == 2
     assert "kin" in stopped.stderr.splitlines()[-1], stopped.stderr[-3000:]

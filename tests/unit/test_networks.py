@@ -1,4 +1,4 @@
-"""Networks of recipes: class, condition ids, and invalid recipes."""
+"""Networks from recipes: the right class and rows, and recipes that ask for the impossible."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from likeness.config import build
 from likeness.models.mditface import MDiTFaceTransformer
 from likeness.models.mmface import MMFaceTransformer
 from likeness.pipelines import mditface, mmface
-from likeness.train.config import DEFAULTS, TrainRecipe
-from likeness.train.networks import build_network, condition_names, rope_axes
+from likeness.train.config import PIPELINE_DEFAULTS, TrainRecipe, condition_names
+from likeness.train.networks import build_network, rope_axes
 from likeness.types import InputError
 
 OPTIMIZER = {"images": 4, "batch": 2, "learning_rate": 1e-3}
@@ -18,8 +18,8 @@ MMFACE = {"hidden_size": 32, "depth": 1, "heads": 2}
 MDITFACE = {"name": "mditface", "hidden_size": 32, "depth": 1, "single_depth": 1, "heads": 2}
 
 
-def made(network: dict, fractions: dict[str, float], pooled: int = 24):
-    data = {"shards": ["x"], "condition_shares": fractions}
+def made(network: dict, shares: dict[str, float], pooled: int = 24):
+    data = {"shards": ["x"], "condition_probabilities": shares}
     recipe = build(TrainRecipe, {"network": network, "data": data, "optimizer": OPTIMIZER})
     with torch.device("meta"):
         return build_network(recipe, channels=4, text_dim=24, pooled_dim=pooled, text_tokens=12), recipe
@@ -28,14 +28,14 @@ def made(network: dict, fractions: dict[str, float], pooled: int = 24):
 def test_mmface():
     model, recipe = made(MMFACE, {"mask": 0.5, "none": 0.1, "sketch": 0.4})
     assert isinstance(model, MMFaceTransformer)
-    assert condition_names(recipe) == ("mask", "sketch")
+    assert condition_names(recipe.data) == ("mask", "sketch")
     assert tuple(model.config.condition_names) == ("mask", "sketch", "none")
 
 
 def test_mditface_takes_several():
     model, recipe = made(MDITFACE, {"mask": 0.5, "mask+sketch": 0.2, "none": 0.1}, pooled=16)
     assert isinstance(model, MDiTFaceTransformer)
-    assert condition_names(recipe) == ("mask", "sketch")
+    assert condition_names(recipe.data) == ("mask", "sketch")
     assert tuple(model.config.condition_names) == ("mask", "sketch")
     assert model.config.in_channels == 16
     assert model.config.joint_attention_dim == 24
@@ -53,14 +53,14 @@ def test_rope_axes_are_even_and_like_those_of_flux():
 
 
 def test_defaults_are_those_of_the_pipelines():
-    assert set(DEFAULTS) == set(mmface.DEFAULTS) == set(mditface.DEFAULTS)
+    assert set(PIPELINE_DEFAULTS) == set(mmface.DEFAULTS) == set(mditface.DEFAULTS)
 
 
 @pytest.mark.parametrize(
-    ("network", "fractions", "pooled", "message"),
+    ("network", "shares", "pooled", "words"),
     [
         (MMFACE, {"mask+sketch": 1.0}, 24, "one condition at a time"),
-        (MMFACE, {"mask": 1.0}, 16, "one text tower"),
+        (MMFACE, {"mask": 1.0}, 16, "needs one text encoder"),
         (MMFACE | {"heads": 3}, {"mask": 1.0}, 24, "hidden_size is 32: with 3 heads it must be a multiple of 12"),
         (MDITFACE | {"hidden_size": 36}, {"mask": 1.0}, 24, "must be a multiple of"),
         (MDITFACE | {"name": "unet"}, {"mask": 1.0}, 24, "'unet'; choose one of 'mmface', 'mditface'"),
@@ -68,6 +68,6 @@ def test_defaults_are_those_of_the_pipelines():
         (MMFACE | {"single_depth": 2}, {"mask": 1.0}, 24, "unknown key 'single_depth'"),
     ],
 )
-def test_impossible_recipes(network, fractions, pooled, message):
-    with pytest.raises(InputError, match=message):
-        made(network, fractions, pooled)
+def test_impossible_recipes(network, shares, pooled, words):
+    with pytest.raises(InputError, match=words):
+        made(network, shares, pooled)

@@ -32,7 +32,7 @@ def test_oracle_recovers_the_clean_latent(objective, steps):
     latents = objective.corrupt(clean, noise, times[:1].expand(2))
     for timestep, time in zip(scheduler.timesteps, times, strict=True):
         at = time.expand(2)
-        # the perfect network knows the clean latent and finds the noise that is in x_t
+        # the perfect network knows the clean latent and retrieved the noise that is in x_t
         zero = torch.zeros_like(clean)
         signal, sigma = objective.corrupt(clean, zero, at), objective.corrupt(zero, zero + 1, at)
         prediction = objective.target(clean, (latents - signal) / sigma, at)

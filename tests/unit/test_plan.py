@@ -1,4 +1,4 @@
-"""Predictions before a run: counts that can be worked out by hand, layouts, settings that fit, and refusals."""
+"""`likeness train --plan`: counts that can be computed by hand, shardings, settings that fit, and invalid options."""
 
 from __future__ import annotations
 
@@ -10,18 +10,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from likeness.cli import main
-from likeness.config import load_toml
-from likeness.train.calibrate import STANDS, reference
-from likeness.train.config import TrainRecipe
-from likeness.train.devices import DEVICES
-from likeness.train.plan import fitting, layouts, predict
-from likeness.train.trace import FLUX_STANDS, Meter, Stands, trace, trace_blocks
+from likeness.train.config import TrainRecipe, load_recipe
+from likeness.train.plan import DEVICES, REFERENCE_SIZES, compare_shardings, predict, reference_recipe, search
+from likeness.train.trace import FLUX_SIZES, ComponentSizes, Meter, trace, trace_blocks
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def test_meter_counts():
-    """A product of known size: its operations, what it moves, and what is alive at its most."""
+    """A product of known size: its FLOPs, bytes moved and peak of live bytes."""
     with FakeTensorMode(), Meter() as meter:
         a = torch.empty(64, 128)
         b = torch.empty(128, 32)
@@ -32,122 +29,128 @@ def test_meter_counts():
         d = view.relu()
         assert meter.flops == 2 * 64 * 128 * 32
         assert meter.moved == 2 * 4 * 64 * 32
-        assert meter.alive == 4 * (64 * 128 + 128 * 32 + 2 * 64 * 32)
+        assert meter.live == 4 * (64 * 128 + 128 * 32 + 2 * 64 * 32)
         del a, b, c, view, d
     assert meter.peak == 4 * (64 * 128 + 128 * 32 + 2 * 64 * 32)
-    assert meter.alive == 0
+    assert meter.live == 0
 
 
 def test_trace():
-    recipe = reference(64, 2, 2, "fp32")
-    one, four = trace(recipe, 1, STANDS), trace(recipe, 4, STANDS)
-    assert one.parameters == 4 * one.trained
+    recipe = reference_recipe(64, 2, 2, "fp32")
+    one, four = trace(recipe, 1, REFERENCE_SIZES), trace(recipe, 4, REFERENCE_SIZES)
+    assert one.parameters == 4 * one.trainable
     assert four.flops == pytest.approx(4 * one.flops, rel=0.1)
     assert four.operations == pytest.approx(one.operations, rel=0.05)
     saving = dataclasses.replace(recipe, network=dataclasses.replace(recipe.network, gradient_checkpointing=True))
-    again = trace(saving, 4, STANDS)
-    assert again.alive < four.alive
+    again = trace(saving, 4, REFERENCE_SIZES)
+    assert again.live < four.live
     assert 1.1 < again.flops / four.flops < 4 / 3 + 0.01  # forward twice: at most a third more
 
 
 def test_attention_on_an_accelerator():
-    """There it is fused, also in bf16, where a CPU in training writes it out: less is moved."""
-    recipe = reference(64, 2, 2, "bf16")
-    cpu, gpu = (trace(recipe, 4, STANDS, accelerator=accelerator) for accelerator in (False, True))
+    """It is fused in bf16 training on an accelerator but not on a CPU: fewer bytes are moved."""
+    recipe = reference_recipe(64, 2, 2, "bf16")
+    cpu, gpu = (trace(recipe, 4, REFERENCE_SIZES, accelerator=accelerator) for accelerator in (False, True))
     assert gpu.moved < cpu.moved
-    assert gpu.trained == cpu.trained
-    assert trace(recipe, 4, STANDS) == cpu
+    assert gpu.trainable == cpu.trainable
+    assert trace(recipe, 4, REFERENCE_SIZES) == cpu
 
 
-def test_blocks_follow_from_few():
-    """Two and three blocks say what six cost."""
-    recipe = reference(64, 6, 2, "bf16")
-    short, whole = trace(recipe, 2, STANDS), trace_blocks(recipe, 2, STANDS, [6])
-    for name in ("parameters", "trained", "gradients", "block", "flops", "operations", "moved"):
+def test_extrapolation_of_blocks():
+    """Six blocks, from two and three."""
+    recipe = reference_recipe(64, 6, 2, "bf16")
+    short, whole = trace(recipe, 2, REFERENCE_SIZES), trace_blocks(recipe, 2, REFERENCE_SIZES, [6])
+    for name in ("parameters", "trainable", "gradients", "block", "flops", "operations", "moved"):
         assert getattr(short, name) == getattr(whole, name), name
-    assert short.alive == pytest.approx(whole.alive, rel=0.02)
+    assert short.live == pytest.approx(whole.live, rel=0.02)
 
 
-def test_layouts_trade_memory_for_communication():
-    recipe = load_toml(RECIPES / "debug.toml", TrainRecipe)
-    device = DEVICES["h200"]
-    plans = {(gpus, layout): plan for gpus, layout, plan in layouts(recipe, device, STANDS, (1, 8, 64))}
-    assert plans[1, "replicate"].communicated == 0
-    alone, repeated, spread = plans[1, "replicate"], plans[8, "replicate"], plans[8, "shard"]
-    assert repeated.memory == pytest.approx(alone.memory)
-    assert spread.memory < repeated.memory
-    weights = trace(recipe, 16, STANDS).gradients
-    assert repeated.communicated == pytest.approx(2 * 7 / 8 * weights)
-    assert plans[8, "hybrid"] == spread  # one machine
-    assert plans[64, "hybrid"].seconds < plans[64, "shard"].seconds  # between machines an eighth of the gradients goes
+def test_shardings_trade_memory_for_communication():
+    recipe = load_recipe(RECIPES / "debug.toml", TrainRecipe)
+    plans = compare_shardings(recipe, DEVICES["h200"], REFERENCE_SIZES, (1, 8, 64))
+    one, replicated, sharded = plans[1, "replicate"], plans[8, "replicate"], plans[8, "shard"]
+    assert one == plans[1, "shard"] == plans[1, "hybrid"]
+    assert one.communicated == 0
+    assert replicated.memory == pytest.approx(one.memory)
+    assert sharded.memory < replicated.memory
+    gradients = trace(recipe, 16, REFERENCE_SIZES).gradients
+    assert replicated.communicated == pytest.approx(2 * 7 / 8 * gradients)
+    assert plans[8, "hybrid"] == sharded  # one machine
+    assert plans[64, "hybrid"].seconds < plans[64, "shard"].seconds  # an eighth of the gradients between machines
 
 
-def test_what_would_fit():
-    """The first setting that fits ends the search; where the device is too small, every one is tried."""
-    recipe = load_toml(RECIPES / "debug.toml", TrainRecipe)
-    (only,) = fitting(recipe, DEVICES["h200"], 1, STANDS)
-    assert only[0] == "as it is"
-    assert only[2]
-    tried = fitting(recipe, dataclasses.replace(DEVICES["h200"], memory=1.0), 1, STANDS)
+def test_search_for_settings_that_fit():
+    """It stops at the first setting that fits; if none does, all are tried."""
+    recipe, h200 = load_recipe(RECIPES / "debug.toml", TrainRecipe), DEVICES["h200"]
+    ((setting, _, fits),) = search(recipe, h200, 1, REFERENCE_SIZES)
+    assert (setting, fits) == ("unchanged", True)
+    tried = list(search(recipe, dataclasses.replace(h200, memory=1.0), 1, REFERENCE_SIZES))
     assert not any(fits for _, _, fits in tried)
     assert "micro_batch=1 optimizer.name=adamw8bit" in tried[-1][0]
-    needs = [plan.memory for _, plan, _ in tried]
-    assert needs == sorted(needs, reverse=True)
-    frugal = fitting(recipe, dataclasses.replace(DEVICES["h200"], memory=needs[1] + 1), 1, STANDS)
-    assert [(setting, fits) for setting, _, fits in frugal] == [
-        ("as it is", False),
+    memory = [plan.memory for _, plan, _ in tried]
+    assert memory == sorted(memory, reverse=True)
+    found = search(recipe, dataclasses.replace(h200, memory=memory[1] + 1), 1, REFERENCE_SIZES)
+    assert [(setting, fits) for setting, _, fits in found] == [
+        ("unchanged", False),
         ("network.gradient_checkpointing=true", True),
     ]
 
 
-def test_batch_is_made_of_passes():
-    recipe = load_toml(RECIPES / "debug.toml", TrainRecipe)
-    whole = predict(recipe, trace(recipe, 16, STANDS), DEVICES["h200"], 1, 16, STANDS)
-    parts = predict(recipe, trace(recipe, 4, STANDS), DEVICES["h200"], 1, 4, STANDS)
-    assert parts.memory < whole.memory
-    assert parts.seconds > whole.seconds
+def test_micro_batches():
+    recipe = load_recipe(RECIPES / "debug.toml", TrainRecipe)
+    one, four = (
+        predict(recipe, trace(recipe, micro, REFERENCE_SIZES), DEVICES["h200"], 1, micro, REFERENCE_SIZES)
+        for micro in (16, 4)
+    )
+    assert four.memory < one.memory
+    assert four.seconds > one.seconds
 
 
 def test_command(capsys):
-    main(["train", str(RECIPES / "debug.toml"), "--plan", "--device", "rtx-4090", "--gpus", "2"])
+    command = ["train", str(RECIPES / "debug.toml"), "--plan"]
+    main([*command, "--device", "rtx-4090", "--gpus", "2"])
     out = capsys.readouterr().out
-    assert "364,224 of them trained" in out
-    assert "as it is" in out
-    main(["train", str(RECIPES / "debug.toml"), "--plan", "--layouts", "--device", "h200", "optimizer.batch=8"])
-    told = capsys.readouterr().out.splitlines()
-    assert "8 images on each, 8 in a machine" in told[0]
-    assert told[2] == "| devices | replicate | shard | hybrid |"
-    assert [line.split()[1] for line in told[4:]] == ["1", "8", "16", "64", "512"]
+    assert "364,224 trainable" in out
+    assert "unchanged" in out
+    main([*command, "--compare-sharding", "--device", "h200", "optimizer.batch=8"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "8 images per device, 8 devices per machine" in lines[0]
+    assert lines[2] == "| devices | replicate | shard | hybrid |"
+    assert [line.split()[1] for line in lines[4:]] == ["1", "8", "16", "64", "512"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--compare-sharding"], "--compare-sharding requires --plan"),
+        (["--plan", "--device", "abacus"], "Unknown device 'abacus'"),
+        (["--plan", "--device", "h100", "--gpus", "5"], "among 5 devices"),
+        (["--plan", "--compare-sharding", "--device", "abacus"], "Unknown device 'abacus'"),
+        (["--plan", "--device", "h100", "micro_batch=3"], "a batch of 16 cannot be divided into micro-batches of 3"),
+        (["--plan", "--compare-sharding", "--device", "h100", "micro_batch=3"], "cannot be divided into micro-batches"),
+        (["--plan", "--device", "h100", "objective.name=abacus"], "the objective 'abacus' is unknown"),
+    ],
+)
+def test_invalid_options(capsys, options, message):
     with pytest.raises(SystemExit, match="2"):
-        main(["train", str(RECIPES / "debug.toml"), "--layouts"])
-    assert "--layouts is a form of --plan" in capsys.readouterr().err
-    for arguments, words in (
-        (["--device", "abacus"], "no data sheet of 'abacus'"),
-        (["--gpus", "5"], "among 5 devices"),
-        (["--layouts", "--device", "abacus"], "no data sheet of 'abacus'"),
-        (["micro_batch=3"], "a batch of 16 cannot be cut into parts of 3 for 1 processes"),
-        (["--layouts", "micro_batch=3"], "a batch of 16 cannot be cut into parts of 3"),
-        (["objective.name=abacus"], "Unknown objective 'abacus'"),
-    ):
-        with pytest.raises(SystemExit, match="2"):
-            main(["train", str(RECIPES / "debug.toml"), "--plan", "--device", "h100", *arguments])
-        assert words in capsys.readouterr().err
+        main(["train", str(RECIPES / "debug.toml"), *options])
+    assert message in capsys.readouterr().err
 
 
 def test_adapter_without_its_base():
-    """The base in bf16, frozen; the adapter's weights in float32, and gradients for them alone."""
-    recipe = load_toml(RECIPES / "mditface_lora_512.toml", TrainRecipe)
-    traced = trace(recipe, 1, FLUX_STANDS, accelerator=True)
-    assert traced.trained == 28_975_616 + 3072
-    # Of the last block's spatial tokens only keys and values are read: nothing reaches its query, MLP and output.
+    """The base is in bf16 and frozen; the adapter's weights are in float32, and only they have gradients."""
+    recipe = load_recipe(RECIPES / "mditface_lora_512.toml", TrainRecipe)
+    traced = trace(recipe, 1, FLUX_SIZES, accelerator=True)
+    assert traced.trainable == 28_975_616 + 3072
+    # of the last block's spatial tokens only keys and values are used: query, MLP and output have no gradient
     unread = (3072 + 3072) * 8 + (3072 + 12288) * 8 + (15360 + 3072) * 8
-    assert traced.gradients == 4 * (traced.trained - unread)
+    assert traced.gradients == 4 * (traced.trainable - unread)
     assert traced.parameters == pytest.approx(2 * 11.9e9, rel=0.02)
 
 
 def test_published_size_without_its_components():
-    """Nothing has to be at hand to plan the published network."""
-    recipe = load_toml(RECIPES / "mmface_256_rfm.toml", TrainRecipe)
-    traced = trace(recipe, 1, Stands())
-    assert traced.trained == 1_345_299_776
-    assert traced.parameters == 4 * traced.trained
+    """A plan of the published network needs no files."""
+    recipe = load_recipe(RECIPES / "mmface_256_rfm.toml", TrainRecipe)
+    traced = trace(recipe, 1, ComponentSizes())
+    assert traced.trainable == 1_345_299_776
+    assert traced.parameters == 4 * traced.trainable

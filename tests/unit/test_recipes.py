@@ -1,4 +1,4 @@
-"""Every recipe parses, and builds on the meta device with the parameters it is meant to have."""
+"""Every recipe is valid and has its stated number of parameters; recipes of earlier versions can be read."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import pytest
 import torch
 
 from likeness.cli.training import trainer_of
-from likeness.config import load_toml
 from likeness.models.mditface import MDiTFaceTransformer
 from likeness.objectives import make_objective
 from likeness.pipelines.load import load
-from likeness.train.config import MDiTFaceAdapter, TrainRecipe, check_student, parts_of
-from likeness.train.networks import (
-    adapter_of,
-    begin_adapter,
-    build_network,
-    choose_trained,
+from likeness.train.config import (
+    RENAMED_KEYS,
+    MDiTFaceAdapter,
+    TrainRecipe,
+    check,
     condition_names,
-    share_of,
+    condition_probability,
+    load_recipe,
 )
-from likeness.train.optim import trained_parameters
+from likeness.train.networks import adapter_of, add_new_adapter, build_network, freeze_others
+from likeness.train.optim import trainable_parameters
 from likeness.train.student import blocks_of
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 
 WIDTHS = {f"mmface_{size}_{objective}": (16, 1024) for size in (256, 512) for objective in ("rfm", "ddpm")}
-"""(latent channels, text width) of the components that a recipe is meant for; (16, 192) otherwise."""
+"""(latent channels, text width) of a recipe's components; (16, 192) otherwise."""
 
 PARAMETERS = {
     "debug": 364_224,
@@ -42,21 +42,24 @@ PARAMETERS = {
     "finetune_mini": 10_923_328,
     "add_keypoints": 4 * 192,
 }
-"""The published 1,345,298,624 and one more condition row: `none`."""
+"""The published 1,345,298,624 and the embedding of `none`."""
 
 TRAINED = {"mditface_lora_512": 28_975_616 + 3072}
-"""Of an adapter on FLUX.1-dev: the LoRA that gives the costs of the paper's Table 4, and one condition row."""
+"""Of an adapter on FLUX.1-dev: the LoRA of the costs in the paper's Table 4, and one condition embedding."""
 
 
 def test_fine_tuning_needs_what_annotate_makes():
-    """Masks and sketches come from the bundled parser; keypoints would need a file of one's own."""
-    recipe = load_toml(RECIPES[0].parent / "finetune_mini.toml", TrainRecipe)
-    assert {name for name in condition_names(recipe) if share_of(recipe, name)} == {"mask", "sketch"}
-    assert "keypoints" in condition_names(recipe)
+    """Masks and sketches, for which everything is bundled; keypoints need a file with a model."""
+    recipe = load_recipe(RECIPES[0].parent / "finetune_mini.toml", TrainRecipe)
+    assert {name for name in condition_names(recipe.data) if condition_probability(recipe.data, name)} == {
+        "mask",
+        "sketch",
+    }
+    assert "keypoints" in condition_names(recipe.data)
 
 
-def states(path: Path, parameters: int) -> bool:
-    """Whether the comment that a recipe begins with says these parameters, the memory and the time to expect."""
+def checkpoints(path: Path, parameters: int) -> bool:
+    """Return whether the comment of a recipe states these parameters, the memory and the time."""
     comment = " ".join(itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines()))
     return f"{parameters:,}" in comment and " GB" in comment and bool(re.search(r" h\b|hours|minutes", comment))
 
@@ -64,30 +67,41 @@ def states(path: Path, parameters: int) -> bool:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe(path):
     kind, _ = trainer_of(path)
-    recipe = load_toml(path, kind)
+    recipe = load_recipe(path, kind)
     if recipe.kind == "student":
-        check_student(recipe)
+        check(recipe)
         network = load(recipe.teacher).transformer
         assert max(recipe.discriminator.blocks) < len(blocks_of(network)[0])
-        assert {part for share in recipe.data.condition_shares for part in parts_of(share)} <= set(
-            network.config.condition_names
-        )
-        assert states(path, sum(p.numel() for p in network.parameters()))
+        assert set(condition_names(recipe.data)) <= set(network.config.condition_names)
+        assert checkpoints(path, sum(p.numel() for p in network.parameters()))
         assert recipe.optimizer.images % recipe.optimizer.batch == 0
         return
     if recipe.kind != "transformer":
         return
+    check(recipe)
     channels, text = WIDTHS.get(path.stem, (16, 192))
     if isinstance(recipe.network, MDiTFaceAdapter):
         with torch.device("meta"):
-            model = begin_adapter(MDiTFaceTransformer(condition_names=()), adapter_of(recipe))
-        assert sum(p.numel() for p in trained_parameters(model).values()) == TRAINED[path.stem]
-        assert states(path, TRAINED[path.stem])
+            model = add_new_adapter(MDiTFaceTransformer(condition_names=()), adapter_of(recipe))
+        assert sum(p.numel() for p in trainable_parameters(model).values()) == TRAINED[path.stem]
+        assert checkpoints(path, TRAINED[path.stem])
         return
     with torch.device("meta"):
         model = build_network(recipe, channels=channels, text_dim=text, pooled_dim=text, text_tokens=77)
-    choose_trained(model, recipe)
-    assert sum(p.numel() for p in trained_parameters(model).values()) == PARAMETERS[path.stem]
-    assert states(path, PARAMETERS[path.stem])
+    freeze_others(model, recipe.trainable)
+    assert sum(p.numel() for p in trainable_parameters(model).values()) == PARAMETERS[path.stem]
+    assert checkpoints(path, PARAMETERS[path.stem])
     make_objective(recipe.objective)
     assert recipe.optimizer.images % recipe.optimizer.batch == 0
+
+
+def test_keys_of_earlier_versions(tmp_path):
+    """Also in overrides; a new name on the command line replaces an old one in the file."""
+    text = (RECIPES[0].parent / "add_keypoints.toml").read_text()
+    for old, new in RENAMED_KEYS.items():
+        text = re.sub(rf"^{new} = ", f"{old} = ", text, flags=re.MULTILINE)
+    assert "condition_shares = " in text
+    (tmp_path / "old.toml").write_text(text)
+    new = load_recipe(RECIPES[0].parent / "add_keypoints.toml", TrainRecipe, ("sharding=hybrid",))
+    assert load_recipe(tmp_path / "old.toml", TrainRecipe, ("layout=hybrid",)) == new
+    assert load_recipe(tmp_path / "old.toml", TrainRecipe, ("init_from=x",)).init_from == "x"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from builders import run as command
 from builders import tiny_mditface, tiny_mditface_pipeline, tiny_pipeline, tiny_transformer
@@ -22,13 +19,22 @@ from likeness.models.layers import modulate, unpatchify
 from likeness.objectives import DDPM, RectifiedFlow
 from likeness.pipelines.generate import generate, resolve
 from likeness.pipelines.load import load
-from likeness.train import loop, student
-from likeness.train.checkpoint import load_state, states
+from likeness.train import student
+from likeness.train.checkpoint import checkpoints
 from likeness.train.config import StudentRecipe
-from likeness.train.posthoc import average_of
+from likeness.train.ema import posthoc_ema
 from likeness.train.student import Discriminator, Samples, draw, losses_of, student_rate, train_student
-from likeness.types import ConditionInput, InputError, PortraitRequest, TextFeatures, TryAgain
-from runs import SIZE, metrics, prepare
+from likeness.types import ConditionInput, InputError, PortraitRequest
+from runs import (
+    SIZE,
+    check_resume,
+    killed_after_checkpoint,
+    load_checkpoint,
+    metrics,
+    prepare,
+    sigterm_in_step,
+    weights_of,
+)
 
 TEACHERS = {"mmface": tiny_pipeline, "mditface": tiny_mditface_pipeline}
 
@@ -44,10 +50,10 @@ def prepared(tmp_path_factory) -> Path:
 
 def recipe(root: Path, teacher: str = "mmface", **changes: Any) -> StudentRecipe:
     """Six steps of 3 new images, 12 samples; stage 1 for three steps, of which the first is a warm-up."""
-    shares = {"mask": 0.4, "sketch": 0.3, "none": 0.3}
+    probabilities = {"mask": 0.4, "sketch": 0.3, "none": 0.3}
     values: dict[str, Any] = {
         "teacher": str(root / teacher),
-        "data": {"shards": [str(root / "shards")], "condition_shares": shares} | changes.pop("data", {}),
+        "data": {"shards": [str(root / "shards")], "condition_probabilities": probabilities} | changes.pop("data", {}),
         "optimizer": {"images": 18, "batch": 3, "learning_rate": 1e-3, "betas": [0.0, 0.99], "weight_decay": 0.0}
         | changes.pop("optimizer", {}),
         "discriminator": {"blocks": [0, 1], "width": 8, "frozen_images": 9, "warmup": 3, "learning_rate": 1e-3}
@@ -60,86 +66,17 @@ def recipe(root: Path, teacher: str = "mmface", **changes: Any) -> StudentRecipe
     return build(StudentRecipe, values | changes)
 
 
-def stop_after(monkeypatch, count: int, given: StudentRecipe, run: Path) -> None:
-    """Train until checkpoint number `count` is written, and stop there as if killed."""
-    real, saved = loop.save_state, []
-
-    def save_and_die(*arguments):
-        real(*arguments)
-        saved.append(arguments)
-        if len(saved) == count:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_state", save_and_die)
-        with pytest.raises(KeyboardInterrupt):
-            train_student(given, run)
-
-
 @pytest.mark.parametrize("teacher", TEACHERS)
-def test_resume_is_exact(prepared, tmp_path, monkeypatch, teacher):
-    """Killed in stage 1 and again in stage 2: every saved tensor and the preview are bit-identical."""
+def test_resume_is_exact(prepared, tmp_path, teacher):
+    """Killed in stage 1, stopped by SIGTERM between the stages and killed in stage 2."""
     given = recipe(prepared, teacher)
-    train_student(given, tmp_path / "whole")
-    stop_after(monkeypatch, 1, given, tmp_path / "parts")
-    assert [int(path.name) for path in states(tmp_path / "parts")] == [6]
-    stop_after(monkeypatch, 1, given, tmp_path / "parts")
-    assert [int(path.name) for path in states(tmp_path / "parts")] == [6, 12]
-    train_student(given, tmp_path / "parts")
-    whole, parts = load_state(tmp_path / "whole"), load_state(tmp_path / "parts")
-    assert whole is not None
-    assert parts is not None
-    assert whole.keys() == parts.keys()
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    for part in (
-        "student/model/",
-        "student/average/0/",
-        "student/optimizer/0/",
-        "backbone/model/",
-        "backbone/optimizer/",
-    ):
-        assert any(name.startswith(part) for name in whole), part
+    interruptions = (killed_after_checkpoint(), sigterm_in_step(1, 9), killed_after_checkpoint())
+    whole = check_resume(lambda run: train_student(given, run), tmp_path, *interruptions)
+    assert [int(path.name) for path in checkpoints(tmp_path / "parts")] == [12, 18]
+    parts = ("student/model", "student/average/0", "student/optimizer/0", "backbone/model", "backbone/optimizer")
+    for part in parts:
+        assert any(name.startswith(f"{part}/") for name in whole), part
     assert {name for name in whole if name.startswith("rollout/")} == {f"rollout/{name}" for name in Samples._fields}
-    previews = [sorted((tmp_path / name / "previews").iterdir())[-1].read_bytes() for name in ("whole", "parts")]
-    assert previews[0] == previews[1]
-
-
-def test_resume_where_stage_2_begins(prepared, tmp_path, monkeypatch):
-    """The checkpoint between the stages: the backbone is saved, without optimizer state."""
-    given = recipe(prepared, checkpoint_every=9)
-    train_student(given, tmp_path / "whole")
-    stop_after(monkeypatch, 1, given, tmp_path / "parts")
-    between = load_state(tmp_path / "parts")
-    assert between is not None
-    assert any(name.startswith("backbone/model/") for name in between)
-    assert not any(name.startswith("backbone/optimizer/") for name in between)
-    train_student(given, tmp_path / "parts")
-    whole, parts = load_state(tmp_path / "whole"), load_state(tmp_path / "parts")
-    assert whole is not None
-    assert parts is not None
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-
-
-def test_sigterm_saves_a_checkpoint(prepared, tmp_path, monkeypatch):
-    train_student(recipe(prepared), tmp_path / "whole")
-    real, steps = student.losses_of, []
-
-    def with_signal(*arguments):
-        steps.append(arguments)
-        if len(steps) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(student, "losses_of", with_signal)
-        with pytest.raises(TryAgain, match="stopped by SIGTERM after 9 images: run the same command again to continue"):
-            train_student(recipe(prepared), tmp_path / "parts")
-    assert [int(path.name) for path in states(tmp_path / "parts")] == [6, 9]
-    train_student(recipe(prepared), tmp_path / "parts")
-    whole, parts = load_state(tmp_path / "whole"), load_state(tmp_path / "parts")
-    assert whole is not None
-    assert parts is not None
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 def test_stages(prepared, tmp_path):
@@ -148,11 +85,9 @@ def test_stages(prepared, tmp_path):
     def weights(images: int) -> dict[str, torch.Tensor]:
         run = tmp_path / str(images)
         train_student(recipe(prepared, optimizer={"images": images, "decay": "constant"}), run)
-        state = load_state(run)
-        assert state is not None
-        return state
+        return load_checkpoint(run)
 
-    teacher = load_file(prepared / "mmface" / "transformer" / "diffusion_pytorch_model.safetensors")
+    teacher = weights_of(prepared / "mmface")
     warm, first, second = weights(3), weights(9), weights(12)
     name = "blocks.0.attention.image_qkv.weight"
     assert torch.equal(warm[f"student/model/{name}"], teacher[name])
@@ -171,13 +106,13 @@ def test_published_student(prepared, tmp_path, teacher):
     assert pipeline.scheduler.config.stochastic_sampling
     defaults = pipeline.config.defaults
     assert (defaults["size"], defaults["steps"], defaults["guidance_scale"]) == (SIZE, 4, 1.0)
-    wish = given.preview[0]
+    preview = given.preview[0]
     request = resolve(
-        PortraitRequest(prompt=wish.prompt, conditions={"mask": ConditionInput(image=wish.mask)}), pipeline
+        PortraitRequest(prompt=preview.prompt, conditions={"mask": ConditionInput(image=preview.mask)}), pipeline
     )
-    (image,), _ = generate(pipeline, request, [wish.seed])
-    preview = Image.open(sorted((tmp_path / "previews").iterdir())[-1])
-    assert np.array_equal(np.asarray(preview), np.asarray(image))
+    (image,), _ = generate(pipeline, request, [preview.seed])
+    published = Image.open(sorted((tmp_path / "previews").iterdir())[-1])
+    assert np.array_equal(np.asarray(published), np.asarray(image))
     for steps in (1, 2, 4):
         request = resolve(PortraitRequest(prompt="a face", num_inference_steps=steps), pipeline)
         first, second = generate(pipeline, request, [3, 4])[0]
@@ -198,7 +133,7 @@ def test_commands(prepared, tmp_path):
         precision = "bf16"
         [data]
         shards = ["{shards}"]
-        condition_shares = {{ mask = 0.5, keypoints = 0.2, none = 0.3 }}
+        condition_probabilities = {{ mask = 0.5, keypoints = 0.2, none = 0.3 }}
         [optimizer]
         images = 4
         batch = 2
@@ -343,7 +278,7 @@ def test_gradients_of_both_sides(prepared):
     assert 0.95 < found.norm() / exact.norm() < 1.05
 
 
-def test_a_batch_holds_every_time(prepared, tmp_path, monkeypatch):
+def test_every_batch_has_every_time(prepared, tmp_path, monkeypatch):
     """A sample goes from noise through all times on the student's own estimates, and then leaves."""
     seen = []
 
@@ -363,11 +298,11 @@ def test_a_batch_holds_every_time(prepared, tmp_path, monkeypatch):
         assert torch.equal(samples.previous[:3], samples.clean[:3])
 
 
-def test_average_chosen_after_training(prepared, tmp_path):
+def test_posthoc_ema(prepared, tmp_path):
     """`likeness average` works on a student's run, and its folder samples as the student does."""
-    given = recipe(prepared, optimizer={"ema": 0.1, "ema_choices": [0.2]})
+    given = recipe(prepared, optimizer={"ema": 0.1, "posthoc_emas": [0.2]})
     train_student(given, tmp_path)
-    pipeline = load(average_of(tmp_path, 0.15))
+    pipeline = load(posthoc_ema(tmp_path, 0.15))
     assert pipeline.scheduler.config.stochastic_sampling
     assert pipeline.config.defaults["guidance_scale"] == 1.0
 
@@ -390,17 +325,17 @@ def test_recipes_that_do_not_fit(prepared, tmp_path):
             train_student(recipe(prepared, **changes), tmp_path / "run")
         assert not (tmp_path / "run").exists()
 
-    rejected("Unknown model .*nowhere", teacher=str(prepared / "nowhere"))
+    rejected("there is no model .*nowhere", teacher=str(prepared / "nowhere"))
     rejected("discriminator.blocks has 2, but the teacher's blocks are 0 to 1", discriminator={"blocks": [0, 2]})
     rejected("different blocks", discriminator={"blocks": [1, 1]})
     rejected("steps is 0: it must be at least 1", steps=0)
     rejected("defaults.steps is 3, but a student of 4 steps is trained for 1, 2, 4", defaults={"steps": 3})
     rejected("defaults.steps is 2.0: it must be a whole number", defaults={"steps": 2.0})
     rejected("unknown key 'speed'", defaults={"speed": 3})
-    rejected("components is .*: the teacher decides", data={"components": "elsewhere"})
-    rejected("nothing reads it", data={"validation": [str(prepared / "shards")]})
-    rejected("was not trained with beard", data={"condition_shares": {"beard": 1.0}})
-    rejected("one condition at a time", data={"condition_shares": {"mask+sketch": 1.0}})
+    rejected("components is .*: it must be omitted", data={"components": "elsewhere"})
+    rejected("validation is .*: it must be omitted", data={"validation": [str(prepared / "shards")]})
+    rejected("was not trained with beard", data={"condition_probabilities": {"beard": 1.0}})
+    rejected("one condition at a time", data={"condition_probabilities": {"mask+sketch": 1.0}})
     rejected("mismatch needs at least 2", optimizer={"batch": 1})
     rejected("frozen_learning_rate is -1.0: it must be above 0", frozen_learning_rate=-1.0)
     diffusion = tiny_pipeline()
@@ -416,14 +351,14 @@ def test_recipes_that_do_not_fit(prepared, tmp_path):
 
 def test_another_recipe_in_the_same_folder(prepared, tmp_path):
     train_student(recipe(prepared, optimizer={"images": 3}, preview=[]), tmp_path)
-    with pytest.raises(InputError, match="begun with another discriminator"):
+    with pytest.raises(InputError, match="started with another discriminator"):
         train_student(recipe(prepared, discriminator={"width": 4}, preview=[]), tmp_path)
 
 
 def test_several_conditions_at_once(prepared, tmp_path):
     """MDiTFace is trained with any subset in one sample."""
-    shares = {"mask": 0.3, "mask+sketch": 0.4, "keypoints": 0.1, "none": 0.2}
-    model = train_student(recipe(prepared, "mditface", data={"condition_shares": shares}), tmp_path)
+    probabilities = {"mask": 0.3, "mask+sketch": 0.4, "keypoints": 0.1, "none": 0.2}
+    model = train_student(recipe(prepared, "mditface", data={"condition_probabilities": probabilities}), tmp_path)
     faces = prepared / "faces/train"
     control = {"mask": str(faces / "masks/000000.png"), "sketch": str(faces / "sketches/000000.png")}
     pipeline = load(model)
@@ -437,15 +372,3 @@ def test_several_conditions_at_once(prepared, tmp_path):
     )
     (image,), _ = generate(pipeline, request, [1])
     assert image.size == (SIZE, SIZE)
-
-
-def test_text_features_are_used():
-    """The text of a sample reaches the discriminator."""
-    network = tiny_transformer()
-    discriminator = Discriminator(network, [0, 1], width=8)
-    samples = given_samples(1, [[-1]])
-    other = TextFeatures(samples.tokens + 1, samples.pooled)
-    time = torch.tensor([300.0])
-    with torch.no_grad():
-        first = discriminator(samples.clean, time, *samples.arguments())
-        assert not torch.equal(first, discriminator(samples.clean, time, other, samples.conditions, samples.index))

@@ -1,9 +1,8 @@
-"""The mini text tower: a tokenizer without unknown words, an honest pooled vector, exact resumption."""
+"""The text encoder: a tokenizer without unknown tokens, the pooled vector, training with exact resume, retrieval."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,8 @@ from likeness.config import load_toml
 from likeness.data.folder import read_photo
 from likeness.encoders.text import encode_text, token_ids, truncated_text
 from likeness.encoders.text_image import load_attribute_head, name_attributes, resize_images
-from likeness.train.checkpoint import load_state, states
 from likeness.train.components.text_image import (
-    SMALLEST_VOCABULARY,
+    MIN_VOCABULARY,
     Pairs,
     TextImageRecipe,
     attribute_classes,
@@ -34,6 +32,7 @@ from likeness.train.components.text_image import (
     train_tokenizer,
 )
 from likeness.types import InputError
+from runs import assert_identical, load_checkpoint, metrics, sigterm_in_step
 
 COLORS = ("red", "green", "blue", "yellow", "white", "black")
 SIDES = ("left", "right")
@@ -42,7 +41,7 @@ LONG = "a " + "very " * 40 + "red box"
 
 
 def draw_folder(folder: Path) -> str:
-    """Twelve pictures of a box, named by its colour and its side."""
+    """Write twelve images of a box, described by its color and its side."""
     folder.mkdir(parents=True)
     rows = []
     for color in COLORS:
@@ -54,7 +53,7 @@ def draw_folder(folder: Path) -> str:
             text = [f"A {color} box on the {side}.", f"on the {side}, a {color} square"]
             attributes = {"color": color, "left": side == "left", "weight": 0.5, "kind": "box"}
             rows.append({"file_name": f"{color}_{side}.png", "text": text, "attributes": attributes})
-    rows.append({"file_name": "red_left.png"})  # no caption: to be passed over
+    rows.append({"file_name": "red_left.png"})  # no caption: skipped
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return str(folder)
 
@@ -79,8 +78,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> TextImageRecipe:
         batch=8,
         learning_rate=3e-3,
         warmup=160,
-        choices=6,
-        attributes=0.5,
+        retrieval_candidates=6,
+        attribute_weight=0.5,
         checkpoint_every=800,
         compile=False,
         threads=1,
@@ -96,17 +95,17 @@ def run(recipe: TextImageRecipe, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 @pytest.fixture(scope="module")
-def towers(run: Path) -> tuple[CLIPModel, CLIPTextModel, Any]:
-    clip = CLIPModel.from_pretrained(run / "model" / "clip").eval()
+def models(run: Path) -> tuple[CLIPModel, CLIPTextModel, Any]:
+    clip = CLIPModel.from_pretrained(run / "model" / "max_grad_norm").eval()
     text_encoder = CLIPTextModel.from_pretrained(run / "model" / "text_encoder").eval()
     return clip, text_encoder, CLIPTokenizer.from_pretrained(run / "model" / "tokenizer")
 
 
-def test_tokenizer_follows_clip(towers: tuple[CLIPModel, CLIPTextModel, Any]) -> None:
-    tokenizer = towers[2]
+def test_tokenizer_follows_clip(models: tuple[CLIPModel, CLIPTextModel, Any]) -> None:
+    tokenizer = models[2]
     assert tokenizer.bos_token == "<|startoftext|>"
     assert tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>"
-    assert tokenizer.eos_token_id == len(tokenizer) - 1 > SMALLEST_VOCABULARY
+    assert tokenizer.eos_token_id == len(tokenizer) - 1 > MIN_VOCABULARY
     ids = tokenizer("A RED box", padding="max_length", max_length=8).input_ids
     assert ids == [tokenizer.bos_token_id, *tokenizer.convert_tokens_to_ids(["a</w>", "red</w>", "box</w>"])] + [
         tokenizer.eos_token_id
@@ -115,15 +114,15 @@ def test_tokenizer_follows_clip(towers: tuple[CLIPModel, CLIPTextModel, Any]) ->
 
 
 @pytest.mark.parametrize("text", ["flamboyant", "façade", "日本", "😀", "ß", "\u0007", "x" * 30, "3", "naïve é ü."])
-def test_every_character_is_encodable(towers: tuple[CLIPModel, CLIPTextModel, Any], text: str) -> None:
-    tokenizer = towers[2]
+def test_every_character_is_encodable(models: tuple[CLIPModel, CLIPTextModel, Any], text: str) -> None:
+    tokenizer = models[2]
     ids = tokenizer(text).input_ids
     assert tokenizer.eos_token_id not in ids[1:-1]  # CLIP's unknown token is the end token
     assert tokenizer.decode(ids, skip_special_tokens=True).replace(" .", ".") == text
 
 
-def test_truncation_keeps_the_end_token(towers: tuple[CLIPModel, CLIPTextModel, Any]) -> None:
-    tokenizer = towers[2]
+def test_truncation_keeps_the_end_token(models: tuple[CLIPModel, CLIPTextModel, Any]) -> None:
+    tokenizer = models[2]
     assert tokenizer.model_max_length == 16
     ids = token_ids(tokenizer, [LONG, "red"], 16)
     assert ids.shape == (2, 16)
@@ -133,7 +132,7 @@ def test_truncation_keeps_the_end_token(towers: tuple[CLIPModel, CLIPTextModel, 
     assert truncated_text(tokenizer, "red box", 16) == ""
 
 
-def test_tokenizer_is_the_same_for_any_order_and_keeps_to_its_size() -> None:
+def test_tokenizer_is_independent_of_order_and_has_its_size() -> None:
     first, second = (train_tokenizer(captions, 530, 16) for captions in (CAPTIONS, CAPTIONS[::-1]))
     assert first.get_vocab() == second.get_vocab()
     assert len(first) == 530
@@ -142,8 +141,8 @@ def test_tokenizer_is_the_same_for_any_order_and_keeps_to_its_size() -> None:
             train_tokenizer(CAPTIONS, vocabulary, max_tokens)
 
 
-def test_pooled_is_at_the_first_end_token(towers: tuple[CLIPModel, CLIPTextModel, Any]) -> None:
-    _, text_encoder, tokenizer = towers
+def test_pooled_is_at_the_first_end_token(models: tuple[CLIPModel, CLIPTextModel, Any]) -> None:
+    _, text_encoder, tokenizer = models
     assert text_encoder.config.eos_token_id == tokenizer.eos_token_id != 2
     captions = ["", "red", CAPTIONS[0], LONG]
     ends = [len(tokenizer(caption, truncation=True, max_length=16).input_ids) - 1 for caption in captions]
@@ -152,14 +151,14 @@ def test_pooled_is_at_the_first_end_token(towers: tuple[CLIPModel, CLIPTextModel
     with torch.no_grad():
         output = text_encoder(token_ids(tokenizer, captions, 16))
     torch.testing.assert_close(output.pooler_output, output.last_hidden_state[range(4), ends])
-    # what comes after the end token is not looked at, and the other positions are different vectors
+    # padding has no effect, and other positions are different vectors
     shorter = encode_text(tokenizer, text_encoder, captions[:3], max_tokens=12)
     torch.testing.assert_close(shorter.pooled, output.pooler_output[:3], atol=1e-5, rtol=1e-4)
     assert (output.last_hidden_state[1, 0] - output.pooler_output[1]).abs().max() > 0.1
 
 
-def test_published_parts_belong_together(towers: tuple[CLIPModel, CLIPTextModel, Any]) -> None:
-    clip, text_encoder, tokenizer = towers
+def test_published_parts_agree(models: tuple[CLIPModel, CLIPTextModel, Any]) -> None:
+    clip, text_encoder, tokenizer = models
     features = encode_text(tokenizer, text_encoder, CAPTIONS, max_tokens=16)
     assert features.tokens.shape == (12, 16, 32)
     assert features.pooled.shape == (12, 32)
@@ -171,10 +170,10 @@ def test_published_parts_belong_together(towers: tuple[CLIPModel, CLIPTextModel,
     assert torch.isfinite(features.tokens).all()
 
 
-def test_loss_falls_and_the_right_captions_are_found(
-    recipe: TextImageRecipe, run: Path, towers: tuple[CLIPModel, CLIPTextModel, Any]
+def test_loss_falls_and_captions_are_retrieved(
+    recipe: TextImageRecipe, run: Path, models: tuple[CLIPModel, CLIPTextModel, Any]
 ) -> None:
-    clip, _, tokenizer = towers
+    clip, _, tokenizer = models
     rows = captioned_rows(recipe.test)
     assert len(rows) == 12
     batch = Pairs(recipe, rows, tokenizer).make(0, range(12))
@@ -182,71 +181,63 @@ def test_loss_falls_and_the_right_captions_are_found(
     fresh = build(recipe, tokenizer).eval()
     with torch.no_grad():
         assert losses(clip, None, (), batch)[0] < 0.5 * losses(fresh, None, (), batch)[0]
-    found = retrieval(clip, tokenizer, rows, recipe.size, choices=6)
+    found = retrieval(clip, tokenizer, rows, recipe.size, candidates=6)
     assert found["n"] == 12
     assert found["find_caption"] > 0.6
     assert found["find_picture"] > 0.6
-    assert retrieval(clip, tokenizer, rows, recipe.size, choices=50)["choices"] == 12
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["attribute_loss"] for line in lines if "loss" in line][-1] < 0.6  # blind: (ln 6 + ln 2) / 2 = 1.24
+    assert retrieval(clip, tokenizer, rows, recipe.size, candidates=50)["candidates"] == 12
+    lines = metrics(run)
+    assert [line["attribute_loss"] for line in lines if "loss" in line][-1] < 0.6  # chance: (ln 6 + ln 2) / 2 = 1.24
     assert [line["seen"] for line in lines if "find_caption" in line] == [800, 1600]
 
 
-def test_resume_equals_never_stopping(recipe: TextImageRecipe, run: Path, tmp_path: Path) -> None:
-    first, _ = states(run)
-    shutil.copytree(first, tmp_path / "checkpoints" / first.name)
-    shutil.copytree(run / "model" / "tokenizer", tmp_path / "model" / "tokenizer")
+def test_resume_is_exact(recipe: TextImageRecipe, run: Path, tmp_path: Path) -> None:
+    with sigterm_in_step(20, 160):
+        train_text_image(recipe, tmp_path)
     torch.manual_seed(123)
     train_text_image(recipe, tmp_path)
-    whole, resumed = load_state(run), load_state(tmp_path)
-    assert whole is not None
-    assert resumed is not None
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
-    assert states(tmp_path)[-1].name == states(run)[-1].name == f"{recipe.images:012d}"
+    assert_identical(load_checkpoint(tmp_path), load_checkpoint(run))
     for file in ("clip/model.safetensors", "text_encoder/model.safetensors"):
         assert (run / "model" / file).read_bytes() == (tmp_path / "model" / file).read_bytes()
 
 
 def test_pairs_depend_on_their_position_only(
-    recipe: TextImageRecipe, towers: tuple[CLIPModel, CLIPTextModel, Any]
+    recipe: TextImageRecipe, models: tuple[CLIPModel, CLIPTextModel, Any]
 ) -> None:
-    pairs = Pairs(recipe, captioned_rows(recipe.train), towers[2])
-    whole = list(pairs.batches(0))
-    assert len(whole) == recipe.images // recipe.batch
-    for index, batch in enumerate(Pairs(recipe, pairs.rows, towers[2]).batches(1440)):
-        assert all(torch.equal(a, b) for a, b in zip(batch, whole[180 + index], strict=True))
-    pictures = torch.cat([batch.pictures for batch in whole])
-    assert -1 <= pictures.min() < pictures.max() <= 1
-    colors = pictures.mean(dim=(1, 2, 3))
-    assert len(colors.unique()) > 12  # the same pictures are seen in other crops and light
+    pairs = Pairs(recipe, captioned_rows(recipe.train), models[2])
+    whole = list(pairs.batches(range(0, 160, 8)))
+    for index, batch in enumerate(Pairs(recipe, pairs.rows, models[2]).batches(range(80, 160, 8))):
+        assert all(torch.equal(a, b) for a, b in zip(batch, whole[10 + index], strict=True))
+    images = torch.cat([batch.images for batch in whole])
+    assert -1 <= images.min() < images.max() <= 1
+    assert len(images.mean(dim=(1, 2, 3)).unique()) > 12  # crops and brightness differ
 
 
-def test_captions_that_read_the_same_are_positives(
-    recipe: TextImageRecipe, towers: tuple[CLIPModel, CLIPTextModel, Any]
+def test_identical_captions_are_positives(
+    recipe: TextImageRecipe, models: tuple[CLIPModel, CLIPTextModel, Any]
 ) -> None:
     rows = captioned_rows(recipe.train)[:3]
     for row, text in zip(rows, ("a box", "a  BOX", "a square"), strict=True):
         row["text"] = text
-    batch = Pairs(recipe, rows, towers[2]).make(0, [0, 1, 2, 2])
+    batch = Pairs(recipe, rows, models[2]).make(0, [0, 1, 2, 2])
     same = np.array([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]], dtype=bool)
     np.testing.assert_array_equal(batch.positives.numpy(), same)
-    # two right answers each: what treats them alike has the entropy of the choice between them, and no more
+    # two positives each: equal logits for both have the entropy of a choice between two, the minimum
     vectors = torch.eye(2)[[0, 0, 1, 1]]
     loss = contrastive_loss(vectors, vectors, batch.positives, torch.tensor(100.0))
     torch.testing.assert_close(loss, torch.tensor(2.0).log())
     assert contrastive_loss(vectors, vectors, torch.eye(4, dtype=torch.bool), torch.tensor(100.0)) >= loss - 1e-6
 
 
-def test_attributes_are_words_and_yes_or_no(
-    recipe: TextImageRecipe, towers: tuple[CLIPModel, CLIPTextModel, Any]
+def test_attributes_are_strings_and_booleans(
+    recipe: TextImageRecipe, models: tuple[CLIPModel, CLIPTextModel, Any]
 ) -> None:
     rows = captioned_rows(recipe.train)[:3]
     classes = attribute_classes(rows)
-    assert classes == {"color": ["green", "red"], "left": ["False", "True"]}  # no number, nothing that all share
+    assert classes == {"color": ["green", "red"], "left": ["False", "True"]}  # no numbers, no constants
     del rows[1]["attributes"]
     rows[2]["attributes"]["color"] = "mauve"
-    labels = Pairs(recipe, rows, towers[2], classes).make(0, [0, 1, 2]).labels
+    labels = Pairs(recipe, rows, models[2], classes).make(0, [0, 1, 2]).labels
     assert labels.tolist() == [[1, 1], [-100, -100], [-100, 1]]
     head = torch.nn.Linear(5, 4)
     loss = attribute_loss(head, torch.randn(3, 5), labels, (2, 2))
@@ -255,14 +246,14 @@ def test_attributes_are_words_and_yes_or_no(
 
 
 def test_the_published_head_names_attributes(
-    run: Path, recipe: TextImageRecipe, towers: tuple[CLIPModel, CLIPTextModel, Any]
+    run: Path, recipe: TextImageRecipe, models: tuple[CLIPModel, CLIPTextModel, Any]
 ) -> None:
-    """Colour and side of the boxes, from what training left in `run/model`."""
+    """Color and side of the boxes, predicted by the published head."""
     head = load_attribute_head(run / "model")
     assert head is not None
     rows = captioned_rows(recipe.train)
-    pictures = [read_photo(row["file_name"]) for row in rows]
-    named = name_attributes(towers[0], head, resize_images(pictures, 16))
+    images = [read_photo(row["file_name"]) for row in rows]
+    named = name_attributes(models[0], head, resize_images(images, 16))
     assert set(named[0]) == set(head.classes) == {"color", "left"}
     for name in ("color", "left"):
         right = [found[name] == str(row["attributes"][name]) for found, row in zip(named, rows, strict=True)]
@@ -270,7 +261,7 @@ def test_the_published_head_names_attributes(
     assert load_attribute_head(run) is None
 
 
-def test_folders_without_captions_are_refused(tmp_path: Path, recipe: TextImageRecipe) -> None:
+def test_folders_without_captions_are_rejected(tmp_path: Path, recipe: TextImageRecipe) -> None:
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n')
     with pytest.raises(InputError, match="caption"):
         captioned_rows([str(tmp_path)])
@@ -281,4 +272,4 @@ def test_recipe_parses() -> None:
     recipe = load_toml(path, TextImageRecipe)
     assert recipe.text_width % recipe.text_heads == recipe.vision_width % recipe.vision_heads == 0
     assert recipe.size % recipe.patch == 0
-    assert recipe.text_layers >= 2  # the last layer but one is what a transformer is given
+    assert recipe.text_layers >= 2  # transformers use the features of the last but one

@@ -1,83 +1,37 @@
-"""Shards, order of samples, batches and the loop: exact, resumable, and refusing what does not fit."""
+"""Batches, checkpoints and the training loop: exact, resumable, and rejecting data that do not fit."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from builders import save_components, tiny_transformer
-from likeness.config import load_toml
+from builders import tiny_transformer
 from likeness.data.sampler import Sampler
 from likeness.data.store import Sample, Store
 from likeness.encoders.components import load_components
 from likeness.pipelines.generate import generate, resolve
 from likeness.pipelines.load import load
 from likeness.prepare.encode import encode_folder
-from likeness.prepare.synthetic import write_synthetic
 from likeness.train import loop
-from likeness.train.checkpoint import load_state, save_state, states
-from likeness.train.config import DataRecipe, TrainRecipe
-from likeness.train.optim import Ema, learning_rate, make_optimizers, power_of
-from likeness.train.step import make_batch
+from likeness.train.batches import make_batch
+from likeness.train.checkpoint import checkpoints, save_checkpoint
+from likeness.train.config import DataRecipe
+from likeness.train.ema import Ema, exponent
+from likeness.train.optim import learning_rate, make_optimizers
 from likeness.train.validate import condition_losses
-from likeness.types import ConditionInput, InputError, PortraitRequest, TryAgain
-
-SIZE = 32
+from likeness.types import ConditionInput, InputError, PortraitRequest
+from runs import check_resume, killed_after_checkpoint, load_checkpoint, metrics, prepare, sigterm_in_step, small
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> Path:
-    """Ten drawn faces, tiny components, and their store."""
-    root = tmp_path_factory.mktemp("prepared")
-    write_synthetic(root / "faces", 10, SIZE, seed=0)
-    save_components(root / "components")
-    encode_folder(root / "faces", root / "shards", load_components(root / "components"), size=SIZE)
-    return root
-
-
-def recipe(root: Path, images: int = 24, **changes: str) -> TrainRecipe:
-    text = f"""
-        kind = "transformer"
-        precision = "fp32"
-        log_every = 8
-        checkpoint_every = 12
-        [network]
-        hidden_size = 32
-        depth = 2
-        heads = 2
-        [data]
-        shards = ["{root}/shards"]
-        components = "{root}/components"
-        condition_shares = {{ mask = 0.5, sketch = 0.3, none = 0.2 }}
-        [optimizer]
-        images = {images}
-        batch = 4
-        learning_rate = 1e-3
-        [defaults]
-        size = {SIZE}
-        steps = 2
-        guidance_scale = 2.0
-        [[preview]]
-        prompt = "a face"
-        mask = "{root}/faces/train/masks/000000.png"
-        seed = 5
-    """
-    path = root / "recipe.toml"
-    path.write_text(text)
-    return load_toml(path, TrainRecipe, tuple(f"{key}={value}" for key, value in changes.items()))
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    state = load_state(run)
-    assert state is not None
-    return state
+def root(tmp_path_factory) -> Path:
+    return prepare(tmp_path_factory.mktemp("prepared"), 10)
 
 
 def test_sampler_sees_every_face_once_an_epoch():
@@ -94,7 +48,7 @@ def test_batch_depends_on_positions_only():
         Sample(torch.full((4, 4, 4), float(i)), {"mask": torch.ones(4, 4, 4)}, [f"caption {k}" for k in range(5)])
         for i in range(6)
     ]
-    data = DataRecipe(shards=(), condition_shares={"mask": 0.5, "none": 0.5})
+    data = DataRecipe(shards=(), condition_probabilities={"mask": 0.5, "none": 0.5})
     one, zero = torch.ones(1), torch.zeros(1)
     whole = make_batch(samples, range(10, 16), data, ["mask", "none"], zero, one, seed=3)
     part = make_batch(samples[4:], range(14, 16), data, ["mask", "none"], zero, one, seed=3)
@@ -104,16 +58,16 @@ def test_batch_depends_on_positions_only():
     assert whole.captions[4:] == part.captions
 
 
-def test_shares_and_dropout_are_what_the_recipe_says():
-    """Text is dropped once, not twice: 10 % of 10,000 samples, and conditions in their shares."""
-    sample = Sample(torch.zeros(1, 1, 1), {"mask": torch.zeros(1, 1, 1), "sketch": torch.zeros(1, 1, 1)}, ["words"])
-    data = DataRecipe(shards=(), condition_shares={"mask": 0.45, "sketch": 0.35, "none": 0.2}, text_dropout=0.1)
+def test_probabilities_of_conditions_and_text_dropout():
+    """Text is dropped once, in 10 % of 10,000 samples, and conditions have their probabilities."""
+    sample = Sample(torch.zeros(1, 1, 1), {"mask": torch.zeros(1, 1, 1), "sketch": torch.zeros(1, 1, 1)}, ["caption"])
+    data = DataRecipe(shards=(), condition_probabilities={"mask": 0.45, "sketch": 0.35, "none": 0.2}, text_dropout=0.1)
     n, one, zero = 10_000, torch.ones(1), torch.zeros(1)
     batch = make_batch([sample] * n, range(n), data, ["mask", "sketch", "none"], zero, one, seed=0)
     assert abs(batch.captions.count("") / n - 0.1) < 0.01
     index = batch.condition_index[:, 0]
-    for row, share in ((0, 0.45), (1, 0.35), (-1, 0.2)):
-        assert abs((index == row).float().mean().item() - share) < 0.015
+    for condition_id, probability in ((0, 0.45), (1, 0.35), (-1, 0.2)):
+        assert abs((index == condition_id).float().mean().item() - probability) < 0.015
     assert abs(batch.uniform.mean().item() - 0.5) < 0.01
     assert abs(batch.noise.std().item() - 1) < 0.03
 
@@ -121,7 +75,7 @@ def test_shares_and_dropout_are_what_the_recipe_says():
 def test_several_conditions_at_once():
     conditions = {name: torch.full((2, 4, 4), float(value)) for value, name in enumerate(("mask", "sketch"), start=1)}
     both, lacking = Sample(torch.zeros(2, 4, 4), conditions, []), Sample(torch.zeros(2, 4, 4), {}, [])
-    data = DataRecipe(shards=(), condition_shares={"mask+sketch": 1.0})
+    data = DataRecipe(shards=(), condition_probabilities={"mask+sketch": 1.0})
     mean, std = torch.full((1, 2, 1, 1), 1.0), torch.full((1, 2, 1, 1), 2.0)
     batch = make_batch([both, lacking], [0, 1], data, ["sketch", "mask"], mean, std, seed=0)
     assert batch.condition_index.tolist() == [[1, 0], [-1, -1]]
@@ -131,54 +85,18 @@ def test_several_conditions_at_once():
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_stopped_and_resumed_is_never_stopped(prepared, tmp_path, monkeypatch, name):
-    """Killed after a checkpoint and started again: bit-identical weights, average, and previews."""
-    given = recipe(prepared, **{"optimizer.name": f'"{name}"'})
-    loop.train(given, tmp_path / "whole")
-    real = loop.save_state
-
-    def save_and_die(*arguments):
-        real(*arguments)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(loop, "save_state", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
-        loop.train(given, tmp_path / "parts")
-    assert [path.name for path in states(tmp_path / "parts")] == ["000000000012"]
-    monkeypatch.setattr(loop, "save_state", real)
-    loop.train(given, tmp_path / "parts")
-    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
-    assert whole.keys() == parts.keys()
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    previews = [sorted((tmp_path / name / "previews").iterdir())[-1].read_bytes() for name in ("whole", "parts")]
-    assert previews[0] == previews[1]
+def test_resume_is_exact(root, tmp_path, name):
+    """Killed after a checkpoint, then stopped by SIGTERM: bit-identical weights, EMA, optimizer states and previews."""
+    preview = [{"prompt": "a face", "mask": f"{root}/faces/train/masks/000000.png", "seed": 5}]
+    recipe = small(root, optimizer={"name": name}, preview=preview)
+    train = lambda run: loop.train(recipe, run)  # noqa: E731
+    check_resume(train, tmp_path, killed_after_checkpoint(), sigterm_in_step(3, 20))
+    assert [int(path.name) for path in checkpoints(tmp_path / "parts")] == [20, 24]
 
 
-def test_told_to_end(prepared, tmp_path, monkeypatch):
-    """SIGTERM within a step: a state is written after it, and the same command goes on to what it would have been."""
-    loop.train(recipe(prepared), tmp_path / "whole")
-    steps = []
-
-    def told_in_the_fourth(*arguments):
-        steps.append(len(steps) + 1)
-        if steps[-1] == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*arguments)
-
-    real = loop.loss_of
-    monkeypatch.setattr(loop, "loss_of", told_in_the_fourth)
-    with pytest.raises(TryAgain, match="told to end after 16 images: run the same command again to go on"):
-        loop.train(recipe(prepared), tmp_path / "parts")
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert [int(path.name) for path in states(tmp_path / "parts")] == [12, 16]
-    loop.train(recipe(prepared), tmp_path / "parts")
-    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-
-
-def test_muon_takes_the_matrices_of_the_blocks(prepared):
+def test_muon_takes_the_matrices_of_the_blocks(root):
     network = tiny_transformer()
-    adamw, muon = make_optimizers(network, recipe(prepared, **{"optimizer.name": '"muon"'}).optimizer)
+    adamw, muon = make_optimizers(network, small(root, optimizer={"name": "muon"}).optimizer)
     names = {parameter: name for name, parameter in network.named_parameters()}
     taken = {names[parameter] for group in muon.param_groups for parameter in group["params"]}
     left = {names[parameter] for group in adamw.param_groups for parameter in group["params"]}
@@ -186,88 +104,99 @@ def test_muon_takes_the_matrices_of_the_blocks(prepared):
     assert not taken & left
     assert "blocks.0.attention.image_qkv.weight" in taken
     assert {"patch_embed.weight", "blocks.0.modulation.weight", "final.weight", "text_embed.weight"} <= left
-    (alone,) = make_optimizers(network, recipe(prepared).optimizer)
+    (alone,) = make_optimizers(network, small(root).optimizer)
     assert sum(len(group["params"]) for group in alone.param_groups) == len(names)
 
 
-def test_preview_is_what_generate_makes(prepared, tmp_path):
-    """The published folder, loaded afresh, gives the preview's pixels."""
-    from PIL import Image
-
-    config = recipe(prepared)
-    model = loop.train(config, tmp_path)
-    wish = config.preview[0]
-    pipeline = load(model)
+def test_preview_is_what_generate_makes(root, tmp_path):
+    """The published pipeline generates the pixels of the preview."""
+    mask = f"{root}/faces/train/masks/000000.png"
+    pipeline = load(loop.train(small(root, preview=[{"prompt": "a face", "mask": mask, "seed": 5}]), tmp_path))
     assert pipeline.config.sizes == [[32, 32]]  # those of the shards
     request = resolve(
-        PortraitRequest(prompt=wish.prompt, conditions={"mask": ConditionInput(image=wish.mask)}, seed=5), pipeline
+        PortraitRequest(prompt="a face", conditions={"mask": ConditionInput(image=mask)}, seed=5), pipeline
     )
-    picture = generate(pipeline, request, [5])[0][0]
+    image = generate(pipeline, request, [5])[0][0]
     preview = Image.open(sorted((tmp_path / "previews").iterdir())[-1])
-    assert np.array_equal(np.asarray(preview), np.asarray(picture))
+    assert np.array_equal(np.asarray(preview), np.asarray(image))
 
 
-def test_training_learns(prepared, tmp_path):
-    loop.train(recipe(prepared, images=480, log_every="48", checkpoint_every="480"), tmp_path)
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+def test_loss_falls(root, tmp_path):
+    loop.train(small(root, optimizer={"images": 480}, log_every=48, checkpoint_every=480), tmp_path)
+    losses = [line["loss"] for line in metrics(tmp_path)]
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_run_of_another_recipe_is_refused(prepared, tmp_path):
-    loop.train(recipe(prepared, images=4), tmp_path)
+def test_run_of_another_recipe_is_rejected(root, tmp_path):
+    loop.train(small(root, optimizer={"images": 4}), tmp_path)
     with pytest.raises(InputError, match="another network"):
-        loop.train(recipe(prepared, images=4, **{"network.depth": "3"}), tmp_path)
+        loop.train(small(root, optimizer={"images": 4}, network={"depth": 3}), tmp_path)
 
 
-def test_shards_of_another_autoencoder_are_refused(prepared, tmp_path):
+def test_recipe_of_an_earlier_version_is_resumed(root, tmp_path):
+    """The recipe of a run folder may have the old names of keys."""
+    loop.train(small(root, optimizer={"images": 4}), tmp_path)
+    stored = json.loads((tmp_path / "recipe.json").read_text())
+    for table, new, old in (
+        (stored["data"], "condition_probabilities", "condition_shares"),
+        (stored["optimizer"], "max_grad_norm", "clip"),
+        (stored, "sharding", "layout"),
+    ):
+        table[old] = table.pop(new)
+    (tmp_path / "recipe.json").write_text(json.dumps(stored))
+    loop.train(small(root, optimizer={"images": 8}), tmp_path)
+    assert "condition_probabilities" in json.loads((tmp_path / "recipe.json").read_text())["data"]
+
+
+def test_shards_of_another_autoencoder_are_rejected(root, tmp_path):
     copy = tmp_path / "shards"
-    copy.mkdir()
-    for file in (prepared / "shards").iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(root / "shards", copy)
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps({**manifest, "codec": "0" * 64}))
     with pytest.raises(InputError, match="another encoder"):
-        loop.train(recipe(prepared, **{"data.shards": f'["{copy}"]'}), tmp_path / "run")
+        loop.train(small(root, data={"shards": [str(copy)]}), tmp_path / "run")
 
 
-def test_text_features_of_the_shards(prepared, tmp_path):
-    """Stored features train as the tower itself does; those of another tower, or of a part of the data, are refused."""
-    parts, out = load_components(prepared / "components"), tmp_path / "shards"
-    encode_folder(prepared / "faces", out, parts, size=SIZE, text_features=True)
-    of = lambda *stores: recipe(prepared, images=8, **{"data.shards": json.dumps([str(s) for s in stores])})  # noqa: E731
-    loop.train(of(out), tmp_path / "stored")
-    loop.train(of(prepared / "shards"), tmp_path / "fresh")
-    told = [json.loads((tmp_path / run / "metrics.jsonl").read_text())["loss"] for run in ("stored", "fresh")]
-    assert told[0] == pytest.approx(told[1], rel=1e-3)
-    with pytest.raises(InputError, match="encode all alike"):
-        loop.train(of(out, prepared / "shards"), tmp_path / "mixed")
+def test_text_features_of_the_shards(root, tmp_path):
+    """Stored features give the losses of the encoder; those of another encoder or of some shards are rejected."""
+    components, out = load_components(root / "components"), tmp_path / "shards"
+    encode_folder(root / "faces", out, components, size=32, text_features=True)
+
+    def train(run: str, *shards: Path) -> float:
+        recipe = small(root, optimizer={"images": 8}, data={"shards": [str(path) for path in shards]})
+        loop.train(recipe, tmp_path / run)
+        return metrics(tmp_path / run)[0]["loss"]
+
+    assert train("stored", out) == pytest.approx(train("computed", root / "shards"), rel=1e-3)
+    with pytest.raises(InputError, match="differ in their text features"):
+        train("mixed", out, root / "shards")
     manifest = json.loads((out / "manifest.json").read_text())
     (out / "manifest.json").write_text(json.dumps({**manifest, "text": "0" * 64}))
     with pytest.raises(InputError, match="another text encoder"):
-        loop.train(of(out), tmp_path / "other")
+        train("other", out)
     with pytest.raises(InputError, match="another text encoder"):
-        encode_folder(prepared / "faces", out, parts, size=SIZE)
+        encode_folder(root / "faces", out, components, size=32)
 
 
-def test_condition_without_data_is_refused(prepared, tmp_path):
-    shares = "{ mask = 0.5, depth = 0.5 }"
+def test_condition_without_data_is_rejected(root, tmp_path):
     with pytest.raises(InputError, match="has no depth"):
-        loop.train(recipe(prepared, **{"data.condition_shares": shares}), tmp_path)
+        loop.train(small(root, {"mask": 0.5, "depth": 0.5}), tmp_path)
 
 
-def test_checkpoints_are_whole_and_few(tmp_path):
+def test_checkpoints_are_complete_and_few(tmp_path):
     for seen in (10, 20, 30):
-        save_state(tmp_path, seen, {"weight": torch.full((3,), float(seen))}, keep=2)
-    assert [path.name for path in states(tmp_path)] == ["000000000020", "000000000030"]
-    # what a killed process leaves is not taken for a state
-    shutil.copytree(states(tmp_path)[-1], tmp_path / "checkpoints" / "000000000040.partial")
-    assert load_state(tmp_path)["weight"].tolist() == [30.0] * 3
-    broken = tmp_path / "checkpoints" / "000000000050"
-    shutil.copytree(states(tmp_path)[-1], broken)
-    data = broken / "__0_0.distcp"
+        save_checkpoint(tmp_path, seen, {"weight": torch.full((3,), float(seen))}, keep=2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["000000000020", "000000000030"]
+    # the incomplete checkpoint of a killed process is ignored
+    ignore = shutil.ignore_patterns(".metadata")
+    shutil.copytree(checkpoints(tmp_path)[-1], tmp_path / "checkpoints" / "000000000040", ignore=ignore)
+    assert load_checkpoint(tmp_path)["weight"].tolist() == [30.0] * 3
+    damaged = tmp_path / "checkpoints" / "000000000050"
+    shutil.copytree(checkpoints(tmp_path)[-1], damaged)
+    data = damaged / "__0_0.distcp"
     data.write_bytes(data.read_bytes()[:20])
     with pytest.raises(InputError, match="000000000050"):
-        load_state(tmp_path)
+        load_checkpoint(tmp_path)
 
 
 def test_learning_rate():
@@ -280,25 +209,29 @@ def test_learning_rate():
     assert rate(99, "constant") == 1.0
 
 
-def test_power_law_average():
-    """Against the definition: the average at step n weighs step t by t^gamma, normalised; its width is as asked."""
+def test_power_law_ema():
+    """Against the definition: the EMA at step n weighs step t by t^gamma, normalized."""
     model = torch.nn.Linear(1, 1, bias=False)
-    ema = Ema(model, relative_width=0.1)
-    assert power_of(0.1) == pytest.approx(6.94, abs=0.01)
+    ema = Ema(model, 0.1)
+    assert exponent(0.1) == pytest.approx(6.94, abs=0.01)
     values = torch.randn(200, generator=torch.Generator().manual_seed(0))
     for step, value in enumerate(values, start=1):
         with torch.no_grad():
             model.weight.fill_(value)
         ema.update(step)
     steps = torch.arange(1, 201, dtype=torch.float64)
-    share = steps**ema.gamma / (steps**ema.gamma).sum()
-    assert ema.weights["weight"].item() == pytest.approx((share * values).sum().item(), abs=0.02)
+    weights = steps**ema.gamma / (steps**ema.gamma).sum()
+    assert ema.weights["weight"].item() == pytest.approx((weights * values).sum().item(), abs=0.02)
+    average = ema.averaged_model().weight.item()
+    with ema.applied():
+        assert model.weight.item() == average
+    assert model.weight.item() == values[-1].item()
 
 
-def test_condition_losses(prepared, tmp_path):
-    """A network that cannot see its condition has the same loss with any; one that can has not."""
-    pipeline = load(loop.train(recipe(prepared, images=240, checkpoint_every="240"), tmp_path))
-    store = Store(prepared / "shards")
+def test_condition_losses(root, tmp_path):
+    """Without its inputs for the condition, a network has the same loss with any condition."""
+    recipe = small(root, optimizer={"images": 240}, checkpoint_every=240)
+    pipeline, store = load(loop.train(recipe, tmp_path)), Store(root / "shards")
     losses = condition_losses(pipeline, store, "mask", count=6)
     assert losses == condition_losses(pipeline, store, "mask", count=6)
     assert len(set(losses.values())) == 3
@@ -306,5 +239,4 @@ def test_condition_losses(prepared, tmp_path):
         weight = pipeline.transformer.patch_embed.weight
         weight[:, weight.shape[1] // 2 :] = 0  # the condition's half of a patch
         pipeline.transformer.condition_embed.weight.zero_()
-    blind = condition_losses(pipeline, store, "mask", count=6)
-    assert len(set(blind.values())) == 1
+    assert len(set(condition_losses(pipeline, store, "mask", count=6).values())) == 1

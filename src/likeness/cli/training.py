@@ -1,7 +1,8 @@
-"""Commands that train models and bring in those of others."""
+"""Commands for training, and for the conversion of released weights."""
 
 from __future__ import annotations
 
+import pkgutil
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -19,91 +20,76 @@ def train(
     *,
     out: Path | None = None,
     plan: bool = False,
-    layouts: bool = False,
+    compare_sharding: bool = False,
     device: str | None = None,
     gpus: int = 1,
 ) -> None:
-    """Train what a recipe describes; to resume, run the same command again. On several GPUs: torchrun, see launch/.
+    """Train what a recipe describes. To resume, run the same command again. On several GPUs: torchrun, see launch/.
 
     Args:
-        recipe: A TOML file; its `kind` says what it trains.
-        overrides: Changes to it, as section.key=value.
-        out: Folder of the run; runs/<name of the recipe> by default.
-        plan: Do not train: predict memory and time, and say which setting would fit.
-        layouts: With --plan: what the layouts on 1 to 512 devices need and send, instead.
-        device: With --plan: a device such as h200, rtx-5000-ada; without it this machine is measured.
-        gpus: With --plan: how many of them.
+        recipe: TOML file; its `kind` is what it trains.
+        overrides: Changes to the recipe, as section.key=value.
+        out: Run folder. Default: runs/<name of the recipe>.
+        plan: Do not train: predict memory and time, and search settings that fit.
+        compare_sharding: With --plan: compare the values of `sharding` on 1 to 512 devices.
+        device: With --plan: a device such as h200 or rtx-5000-ada. Default: this machine is measured.
+        gpus: With --plan: number of devices.
     """
-    from likeness.config import load_toml
+    from likeness.train.config import check, load_recipe
 
-    kind, train_it = trainer_of(recipe)
-    config = load_toml(recipe, kind, (*overrides,))
+    recipe_class, train_recipe = trainer_of(recipe)
+    config = load_recipe(recipe, recipe_class, (*overrides,))
     quiet_libraries()
-    if layouts and not plan:
-        raise InputError("--layouts is a form of --plan: give both")
-    if plan:
-        if config.kind != "transformer":
-            raise InputError(f"{recipe} trains a component; --plan is for transformers")
-        from likeness.train.config import check
-        from likeness.train.plan import describe, describe_layouts
-
-        check(config)
-
-        print(describe_layouts(config, device) if layouts else describe(config, device, gpus))
+    if compare_sharding and not plan:
+        raise InputError("--compare-sharding requires --plan")
+    if not plan:
+        train_recipe(config, out or Path("runs") / recipe.stem)
         return
-    train_it(config, out or Path("runs") / recipe.stem)
+    if config.kind != "transformer":
+        raise InputError(f"the recipe {recipe} has kind = {config.kind!r}; --plan is for transformers")
+    from likeness.train.plan import describe, describe_shardings
+
+    check(config)
+    print(describe_shardings(config, device) if compare_sharding else describe(config, device, gpus))
 
 
 def average(run: PathArgument, width: tyro.conf.Positional[float], *, seen: int | None = None) -> None:
-    """Publish a run's weights with another average than the one it was trained with, chosen afterwards.
+    """Publish a run with another EMA of its weights than the one it was trained with (post-hoc EMA).
 
     Args:
-        run: Folder of a run whose recipe has optimizer.ema_choices.
-        width: Relative width of the average; larger reaches further back.
-        seen: Images at which it ends; the last checkpoint by default.
+        run: Folder of a run whose recipe has optimizer.posthoc_emas.
+        width: Relative width of the EMA; a larger one averages over more images.
+        seen: Number of training images at which the EMA ends. Default: the last checkpoint.
     """
-    from likeness.train.posthoc import average_of
+    from likeness.train.ema import posthoc_ema
 
     quiet_libraries()
-    print(average_of(run, width, seen))
+    print(posthoc_ema(run, width, seen))
+
+
+TRAINERS = {
+    "transformer": ("config.TrainRecipe", "loop.train"),
+    "student": ("config.StudentRecipe", "student.train_student"),
+    "autoencoder": ("components.autoencoder.AutoencoderRecipe", "components.autoencoder.train_autoencoder"),
+    "decoder": ("components.decoder.DecoderRecipe", "components.decoder.train_decoder"),
+    "text_image": ("components.text_image.TextImageRecipe", "components.text_image.train_text_image"),
+    "face_parser": ("components.face_parser.FaceParserRecipe", "components.face_parser.train_face_parser"),
+}
+"""Kind of a recipe -> its class and its trainer, in `likeness.train`, imported when used."""
 
 
 def trainer_of(path: Path) -> tuple[type, Callable[[Any, Path], Any]]:
-    """The recipe class and the trainer that a recipe's `kind` names."""
+    """Return the recipe class and the trainer of a recipe's `kind`."""
     try:
         kind = tomllib.loads(path.read_text()).get("kind")
     except OSError as error:
         raise InputError(f"cannot read the recipe {path}: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid TOML: {error}") from error
-    if kind == "transformer":
-        from likeness.train.config import TrainRecipe
-        from likeness.train.loop import train as train_transformer
-
-        return TrainRecipe, train_transformer
-    if kind == "student":
-        from likeness.train.config import StudentRecipe
-        from likeness.train.student import train_student
-
-        return StudentRecipe, train_student
-    if kind == "autoencoder":
-        from likeness.train.components.autoencoder import AutoencoderRecipe, train_autoencoder
-
-        return AutoencoderRecipe, train_autoencoder
-    if kind == "decoder":
-        from likeness.train.components.decoder import DecoderRecipe, train_decoder
-
-        return DecoderRecipe, train_decoder
-    if kind == "text_image":
-        from likeness.train.components.text_image import TextImageRecipe, train_text_image
-
-        return TextImageRecipe, train_text_image
-    if kind == "face_parser":
-        from likeness.train.components.face_parser import FaceParserRecipe, train_face_parser
-
-        return FaceParserRecipe, train_face_parser
-    kinds = '"transformer", "student", "autoencoder", "decoder", "text_image" or "face_parser"'
-    raise InputError(f"{path} says kind = {kind!r}; it must be {kinds}")
+    if kind not in TRAINERS:
+        raise InputError(f"the recipe {path} has kind = {kind!r}. Available: {', '.join(TRAINERS)}")
+    recipe_class, train_recipe = (pkgutil.resolve_name(f"likeness.train.{name}") for name in TRAINERS[kind])
+    return recipe_class, train_recipe
 
 
 def mmface_release(
@@ -115,15 +101,15 @@ def mmface_release(
     vae: Path | None = None,
     heads: int | None = None,
 ) -> None:
-    """Turn a released MMFace-DiT checkpoint into a folder that likeness loads.
+    """Convert a released MMFace-DiT checkpoint to a pipeline folder.
 
     Args:
         file: The checkpoint-<step> folder, or the safetensors file in it.
         out: Folder to write.
-        release: Which release it is, where the path does not tell.
+        release: Release of the checkpoint. Default: from its path.
         text_encoder: Folder of Stable Diffusion 2.1's text encoder and tokenizer.
         vae: Folder of FLUX.1's autoencoder.
-        heads: Attention heads, where they are not 72 wide, as in every release.
+        heads: Number of attention heads, if they are not 72 wide as in all releases.
     """
     from likeness.convert.mmface_release import convert_release
 

@@ -1,1 +1,1 @@
-"""Training: one loop for the transformers, and the components that stand below them."""
+"""Training of transformers, few-step students and components."""

@@ -1,188 +1,220 @@
-"""The recipe of a training run: everything that decides the weights, in one TOML file. No torch here."""
+"""Recipes: the settings that determine a training run, read from one TOML file. Does not import torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
+from likeness.config import load_toml
 from likeness.types import InputError
+
+R = TypeVar("R")
+
+RENAMED_KEYS = {
+    "start": "init_from",
+    "trained": "trainable",
+    "condition_shares": "condition_probabilities",
+    "shares": "probabilities",
+    "ema_choices": "posthoc_emas",
+    "clip": "max_grad_norm",
+    "layout": "sharding",
+    "canary_every": "diagnostics_every",
+    "keep": "keep_checkpoints",
+    "measured_size": "test_size",
+    "choices": "retrieval_candidates",
+    "attributes": "attribute_weight",
+}
+"""Keys of earlier versions, in any table of a recipe -> their present names."""
+
+Attention = Literal["holistic", "hard", "decoupled", "concat"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MMFaceNetwork:
-    """Size of an MMFace-DiT; what its autoencoder and text tower decide is not repeated here."""
+    """An MMFace-DiT. Text and latent sizes follow from the components."""
 
     name: Literal["mmface"] = "mmface"
-    """Which network."""
+    """Architecture."""
     patch_size: int = 2
-    """Side of a patch in latent pixels."""
+    """Patch size in latent pixels."""
     hidden_size: int
     """Width."""
     depth: int
-    """Blocks."""
+    """Number of blocks."""
     heads: int
-    """Attention heads."""
+    """Number of attention heads."""
     mlp_ratio: float = 4.0
-    """Width of an MLP over the network's."""
+    """Hidden width of an MLP, relative to `hidden_size`."""
     text_rope: Literal["sequential", "none"] = "sequential"
     """Rotary positions of text tokens."""
     gradient_checkpointing: bool = False
-    """Compute activations twice instead of keeping them."""
+    """Recompute activations in the backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MDiTFaceNetwork:
-    """Size and form of an MDiTFace that is trained from scratch."""
+    """An MDiTFace that is trained from scratch."""
 
     name: Literal["mditface"]
-    """Which network."""
+    """Architecture."""
     hidden_size: int
     """Width."""
     depth: int
-    """Double blocks."""
+    """Number of double-stream blocks."""
     single_depth: int
-    """Single blocks."""
+    """Number of single-stream blocks."""
     heads: int
-    """Attention heads."""
-    attention: Literal["holistic", "hard", "decoupled", "concat"] = "decoupled"
-    """How spatial tokens meet the others."""
+    """Number of attention heads."""
+    attention: Attention = "decoupled"
+    """Attention between condition tokens and the others."""
     spatial_stream: Literal["lora", "full"] = "full"
-    """`full`: the spatial stream has weights of its own; `lora`: those of the image stream, and takes an adapter."""
+    """`full`: the spatial stream has separate weights; `lora`: those of the image stream, for adapters to change."""
     static_modulation: Literal["text", "constant"] = "text"
-    """What modulates the static pathway."""
+    """Input of the modulation in the static pathway."""
     gradient_checkpointing: bool = False
-    """Compute activations twice instead of keeping them."""
+    """Recompute activations in the backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MDiTFaceAdapter:
-    """An MDiTFace adapter on FLUX.1: a LoRA and the conditions' rows; the base stays frozen."""
+    """An MDiTFace adapter on frozen FLUX.1: a LoRA and the condition embeddings."""
 
     name: Literal["mditface_adapter"]
-    """Which network."""
+    """Architecture."""
     base: str
     """FLUX.1: a folder or a hub id."""
-    attention: Literal["holistic", "hard", "decoupled", "concat"] = "decoupled"
-    """How spatial tokens meet the others."""
+    attention: Attention = "decoupled"
+    """Attention between condition tokens and the others."""
     static_modulation: Literal["text", "constant"] = "text"
-    """What modulates the static pathway."""
+    """Input of the modulation in the static pathway."""
     targets: Literal["spatial", "all"] = "spatial"
-    """Which layers the LoRA changes: the spatial stream's, or those of every stream."""
+    """Layers with a LoRA: those of the spatial stream, or of every stream."""
     rank: int = 8
     """Rank of the LoRA."""
     alpha: int = 8
-    """Its scale is alpha / rank."""
+    """Scale of the LoRA, times its rank."""
     gradient_checkpointing: bool = True
-    """Compute activations twice instead of keeping them."""
+    """Recompute activations in the backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataRecipe:
-    """What is learnt from."""
+    """Training data."""
 
     shards: tuple[str, ...]
     """Stores written by `likeness prepare encode`."""
     components: str | None = None
-    """Folder with autoencoder, text tower and tokenizer; None takes the bundled ones, or those of an adapter's base."""
-    condition_shares: dict[str, float]
-    """How often a sample has each condition, by name; `mask+sketch` is both at once, where the network takes several;
-    `none` is a sample without. They need not sum to 1."""
+    """Folder with autoencoder, text encoder and tokenizer. Default: the bundled ones, or those of an adapter's base."""
+    condition_probabilities: dict[str, float]
+    """Relative probability of each condition in a sample, by name. `mask+sketch` is a sample with both, for networks
+    that accept several; `none` is a sample without conditions. They are normalized to a sum of 1."""
     text_dropout: float = 0.1
-    """How often the caption is replaced by the empty string."""
+    """Probability that a caption is replaced by the empty string."""
     validation: tuple[str, ...] = ()
-    """Stores of other faces, which the canary measures; without any it takes faces of the training itself."""
+    """Stores of held-out faces for the diagnostics. Default: the training faces."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerRecipe:
-    """How it is learnt."""
+    """Optimization."""
 
     name: Literal["adamw", "adamw8bit", "muon"] = "adamw"
-    """`adamw8bit`: AdamW whose states take a byte a number; `muon`: Muon (Jordan et al. 2024) for the matrices of the
-    blocks, AdamW for all else; both take the same rate."""
+    """`adamw8bit`: AdamW with 8-bit states; `muon`: Muon (Jordan et al. 2024) for the matrices of the blocks and AdamW
+    for the rest, with one learning rate."""
     images: int
-    """Images to see in all; every other count of progress is in images, too."""
+    """Number of training images. All other intervals are in images, too."""
     batch: int
-    """Images an optimizer step."""
+    """Images per optimizer step."""
     learning_rate: float
-    """Peak rate."""
+    """Peak learning rate."""
     warmup: int = 0
-    """Images over which the rate rises."""
+    """Images of linear warm-up."""
     decay: Literal["constant", "linear", "cosine"] = "cosine"
-    """How it falls afterwards, to 0 at `images`."""
+    """Decay of the learning rate after the warm-up, to 0 at `images`."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's averages."""
+    """Betas of AdamW."""
     weight_decay: float = 0.01
-    """Decay of the weights a unit of the rate."""
-    clip: float = 1.0
-    """Largest gradient norm."""
+    """Decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Largest gradient norm; larger gradients are scaled down."""
     ema: float = 0.1
-    """Relative width of the power-law weight average that is published."""
-    ema_choices: tuple[float, ...] = ()
-    """Widths of further averages. With any, all averages are kept at every checkpoint, and `likeness average` makes one
-    of whatever width from them afterwards."""
+    """Relative width of the power-law EMA of the weights that is published."""
+    posthoc_emas: tuple[float, ...] = ()
+    """Relative widths of further EMAs. If any, all EMAs are stored at every checkpoint, and `likeness average`
+    computes the EMA of another width from them after training (post-hoc EMA)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewRecipe:
-    """One portrait made again at every checkpoint, by the same code as `likeness generate`."""
+    """An image generated at every checkpoint, by the same code as `likeness generate`."""
 
     prompt: str = ""
-    """Its prompt."""
+    """Prompt."""
     mask: str | None = None
-    """Path of its mask."""
+    """Path of the mask."""
     sketch: str | None = None
-    """Path of its sketch."""
+    """Path of the sketch."""
     keypoints: str | None = None
-    """Path of its keypoints."""
+    """Path of the keypoints."""
     seed: int = 0
-    """Its seed."""
+    """Seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainRecipe:
-    """A whole run."""
+class RunRecipe:
+    """Settings that transformers and students share."""
 
-    kind: Literal["transformer"] = "transformer"
-    """What the recipe trains."""
-    network: MMFaceNetwork | MDiTFaceNetwork | MDiTFaceAdapter
-    objective: dict[str, Any] = field(default_factory=lambda: {"name": "rectified_flow"})
-    """Name and fields of the objective (`likeness.objectives`)."""
     data: DataRecipe
+    """Training data."""
     optimizer: OptimizerRecipe
+    """Optimization."""
     defaults: dict[str, Any] = field(default_factory=dict)
-    """What the published pipeline does where a request is silent: size, steps, guidance_scale, guidance_interval."""
+    """Default arguments of the published pipeline: size, steps, guidance_scale, guidance_interval."""
     preview: tuple[PreviewRecipe, ...] = ()
-    """Portraits to make at every checkpoint."""
-    start: str | None = None
-    """A model to go on from: a bundled name, a folder or a hub id; None begins with random weights."""
-    trained: tuple[str, ...] = ()
-    """Beginnings of the names of the parameters to train, such as "condition_embed"; empty trains all."""
+    """Images to generate at every checkpoint."""
     seed: int = 0
-    """Seed of every random draw."""
+    """Seed of all random numbers."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Number format of the computation; weights and optimizer states are always float32."""
+    """Data type of computations; weights and optimizer states are float32."""
     compile: bool = False
-    """Fuse the network with torch.compile: a minute at the start, faster steps after."""
+    """Use torch.compile: a slower start, faster steps."""
     threads: int | None = None
-    """CPU threads; None leaves torch's choice."""
-    layout: Literal["replicate", "shard", "hybrid"] = "shard"
-    """How weights lie on several processes: whole on each, spread over all, or spread within each machine."""
-    micro_batch: int | None = None
-    """Images that a process computes at once; None takes its whole share of a batch, fewer adds gradients up."""
+    """CPU threads. Default: chosen by PyTorch."""
     log_every: int = 4800
     """Images between reports."""
     checkpoint_every: int = 24_000
     """Images between checkpoints."""
-    canary_every: int = 0
-    """Images between looks at whether it learns (`likeness.train.canary`); 0 never looks."""
-    keep: int = 2
-    """Checkpoints kept."""
+    keep_checkpoints: int = 2
+    """Number of newest checkpoints to keep."""
     tensorboard: bool = False
-    """Write TensorBoard's event files, too."""
+    """Write TensorBoard event files."""
     wandb: str | None = None
-    """Project at Weights & Biases to report to, where it is installed and set up."""
+    """Weights & Biases project to report to; requires wandb."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRecipe(RunRecipe):
+    """Training of a transformer (`likeness.train.loop`)."""
+
+    kind: Literal["transformer"] = "transformer"
+    """What the recipe trains."""
+    network: MMFaceNetwork | MDiTFaceNetwork | MDiTFaceAdapter
+    """Architecture."""
+    objective: dict[str, Any] = field(default_factory=lambda: {"name": "rectified_flow"})
+    """Name and fields of the objective (`likeness.objectives`)."""
+    init_from: str | None = None
+    """Model with the initial weights: a bundled name, a folder or a hub id. Default: random weights."""
+    trainable: tuple[str, ...] = ()
+    """Prefixes of the names of the trainable parameters, such as "condition_embed". Default: all parameters."""
+    sharding: Literal["replicate", "shard", "hybrid"] = "shard"
+    """Weights on several processes: replicated, sharded over all, or sharded within each machine."""
+    micro_batch: int | None = None
+    """Images per forward pass and process. Default: all of a batch. If smaller, gradients are accumulated."""
+    diagnostics_every: int = 0
+    """Images between diagnostics (`likeness.train.diagnostics`). Default: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,15 +228,15 @@ class DiscriminatorRecipe:
     frozen_images: int
     """Stage 1: images during which the copy of the teacher is frozen and only the heads are trained."""
     learning_rate: float = 1e-5
-    """Rate of the copy of the teacher in stage 2."""
+    """Learning rate of the copy of the teacher in stage 2."""
     head_learning_rate: float = 5e-4
-    """Rate of the heads."""
+    """Learning rate of the heads."""
     warmup: int = 0
     """Images during which only the heads are trained, before the first update of the student."""
     penalty: float = 1.0
     """Weight of the approximate R1 penalty."""
     penalty_noise: float = 0.1
-    """Standard deviation of its noise, in normalised latents."""
+    """Standard deviation of its noise, in normalized latents."""
     mismatch: float = 0.5
     """Weight of real images with the text and conditions of others, which count as fakes."""
     time_mean: float = 0.0
@@ -216,136 +248,163 @@ class DiscriminatorRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudentRecipe:
-    """Adversarial training of a few-step student from a flow model (`likeness.train.student`)."""
+class StudentRecipe(RunRecipe):
+    """Adversarial training of a few-step student from a flow model (`likeness.train.student`).
+
+    The optimizer is the student's; every step adds `batch` new images and trains on K x batch samples, one per time.
+    Components and default size are the teacher's; other defaults of the pipeline are K steps and no guidance.
+    """
 
     kind: Literal["student"] = "student"
     """What the recipe trains."""
     teacher: str
-    """The flow model that the student and the discriminator start from: a bundled name, a folder or a hub id."""
+    """Flow model that initializes student and discriminator: a bundled name, a folder or a hub id."""
     steps: int = 4
     """Sampling steps K that are trained. A sampler with any divisor of K steps uses trained times only."""
-    data: DataRecipe
-    """Training data. The components are the teacher's."""
-    optimizer: OptimizerRecipe
-    """Of the student. Every step adds `batch` new images and trains on K x batch samples, one for each time."""
     frozen_learning_rate: float | None = None
-    """Rate of the student in stage 1; None takes `optimizer.learning_rate`."""
+    """Learning rate of the student in stage 1. Default: `optimizer.learning_rate`."""
     discriminator: DiscriminatorRecipe
-    """The discriminator and its losses."""
+    """Discriminator and its losses."""
     flow_weight: float = 0.1
-    """Weight of the teacher's own loss (flow matching) in the student's, which keeps it near the data."""
-    defaults: dict[str, Any] = field(default_factory=dict)
-    """Default settings of the published pipeline. Otherwise: the teacher's size, K steps, no guidance."""
-    preview: tuple[PreviewRecipe, ...] = ()
-    """Images to generate at every checkpoint."""
-    seed: int = 0
-    """Seed of every random draw."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Number format of the computation; weights and optimizer states are always float32."""
-    compile: bool = False
-    """Use torch.compile for student and discriminator: minutes at the start, faster steps after."""
-    threads: int | None = None
-    """CPU threads. Default: PyTorch's."""
+    """Weight of the teacher's flow-matching loss in the student's loss, which keeps the student close to the data."""
     log_every: int = 480
-    """Images between reports."""
     checkpoint_every: int = 4800
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentRecipe:
+    """Settings that the trainings of components share."""
+
+    train: tuple[str, ...]
+    """Prepared folders to train on."""
+    test: tuple[str, ...]
+    """Prepared folders for the measurements."""
+    images: int
+    """Number of training images."""
+    batch: int = 16
+    """Images per optimizer step."""
+    learning_rate: float = 1e-3
+    """Peak learning rate; it decays to 0 along a cosine."""
+    ema: float = 0.08
+    """Relative width of the power-law EMA of the weights, which is published."""
+    checkpoint_every: int = 6400
     """Images between checkpoints."""
-    keep: int = 2
-    """Checkpoints kept."""
-    tensorboard: bool = False
-    """Write TensorBoard event files."""
-    wandb: str | None = None
-    """Project at Weights & Biases to report to."""
+    seed: int = 0
+    """Seed of all random numbers."""
+    compile: bool = True
+    """Use torch.compile."""
+    threads: int | None = None
+    """CPU threads. Default: chosen by PyTorch."""
 
 
-FREE = ("threads", "compile", "layout", "micro_batch", "log_every", "checkpoint_every", "canary_every", "keep")
-FREE += ("preview", "defaults", "tensorboard", "wandb", "optimizer.images", "network.gradient_checkpointing")
-"""What changes speed, length or reports and may differ between the starts of one run."""
+RESUMABLE_CHANGES = {
+    "transformer": "threads compile sharding micro_batch log_every checkpoint_every diagnostics_every keep_checkpoints "
+    "preview defaults tensorboard wandb optimizer.images network.gradient_checkpointing",
+    "student": "threads compile log_every checkpoint_every keep_checkpoints preview defaults tensorboard wandb "
+    "optimizer.images",
+    "component": "images test checkpoint_every compile threads retrieval_candidates test_size",
+}
+"""Keys that may change when a run is resumed: they affect speed, length and reports, not the trained weights."""
 
-FREE_STUDENT = ("threads", "compile", "log_every", "checkpoint_every", "keep", "preview", "defaults", "tensorboard")
-FREE_STUDENT += ("wandb", "optimizer.images")
-"""The same for a student."""
+PIPELINE_DEFAULTS = ("size", "steps", "guidance_scale", "guidance_interval")
+"""Keys of `RunRecipe.defaults`."""
 
-DEFAULTS = ("size", "steps", "guidance_scale", "guidance_interval")
-"""Keys of `TrainRecipe.defaults`."""
+MAX_EMA_WIDTH = 0.28
+"""The plain mean of all weights has the largest relative width of a power-law EMA, 0.289."""
 
-WIDEST = 0.28
-"""No power-law average has a relative width above 0.289: that is the plain mean of all weights."""
+
+def load_recipe(path: str | Path, cls: type[R], overrides: tuple[str, ...] = ()) -> R:
+    """Read a recipe; keys of earlier versions are renamed.
+
+    Args:
+        path: TOML file.
+        cls: recipe class.
+        overrides: `section.key=value` strings.
+
+    Raises:
+        InputError: the file cannot be read, or a key is unknown, missing or has the wrong type.
+    """
+    return load_toml(path, cls, overrides, RENAMED_KEYS)
 
 
 def check_values(*rows: tuple[str, Any, bool, str]) -> None:
-    """Check values of a recipe, given as (key, value, whether it is valid, what is valid).
-
-    Raises:
-        InputError: at the first invalid value.
+    """Check values of a recipe, given as (key, value, whether it is valid, valid values). Raises `InputError` at the
+    first invalid value.
     """
-    for name, value, good, wanted in rows:
-        if not good:
-            raise InputError(f"the recipe's {name} is {value}: it must be {wanted}")
+    for name, value, valid, expected in rows:
+        if not valid:
+            raise InputError(f"the recipe's {name} is {value}: it must be {expected}")
+
+
+def check_minimum(recipe: Any, minimum: float, *keys: str, exclusive: bool = False) -> None:
+    """Check that numbers of a recipe, such as `optimizer.batch`, are at least `minimum`, or above it if `exclusive`.
+    Raises `InputError` at the first invalid number.
+    """
+    for key in keys:
+        value = attrgetter(key)(recipe)
+        valid = value > minimum if exclusive else value >= minimum
+        check_values((key, value, valid, f"{'above' if exclusive else 'at least'} {minimum}"))
 
 
 def check_single_conditions(data: DataRecipe) -> None:
-    """Reject combined conditions, which MMFace-DiT does not take. Raises `InputError`."""
-    if several := [share for share in data.condition_shares if "+" in share]:
-        raise InputError(f"condition_shares has {several[0]!r}, but MMFace-DiT takes one condition at a time")
+    """Reject combined conditions, which MMFace-DiT does not accept. Raises `InputError`."""
+    if combined := [key for key in data.condition_probabilities if "+" in key]:
+        raise InputError(f"condition_probabilities has {combined[0]!r}, but MMFace-DiT takes one condition at a time")
 
 
-def check(recipe: TrainRecipe) -> None:
-    """Refuse numbers with which nothing can be learnt.
-
-    Raises:
-        InputError: at the first of them.
-    """
-    o, shares = recipe.optimizer, recipe.data.condition_shares
+def check(recipe: RunRecipe) -> None:
+    """Check the values of a transformer's or student's recipe. Raises `InputError` if a value is out of range."""
+    o, data = recipe.optimizer, recipe.data
+    total = sum(data.condition_probabilities.values())
+    check_minimum(recipe, 1, "optimizer.batch", "keep_checkpoints", "log_every", "checkpoint_every")
+    check_minimum(recipe, 0, "optimizer.warmup", "optimizer.weight_decay", "seed")
+    check_minimum(recipe, 0, "optimizer.learning_rate", "optimizer.max_grad_norm", exclusive=True)
     check_values(
-        ("optimizer.batch", o.batch, o.batch >= 1, "at least 1"),
         ("optimizer.images", o.images, o.images >= o.batch, f"at least a batch, {o.batch}"),
-        ("optimizer.learning_rate", o.learning_rate, o.learning_rate > 0, "above 0"),
-        ("optimizer.clip", o.clip, o.clip > 0, "above 0"),
-        ("optimizer.warmup", o.warmup, o.warmup >= 0, "at least 0"),
-        ("optimizer.weight_decay", o.weight_decay, o.weight_decay >= 0, "at least 0"),
         ("optimizer.betas", list(o.betas), all(0 <= beta < 1 for beta in o.betas), "from 0 to below 1"),
-        *(("optimizer.ema", w, 0 < w <= WIDEST, f"above 0, at most {WIDEST}") for w in (o.ema, *o.ema_choices)),
-        ("data.text_dropout", recipe.data.text_dropout, 0 <= recipe.data.text_dropout <= 1, "from 0 to 1"),
-        *((f"data.condition_shares.{name}", share, share >= 0, "at least 0") for name, share in shares.items()),
-        ("the sum of data.condition_shares", sum(shares.values()), sum(shares.values()) > 0, "above 0"),
-        ("data.shards", list(recipe.data.shards), bool(recipe.data.shards), "one folder of shards or more"),
-        ("keep", recipe.keep, recipe.keep >= 1, "at least 1"),
-        ("log_every", recipe.log_every, recipe.log_every >= 1, "at least 1"),
-        ("checkpoint_every", recipe.checkpoint_every, recipe.checkpoint_every >= 1, "at least 1"),
-        ("canary_every", recipe.canary_every, recipe.canary_every >= 0, "at least 0"),
-        ("seed", recipe.seed, recipe.seed >= 0, "at least 0"),
+        *(
+            ("optimizer.ema", w, 0 < w <= MAX_EMA_WIDTH, f"above 0, at most {MAX_EMA_WIDTH}")
+            for w in (o.ema, *o.posthoc_emas)
+        ),
+        ("data.text_dropout", data.text_dropout, 0 <= data.text_dropout <= 1, "from 0 to 1"),
+        *(
+            (f"data.condition_probabilities.{k}", p, p >= 0, "at least 0")
+            for k, p in data.condition_probabilities.items()
+        ),
+        ("the sum of data.condition_probabilities", total, total > 0, "above 0"),
+        ("data.shards", list(data.shards), bool(data.shards), "one folder of shards or more"),
     )
-    if unknown := sorted(recipe.defaults.keys() - set(DEFAULTS)):
-        raise InputError(f"the recipe's defaults: unknown key {unknown[0]!r}; known are {', '.join(sorted(DEFAULTS))}")
+    if unknown := sorted(recipe.defaults.keys() - set(PIPELINE_DEFAULTS)):
+        known = ", ".join(sorted(PIPELINE_DEFAULTS))
+        raise InputError(f"the recipe's defaults: unknown key {unknown[0]!r}; known are {known}")
+    if isinstance(recipe, TrainRecipe):
+        check_minimum(recipe, 0, "diagnostics_every")
+    if isinstance(recipe, StudentRecipe):
+        check_student(recipe)
 
 
 def check_student(recipe: StudentRecipe) -> None:
-    """Check the values that `check` does not know.
-
-    Raises:
-        InputError: at the first value that is out of range.
-    """
+    """Check the values that only a student's recipe has. Raises `InputError`."""
     d, steps = recipe.discriminator, recipe.defaults.get("steps", recipe.steps)
+    check_minimum(recipe, 1, "steps", "discriminator.width")
+    check_minimum(recipe, 0, "flow_weight")
+    nested = lambda *keys: (f"discriminator.{key}" for key in keys)  # noqa: E731
+    check_minimum(recipe, 0, *nested("frozen_images", "warmup", "penalty", "mismatch"))
+    check_minimum(
+        recipe, 0, *nested("learning_rate", "head_learning_rate", "penalty_noise", "time_std"), exclusive=True
+    )
     check_values(
-        ("steps", recipe.steps, recipe.steps >= 1, "at least 1"),
         ("defaults.steps", steps, isinstance(steps, int) and steps >= 1, "a whole number of at least 1"),
-        ("flow_weight", recipe.flow_weight, recipe.flow_weight >= 0, "at least 0"),
         ("frozen_learning_rate", recipe.frozen_learning_rate, (recipe.frozen_learning_rate or 1) > 0, "above 0"),
-        ("data.components", recipe.data.components, recipe.data.components is None, "left out: the teacher decides"),
-        ("data.validation", list(recipe.data.validation), not recipe.data.validation, "left out: nothing reads it"),
+        (
+            "data.components",
+            recipe.data.components,
+            recipe.data.components is None,
+            "omitted: those of the teacher are used",
+        ),
+        ("data.validation", list(recipe.data.validation), not recipe.data.validation, "omitted: it is not used"),
         ("discriminator.blocks", list(d.blocks), len(d.blocks) > 0, "one block or more"),
         ("discriminator.blocks", list(d.blocks), len(set(d.blocks)) == len(d.blocks), "different blocks"),
-        ("discriminator.width", d.width, d.width >= 1, "at least 1"),
-        ("discriminator.frozen_images", d.frozen_images, d.frozen_images >= 0, "at least 0"),
-        ("discriminator.warmup", d.warmup, d.warmup >= 0, "at least 0"),
-        ("discriminator.learning_rate", d.learning_rate, d.learning_rate > 0, "above 0"),
-        ("discriminator.head_learning_rate", d.head_learning_rate, d.head_learning_rate > 0, "above 0"),
-        ("discriminator.penalty", d.penalty, d.penalty >= 0, "at least 0"),
-        ("discriminator.penalty_noise", d.penalty_noise, d.penalty_noise > 0, "above 0"),
-        ("discriminator.mismatch", d.mismatch, d.mismatch >= 0, "at least 0"),
-        ("discriminator.time_std", d.time_std, d.time_std > 0, "above 0"),
         ("discriminator.clean_fraction", d.clean_fraction, 0 <= d.clean_fraction <= 1, "from 0 to 1"),
     )
     if recipe.steps % steps:
@@ -358,20 +417,30 @@ def check_student(recipe: StudentRecipe) -> None:
 
 
 def micro_batch(recipe: TrainRecipe, processes: int) -> int:
-    """Images that a process computes at once.
-
-    Raises:
-        InputError: they do not divide the batch.
+    """Return the number of images per forward pass and process. Raises `InputError` if the batch is not a multiple of
+    this number times the number of processes.
     """
     batch, micro = recipe.optimizer.batch, recipe.micro_batch or recipe.optimizer.batch // processes
     if micro < 1 or batch % (micro * processes):
         raise InputError(
-            f"a batch of {batch} cannot be cut into parts of {max(micro, 1)} for {processes} processes: "
-            "change optimizer.batch, micro_batch or their number"
+            f"a batch of {batch} cannot be divided into micro-batches of {max(micro, 1)} on {processes} processes: "
+            "change optimizer.batch, micro_batch or the number of processes"
         )
     return micro
 
 
-def parts_of(share: str) -> Sequence[str]:
-    """The conditions of one entry of `condition_shares`: "mask+sketch" has two, "none" has none."""
-    return [] if share == "none" else share.split("+")
+def split_key(key: str) -> Sequence[str]:
+    """Split a key of `condition_probabilities`: "mask+sketch" has two conditions, "none" has none."""
+    return [] if key == "none" else key.split("+")
+
+
+def condition_names(data: DataRecipe) -> tuple[str, ...]:
+    """Return the conditions of a recipe in its order."""
+    return tuple(dict.fromkeys(name for key in data.condition_probabilities for name in split_key(key)))
+
+
+def condition_probability(data: DataRecipe, condition: str) -> float:
+    """Return the probability that a sample has a condition. If it is 0, the condition's embedding is not trained."""
+    probabilities = data.condition_probabilities
+    with_condition = sum(p for key, p in probabilities.items() if condition in split_key(key))
+    return with_condition / sum(probabilities.values())

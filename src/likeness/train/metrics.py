@@ -1,5 +1,5 @@
-"""What a run says while it goes: one JSON line a report in `metrics.jsonl`, one line on the terminal, and TensorBoard's
-or Weights & Biases' pages for those who want them.
+"""Reports of a run: JSON lines in `metrics.jsonl`, lines on the terminal, and optionally TensorBoard or Weights &
+Biases.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,76 +22,88 @@ METRICS = "metrics.jsonl"
 
 
 class Reporter:
-    """Keep numbers and print them with the speed and the time left.
+    """Write reports.
 
     Args:
-        run: the run folder.
-        total: images in all.
-        seen: images seen by now; lines of later ones, which a killed run left, are taken out: they will come again.
-        recipe: a recipe that may ask for TensorBoard or Weights & Biases.
+        run: run folder.
+        total: number of training images.
+        seen: images seen so far; lines of later ones, which a killed run left, are removed.
+        recipe: a recipe that may request TensorBoard or Weights & Biases.
 
     Raises:
         InputError: one of those is not installed, or the folder cannot be written.
     """
 
     def __init__(self, run: Path, total: int, seen: int, recipe: Any = None) -> None:
-        self.path = run / METRICS
-        lines = read_metrics(run) if self.path.is_file() else []
+        self.path, self.total = run / METRICS, total
+        lines = read_metrics(run)
         write_whole(self.path, "".join(f"{json.dumps(line)}\n" for line in lines if line["seen"] <= seen))
-        self.total = total
         self.last_seen, self.last_time, self.speed = seen, time.monotonic(), 0.0
-        self.board = tensorboard(run, seen) if getattr(recipe, "tensorboard", False) else None
-        self.project = weights_and_biases(recipe.wandb, run) if getattr(recipe, "wandb", None) else None
+        self.tensorboard: Any = None
+        self.wandb: Any = None
+        if getattr(recipe, "tensorboard", False):
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise InputError("tensorboard = true needs TensorBoard: pip install 'likeness[train]'") from error
+            self.tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=seen or None)
+        if project := getattr(recipe, "wandb", None):
+            try:
+                import wandb  # pyrefly: ignore
+            except ImportError as error:
+                raise InputError("the recipe's wandb needs Weights & Biases: pip install wandb") from error
+            self.wandb = wandb.init(project=project, name=run.name, id=run.name, dir=str(run), resume="allow")
 
     def report(self, seen: int, **values: float) -> None:
-        """Report `values` after `seen` images."""
+        """Report `values` after `seen` images, with speed and remaining time."""
         now = time.monotonic()
-        if seen > self.last_seen:  # since the last report: no start-up inside
+        if seen > self.last_seen:  # since the last report, so that start-up is not included
             self.speed = (seen - self.last_seen) / max(now - self.last_time, 1e-9)
         self.last_seen, self.last_time = seen, now
-        left = clock((self.total - seen) / self.speed) if self.speed else "unknown time"
+        left = timedelta(seconds=int((self.total - seen) / self.speed)) if self.speed else "unknown time"
         memory = peak_memory()
-        self.keep(seen, {"images_per_second": round(self.speed, 2), "memory_gb": memory, **values})
+        self.write(seen, {"images_per_second": round(self.speed, 2), "memory_gb": memory, **values})
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        print(
-            f"{seen:>9,}/{self.total:,} images  {numbers}  {self.speed:.1f} images/s  {memory:.2f} GB  {left} left",
-            file=sys.stderr,
-            flush=True,
-        )
+        line = f"{seen:>9,}/{self.total:,} images  {numbers}  {self.speed:.1f} images/s  {memory:.2f} GB  {left} left"
+        print(line, file=sys.stderr, flush=True)
 
-    def canary(self, seen: int, values: Mapping[str, float], sentences: Sequence[str]) -> None:
-        """Report what the canary found."""
-        self.keep(seen, {f"canary/{name}": value for name, value in values.items()} | {"canary": list(sentences)})
-        for sentence in sentences:
-            print(f"{seen:>9,} canary: {sentence}", file=sys.stderr, flush=True)
+    def report_diagnostics(
+        self, seen: int, values: Mapping[str, float], alarms: Sequence[str], messages: Sequence[str]
+    ) -> None:
+        """Report the result of the diagnostics."""
+        values = {f"diagnostics/{name}": value for name, value in values.items()}
+        self.write(seen, {**values, "alarms": list(alarms), "messages": list(messages)})
+        for text in (*(f"ALARM: {alarm}" for alarm in alarms), *messages):
+            print(f"{seen:>9,} diagnostics: {text}", file=sys.stderr, flush=True)
 
-    def keep(self, seen: int, values: Mapping[str, Any]) -> None:
-        """Write a line everywhere but on the terminal. Where the disk is full it is said and lost: the run goes on."""
+    def write(self, seen: int, values: Mapping[str, Any]) -> None:
+        """Write a line to all targets but the terminal. If the disk is full, the line is lost with a warning."""
         numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
         try:
             with self.path.open("a") as file:
                 file.write(json.dumps({"seen": seen, **values}) + "\n")
-            if self.board:
+            if self.tensorboard:
                 for name, value in numbers.items():
-                    self.board.add_scalar(name, value, seen)
-                self.board.flush()
-            if self.project:
-                self.project.log(numbers, step=seen)
+                    self.tensorboard.add_scalar(name, value, seen)
+                self.tensorboard.flush()
+            if self.wandb:
+                self.wandb.log(numbers, step=seen)
         except OSError as error:
-            print(f"cannot write {self.path}: {error.strerror or error}; training goes on", file=sys.stderr, flush=True)
+            reason = error.strerror or error
+            print(f"cannot write {self.path}: {reason}; training continues", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """The run is over."""
-        if self.board:
-            self.board.close()
-        if self.project:
-            self.project.finish()
+        """End the reports of a run."""
+        if self.tensorboard:
+            self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; a last one that a killed run left half-written is passed over."""
+    """Return the lines of `metrics.jsonl`, if it exists. An incomplete last line of a killed run is skipped."""
     lines = []
-    for text in (run / METRICS).read_text().splitlines():
+    for text in (run / METRICS).read_text().splitlines() if (run / METRICS).is_file() else ():
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:
@@ -98,33 +111,8 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def tensorboard(run: Path, seen: int) -> Any:
-    """TensorBoard's writer, in the run folder."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise InputError("tensorboard = true needs TensorBoard: pip install 'likeness[train]'") from error
-    return SummaryWriter(str(run / "tensorboard"), purge_step=seen or None)
-
-
-def weights_and_biases(project: str, run: Path) -> Any:
-    """A run at Weights & Biases; its name is the folder's, and so is a resumed one's."""
-    try:
-        import wandb  # pyrefly: ignore
-    except ImportError as error:
-        raise InputError("the recipe's wandb needs Weights & Biases: pip install wandb") from error
-    return wandb.init(project=project, name=run.name, id=run.name, dir=str(run), resume="allow")
-
-
 def peak_memory() -> float:
-    """The most memory this process had so far, in 10^9 bytes: on the GPU where there is one, else in all."""
+    """Return the peak memory of this process so far in 10^9 bytes: of the GPU if there is one, else of the CPU."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 1e9, 3)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
-
-
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,4 +1,4 @@
-"""The network of a recipe: from random weights, sized by what it stands on, or an adapter on a frozen base."""
+"""The network of a recipe: with random weights or those of another model, or an adapter on a frozen base."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from likeness.train.config import (
     MDiTFaceNetwork,
     TrainRecipe,
     check_single_conditions,
-    parts_of,
+    condition_names,
 )
 from likeness.types import InputError
 from likeness.weights.catalog import CODEC, find_model
@@ -31,7 +31,7 @@ from likeness.weights.packed import load_component
 def build_network(
     recipe: TrainRecipe, *, channels: int, text_dim: int, pooled_dim: int, text_tokens: int
 ) -> ModelMixin:
-    """The network of a recipe. An adapter's base has the sizes that it has: the arguments are not read.
+    """Create the network of a recipe. An adapter's base determines its own sizes: the arguments are not used.
 
     Args:
         recipe: the run.
@@ -41,21 +41,20 @@ def build_network(
         text_tokens: largest number of text tokens.
 
     Raises:
-        InputError: the recipe asks the network for something that it does not do.
+        InputError: the recipe does not fit the network.
     """
-    n = recipe.network
-    names = condition_names(recipe)
+    n, names = recipe.network, condition_names(recipe.data)
     if isinstance(n, MDiTFaceAdapter):
-        adapter = adapter_of(recipe)
         base = find_model(n.base)
         if (kind := read_json(base / "model_index.json").get("_class_name")) not in (FLUX, "MDiTFacePipeline"):
             raise InputError(f"{n.base} is a {kind}: the base of an adapter must be FLUX.1")
-        # its condition rows come with the adapter
+        adapter = adapter_of(recipe)
+        # the condition embeddings are part of the adapter
         options = {name: value for name, value in adapter.network.items() if name != "condition_names"}
         transformer = MDiTFaceTransformer.from_pretrained(base / "transformer", dtype=torch.bfloat16, **options)
-        return begin_adapter(transformer, adapter)
+        return add_new_adapter(transformer, adapter)
     if isinstance(n, MDiTFaceNetwork):
-        if n.hidden_size % (8 * n.heads):  # whole heads, in pairs of values along three axes
+        if n.hidden_size % (8 * n.heads):  # heads of pairs of values along three axes
             raise InputError(
                 f"hidden_size is {n.hidden_size}: with {n.heads} heads it must be a multiple of {8 * n.heads}"
             )
@@ -75,11 +74,11 @@ def build_network(
             static_modulation=n.static_modulation,
         )
     check_single_conditions(recipe.data)
-    if n.hidden_size % (4 * n.heads):  # whole heads, in pairs of values along two axes
+    if n.hidden_size % (4 * n.heads):  # heads of pairs of values along two axes
         raise InputError(f"hidden_size is {n.hidden_size}: with {n.heads} heads it must be a multiple of {4 * n.heads}")
     if pooled_dim != text_dim:
         raise InputError(
-            f"MMFace-DiT takes one text tower; here tokens are {text_dim} and the pooled text {pooled_dim} wide"
+            f"MMFace-DiT needs one text encoder, but text tokens are {text_dim} wide and pooled text {pooled_dim}"
         )
     return MMFaceTransformer(
         patch_size=n.patch_size,
@@ -96,12 +95,12 @@ def build_network(
 
 
 def adapter_of(recipe: TrainRecipe) -> Adapter:
-    """The configuration of the adapter that a recipe trains."""
+    """Return the configuration of the adapter that a recipe trains."""
     n = recipe.network
     assert isinstance(n, MDiTFaceAdapter)
     return Adapter(
         base=n.base,
-        condition_names=condition_names(recipe),
+        condition_names=condition_names(recipe.data),
         attention=n.attention,
         static_modulation=n.static_modulation,
         targets=n.targets,
@@ -111,9 +110,9 @@ def adapter_of(recipe: TrainRecipe) -> Adapter:
     )
 
 
-def begin_adapter(transformer: MDiTFaceTransformer, adapter: Adapter) -> MDiTFaceTransformer:
-    """Freeze a base and put a new adapter on it: the LoRA, the conditions' rows and for `concat` the new matrix are
-    trained, in float32.
+def add_new_adapter(transformer: MDiTFaceTransformer, adapter: Adapter) -> MDiTFaceTransformer:
+    """Freeze a base and add a new adapter, trainable in float32: the LoRA, the condition embeddings and, for `concat`,
+    the new matrix.
     """
     transformer.requires_grad_(False)
     add_adapter(transformer, adapter)
@@ -124,29 +123,15 @@ def begin_adapter(transformer: MDiTFaceTransformer, adapter: Adapter) -> MDiTFac
     return transformer
 
 
-def condition_names(recipe: TrainRecipe) -> tuple[str, ...]:
-    """The conditions that the recipe trains, in the order in which it names them."""
-    return tuple(dict.fromkeys(name for share in recipe.data.condition_shares for name in parts_of(share)))
-
-
-def share_of(recipe: TrainRecipe, condition: str) -> float:
-    """How often a sample is meant to have a condition, 0 to 1. One of share 0 has its row, but is not learnt."""
-    shares = recipe.data.condition_shares
-    return sum(share for kind, share in shares.items() if condition in parts_of(kind)) / sum(shares.values())
-
-
 def rope_axes(head_dim: int) -> tuple[int, int, int]:
-    """How a head's values are shared among (0, row, column), as FLUX's 128 are: (16, 56, 56); all even."""
+    """Return the rotary dimensions of a head for (0, row, column), in the proportions of FLUX's 128: (16, 56, 56)."""
     each = 7 * head_dim // 8 // 4 * 2
     return head_dim - 2 * each, each, each
 
 
-def same_codec(model: Path, components: Components) -> None:
-    """Check that a published model was trained on the latents of these components: the same encoder and the same
-    statistics. What a folder does not record is not checked.
-
-    Raises:
-        InputError: it was trained on others.
+def check_same_latents(model: Path, components: Components) -> None:
+    """Check that a model was trained on the latents of these components: same encoder, same statistics. What its folder
+    does not record is not checked. Raises `InputError` if it was trained on others.
     """
     advice = "name the components that it was trained on, or start a new run"
     if (model / CODEC).is_file() and not components.same_encoder(read_json(model / CODEC)["codec"]):
@@ -157,52 +142,39 @@ def same_codec(model: Path, components: Components) -> None:
             raise InputError(f"{model} was trained with another {key} than that of the components: {advice}")
 
 
-def start_from(network: Any, recipe: TrainRecipe, components: Components) -> None:
-    """Give a network the weights of the model that a recipe starts from. Rows of the condition embedding go by name, so
-    that conditions may be added or left out; the rows of new ones keep their first values.
-
-    Args:
-        network: built by the recipe.
-        recipe: the run.
-        components: what it stands on.
-
-    Raises:
-        InputError: the model is an adapter, or its network or encoder is another than the recipe's.
+def load_initial_weights(network: Any, recipe: TrainRecipe, components: Components) -> None:
+    """Load the weights of `init_from`. Condition embeddings are matched by name, so that conditions can be added or
+    removed; those of new conditions keep their initial values. Raises `InputError` if the model is an adapter, or has
+    another network or encoder than the recipe.
     """
-    if recipe.start is None:
+    if recipe.init_from is None:
         return
-    folder = find_model(recipe.start)
+    folder = find_model(recipe.init_from)
     if not (folder / "model_index.json").is_file() or isinstance(recipe.network, MDiTFaceAdapter):
-        raise InputError(f"start is {recipe.start}: only a whole network can be gone on from, not an adapter")
-    same_codec(folder, components)
-    given = load_component(folder / "transformer", *read_json(folder / "model_index.json")["transformer"])
+        raise InputError(f"init_from is {recipe.init_from}: training continues from whole networks, not from adapters")
+    check_same_latents(folder, components)
+    source = load_component(folder / "transformer", *read_json(folder / "model_index.json")["transformer"])
+    plain = lambda value: list(value) if isinstance(value, tuple) else value  # noqa: E731  # as in JSON
     for key, value in network.config.items():
-        if not key.startswith("_") and key != "condition_names" and plain(given.config.get(key)) != plain(value):
-            raise InputError(f"{recipe.start} has {key} = {given.config.get(key)}, but the recipe makes it {value}")
-    weights = given.state_dict()
-    rows, names = weights.pop("condition_embed.weight"), list(given.config.condition_names)
+        if not key.startswith("_") and key != "condition_names" and plain(source.config.get(key)) != plain(value):
+            raise InputError(f"{recipe.init_from} has {key} = {source.config.get(key)}, but the recipe has {value}")
+    weights = source.state_dict()
+    embeddings, names = weights.pop("condition_embed.weight"), list(source.config.condition_names)
     network.load_state_dict(weights, strict=False)
     with torch.no_grad():
-        for row, name in enumerate(network.config.condition_names):
+        for condition_id, name in enumerate(network.config.condition_names):
             if name in names:
-                network.condition_embed.weight[row] = rows[names.index(name)]
+                network.condition_embed.weight[condition_id] = embeddings[names.index(name)]
 
 
-def plain(value: Any) -> Any:
-    """A configuration's value as JSON has it."""
-    return list(value) if isinstance(value, tuple) else value
-
-
-def choose_trained(network: nn.Module, recipe: TrainRecipe) -> None:
-    """Freeze all but the parameters that the recipe names.
-
-    Raises:
-        InputError: it names none that there is.
+def freeze_others(network: nn.Module, prefixes: tuple[str, ...]) -> None:
+    """Freeze all parameters whose names start with none of the prefixes; without prefixes, freeze none. Raises
+    `InputError` if no parameter's name starts with a prefix.
     """
-    for beginning in recipe.trained:
-        if not any(name.startswith(beginning) for name, _ in network.named_parameters()):
+    for prefix in prefixes:
+        if not any(name.startswith(prefix) for name, _ in network.named_parameters()):
             names = sorted({name.split(".")[0] for name, _ in network.named_parameters()})
-            raise InputError(f"trained has {beginning!r}, but the network's parameters begin with {', '.join(names)}")
+            raise InputError(f"trainable has {prefix!r}, but the network's parameters start with {', '.join(names)}")
     for name, parameter in network.named_parameters():
-        if recipe.trained and not name.startswith(recipe.trained):
+        if prefixes and not name.startswith(prefixes):
             parameter.requires_grad_(False)

@@ -1,81 +1,138 @@
-"""What a recipe will need before it is begun: memory and time of a step on a named device, and what would fit.
+"""Predict memory and time of an optimizer step of a recipe before training, and search settings that fit a device.
 
-Time is linear in the counts of `likeness.train.trace` (operations launched, too); their prices come from the device's
-data sheet, or are measured on this machine.
+Time is linear in the counts of `likeness.train.trace`: FLOPs, bytes and operations. The rates come from the data sheet
+of a device, or from a least-squares fit to the measured steps of a few small networks on this machine.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
 
 from likeness.encoders.components import load_components
-from likeness.parallel import Layout
-from likeness.train.config import MDiTFaceAdapter, TrainRecipe, micro_batch
-from likeness.train.devices import DEVICES, Device
-from likeness.train.trace import FLUX_STANDS, Stands, Trace, trace
+from likeness.models.layers import use_explicit_attention
+from likeness.objectives import make_objective
+from likeness.parallel import Sharding
+from likeness.train.config import (
+    DataRecipe,
+    MDiTFaceAdapter,
+    MMFaceNetwork,
+    OptimizerRecipe,
+    TrainRecipe,
+    micro_batch,
+)
+from likeness.train.losses import denoising_losses
+from likeness.train.trace import (
+    FLUX_SIZES,
+    ComponentSizes,
+    Trace,
+    block_counts,
+    random_batch,
+    random_network,
+    trace,
+)
 from likeness.types import InputError
 from likeness.weights.catalog import BUNDLED, COMMON
 
 GB = 1e9
-LAYOUTS: tuple[Layout, ...] = ("replicate", "shard", "hybrid")
+SHARDINGS = get_args(Sharding)
 COUNTS = (1, 8, 16, 64, 512)
-"""Devices for which layouts are compared."""
+"""Numbers of devices for which shardings are compared."""
 STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.03, "muon": 8.0}
-"""Bytes of optimizer state a trained weight; 8-bit ones have a scale for every 256 numbers; Muon's are fewer."""
+"""Bytes of optimizer state per trainable weight; 8-bit states have a scale per 256 values; Muon's are fewer."""
+CPU_OVERHEAD = 1.25
+"""Memory of a process on a CPU, relative to its live tensors (fitted: `benchmarks/plan.py`)."""
+REFERENCES = ((64, 2, 2, 16), (128, 4, 4, 16), (192, 8, 6, 16), (256, 4, 8, 4), (192, 4, 6, 64), (384, 6, 8, 8))
+"""(width, blocks, heads, images) of the networks that are measured, at 128 px."""
+REFERENCE_SIZES = ComponentSizes(text_dim=192, pooled_dim=192, text_tokens=32, text_parameters=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """Rates of a device."""
+
+    memory: float  # bytes of memory
+    flops: float  # floating-point operations per second in matrix products
+    bandwidth: float  # bytes per second of the memory
+    launch: float = 3e-6  # seconds per operation
+    link: float = 2e10  # bytes per second between devices of a machine
+    network: float = 5e9  # bytes per second between machines, per device
+    per_machine: int = 8  # devices per machine
+    base: float = 0.7e9  # bytes used before anything is computed
+    overhead: float = 1.08  # allocated memory relative to live tensors (assumed for GPUs)
+    accelerator: bool = True  # whether attention is fused in bf16 training
+
+
+def data_sheet(memory: float, flops: float, bandwidth: float, **rest: Any) -> Device:
+    """Return a device from GB, dense bf16 TFLOP/s and GB/s, of which training is assumed to reach 0.5 and 0.7."""
+    return Device(memory=memory * 1e9, flops=flops * 1e12 * 0.5, bandwidth=bandwidth * 1e9 * 0.7, **rest)
+
+
+DEVICES = {
+    "h200": data_sheet(141, 989, 4800, link=3.6e11, network=4e10),
+    "h100": data_sheet(80, 989, 3350, link=3.6e11, network=4e10),
+    "a100-80": data_sheet(80, 312, 2039, link=2.4e11, network=2e10),
+    "a100-40": data_sheet(40, 312, 1555, link=2.4e11, network=2e10),
+    "rtx-5000-ada": data_sheet(32, 261, 576, per_machine=2),
+    "rtx-4090": data_sheet(24, 165, 1008, per_machine=2),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A prediction for one process of a layout."""
+    """Prediction of an optimizer step, per process."""
 
-    memory: float
-    """Peak, in bytes."""
-    seconds: float
-    """A whole optimizer step, communication not hidden behind computation."""
-    communicated: float
-    """Bytes that a process sends in a step."""
-    images_per_second: float
-    """Of all processes together."""
+    memory: float  # peak in bytes
+    seconds: float  # duration, without overlap of communication and computation
+    communicated: float  # bytes sent
+    images_per_second: float  # images per second of all processes
+
+    def __str__(self) -> str:
+        return f"{self.memory / GB:7.2f} GB {self.seconds:8.3f} s {self.images_per_second:10.1f}"
 
 
-def predict(recipe: TrainRecipe, traced: Trace, device: Device, gpus: int, micro: int, stands: Stands) -> Plan:
-    """Memory, time and communication of a step of `recipe` on `gpus` devices.
+def predict(recipe: TrainRecipe, traced: Trace, device: Device, gpus: int, micro: int, sizes: ComponentSizes) -> Plan:
+    """Predict memory, time and communication of an optimizer step.
 
     Args:
         recipe: the run.
-        traced: of a micro-batch of `micro` images.
-        device: what it runs on.
-        gpus: how many, in machines of `device.together`.
-        micro: images a process computes at once.
-        stands: for the weights of the text towers.
+        traced: trace of a micro-batch.
+        device: device of each process.
+        gpus: number of devices, in machines of `device.per_machine`.
+        micro: images per micro-batch.
+        sizes: sizes of the components, for the text encoders.
     """
-    local = min(gpus, device.together)
-    shard = {"replicate": 1, "shard": gpus, "hybrid": local}[recipe.layout]
+    shards = {"replicate": 1, "shard": gpus, "hybrid": min(gpus, device.per_machine)}[recipe.sharding]
     passes = max(1, recipe.optimizer.batch // (micro * gpus))
-    averages = 1 + len(recipe.optimizer.ema_choices)
-    kept = traced.parameters + traced.trained * (STATE_BYTES[recipe.optimizer.name] + 4 * averages)
-    spread = 0.0 if shard == 1 else 2 * 2 * traced.block  # this block's weights and the next one's, in bf16
-    memory = (kept + traced.gradients) / shard + traced.alive - traced.gradients + spread
-    memory = (memory + 4 * stands.tower_parameters) * device.slack + device.base
+    emas = 1 + len(recipe.optimizer.posthoc_emas)
+    stored = traced.parameters + traced.trainable * (STATE_BYTES[recipe.optimizer.name] + 4 * emas)
+    gathered = 0.0 if shards == 1 else 2 * 2 * traced.block  # this block and the next one, in bf16
+    memory = (stored + traced.gradients) / shards + traced.live - traced.gradients + gathered
+    memory = (memory + 4 * sizes.text_parameters) * device.overhead + device.base
 
-    towers = 2.0 * stands.tower_parameters * stands.text_tokens * micro
-    compute = passes * ((traced.flops + towers) / device.flops + traced.moved / device.bandwidth)
-    compute += passes * traced.operations * device.launch
-    update = 4 * (traced.parameters / 4 + (5 + averages * 2) * traced.trained) / shard / device.bandwidth
-
-    ring = lambda n: (n - 1) / n  # noqa: E731  # a ring sends this share of the whole from each member
-    within = across = 0.0
+    text = 2.0 * sizes.text_parameters * sizes.text_tokens * micro
+    compute = (traced.flops + text) / device.flops + traced.moved / device.bandwidth + traced.operations * device.launch
     weights = traced.parameters / 4
-    if shard > 1:  # weights twice a pass in bf16, gradients once in float32
-        sent = passes * ring(shard) * (2 * 2 * weights + traced.gradients)
-        within, across = (sent, 0.0) if shard <= device.together else (0.0, sent)
-    if gpus > shard:  # sum of the replicas' gradients, of the part that each holds
-        sent = 2 * ring(gpus // shard) * traced.gradients / shard
-        within, across = (within + sent, across) if gpus <= device.together else (within, across + sent)
-    seconds = compute + update + within / device.link + across / device.network
+    update = 4 * (weights + (5 + emas * 2) * traced.trainable) / shards / device.bandwidth
+
+    ring = lambda n: (n - 1) / n  # noqa: E731  # fraction of the data that each member of a ring sends
+    within = across = 0.0
+    if shards > 1:  # weights twice per pass in bf16, gradients once in float32
+        sent = passes * ring(shards) * (2 * 2 * weights + traced.gradients)
+        within, across = (sent, 0.0) if shards <= device.per_machine else (0.0, sent)
+    if gpus > shards:  # all-reduce of the gradients of a shard among the replicas
+        sent = 2 * ring(gpus // shards) * traced.gradients / shards
+        within, across = (within + sent, across) if gpus <= device.per_machine else (within, across + sent)
+    seconds = passes * compute + update + within / device.link + across / device.network
     return Plan(
         memory=memory,
         seconds=seconds,
@@ -84,142 +141,179 @@ def predict(recipe: TrainRecipe, traced: Trace, device: Device, gpus: int, micro
     )
 
 
-def choices(recipe: TrainRecipe, gpus: int) -> list[tuple[str, TrainRecipe, int]]:
-    """Settings to try in turn, as (what is changed, recipe, micro-batch): the recipe's own, then ever more frugal."""
-    share = max(1, recipe.optimizer.batch // gpus)
-    micro = recipe.micro_batch or share
-    tried = [("as it is", recipe, micro)]
-    saving = dataclasses.replace(recipe, network=dataclasses.replace(recipe.network, gradient_checkpointing=True))
+def candidate_settings(recipe: TrainRecipe, gpus: int) -> Iterator[tuple[str, TrainRecipe, int]]:
+    """Yield settings with decreasing memory, as (changes, recipe, micro-batch), starting with the recipe's own."""
+    per_gpu = max(1, recipe.optimizer.batch // gpus)
+    micro = recipe.micro_batch or per_gpu
+    changes = "unchanged"
+    yield changes, recipe, micro
+    network = dataclasses.replace(recipe.network, gradient_checkpointing=True)
+    checkpointed = dataclasses.replace(recipe, network=network)
     if not recipe.network.gradient_checkpointing:
-        tried.append(("network.gradient_checkpointing=true", saving, micro))
+        changes = "network.gradient_checkpointing=true"
+        yield changes, checkpointed, micro
     while micro > 1:
         micro //= 2
-        if share % micro == 0:
-            tried.append((f"network.gradient_checkpointing=true micro_batch={micro}", saving, micro))
+        if per_gpu % micro == 0:
+            changes = f"network.gradient_checkpointing=true micro_batch={micro}"
+            yield changes, checkpointed, micro
     if recipe.optimizer.name == "adamw":
-        frugal = dataclasses.replace(saving, optimizer=dataclasses.replace(saving.optimizer, name="adamw8bit"))
-        tried.append((f"{tried[-1][0]} optimizer.name=adamw8bit", frugal, micro))
-    return tried
+        optimizer = dataclasses.replace(recipe.optimizer, name="adamw8bit")
+        yield f"{changes} optimizer.name=adamw8bit", dataclasses.replace(checkpointed, optimizer=optimizer), micro
 
 
-def fitting(recipe: TrainRecipe, device: Device, gpus: int, stands: Stands) -> list[tuple[str, Plan, bool]]:
-    """The recipe's plan and those of more frugal settings up to the first that fits, as (setting, plan, fits)."""
-    found = []
-    for setting, changed, micro in choices(recipe, gpus):
-        traced = trace(changed, micro, stands, device.accelerator)
-        plan = predict(changed, traced, device, gpus, micro, stands)
-        found.append((setting, plan, plan.memory <= device.memory))
-        if found[-1][2]:
-            break
-    return found
+def search(recipe: TrainRecipe, device: Device, gpus: int, sizes: ComponentSizes) -> Iterator[tuple[str, Plan, bool]]:
+    """Yield (changes, plan, whether it fits) of candidate settings, up to the first that fits."""
+    for changes, changed, micro in candidate_settings(recipe, gpus):
+        plan = predict(changed, trace(changed, micro, sizes, device.accelerator), device, gpus, micro, sizes)
+        yield changes, plan, plan.memory <= device.memory
+        if plan.memory <= device.memory:
+            return
 
 
-def layouts(
-    recipe: TrainRecipe, device: Device, stands: Stands, counts: tuple[int, ...]
-) -> list[tuple[int, str, Plan]]:
-    """The plans of every layout on so many devices, the batch growing with them: the recipe's batch on each."""
-    micro = recipe.micro_batch or recipe.optimizer.batch
-    traced, plans = trace(recipe, micro, stands, device.accelerator), []
+def compare_shardings(
+    recipe: TrainRecipe, device: Device, sizes: ComponentSizes, counts: Sequence[int] = COUNTS
+) -> dict[tuple[int, str], Plan]:
+    """Return the plan of every (number of devices, sharding), with the recipe's batch on each device."""
+    micro = micro_batch(recipe, 1)
+    traced, plans = trace(recipe, micro, sizes, device.accelerator), {}
     for gpus in counts:
-        grown = dataclasses.replace(recipe.optimizer, batch=recipe.optimizer.batch * gpus)
-        for layout in LAYOUTS:
-            changed: Any = dataclasses.replace(recipe, layout=layout, optimizer=grown)
-            if gpus > 1 or layout == "replicate":
-                plans.append((gpus, layout, predict(changed, traced, device, gpus, micro, stands)))
+        optimizer = dataclasses.replace(recipe.optimizer, batch=recipe.optimizer.batch * gpus)
+        for sharding in SHARDINGS:
+            changed: Any = dataclasses.replace(recipe, sharding=sharding, optimizer=optimizer)
+            plans[gpus, sharding] = predict(changed, traced, device, gpus, micro, sizes)
     return plans
 
 
 def describe(recipe: TrainRecipe, name: str | None, gpus: int) -> str:
-    """What `likeness train --plan` says: the counts, and the settings that were tried.
+    """Return the output of `likeness train --plan`: counts of the recipe, and the settings that were tried.
 
     Args:
         recipe: the run.
-        name: a device of `DEVICES`; None measures this machine.
-        gpus: how many.
+        name: a device of `DEVICES`. Default: this machine is measured.
+        gpus: number of devices.
 
     Raises:
-        InputError: there is no data about such a device, or the batch cannot be shared among so many.
+        InputError: the device is unknown, or the batch cannot be divided among the devices.
     """
     if gpus < 1 or recipe.optimizer.batch % gpus:
-        raise InputError(f"a batch of {recipe.optimizer.batch} cannot be shared among {gpus} devices")
+        raise InputError(f"a batch of {recipe.optimizer.batch} cannot be divided among {gpus} devices")
     micro = micro_batch(recipe, gpus)
-    device, stands = device_named(name, recipe), stands_of(recipe)
-    traced = trace(recipe, micro, stands, device.accelerator)
-    prices = "measured here" if name is None else "from its data sheet"
-    felt = device.bandwidth < (1e13 if device.accelerator else 1e12)  # else the fit has found it to cost nothing
-    memory = f"{device.bandwidth / GB:.3g} GB/s" if felt else "reading and writing cost nothing beside that"
+    device, sizes = find_device(name, recipe), component_sizes(recipe)
+    traced = trace(recipe, micro, sizes, device.accelerator)
+    source = "measured" if name is None else "from its data sheet"
+    limited = device.bandwidth < (1e13 if device.accelerator else 1e12)  # else the fit found no effect of memory
+    bandwidth = f"{device.bandwidth / GB:.3g} GB/s" if limited else "memory bandwidth is not a limit"
     lines = [
-        f"weights: {traced.parameters / GB:.3g} GB, {traced.trained:,} of them trained",
+        f"weights: {traced.parameters / GB:.3g} GB, {traced.trainable:,} trainable",
         f"a pass of {micro} images: {traced.flops / 1e12:.4g} TFLOP, {traced.moved / GB:.3g} GB read and written, "
         f"{traced.operations:,} operations",
-        f"{gpus} x {name or 'this machine'}, {device.memory / GB:.0f} GB each, {prices}: "
-        f"{device.flops / 1e12:.3g} TFLOP/s, {memory}",
+        f"{gpus} x {name or 'this machine'}, {device.memory / GB:.0f} GB each, {source}: "
+        f"{device.flops / 1e12:.3g} TFLOP/s, {bandwidth}",
         f"{'memory':>10} {'step':>10} {'images/s':>10}  setting",
     ]
-    for setting, plan, fits in fitting(recipe, device, gpus, stands):
-        lines.append(f"{row(plan)}  {setting}{'' if fits else '  (does not fit)'}")
+    for setting, plan, fits in search(recipe, device, gpus, sizes):
+        lines.append(f"{plan}  {setting}{'' if fits else '  (does not fit)'}")
     return "\n".join(lines)
 
 
-def describe_layouts(recipe: TrainRecipe, name: str | None) -> str:
-    """What `likeness train --plan --layouts` says: memory, communication and time of a step in every layout on 1 to 512
-    devices, the recipe's batch on each, as a Markdown table.
-
-    Raises:
-        InputError: there is no data about such a device, or `micro_batch` does not divide the batch.
+def describe_shardings(recipe: TrainRecipe, name: str | None) -> str:
+    """Return the output of `likeness train --plan --compare-sharding`, a Markdown table. Raises `InputError` if the
+    device is unknown, or `micro_batch` does not divide the batch.
     """
     micro_batch(recipe, 1)
-    device, stands = device_named(name, recipe), stands_of(recipe)
+    device = find_device(name, recipe)
+    plans = compare_shardings(recipe, device, component_sizes(recipe))
     lines = [
-        f"{name or 'this machine'}, {recipe.optimizer.batch} images on each, {device.together} in a machine: memory, "
-        "what it sends in a step, time of a step",
+        f"{name or 'this machine'}, {recipe.optimizer.batch} images per device, {device.per_machine} devices per "
+        "machine: memory, data sent per step, time per step",
         "",
-        f"| devices | {' | '.join(LAYOUTS)} |",
-        "|---" * (1 + len(LAYOUTS)) + "|",
+        f"| devices | {' | '.join(SHARDINGS)} |",
+        "|---" * (1 + len(SHARDINGS)) + "|",
     ]
-    plans = {(count, layout): plan for count, layout, plan in layouts(recipe, device, stands, COUNTS)}
     for count in COUNTS:
-        cells = [plans.get((count, layout), plans[count, "replicate"]) for layout in LAYOUTS]  # one has no layout
-        told = [f"{p.memory / GB:.1f} GB, {p.communicated / GB:.1f} GB, {p.seconds:.3g} s" for p in cells]
-        lines.append(f"| {count} | {' | '.join(told)} |")
+        row = [plans[count, sharding] for sharding in SHARDINGS]
+        cells = [f"{p.memory / GB:.1f} GB, {p.communicated / GB:.1f} GB, {p.seconds:.3g} s" for p in row]
+        lines.append(f"| {count} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def device_named(name: str | None, recipe: TrainRecipe) -> Device:
-    """A device of `DEVICES`, or this machine, measured.
-
-    Raises:
-        InputError: there is no data about such a device.
-    """
+def find_device(name: str | None, recipe: TrainRecipe) -> Device:
+    """Return a device of `DEVICES`; None measures this machine. Raises `InputError` if the device is unknown."""
     if name is None:
-        from likeness.train.calibrate import this_machine
-
-        return this_machine(recipe.precision)
+        return measure_device(recipe.precision)
     if name not in DEVICES:
-        raise InputError(
-            f"there is no data sheet of {name!r}; known are {', '.join(DEVICES)}, or none for this machine"
-        )
+        raise InputError(f"Unknown device {name!r}. Available: {', '.join(DEVICES)}; omit it to measure this machine")
     return DEVICES[name]
 
 
-def row(plan: Plan) -> str:
-    """Memory, time and speed in columns."""
-    return f"{plan.memory / GB:7.2f} GB {plan.seconds:8.3f} s {plan.images_per_second:10.1f}"
-
-
-def stands_of(recipe: TrainRecipe) -> Stands:
-    """Sizes of what the recipe's network stands on, where it is at hand; else of what was published with it."""
-    adapter = isinstance(recipe.network, MDiTFaceAdapter)
-    source = recipe.data.components or (recipe.network.base if isinstance(recipe.network, MDiTFaceAdapter) else None)
+def component_sizes(recipe: TrainRecipe) -> ComponentSizes:
+    """Return the sizes of the recipe's components, or of the published ones if they are not available."""
+    base = recipe.network.base if isinstance(recipe.network, MDiTFaceAdapter) else None
+    source = recipe.data.components or base
     if source is not None and not Path(source).is_dir():
-        return FLUX_STANDS if adapter else Stands()
+        return FLUX_SIZES if base else ComponentSizes()
     parts = load_components(source or BUNDLED / COMMON)
-    width = parts.text_encoder.config.hidden_size
-    towers = [tower for tower in (parts.text_encoder, parts.text_encoder_2) if tower is not None]
-    return Stands(
+    encoders = [encoder for encoder in (parts.text_encoder, parts.text_encoder_2) if encoder is not None]
+    return ComponentSizes(
         channels=parts.vae.config.latent_channels,
-        text_dim=towers[-1].config.hidden_size,
-        pooled_dim=width,
+        text_dim=encoders[-1].config.hidden_size,
+        pooled_dim=parts.text_encoder.config.hidden_size,
         text_tokens=parts.settings["max_text_tokens"],
-        tower_parameters=sum(p.numel() for tower in towers for p in tower.parameters()),
+        text_parameters=sum(p.numel() for encoder in encoders for p in encoder.parameters()),
     )
+
+
+def reference_recipe(width: int, depth: int, heads: int, precision: Any = "bf16") -> TrainRecipe:
+    """Return a recipe with a network of this size at 128 px."""
+    return TrainRecipe(
+        network=MMFaceNetwork(hidden_size=width, depth=depth, heads=heads),
+        data=DataRecipe(shards=(), condition_probabilities={"mask": 1.0}),
+        optimizer=OptimizerRecipe(images=1, batch=1, learning_rate=0.0),
+        defaults={"size": 128},
+        precision=precision,
+    )
+
+
+def measure_device(precision: str = "bf16") -> Device:
+    """Measure steps of the reference networks, about a minute on two cores, and fit the rates of this machine."""
+    counts, seconds, cuda = [], [], torch.cuda.is_available()
+    for width, depth, heads, images in REFERENCES:
+        recipe = reference_recipe(width, depth, heads, precision)
+        traced = trace(recipe, images, REFERENCE_SIZES, accelerator=cuda)
+        counts.append([traced.flops, traced.moved + 28 * traced.trainable, traced.operations])
+        seconds.append(measure_step(recipe, images, REFERENCE_SIZES))
+    scale = np.mean(counts, axis=0)
+    rates, _ = nnls(np.array(counts) / scale / np.array(seconds)[:, None], np.ones(len(seconds)))  # relative errors
+    flop, byte, launch = np.maximum(rates, 1e-6) / scale
+    fitted = {"flops": 1 / flop, "bandwidth": 1 / byte, "launch": launch}
+    if cuda:
+        memory = torch.cuda.get_device_properties(0).total_memory
+        return Device(memory=memory, per_machine=torch.cuda.device_count(), **fitted)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Device(memory=memory, per_machine=1, link=5e9, overhead=CPU_OVERHEAD, accelerator=False, **fitted)
+
+
+def measure_step(recipe: TrainRecipe, micro: int, sizes: ComponentSizes, steps: int = 5) -> float:
+    """Return the median seconds of an optimizer step with random weights on this machine. With one thread, CPU time is
+    measured, which other programs do not affect.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    now = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    torch.manual_seed(0)
+    network = random_network(recipe, sizes, block_counts(recipe)).to(device).train()
+    use_explicit_attention(network, device == "cpu" and recipe.precision == "bf16")
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+    objective, batch = make_objective({"name": "rectified_flow"}), random_batch(recipe, micro, sizes).to(device)
+    times = []
+    for _ in range(steps + 1):
+        start = now()
+        with torch.autocast(device, torch.bfloat16, enabled=recipe.precision == "bf16"):
+            loss = denoising_losses(network, objective, batch).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(now() - start)
+    return sorted(times[1:])[steps // 2]

@@ -1,14 +1,19 @@
-"""What a run shows of itself: the averaged network as a folder to use, and portraits made with it."""
+"""Publish a run: the network with EMA weights as a pipeline folder, and previews generated with it."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import time as clock
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
@@ -16,130 +21,164 @@ from torch import Tensor
 from likeness.conditions import read_conditions
 from likeness.encoders.components import Components
 from likeness.files import write_whole, writing_whole
+from likeness.models.mmface import MMFaceTransformer
 from likeness.objectives import Objective
-from likeness.parallel import ALONE, World, gather
-from likeness.pipelines.adapters import adapter_state, save_adapter
+from likeness.parallel import World, gather, reshard
+from likeness.pipelines.adapters import Adapter, adapter_state, save_adapter
 from likeness.pipelines.generate import generate, resolve
 from likeness.pipelines.mditface import MDiTFacePipeline
 from likeness.pipelines.mmface import MMFacePipeline
-from likeness.train.config import MDiTFaceAdapter, TrainRecipe
-from likeness.train.learner import Learner
-from likeness.train.networks import adapter_of, condition_names
+from likeness.train.config import RunRecipe, condition_names
+from likeness.train.ema import store_emas
+from likeness.train.html_report import write_report
+from likeness.train.progress import Progress
+from likeness.train.train_state import TrainState
 from likeness.types import ConditionInput, InputError, PortraitRequest
 from likeness.weights.catalog import CODEC
 
-PIPELINE_OF = {"mmface": MMFacePipeline, "mditface": MDiTFacePipeline, "mditface_adapter": MDiTFacePipeline}
-"""Network of a recipe -> the pipeline that is published with it."""
+
+@dataclass(frozen=True, kw_only=True)
+class Publication:
+    """Everything of a published pipeline but its weights."""
+
+    components: Components  # autoencoder, text encoder, tokenizer and settings
+    objective: Objective  # objective of the network
+    defaults: dict[str, Any]  # default arguments of the pipeline, with `size`
+    previews: Sequence[PortraitRequest]  # images to generate
+    adapter: Adapter | None = None  # configuration of an adapter; None if the whole network is trained
 
 
-def averaged_pipeline(
-    recipe: TrainRecipe, learner: Learner, components: Components, objective: Objective
-) -> tuple[Any, dict[str, Tensor]]:
-    """The pipeline with the averaged network, and its weights in one piece; every process must ask.
-
-    Returns:
-        None and nothing in all processes but the main one. A base is too large to copy: an adapter's pipeline has the
-        very network that is trained, in every process, since it is spread over all; whoever calls has to `swap` the
-        average out again.
-    """
-    model: Any = learner.model
-    adapted = isinstance(recipe.network, MDiTFaceAdapter)
-    if adapted:
-        learner.averages[0].swap()
-        weights = gather(adapter_state(model), learner.world)
-    else:
-        weights = gather(model.state_dict() | learner.averages[0].weights, learner.world)
-    if not learner.world.main and not adapted:
-        return None, {}
-    averaged = model if adapted else type(model).from_config(model.config)
-    if not adapted:
-        averaged.load_state_dict(weights)
-    averaged.eval()
-    parts = {name: getattr(components, name) for name in ("vae", "text_encoder", "tokenizer")}
-    if components.text_encoder_2 is not None:
-        parts |= {"text_encoder_2": components.text_encoder_2, "tokenizer_2": components.tokenizer_2}
-    pipeline = PIPELINE_OF[recipe.network.name](
-        transformer=averaged,
-        scheduler=components.scheduler or objective.scheduler(),
-        objective=objective.config(),
-        defaults=recipe.defaults,
-        sizes=[[recipe.defaults["size"]] * 2],  # that of the shards, `loop.open_stores`
-        **parts,
-        **components.settings,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline, weights
-
-
-def publish(recipe: TrainRecipe, pipeline: Any, weights: dict[str, Tensor], components: Components, run: Path) -> None:
-    """Write the averaged network as `run/model`, a pipeline folder or an adapter's, whole or not at all.
-
-    Args:
-        recipe: the run.
-        pipeline: with weights, what `averaged_pipeline` gave the main process.
-        weights: of the network, or of the adapter.
-        components: what it stands on.
-        run: the run folder.
-
-    Raises:
-        InputError: it cannot be written; what was there before is untouched.
-    """
-    fresh, folder = run / "model.partial", run / "model"
-    shutil.rmtree(fresh, ignore_errors=True)
-    try:
-        if isinstance(recipe.network, MDiTFaceAdapter):
-            save_adapter(pipeline.transformer, fresh, adapter_of(recipe), weights)
-        else:
-            pipeline.save_pretrained(fresh)
-        write_whole(fresh / CODEC, json.dumps({"codec": components.codec_hash}))
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(fresh, folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise InputError(f"cannot write {folder}: {error}") from error
-
-
-def wishes(recipe: TrainRecipe) -> list[PortraitRequest]:
-    """The recipe's previews as requests, their conditions read.
-
-    Raises:
-        InputError: a condition cannot be read, or the network does not learn it.
+def preview_requests(recipe: RunRecipe) -> list[PortraitRequest]:
+    """Return the previews of a recipe as requests, with the condition files read. Raises `InputError` if a condition
+    cannot be read, or is not trained.
     """
     requests = []
-    for number, wish in enumerate(recipe.preview, start=1):
-        files = {name: file for name in ("mask", "sketch", "keypoints") if (file := getattr(wish, name))}
-        unknown = sorted(files.keys() - set(condition_names(recipe)))
-        if unknown:
-            raise InputError(f"preview {number} has a {unknown[0]}, which the recipe's condition_shares do not name")
-        given = {name: ConditionInput(image=file) for name, file in files.items()}
-        requests.append(read_conditions(PortraitRequest(prompt=wish.prompt, conditions=given, seed=wish.seed))[0])
+    for number, preview in enumerate(recipe.preview, start=1):
+        files = {name: file for name in ("mask", "sketch", "keypoints") if (file := getattr(preview, name))}
+        if unknown := sorted(files.keys() - set(condition_names(recipe.data))):
+            raise InputError(
+                f"preview {number} has a {unknown[0]}, which is not in the recipe's condition_probabilities"
+            )
+        conditions = {name: ConditionInput(image=file) for name, file in files.items()}
+        request = PortraitRequest(prompt=preview.prompt, conditions=conditions, seed=preview.seed)
+        requests.append(read_conditions(request)[0])
     return requests
 
 
-def preview(recipe: TrainRecipe, pipeline: Any, run: Path, seen: int, world: World = ALONE) -> None:
-    """Make the recipe's previews: the same code, so the same pixels, as `likeness generate` on the published model.
-    Every process that has a part of the network must ask; the main one writes.
+def checkpoint(progress: Progress, publication: Publication, recipe: RunRecipe, saved: Any = None) -> None:
+    """Publish, generate previews and save a checkpoint if it is due; on SIGTERM only save a checkpoint. The checkpoint
+    is written last, so that whatever it contains has been published.
+
+    Args:
+        progress: the steps of the training.
+        publication: what to publish.
+        recipe: the recipe.
+        saved: the state to save, if it is more than the state of `progress`.
 
     Raises:
-        InputError: they cannot be written.
+        TryAgain: SIGTERM was received, or a value is not finite.
+        InputError: the last checkpoint cannot be written.
     """
-    if not recipe.preview:
+    state, run, due = progress.state, progress.run, progress.due(recipe.checkpoint_every)
+    if due:
+        progress.check_finite()
+        with ema_pipeline(state, publication) as (pipeline, weights), progress.tolerated_write_errors():
+            with state.world.joint_errors():
+                if state.world.main:
+                    publish(publication, pipeline, weights, run)
+            with state.world.joint_errors():
+                if pipeline is not None:
+                    write_previews(publication, pipeline, run, state.images_seen, state.world)
+        with progress.tolerated_write_errors():
+            store_emas(state.emas, run, state.images_seen, state.world)
+    progress.save(recipe.checkpoint_every, saved, recipe.keep_checkpoints)
+    if due and state.world.main:
+        with progress.tolerated_write_errors():
+            write_report(run)
+
+
+@contextmanager
+def ema_pipeline(state: TrainState, publication: Publication) -> Iterator[tuple[Any, dict[str, Tensor]]]:
+    """The pipeline with the EMA weights, within a `with` block, and the unsharded weights. Enter on every rank.
+
+    A whole network is copied, on the main process only; the others get None. The base of an adapter is too large to
+    copy and may be sharded: its pipeline contains the network in training, on every rank, with the EMA weights swapped
+    in.
+    """
+    model: Any = state.model
+    ema, world, components = state.emas[0], state.world, publication.components
+    parts = {name: getattr(components, name) for name in ("vae", "text_encoder", "tokenizer")}
+    if components.text_encoder_2 is not None:
+        parts |= {"text_encoder_2": components.text_encoder_2, "tokenizer_2": components.tokenizer_2}
+
+    def pipeline_with(transformer: Any) -> Any:
+        pipeline_class = MMFacePipeline if isinstance(transformer, MMFaceTransformer) else MDiTFacePipeline
+        pipeline = pipeline_class(
+            transformer=transformer.eval(),
+            scheduler=components.scheduler or publication.objective.scheduler(),
+            objective=publication.objective.config(),
+            defaults=publication.defaults,
+            sizes=[[publication.defaults["size"]] * 2],  # that of the shards (`batches.open_stores`)
+            **parts,
+            **components.settings,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    if publication.adapter is None:
+        weights = gather(model.state_dict() | ema.weights, world)
+        if not world.main:
+            yield None, {}
+            return
+        averaged = type(model).from_config(model.config)
+        averaged.load_state_dict(weights)
+        yield pipeline_with(averaged), weights
         return
-    if world.kind != "cpu":
+    with ema.applied():
+        weights = gather(adapter_state(model), world)
+        with torch.autocast(world.device_type, torch.bfloat16):
+            try:
+                yield pipeline_with(model), weights
+            finally:
+                reshard(model)
+    model.train()
+
+
+def publish(publication: Publication, pipeline: Any, weights: dict[str, Tensor], run: Path) -> None:
+    """Write `run/model`, a pipeline folder or an adapter's folder, atomically. Raises `InputError` if it cannot be
+    written; its former content is unchanged.
+    """
+    partial, folder = run / "model.partial", run / "model"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        if publication.adapter is not None:
+            save_adapter(pipeline.transformer, partial, publication.adapter, weights)
+        else:
+            pipeline.save_pretrained(partial)
+        write_whole(partial / CODEC, json.dumps({"codec": publication.components.codec_hash}))
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise InputError(f"cannot write {folder}: {error}") from error
+
+
+def write_previews(publication: Publication, pipeline: Any, run: Path, seen: int, world: World) -> None:
+    """Generate the previews with the code of `likeness generate` and write them side by side. Call on every rank that
+    has a part of the network. Raises `InputError` if they cannot be written.
+    """
+    if not publication.previews:
+        return
+    if world.device_type != "cpu":
         pipeline.to(world.device)
-    started = clock.monotonic()
-    pictures = []
-    for request in wishes(recipe):
-        pictures += generate(pipeline, resolve(request, pipeline), [request.seed])[0]
+    start, images = time.monotonic(), []
+    for request in publication.previews:
+        images += generate(pipeline, resolve(request, pipeline), [request.seed])[0]
     if not world.main:
         return
-    sheet = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)))
-    left = 0
-    for picture in pictures:
-        sheet.paste(picture, (left, 0))
-        left += picture.width
+    sheet = Image.fromarray(np.hstack([np.asarray(image) for image in images]))
     folder = run / "previews"
     with writing_whole(folder / f"{seen:012d}.png") as file:
         sheet.save(file, "PNG")
-    print(f"previews in {folder} ({clock.monotonic() - started:.1f} s)", flush=True)
+    print(f"previews in {folder} ({time.monotonic() - start:.1f} s)", flush=True)

@@ -24,81 +24,69 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.nn import functional as F
 
-from likeness import parallel
 from likeness.data.sampler import step_stream
-from likeness.encoders.components import Components, load_components
+from likeness.device import choose_device
+from likeness.encoders.components import load_components
 from likeness.files import read_json
 from likeness.models.layers import modulate, use_explicit_attention
 from likeness.models.mditface import PATCH, MDiTFaceTransformer
 from likeness.models.mmface import MMFaceTransformer
 from likeness.objectives import RectifiedFlow, make_objective
-from likeness.train.checkpoint import entries, newest, save_state
+from likeness.parallel import World
+from likeness.train.batches import Batch, open_stores, read_batches
+from likeness.train.checkpoint import checkpoint_entries, newest
 from likeness.train.config import (
-    FREE_STUDENT,
     DiscriminatorRecipe,
-    MDiTFaceNetwork,
-    MMFaceNetwork,
     StudentRecipe,
-    TrainRecipe,
     check,
     check_single_conditions,
-    check_student,
+    condition_names,
 )
-from likeness.train.learner import Learner, fill
-from likeness.train.loop import finite, non_finite_batches, open_stores, read_batches, save, terminations
-from likeness.train.metrics import Reporter
-from likeness.train.networks import condition_names
-from likeness.train.optim import Ema, learning_rate, make_optimizers
-from likeness.train.publish import wishes
-from likeness.train.run import held, keep_recipe
-from likeness.train.step import Batch
-from likeness.types import InputError, TextFeatures, TryAgain
+from likeness.train.ema import Ema
+from likeness.train.optim import learning_rate, make_optimizers
+from likeness.train.progress import Progress
+from likeness.train.publish import Publication, checkpoint, preview_requests
+from likeness.train.run_folder import check_single_process, open_run
+from likeness.train.train_state import TrainState, read_checkpoint
+from likeness.types import InputError, TextFeatures
 from likeness.weights.catalog import find_model
 from likeness.weights.packed import load_component
 
 CLEAN_TIME = 0.02
 """Time of the discriminator's inputs that have almost no noise."""
-PART = 8
-"""One in so many samples takes part in the R1 penalty, and one in so many in the mismatched fakes."""
+SUBSET = 8
+"""One in `SUBSET` samples is used for the R1 penalty and for the mismatched fakes."""
 
 
 class Samples(NamedTuple):
-    """B samples at their times. Every K samples of one image follow one another at a distance of n."""
+    """B samples at their times. The K samples of one image are n apart."""
 
-    previous: Tensor
-    """The student's last estimate of x_0; data for samples that start from noise, [B, C, h, w]."""
-    clean: Tensor
-    """Data x_0, [B, C, h, w]."""
-    conditions: Tensor
-    """[B, M, C, h, w], M conditions."""
-    index: Tensor
-    """Their rows, [B, M], -1 where absent."""
-    tokens: Tensor
-    """Text tokens, [B, L, T]."""
-    pooled: Tensor
-    """Pooled text, [B, P]."""
+    previous: Tensor  # the student's last estimate of x_0; data for samples that start from noise, [B, C, h, w]
+    clean: Tensor  # data x_0, [B, C, h, w]
+    conditions: Tensor  # [B, M, C, h, w], M conditions
+    index: Tensor  # condition ids, [B, M], -1 if absent
+    tokens: Tensor  # text tokens, [B, L, T]
+    pooled: Tensor  # pooled text, [B, P]
 
-    def rows(self, chosen: slice | Tensor) -> Samples:
-        """A part of the samples."""
-        return Samples(*(part[chosen] for part in self))
+    def part(self, samples: slice) -> Samples:
+        """Return some of the samples."""
+        return Samples(*(tensor[samples] for tensor in self))
 
     def arguments(self) -> tuple[TextFeatures, Tensor, Tensor]:
-        """What a network takes in addition to latents and times."""
+        """Return the arguments of a network other than latents and times."""
         return TextFeatures(self.tokens, self.pooled), self.conditions, self.index
 
 
 def join(*parts: Samples) -> Samples:
-    """Samples one after another."""
+    """Concatenate samples."""
     return Samples(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
@@ -131,7 +119,7 @@ class Head(nn.Module):
 class Discriminator(nn.Module):
     """A copy of the teacher, the backbone, with heads on the image tokens after some of its blocks.
 
-    The tokens and the conditioning vector are read by forward hooks, so networks need no second way through.
+    The tokens and the conditioning vector are read by forward hooks, so that networks need no second forward method.
     """
 
     def __init__(self, teacher: nn.Module, blocks: Sequence[int], width: int) -> None:
@@ -139,37 +127,37 @@ class Discriminator(nn.Module):
         self.backbone = copy.deepcopy(teacher)
         layers, features, self.patch = blocks_of(self.backbone)
         self.heads = nn.ModuleList(Head(features, width) for _ in blocks)
-        self.read: list[tuple[Tensor, Tensor]] = []
+        self.features: list[tuple[Tensor, Tensor]] = []
         for index in sorted(blocks):
-            layers[index].register_forward_hook(self.keep)
+            layers[index].register_forward_hook(self.save_features)
 
-    def keep(self, block: nn.Module, given: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        """Keep the image tokens and the conditioning of a block's call, unless it has no image tokens (the static
-        pathway of MDiTFace). In MDiTFace's single blocks, the text precedes the image in the same tensor.
+    def save_features(self, block: nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        """Forward hook: save the image tokens and the conditioning of a block, unless it has no image tokens (the
+        static pathway of MDiTFace). In MDiTFace's single blocks, the text precedes the image in the same tensor.
         """
         streams = output[0]
         if not isinstance(streams, dict):
-            self.read.append((streams, given[2]))
+            self.features.append((streams, inputs[2]))
         elif "image" in streams:
-            self.read.append((streams["image"], given[1].conditioning))
+            self.features.append((streams["image"], inputs[1].conditioning))
 
     def forward(
         self, latents: Tensor, time: Tensor, text: TextFeatures, conditions: Tensor, condition_index: Tensor
     ) -> Tensor:
-        """Logits of x_t, one for every head and image token, float32 [B, F, N]; arguments as the backbone's."""
+        """Return the logits of x_t, one per head and image token, float32 [B, F, N]; arguments as the backbone's."""
         grid = (latents.shape[-2] // self.patch, latents.shape[-1] // self.patch)
-        self.read.clear()
+        self.features.clear()
         self.backbone(latents, time, text, conditions, condition_index)
         logits = [
             head(image[:, -math.prod(grid) :], conditioning, grid)  # [B, N]
-            for head, (image, conditioning) in zip(self.heads, self.read, strict=True)
+            for head, (image, conditioning) in zip(self.heads, self.features, strict=True)
         ]
-        self.read.clear()
+        self.features.clear()
         return torch.stack(logits, dim=1).float()  # [B, F, N]
 
 
 def blocks_of(network: nn.Module) -> tuple[list[nn.Module], int, int]:
-    """The blocks of a network in the order of their calls, its width D and the side p of its patches."""
+    """Return the blocks of a network in the order of their calls, its width D and its patch size p."""
     if isinstance(network, MMFaceTransformer):
         return list(network.blocks), network.config.hidden_size, network.config.patch_size
     assert isinstance(network, MDiTFaceTransformer)
@@ -178,20 +166,16 @@ def blocks_of(network: nn.Module) -> tuple[list[nn.Module], int, int]:
 
 
 class Draws(NamedTuple):
-    """The random numbers of a step, for B samples; functions of (seed, images seen)."""
+    """Random numbers of a step with B samples; functions of (seed, images seen)."""
 
-    noise: Tensor
-    """Noise of the student's inputs, [B, C, h, w]."""
-    time: Tensor
-    """Times of the discriminator's inputs, [B]."""
-    discriminator_noise: Tensor
-    """Their noise, the same for real and fake, [B, C, h, w]."""
-    penalty_noise: Tensor
-    """Unit noise of the R1 penalty, [ceil(B / PART), C, h, w]."""
+    noise: Tensor  # noise of the student's inputs, [B, C, h, w]
+    time: Tensor  # times of the discriminator's inputs, [B]
+    discriminator_noise: Tensor  # their noise, the same for real and fake, [B, C, h, w]
+    penalty_noise: Tensor  # unit noise of the R1 penalty, [ceil(B / SUBSET), C, h, w]
 
 
 def draw(recipe: DiscriminatorRecipe, seed: int, start: int, shape: tuple[int, ...]) -> Draws:
-    """Draw for the step that begins at image `start`; `shape` is [B, C, h, w]."""
+    """Return the random numbers of the step that starts at image `start`; `shape` is [B, C, h, w]."""
     rng = step_stream(seed, start)
     normal = lambda *size: torch.from_numpy(rng.standard_normal(size, dtype="float32"))  # noqa: E731
     time = torch.sigmoid(recipe.time_mean + recipe.time_std * normal(shape[0]))
@@ -200,19 +184,16 @@ def draw(recipe: DiscriminatorRecipe, seed: int, start: int, shape: tuple[int, .
         normal(*shape),
         time.masked_fill(clean, CLEAN_TIME),
         normal(*shape),
-        normal(math.ceil(shape[0] / PART), *shape[1:]),
+        normal(math.ceil(shape[0] / SUBSET), *shape[1:]),
     )
 
 
 class Result(NamedTuple):
-    """What a step gives."""
+    """Result of a step."""
 
-    loss: Tensor
-    """Sum of all losses, of which the backward pass makes the gradients of student and discriminator."""
-    estimates: Tensor
-    """The student's x_0, without gradient, [B, C, h, w]."""
-    report: dict[str, Tensor]
-    """Numbers to report, one each."""
+    loss: Tensor  # sum of all losses; its backward pass computes the gradients of student and discriminator
+    estimates: Tensor  # the student's x_0, without gradient, [B, C, h, w]
+    report: dict[str, Tensor]  # scalars to report
 
 
 def losses_of(
@@ -226,24 +207,24 @@ def losses_of(
     flow: tuple[Tensor, Tensor],
     update_student: bool,
 ) -> Result:
-    """All losses of a step.
+    """Return all losses of a step.
 
     Args:
-        student: v at x_t.
-        discriminator: logits.
-        objective: the teacher's.
+        student: predicts v at x_t.
+        discriminator: returns logits.
+        objective: objective of the teacher.
         recipe: weights of the losses.
-        samples: B of them; the first n are new.
+        samples: B samples, the first n of which are new.
         times: their times [B].
-        draws: the random numbers of the step.
+        draws: random numbers of the step.
         flow: noise [n, C, h, w] and times [n] of the flow-matching loss.
-        update_student: whether gradients for the student are wanted.
+        update_student: whether to compute gradients for the student.
     """
     d, n = recipe.discriminator, len(flow[1])
 
     # 1. The student estimates x_0 from its previous estimate, noised; and v of noised data
     noisy, time, inputs = objective.corrupt(samples.previous, draws.noise, times), times, samples
-    anchored, new = update_student and recipe.flow_weight > 0, samples.rows(slice(n))
+    anchored, new = update_student and recipe.flow_weight > 0, samples.part(slice(n))
     if anchored:
         noisy = torch.cat([noisy, objective.corrupt(new.clean, *flow)])  # [B + n, C, h, w]
         time, inputs = torch.cat([times, flow[1]]), join(samples, new)
@@ -254,27 +235,27 @@ def losses_of(
     if anchored:
         flow_loss = (velocity[len(times) :] - objective.target(new.clean, *flow)).square().mean()
 
-    # 2. The discriminator sees fake and real with the same noise, some of the real ones with a little more of it, and
-    # some of the real ones with the text and conditions of their neighbours
-    some = slice(None, None, PART)
+    # 2. Logits of fake and real with the same noise, of some real ones with a little more noise, and of some real ones
+    # with the text and conditions of the previous sample
+    subset = slice(None, None, SUBSET)
     noised_fake = objective.corrupt(fake, draws.discriminator_noise, draws.time)  # [B, C, h, w]
     noised_real = objective.corrupt(samples.clean, draws.discriminator_noise, draws.time)
-    part = noised_real[some]  # [ceil(B / PART), C, h, w]
-    given = [noised_fake, noised_real, part + d.penalty_noise * draws.penalty_noise]
-    at = [draws.time, draws.time, draws.time[some]]
-    asked = [samples, samples, samples.rows(some)]
+    part = noised_real[subset]  # [ceil(B / SUBSET), C, h, w]
+    latents = [noised_fake, noised_real, part + d.penalty_noise * draws.penalty_noise]
+    levels = [draws.time, draws.time, draws.time[subset]]
+    inputs_of = [samples, samples, samples.part(subset)]
     if d.mismatch:
-        given.append(part)
-        at.append(draws.time[some])
-        asked.append(Samples(*(tensor.roll(1, dims=0)[some] for tensor in samples)))
-    logits = discriminator(torch.cat(given), objective.model_time(torch.cat(at)), *join(*asked).arguments())
-    of_fake, of_real, of_penalty, *of_mismatch = logits.split([len(x) for x in given])  # [., F, N] each
+        latents.append(part)
+        levels.append(draws.time[subset])
+        inputs_of.append(Samples(*(tensor.roll(1, dims=0)[subset] for tensor in samples)))
+    logits = discriminator(torch.cat(latents), objective.model_time(torch.cat(levels)), *join(*inputs_of).arguments())
+    of_fake, of_real, of_penalty, *of_mismatch = logits.split([len(x) for x in latents])  # [., F, N] each
 
     # 3. Losses; the gradient that enters the student is that of softplus(D(real) - D(fake)) instead, up to the mean
     # over a sample's tokens of the ratio of the two derivatives
     adversarial = F.softplus(of_fake - of_real).mean()
-    penalty = (of_penalty - of_real[some]).square().mean()
-    mismatch = F.softplus(of_mismatch[0] - of_real[some]).mean() if of_mismatch else torch.zeros_like(penalty)
+    penalty = (of_penalty - of_real[subset]).square().mean()
+    mismatch = F.softplus(of_mismatch[0] - of_real[subset]).mean() if of_mismatch else torch.zeros_like(penalty)
     if update_student:
         slope = torch.sigmoid((of_fake - of_real).detach()).mean(dim=(1, 2))  # [B]
         ratio = ((1 - slope) / slope.clamp(min=0.05))[:, None, None, None]
@@ -299,60 +280,42 @@ def losses_of(
 
 
 @dataclasses.dataclass(kw_only=True)
-class Trainer:
+class StudentState:
     """What a student's training updates and saves."""
 
-    student: Learner
-    """The student with its averages; counts the images."""
-    backbone: Learner
-    """The discriminator's copy of the teacher."""
-    heads: Learner
-    """The discriminator's heads."""
-    frozen_images: int
-    """Images during which the backbone is frozen."""
-    rollout: Samples | None = None
-    """The samples that continue at the next time, with the student's estimates; none before the first step."""
+    student: TrainState  # the student with its EMAs; counts the images
+    backbone: TrainState  # the discriminator's copy of the teacher
+    heads: TrainState  # the discriminator's heads
+    frozen_images: int  # images during which the backbone is frozen
+    rollout: Samples | None = None  # samples that continue at the next time; None before the first step
 
     def freeze(self) -> None:
-        """Freeze the backbone in stage 1 and release it in stage 2."""
-        self.backbone.model.requires_grad_(self.student.seen >= self.frozen_images)
+        """Freeze the backbone in stage 1 and unfreeze it in stage 2."""
+        self.backbone.model.requires_grad_(self.student.images_seen >= self.frozen_images)
 
-    def state(self) -> dict[str, Tensor]:
-        """Every tensor that a resumed run needs, by name."""
-        state = {}
-        for prefix in ("student", "backbone", "heads"):
-            state |= {f"{prefix}/{name}": value for name, value in getattr(self, prefix).state().items()}
-        rollout = {} if self.rollout is None else self.rollout._asdict()
-        return state | {f"rollout/{name}": value for name, value in rollout.items()}
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor that a resumed run needs, by name."""
+        parts = {name: getattr(self, name).tensors() for name in ("student", "backbone", "heads")}
+        parts["rollout"] = {} if self.rollout is None else self.rollout._asdict()
+        return {f"{part}/{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
 
     def resume(self, run: Path) -> None:
-        """Continue from the newest checkpoint in `run`, if there is one.
-
-        Raises:
-            InputError: it cannot be read, or is of another network.
+        """Continue from the newest checkpoint in `run`, if there is one. Raises `InputError` if it cannot be read, or
+        is of another network.
         """
-        path = newest(run)
-        if path is not None:
-            found = entries(path)
-            self.student.seen = int(path.name)
+        if path := newest(run):
+            stored = checkpoint_entries(path)
+            self.student.images_seen = int(path.name)
             self.freeze()
-            for prefix in ("student", "backbone", "heads"):
-                getattr(self, prefix).make_room(part_of(found, prefix))
-            rollout = part_of(found, "rollout")
-            if rollout.keys() == set(Samples._fields):
-                device = next(self.student.model.parameters()).device
-                places = (rollout[name] for name in Samples._fields)
-                self.rollout = Samples(
-                    *(torch.empty(place.size, dtype=place.properties.dtype, device=device) for place in places)
-                )
-            fill(self.state(), path, found, self.student.world)
+            for part in ("student", "backbone", "heads"):
+                names = {name.removeprefix(f"{part}/"): 0 for name in stored if name.startswith(f"{part}/")}
+                getattr(self, part).create_optimizer_states(names)
+            if all(f"rollout/{name}" in stored for name in Samples._fields):
+                places = (stored[f"rollout/{name}"] for name in Samples._fields)
+                empty = (torch.empty(place.size, dtype=place.properties.dtype) for place in places)
+                self.rollout = Samples(*(tensor.to(self.student.world.device) for tensor in empty))
+            read_checkpoint(self.tensors(), path, stored, self.student.world)
         self.freeze()
-
-
-def part_of(found: Mapping[str, TensorStorageMetadata], prefix: str) -> dict[str, TensorStorageMetadata]:
-    """The entries below a prefix, without it."""
-    start = f"{prefix}/"
-    return {name.removeprefix(start): entry for name, entry in found.items() if name.startswith(start)}
 
 
 def train_student(recipe: StudentRecipe, run: Path) -> Path:
@@ -365,28 +328,33 @@ def train_student(recipe: StudentRecipe, run: Path) -> Path:
         InputError: the teacher, data or an earlier checkpoint do not fit the recipe, there are several processes, or
             another process trains in `run`.
         TryAgain: a non-finite loss or gradient, or SIGTERM, after which a checkpoint is saved: the same command
-            continues.
+            resumes.
     """
-    if parallel.rank_and_world()[1] > 1:
-        raise InputError("kind 'student' is trained by one process: run `likeness train` without torchrun")
-    with ExitStack() as stack:
-        training, network, components, objective = begin(recipe)
-        stack.enter_context(held(run))
-        keep_recipe(recipe, run, FREE_STUDENT)
-        return learn(recipe, training, network, components, objective, run, stack.enter_context(terminations()))
+    check_single_process(recipe.kind)
+    recipe, network, objective = load_teacher(recipe)
+    previews = preview_requests(recipe)
+    with open_run(recipe, run) as signals:
+        components = load_components(find_model(recipe.teacher))
+        publication = Publication(
+            components=dataclasses.replace(components, scheduler=objective.renoising_scheduler()),
+            objective=objective,
+            defaults=recipe.defaults,
+            previews=previews,
+        )
+        train_in(run, recipe, network, publication, objective, signals)
+    return run / "model"
 
 
-def begin(recipe: StudentRecipe) -> tuple[TrainRecipe, Any, Components, RectifiedFlow]:
-    """Read the teacher and check the recipe.
+def load_teacher(recipe: StudentRecipe) -> tuple[StudentRecipe, Any, RectifiedFlow]:
+    """Load the teacher and check the recipe.
 
     Returns:
-        The recipe in the form of a transformer's, for what all trainings share; the teacher's network, in float32;
-        its components, with the sampler of few-step models; its objective.
+        The recipe with all pipeline defaults; the teacher's network, in float32; its objective.
 
     Raises:
-        InputError: the teacher is not a flow model that was trained here, or the recipe does not fit it.
+        InputError: the teacher is not a flow model that was trained with this package, or the recipe does not fit it.
     """
-    check_student(recipe)
+    check(recipe)
     folder = find_model(recipe.teacher)
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     kind, settings = index.get("_class_name"), index.get("objective") or {"name": "rectified_flow"}
@@ -398,179 +366,116 @@ def begin(recipe: StudentRecipe) -> tuple[TrainRecipe, Any, Components, Rectifie
     network = load_component(folder / "transformer", *index["transformer"]).float()
     if network.config.get("guidance_embeds"):
         raise InputError(f"the teacher {recipe.teacher} is guidance-distilled: it must be a plain flow model")
-    components = dataclasses.replace(load_components(folder), scheduler=objective.renoising_scheduler())
-    defaults = {"steps": recipe.steps, "guidance_scale": 1.0, "guidance_interval": [0.0, 1.0], **recipe.defaults}
-    training = TrainRecipe(
-        network=sizes_of(network),
-        objective=objective.config(),
-        data=recipe.data,
-        optimizer=recipe.optimizer,
-        defaults={"size": index["defaults"]["size"], **defaults},
-        preview=recipe.preview,
-        start=recipe.teacher,
-        seed=recipe.seed,
-        precision=recipe.precision,
-        threads=recipe.threads,
-        log_every=recipe.log_every,
-        checkpoint_every=recipe.checkpoint_every,
-        keep=recipe.keep,
-    )
-    check(training)
-    if unknown := [name for name in condition_names(training) if name not in network.config.condition_names]:
-        raise InputError(f"the teacher {recipe.teacher} was not trained with {unknown[0]}, which condition_shares has")
+    if unknown := [name for name in condition_names(recipe.data) if name not in network.config.condition_names]:
+        raise InputError(
+            f"the teacher {recipe.teacher} was not trained with {unknown[0]}, which is in condition_probabilities"
+        )
     if kind == "MMFacePipeline":
         check_single_conditions(recipe.data)
-    layers, _, _ = blocks_of(network)
-    if wrong := [index for index in recipe.discriminator.blocks if not 0 <= index < len(layers)]:
-        raise InputError(f"discriminator.blocks has {wrong[0]}, but the teacher's blocks are 0 to {len(layers) - 1}")
-    wishes(training)
-    return training, network, components, objective
+    blocks = len(blocks_of(network)[0])
+    if wrong := [index for index in recipe.discriminator.blocks if not 0 <= index < blocks]:
+        raise InputError(f"discriminator.blocks has {wrong[0]}, but the teacher's blocks are 0 to {blocks - 1}")
+    defaults = {"size": index["defaults"]["size"], "steps": recipe.steps}
+    defaults |= {"guidance_scale": 1.0, "guidance_interval": [0.0, 1.0], **recipe.defaults}
+    return dataclasses.replace(recipe, defaults=defaults), network, objective
 
 
-def sizes_of(network: Any) -> MMFaceNetwork | MDiTFaceNetwork:
-    """A network in the words of a recipe."""
-    c = network.config
-    if isinstance(network, MMFaceTransformer):
-        return MMFaceNetwork(patch_size=c.patch_size, hidden_size=c.hidden_size, depth=c.depth, heads=c.heads)
-    return MDiTFaceNetwork(
-        name="mditface",
-        hidden_size=c.num_attention_heads * c.attention_head_dim,
-        depth=c.num_layers,
-        single_depth=c.num_single_layers,
-        heads=c.num_attention_heads,
-    )
-
-
-def learn(
-    recipe: StudentRecipe,
-    training: TrainRecipe,
-    network: Any,
-    components: Components,
-    objective: RectifiedFlow,
+def train_in(
     run: Path,
-    told: Sequence[int],
-) -> Path:
-    """The training itself, in a folder that is locked; it ends early when `told` is no longer empty."""
+    recipe: StudentRecipe,
+    student: Any,
+    publication: Publication,
+    objective: RectifiedFlow,
+    signals: Sequence[int],
+) -> None:
+    """Train in a locked folder; stop early if `signals` is not empty."""
     # 1. Build
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    o, d = recipe.optimizer, recipe.discriminator
-    world = parallel.World(device="cuda" if torch.cuda.is_available() else "cpu")
-    stores = open_stores(training, recipe.data.shards, components)
-    torch.manual_seed(recipe.seed)  # initial weights of the heads only; every later draw has its own stream
-    use_explicit_attention(network, world.kind == "cpu" and recipe.precision == "bf16")
-    discriminator = Discriminator(network, d.blocks, d.width).to(world.device).train()
-    student = network.to(world.device).train()
-    if not stores[0].tower:
+    o, d, components = recipe.optimizer, recipe.discriminator, publication.components
+    world = World(device=choose_device("auto"))
+    patch_size = blocks_of(student)[2]
+    stores = open_stores(recipe, recipe.data.shards, components, patch_size)
+    torch.manual_seed(recipe.seed)  # initial weights of the heads; later random numbers have their own generators
+    use_explicit_attention(student, world.device_type == "cpu" and recipe.precision == "bf16")
+    discriminator = Discriminator(student, d.blocks, d.width).to(world.device).train()
+    student.to(world.device).train()
+    if not stores[0].tower:  # the shards have no text features
         components.text_encoder.to(world.device)
-    adamw = lambda module, rate: torch.optim.AdamW(  # noqa: E731
-        module.parameters(), lr=rate, betas=o.betas, weight_decay=0.0, fused=True
+
+    def discriminator_state(module: nn.Module, rate: float) -> TrainState:
+        adamw = torch.optim.AdamW(module.parameters(), lr=rate, betas=o.betas, weight_decay=0.0, fused=True)
+        return TrainState(model=module, optimizers=[adamw], world=world)
+
+    state = TrainState(
+        model=student,
+        optimizers=make_optimizers(student, o),
+        emas=[Ema(student, width) for width in (o.ema, *o.posthoc_emas)],
+        world=world,
     )
-    trainer = Trainer(
-        student=Learner(
-            model=student,
-            optimizers=make_optimizers(student, o),
-            averages=[Ema(student, width) for width in (o.ema, *o.ema_choices)],
-            world=world,
-        ),
-        backbone=Learner(
-            model=discriminator.backbone, optimizers=[adamw(discriminator.backbone, d.learning_rate)], averages=[]
-        ),
-        heads=Learner(
-            model=discriminator.heads, optimizers=[adamw(discriminator.heads, d.head_learning_rate)], averages=[]
-        ),
+    states = StudentState(
+        student=state,
+        backbone=discriminator_state(discriminator.backbone, d.learning_rate),
+        heads=discriminator_state(discriminator.heads, d.head_learning_rate),
         frozen_images=d.frozen_images,
     )
-    learner = trainer.student
 
     # 2. Resume
-    trainer.resume(run)
+    states.resume(run)
     if recipe.compile:
         student.compile(dynamic=False)
         discriminator.compile(dynamic=False)
 
     # 3. Train
-    passed_over = non_finite_batches(run)
-    starts = [start for start in range(learner.seen, o.images, o.batch) if start not in passed_over]
     schedule = torch.tensor(objective.schedule(recipe.steps)["sigmas"], dtype=torch.float32, device=world.device)  # [K]
     times = schedule.repeat_interleave(o.batch)  # [B]
-    reporter = Reporter(run, o.images, learner.seen, recipe)
-    recent: list[tuple[int, Tensor, Tensor]] = []  # start, loss and gradient norm of each step since the last report
-    reports: list[dict[str, Tensor]] = []
-    for start, (batch,) in zip(starts, read_batches(training, stores, student, components, world, starts), strict=True):
-        before, learner.seen = learner.seen, start
+    continuing = slice(len(times) - o.batch)  # [B - n] samples have another time
+    progress = Progress(run, state, o.images, o.batch, signals, recipe)
+    names = list(student.config.condition_names)
+    batches = read_batches(recipe, stores, names, components.settings, world, progress.starts, o.batch)
+    for start, (batch,) in progress.steps(batches):
         update_student = start >= d.warmup
-        with torch.autocast(world.kind, torch.bfloat16, enabled=recipe.precision == "bf16"):
-            samples = next_samples(trainer.rollout, batch, components, recipe.steps, world.device)
+        with torch.autocast(world.device_type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+            batch = batch.with_text(components).to(world.device)
+            samples = next_samples(states.rollout, batch, recipe.steps)
             draws = Draws(*(x.to(world.device) for x in draw(d, recipe.seed, start, tuple(samples.clean.shape))))
-            flow = batch.noise.to(world.device), objective.sample_time(batch.uniform.to(world.device))
+            flow = batch.noise, objective.sample_time(batch.uniform)
             loss, estimates, report = losses_of(
                 student, discriminator, objective, recipe, samples, times, draws, flow, update_student
             )
         loss.backward()
-        report["heads_gradient"] = trainer.heads.step(d.head_learning_rate, o.clip)
+        report["heads_gradient"] = states.heads.step(d.head_learning_rate, o.max_grad_norm)
         if start >= d.frozen_images:
-            report["backbone_gradient"] = trainer.backbone.step(d.learning_rate, o.clip)
+            report["backbone_gradient"] = states.backbone.step(d.learning_rate, o.max_grad_norm)
         rate = student_rate(recipe, start)
         if update_student:
-            report["student_gradient"] = learner.step(rate, o.clip)
-        continuing = samples.rows(slice(len(times) - o.batch))  # [B - n] samples have another time
-        trainer.rollout = continuing._replace(previous=estimates[: len(times) - o.batch]) if recipe.steps > 1 else None
-        learner.count(o.batch)
-        trainer.freeze()
-        norms = [report[name] for name in report if name.endswith("_gradient")]
-        recent.append((start, loss.detach(), torch.stack(norms).norm()))
-        reports.append(report)
+            report["student_gradient"] = state.step(rate, o.max_grad_norm)
+        states.rollout = None
+        if recipe.steps > 1:
+            states.rollout = samples.part(continuing)._replace(previous=estimates[continuing])
+        progress.end_step(loss=loss.detach(), **report)
+        states.freeze()
 
         # 4. Report and save
-        seen, last = learner.seen, start == starts[-1]
-        stop = bool(told) and not last
-        report_now, keep_now = (
-            last or seen // every != before // every for every in (recipe.log_every, recipe.checkpoint_every)
-        )
-        if not (report_now or keep_now or stop):
-            continue
-        finite(recent, run, o.batch, world)
-        if report_now:
-            reporter.report(seen, **mean_of(reports), learning_rate=rate)
-            recent.clear()
-            reports.clear()
-        if keep_now:
-            save(training, learner, components, objective, run, last, trainer.state())
-        elif stop:  # little time is left: publishing can wait
-            save_state(run, seen, trainer.state(), recipe.keep)
-        if stop:
-            raise TryAgain(f"stopped by SIGTERM after {seen:,} images: run the same command again to continue")
-    reporter.close()
-    return run / "model"
+        if progress.due(recipe.log_every):
+            progress.report(learning_rate=rate)
+        checkpoint(progress, publication, recipe, states)
 
 
-def next_samples(rollout: Samples | None, batch: Batch, components: Components, steps: int, device: str) -> Samples:
-    """The samples of a step: n new ones, which start from noise, and those that continue. At the first step the new
-    ones take all places, with data in the place of estimates.
+def next_samples(rollout: Samples | None, batch: Batch, steps: int) -> Samples:
+    """Return the samples of a step, [K n]: n new ones, which start from noise, and those that continue. At the first
+    step the new ones fill all times, with data in the place of estimates.
     """
-    with torch.no_grad():
-        text = components.text_features(batch.captions) if batch.text is None else batch.text
-    parts = (batch.clean, batch.clean, batch.condition_latents, batch.condition_index, *text)
-    new = Samples(*(x.to(device) for x in parts))
-    continuing = [new] * (steps - 1) if rollout is None else [rollout]
-    return join(new, *continuing)  # [K n]
+    assert batch.text is not None
+    new = Samples(batch.clean, batch.clean, batch.condition_latents, batch.condition_index, *batch.text)
+    return join(new, *([new] * (steps - 1) if rollout is None else [rollout]))
 
 
 def student_rate(recipe: StudentRecipe, start: int) -> float:
-    """The student's learning rate in the step that begins at image `start`. Each stage has a warm-up of its own; in
-    stage 1 the rate is constant.
+    """Return the student's learning rate in the step that starts at image `start`. Each stage has its own warm-up; in
+    stage 1 the rate is constant after it.
     """
     o, d = recipe.optimizer, recipe.discriminator
     if start < d.frozen_images:
         peak = recipe.frozen_learning_rate or o.learning_rate
         return learning_rate(max(start - d.warmup, 0), o.images, peak, o.warmup, "constant")
-    begun = max(d.frozen_images, d.warmup)
-    return learning_rate(max(start - begun, 0), o.images - begun, o.learning_rate, o.warmup, o.decay)
-
-
-def mean_of(reports: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    """The mean of each number over the steps that have it."""
-    names = dict.fromkeys(name for report in reports for name in report)
-    columns = {name: [report[name].float() for report in reports if name in report] for name in names}
-    return {name: torch.stack(values).mean().item() for name, values in columns.items()}
+    first = max(d.frozen_images, d.warmup)
+    return learning_rate(max(start - first, 0), o.images - first, o.learning_rate, o.warmup, o.decay)

@@ -1,1 +1,1 @@
-"""The parts of the mini family that a transformer stands on, each with its own short training."""
+"""Trainings of the components: autoencoder, decoder, text encoder with image encoder, face parser."""

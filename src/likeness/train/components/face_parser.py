@@ -1,12 +1,12 @@
-"""Train a face parser: picture to the 19 classes, from a few hundred hand-made masks.
+"""Train a face parser, a semantic segmentation network with 19 classes, on a few hundred manual masks.
 
-Two architectures of transformers are at hand, so that one can make training data and the other, which never does,
-can judge generated pictures. So few masks need strong augmentation: geometry, colour, and loss of resolution.
+There are two architectures, so that one can annotate training data and the other, which does not, can evaluate
+generated images. The small number of masks requires strong augmentation of geometry, color and resolution.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,60 +30,44 @@ from likeness.conditions.mask.classes import CLASSES
 from likeness.data.ahead import read_ahead
 from likeness.data.folder import column_of, read_folder, read_photo
 from likeness.data.sampler import stream
-from likeness.train.checkpoint import save_state
-from likeness.train.learner import Learner
-from likeness.train.metrics import Reporter
-from likeness.train.optim import Ema, learning_rate
-from likeness.train.run import begun, finite_numbers
+from likeness.train.config import ComponentRecipe
+from likeness.train.ema import Ema
+from likeness.train.optim import learning_rate
+from likeness.train.progress import Progress
+from likeness.train.run_folder import open_component_run
+from likeness.train.train_state import TrainState
 from likeness.types import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class FaceParserRecipe:
-    """How a face parser is built and trained."""
+class FaceParserRecipe(ComponentRecipe):
+    """Architecture and training of a face parser."""
 
     kind: Literal["face_parser"] = "face_parser"
     """What the recipe trains."""
-    train: tuple[str, ...]
-    """Prepared folders with masks to learn from."""
-    test: tuple[str, ...]
-    """Prepared folders with masks that are only measured."""
     architecture: Literal["segformer", "upernet"] = "segformer"
     """SegFormer, or UPerNet on ConvNeXt."""
     widths: tuple[int, int, int, int] = (32, 64, 128, 192)
     """Channels at a quarter, an eighth, a sixteenth and a thirty-second of the size."""
     depths: tuple[int, int, int, int] = (2, 2, 2, 2)
-    """Layers at each."""
+    """Layers at each of these sizes."""
     decoder_width: int = 128
-    """Channels where the four are joined."""
+    """Channels of the decoder."""
     size: int = 192
-    """Pixels a side that the network sees."""
-    measured_size: int = 256
-    """Pixels a side at which it is measured."""
+    """Input size of the network in pixels."""
+    test_size: int = 256
+    """Image size in pixels of the measurements."""
     weight_power: float = 0.25
-    """A class weighs its share of the pixels to the power of minus this: rare classes count for more."""
-    images: int
-    """Pictures to see in all."""
-    batch: int = 16
-    """Pictures a step."""
-    learning_rate: float = 1e-3
-    """Peak rate."""
+    """The loss weight of a class is the fraction of its pixels to the power of minus this."""
     warmup: int = 1600
-    """Pictures of warm-up."""
-    ema: float = 0.08
-    """Relative width of the weight average."""
+    """Images of linear warm-up."""
     checkpoint_every: int = 3200
-    """Pictures between states on disk."""
-    seed: int = 0
-    """Seed of every random draw."""
     compile: bool = False
-    """Fuse the step with torch.compile: on a CPU it made the backward pass half as fast again as it was without."""
-    threads: int | None = None
-    """CPU threads; None leaves torch's choice."""
+    """Use torch.compile. On a CPU it makes the backward pass slower, by half."""
 
 
 def build(recipe: FaceParserRecipe) -> Any:
-    """The network of a recipe: logits [B, 19, h, w], h and w a quarter of the input or the input's own."""
+    """Create the network: logits [B, 19, h, w] at a quarter of the input size (SegFormer) or at the input size."""
     labels = dict(enumerate(CLASSES))
     common = {"id2label": labels, "label2id": {name: index for index, name in labels.items()}}
     if recipe.architecture == "segformer":
@@ -109,61 +93,61 @@ def build(recipe: FaceParserRecipe) -> Any:
 
 
 class Examples:
-    """Endless augmented pairs; pair number p depends only on (seed, p).
+    """An endless sequence of augmented images and masks; pair number p depends only on (seed, p).
 
-    The pictures are held decoded, a third larger than the network sees them: decoding them anew cost as much as a step.
+    Decoded images are kept in memory, a third larger than the input of the network: decoding takes as long as a step.
     """
 
-    def __init__(self, folders: tuple[str, ...], size: int, seed: int) -> None:
+    def __init__(self, folders: Sequence[str], size: int, seed: int) -> None:
         self.size, self.seed = size, seed
-        held = size * 4 // 3
-        mask = CONDITIONS["mask"]
+        stored, mask = size * 4 // 3, CONDITIONS["mask"]
         self.pairs = [
             (
-                Image.fromarray(read_photo(row["file_name"], held)),
-                Image.fromarray(mask.resize(mask.read(row[column_of("mask")]).raw, held, held)),
+                Image.fromarray(read_photo(row["file_name"], stored)),
+                Image.fromarray(mask.resize(mask.read(row[column_of("mask")]).raw, stored, stored)),
             )
             for row in rows_with_masks(folders)
         ]
 
     def __getitem__(self, position: int) -> tuple[np.ndarray, np.ndarray]:
-        """Pair number `position`: uint8 [S, S, 3] and labels uint8 [S / 2, S / 2]."""
+        """Return pair number `position`: uint8 [S, S, 3] and labels uint8 [S / 2, S / 2]."""
         rng = stream(self.seed, position)
         image, mask = self.pairs[int(rng.integers(len(self.pairs)))]
-        image, mask = turn_and_crop(image, mask, self.size, rng)
-        image = recolour(image, rng)
-        picture, labels = np.asarray(image), np.asarray(mask)
+        image, mask = random_affine(image, mask, self.size, rng)
+        pixels, labels = np.asarray(color_jitter(image, rng)), np.asarray(mask)
         if rng.integers(2):
-            picture, labels = picture[:, ::-1], CONDITIONS["mask"].flip(labels)
-        return np.ascontiguousarray(picture), np.ascontiguousarray(labels)
+            pixels, labels = pixels[:, ::-1], CONDITIONS["mask"].flip(labels)
+        return np.ascontiguousarray(pixels), np.ascontiguousarray(labels)
+
+    def batch(self, start: int, size: int) -> tuple[Tensor, Tensor]:
+        """Return inputs [B, 3, S, S] and labels int64 [B, S / 2, S / 2] of the pairs from number `start` on."""
+        images, labels = zip(*(self[position] for position in range(start, start + size)), strict=True)
+        inputs = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+        return (inputs - MEAN) / STD, torch.from_numpy(np.stack(labels)).long()
 
 
-def rows_with_masks(folders: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The rows of the folders that have a mask.
-
-    Raises:
-        InputError: there are none.
-    """
+def rows_with_masks(folders: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the rows of the folders that have a mask. Raises `InputError` if no row has a mask."""
     rows = [row for folder in folders for row in read_folder(folder) if column_of("mask") in row]
     if not rows:
         raise InputError(f"no row of {', '.join(folders)} has a mask")
     return rows
 
 
-def turn_and_crop(
+def random_affine(
     image: Image.Image, mask: Image.Image, size: int, rng: np.random.Generator
 ) -> tuple[Image.Image, Image.Image]:
-    """A random turn of up to 15 degrees, zoom of 0.8 to 1.25 and shift, the same for picture and mask.
+    """Apply a random rotation of up to 15 degrees, zoom of 0.8 to 1.25 and shift to image and mask.
 
-    The mask comes at half the size: the network answers at a quarter of it, and a loss at the full size costs more time
-    than it teaches.
+    The mask is returned at half the size: the network predicts at a quarter, and a loss at full size takes more time
+    without a gain.
     """
     angle, zoom = np.deg2rad(rng.uniform(-15, 15)), rng.uniform(0.8, 1.25)
     shift = rng.uniform(-0.08, 0.08, 2)
     cos, sin = np.cos(angle) / zoom, np.sin(angle) / zoom
 
     def matrix(width: int, height: int, size: int) -> tuple[float, ...]:
-        # output pixel -> input pixel, about the centre of both
+        # output pixel -> input pixel, relative to the centers of both
         scale = np.array([width / size, height / size])
         offset = np.array([width, height]) * (0.5 + shift)
         a, b = cos * scale[0], -sin * scale[0]
@@ -172,14 +156,14 @@ def turn_and_crop(
         return (a, b, offset[0] - a * half - b * half, d, e, offset[1] - d * half - e * half)
 
     affine = Image.Transform.AFFINE
-    turned = image.transform((size, size), affine, matrix(*image.size, size), Image.Resampling.BILINEAR)
+    transformed = image.transform((size, size), affine, matrix(*image.size, size), Image.Resampling.BILINEAR)
     half = size // 2
     labels = mask.transform((half, half), affine, matrix(*mask.size, half), Image.Resampling.NEAREST)
-    return turned, labels
+    return transformed, labels
 
 
-def recolour(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Random brightness, contrast and colour; sometimes grey, sometimes blurred or at half the resolution."""
+def color_jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Change brightness, contrast and saturation at random; some images become gray, blurred or lose resolution."""
     for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
         image = enhance(image).enhance(float(rng.uniform(0.6, 1.4)))
     if rng.random() < 0.1:
@@ -194,107 +178,83 @@ def recolour(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     return image
 
 
-def batches(examples: Examples, seen: int, total: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches from pair number `seen` on, read ahead: inputs [B, 3, S, S] and labels int64 [B, S / 2, S / 2]."""
-
-    def make(start: int) -> tuple[Tensor, Tensor]:
-        pictures, labels = zip(*(examples[position] for position in range(start, start + batch)), strict=True)
-        inputs = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
-        return (inputs - MEAN) / STD, torch.from_numpy(np.stack(labels)).long()
-
-    return read_ahead(make, range(seen, total, batch))
-
-
-def class_weights(masks: list[np.ndarray], power: float) -> Tensor:
-    """share^-power of every class, with a mean of 1 over the pixels, [19]."""
+def class_weights(masks: Sequence[np.ndarray], power: float) -> Tensor:
+    """Return fraction^-power of every class, with a mean of 1 over the pixels, [19]."""
     counts = np.zeros(len(CLASSES))
     for mask in masks:
         counts += np.bincount(mask.ravel(), minlength=len(CLASSES))
-    shares = (counts + 1) / counts.sum()
-    weights = shares**-power
-    return torch.tensor(weights / (weights * shares).sum(), dtype=torch.float32)
+    fractions = (counts + 1) / counts.sum()
+    weights = fractions**-power
+    return torch.tensor(weights / (weights * fractions).sum(), dtype=torch.float32)
 
 
 def loss_of(network: nn.Module, inputs: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Weighted cross-entropy of the scores, brought to the labels' size."""
-    scores = network(pixel_values=inputs).logits.float()  # [B, 19, h, w]
-    scores = F.interpolate(scores, size=labels.shape[-2:], mode="bilinear", align_corners=False)
-    return F.cross_entropy(scores, labels, weight=weights)
+    """Return the weighted cross-entropy of the logits, resized to the labels."""
+    logits = network(pixel_values=inputs).logits.float()  # [B, 19, h, w]
+    logits = F.interpolate(
+        logits, size=labels.shape[-2:], mode="bilinear", align_corners=False
+    )  # [B, 19, S / 2, S / 2]
+    return F.cross_entropy(logits, labels, weight=weights)
 
 
 def measure(network: Any, rows: list[dict[str, Any]], recipe: FaceParserRecipe) -> dict[str, float]:
-    """Pixel accuracy, and F1 by class pooled over the pictures.
+    """Measure pixel accuracy, and F1 by class pooled over the images.
 
     Returns:
-        `accuracy`; `f1_<class>` for every class that occurs; `f1`: their mean over the classes that at least 10 masks
-        have (all that occur, where there are fewer than 20 masks); and `n`.
+        `accuracy`; `f1_<class>` for every class that occurs; `f1`: their mean over the classes in at least 10 masks (or
+        in any, if there are fewer than 20 masks); `n`, the number of images.
     """
-    size = recipe.measured_size
+    size = recipe.test_size
     confusion = np.zeros((len(CLASSES), len(CLASSES)), dtype=np.int64)
-    occurs = np.zeros(len(CLASSES), dtype=np.int64)
+    occurrences = np.zeros(len(CLASSES), dtype=np.int64)
+    mask = CONDITIONS["mask"]
     for row in rows:
-        mask = CONDITIONS["mask"]
         labels = mask.resize(mask.read(row[column_of("mask")]).raw, size, size)
-        (found,) = parse_faces(network, [read_photo(row["file_name"], size)], size=recipe.size)
-        confusion += confusion_of(labels, found)
-        occurs[np.unique(labels)] += 1
+        (predicted,) = parse_faces(network, [read_photo(row["file_name"], size)], size=recipe.size)
+        confusion += confusion_of(labels, predicted)
+        occurrences[np.unique(labels)] += 1
     hits = confusion.diagonal()
     scores = 2 * hits / np.maximum(confusion.sum(0) + confusion.sum(1), 1)
-    counted = occurs >= (10 if len(rows) >= 20 else 1)
+    counted = occurrences >= (10 if len(rows) >= 20 else 1)
     measured = {"accuracy": float(hits.sum() / confusion.sum()), "f1": float(scores[counted].mean()), "n": len(rows)}
-    return measured | {f"f1_{CLASSES[i]}": float(scores[i]) for i in np.flatnonzero(occurs)}
+    return measured | {f"f1_{CLASSES[i]}": float(scores[i]) for i in np.flatnonzero(occurrences)}
 
 
 def train_face_parser(recipe: FaceParserRecipe, run: Path) -> None:
-    """Train, resuming from `run` where it has a state, and publish the average to `run/model`.
+    """Train, or resume, in the folder `run`, and publish the EMA weights to `run/model`.
 
     Raises:
-        InputError: another process trains in `run`, it was begun with another recipe, the loss is no number, or a
-            folder of the recipe is missing or has no masks.
+        InputError: another process trains in `run`, it was started with another recipe, or a folder of the recipe is
+            missing or has no masks.
+        TryAgain: a non-finite loss or gradient, or SIGTERM, after which a checkpoint is saved.
     """
-    with begun(recipe, run):
-        learn(recipe, run)
-
-
-def learn(recipe: FaceParserRecipe, run: Path) -> None:
-    """The training itself, in a folder that is held."""
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    examples, test = Examples(recipe.train, recipe.size, recipe.seed), rows_with_masks(recipe.test)
-    weights = class_weights([np.asarray(mask) for _, mask in examples.pairs], recipe.weight_power).to(device)
-    torch.manual_seed(recipe.seed)
-    network = build(recipe).to(device).train()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.05)
-    learner = Learner(model=network, optimizers=[optimizer], averages=[Ema(network, recipe.ema)])
-    learner.resume(run)
-    compiled = torch.compile(loss_of) if recipe.compile else loss_of
-    reporter = Reporter(run, recipe.images, learner.seen)
-    for inputs, labels in batches(examples, learner.seen, recipe.images, recipe.batch):
-        torch.manual_seed(recipe.seed + learner.seen)  # dropout's stream: a function of progress
-        with torch.autocast(device, torch.bfloat16):
-            loss = compiled(network, inputs.to(device), labels.to(device), weights)
-        loss.backward()
-        rate = learning_rate(learner.seen, recipe.images, recipe.learning_rate, recipe.warmup, "cosine")
-        norm = learner.step(rate, clip=1.0)
-        learner.count(recipe.batch)
-        seen = learner.seen
-        report = seen % (recipe.batch * 20) == 0
-        keep = seen % recipe.checkpoint_every < recipe.batch or seen >= recipe.images
-        if report or keep:
-            finite_numbers(seen, loss.item(), norm.item())
-        if report:
-            reporter.report(seen, loss=loss.item(), gradient_norm=norm.item())
-        if keep:
-            reporter.report(seen, **measure(publish(learner, recipe, run), test, recipe))
-            save_state(run, seen, learner.state())
-
-
-def publish(learner: Learner, recipe: FaceParserRecipe, run: Path) -> Any:
-    """Write the averaged network as a transformers folder, `run/model`, and return it."""
-    averaged = build(recipe)
-    averaged.load_state_dict(learner.model.state_dict())
-    learner.averages[0].copy_to(averaged)
-    averaged.config.image_size = recipe.size  # what whoever uses it must know
-    averaged.eval().save_pretrained(run / "model")
-    return averaged
+    with open_component_run(recipe, run) as (world, signals):
+        examples, test = Examples(recipe.train, recipe.size, recipe.seed), rows_with_masks(recipe.test)
+        weights = class_weights([np.asarray(mask) for _, mask in examples.pairs], recipe.weight_power).to(world.device)
+        torch.manual_seed(recipe.seed)
+        network = build(recipe).to(world.device).train()
+        network.config.image_size = recipe.size  # recorded for inference
+        optimizer = torch.optim.AdamW(
+            network.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.05
+        )
+        ema = Ema(network, recipe.ema)
+        state = TrainState(model=network, optimizers=[optimizer], emas=[ema], world=world)
+        state.resume(run)
+        compiled = torch.compile(loss_of) if recipe.compile else loss_of
+        progress = Progress(run, state, recipe.images, recipe.batch, signals)
+        batches = read_ahead(lambda start: examples.batch(start, recipe.batch), progress.starts)
+        for start, (inputs, labels) in progress.steps(batches):
+            torch.manual_seed(recipe.seed + start)  # for dropout
+            with torch.autocast(world.device_type, torch.bfloat16):
+                loss = compiled(network, inputs.to(world.device), labels.to(world.device), weights)
+            loss.backward()
+            rate = learning_rate(start, recipe.images, recipe.learning_rate, recipe.warmup)
+            progress.end_step(loss=loss.detach(), gradient_norm=state.step(rate, max_norm=1.0))
+            if progress.due(20 * recipe.batch):
+                progress.report()
+            if progress.due(recipe.checkpoint_every):
+                progress.check_finite()
+                published = ema.averaged_model()
+                published.save_pretrained(run / "model")
+                progress.report_values(measure(published, test, recipe))
+            progress.save(recipe.checkpoint_every)

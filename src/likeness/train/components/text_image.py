@@ -1,9 +1,8 @@
-"""Train the mini text tower: captions and their pictures near one another, other pairs apart (CLIP's objective).
+"""Train a text encoder together with an image encoder, by contrastive learning (CLIP).
 
-The classes are transformers' `CLIPModel` and `CLIPTokenizer`, so that what is published loads like any CLIP. The
-vocabulary is learned from the captions: a word that faces are described with is one token, which shortens captions
-and training alike, and any other word falls apart into bytes and never into "unknown". The picture tower is only as
-good as the text tower needs it; it stays as an offline score of how well a picture fits its words.
+The classes are transformers' `CLIPModel` and `CLIPTokenizer`, so that the result loads as any CLIP. The vocabulary is
+learned from the captions: words that describe faces are one token, which shortens captions and training. Other words
+are split into bytes; no word is unknown. The image encoder is kept to evaluate how well images match their captions.
 """
 
 from __future__ import annotations
@@ -39,124 +38,106 @@ from likeness.encoders.text_image import (
     save_attribute_head,
     text_length,
 )
-from likeness.train.checkpoint import newest, save_state
-from likeness.train.learner import Learner
-from likeness.train.metrics import Reporter
-from likeness.train.optim import Ema, learning_rate
-from likeness.train.run import begun, finite_numbers
+from likeness.train.checkpoint import newest
+from likeness.train.config import ComponentRecipe
+from likeness.train.ema import Ema
+from likeness.train.optim import learning_rate
+from likeness.train.progress import Progress
+from likeness.train.run_folder import open_component_run
+from likeness.train.train_state import TrainState
 from likeness.types import InputError
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
-BYTE_TOKENS = 512
-"""Every byte twice, inside a word and at its end: what makes every character encodable."""
-SMALLEST_VOCABULARY = BYTE_TOKENS + 2
+MIN_VOCABULARY = 2 * 256 + 2
+"""Every byte twice, within a word and at its end, so that every character can be encoded; start and end."""
 IGNORED = -100
-"""The class of what is not known: cross-entropy passes over it."""
-LARGEST_SCALE = math.log(100)
-"""Radford et al. 2021, section 2.5: the temperature is held so that logits are scaled by at most 100."""
+"""Class of unknown attributes, which cross-entropy ignores."""
+MAX_LOG_SCALE = math.log(100)
+"""Radford et al. 2021, section 2.5: the temperature is clipped so that logits are scaled by at most 100."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextImageRecipe:
-    """How the text tower, its tokenizer and the picture tower are built and trained."""
+class TextImageRecipe(ComponentRecipe):
+    """Architecture and training of tokenizer, text encoder and image encoder. `images` counts pairs."""
 
     kind: Literal["text_image"] = "text_image"
     """What the recipe trains."""
-    train: tuple[str, ...]
-    """Prepared folders to learn from."""
-    test: tuple[str, ...]
-    """Prepared folders that are only measured."""
     size: int = 64
-    """Pixels a side of what the picture tower sees."""
+    """Input size of the image encoder in pixels."""
     vocabulary: int = 2000
-    """Tokens at most, 514 of them bytes and marks; fewer where the captions have fewer words."""
+    """Largest number of tokens, 514 of which are bytes, start and end."""
     max_tokens: int = 32
-    """Length of a caption in tokens, start and end included; what is longer is cut."""
+    """Length of a caption in tokens, including start and end; longer ones are truncated."""
     text_width: int = 192
-    """Width of the text tower: the text features of a transformer trained on it."""
+    """Width of the text encoder and of its features."""
     text_layers: int = 3
-    """Layers of the text tower."""
+    """Layers of the text encoder."""
     text_heads: int = 4
-    """Attention heads of the text tower."""
+    """Attention heads of the text encoder."""
     vision_width: int = 192
-    """Width of the picture tower."""
+    """Width of the image encoder."""
     vision_layers: int = 4
-    """Layers of the picture tower."""
+    """Layers of the image encoder."""
     vision_heads: int = 4
-    """Attention heads of the picture tower."""
+    """Attention heads of the image encoder."""
     patch: int = 8
-    """Pixels a side of the picture tower's patches."""
+    """Patch size of the image encoder in pixels."""
     projection: int = 128
-    """Size of the space in which captions and pictures meet."""
-    images: int
-    """Pairs to see in all."""
+    """Dimension of the shared embedding space."""
     batch: int = 128
-    """Pairs a step: each is told apart from all the others of its step."""
-    learning_rate: float = 1e-3
-    """Peak rate."""
+    """Pairs per step; each is contrasted with all others of its step."""
     warmup: int = 3200
-    """Pairs of warm-up."""
+    """Pairs of linear warm-up."""
     weight_decay: float = 0.1
-    """Decay of the matrices; embeddings, biases and norms are left alone."""
+    """Weight decay of the matrices; embeddings, biases and norms have none."""
     crop: float = 0.9
-    """Smallest side of the random crop. Pictures are never mirrored: captions may name sides."""
+    """Smallest side of the random crop. Images are not flipped, since captions may name sides."""
     brightness: float = 0.1
     """Largest relative change of the brightness."""
-    attributes: float = 0.0
-    """Weight of naming the rows' "attributes" from the picture alone; 0 leaves it out."""
-    ema: float = 0.08
-    """Relative width of the weight average."""
-    choices: int = 50
-    """Captions among which the measurement looks for the right one."""
-    checkpoint_every: int = 12800
-    """Pairs between states on disk and measurements."""
-    seed: int = 0
-    """Seed of every random draw."""
-    compile: bool = True
-    """Fuse the step with torch.compile."""
-    threads: int | None = None
-    """CPU threads; None leaves torch's choice."""
+    attribute_weight: float = 0.0
+    """Weight of a loss that predicts the column "attributes" from the image. 0 disables it."""
+    retrieval_candidates: int = 50
+    """Number of captions among which the measurement searches the right one."""
+    checkpoint_every: int = 12_800
 
 
 class Batch(NamedTuple):
-    """B pairs of a picture and one of its captions."""
+    """B pairs of an image and one of its captions."""
 
-    pictures: Tensor
-    """In [-1, 1], [B, 3, S, S]."""
-    ids: Tensor
-    """Tokens, [B, L]."""
-    positives: Tensor
-    """Which caption fits which picture, bool [B, B], symmetric: its own, and those that read the same."""
-    labels: Tensor
-    """Classes of the A attributes, int64 [B, A]; -100 where a row does not say."""
+    images: Tensor  # in [-1, 1], [B, 3, S, S]
+    ids: Tensor  # token ids, [B, L]
+    positives: Tensor  # which captions match which images, bool [B, B], symmetric: its own, and identical ones
+    labels: Tensor  # classes of the A attributes, int64 [B, A]; -100 if unknown
 
 
-def attribute_classes(rows: Sequence[dict[str, Any]], most: int = 32) -> dict[str, list[str]]:
-    """The attributes of the rows and the values of each: words and yes or no, 2 to `most` of them; never numbers."""
+def attribute_classes(rows: Sequence[dict[str, Any]], max_classes: int = 32) -> dict[str, list[str]]:
+    """Return the attributes of the rows with their values: strings and booleans with 2 to `max_classes` different
+    values, not numbers.
+    """
     values: dict[str, set[str]] = {}
     for row in rows:
         for name, value in row.get("attributes", {}).items():
             if isinstance(value, (str, bool)):
                 values.setdefault(name, set()).add(str(value))
-    return {name: sorted(found) for name, found in sorted(values.items()) if 2 <= len(found) <= most}
+    return {name: sorted(found) for name, found in sorted(values.items()) if 2 <= len(found) <= max_classes}
 
 
 def train_tokenizer(captions: Iterable[str], vocabulary: int, max_tokens: int) -> CLIPTokenizer:
-    """Learn CLIP's byte-level BPE from captions: lower case, no unknown token, the end token also pads.
+    """Train CLIP's byte-level BPE tokenizer on captions: lower case, no unknown token, padding with the end token.
 
     Args:
-        captions: the text; the same text in any order gives the same tokenizer.
-        vocabulary: tokens at most; bytes and marks take 514 of them.
-        max_tokens: length at which `truncation=True` cuts.
+        captions: the text, in any order.
+        vocabulary: largest number of tokens, including 514 for bytes, start and end.
+        max_tokens: length of truncated captions.
 
     Raises:
         InputError: `vocabulary` is too small for the bytes, or `max_tokens` for a single word.
     """
-    if vocabulary < SMALLEST_VOCABULARY or max_tokens < 3:
+    if vocabulary < MIN_VOCABULARY or max_tokens < 3:
         raise InputError(
-            f"a tokenizer needs vocabulary >= {SMALLEST_VOCABULARY} and max_tokens >= 3, not {vocabulary}, {max_tokens}"
+            f"a tokenizer needs vocabulary >= {MIN_VOCABULARY} and max_tokens >= 3, not {vocabulary}, {max_tokens}"
         )
-    clip = CLIPTokenizer().backend_tokenizer  # the normalizer and the splitting rule are CLIP's own
+    clip = CLIPTokenizer().backend_tokenizer  # for CLIP's normalizer and splitting rule
     learned = Tokenizer(BPE(end_of_word_suffix=WORD_END))
     learned.normalizer, learned.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -168,16 +149,16 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int, max_tokens: int) -
         end_of_word_suffix=WORD_END,
     )
     learned.train_from_iterator(captions, trainer)
-    # The trainer knows a byte at the end of a word only where it has seen it there; CLIP's vocabulary has all of them.
+    # The trainer lacks bytes that never end a word in the captions; CLIP's vocabulary has all of them.
     merges: Any = [tuple(pair) for pair in json.loads(learned.to_str())["model"]["merges"]]
-    merges = merges[: vocabulary - SMALLEST_VOCABULARY]
+    merges = merges[: vocabulary - MIN_VOCABULARY]
     tokens = [*alphabet, *(byte + WORD_END for byte in alphabet), *(left + right for left, right in merges), START, END]
     ids = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
     return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=max_tokens)
 
 
 def build(recipe: TextImageRecipe, tokenizer: Any, device: torch.device | str = "cpu") -> CLIPModel:
-    """The two towers of a recipe, with the ids of the tokenizer."""
+    """Create both encoders of a recipe, with the token ids of the tokenizer."""
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=recipe.text_width,
@@ -186,7 +167,7 @@ def build(recipe: TextImageRecipe, tokenizer: Any, device: torch.device | str = 
         num_attention_heads=recipe.text_heads,
         max_position_embeddings=recipe.max_tokens,
         projection_dim=recipe.projection,
-        # The model pools at the first end token, if it is told its id; id 2 would mean "the largest id" instead.
+        # The model pools at the first end token if its id is known; the default 2 would select the largest id instead.
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -202,23 +183,22 @@ def build(recipe: TextImageRecipe, tokenizer: Any, device: torch.device | str = 
     )
     config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=recipe.projection)
     clip: Any = CLIPModel(config)
-    set_out(clip)
+    init_positions(clip)
     return clip.to(device)
 
 
 @torch.no_grad()
-def set_out(clip: CLIPModel) -> None:
-    """Give the picture tower a sense of place from the start: 2-D sine positions as strong as what the patches show.
-
-    Beyer et al. 2022, "Better plain ViT baselines for ImageNet-1k", have such positions; with CLIP's faint random ones
-    the first thousands of pictures go by before the tower can tell the hair from the clothes.
+def init_positions(clip: CLIPModel) -> None:
+    """Initialize the positions of the image encoder with 2-D sines of the magnitude of the patch embeddings (Beyer et
+    al. 2022, "Better plain ViT baselines for ImageNet-1k"). CLIP's small random positions delay training by thousands
+    of images.
     """
     embeddings: Any = clip.vision_model.embeddings
     patches, positions = embeddings.patch_embedding.weight, embeddings.position_embedding.weight
     patches.normal_(std=patches[0].numel() ** -0.5)
     grid, width = math.isqrt(embeddings.num_patches), positions.shape[1]
     count = width // 4
-    frequencies = 100.0 ** -(torch.arange(count) / count) * math.pi / 2  # from half a period a patch on
+    frequencies = 100.0 ** -(torch.arange(count) / count) * math.pi / 2  # from half a period per patch
     angles = torch.arange(grid)[:, None] * frequencies  # [grid, width / 4]
     wave = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid, width / 2]
     down = wave[:, None].expand(grid, grid, -1)
@@ -228,10 +208,8 @@ def set_out(clip: CLIPModel) -> None:
 
 
 def captioned_rows(folders: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of the folders that have a caption.
-
-    Raises:
-        InputError: a folder cannot be read, or no row has a caption.
+    """Return the rows of the folders that have a caption. Raises `InputError` if a folder cannot be read, or no row has
+    a caption.
     """
     rows = [row for folder in folders for row in read_folder(folder) if captions_of(row)]
     if not rows:
@@ -240,14 +218,14 @@ def captioned_rows(folders: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def read_box(path: Path, size: int, box: tuple[float, float, float, float] = (0, 0, 1, 1)) -> np.ndarray:
-    """A picture, or the `box` (left, top, right, bottom; in [0, 1]) of it, reduced by areas: uint8 [size, size, 3]."""
+    """Read an image, or the `box` (left, top, right, bottom; in [0, 1]) of it, box-filtered: uint8 [size, size, 3]."""
     image = Image.fromarray(read_photo(path))
     pixels = (box[0] * image.width, box[1] * image.height, box[2] * image.width, box[3] * image.height)
     return np.asarray(image.resize((size, size), Image.Resampling.BOX, box=pixels))
 
 
 class Pairs:
-    """Endless training pairs; pair number p depends only on (seed, p)."""
+    """An endless sequence of training pairs; pair number p depends only on (seed, p)."""
 
     def __init__(
         self,
@@ -262,195 +240,127 @@ class Pairs:
         }
         self.sampler = Sampler(len(rows), recipe.seed)
 
-    def draw(self, position: int, row: dict[str, Any]) -> tuple[np.ndarray, str]:
-        """A crop of the row's picture, uint8 [S, S, 3], and one of its captions."""
+    def augmented_pair(self, position: int, row: dict[str, Any]) -> tuple[np.ndarray, str]:
+        """Return a crop of the row's image, uint8 [S, S, 3], and one of its captions."""
         rng = stream(self.recipe.seed, position)
         captions = captions_of(row)
         caption = captions[int(rng.integers(len(captions)))]
         side = rng.uniform(self.recipe.crop, 1)
         left, top = rng.uniform(0, 1 - side), rng.uniform(0, 1 - side)
-        picture = read_box(row["file_name"], self.recipe.size, (left, top, left + side, top + side))
+        image = read_box(row["file_name"], self.recipe.size, (left, top, left + side, top + side))
         brightness = 1 + self.recipe.brightness * rng.uniform(-1, 1)
-        return (picture * brightness).clip(0, 255).astype(np.uint8), caption
+        return (image * brightness).clip(0, 255).astype(np.uint8), caption
 
     def make(self, start: int, indices: Sequence[int]) -> Batch:
-        """The pairs from number `start` on, of the rows `indices`."""
-        drawn = [self.draw(start + offset, self.rows[index]) for offset, index in enumerate(indices)]
-        ids = token_ids(self.tokenizer, [caption for _, caption in drawn], self.recipe.max_tokens)
+        """Return the pairs from number `start` on, of the rows `indices`."""
+        pairs = [self.augmented_pair(start + offset, self.rows[index]) for offset, index in enumerate(indices)]
+        ids = token_ids(self.tokenizer, [caption for _, caption in pairs], self.recipe.max_tokens)
         row = torch.tensor(indices)
         same_row = row[:, None] == row[None]  # [B, B]
         same_caption = (ids[:, None] == ids[None]).all(dim=2)  # [B, B]
-        said = [self.rows[index].get("attributes", {}) for index in indices]
+        attributes = [self.rows[index].get("attributes", {}) for index in indices]
         labels = [
-            [numbers.get(str(values.get(name)), IGNORED) for name, numbers in self.numbers.items()] for values in said
+            [numbers.get(str(values.get(name)), IGNORED) for name, numbers in self.numbers.items()]
+            for values in attributes
         ]
         return Batch(
-            pictures=to_tensor([picture for picture, _ in drawn]),
+            images=to_tensor([image for image, _ in pairs]),
             ids=ids,
             positives=same_row | same_caption,
             labels=torch.tensor(labels, dtype=torch.int64).reshape(len(indices), len(self.numbers)),  # [B, A]
         )
 
-    def batches(self, seen: int) -> Iterator[Batch]:
-        """Batches from pair number `seen` to the recipe's last, read ahead by a thread."""
+    def batches(self, starts: Sequence[int]) -> Iterator[Batch]:
+        """Yield the batches that start at these pairs, prefetched by a thread."""
         size = self.recipe.batch
-        starts = range(seen, self.recipe.images, size)
         return read_ahead(
             lambda start: self.make(start, [self.sampler[start + k] for k in range(size)]), starts, threads=1
         )
 
 
-def contrastive_loss(pictures: Tensor, captions: Tensor, positives: Tensor, scale: Tensor) -> Tensor:
-    """Cross-entropy over the captions of each picture and the pictures of each caption (Radford et al. 2021, figure 3).
-
-    A picture's probability is shared equally among its positives, so that captions that read the same attract.
+def contrastive_loss(images: Tensor, captions: Tensor, positives: Tensor, scale: Tensor) -> Tensor:
+    """Return the cross-entropy over the captions of each image and the images of each caption (Radford et al. 2021,
+    figure 3). The target probability is divided equally among the positives.
 
     Args:
-        pictures: unit vectors, [B, P].
+        images: unit vectors, [B, P].
         captions: unit vectors, [B, P].
-        positives: which belong together, bool [B, B], symmetric.
-        scale: what the cosines are multiplied by.
+        positives: matching pairs, bool [B, B], symmetric.
+        scale: inverse temperature.
     """
-    logits = (scale * pictures @ captions.T).float()  # [B, B]
+    logits = (scale * images @ captions.T).float()  # [B, B]
     targets = positives / positives.sum(dim=1, keepdim=True)  # [B, B]
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
 def attribute_loss(head: nn.Linear, pooled: Tensor, labels: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Mean cross-entropy of the attributes, `sizes` classes each, read from pictures' vectors [B, D] by one matrix."""
+    """Return the mean cross-entropy of the attributes, `sizes` classes each, predicted from image features [B, D]."""
     parts = head(pooled).float().split(list(sizes), dim=1)
     losses = [F.cross_entropy(part, labels[:, index], reduction="sum") for index, part in enumerate(parts)]
     return torch.stack(losses).sum() / (labels != IGNORED).sum().clamp(min=1)
 
 
 def losses(clip: CLIPModel, head: nn.Linear | None, sizes: Sequence[int], batch: Batch) -> tuple[Tensor, Tensor]:
-    """The contrastive loss and the attributes' loss, 0 where there is no head for them."""
-    pooled = clip.vision_model(pixel_values=batch.pictures).pooler_output  # [B, D]
-    pictures = F.normalize(clip.visual_projection(pooled).float(), dim=-1)  # [B, P]
+    """Return the contrastive loss and the loss of the attributes, 0 without a head."""
+    pooled = clip.vision_model(pixel_values=batch.images).pooler_output  # [B, D]
+    images = F.normalize(clip.visual_projection(pooled).float(), dim=-1)  # [B, P]
     captions = embed_captions(clip, batch.ids)  # [B, P]
-    contrast = contrastive_loss(pictures, captions, batch.positives, clip.logit_scale.exp())
-    naming = attribute_loss(head, pooled, batch.labels, sizes) if head is not None else torch.zeros_like(contrast)
-    return contrast, naming
+    contrastive = contrastive_loss(images, captions, batch.positives, clip.logit_scale.exp())
+    if head is None:
+        return contrastive, torch.zeros_like(contrastive)
+    return contrastive, attribute_loss(head, pooled, batch.labels, sizes)
 
 
 @torch.no_grad()
 def retrieval(
-    clip: CLIPModel, tokenizer: Any, rows: Sequence[dict[str, Any]], size: int, choices: int = 50, seed: int = 0
+    clip: CLIPModel, tokenizer: Any, rows: Sequence[dict[str, Any]], size: int, candidates: int = 50, seed: int = 0
 ) -> dict[str, float]:
-    """How often the right caption is found among `choices` of them, and the right picture among as many.
+    """Measure how often the right caption is retrieved among `candidates` captions, and the right image among as many.
 
-    The rows are dealt into groups of `choices`, each with one caption a row drawn at random; rows that fill no group
-    are left out (all rows are one group where there are fewer). A caption as short as "a drawing of a man" fits many
-    pictures of a group, so 1 is out of reach. `longest_*` takes each row's longest caption instead.
+    The rows are divided at random into groups of `candidates`, with one random caption per row; rows that fill no group
+    are omitted (fewer rows are one group). A caption such as "a drawing of a man" matches several images of a group, so
+    that 1 cannot be reached. `longest_*` uses each row's longest caption instead.
 
     Args:
-        clip: the towers, in evaluation mode.
-        tokenizer: their tokenizer.
+        clip: the model, in evaluation mode.
+        tokenizer: its tokenizer.
         rows: rows of `read_folder` with captions.
-        size: pixels a side of the picture tower.
-        choices: size of a group; chance is 1 / choices.
-        seed: of the dealing and of the captions.
+        size: input size of the image encoder in pixels.
+        candidates: size of a group; chance is 1 / candidates.
+        seed: seed of groups and captions.
 
     Returns:
-        `find_caption`, `find_picture`, `longest_find_caption`, `longest_find_picture` in [0, 1]; `n`, the number
-        of rows measured; `choices`, the size of the groups.
+        `find_caption`, `find_picture`, `longest_find_caption`, `longest_find_picture` in [0, 1]; `n`, the number of
+        rows measured; `candidates`, the size of the groups.
     """
-    choices = min(choices, len(rows))
-    count = len(rows) // choices * choices
+    candidates = min(candidates, len(rows))
+    count = len(rows) // candidates * candidates
     order = np.random.default_rng([seed, 0]).permutation(len(rows))[:count]
-    pictures, drawn, longest = [], [], []
-    for start in range(0, count, choices):
-        group = [rows[index] for index in order[start : start + choices]]
-        texts = [captions_of(row) for row in group]
-        random = np.random.default_rng([seed, 1, start])
+    images, random, longest = [], [], []
+    for start in range(0, count, candidates):
+        group = [rows[index] for index in order[start : start + candidates]]
+        rng = np.random.default_rng([seed, 1, start])
         pixels = to_tensor([read_box(row["file_name"], size) for row in group])
-        pictures.append(embed_images(clip, pixels.to(clip.device)))
-        for kept, captions in (
-            (drawn, [options[int(random.integers(len(options)))] for options in texts]),
+        images.append(embed_images(clip, pixels.to(clip.device)))
+        texts = [captions_of(row) for row in group]
+        for embedded, captions in (
+            (random, [options[int(rng.integers(len(options)))] for options in texts]),
             (longest, [max(options, key=lambda caption: (len(caption), caption)) for options in texts]),
         ):
-            kept.append(embed_captions(clip, token_ids(tokenizer, captions, text_length(clip)).to(clip.device)))
-    picture = torch.cat(pictures)  # [n, P]
-    found: dict[str, float] = {}
-    for prefix, kept in (("", drawn), ("longest_", longest)):
-        caption = torch.cat(kept)
-        found[f"{prefix}find_caption"] = retrieved(picture, caption, choices).float().mean().item()
-        found[f"{prefix}find_picture"] = retrieved(caption, picture, choices).float().mean().item()
-    return {**found, "n": count, "choices": choices}
-
-
-def train_text_image(recipe: TextImageRecipe, run: Path) -> None:
-    """Train, resuming from `run` where it has a state, and publish the average to `run/model`.
-
-    There `clip` is the `CLIPModel`, `text_encoder` its `CLIPTextModel` alone and `tokenizer` the `CLIPTokenizer`; with
-    attributes, `attributes.safetensors` is what names them.
-
-    Raises:
-        InputError: another process trains in `run`, it was begun with another recipe, the loss is no number, or a
-            folder of the recipe is not as it should be.
-    """
-    with begun(recipe, run):
-        learn(recipe, run)
-
-
-def learn(recipe: TextImageRecipe, run: Path) -> None:
-    """The training itself, in a folder that is held."""
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows, test = captioned_rows(recipe.train), captioned_rows(recipe.test)
-    folder = run / "model" / "tokenizer"
-    if newest(run):  # the embeddings belong to the tokenizer that they were begun with
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
-    else:
-        captions = (caption for row in rows for caption in captions_of(row))
-        tokenizer = train_tokenizer(captions, recipe.vocabulary, recipe.max_tokens)
-        tokenizer.save_pretrained(folder)
-    torch.manual_seed(recipe.seed)
-    clip = build(recipe, tokenizer, device)
-    classes = attribute_classes(rows) if recipe.attributes else {}
-    sizes = [len(values) for values in classes.values()]
-    head = nn.Linear(recipe.vision_width, sum(sizes)).to(device) if classes else None
-    both = nn.ModuleDict({"clip": clip} if head is None else {"clip": clip, "head": head})
-    optimizers = make_optimizers(both, recipe)
-    learner = Learner(model=both, optimizers=optimizers, averages=[Ema(clip, recipe.ema)])
-    learner.resume(run)
-    if device == "cpu":
-        clip.set_attn_implementation("eager")  # for so few tokens the fused one takes longer, backward above all
-    loss_of = torch.compile(losses) if recipe.compile else losses
-    reporter = Reporter(run, recipe.images, learner.seen)
-    clip.train()
-    for batch in Pairs(recipe, rows, tokenizer, classes).batches(learner.seen):
-        batch = Batch(*(tensor.to(device) for tensor in batch))
-        with torch.autocast(device, torch.bfloat16):
-            loss, naming = loss_of(clip, head, sizes, batch)
-        (loss + recipe.attributes * naming).backward()
-        rate = learning_rate(learner.seen, recipe.images, recipe.learning_rate, recipe.warmup, "cosine")
-        norm = learner.step(rate, clip=1.0)
-        with torch.no_grad():
-            clip.logit_scale.clamp_(max=LARGEST_SCALE)
-        learner.count(recipe.batch)
-        seen = learner.seen
-        report = seen % (recipe.batch * 50) == 0
-        keep = seen % recipe.checkpoint_every < recipe.batch or seen >= recipe.images
-        if report or keep:
-            finite_numbers(seen, loss.item(), norm.item())
-        if report:
-            scale = clip.logit_scale.exp().item()
-            values = {"loss": loss.item(), "gradient_norm": norm.item(), "logit_scale": scale}
-            reporter.report(seen, **values, **({"attribute_loss": naming.item()} if classes else {}))
-        if keep:
-            averaged = publish(clip, learner, recipe, tokenizer, run)
-            if head is not None:
-                save_attribute_head(AttributeHead(head.weight, head.bias, classes), run / "model")
-            reporter.report(seen, **retrieval(averaged, tokenizer, test, recipe.size, recipe.choices))
-            save_state(run, seen, learner.state())
+            embedded.append(embed_captions(clip, token_ids(tokenizer, captions, text_length(clip)).to(clip.device)))
+    image = torch.cat(images)  # [n, P]
+    results: dict[str, float] = {}
+    for prefix, embedded in (("", random), ("longest_", longest)):
+        caption = torch.cat(embedded)  # [n, P]
+        results[f"{prefix}find_caption"] = retrieved(image, caption, candidates).float().mean().item()
+        results[f"{prefix}find_picture"] = retrieved(caption, image, candidates).float().mean().item()
+    return {**results, "n": count, "candidates": candidates}
 
 
 def make_optimizers(model: nn.Module, recipe: TextImageRecipe) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan et al. 2024) for the matrices of the layers, AdamW for all else; both take the same rate.
+    """Create Muon (Jordan et al. 2024) for the matrices of the layers and AdamW for the rest, with one learning rate.
 
-    With so few steps it matters: 16,000 pairs with Muon found more captions than 38,400 with AdamW alone.
+    In short trainings Muon is better: 16,000 pairs retrieved more captions than 38,400 with AdamW alone.
     """
     named = list(model.named_parameters())
     hidden = [p for name, p in named if p.ndim == 2 and "encoder.layers" in name]
@@ -464,11 +374,57 @@ def make_optimizers(model: nn.Module, recipe: TextImageRecipe) -> list[torch.opt
     ]
 
 
-def publish(clip: CLIPModel, learner: Learner, recipe: TextImageRecipe, tokenizer: Any, run: Path) -> CLIPModel:
-    """Write the averaged weights as transformers folders under `run/model`; returns the averaged model."""
-    averaged = build(recipe, tokenizer, clip.device)
-    averaged.load_state_dict(clip.state_dict())
-    learner.averages[0].copy_to(averaged)
-    averaged.eval().save_pretrained(run / "model" / "clip")
-    averaged.text_model.save_pretrained(run / "model" / "text_encoder")
-    return averaged
+def train_text_image(recipe: TextImageRecipe, run: Path) -> None:
+    """Train, or resume, in the folder `run`, and publish the EMA weights to `run/model`: `clip` is the `CLIPModel`,
+    `text_encoder` its `CLIPTextModel`, `tokenizer` the `CLIPTokenizer`, and `attributes.safetensors` the attribute
+    head.
+
+    Raises:
+        InputError: another process trains in `run`, it was started with another recipe, or a folder of the recipe
+        cannot be used. TryAgain: a non-finite loss or gradient, or SIGTERM, after which a checkpoint is saved.
+    """
+    with open_component_run(recipe, run) as (world, signals):
+        rows, test = captioned_rows(recipe.train), captioned_rows(recipe.test)
+        model = run / "model"
+        if newest(run):  # the embeddings belong to the tokenizer
+            tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
+        else:
+            captions = (caption for row in rows for caption in captions_of(row))
+            tokenizer = train_tokenizer(captions, recipe.vocabulary, recipe.max_tokens)
+            tokenizer.save_pretrained(model / "tokenizer")
+        torch.manual_seed(recipe.seed)
+        clip = build(recipe, tokenizer, world.device)
+        classes = attribute_classes(rows) if recipe.attribute_weight else {}
+        sizes = [len(values) for values in classes.values()]
+        head = nn.Linear(recipe.vision_width, sum(sizes)).to(world.device) if classes else None
+        both = nn.ModuleDict({"clip": clip} if head is None else {"clip": clip, "head": head})
+        ema = Ema(clip, recipe.ema)
+        state = TrainState(model=both, optimizers=make_optimizers(both, recipe), emas=[ema], world=world)
+        state.resume(run)
+        if world.device_type == "cpu":
+            clip.set_attn_implementation("eager")  # faster for so few tokens, most of all in the backward pass
+        loss_of = torch.compile(losses) if recipe.compile else losses
+        progress = Progress(run, state, recipe.images, recipe.batch, signals)
+        clip.train()
+        for start, batch in progress.steps(Pairs(recipe, rows, tokenizer, classes).batches(progress.starts)):
+            batch = Batch(*(tensor.to(world.device) for tensor in batch))
+            with torch.autocast(world.device_type, torch.bfloat16):
+                loss, of_attributes = loss_of(clip, head, sizes, batch)
+            (loss + recipe.attribute_weight * of_attributes).backward()
+            rate = learning_rate(start, recipe.images, recipe.learning_rate, recipe.warmup)
+            norm = state.step(rate, max_norm=1.0)
+            with torch.no_grad():
+                clip.logit_scale.clamp_(max=MAX_LOG_SCALE)
+            values = {"loss": loss.detach(), "gradient_norm": norm, "logit_scale": clip.logit_scale.detach().exp()}
+            progress.end_step(**values, **({"attribute_loss": of_attributes.detach()} if classes else {}))
+            if progress.due(50 * recipe.batch):
+                progress.report()
+            if progress.due(recipe.checkpoint_every):
+                progress.check_finite()
+                published = ema.averaged_model()
+                published.save_pretrained(model / "clip")
+                published.text_model.save_pretrained(model / "text_encoder")
+                if head is not None:
+                    save_attribute_head(AttributeHead(head.weight, head.bias, classes), model)
+                progress.report_values(retrieval(published, tokenizer, test, recipe.size, recipe.retrieval_candidates))
+            progress.save(recipe.checkpoint_every)

@@ -1,16 +1,15 @@
-"""Does the canary keep quiet on healthy runs, and cry within 50 steps about planted faults?
+"""False alarms of the diagnostics in healthy runs, and faults that they miss within 50 steps.
 
-    python benchmarks/canary.py SHARDS [--healthy 20] [--steps 50] [--components FOLDER]
+    python benchmarks/diagnostics.py SHARDS [--healthy 20] [--steps 50] [--components FOLDER]
 
-Every run is 50 steps of 16 images of a small network with another seed; the canary looks after 25 and 50. Prints one
-line a run and the counts; the exit code is 1 where it was wrong.
+Every run has 50 steps of 16 images with a small network and another seed; the diagnostics run after 25 and 50 steps.
+Prints one line per run and the counts; the exit code is 1 after a false alarm or a missed fault.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,13 +20,14 @@ from typing import Any
 import torch
 
 from likeness.config import build
-from likeness.train import loop
+from likeness.train import batches, loop
 from likeness.train.config import TrainRecipe
+from likeness.train.metrics import read_metrics
 
 
 def recipe(shards: str, components: str | None, seed: int, steps: int) -> TrainRecipe:
     """A network of the debug recipe's size."""
-    data = {"shards": [shards], "condition_shares": {"mask": 0.4, "sketch": 0.4, "none": 0.2}}
+    data = {"shards": [shards], "condition_probabilities": {"mask": 0.4, "sketch": 0.4, "none": 0.2}}
     return build(
         TrainRecipe,
         {
@@ -38,31 +38,31 @@ def recipe(shards: str, components: str | None, seed: int, steps: int) -> TrainR
             "seed": seed,
             "log_every": 16 * steps,
             "checkpoint_every": 16 * steps,
-            "canary_every": 16 * steps // 2,
+            "diagnostics_every": 16 * steps // 2,
         },
     )
 
 
 @contextmanager
-def planted(name: str, change: Callable[[Any], Callable[..., Any]]) -> Iterator[None]:
-    """The loop with one of its functions replaced by a faulty one."""
-    real = getattr(loop, name)
-    setattr(loop, name, change(real))
+def fault(module: Any, name: str, change: Callable[[Any], Callable[..., Any]]) -> Iterator[None]:
+    """Replace a function of a module by a faulty one within a `with` block."""
+    real = getattr(module, name)
+    setattr(module, name, change(real))
     try:
         yield
     finally:
-        setattr(loop, name, real)
+        setattr(module, name, real)
 
 
 def cut(real: Any) -> Callable[..., Any]:
     """The condition's latents do not reach the network."""
 
-    def build_deaf(*arguments: Any, **options: Any) -> Any:
+    def build_cut(*arguments: Any, **options: Any) -> Any:
         network = real(*arguments, **options)
-        network.register_forward_pre_hook(lambda _, given: (*given[:3], torch.zeros_like(given[3]), *given[4:]))
+        network.register_forward_pre_hook(lambda _, inputs: (*inputs[:3], torch.zeros_like(inputs[3]), *inputs[4:]))
         return network
 
-    return build_deaf
+    return build_cut
 
 
 def freeze(real: Any) -> Callable[..., Any]:
@@ -77,7 +77,7 @@ def freeze(real: Any) -> Callable[..., Any]:
 
 
 def shuffle(real: Any) -> Callable[..., Any]:
-    """Every face gets its neighbour's condition."""
+    """Every face gets the condition of another face of its batch."""
 
     def make_shuffled(*arguments: Any) -> Any:
         batch = real(*arguments)
@@ -86,15 +86,18 @@ def shuffle(real: Any) -> Callable[..., Any]:
     return make_shuffled
 
 
-FAULTS = {"cut": ("build_network", cut), "frozen": ("build_network", freeze), "shuffled": ("make_batch", shuffle)}
+FAULTS = {
+    "cut": (loop, "build_network", cut),
+    "frozen": (loop, "build_network", freeze),
+    "shuffled": (batches, "make_batch", shuffle),
+}
 
 
-def alarms(given: TrainRecipe) -> list[str]:
-    """What the canary cried."""
+def alarms(recipe: TrainRecipe) -> list[str]:
+    """Train, and return the alarms."""
     with tempfile.TemporaryDirectory() as folder:
-        loop.train(given, Path(folder))
-        lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [sentence for line in lines for sentence in line.get("canary", []) if sentence.startswith("ALARM")]
+        loop.train(recipe, Path(folder))
+        return [alarm for line in read_metrics(Path(folder)) for alarm in line.get("alarms", [])]
 
 
 def main() -> None:
@@ -105,19 +108,19 @@ def main() -> None:
     parser.add_argument("--components")
     options = parser.parse_args()
     loop.load_components = functools.cache(loop.load_components)  # the same for all runs
-    cried = 0
+    false_alarms = 0
     for seed in range(options.healthy):
         found = alarms(recipe(options.shards, options.components, seed, options.steps))
-        cried += bool(found)
-        print(f"healthy {seed}: {found or 'quiet'}", flush=True)
+        false_alarms += bool(found)
+        print(f"healthy {seed}: {found or 'no alarm'}", flush=True)
     missed = 0
-    for number, (fault, (name, change)) in enumerate(FAULTS.items()):
-        with planted(name, change):
+    for number, (name, changed) in enumerate(FAULTS.items()):
+        with fault(*changed):
             found = alarms(recipe(options.shards, options.components, 100 + number, options.steps))
         missed += not found
-        print(f"{fault}: {found or 'MISSED'}", flush=True)
-    print(f"{cried} of {options.healthy} healthy runs cried, {missed} of {len(FAULTS)} faults missed")
-    sys.exit(bool(cried or missed))
+        print(f"{name}: {found or 'MISSED'}", flush=True)
+    print(f"{false_alarms} of {options.healthy} healthy runs with alarms, {missed} of {len(FAULTS)} faults missed")
+    sys.exit(bool(false_alarms or missed))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The canary: silent on a healthy run, and loud within 50 steps about faults planted in one."""
+"""The diagnostics: no alarm in a healthy run, alarms within 20 steps of a run with a fault."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 from builders import save_components
 from likeness.data.store import IMAGE, write_manifest, write_part
 from likeness.encoders.components import load_components
-from likeness.train import canary, loop
-from likeness.train.canary import CHANCE, CLEAR, certainty, pairing
+from likeness.train import batches, diagnostics, loop
+from likeness.train.diagnostics import PAIRED, USED, pairing, standard_errors
 from runs import metrics, small
 
 STEPS, FACES = 20, 200
 
 
 def faces_and_masks() -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents [N, 4, 8, 8] of faces and of masks that tell something of them."""
+    """Latents [N, 4, 8, 8] of faces and of masks that are correlated with them."""
     generator = torch.Generator().manual_seed(0)
     masks = torch.randn(FACES, 4, 8, 8, generator=generator)
     return 0.3 * masks.flip(1) + torch.randn(FACES, 4, 8, 8, generator=generator), masks
@@ -28,7 +28,7 @@ def faces_and_masks() -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     """Tiny components and a store of such faces."""
-    root = tmp_path_factory.mktemp("canary")
+    root = tmp_path_factory.mktemp("diagnostics")
     save_components(root / "components")
     faces, masks = faces_and_masks()
     out = root / "shards"
@@ -52,48 +52,50 @@ def root(tmp_path_factory) -> Path:
 
 
 def alarms(root: Path, run: Path) -> list[str]:
-    """What the canary cries in a run of `STEPS` steps."""
-    optimizer = {"images": 8 * STEPS, "batch": 8}
-    every = 8 * STEPS // 2
-    steps = {"optimizer": optimizer, "canary_every": every, "checkpoint_every": 8 * STEPS}
-    given = small(root, {"mask": 0.9, "none": 0.1}, defaults={"size": 64, "steps": 2}, **steps)
-    loop.train(given, run)
-    said = [sentence for line in metrics(run) for sentence in line.get("canary", [])]
-    assert any(sentence.startswith("mask ") for sentence in said)
-    return [sentence for sentence in said if sentence.startswith("ALARM")]
+    """Alarms of a run of `STEPS` steps."""
+    optimizer, images = {"images": 8 * STEPS, "batch": 8}, 8 * STEPS
+    intervals = {"diagnostics_every": images // 2, "checkpoint_every": images}
+    recipe = small(
+        root, {"mask": 0.9, "none": 0.1}, defaults={"size": 64, "steps": 2}, optimizer=optimizer, **intervals
+    )
+    loop.train(recipe, run)
+    lines = [line for line in metrics(run) if "alarms" in line]
+    assert any(message.startswith("mask ") for line in lines for message in line["messages"])
+    return [alarm for line in lines for alarm in line["alarms"]]
 
 
 def test_healthy(root, tmp_path):
     assert alarms(root, tmp_path) == []
-    looks = [line for line in metrics(tmp_path) if "canary" in line]
-    assert [line["seen"] for line in looks] == [80, 160]
-    assert {"canary/mask_right", "canary/mask_shuffled", "canary/mask_none", "canary/mask_time_4"} <= looks[0].keys()
-    assert looks[-1]["canary/mask_pairs"] > CLEAR
+    lines = [line for line in metrics(tmp_path) if "alarms" in line]
+    assert [line["seen"] for line in lines] == [80, 160]
+    names = {f"diagnostics/mask_{name}" for name in ("right", "shuffled", "none", "time_4")}
+    assert names <= lines[0].keys()
+    assert lines[-1]["diagnostics/mask_pairs"] > USED
 
 
-def test_condition_path_cut(root, tmp_path, monkeypatch):
-    def deaf(*arguments, **options):
+def test_condition_is_ignored(root, tmp_path, monkeypatch):
+    def ignore_condition(*arguments, **options):
         network = real(*arguments, **options)
-        network.register_forward_pre_hook(lambda _, given: (*given[:3], given[3] * 0, *given[4:]))
+        network.register_forward_pre_hook(lambda _, inputs: (*inputs[:3], inputs[3] * 0, *inputs[4:]))
         return network
 
     real = loop.build_network
-    monkeypatch.setattr(loop, "build_network", deaf)
+    monkeypatch.setattr(loop, "build_network", ignore_condition)
     assert any("prediction does not depend on the mask" in alarm for alarm in alarms(root, tmp_path))
 
 
-def test_condition_never_given(root, tmp_path, monkeypatch):
+def test_condition_never_occurs(root, tmp_path, monkeypatch):
     def without(*arguments):
         batch = real(*arguments)
         return batch._replace(condition_index=torch.full_like(batch.condition_index, -1))
 
-    real = loop.make_batch
-    monkeypatch.setattr(loop, "make_batch", without)
-    assert any("none had a mask" in alarm for alarm in alarms(root, tmp_path))
+    real = batches.make_batch
+    monkeypatch.setattr(batches, "make_batch", without)
+    assert any("samples had a mask" in alarm for alarm in alarms(root, tmp_path))
 
 
-def test_what_no_face_has_is_not_looked_for(root, tmp_path, monkeypatch):
-    """A condition of share 0 that the shards lack: their faces are not all read at the start."""
+def test_missing_conditions_are_not_searched(root, tmp_path, monkeypatch):
+    """Faces are not read for a condition that the shards lack."""
     read = {}
 
     def counted(name, samples, count):
@@ -101,14 +103,17 @@ def test_what_no_face_has_is_not_looked_for(root, tmp_path, monkeypatch):
         read[name] = len(found)
         return real(name, found, count)
 
-    real = canary.faces_with
-    monkeypatch.setattr(canary, "faces_with", counted)
-    shares, optimizer = {"mask": 0.9, "keypoints": 0.0, "none": 0.1}, {"images": 8, "batch": 8}
-    loop.train(small(root, shares, defaults={"size": 64, "steps": 2}, optimizer=optimizer, canary_every=8), tmp_path)
+    real = diagnostics.faces_with
+    monkeypatch.setattr(diagnostics, "faces_with", counted)
+    probabilities, optimizer = {"mask": 0.9, "keypoints": 0.0, "none": 0.1}, {"images": 8, "batch": 8}
+    loop.train(
+        small(root, probabilities, defaults={"size": 64, "steps": 2}, optimizer=optimizer, diagnostics_every=8),
+        tmp_path,
+    )
     assert read == {"mask": FACES, "keypoints": 0}
 
 
-@pytest.mark.parametrize("how", ["no gradient wanted", "no optimizer"])
+@pytest.mark.parametrize("how", ["no gradient", "no optimizer"])
 def test_frozen_weights(root, tmp_path, monkeypatch, how):
     def freeze(*arguments, **options):
         network = real(*arguments, **options)
@@ -121,11 +126,11 @@ def test_frozen_weights(root, tmp_path, monkeypatch, how):
         group["params"] = [p for p in group["params"] if p is not model.patch_embed.weight]
         return [optimizer]
 
-    name, fault = {"no gradient wanted": ("build_network", freeze), "no optimizer": ("make_optimizers", forget)}[how]
+    name, fault = {"no gradient": ("build_network", freeze), "no optimizer": ("make_optimizers", forget)}[how]
     real = getattr(loop, name)
     monkeypatch.setattr(loop, name, fault)
-    still = {"no gradient wanted": "blocks.0.attention.image_qkv.weight", "no optimizer": "patch_embed.weight"}[how]
-    assert any("do not move" in alarm and still in alarm for alarm in alarms(root, tmp_path))
+    weight = {"no gradient": "blocks.0.attention.image_qkv.weight", "no optimizer": "patch_embed.weight"}[how]
+    assert any("do not change" in alarm and weight in alarm for alarm in alarms(root, tmp_path))
 
 
 def test_shuffled_pairs(root, tmp_path, monkeypatch):
@@ -133,14 +138,14 @@ def test_shuffled_pairs(root, tmp_path, monkeypatch):
         batch = real(*arguments)
         return batch._replace(condition_latents=batch.condition_latents.roll(1, dims=0))
 
-    real = loop.make_batch
-    monkeypatch.setattr(loop, "make_batch", shuffle)
-    assert any("no more to do with their own mask" in alarm for alarm in alarms(root, tmp_path))
+    real = batches.make_batch
+    monkeypatch.setattr(batches, "make_batch", shuffle)
+    assert any("no closer to their own mask" in alarm for alarm in alarms(root, tmp_path))
 
 
-def test_pairs_are_told_from_the_latents_alone():
+def test_pairing():
     faces, masks = faces_and_masks()
-    assert pairing(masks[:128], faces[:128]) > 4 * CLEAR
-    assert max(pairing(masks[:128].roll(shift, dims=0), faces[:128]) for shift in (1, 7, 64)) < CHANCE
-    assert certainty(torch.ones(5)) == 0.0
-    assert certainty(torch.tensor([0.9, 1.0, 1.1])) == pytest.approx(1 / (0.1 / 3**0.5))
+    assert pairing(masks[:128], faces[:128]) > 4 * USED
+    assert max(pairing(masks[:128].roll(shift, dims=0), faces[:128]) for shift in (1, 7, 64)) < PAIRED
+    assert standard_errors(torch.ones(5)) == 0.0
+    assert standard_errors(torch.tensor([0.9, 1.0, 1.1])) == pytest.approx(1 / (0.1 / 3**0.5))

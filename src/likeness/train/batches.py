@@ -1,0 +1,187 @@
+"""Batches of latents from shards. Every random number is a function of (seed, position) of its sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from likeness.data.ahead import read_ahead
+from likeness.data.sampler import Sampler, stream
+from likeness.data.store import Sample, Store
+from likeness.encoders.components import Components
+from likeness.encoders.latent import spatial_factor
+from likeness.parallel import World
+from likeness.train.config import DataRecipe, RunRecipe, condition_names, condition_probability, split_key
+from likeness.types import InputError, TextFeatures
+
+
+class Batch(NamedTuple):
+    """B samples with up to K conditions each."""
+
+    clean: Tensor  # normalized latents x_0, [B, C, h, w]
+    noise: Tensor  # standard normal, [B, C, h, w]
+    uniform: Tensor  # uniform in [0, 1], from which the objective samples times, [B]
+    condition_latents: Tensor  # normalized, [B, K, C, h, w]
+    condition_index: Tensor  # condition ids, [B, K]; -1 if absent
+    captions: list[str]  # B captions; "" if the text is dropped
+    text: TextFeatures | None  # their features, float32, if they are known
+
+    def to(self, device: str) -> Batch:
+        """Return the batch on a device."""
+        return _pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), self)
+
+    def part(self, samples: slice) -> Batch:
+        """Return some of the samples; captions are not sliced."""
+        return _pytree.tree_map_only(Tensor, lambda tensor: tensor[samples], self)
+
+    def with_text(self, components: Components) -> Batch:
+        """Return the batch with text features."""
+        return self if self.text is not None else self._replace(text=components.text_features(self.captions))
+
+
+def latent_statistics(settings: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of raw latents from the settings of a pipeline, [1, C, 1, 1] each."""
+    mean, std = (torch.tensor(settings[key], dtype=torch.float32) for key in ("latent_mean", "latent_std"))
+    return mean.reshape(1, -1, 1, 1), std.reshape(1, -1, 1, 1)
+
+
+def make_batch(
+    samples: Sequence[Sample],
+    positions: Sequence[int],
+    recipe: DataRecipe,
+    condition_ids: Sequence[str],
+    mean: Tensor,
+    std: Tensor,
+    seed: int,
+) -> Batch:
+    """Return the batch of some samples.
+
+    Args:
+        samples: B samples.
+        positions: position of each in the run, on which its random numbers depend.
+        recipe: probabilities of conditions and text dropout.
+        condition_ids: the conditions of the network, in the order of their ids.
+        mean: mean of raw latents, [1, C, 1, 1].
+        std: their standard deviation.
+        seed: seed of the run.
+    """
+    kinds = list(recipe.condition_probabilities)
+    probabilities = np.array(list(recipe.condition_probabilities.values()), dtype=np.float64)
+    cumulative = np.cumsum(probabilities / probabilities.sum())
+    slots = max(1 if condition_ids else 0, *(len(split_key(kind)) for kind in kinds))  # K
+    clean, noise, uniform, conditions, index, captions, text = [], [], [], [], [], [], []
+    for sample, position in zip(samples, positions, strict=True):
+        rng = stream(seed, position)
+        number = int(rng.integers(len(sample.captions))) if sample.captions else -1
+        if rng.random() < recipe.text_dropout:
+            number = -1  # the empty caption
+        captions.append(sample.captions[number] if number >= 0 else "")
+        if sample.text:
+            text.append(sample.text[number])
+        kind = kinds[min(int(np.searchsorted(cumulative, rng.random(), side="right")), len(kinds) - 1)]
+        uniform.append(rng.random())
+        noise.append(torch.from_numpy(rng.standard_normal(tuple(sample.latents.shape), dtype=np.float32)))
+        # absent conditions, also those that a face lacks, have a placeholder that is not read
+        present = [name for name in split_key(kind) if name in sample.conditions]
+        absent = slots - len(present)
+        latents = [*(sample.conditions[name] for name in present), *[sample.latents] * absent]
+        conditions.append(torch.stack(latents) if slots else sample.latents[None][:0])  # [K, C, h, w]
+        index.append([*(condition_ids.index(name) for name in present), *[-1] * absent])
+        image = sample.latents
+        if sample.log_variance is not None:  # sample the autoencoder's distribution
+            normal = torch.from_numpy(rng.standard_normal(tuple(image.shape), dtype=np.float32))
+            image = image + torch.exp(0.5 * sample.log_variance) * normal
+        clean.append(image)
+    assert len(text) in (0, len(samples))
+    features = [torch.stack(part).float() for part in zip(*text, strict=True)]  # [B, L, D], [B, P]
+    return Batch(
+        clean=(torch.stack(clean) - mean) / std,
+        noise=torch.stack(noise),
+        uniform=torch.tensor(uniform, dtype=torch.float32),
+        condition_latents=(torch.stack(conditions) - mean[:, None]) / std[:, None],
+        condition_index=torch.tensor(index, dtype=torch.long),
+        captions=captions,
+        text=TextFeatures(*features) if features else None,
+    )
+
+
+def open_stores(recipe: RunRecipe, folders: Sequence[str], components: Components, patch_size: int) -> list[Store]:
+    """Open stores and check that they were encoded with these components, at the default size of the pipeline. Raises
+    `InputError` if they were not, differ in size or text features, are empty, or lack a condition of the recipe.
+    """
+    stores = [Store(folder) for folder in folders]
+    text_hashes = {store.tower for store in stores}
+    if len(text_hashes) > 1:
+        raise InputError("the recipe's shards differ in their text features: encode all with the same options")
+    if text_hashes - {None} and text_hashes != {components.text_hash()}:
+        raise InputError(f"{stores[0].folder} has text features of another text encoder: encode it again")
+    if empty := [store.folder for store in stores if not len(store)]:
+        raise InputError(f"{empty[0]} is empty: encode a folder with faces")
+    sizes = {tuple(store[0].latents.shape) for store in stores}
+    if len(sizes) > 1:
+        raise InputError(
+            f"the recipe's shards differ in size ({sorted(sizes)}, channels first): encode all at one size"
+        )
+    if any(side % patch_size for _, *sides in sizes for side in sides):
+        raise InputError(
+            f"latents of {sorted(sizes)[0]}, channels first, cannot be divided into patches of {patch_size}"
+        )
+    factor, size = spatial_factor(components.vae), recipe.defaults.get("size")
+    if other := {factor * side for _, *sides in sizes for side in sides} - {size}:
+        raise InputError(
+            f"{stores[0].folder} contains faces of {other.pop()} px, but the recipe's defaults.size is "
+            f"{'missing' if size is None else size}: the two must be equal"
+        )
+    for store in stores:
+        if not components.same_encoder(store.manifest["codec"]):
+            raise InputError(f"{store.folder} was encoded with another encoder: encode it again")
+        for name in condition_names(recipe.data):
+            if name not in store.conditions and condition_probability(recipe.data, name):
+                raise InputError(f"{store.folder} has no {name}, which the recipe's condition_probabilities name")
+    return stores
+
+
+def read_batches(
+    recipe: RunRecipe,
+    stores: Sequence[Store],
+    condition_ids: Sequence[str],
+    settings: Mapping[str, Any],
+    world: World,
+    starts: Sequence[int],
+    micro: int,
+) -> Iterator[list[Batch]]:
+    """Yield this process's micro-batches of every step, prefetched by a thread. Position p of a step belongs to
+    micro-batch p // m; micro-batches are assigned to the processes in turn.
+
+    Args:
+        recipe: the run.
+        stores: its shards.
+        condition_ids: the conditions of the network, in the order of their ids.
+        settings: settings of the components.
+        world: the processes.
+        starts: first image of each step.
+        micro: images per micro-batch, m.
+    """
+    ends = np.cumsum([len(store) for store in stores])
+    sampler = Sampler(int(ends[-1]), recipe.seed)
+    mean, std = latent_statistics(settings)
+
+    def sample_at(position: int) -> Sample:
+        index = sampler[position]
+        number = int(np.searchsorted(ends, index, side="right"))
+        return stores[number][index - int(ends[number - 1] if number else 0)]
+
+    def make(start: int) -> list[Batch]:
+        batches = []
+        for first in range(start + world.rank * micro, start + recipe.optimizer.batch, world.size * micro):
+            positions = range(first, first + micro)
+            samples = [sample_at(position) for position in positions]
+            batches.append(make_batch(samples, positions, recipe.data, condition_ids, mean, std, recipe.seed))
+        return batches
+
+    return read_ahead(make, starts, depth=4, threads=1)

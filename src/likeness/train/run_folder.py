@@ -1,0 +1,118 @@
+"""The folder of a run: its recipe, and a lock of the operating system, so that one training at a time writes to it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from likeness.config import build, rename_keys, to_dict
+from likeness.device import choose_device
+from likeness.files import read_json, write_whole
+from likeness.parallel import SINGLE_PROCESS, World, rank_and_world
+from likeness.train.checkpoint import newest
+from likeness.train.config import RENAMED_KEYS, RESUMABLE_CHANGES, check_minimum
+from likeness.types import InputError
+
+
+@contextmanager
+def open_run(recipe: Any, run: Path, world: World = SINGLE_PROCESS) -> Iterator[list[int]]:
+    """Lock the folder of a run and store its recipe within a `with` block, and set the number of threads.
+
+    Yields:
+        The SIGTERMs received so far: schedulers announce the time limit by them.
+
+    Raises:
+        InputError: another process trains in the folder, it has another recipe, or it cannot be written.
+    """
+    with ExitStack() as stack:
+        with world.joint_errors():
+            if world.main:
+                stack.enter_context(locked(run))
+                store_recipe(recipe, run)
+        if recipe.threads:
+            torch.set_num_threads(recipe.threads)
+        yield stack.enter_context(collected_sigterms())
+
+
+@contextmanager
+def open_component_run(recipe: Any, run: Path) -> Iterator[tuple[World, list[int]]]:
+    """Check the settings that all components have and open their run; yields the device as a `World`, and SIGTERMs."""
+    check_single_process(recipe.kind)
+    check_minimum(recipe, 1, "images", "batch", "checkpoint_every")
+    check_minimum(recipe, 0, "seed")
+    with open_run(recipe, run) as signals:
+        yield World(device=choose_device("auto")), signals
+
+
+def check_single_process(kind: str) -> None:
+    """Reject a launch of several processes, which would write the same files. Raises `InputError`."""
+    if rank_and_world()[1] > 1:
+        raise InputError(f"kind {kind!r} is trained by one process: run `likeness train` without torchrun")
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Create a folder and lock it within a `with` block, if the file system supports locks. Raises `InputError` if
+    another process trains in it, or it cannot be written.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = (run / ".lock").open("a")
+    except OSError as error:
+        raise InputError(f"cannot write {run}: {error.strerror or error}") from error
+    with file:
+        try:
+            import fcntl  # not on Windows
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"another process trains in {run}: wait until it ends, or choose another folder"
+            ) from error
+        except (ImportError, OSError):
+            pass  # locks are not supported
+        yield
+
+
+@contextmanager
+def collected_sigterms() -> Iterator[list[int]]:
+    """Collect the SIGTERMs received within a `with` block. Python passes signals to its main thread only."""
+    signals: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
+    try:
+        yield signals
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def store_recipe(recipe: Any, run: Path) -> None:
+    """Write `run/recipe.json`, the resolved recipe. Raises `InputError` if the run has checkpoints of another one."""
+    path, values = run / "recipe.json", to_dict(recipe)
+    if path.is_file() and newest(run):
+        changes = RESUMABLE_CHANGES.get(recipe.kind, RESUMABLE_CHANGES["component"]).split()
+        stored = build(type(recipe), rename_keys(read_json(path), RENAMED_KEYS), where=str(path))
+        before, after = fixed_values(to_dict(stored), changes), fixed_values(values, changes)
+        if changed := [key for key, value in after.items() if before[key] != value]:
+            raise InputError(
+                f"{run} was started with another {changed[0]}: choose another folder, or restore the recipe"
+            )
+    write_whole(path, json.dumps(values, indent=2))
+
+
+def fixed_values(values: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
+    """Return the values of a recipe without the keys that may change, such as `optimizer.images`."""
+    fixed = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    for key in changes:
+        table, _, name = key.rpartition(".")
+        (fixed[table] if table else fixed).pop(name, None)
+    return fixed
