@@ -38,7 +38,7 @@ def synthetic(out: PathArgument, *, count: int = 1000, size: int = 128, seed: in
     from likeness.prepare.synthetic import write_synthetic
 
     with progress_bar("Drawing") as advance:
-        write_synthetic(out, count, size, seed, lambda done: advance(done, count))
+        write_synthetic(out, count, size, seed, advance)
     print(out)
 
 

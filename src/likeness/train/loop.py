@@ -102,7 +102,7 @@ def learn(recipe: TrainRecipe, run: Path, world: World, told: Sequence[int]) -> 
     model.to(world.device).train()
     shard_model(model, world, recipe.precision)
     for tower in (components.text_encoder, components.text_encoder_2):
-        if tower is not None and not stores[0].tower:
+        if tower is not None and not stores[0].text_hash:
             tower.to(world.device)
     learner = Learner(
         model=model,
@@ -241,7 +241,7 @@ def terminations() -> Iterator[list[int]]:
 def open_stores(recipe: TrainRecipe, folders: Sequence[str], components: Components) -> list[Store]:
     """These stores, all encoded with these very components, at the size that will be published."""
     stores = [Store(folder) for folder in folders]
-    towers = {store.tower for store in stores}
+    towers = {store.text_hash for store in stores}
     if len(towers) > 1:
         raise InputError("some of the recipe's shards have text features and others not, or others: encode all alike")
     if towers - {None} and towers != {components.text_hash()}:

@@ -458,7 +458,7 @@ def learn(
     torch.manual_seed(recipe.seed)  # initial weights of the heads only; every later draw has its own stream
     discriminator = Discriminator(network, d.blocks, d.width).to(world.device).train()
     student = network.to(world.device).train()
-    if not stores[0].tower:
+    if not stores[0].text_hash:
         components.text_encoder.to(world.device)
     adamw = lambda module, rate: torch.optim.AdamW(  # noqa: E731
         module.parameters(), lr=rate, betas=o.betas, weight_decay=0.0, fused=True
