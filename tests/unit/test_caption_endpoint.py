@@ -19,14 +19,14 @@ from chat_server import DROP, HANG, chat_server, failed, said
 from drawn import drawn_mask
 from PIL import Image
 
+from likeness.chat import Answer, Meter
 from likeness.cli import main
 from likeness.conditions.mask import mask_image
 from likeness.data.synthetic import draw_face
-from likeness.prepare.caption.endpoint import Meter, open_endpoint
 from likeness.prepare.caption.folder import CaptionSettings, caption_folder
-from likeness.prepare.caption.models import Answer, Question, load_counter
+from likeness.prepare.caption.models import Question, load_counter, open_model
 from likeness.prepare.caption.prompts import PROMPTS, describe
-from likeness.prepare.caption.records import open_journal
+from likeness.prepare.caption.records import open_answers
 from likeness.types import InputError
 
 DATED = "dated"
@@ -150,7 +150,7 @@ def test_only_changes_are_asked_again(folder):
         server.asked.clear()
         caption(folder, "--vlm", server.address, "--max-tokens", "12")  # shortening asks nothing
         assert server.asked == []
-        assert all("length: " in c["touched"][-1] for c in record(folder)[2])
+        assert all(c["touched"][-1][0] == "length" for c in record(folder)[2])
         caption(folder, "--vlm", server.address, "--vlm-fields", '{"temperature": null, "top_k": 1}')
         assert len(server.asked) == 40
         assert "temperature" not in server.asked[0]
@@ -170,12 +170,12 @@ def test_bad_answers_are_dropped_with_the_reason(folder, capsys):
     with chat_server(reply) as server:
         caption(folder, "--vlm", server.address)
     by_prompt = {c["prompt"]: c for c in record(folder)[0]}
-    assert by_prompt["hair"]["dropped"].startswith("refusal: ")
+    assert by_prompt["hair"]["dropped"] == "refusal"
     assert by_prompt["hair"]["raw"].startswith("I'm sorry")
-    assert by_prompt["light"]["dropped"] == "empty: no text"
+    assert by_prompt["light"]["touched"] == [["empty", "no text"]]
     assert by_prompt["age"]["text"] == "A woman with a smile."
-    assert [why.partition(":")[0] for why in by_prompt["age"]["touched"]] == ["picture", "truncated"]
-    assert by_prompt["face"]["dropped"].startswith('mask: the caption says "bald", but hair is ')
+    assert [kind for kind, _ in by_prompt["age"]["touched"]] == ["picture", "truncated"]
+    assert by_prompt["face"]["dropped"] == "mask"
     assert "A bald woman in soft light." in texts(folder)[2]  # no mask to contradict it
     assert "dropped: 4 refusal, 4 empty, 1 mask" in capsys.readouterr().out
 
@@ -202,9 +202,9 @@ def test_refiner_gets_the_facts_and_is_checked(folder):
     assert first["text"] == "A smiling woman with red hair."
     assert first["refiner"] == "llm"
     assert first["refined"].startswith("<think>")
-    assert first["touched"] == ["refined: 8 to 6 words"]
-    assert second["dropped"] == 'refined: the answer adds "crown"'
-    assert given["dropped"].startswith("replaced")
+    assert first["touched"] == [["refined", "8 to 6 words"]]
+    assert second["touched"][-1] == ["refined", 'the answer adds "crown"']
+    assert given["dropped"] == "replaced"
     assert texts(folder) == [["A smiling woman with red hair."], None, None, None]  # empty lists would be faults
 
 
@@ -226,7 +226,7 @@ def test_temporary_errors_are_retried(folder, count):
 
     with chat_server(reply) as server:
         meter = Meter(first_wait=0.01, timeout=3, tries=8)
-        settings = CaptionSettings(vlm=open_endpoint(server.address, None, meter), prompts=("brief",))
+        settings = CaptionSettings(vlm=open_model(server.address, vision=True, meter=meter), prompts=("brief",))
         report = caption_folder(folder, settings, count, meter=meter, parallel=1)
         at = [body["at"] for body in server.asked]
     assert report.used == 5
@@ -239,7 +239,7 @@ def test_temporary_errors_are_retried(folder, count):
 def test_waits_double(folder, count):
     with chat_server(lambda *_: failed(503, "overloaded")) as server:
         meter = Meter(first_wait=0.05, tries=5)
-        settings = CaptionSettings(vlm=open_endpoint(server.address, "m", meter))
+        settings = CaptionSettings(vlm=open_model(server.address, vision=True, meter=meter, name="m"))
         with pytest.raises(InputError, match=r"does not respond: 503 .*: overloaded, 5 attempts in"):
             caption_folder(folder, settings, count, meter=meter, parallel=1)
         at = [body["at"] for body in server.asked]
@@ -320,7 +320,7 @@ def test_budget_and_pace(folder, count, capsys):
         server.asked.clear()
         meter = Meter(requests_per_minute=600)
         settings = CaptionSettings(
-            vlm=open_endpoint(server.address, None, meter, fields='{"seed": 1}'), prompts=("brief", "hair")
+            vlm=open_model(server.address, vision=True, meter=meter, fields='{"seed": 1}'), prompts=("brief", "hair")
         )
         started = time.monotonic()
         caption_folder(folder, settings, count, meter=meter)
@@ -382,38 +382,38 @@ def test_killed_at_any_moment_nothing_is_asked_twice(folder):
 
 def test_journal(tmp_path):
     path = tmp_path / "answers.jsonl"
-    with open_journal(path) as journal:
-        journal.add("a" * 32, Answer("é\n2", False), prompt="x")
-        assert journal.find("a" * 32) == Answer("é\n2", False)
-        assert journal.find("a" * 16 + "b" * 16) is None
-        with pytest.raises(InputError, match="another process"), open_journal(path):
+    with open_answers(path) as cache:
+        cache.add("a" * 32, Answer("é\n2", False), prompt="x")
+        assert cache.find("a" * 32) == Answer("é\n2", False)
+        assert cache.find("a" * 16 + "b" * 16) is None
+        with pytest.raises(InputError, match="another process"), open_answers(path):
             pass
-    with open_journal(path) as journal:
-        journal.add("0" * 32, Answer("zero"))
-        assert journal.find("a" * 32) == Answer("é\n2", False)
-        assert journal.find("f" * 32) is None
+    with open_answers(path) as cache:
+        cache.add("0" * 32, Answer("zero"))
+        assert cache.find("a" * 32) == Answer("é\n2", False)
+        assert cache.find("f" * 32) is None
     path.write_text(path.read_text() + "hello\n")
-    with pytest.raises(InputError, match="line 3 is not an answer"), open_journal(path):
+    with pytest.raises(InputError, match="line 3 is not an answer"), open_answers(path):
         pass
-    with pytest.raises(InputError, match="cannot write"), open_journal(Path("/dev/null/answers.jsonl")):
+    with pytest.raises(InputError, match="cannot write"), open_answers(Path("/dev/null/answers.jsonl")):
         pass
 
 
 def test_full_disk_keeps_complete_lines(tmp_path):
     path, (soft, hard) = tmp_path / "answers.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
-    with open_journal(path) as journal:
-        journal.add("a" * 32, Answer("one"))
+    with open_answers(path) as cache:
+        cache.add("a" * 32, Answer("one"))
         before = path.read_bytes()
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, hard))
         try:
             with pytest.raises(InputError, match=r"cannot write .*answers\.jsonl"):
-                journal.add("b" * 32, Answer("two"))
+                cache.add("b" * 32, Answer("two"))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert path.read_bytes() == before
-        journal.add("b" * 32, Answer("two"))
-    with open_journal(path) as journal:
-        assert [journal.find(letter * 32) for letter in "ab"] == [Answer("one"), Answer("two")]
+        cache.add("b" * 32, Answer("two"))
+    with open_answers(path) as cache:
+        assert [cache.find(letter * 32) for letter in "ab"] == [Answer("one"), Answer("two")]
 
 
 def test_grammar_offline(folder, capsys):
@@ -460,7 +460,7 @@ def test_default_path_is_v1():
             server.address + "/chat/completions",
             server.address + "/",
         ):
-            model = open_endpoint(address, None, Meter())
+            model = open_model(address, vision=True)
             (answer,) = model.answer([Question("who?")])
             assert answer.finished
             assert model.name == "tiny-vlm"

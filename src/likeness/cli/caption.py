@@ -71,9 +71,9 @@ def caption(
         seed: Random seed of the grammar.
         device: Device of checkpoints, for example cuda or cpu; auto takes an accelerator if present.
     """
-    from likeness.prepare.caption.endpoint import Meter
-    from likeness.prepare.caption.folder import CaptionSettings, caption_folder, open_model
-    from likeness.prepare.caption.models import load_counter
+    from likeness.chat import Meter
+    from likeness.prepare.caption.folder import CaptionSettings, caption_folder
+    from likeness.prepare.caption.models import load_counter, open_model
     from likeness.prepare.caption.prompts import PROMPTS
 
     quiet_libraries()

@@ -12,7 +12,8 @@ import unicodedata
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+
+from likeness.types import Note
 
 SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!\b(?:Mr|Ms|Dr|St|vs)\.)(?<!\bMrs\.)\s+(?=[\"'(]?[A-Z0-9])")
 
@@ -32,35 +33,20 @@ PHRASE_END = re.compile(r",\s+|;\s+|\s+(?=(?:and|with|while|wearing|who|against|
 Count = Callable[[str], int]
 """Text -> number of tokens, including start and end."""
 
-Rule = Callable[[str, bool], tuple[str, str]]
-"""(text, whether the answer ended) -> (remaining text, reason or "" if unchanged)."""
-
-
-@dataclass
-class Filtered:
-    """Result of the rules."""
-
-    text: str
-    """"" if the answer was rejected."""
-    touched: list[str] = field(default_factory=list)
-    """"rule: reason" of every rule that changed it; the last one rejected it if the text is ""."""
+Filtered = tuple[str, list[Note]]
+"""The remaining text, "" if the answer was rejected; and a note of every rule that changed it, `kind` being the rule."""
 
 
 def filter_answer(text: str, finished: bool = True) -> Filtered:
-    """Run all rules over a model's answer.
-
-    Args:
-        text: the answer.
-        finished: whether it ended, rather than reached the maximum number of tokens.
-    """
-    filtered = Filtered(text)
+    """Run all rules over a model's answer; `finished` as in `Answer`."""
+    notes = []
     for name, rule in RULES.items():
-        filtered.text, reason = rule(filtered.text, finished)
+        text, reason = rule(text, finished)
         if reason:
-            filtered.touched.append(f"{name}: {reason}")
-        if not filtered.text:
+            notes.append(Note(name, reason))
+        if not text:
             break
-    return filtered
+    return text, notes
 
 
 def thinking(text: str, finished: bool) -> tuple[str, str]:
@@ -69,11 +55,6 @@ def thinking(text: str, finished: bool) -> tuple[str, str]:
     if "<think>" in answer or not answer.strip():
         return "", "no answer after the reasoning"
     return answer, "reasoning removed" if answer != text else ""
-
-
-def empty(text: str, finished: bool) -> tuple[str, str]:
-    """Reject empty answers."""
-    return text.strip(), "" if text.strip() else "no text"
 
 
 PLAIN = {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2026": "...", "\u00a0": " "}
@@ -139,19 +120,19 @@ def label(text: str, finished: bool) -> tuple[str, str]:
     return bare, f'removed "{text[: len(text) - len(bare)].strip()[:40]}"' if bare != text else ""
 
 
-PICTURE = r"(?:image|picture|photo(?:graph)?|portrait|shot|headshot|close-up)"
+IMAGE = r"(?:image|picture|photo(?:graph)?|portrait|shot|headshot|close-up)"
 LEAD = re.compile(
-    rf"^(?:in (?:the|this) {PICTURE},?\s+(?:there (?:is|are)\s+|(?:we|you|one) (?:can )?see\s+)?"
-    rf"|(?:the|this) (?:[a-z-]+ )?{PICTURE} "
+    rf"^(?:in (?:the|this) {IMAGE},?\s+(?:there (?:is|are)\s+|(?:we|you|one) (?:can )?see\s+)?"
+    rf"|(?:the|this) (?:[a-z-]+ )?{IMAGE} "
     r"(?:shows?|depicts|features|displays|presents|captures|portrays|contains|showcases)\s+"
-    rf"|(?:this|it) is (?=an? )|(?:the|this) {PICTURE} is (?:of )?(?=an? ))",
+    rf"|(?:this|it) is (?=an? )|(?:the|this) {IMAGE} is (?:of )?(?=an? ))",
     re.IGNORECASE,
 )
-ASIDE = re.compile(rf",? (?:in|of|from|throughout) (?:the|this) (?:{PICTURE}|frame)\b(?! of)", re.IGNORECASE)
-ABOUT = re.compile(rf"\b(?:the|this) (?:overall )?{PICTURE}\b(?! of)", re.IGNORECASE)
+ASIDE = re.compile(rf",? (?:in|of|from|throughout) (?:the|this) (?:{IMAGE}|frame)\b(?! of)", re.IGNORECASE)
+ABOUT = re.compile(rf"\b(?:the|this) (?:overall )?{IMAGE}\b(?! of)", re.IGNORECASE)
 
 
-def picture(text: str, finished: bool) -> tuple[str, str]:
+def mentions_image(text: str, finished: bool) -> tuple[str, str]:
     """Remove references to the image, such as "The image shows"."""
     pieces, between = pieces_of(text)
     fixed = [ASIDE.sub("", LEAD.sub("", piece)) for piece in pieces]
@@ -180,16 +161,6 @@ UNSEEN = re.compile(
     r"|\bn/a\b|\bunspecified\b|\bno visible\b|\bnone visible\b",
     re.IGNORECASE,
 )
-
-
-def first_person(text: str, finished: bool) -> tuple[str, str]:
-    """Remove sentences in the first person."""
-    return drop_pieces(text, FIRST_PERSON)
-
-
-def unseen(text: str, finished: bool) -> tuple[str, str]:
-    """Remove sentences about what is not visible."""
-    return drop_pieces(text, UNSEEN)
 
 
 PROPER = frozenset((
@@ -276,23 +247,23 @@ def short(text: str, finished: bool) -> tuple[str, str]:
     return (text, "") if words >= MIN_WORDS else ("", f"{words} words")
 
 
-RULES: dict[str, Rule] = {
-    "empty": empty,
+RULES: dict[str, Callable[[str, bool], tuple[str, str]]] = {
+    "empty": lambda text, finished: (text.strip(), "" if text.strip() else "no text"),
     "thinking": thinking,
     "symbols": symbols,
     "refusal": refusal,
     "markup": markup,
     "label": label,
-    "picture": picture,
-    "first-person": first_person,
-    "unseen": unseen,
+    "picture": mentions_image,
+    "first-person": lambda text, finished: drop_pieces(text, FIRST_PERSON),
+    "unseen": lambda text, finished: drop_pieces(text, UNSEEN),
     "english": english,
     "name": name,
     "repeated": repeated,
     "truncated": truncated,
     "short": short,
 }
-"""Name -> rule, in order of execution."""
+"""Name -> rule, in order of execution: (text, whether the answer ended) -> (remaining text, reason, "" if unchanged)."""
 
 
 # Pieces and length
