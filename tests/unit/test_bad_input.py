@@ -150,9 +150,9 @@ def test_decompression_bombs(root, tmp_path, capsys):
     for file in ("answers.jsonl", "captions.jsonl", ".answers.jsonl.lock"):
         (train / file).unlink(missing_ok=True)
     write_rows(root, rows)
-    assert run("prepare", "check", root / "faces", "--sheet", tmp_path / "sheet.png") == 1
+    assert run("prepare", "check", root / "faces", "--sheet", tmp_path / "sheet.html") == 1
     assert capsys.readouterr().out.count("has too many pixels") == 2
-    assert Image.open(tmp_path / "sheet.png").size
+    assert (tmp_path / "sheet.html").is_file()
     (root / "faces" / "fixes.jsonl").unlink()
     assert snapshot(root) == before
 

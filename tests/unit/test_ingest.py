@@ -98,10 +98,10 @@ def test_every_format(case, packed, tmp_path, capsys):
 
 
 def test_command_lists_every_format_and_split():
-    hints = get_type_hints(prepare.ingest)
+    hints = get_type_hints(prepare.Ingest)
     assert set(get_args(hints["format"])) == {"auto", *FORMATS}
     assert set(get_args(hints["split"])) == {"auto", *SPLITS}
-    assert set(get_args(get_type_hints(prepare.export)["format"])) == set(WRITERS)
+    assert set(get_args(get_type_hints(prepare.Export)["format"])) == set(WRITERS)
 
 
 def ingested(tmp_path: Path, build, **options) -> Path:

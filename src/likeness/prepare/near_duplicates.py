@@ -33,18 +33,6 @@ def image_hash(image: Image.Image) -> bytes:
     return b"".join(np.packbits(values > np.median(values[1:])).tobytes() for values in low)
 
 
-def count_leaks(hashes: bytes | bytearray, held_out: np.ndarray) -> int:
-    """Count training images that duplicate a held-out image.
-
-    Args:
-        hashes: 40 bytes for each of N images, concatenated.
-        held_out: bool [N].
-    """
-    order = np.argsort(~held_out, kind="stable")  # held-out images first, so that the others match them
-    first = first_duplicates(np.frombuffer(hashes, np.uint8).reshape(-1, 40)[order].tobytes())
-    return int((held_out[order][first] & ~held_out[order]).sum())
-
-
 def first_duplicates(hashes: bytes | bytearray) -> np.ndarray:
     """Return the first duplicate of each image, or its own number if there is no earlier one.
 

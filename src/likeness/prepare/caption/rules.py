@@ -34,7 +34,7 @@ Count = Callable[[str], int]
 """Text -> number of tokens, including start and end."""
 
 Filtered = tuple[str, list[Note]]
-"""The remaining text, "" if the answer was rejected; and a note of every rule that changed it, `kind` being the rule."""
+"""The remaining text, "" if the answer was rejected; and a note of every rule that changed it (`kind`: the rule)."""
 
 
 def filter_answer(text: str, finished: bool = True) -> Filtered:
@@ -263,7 +263,7 @@ RULES: dict[str, Callable[[str, bool], tuple[str, str]]] = {
     "truncated": truncated,
     "short": short,
 }
-"""Name -> rule, in order of execution: (text, whether the answer ended) -> (remaining text, reason, "" if unchanged)."""
+"""Name -> rule, in order of execution: (text, whether the answer ended) -> (remaining text, reason or "")."""
 
 
 # Pieces and length
