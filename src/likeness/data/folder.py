@@ -37,8 +37,8 @@ def read_folder(folder: str | Path) -> list[dict[str, Any]]:
             absent: tools that write tables fill gaps with null.
 
     Raises:
-        InputError: there is no metadata, or a line is not JSON, has no `file_name`, names a file outside the folder, or
-            has captions that are not text.
+        InputError: the metadata is missing, or a line is not JSON, lacks `file_name`, names a file outside the folder,
+            or has captions that are not text.
     """
     return list(each_row(folder))
 
@@ -109,7 +109,7 @@ def root_of(folder: str | Path) -> Path:
     """Return the absolute directory whose `metadata.jsonl` is read: `folder` or its split `train`.
 
     Raises:
-        InputError: there is no metadata.
+        InputError: the metadata is missing.
     """
     for root in (Path(folder), Path(folder) / "train"):
         if (root / METADATA).is_file():
@@ -123,7 +123,7 @@ def splits_of(folder: Path) -> list[str]:
     """Return the subfolders of `folder` with metadata, `train` last, or ["."] if `folder` has metadata itself.
 
     Raises:
-        InputError: there is no metadata.
+        InputError: the metadata is missing.
     """
     if (folder / METADATA).is_file():
         return ["."]
@@ -220,7 +220,7 @@ def read_photo(path: Path, size: int | None = None) -> np.ndarray:
         size: side length in pixels to resize to; None keeps the size.
 
     Raises:
-        InputError: it cannot be read, or is not square although a size is given.
+        InputError: it cannot be read, or is not square and must be resized.
     """
     image = open_image(path).convert("RGB")
     if size is None or image.size == (size, size):

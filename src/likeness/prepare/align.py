@@ -304,16 +304,16 @@ def resample(image: np.ndarray, transform: np.ndarray, width: int, height: int) 
         height: height of the result.
     """
     scale = float(np.hypot(*transform[:, 0]))  # pixels of the image per pixel of the result
-    picture = Image.fromarray(image)
+    source = Image.fromarray(image)
     factor = max(1, int(scale / 2))
     if factor > 1:
-        picture = picture.reduce(factor)
+        source = source.reduce(factor)
     # The remaining factor, below 4, takes several samples per pixel; as floats, since Pillow truncates bytes.
     samples = int(np.clip(np.ceil(scale / factor), 1, 4))
     data = np.concatenate([transform[:, :2] / samples, transform[:, 2:]], axis=1) / factor
     size, data = (width * samples, height * samples), tuple(data.flatten())
     found = []
-    for band in picture.split():
+    for band in source.split():
         moved = band.convert("F").transform(size, Image.Transform.AFFINE, data, Image.Resampling.BICUBIC)
         found.append(np.asarray(moved.reduce(samples) if samples > 1 else moved))
     return np.rint(np.stack(found, axis=-1)).clip(0, 255).astype(np.uint8)

@@ -74,7 +74,7 @@ class CheckedRow:
 
 @dataclass
 class AllRows:
-    """What is kept of all rows to compare them, in the order of reading: held-out splits first, `train` last."""
+    """What is stored of all rows to compare them, in the order of reading: held-out splits first, `train` last."""
 
     places: list[tuple[str, int, str]] = field(default_factory=list)
     """(split, line, file_name)."""
@@ -114,7 +114,7 @@ def check_folder(folder: Path, progress: Callable[[int, int], None] | None = Non
         progress: called as (rows done, total).
 
     Raises:
-        InputError: there is no metadata, it cannot be read, or it has no rows.
+        InputError: the metadata is missing, cannot be read, or it has no rows.
     """
     folder = folder.resolve()
     splits = splits_of(folder)

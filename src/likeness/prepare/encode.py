@@ -70,7 +70,7 @@ class EncodeSettings:
         return (IMAGE, *([LOG_VARIANCE] if self.moments else []), *CONDITIONS)
 
     def keys(self, hashes: np.ndarray) -> np.ndarray:
-        """Return the keys of R faces in A augmentations, uint8 [R, A, C, 16]; 0 if a face has no such file.
+        """Return the keys of R faces in A augmentations, uint8 [R, A, C, 16]; 0 if a face lacks the file.
 
         A key is the exclusive or of the hashes of the file and of the transform: one operation for all faces.
 
@@ -389,7 +389,7 @@ def hash_files(
         read: whether to read unknown files; otherwise they are only counted.
 
     Returns:
-        Stamps and hashes, each uint8 [R, F, 16], 0 if a row has no such file; and the count.
+        Stamps and hashes, each uint8 [R, F, 16], 0 if a row lacks the file; and the count.
 
     Raises:
         InputError: a file cannot be read.

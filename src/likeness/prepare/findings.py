@@ -1,4 +1,4 @@
-"""Kinds of faults that a prepared folder can have, ways to fix them, and rows as they are written, valid or not.
+"""Kinds of faults that a prepared folder can have, ways to fix them, and rows of metadata, valid or not.
 
 `likeness.data.folder` rejects a folder at the first broken row, as training must. Here all rows are read one at a time,
 so that every fault can be reported.

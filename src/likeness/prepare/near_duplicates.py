@@ -24,7 +24,7 @@ NO_HASH = bytes(40)
 def image_hash(image: Image.Image) -> bytes:
     """Return a perceptual hash: 64 bits for the search and 256 for the comparison, as five uint64.
 
-    A bit says whether one of the lowest 8x8 (16x16) frequencies of 32x32 grey pixels is above their median (Zauner
+    A bit is set if one of the lowest 8x8 (16x16) frequencies of 32x32 grey pixels is above their median (Zauner
     2010, "Implementation and Benchmarking of Perceptual Image Hash Functions").
     """
     grey = image.convert("L").resize((32, 32), Image.Resampling.BOX)
@@ -34,7 +34,7 @@ def image_hash(image: Image.Image) -> bytes:
 
 
 def first_duplicates(hashes: bytes | bytearray) -> np.ndarray:
-    """Return the first duplicate of each image, or its own number if there is no earlier one.
+    """Return the first duplicate of each image, or its own number if it is the first.
 
     Two hashes that differ in at most `INDEX_BITS` of 64 bits are equal in one of `INDEX_BITS` + 1 bands of them, so
     sorting by each band puts every such pair into one group.

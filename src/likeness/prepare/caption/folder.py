@@ -1,7 +1,7 @@
 """Caption a prepared folder: query models, filter, refine and shorten captions, and record their origin.
 
 Answers of models are stored immediately. Everything else is a function of the answers and computed again in every
-run, so an interrupted run repeats no question, and other limits or rules need no questions at all. `captions.jsonl`
+run, so an interrupted run repeats no question, and other limits or rules do not send questions. `captions.jsonl`
 (see `records`) and `metadata.jsonl` are written together at the end. Rejected captions are recorded with the reason.
 """
 

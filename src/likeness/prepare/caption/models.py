@@ -44,7 +44,7 @@ class Model:
     settings: str
     """Everything else that affects its answers, as text."""
     answer: Callable[[Sequence[Question]], Iterator[Answer]]
-    """Yields answers in order, each as soon as it is available."""
+    """Yields answers in order, without waiting for later ones."""
 
     def key(self, text: str, image: str = "") -> str:
         """Return the key under which an answer is cached, 32 hexadecimal digits.

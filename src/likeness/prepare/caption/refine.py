@@ -88,7 +88,7 @@ def accept(answer: str, caption: str, facts: str, finished: bool = True) -> Filt
     Args:
         answer: answer of the refiner.
         caption: the original caption.
-        facts: the facts; their words are allowed as corrections.
+        facts: the facts, from which corrections may be taken.
         finished: whether the answer ended.
     """
     if thinking(answer, finished)[0].strip().strip(".\"' ").upper() == NOTHING:
@@ -96,20 +96,20 @@ def accept(answer: str, caption: str, facts: str, finished: bool = True) -> Filt
     text, notes = filter_answer(answer, finished)
     if not text:
         return "", [Note("refined", f"the answer is not a caption ({notes[-1].kind}: {notes[-1].text})")]
-    known = words_of(caption) | words_of(facts)
+    known = terms_of(caption) | terms_of(facts)
     stems = {word[:STEM] for word in known if len(word) >= STEM}
     new = [word for word in WORD.findall(text.lower()) if word not in known | PLAIN and word[:STEM] not in stems]
-    new += [word for sex in SEXES if not known & sex for word in sorted(words_of(text) & sex)]
+    new += [word for sex in SEXES if not known & sex for word in sorted(terms_of(text) & sex)]
     if new:
         return "", [Note("refined", f'the answer adds "{new[0]}"')]
     same = text == caption
     return text, [] if same else [Note("refined", f"{len(caption.split())} to {len(text.split())} words")]
 
 
-def words_of(text: str) -> set[str]:
-    """Return the words of a text and the parts of hyphenated ones."""
-    words = {word.lower() for word in WORD.findall(text)}
-    return words | {part for word in words for part in word.split("-")}
+def terms_of(text: str) -> set[str]:
+    """Return every word of a text, in lower case, and the parts of hyphenated ones."""
+    terms = {word.lower() for word in WORD.findall(text)}
+    return terms | {part for term in terms for part in term.split("-")}
 
 
 def without_contradictions(labels: np.ndarray | None, caption: str) -> Filtered:

@@ -25,7 +25,7 @@ DANGLING = frozenset((
     "as", "is", "are", "was", "has", "have", "having", "wearing", "wears", "who", "whose", "that", "which",
     "while", "her", "his", "their", "its", "this", "very", "slightly",
 ))  # fmt: skip
-"""Words that cannot end a caption."""
+"""A caption cannot end in these."""
 
 PHRASE_END = re.compile(r",\s+|;\s+|\s+(?=(?:and|with|while|wearing|who|against|in front of)\s)")
 """Places where a sentence can be cut."""
@@ -175,8 +175,8 @@ PROPER = frozenset((
 def name(text: str, finished: bool) -> tuple[str, str]:
     """Remove pieces with names: capitalised words, except for the first word of a piece."""
     pieces, between = pieces_of(text)
-    words = WORD.findall(text)
-    if len(words) > 4 and sum(word[0].isupper() for word in words) > len(words) / 2:
+    terms = WORD.findall(text)
+    if len(terms) > 4 and sum(word[0].isupper() for word in terms) > len(terms) / 2:
         return "", "capitalised words may be names"
     found = {piece: names_in(piece) for piece in pieces}
     if not any(found.values()):
@@ -187,9 +187,9 @@ def name(text: str, finished: bool) -> tuple[str, str]:
 
 def names_in(piece: str) -> str:
     """Return the capitalised words of a piece; the first word counts only if a name follows it."""
-    words = WORD.findall(piece)
-    names = [word for word in words[1:] if word[0].isupper() and re.split(r"[-']", word)[0] not in PROPER]
-    return " ".join([*(words[:1] if names and names[0] == words[1] else []), *names])
+    terms = WORD.findall(piece)
+    names = [word for word in terms[1:] if word[0].isupper() and re.split(r"[-']", word)[0] not in PROPER]
+    return " ".join([*(terms[:1] if names and names[0] == terms[1] else []), *names])
 
 
 COMMON = frozenset((
@@ -206,10 +206,10 @@ def english(text: str, finished: bool) -> tuple[str, str]:
     foreign = [c for c in text if c.isalpha() and ord(c) > 0x24F]
     if foreign:
         return "", f'"{foreign[0]}" is not a letter of English'
-    words = [word.lower() for word in WORD.findall(text)]
-    known = sum(word in COMMON or any(part in COMMON for part in word.split("-")) for word in words)
-    if len(words) >= 4 and 8 * known < len(words):
-        return "", f"{known} of {len(words)} words are common in English captions"
+    terms = [word.lower() for word in WORD.findall(text)]
+    known = sum(word in COMMON or any(part in COMMON for part in word.split("-")) for word in terms)
+    if len(terms) >= 4 and 8 * known < len(terms):
+        return "", f"{known} of {len(terms)} words are common in English captions"
     return text, ""
 
 
@@ -220,8 +220,8 @@ def repeated(text: str, finished: bool) -> tuple[str, str]:
     for piece in pieces:
         once.setdefault(piece.lower().rstrip(".!?, "), piece)
     left = join(once.values(), between) if len(once) < len(pieces) else text
-    words = [word.lower() for word in WORD.findall(left)]
-    runs = Counter(zip(words, words[1:], words[2:], words[3:], strict=False)).most_common(1)
+    terms = [word.lower() for word in WORD.findall(left)]
+    runs = Counter(zip(terms, terms[1:], terms[2:], terms[3:], strict=False)).most_common(1)
     if runs and runs[0][1] > 2:
         return "", f'it says "{" ".join(runs[0][0])}" {runs[0][1]} times'
     return left, f"{len(pieces) - len(once)} of its {len(pieces)} pieces repeat others" if left != text else ""
@@ -243,8 +243,8 @@ MIN_WORDS = 3
 
 def short(text: str, finished: bool) -> tuple[str, str]:
     """Reject very short answers."""
-    words = len(WORD.findall(text))
-    return (text, "") if words >= MIN_WORDS else ("", f"{words} words")
+    count = len(WORD.findall(text))
+    return (text, "") if count >= MIN_WORDS else ("", f"{count} words")
 
 
 RULES: dict[str, Callable[[str, bool], tuple[str, str]]] = {
@@ -310,7 +310,7 @@ def shorten(text: str, count: Count, limit: int) -> tuple[str, str]:
 
 def without_dangling(text: str) -> str:
     """Remove final words and punctuation that cannot end a caption."""
-    words = text.rstrip(" ,;:-").split()
-    while words and words[-1].strip(",;:").lower() in DANGLING:
-        words.pop()
-    return " ".join(words).rstrip(" ,;:-")
+    terms = text.rstrip(" ,;:-").split()
+    while terms and terms[-1].strip(",;:").lower() in DANGLING:
+        terms.pop()
+    return " ".join(terms).rstrip(" ,;:-")

@@ -1,4 +1,4 @@
-"""Read CelebA, CelebAMask-HQ and Multi-Modal-CelebA-HQ as they are published.
+"""Read CelebA, CelebAMask-HQ and Multi-Modal-CelebA-HQ in their published formats.
 
 The crop (9, 36, 169, 196) of CelebA's aligned 178x218 files has the framing of CelebA-HQ within a few pixels.
 Attributes become captions by the grammar of `prepare.caption`; the same face gets the same captions in every run.

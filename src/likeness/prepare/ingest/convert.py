@@ -1,6 +1,6 @@
 """Convert the files of a face for a prepared folder: images cropped and resized, conditions in canonical form.
 
-Files that need no change are copied byte by byte. Masks and sketches keep their size and are cropped with their image.
+Files in canonical form are copied byte by byte. Masks and sketches keep their size and are cropped with their image.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from likeness.prepare.ingest.faces import SourceFace
 from likeness.types import InputError
 
 COPIED = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp"}
-"""Format of images that are copied if they need no change -> suffix."""
+"""Format of images that are copied if they are unchanged -> suffix."""
 
 ORIENTATION = 0x0112
 """EXIF tag; 1 is upright."""

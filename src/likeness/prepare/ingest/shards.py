@@ -36,8 +36,8 @@ def import_parquet() -> Any:
 def split_of(path: str) -> str | None:
     """Return the split of a shard, from the first word of its name or from its folder."""
     *folders, name = path.split("/")
-    words = [name.split("-")[0].split("_")[0].split(".")[0], *reversed(folders)]
-    return next((SPLIT_NAMES[word.lower()] for word in words if word.lower() in SPLIT_NAMES), None)
+    parts = [name.split("-")[0].split("_")[0].split(".")[0], *reversed(folders)]
+    return next((SPLIT_NAMES[part.lower()] for part in parts if part.lower() in SPLIT_NAMES), None)
 
 
 def shards(source: Source, suffix: str) -> Iterator[tuple[str | None, Path]]:

@@ -1,6 +1,6 @@
 """Write ingested faces as a prepared folder.
 
-Images that need no change are copied, all others become PNG; masks become palette PNGs with swapped sides fixed. The
+Unchanged images are copied, all others become PNG; masks become palette PNGs with swapped sides fixed. The
 image of a face is written after its conditions, the metadata of each split last, and `dataset.json` records what was
 ingested: the same command resumes, another one is rejected.
 """
