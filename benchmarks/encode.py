@@ -38,9 +38,15 @@ from likeness.data.folder import captions_of, column_of, each_row, read_folder, 
 from likeness.data.store import IMAGE, Store
 from likeness.encoders.components import load_components
 from likeness.encoders.latent import LatentCodec, to_tensor
-from likeness.prepare.content_keys import EncodeSettings, FileHashes, each_block
-from likeness.prepare.encode import encode_folder, finish, image_of, missing_images
-from likeness.prepare.entries import EntryWriter
+from likeness.prepare.encode import (
+    EncodeSettings,
+    each_block,
+    encode_folder,
+    finish,
+    hash_files,
+    image_of,
+    missing_images,
+)
 from likeness.prepare.synthetic import write_synthetic
 from likeness.types import InputError
 
@@ -108,11 +114,8 @@ def stages(root: Path, options: argparse.Namespace) -> None:
     settings = EncodeSettings(
         codec=parts.codec_hash, moments=False, size=128, precision="fp32", augmentations=2, text=None
     )
-    timed(
-        "hashing files", lambda: [FileHashes(out).lookup(folder, block) for block in each_block(folder)], options.faces
-    )
-    writer = EntryWriter(out, "latents", 1)
-    jobs = timed("finding missing entries", lambda: list(missing_images(folder, out, settings, (0, 1), writer)))
+    timed("hashing files", lambda: [hash_files(folder, block, {}) for block in each_block(folder)], options.faces)
+    jobs = timed("finding missing entries", lambda: list(missing_images(folder, out, settings, (0, 1))))
     images = timed("reading and rendering", lambda: [image_of(job, 128) for job in jobs], len(jobs))
     for precision in ("fp32", "bf16"):
 

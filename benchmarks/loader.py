@@ -1,10 +1,10 @@
-"""Does loading from shards keep up with training? Images a second that the loader gives, against those that the step of
-`recipes/mmface_mini.toml` takes, in turns in one run.
+"""Compare the throughput of the loader of shards with that of the training step of `recipes/mmface_mini.toml`, in
+images per second, alternating in one run.
 
     python benchmarks/loader.py SHARDS... [--rounds 3] [network.depth=4 ...]
 
-The loader is the loop's own: one thread that reads captions and latents, draws times and noise, and makes batches. The
-step is the loop's, too: text tower, network, backward pass, optimizer and average.
+The loader and the step are those of the training loop. The loader is one thread that reads captions and latents, draws
+times and noise, and makes batches. The step is text encoder, network, backward pass, optimizer and EMA.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from likeness.weights.catalog import BUNDLED, COMMON
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "mmface_mini.toml"
 READ_AHEAD, BATCHES, STEPS = 6, 20, 3
-"""Batches that may lie ready and are not counted; batches and steps of a round."""
+"""Batches that are read ahead and not counted; batches and steps per round."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="+", help="folders of shards, and changes of the recipe as key=value")
+    parser.add_argument("sources", nargs="+", help="folders of shards, and overrides of the recipe as key=value")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    folders = [word for word in options.words if "=" not in word]
-    changes = [f"data.shards={folders}", *(word for word in options.words if "=" in word)]
+    folders = [source for source in options.sources if "=" not in source]
+    changes = [f"data.shards={folders}", *(source for source in options.sources if "=" in source)]
     recipe = load_toml(RECIPE, TrainRecipe, tuple(changes))
     components, stores = load_components(BUNDLED / COMMON), [Store(folder) for folder in folders]
     torch.manual_seed(0)
@@ -63,27 +63,27 @@ def main() -> None:
         state.step(1e-4, recipe.optimizer.max_grad_norm)
         state.count(batch)
 
-    loaded, learnt = [], []
+    loaded, trained = [], []
     (first,) = next(batches)
     step(first)
     for _ in range(options.rounds):
         for _ in itertools.islice(batches, READ_AHEAD):
             pass
-        begun = time.perf_counter()
+        started = time.perf_counter()
         for _ in itertools.islice(batches, BATCHES):
             pass
-        loaded.append(BATCHES * batch / (time.perf_counter() - begun))
-        time.sleep(1)  # the thread fills what it reads ahead, and rests while steps are timed
-        begun = time.perf_counter()
+        loaded.append(BATCHES * batch / (time.perf_counter() - started))
+        time.sleep(1)  # the thread reads ahead and is idle while steps are timed
+        started = time.perf_counter()
         for _ in range(STEPS):
             step(first)
-        learnt.append(STEPS * batch / (time.perf_counter() - begun))
-    give, take = statistics.median(loaded), statistics.median(learnt)
+        trained.append(STEPS * batch / (time.perf_counter() - started))
+    loader, training = statistics.median(loaded), statistics.median(trained)
     faces = sum(len(store) for store in stores)
     form = f"{faces} faces, batch {batch}, {torch.get_num_threads()} threads"
     size = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{form}: the loader gives {give:.0f} images a second, a step of {size:,} parameters takes {take:.1f}")
-    print(f"ratio {give / take:.0f}")
+    print(f"{form}: loader {loader:.0f} images per second, step of {size:,} parameters {training:.1f}")
+    print(f"ratio {loader / training:.0f}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ HANG, DROP = "hang", "drop"
 Reply = str | tuple[int, dict[str, str], bytes]
 
 
-def said(text: str | None, finish: str = "stop", tokens: int | None = 100) -> Reply:
+def reply_with(text: str | None, finish: str = "stop", tokens: int | None = 100) -> Reply:
     """Return a reply with a message."""
     reply: dict[str, Any] = {"choices": [{"message": {"content": text}, "finish_reason": finish}]}
     return 200, {}, json.dumps(reply | ({"usage": {"total_tokens": tokens}} if tokens else {})).encode()
@@ -33,14 +33,14 @@ def failed(status: int, message: str = "no", **headers: str) -> Reply:
 
 
 class ChatServer(ThreadingHTTPServer):
-    """Answers every request with `reply(text, image, number)`; `asked` records the requests."""
+    """Answers every request with `reply(text, image, number)`; `requests` records the requests."""
 
     daemon_threads = True
 
     def __init__(self, reply: Callable[[str, Image.Image | None, int], Reply], models: tuple[str, ...]):
         super().__init__(("127.0.0.1", 0), Handler)
         self.reply, self.models, self.lock = reply, models, threading.Lock()
-        self.asked: list[dict[str, Any]] = []
+        self.requests: list[dict[str, Any]] = []
         self.running = self.most_running = 0
         self.over = threading.Event()
 
@@ -74,8 +74,8 @@ class Handler(BaseHTTPRequestHandler):
             assert head == "data:image/jpeg;base64"
             text, image = read["text"], Image.open(io.BytesIO(base64.b64decode(data)))
         with self.server.lock:
-            number = len(self.server.asked)
-            self.server.asked.append(
+            number = len(self.server.requests)
+            self.server.requests.append(
                 body | {"text": text, "at": time.monotonic(), "authorization": self.headers.get("Authorization")}
             )
             self.server.running += 1

@@ -40,9 +40,9 @@ def points() -> dict[str, object]:
     return {"points": (drawn_points() * SIDE).round(2).tolist(), "size": [SIDE, SIDE]}
 
 
-def content(picture: Image.Image, form: str = "PNG") -> bytes:
+def content(source: Image.Image, format: str = "PNG") -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, form)
+    source.save(buffer, format)
     return buffer.getvalue()
 
 

@@ -83,7 +83,7 @@ def align(photos: Path, out: Path, **changes):
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    """One face, three faces in a folder below, none, and a file that is no picture."""
+    """One face, three faces in a folder below, none, and a file that is not an image."""
     root = tmp_path / "photos"
     (root / "trip").mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -96,7 +96,7 @@ def photos(tmp_path) -> Path:
         draw(three, similarity(scale, 0, place))
     three.save(root / "trip" / "one.png")
     Image.fromarray(ground).save(root / "field.jpg")
-    (root / "broken.jpg").write_bytes(b"no picture")
+    (root / "broken.jpg").write_bytes(b"not an image")
     return root
 
 

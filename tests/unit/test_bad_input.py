@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from chat_server import chat_server, said
+from chat_server import chat_server, reply_with
 from hostile import bomb, full_disk, read_only, snapshot
 from PIL import Image
 
@@ -143,16 +143,16 @@ def test_decompression_bombs(root, tmp_path, capsys):
     assert not {name for name in snapshot(tmp_path / "out") if not name.startswith(("rows-", "latents-"))}
     assert run(*IN_PLACE["annotate"](root)) == 2
     assert "images/000001.png has too many pixels" in error_message(capsys)
-    with chat_server(lambda *_: said("A man with red hair and a smile.")) as server:
+    with chat_server(lambda *_: reply_with("A man with red hair and a smile.")) as server:
         assert run("prepare", "caption", root / "faces", "--vlm", server.address, "--prompts", "brief") == 1
-        assert not server.asked  # neither the image nor the mask can be read
+        assert not server.requests  # neither the image nor the mask can be read
     assert capsys.readouterr().err.count("has too many pixels") == 2
     for file in ("answers.jsonl", "captions.jsonl", ".answers.jsonl.lock"):
         (train / file).unlink(missing_ok=True)
     write_rows(root, rows)
-    assert run("prepare", "check", root / "faces", "--sheet", tmp_path / "sheet.png") == 1
+    assert run("prepare", "check", root / "faces", "--sheet", tmp_path / "sheet.html") == 1
     assert capsys.readouterr().out.count("has too many pixels") == 2
-    assert Image.open(tmp_path / "sheet.png").size
+    assert (tmp_path / "sheet.html").is_file()
     (root / "faces" / "fixes.jsonl").unlink()
     assert snapshot(root) == before
 

@@ -142,7 +142,7 @@ def images() -> list[Image.Image]:
 @pytest.mark.parametrize("save_model", [save_internvl, save_qwen2_vl, save_llava])
 def test_checkpoint_answers_about_images(tmp_path, save_model):
     folder = save_model(tmp_path / "model")
-    model = checkpoint.open_vision_model(str(folder))
+    model = checkpoint.open_checkpoint(str(folder), vision=True)
     first, second = Image.new("RGB", (64, 64), "white"), images()[0]
     alone = [next(model.answer([Question("Who is it?", image)])) for image in (first, second)]
     together = list(
@@ -159,7 +159,7 @@ def test_checkpoint_answers_about_images(tmp_path, save_model):
 
 def test_checkpoint_answers_text(tmp_path):
     folder = save_qwen3(tmp_path / "llm")
-    model = checkpoint.open_language_model(str(folder))
+    model = checkpoint.open_checkpoint(str(folder), vision=False)
     questions = [Question("Check this."), Question("A longer question than the other one.")]
     tokenizer, network = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     for question, answer in zip(questions, model.answer(questions), strict=True):
@@ -176,7 +176,7 @@ def test_finished_answers(tmp_path):
         network.lm_head.weight.zero_()  # all tokens are equally likely, so it takes the first
     network.generation_config.eos_token_id = [0, 1]  # which is an end token
     network.save_pretrained(folder)
-    (answer,) = checkpoint.open_language_model(str(folder)).answer([Question("Hello")])
+    (answer,) = checkpoint.open_checkpoint(str(folder), vision=False).answer([Question("Hello")])
     assert answer.finished
     assert answer.text == ""
 
@@ -206,17 +206,17 @@ def test_folder_end_to_end(tmp_path, capsys):
 
 def test_rejected_checkpoints(tmp_path):
     with pytest.raises(InputError, match="no chat template"):
-        checkpoint.open_language_model(str(save_qwen3(tmp_path / "base", template=None)))
+        checkpoint.open_checkpoint(str(save_qwen3(tmp_path / "base", template=None)), vision=False)
     with pytest.raises(InputError, match="not a model for images and text"):
-        checkpoint.open_vision_model(str(save_qwen3(tmp_path / "blind")))
+        checkpoint.open_checkpoint(str(save_qwen3(tmp_path / "blind")), vision=True)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="cannot be loaded"):
-        checkpoint.open_vision_model(str(tmp_path / "empty"))
+        checkpoint.open_checkpoint(str(tmp_path / "empty"), vision=True)
     with pytest.raises(InputError, match="cannot be loaded"):
-        checkpoint.open_language_model(str(tmp_path / "empty"))
+        checkpoint.open_checkpoint(str(tmp_path / "empty"), vision=False)
     with pytest.raises(InputError, match="Device 'nowhere' is not available"):
-        checkpoint.open_language_model(str(save_qwen3(tmp_path / "llm")), device="nowhere")
+        checkpoint.open_checkpoint(str(save_qwen3(tmp_path / "llm")), vision=False, device="nowhere")
     broken = save_internvl(tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(InputError, match="cannot be loaded"):
-        checkpoint.open_vision_model(str(broken))
+        checkpoint.open_checkpoint(str(broken), vision=True)

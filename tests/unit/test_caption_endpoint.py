@@ -15,18 +15,18 @@ from email.utils import formatdate
 from pathlib import Path
 
 import pytest
-from chat_server import DROP, HANG, chat_server, failed, said
+from chat_server import DROP, HANG, chat_server, failed, reply_with
 from drawn import drawn_mask
 from PIL import Image
 
+from likeness.chat import Answer, Meter
 from likeness.cli import main
 from likeness.conditions.mask import mask_image
 from likeness.data.synthetic import draw_face
-from likeness.prepare.caption.endpoint import Meter, open_endpoint
 from likeness.prepare.caption.folder import CaptionSettings, caption_folder
-from likeness.prepare.caption.models import Answer, Question, load_counter
+from likeness.prepare.caption.models import Question, load_counter, open_model
 from likeness.prepare.caption.prompts import PROMPTS, describe
-from likeness.prepare.caption.records import open_journal
+from likeness.prepare.caption.records import open_answers
 from likeness.types import InputError
 
 DATED = "dated"
@@ -41,7 +41,7 @@ def caption_for(text: str) -> str:
 
 
 def answering(text, image, number):
-    return said(caption_for(text))
+    return reply_with(caption_for(text))
 
 
 @pytest.fixture(scope="module")
@@ -86,13 +86,13 @@ def caption(folder: Path, *options: str, code: int = 0) -> None:
 def test_ten_captions_per_face_with_origin(folder, capsys):
     with chat_server(answering) as server:
         caption(folder, "--vlm", server.address)
-        assert len(server.asked) == 40
-        assert {body["model"] for body in server.asked} == {"tiny-vlm"}
-        assert all(body["temperature"] == 0 for body in server.asked)
-        assert server.asked[0]["authorization"] is None
+        assert len(server.requests) == 40
+        assert {body["model"] for body in server.requests} == {"tiny-vlm"}
+        assert all(body["temperature"] == 0 for body in server.requests)
+        assert server.requests[0]["authorization"] is None
         before = (folder / "metadata.jsonl").read_bytes(), (folder / "captions.jsonl").read_bytes()
-        caption(folder, "--vlm", server.address)  # a second run asks nothing and changes nothing
-        assert len(server.asked) == 40
+        caption(folder, "--vlm", server.address)  # a second run sends nothing and changes nothing
+        assert len(server.requests) == 40
     assert before == ((folder / "metadata.jsonl").read_bytes(), (folder / "captions.jsonl").read_bytes())
     wanted = [caption_for(describe(name)) for name in PROMPTS]
     assert texts(folder) == [wanted, ["my own caption", *wanted], wanted, wanted]
@@ -125,7 +125,7 @@ def test_image_is_upright_and_bounded(folder):
 
     def look(text, image, number):
         sizes.append(image.size)
-        return said(caption_for(text))
+        return reply_with(caption_for(text))
 
     turned = Image.new("RGB", (90, 60), "red")
     turned.save(folder / "images" / "0.png", exif=exif_turned())
@@ -140,42 +140,42 @@ def exif_turned() -> Image.Exif:
     return exif
 
 
-def test_only_changes_are_asked_again(folder):
+def test_only_changes_are_sent_again(folder):
     with chat_server(answering) as server:
         caption(folder, "--vlm", server.address)
         Image.fromarray(draw_face(0, 9, 64).image).save(folder / "images" / "2.png")
-        server.asked.clear()
+        server.requests.clear()
         caption(folder, "--vlm", server.address)
-        assert len(server.asked) == 10
-        server.asked.clear()
-        caption(folder, "--vlm", server.address, "--max-tokens", "12")  # shortening asks nothing
-        assert server.asked == []
-        assert all("length: " in c["touched"][-1] for c in record(folder)[2])
+        assert len(server.requests) == 10
+        server.requests.clear()
+        caption(folder, "--vlm", server.address, "--max-tokens", "12")  # shortening sends nothing
+        assert server.requests == []
+        assert all(c["touched"][-1][0] == "length" for c in record(folder)[2])
         caption(folder, "--vlm", server.address, "--vlm-fields", '{"temperature": null, "top_k": 1}')
-        assert len(server.asked) == 40
-        assert "temperature" not in server.asked[0]
-        assert server.asked[0]["top_k"] == 1
+        assert len(server.requests) == 40
+        assert "temperature" not in server.requests[0]
+        assert server.requests[0]["top_k"] == 1
 
 
 def test_bad_answers_are_dropped_with_the_reason(folder, capsys):
     def reply(text, image, number):
         if PROMPTS["hair"] in text:
-            return said("I'm sorry, but I can't help with that.")
+            return reply_with("I'm sorry, but I can't help with that.")
         if PROMPTS["age"] in text:
-            return said("The image shows a woman with a smile. Her hair is long and", "length")
+            return reply_with("The image shows a woman with a smile. Her hair is long and", "length")
         if PROMPTS["light"] in text:
-            return said(None)
-        return said("A bald woman in soft light.") if PROMPTS["face"] in text else said(caption_for(text))
+            return reply_with(None)
+        return reply_with("A bald woman in soft light.") if PROMPTS["face"] in text else reply_with(caption_for(text))
 
     with chat_server(reply) as server:
         caption(folder, "--vlm", server.address)
     by_prompt = {c["prompt"]: c for c in record(folder)[0]}
-    assert by_prompt["hair"]["dropped"].startswith("refusal: ")
+    assert by_prompt["hair"]["dropped"] == "refusal"
     assert by_prompt["hair"]["raw"].startswith("I'm sorry")
-    assert by_prompt["light"]["dropped"] == "empty: no text"
+    assert by_prompt["light"]["touched"] == [["empty", "no text"]]
     assert by_prompt["age"]["text"] == "A woman with a smile."
-    assert [why.partition(":")[0] for why in by_prompt["age"]["touched"]] == ["picture", "truncated"]
-    assert by_prompt["face"]["dropped"].startswith('mask: the caption says "bald", but hair is ')
+    assert [kind for kind, _ in by_prompt["age"]["touched"]] == ["picture", "truncated"]
+    assert by_prompt["face"]["dropped"] == "mask"
     assert "A bald woman in soft light." in texts(folder)[2]  # no mask to contradict it
     assert "dropped: 4 refusal, 4 empty, 1 mask" in capsys.readouterr().out
 
@@ -183,28 +183,28 @@ def test_bad_answers_are_dropped_with_the_reason(folder, capsys):
 def test_refiner_gets_the_facts_and_is_checked(folder):
     def reply(text, image, number):
         if image is not None:
-            return said("A smiling woman with red hair, wearing glasses.")
+            return reply_with("A smiling woman with red hair, wearing glasses.")
         assert "Caption: A smiling woman with red hair, wearing glasses." in text
         if "Not in the picture: glasses" in text:
             assert "It holds: smiling." in text
             assert 'Contradiction: the caption says "glasses", but the mask has no eye_g' in text
-            return said("<think>No glasses there.</think>A smiling woman with red hair.")
-        return said("A smiling woman with red hair, wearing glasses and a crown.")  # adds a claim
+            return reply_with("<think>No glasses there.</think>A smiling woman with red hair.")
+        return reply_with("A smiling woman with red hair, wearing glasses and a crown.")  # adds a claim
 
     with chat_server(reply, ("vlm", "llm")) as server:
-        # sequentially, so that equal questions of two faces are asked once
+        # sequentially, so that equal questions of two faces are sent once
         options = ["--vlm", server.address, "--vlm-name", "vlm", "--prompts", "natural", "--parallel", "1"]
         caption(folder, *options, "--refiner", server.address, "--refiner-name", "llm", "--replace")
-        assert [body["model"] for body in server.asked].count("llm") == 2
+        assert [body["model"] for body in server.requests].count("llm") == 2
         caption(folder, *options, "--refiner", server.address, "--refiner-name", "llm", "--replace")
-        assert len(server.asked) == 6
+        assert len(server.requests) == 6
     (first,), (given, second) = record(folder)[:2]
     assert first["text"] == "A smiling woman with red hair."
     assert first["refiner"] == "llm"
     assert first["refined"].startswith("<think>")
-    assert first["touched"] == ["refined: 8 to 6 words"]
-    assert second["dropped"] == 'refined: the answer adds "crown"'
-    assert given["dropped"].startswith("replaced")
+    assert first["touched"] == [["refined", "8 to 6 words"]]
+    assert second["touched"][-1] == ["refined", 'the answer adds "crown"']
+    assert given["dropped"] == "replaced"
     assert texts(folder) == [["A smiling woman with red hair."], None, None, None]  # empty lists would be faults
 
 
@@ -226,9 +226,9 @@ def test_temporary_errors_are_retried(folder, count):
 
     with chat_server(reply) as server:
         meter = Meter(first_wait=0.01, timeout=3, tries=8)
-        settings = CaptionSettings(vlm=open_endpoint(server.address, None, meter), prompts=("brief",))
+        settings = CaptionSettings(vlm=open_model(server.address, vision=True, meter=meter), prompts=("brief",))
         report = caption_folder(folder, settings, count, meter=meter, parallel=1)
-        at = [body["at"] for body in server.asked]
+        at = [body["at"] for body in server.requests]
     assert report.used == 5
     assert not report.failed
     assert meter.requests == len(at) == 4 + len(stumbles)
@@ -239,10 +239,10 @@ def test_temporary_errors_are_retried(folder, count):
 def test_waits_double(folder, count):
     with chat_server(lambda *_: failed(503, "overloaded")) as server:
         meter = Meter(first_wait=0.05, tries=5)
-        settings = CaptionSettings(vlm=open_endpoint(server.address, "m", meter))
+        settings = CaptionSettings(vlm=open_model(server.address, vision=True, meter=meter, name="m"))
         with pytest.raises(InputError, match=r"does not respond: 503 .*: overloaded, 5 attempts in"):
             caption_folder(folder, settings, count, meter=meter, parallel=1)
-        at = [body["at"] for body in server.asked]
+        at = [body["at"] for body in server.requests]
     waits = [after - before for before, after in itertools.pairwise(at)]
     assert len(waits) == 4
     assert all(wait >= 0.05 * 2**n * 0.75 for n, wait in enumerate(waits))
@@ -261,14 +261,14 @@ def test_answers_are_kept_if_the_server_disappears(folder, capsys):
     assert "refused" in capsys.readouterr().err.lower()
     with chat_server(answering) as server:
         caption(folder, "--vlm", server.address)
-        assert len(server.asked) == 23
+        assert len(server.requests) == 23
 
 
 def test_permanent_errors_are_reported(folder, monkeypatch, capsys):
     for status, message in ((401, "bad key"), (404, "no such model"), (400, "images are not supported")):
         with chat_server(lambda *_, s=status, m=message: failed(s, m)) as server:
             caption(folder, "--vlm", server.address, "--parallel", "1", code=2)
-            assert len(server.asked) == (3 if status == 400 else 1)
+            assert len(server.requests) == (3 if status == 400 else 1)
         assert message in capsys.readouterr().err
     with chat_server(answering, ("a", "b")) as server:
         caption(folder, "--vlm", server.address, code=2)
@@ -279,7 +279,7 @@ def test_permanent_errors_are_reported(folder, monkeypatch, capsys):
         assert "sk-secret" not in printed
         monkeypatch.setenv("MY_KEY", "secret")
         caption(folder, "--vlm", server.address, "--vlm-key-variable", "MY_KEY", "--vlm-name", "a")
-        assert server.asked[0]["authorization"] == "Bearer secret"
+        assert server.requests[0]["authorization"] == "Bearer secret"
     assert "secret" not in "".join(p.read_text() for p in folder.glob("*.jsonl"))
     with chat_server(lambda *_: (302, {"Location": "http://127.0.0.1:9/v1"}, b"")) as server:
         caption(folder, "--vlm", server.address, "--vlm-name", "c", code=2)
@@ -309,23 +309,23 @@ def test_rejected_image_does_not_stop_the_run(folder, capsys):
 def test_budget_and_pace(folder, count, capsys):
     with chat_server(answering) as server:
         caption(folder, "--vlm", server.address, "--budget", "13", "--parallel", "1", code=1)
-        assert len(server.asked) == 13
+        assert len(server.requests) == 13
         assert "the budget is spent: 3 faces lack captions" in capsys.readouterr().err
         assert [len(found or ()) for found in texts(folder)] == [10, 4, 0, 0]
         caption(folder, "--vlm", server.address, "--budget", "500tokens", "--parallel", "1", code=1)
-        assert len(server.asked) == 18  # 100 tokens each
+        assert len(server.requests) == 18  # 100 tokens each
         caption(folder, "--vlm", server.address, "--budget", "1,000")
-        assert len(server.asked) == 40
+        assert len(server.requests) == 40
         caption(folder, "--vlm", server.address, "--budget", "lots", code=2)
-        server.asked.clear()
+        server.requests.clear()
         meter = Meter(requests_per_minute=600)
         settings = CaptionSettings(
-            vlm=open_endpoint(server.address, None, meter, fields='{"seed": 1}'), prompts=("brief", "hair")
+            vlm=open_model(server.address, vision=True, meter=meter, fields='{"seed": 1}'), prompts=("brief", "hair")
         )
         started = time.monotonic()
         caption_folder(folder, settings, count, meter=meter)
         assert time.monotonic() - started >= 7 * 0.1  # 8 requests: at least 7 intervals
-    with chat_server(lambda *_: said("A woman with red hair.", tokens=None)) as server:
+    with chat_server(lambda *_: reply_with("A woman with red hair.", tokens=None)) as server:
         caption(folder, "--vlm", server.address, "--vlm-name", "d", "--budget", "9tokens", code=2)
         assert "give the budget in requests" in capsys.readouterr().err
 
@@ -346,8 +346,8 @@ def test_several_at_the_same_time(folder, count):
             assert (server.most_running > 1) == (parallel > 1)
 
 
-def test_killed_at_any_moment_nothing_is_asked_twice(folder):
-    """SIGKILL while answers come in; the next run asks what is not in the journal, and a torn line is asked anew."""
+def test_killed_run_repeats_no_question(folder):
+    """SIGKILL while answers come in; the next run sends only the questions without a stored answer."""
 
     def slow(text, image, number):
         time.sleep(0.02)
@@ -361,20 +361,20 @@ def test_killed_at_any_moment_nothing_is_asked_twice(folder):
                 with contextlib.suppress(BaseException):
                     caption(folder, "--vlm", server.address, "--parallel", "2")
                 os._exit(0)
-            while len(server.asked) < wanted:
+            while len(server.requests) < wanted:
                 time.sleep(0.001)
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             while server.running:
                 time.sleep(0.001)
             answers = journal.read_bytes().count(b"\n")
-            assert answers <= len(server.asked) <= answers + 2 * kill  # lost: what two threads were waiting for
+            assert answers <= len(server.requests) <= answers + 2 * kill  # lost: what two threads were waiting for
             assert texts(folder)[0] is None
         with journal.open("ab") as file:
             file.write(journal.read_bytes()[:50])  # torn
-        before = len(server.asked)
+        before = len(server.requests)
         caption(folder, "--vlm", server.address)
-        assert len(server.asked) - before == 40 - answers
+        assert len(server.requests) - before == 40 - answers
     lines = journal.read_bytes().splitlines()
     assert len({json.loads(line)["key"] for line in lines}) == len(lines) == 40
     assert [len(found) for found in texts(folder)] == [10, 11, 10, 10]
@@ -382,38 +382,38 @@ def test_killed_at_any_moment_nothing_is_asked_twice(folder):
 
 def test_journal(tmp_path):
     path = tmp_path / "answers.jsonl"
-    with open_journal(path) as journal:
-        journal.add("a" * 32, Answer("é\n2", False), prompt="x")
-        assert journal.find("a" * 32) == Answer("é\n2", False)
-        assert journal.find("a" * 16 + "b" * 16) is None
-        with pytest.raises(InputError, match="another process"), open_journal(path):
+    with open_answers(path) as cache:
+        cache.add("a" * 32, Answer("é\n2", False), prompt="x")
+        assert cache.find("a" * 32) == Answer("é\n2", False)
+        assert cache.find("a" * 16 + "b" * 16) is None
+        with pytest.raises(InputError, match="another process"), open_answers(path):
             pass
-    with open_journal(path) as journal:
-        journal.add("0" * 32, Answer("zero"))
-        assert journal.find("a" * 32) == Answer("é\n2", False)
-        assert journal.find("f" * 32) is None
+    with open_answers(path) as cache:
+        cache.add("0" * 32, Answer("zero"))
+        assert cache.find("a" * 32) == Answer("é\n2", False)
+        assert cache.find("f" * 32) is None
     path.write_text(path.read_text() + "hello\n")
-    with pytest.raises(InputError, match="line 3 is not an answer"), open_journal(path):
+    with pytest.raises(InputError, match="line 3 is not an answer"), open_answers(path):
         pass
-    with pytest.raises(InputError, match="cannot write"), open_journal(Path("/dev/null/answers.jsonl")):
+    with pytest.raises(InputError, match="cannot write"), open_answers(Path("/dev/null/answers.jsonl")):
         pass
 
 
 def test_full_disk_keeps_complete_lines(tmp_path):
     path, (soft, hard) = tmp_path / "answers.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
-    with open_journal(path) as journal:
-        journal.add("a" * 32, Answer("one"))
+    with open_answers(path) as cache:
+        cache.add("a" * 32, Answer("one"))
         before = path.read_bytes()
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, hard))
         try:
             with pytest.raises(InputError, match=r"cannot write .*answers\.jsonl"):
-                journal.add("b" * 32, Answer("two"))
+                cache.add("b" * 32, Answer("two"))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert path.read_bytes() == before
-        journal.add("b" * 32, Answer("two"))
-    with open_journal(path) as journal:
-        assert [journal.find(letter * 32) for letter in "ab"] == [Answer("one"), Answer("two")]
+        cache.add("b" * 32, Answer("two"))
+    with open_answers(path) as cache:
+        assert [cache.find(letter * 32) for letter in "ab"] == [Answer("one"), Answer("two")]
 
 
 def test_grammar_offline(folder, capsys):
@@ -460,7 +460,7 @@ def test_default_path_is_v1():
             server.address + "/chat/completions",
             server.address + "/",
         ):
-            model = open_endpoint(address, None, Meter())
+            model = open_model(address, vision=True)
             (answer,) = model.answer([Question("who?")])
             assert answer.finished
             assert model.name == "tiny-vlm"

@@ -62,12 +62,12 @@ def write_rows(faces: Path, rows: list[dict]) -> None:
     (faces / "train/metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def redraw(path: Path, value: int) -> None:
+def change_pixel(path: Path, value: int) -> None:
     """Change one pixel of an image, keeping its modification time."""
     state = path.stat()
-    picture = Image.open(path)
-    picture.putpixel((value % SIZE, value // SIZE % SIZE), value % 256 if picture.mode in "LP" else (value % 256, 9, 9))
-    picture.save(path)
+    photo = Image.open(path)
+    photo.putpixel((value % SIZE, value // SIZE % SIZE), value % 256 if photo.mode in "LP" else (value % 256, 9, 9))
+    photo.save(path)
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
 
 
@@ -91,8 +91,8 @@ def test_store_holds_what_was_encoded(prepared, parts):
         assert sample.latents.shape == (4, 4, 4)
         assert sample.log_variance is None
         assert list(sample.captions) == list(captions_of(row))
-        picture = codec.encode(to_tensor([read_photo(row["file_name"], SIZE)]))[0]
-        assert torch.allclose(sample.latents, picture, atol=2e-3)
+        photo = codec.encode(to_tensor([read_photo(row["file_name"], SIZE)]))[0]
+        assert torch.allclose(sample.latents, photo, atol=2e-3)
         for name, condition in CONDITIONS.items():
             drawn = condition.render(condition.read(row[column_of(name)]).raw, SIZE, SIZE)
             assert torch.allclose(sample.conditions[name], codec.encode(to_tensor([drawn]))[0], atol=2e-3)
@@ -104,8 +104,8 @@ def test_augmentations_mirror_and_vary(prepared, parts, tmp_path):
     assert len(store) == 20
     assert store[3].captions == store[13].captions
     assert torch.allclose(store[3].latents, plain[3].latents, atol=2e-3)
-    picture = read_photo(read_folder(prepared / "faces")[3]["file_name"], SIZE)
-    mirrored = LatentCodec(parts.vae).encode(to_tensor([picture[:, ::-1]]))[0]
+    photo = read_photo(read_folder(prepared / "faces")[3]["file_name"], SIZE)
+    mirrored = LatentCodec(parts.vae).encode(to_tensor([photo[:, ::-1]]))[0]
     assert torch.allclose(store[13].latents, mirrored, atol=2e-3)
     mask = CONDITIONS["mask"]
     labels = mask.resize(mask.read(read_folder(prepared / "faces")[3]["mask_file_name"]).raw, SIZE, SIZE)
@@ -164,7 +164,7 @@ def test_ranks_complete_each_other(faces, prepared, parts, tmp_path):
     rows = read_rows(faces)
     write_rows(faces, rows * 30)  # several blocks; a repeated face is encoded once
     for number, path in enumerate(sorted((faces / "train/masks").iterdir())):
-        redraw(path, number)
+        change_pixel(path, number)
     out, encoded = tmp_path / "shards", []
     for share in ((1, 3), (0, 2), (1, 2)):
         found = encode_folder(faces, out, parts, size=SIZE, share=share, text_features=True)
@@ -191,7 +191,7 @@ def mutate(faces: Path, kind: str, rng: random.Random, number: int) -> None:
     row, root = rng.choice(rows), faces / "train"
     if kind in ("file_name", "mask_file_name", "sketch_file_name"):
         if kind in row:
-            redraw(root / row[kind], number)
+            change_pixel(root / row[kind], number)
     elif kind == "touch":
         os.utime(root / row["file_name"])
     elif kind == "rename":
@@ -349,19 +349,19 @@ def test_damaged_files_are_reported_and_rewritten(prepared, parts, tmp_path):
 
 def test_command(prepared, tmp_path, capsys):
     out = tmp_path / "s"
-    given = [str(prepared / "faces"), str(out), "--components", str(prepared / "components"), "--size", str(SIZE)]
-    cli.main(["prepare", "encode", *given])
+    arguments = [str(prepared / "faces"), str(out), "--components", str(prepared / "components"), "--size", str(SIZE)]
+    cli.main(["prepare", "encode", *arguments])
     assert f"{FACES} faces, {IMAGES} images and 0 captions encoded" in capsys.readouterr().out
-    assert run("prepare", "encode", *given, "--device", "nowhere") == 2
+    assert run("prepare", "encode", *arguments, "--device", "nowhere") == 2
     assert "Device 'nowhere' is not available" in capsys.readouterr().err
-    cli.main(["prepare", "encode", *given])
+    cli.main(["prepare", "encode", *arguments])
     assert f"{FACES} faces, 0 images and 0 captions encoded" in capsys.readouterr().out
 
 
 def test_images_to_shards_in_one_command(prepared, tmp_path, capsys):
     sample_datasets.celeba(tmp_path / "source")
-    given = [tmp_path / "source", tmp_path / "out", "--size", SIZE, "--held-out", 4]
-    command = ["prepare", "shards", *given, "--components", prepared / "components"]
+    arguments = [tmp_path / "source", tmp_path / "out", "--size", SIZE, "--held-out", 4]
+    command = ["prepare", "shards", *arguments, "--components", prepared / "components"]
     assert run(*command) == 0
     printed = capsys.readouterr()
     assert [line.split(":")[0] for line in printed.err.splitlines() if line.endswith("images per second")] == [
@@ -377,8 +377,8 @@ def test_images_to_shards_in_one_command(prepared, tmp_path, capsys):
 
 def test_only_train_is_encoded_and_reported(prepared, faces, tmp_path, capsys):
     shutil.copytree(faces / "train", faces / "test")
-    given = (faces, tmp_path / "s", "--components", prepared / "components", "--size", SIZE)
-    assert run("prepare", "encode", *given) == 0
+    arguments = (faces, tmp_path / "s", "--components", prepared / "components", "--size", SIZE)
+    assert run("prepare", "encode", *arguments) == 0
     printed = capsys.readouterr()
     assert "only train is encoded, not test" in printed.err
     assert f"{FACES} faces" in printed.out
@@ -389,8 +389,8 @@ def test_invalid_arguments_are_reported_before_the_work(prepared, tmp_path, wron
     source, out = tmp_path / "source", tmp_path / "out"
     sample_datasets.put(source, "test/0.png" if wrong == "split" else "0.png", sample_datasets.image(0))
     options = {"components": prepared / "components"} | ({} if wrong == "split" else {wrong: tmp_path / "none"})
-    given = [word for name, value in options.items() for word in (f"--{name}", value)]
-    assert run("prepare", "shards", source, out, *given) == 2
+    arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
+    assert run("prepare", "shards", source, out, *arguments) == 2
     assert ("has test but no split train" if wrong == "split" else f"{tmp_path / 'none'}") in capsys.readouterr().err
     assert not list(out.rglob("sketches"))
     assert out.exists() == (wrong == "split")

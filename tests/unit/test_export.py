@@ -157,9 +157,9 @@ def test_rejected_input(folder, tmp_path, capsys):
     assert "has no metadata.jsonl" in capsys.readouterr().err
     export(folder, tmp_path / "out", "parquet")
     assert run("prepare", "export", folder, tmp_path / "out", "--format", "webdataset") == 2
-    assert "contains another export" in capsys.readouterr().err
+    assert "was written with " in capsys.readouterr().err
     assert run("prepare", "export", folder, folder, "--format", "webdataset") == 2
-    assert "contains another export" in capsys.readouterr().err
+    assert "was written with " in capsys.readouterr().err
     sample_datasets.put(tmp_path, "file", "not a folder")
     assert run("prepare", "export", folder, tmp_path / "file" / "out", "--format", "webdataset") == 2
     assert "cannot write" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Files are written atomically, also by several writers at the same time."""
+"""Files are written atomically, also by several processes at the same time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from likeness.types import InputError
 
 
 def test_two_writers_of_one_file(tmp_path):
-    """Processes of one evaluation do: each finishes its own, and the last one's is there."""
+    """The processes of an evaluation do this: the file of the last one to finish remains."""
     path = tmp_path / "a.txt"
     with writing_whole(path) as file:
         file.write(b"slow")
@@ -19,7 +19,7 @@ def test_two_writers_of_one_file(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_what_fails_leaves_nothing(tmp_path):
+def test_failed_writes_leave_no_files(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
         write_whole(tmp_path / "file" / "a.txt", "below a file")

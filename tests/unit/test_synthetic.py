@@ -199,9 +199,9 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def test_written_data_set(tmp_path: Path) -> None:
-    done: list[int] = []
-    write_synthetic(tmp_path / "faces", count=3, size=64, seed=9, progress=done.append)
-    assert done == [1, 2, 3]
+    done: list[tuple[int, int]] = []
+    write_synthetic(tmp_path / "faces", count=3, size=64, seed=9, progress=lambda *counts: done.append(counts))
+    assert done == [(1, 3), (2, 3), (3, 3)]
     train = tmp_path / "faces" / "train"
     lines = [json.loads(line) for line in (train / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["file_name"] for line in lines] == [f"images/{index:06d}.png" for index in range(3)]
@@ -239,12 +239,12 @@ def test_resume_restores_identical_bytes(tmp_path: Path) -> None:
 def test_rejected_arguments(tmp_path: Path) -> None:
     for arguments in ({"count": 0}, {"count": 1, "size": 24}, {"count": 1, "size": 100}, {"count": 1, "seed": -1}):
         with pytest.raises(InputError):
-            write_synthetic(tmp_path / "refused", **arguments)
-    assert not (tmp_path / "refused").exists()
+            write_synthetic(tmp_path / "rejected", **arguments)
+    assert not (tmp_path / "rejected").exists()
     write_synthetic(tmp_path / "faces", count=1, size=32, seed=1)
-    with pytest.raises(InputError, match="already contains"):
+    with pytest.raises(InputError, match="was written with"):
         write_synthetic(tmp_path / "faces", count=1, size=32, seed=2)
-    with pytest.raises(InputError, match="already contains"):
+    with pytest.raises(InputError, match="was written with"):
         write_synthetic(tmp_path / "faces", count=1, size=64, seed=1)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")

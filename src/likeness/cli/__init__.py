@@ -10,8 +10,9 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from typing import Any
 
 import tyro
 
@@ -56,7 +57,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "convert": convert_help,
 }
 
-GROUPS: dict[str, dict[str, Callable[..., None]]] = {
+GROUPS: dict[str, dict[str, Callable[..., Any]]] = {
     "mask": {
         "grow": mask.grow,
         "shrink": mask.shrink,
@@ -70,19 +71,19 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
         "check": mask.check,
     },
     "prepare": {
-        "synthetic": prepare.synthetic,
-        "ingest": prepare.ingest,
-        "export": prepare.export,
-        "align": prepare.align,
-        "paste": prepare.paste,
-        "annotate": prepare.annotate,
-        "caption": caption.caption,
-        "check": prepare.check,
-        "encode": prepare.encode,
-        "shards": prepare.shards,
-        "components": prepare.components,
-        "decoder": prepare.decoder,
-        "pack": prepare.pack,
+        "synthetic": prepare.Synthetic,
+        "ingest": prepare.Ingest,
+        "export": prepare.Export,
+        "align": prepare.Align,
+        "paste": prepare.Paste,
+        "annotate": prepare.Annotate,
+        "caption": caption.Caption,
+        "check": prepare.Check,
+        "encode": prepare.Encode,
+        "shards": prepare.Shards,
+        "components": prepare.JoinComponents,
+        "decoder": prepare.ReplaceDecoder,
+        "pack": prepare.Pack,
     },
     "study": {"keys": study.keys, "attention": study.attention, "positions": study.positions},
     "convert": {"mmface-release": training.mmface_release},
@@ -96,15 +97,17 @@ RESUMED = ("train", "evaluate", "compare", "prepare")
 """Commands that go on where they were stopped."""
 
 
-def run(commands: dict[str, Callable[..., None]], program: str, arguments: list[str]) -> None:
-    """Parse the arguments and call the command they name."""
-    tyro.extras.subcommand_cli_from_dict(
-        commands,
+def run(commands: Mapping[str, Callable[..., Any]], program: str, arguments: list[str]) -> None:
+    """Parse the arguments and call the command that they name: a function, or a dataclass of options."""
+    command = tyro.extras.subcommand_cli_from_dict(
+        dict(commands),
         prog=program,
         description="Portraits from words, semantic masks and sketches.",
         args=arguments,
         config=(tyro.conf.PositionalMetavarFromFieldName,),
     )
+    if command is not None:
+        command()
 
 
 def words_first(command: Callable[..., None], arguments: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from likeness.cli.terminal import PathArgument, progress_bar, quiet_libraries, tell
@@ -13,105 +14,115 @@ MAX_FAILURES = 10
 """Number of failed faces to report individually."""
 
 
-def caption(
-    folder: PathArgument,
-    *,
-    vlm: str | None = None,
-    refiner: str | None = None,
-    grammar: bool = False,
-    vlm_name: str | None = None,
-    refiner_name: str | None = None,
-    vlm_fields: str = "{}",
-    refiner_fields: str = "{}",
-    vlm_key_variable: str | None = None,
-    refiner_key_variable: str | None = None,
-    prompts: tuple[str, ...] = (),
-    components: Path | None = None,
-    max_tokens: int = 77,
-    pixels: int = 768,
-    replace: bool = False,
-    parallel: int = 8,
-    requests_per_minute: float | None = None,
-    budget: str | None = None,
-    tries: int = 6,
-    timeout: float = 120.0,
-    seed: int = 0,
-    device: str = "auto",
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Caption:
     """Caption a prepared folder with a vision-language model and checks, or with a grammar over CelebA's attributes.
 
     Answers are cached in answers.jsonl, so no question is repeated. Exit code: 0 if every face is captioned, 1 if some
     are not or the budget is spent, 2 on error.
-
-    Args:
-        folder: Folder with metadata.jsonl, or the parent of splits. Run again to resume.
-        vlm: Model that describes the images: address of an OpenAI-compatible endpoint such as
-            http://localhost:8000/v1, or a transformers checkpoint such as OpenGVLab/InternVL3-8B-hf.
-        refiner: Model that checks the captions against attributes and mask: an address, or a checkpoint such as
-            Qwen/Qwen3-8B.
-        grammar: Write captions from CelebA's attributes, offline, instead of or in addition to vlm.
-        vlm_name: Name of the model at the endpoint; default the only one that it serves.
-        refiner_name: The same for the refiner.
-        vlm_fields: JSON of additional fields of each request, such as '{"top_p": 0.9}'; null removes a field.
-        refiner_fields: The same for the refiner, such as '{"chat_template_kwargs": {"enable_thinking": false}}'.
-        vlm_key_variable: Environment variable with the endpoint's API key; default LIKENESS_API_KEY.
-        refiner_key_variable: The same for the refiner.
-        prompts: Names of the prompts to use: natural, brief, cues, hair, face, expression, accessories, age, light,
-            portrait; default all.
-        components: Folder of the model to train, whose tokenizer counts the tokens; default the bundled one, which
-            makes about two tokens per word.
-        max_tokens: Most tokens of a caption, including start and end; longer ones are cut after a sentence.
-        pixels: Largest side length of the images for the model, in pixels.
-        replace: Drop captions of other origin from the metadata; captions.jsonl keeps them.
-        parallel: Number of faces processed in parallel; 1 is enough for a checkpoint.
-        requests_per_minute: Rate limit of all endpoints.
-        budget: Maximum number of requests of this run, such as 5000, or of tokens, such as 2000000tokens.
-        tries: Attempts per request; the waits double from 1 s.
-        timeout: Seconds without data after which a request fails.
-        seed: Random seed of the grammar.
-        device: Device of checkpoints, for example cuda or cpu; auto takes an accelerator if present.
     """
-    from likeness.prepare.caption.endpoint import Meter
-    from likeness.prepare.caption.folder import CaptionSettings, caption_folder, open_model
-    from likeness.prepare.caption.models import load_counter
-    from likeness.prepare.caption.prompts import PROMPTS
 
-    quiet_libraries()
-    limits = read_budget(budget)
-    for option, value in (("requests per minute", requests_per_minute), ("tries", tries), ("timeout", timeout)):
-        if value is not None and not value > 0:
-            raise InputError(f"{option} must be greater than 0, not {value}")
-    meter = Meter(requests_per_minute, limits.get("requests"), limits.get("tokens"), tries, timeout=timeout)
-    options = {"grammar": grammar, "prompts": prompts or tuple(PROMPTS), "max_tokens": max_tokens, "pixels": pixels}
-    count = load_counter(components) if components else load_counter()
-    sources = {
-        "vlm": (vlm, vlm_name, vlm_fields, vlm_key_variable),
-        "refiner": (refiner, refiner_name, refiner_fields, refiner_key_variable),
-    }
-    models = {
-        role: open_model(
-            model, vision=role == "vlm", meter=meter, name=name, fields=fields, key_variable=key, device=device
+    folder: PathArgument
+    """Folder with metadata.jsonl, or the parent of splits. Run again to resume."""
+    vlm: str | None = None
+    """Model that describes the images: address of an OpenAI-compatible endpoint such as http://localhost:8000/v1, or a
+    transformers checkpoint such as OpenGVLab/InternVL3-8B-hf."""
+    refiner: str | None = None
+    """Model that checks the captions against attributes and mask: an address, or a checkpoint such as Qwen/Qwen3-8B."""
+    grammar: bool = False
+    """Write captions from CelebA's attributes, offline, instead of or in addition to vlm."""
+    vlm_name: str | None = None
+    """Name of the model at the endpoint; default the only one that it serves."""
+    refiner_name: str | None = None
+    """The same for the refiner."""
+    vlm_fields: str = "{}"
+    """JSON of additional fields of each request, such as '{"top_p": 0.9}'; null removes a field."""
+    refiner_fields: str = "{}"
+    """The same for the refiner, such as '{"chat_template_kwargs": {"enable_thinking": false}}'."""
+    vlm_key_variable: str | None = None
+    """Environment variable with the endpoint's API key; default LIKENESS_API_KEY, else OPENAI_API_KEY."""
+    refiner_key_variable: str | None = None
+    """The same for the refiner."""
+    prompts: tuple[str, ...] = ()
+    """Names of the prompts to use: natural, brief, cues, hair, face, expression, accessories, age, light, portrait;
+    default all."""
+    components: Path | None = None
+    """Folder of the model to train, whose tokenizer counts the tokens; default the bundled one, which makes about two
+    tokens per word."""
+    max_tokens: int = 77
+    """Most tokens of a caption, including start and end; longer ones are cut after a sentence."""
+    pixels: int = 768
+    """Largest side length of the images for the model, in pixels."""
+    replace: bool = False
+    """Drop captions of other origin from the metadata; captions.jsonl keeps them."""
+    parallel: int = 8
+    """Number of faces processed in parallel; 1 is enough for a checkpoint."""
+    requests_per_minute: float | None = None
+    """Rate limit of all endpoints."""
+    budget: str | None = None
+    """Maximum number of requests of this run, such as 5000, or of tokens, such as 2000000tokens."""
+    tries: int = 6
+    """Attempts per request; the waits double from 1 s."""
+    timeout: float = 120.0
+    """Seconds without data after which a request fails."""
+    seed: int = 0
+    """Random seed of the grammar."""
+    device: str = "auto"
+    """Device of checkpoints, for example cuda or cpu; auto takes an accelerator if present."""
+
+    def __call__(self) -> None:
+        from likeness.chat import Meter
+        from likeness.prepare.caption.folder import CaptionSettings, caption_folder
+        from likeness.prepare.caption.models import load_counter, open_model
+        from likeness.prepare.caption.prompts import PROMPTS
+
+        quiet_libraries()
+        limits = read_budget(self.budget)
+        for name in ("requests_per_minute", "tries", "timeout"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise InputError(f"{name.replace('_', ' ')} must be greater than 0, not {value}")
+        meter = Meter(
+            self.requests_per_minute, limits.get("requests"), limits.get("tokens"), self.tries, timeout=self.timeout
         )
-        for role, (model, name, fields, key) in sources.items()
-        if model is not None
-    }
-    settings = CaptionSettings(**options, replace=replace, seed=seed, **models)
-    with progress_bar("Captioning") as advance:
-        report = caption_folder(folder, settings, count, meter=meter, parallel=parallel, progress=advance)
-
-    tell([f"{name}: {reason}" for name, reason in list(report.failed.items())[:MAX_FAILURES]])
-    if len(report.failed) > MAX_FAILURES:
-        tell([f"and {len(report.failed) - MAX_FAILURES} more faces were not captioned"])
-    if report.incomplete:
-        tell([f"the budget is spent: {report.incomplete} faces lack captions; run the same command again to resume"])
-    dropped = ", ".join(f"{number} {rule}" for rule, number in report.dropped.most_common())
-    print(
-        f"{folder}: {report.faces} faces, {report.used} captions"
-        + (f"; dropped: {dropped}" if dropped else "")
-        + (f"; {meter.requests} requests, {meter.tokens} tokens" if meter.requests else "")
-    )
-    if report.failed or report.incomplete:
-        sys.exit(1)
+        count = load_counter(self.components) if self.components else load_counter()
+        models = {
+            role: open_model(
+                source,
+                vision=role == "vlm",
+                meter=meter,
+                **{option: getattr(self, f"{role}_{option}") for option in ("name", "fields", "key_variable")},
+                device=self.device,
+            )
+            for role in ("vlm", "refiner")
+            if (source := getattr(self, role)) is not None
+        }
+        settings = CaptionSettings(
+            vlm=models.get("vlm"),
+            refiner=models.get("refiner"),
+            grammar=self.grammar,
+            prompts=self.prompts or tuple(PROMPTS),
+            max_tokens=self.max_tokens,
+            pixels=self.pixels,
+            replace=self.replace,
+            seed=self.seed,
+        )
+        with progress_bar("Captioning") as advance:
+            report = caption_folder(self.folder, settings, count, meter=meter, parallel=self.parallel, progress=advance)
+        tell([f"{name}: {reason}" for name, reason in list(report.failed.items())[:MAX_FAILURES]])
+        if len(report.failed) > MAX_FAILURES:
+            tell([f"and {len(report.failed) - MAX_FAILURES} more faces were not captioned"])
+        if report.incomplete:
+            tell(
+                [f"the budget is spent: {report.incomplete} faces lack captions; run the same command again to resume"]
+            )
+        dropped = ", ".join(f"{number} {rule}" for rule, number in report.dropped.most_common())
+        print(
+            f"{self.folder}: {report.faces} faces, {report.used} captions"
+            + (f"; dropped: {dropped}" if dropped else "")
+            + (f"; {meter.requests} requests, {meter.tokens} tokens" if meter.requests else "")
+        )
+        if report.failed or report.incomplete:
+            sys.exit(1)
 
 
 def read_budget(text: str | None) -> dict[str, int]:

@@ -1,1 +1,1 @@
-"""Faces on disk: prepared folders, shards of latents, the order in which they are seen, and drawn faces."""
+"""Training data: prepared folders, latent stores, the order of samples, and synthetic faces."""

@@ -1,4 +1,4 @@
-"""Read while the network computes: the one read-ahead of all long work."""
+"""Read data in background threads while the network computes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def read_ahead(make: Callable[[S], T], starts: Iterable[S], *, depth: int = 3, threads: int = 2) -> Iterator[T]:
-    """`make(start)` for every start, in order, up to `depth` of them made beforehand by `threads` threads."""
+    """Yield `make(start)` for every start, in order; up to `depth` results are computed ahead by `threads` threads."""
     waiting = iter(starts)
     with ThreadPoolExecutor(threads) as pool:
         ahead = [pool.submit(make, start) for start in islice(waiting, depth)]

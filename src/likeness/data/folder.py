@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from likeness.conditions import CONDITIONS
 from likeness.conditions.images import read_rgb
+from likeness.files import read_json, write_whole
 from likeness.types import InputError
 
 METADATA = "metadata.jsonl"
@@ -37,8 +37,8 @@ def read_folder(folder: str | Path) -> list[dict[str, Any]]:
             absent: tools that write tables fill gaps with null.
 
     Raises:
-        InputError: there is no metadata, or a line is not JSON, has no `file_name`, names a file outside the folder, or
-            has captions that are not text.
+        InputError: the metadata is missing, or a line is not JSON, lacks `file_name`, names a file outside the folder,
+            or has captions that are not text.
     """
     return list(each_row(folder))
 
@@ -109,7 +109,7 @@ def root_of(folder: str | Path) -> Path:
     """Return the absolute directory whose `metadata.jsonl` is read: `folder` or its split `train`.
 
     Raises:
-        InputError: there is no metadata.
+        InputError: the metadata is missing.
     """
     for root in (Path(folder), Path(folder) / "train"):
         if (root / METADATA).is_file():
@@ -123,7 +123,7 @@ def splits_of(folder: Path) -> list[str]:
     """Return the subfolders of `folder` with metadata, `train` last, or ["."] if `folder` has metadata itself.
 
     Raises:
-        InputError: there is no metadata.
+        InputError: the metadata is missing.
     """
     if (folder / METADATA).is_file():
         return ["."]
@@ -166,21 +166,44 @@ def column_of(condition: str) -> str:
     return f"{condition}_file_name"
 
 
-def condition_file(condition: str, stem: str) -> str:
-    """Return the path of a condition's file as the metadata names it."""
-    return CONDITIONS[condition].file(stem)
-
-
 def read_record(folder: Path) -> dict[str, Any]:
-    """Return the content of `dataset.json` of a prepared folder or of the parent of its splits; {} if there is none."""
-    path = next((place / RECORD for place in (folder, folder.resolve().parent) if (place / RECORD).is_file()), None)
-    if path is None:
-        return {}
+    """Return `dataset.json` of a prepared folder or of the parent of its splits; {} if it is missing."""
+    for place in (folder, folder.resolve().parent):
+        if (place / RECORD).is_file():
+            found = read_json(place / RECORD)
+            return found if isinstance(found, dict) else {}
+    return {}
+
+
+def open_record(out: Path, arguments: dict[str, Any], command: str) -> dict[str, Any]:
+    """Return `dataset.json` of a folder that a command writes; {} if the folder is new.
+
+    Args:
+        out: the folder.
+        arguments: arguments of the command, which the record must have.
+        command: name of the command, for messages.
+
+    Raises:
+        InputError: the folder was written with other arguments, contains something else, or cannot be accessed.
+    """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({str(error)[:80]}): prepare the folder again") from error
-    return found if isinstance(found, dict) else {}
+        if (out / RECORD).is_file():
+            record = read_record(out)
+            other = [key for key, value in arguments.items() if record.get(key) != value]
+            if other:
+                changes = ", ".join(f"{key} {record.get(key)!r}, not {arguments[key]!r}" for key in other[:3])
+                raise InputError(f"{out} was written with {changes}: choose another folder or remove it")
+            return record
+        if out.exists() and any(not entry.name.startswith(f".{RECORD}.") for entry in out.iterdir()):
+            raise InputError(f"{out} is not empty and was not written by `likeness prepare {command}`: choose another")
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}") from error
+    return {}
+
+
+def write_record(out: Path, record: dict[str, Any]) -> None:
+    """Write `dataset.json`."""
+    write_whole(out / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def captions_of(row: dict[str, Any]) -> Sequence[str]:
@@ -197,7 +220,7 @@ def read_photo(path: Path, size: int | None = None) -> np.ndarray:
         size: side length in pixels to resize to; None keeps the size.
 
     Raises:
-        InputError: it cannot be read, or is not square although a size is given.
+        InputError: it cannot be read, or is not square and must be resized.
     """
     image = read_rgb(path)
     if size is None or image.size == (size, size):

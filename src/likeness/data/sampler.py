@@ -1,4 +1,4 @@
-"""The order in which faces are seen: endless, shuffled anew each epoch, and a function of (seed, position) only.
+"""The order in which training reads faces: endless, shuffled again in each epoch, a function of (seed, position) only.
 
 Position p is the p-th sample of the whole run, over all processes. Nothing depends on rank, batch size or restart.
 """
@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Sampler:
-    """Position -> face index, every face once an epoch."""
+    """Position -> index of a face; every face once per epoch."""
 
     def __init__(self, count: int, seed: int) -> None:
         self.count, self.seed = count, seed
@@ -17,22 +17,20 @@ class Sampler:
 
     def __getitem__(self, position: int) -> int:
         epoch, offset = divmod(position, self.count)
-        if epoch != self._epoch:  # one epoch's order is kept: positions mostly grow
+        if epoch != self._epoch:  # the order of one epoch is cached, since positions mostly increase
             self._order = np.random.default_rng([self.seed, epoch]).permutation(self.count)
             self._epoch = epoch
         return int(self._order[offset])
 
 
 def stream(seed: int, position: int) -> np.random.Generator:
-    """The random numbers of one sample: its caption, dropout, condition, time, noise and, where the autoencoder gives a
-    distribution, its latent, drawn in this order.
+    """Return the random numbers of one sample, in this order: caption, dropout, condition, time, noise and, if the
+    autoencoder returns a distribution, the latent.
     """
-    # The 1 keeps them apart from the sampler's orders: only position 0 shares its numbers with epoch 1's, without harm.
+    # The 1 separates them from the orders of the sampler; only position 0 and epoch 1 share numbers, without effect.
     return np.random.default_rng([seed, 1, position])
 
 
 def step_stream(seed: int, position: int) -> np.random.Generator:
-    """Return the random numbers of the training step that begins at this position, for draws that belong to a whole
-    batch instead of one sample.
-    """
+    """Return the random numbers of the training step that starts at this position, for a whole batch."""
     return np.random.default_rng([seed, 2, position])

@@ -5,26 +5,24 @@ Each raises `MissingError` with what to install or to provide. No extractor is s
 
 from __future__ import annotations
 
-import base64
 import importlib
-import io
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import requests
 import torch
 from PIL import Image
 from torch import Tensor
 
+from likeness.chat import Meter, image_part, open_endpoint
 from likeness.data.folder import read_photo
 from likeness.evaluate.faces import Face
 from likeness.evaluate.features import Extractor, MissingError
 from likeness.evaluate.protocol import Protocol
 from likeness.files import first_line
+from likeness.types import InputError
 from likeness.weights.hashes import weights_hash
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -176,25 +174,12 @@ def query_llm(url: str, model: str, image: np.ndarray, caption: str) -> float:
     Raises:
         MissingError: the API does not respond.
     """
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
-    data_url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    content = [{"type": "text", "text": QUESTION + caption}, {"type": "image_url", "image_url": {"url": data_url}}]
-    key = os.environ.get("OPENAI_API_KEY")
+    content = [{"type": "text", "text": QUESTION + caption}, image_part(Image.fromarray(image), "PNG")]
     try:
-        response = requests.post(
-            f"{url.rstrip('/')}/chat/completions",
-            json={"model": model, "temperature": 0, "messages": [{"role": "user", "content": content}]},
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=120,
-        )
-        response.raise_for_status()
-        answer = response.json()["choices"][0]["message"]["content"]
-    except (requests.RequestException, ValueError, LookupError, TypeError) as error:
-        raise MissingError(
-            f"{url} does not respond ({first_line(error)}). Run the command again when it does"
-        ) from error
-    return parse_score(answer) if isinstance(answer, str) else np.nan
+        answer = open_endpoint(url, model, Meter(tries=1), fields={"temperature": 0}).ask(content)
+    except InputError as error:
+        raise MissingError(f"{error}. Run the command again when the API responds") from error
+    return parse_score(answer.text)
 
 
 def parse_score(answer: str) -> float:

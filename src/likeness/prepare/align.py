@@ -22,6 +22,7 @@ from PIL import Image
 from scipy import ndimage
 
 from likeness.annotators.landmarks import FaceFinder, find_faces, landmarker_name, open_face_finder, same
+from likeness.conditions import CONDITIONS
 from likeness.conditions.framing import (
     beyond,
     framing_faults,
@@ -32,10 +33,10 @@ from likeness.conditions.framing import (
     portrait_transform,
 )
 from likeness.conditions.images import png_bytes
-from likeness.data.folder import METADATA, column_of, condition_file, line_of, read_photo
+from likeness.data.folder import METADATA, column_of, line_of, read_photo
 from likeness.files import write_whole, writing_whole
 from likeness.prepare.annotate import keypoints_file, made_by_column
-from likeness.prepare.ingest.face import plain_name
+from likeness.prepare.ingest.faces import plain_name
 from likeness.prepare.ingest.source import IMAGES, walk
 from likeness.types import InputError
 
@@ -194,11 +195,11 @@ def align_photo(
             continue
         portrait = cut_portrait(photo, transform, size)
         write_whole(out / "images" / f"{stem}.png", png_bytes(Image.fromarray(portrait)))
-        write_whole(out / condition_file("keypoints", stem), keypoints_file(own, size, size, landmarker))
+        write_whole(out / CONDITIONS["keypoints"].file(stem), keypoints_file(own, size, size, landmarker))
         record["rows"].append(
             {
                 "file_name": f"images/{stem}.png",
-                column_of("keypoints"): condition_file("keypoints", stem),
+                column_of("keypoints"): CONDITIONS["keypoints"].file(stem),
                 made_by_column("keypoints"): landmarker,
                 "aligned": {
                     "photo": name,
@@ -303,16 +304,16 @@ def resample(image: np.ndarray, transform: np.ndarray, width: int, height: int) 
         height: height of the result.
     """
     scale = float(np.hypot(*transform[:, 0]))  # pixels of the image per pixel of the result
-    picture = Image.fromarray(image)
+    source = Image.fromarray(image)
     factor = max(1, int(scale / 2))
     if factor > 1:
-        picture = picture.reduce(factor)
+        source = source.reduce(factor)
     # The remaining factor, below 4, takes several samples per pixel; as floats, since Pillow truncates bytes.
     samples = int(np.clip(np.ceil(scale / factor), 1, 4))
     data = np.concatenate([transform[:, :2] / samples, transform[:, 2:]], axis=1) / factor
     size, data = (width * samples, height * samples), tuple(data.flatten())
     found = []
-    for band in picture.split():
+    for band in source.split():
         moved = band.convert("F").transform(size, Image.Transform.AFFINE, data, Image.Resampling.BICUBIC)
         found.append(np.asarray(moved.reduce(samples) if samples > 1 else moved))
     return np.rint(np.stack(found, axis=-1)).clip(0, 255).astype(np.uint8)

@@ -28,7 +28,6 @@ from likeness.conditions.mask import mask_image
 from likeness.data.folder import (
     METADATA,
     column_of,
-    condition_file,
     each_row,
     line_of,
     read_photo,
@@ -180,7 +179,7 @@ def add_condition(rows: list[dict[str, Any]], name: str, annotator: Annotator, r
 def place_of(row: dict[str, Any], name: str, root: Path) -> Path:
     """Return the path of a row's condition. It includes the folder of the image, so equal names do not collide."""
     own = row["file_name"].relative_to(root).with_suffix("")
-    return root / condition_file(name, str(own.relative_to("images") if own.is_relative_to("images") else own))
+    return root / CONDITIONS[name].file(str(own.relative_to("images") if own.is_relative_to("images") else own))
 
 
 def made_by_column(condition: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -24,7 +24,7 @@ from likeness.conditions.mask.classes import CLASS_INDEX
 from likeness.conditions.mask.geometry import measure
 from likeness.data.ahead import read_ahead
 from likeness.data.folder import METADATA, column_of, metadata_lines, splits_of
-from likeness.prepare.findings import FIXES, KINDS, Finding, Row, read_rows
+from likeness.prepare.findings import FIXES, KINDS, Finding, MetadataRow, read_rows
 from likeness.prepare.fix import fix_captions
 from likeness.prepare.near_duplicates import NO_HASH, first_duplicates, image_hash
 from likeness.types import InputError
@@ -56,7 +56,7 @@ class Checked:
 class CheckedRow:
     """What was found in one row and its files."""
 
-    row: Row
+    row: MetadataRow
     findings: list[Finding] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
     """Existing files."""
@@ -74,7 +74,7 @@ class CheckedRow:
 
 @dataclass
 class AllRows:
-    """What is kept of all rows to compare them, in the order of reading: held-out splits first, `train` last."""
+    """What is stored of all rows to compare them, in the order of reading: held-out splits first, `train` last."""
 
     places: list[tuple[str, int, str]] = field(default_factory=list)
     """(split, line, file_name)."""
@@ -114,7 +114,7 @@ def check_folder(folder: Path, progress: Callable[[int, int], None] | None = Non
         progress: called as (rows done, total).
 
     Raises:
-        InputError: there is no metadata, it cannot be read, or it has no rows.
+        InputError: the metadata is missing, cannot be read, or it has no rows.
     """
     folder = folder.resolve()
     splits = splits_of(folder)
@@ -133,8 +133,9 @@ def check_folder(folder: Path, progress: Callable[[int, int], None] | None = Non
         if progress is not None:
             progress(len(all_rows.places), total)
     first = first_duplicates(all_rows.image_hashes)
-    findings += small_images(all_rows) + duplicate_images(all_rows, first) + shared_identities(all_rows, first)
-    findings += shared_conditions(all_rows, first) + unlisted_files(all_rows, folder)
+    findings += [*small_images(all_rows), *unlisted_files(all_rows, folder)]
+    for find in (duplicate_images, shared_identities, shared_conditions):
+        findings += find(all_rows, first)
     findings.sort(key=lambda found: (splits.index(found.split), found.line))
     return Checked(total, findings)
 
@@ -148,7 +149,7 @@ def short_hash(content: bytes | str | Path) -> int:
 # One row
 
 
-def check_row(folder: Path, row: Row) -> CheckedRow:
+def check_row(folder: Path, row: MetadataRow) -> CheckedRow:
     """Read the files of a row and report the faults of each."""
     checked = CheckedRow(row)
     if row.fault:
@@ -262,9 +263,9 @@ def distance_of_parts(labels: np.ndarray, points: np.ndarray) -> float:
     """
     step = max(1, min(labels.shape) // 128)  # enough for centres
     labels = labels[::step, ::step]
-    layout = measure(labels)
+    geometry = measure(labels)
     size = labels.shape[::-1]
-    skin = np.ptp(layout.box[CLASS_INDEX["skin"], [0, 2]]) / size[0]
+    skin = np.ptp(geometry.box[CLASS_INDEX["skin"], [0, 2]]) / size[0]
     parts = {"l_eye": ("l_eye",), "r_eye": ("r_eye",), "nose": ("nose bridge", "nose base"), "u_lip": ("outer lips",)}
     offsets = []
     for part, strokes in parts.items():
@@ -272,7 +273,7 @@ def distance_of_parts(labels: np.ndarray, points: np.ndarray) -> float:
         for stroke in strokes:
             _, _, ibug, mediapipe = STROKES[stroke]
             index += ibug if len(points) == 68 else mediapipe
-        offsets.append(layout.centre[CLASS_INDEX[part]] / size - points[index].mean(axis=0))
+        offsets.append(geometry.centre[CLASS_INDEX[part]] / size - points[index].mean(axis=0))
     distances = np.linalg.norm(offsets, axis=1)  # [4], NaN if the mask lacks the part
     distances = distances[np.isfinite(distances)]
     return float(distances.mean() / skin) if len(distances) and skin > 0 else 0.0
@@ -281,52 +282,40 @@ def distance_of_parts(labels: np.ndarray, points: np.ndarray) -> float:
 # All rows
 
 
-def small_images(rows: AllRows) -> list[Finding]:
+def small_images(rows: AllRows) -> Iterator[Finding]:
     """Find images that are smaller than the size of the majority."""
     sides = np.array(rows.sides)
     values, counts = np.unique(sides[sides > 0], return_counts=True)
-    if not len(values) or 2 * counts.max() <= counts.sum():
-        return []
-    usual = values[counts.argmax()]
-    return [
-        Finding(
-            *rows.places[row], "file_name", "wrong-size", f"its side is {sides[row]} pixels, most have {usual}", None
-        )
-        for row in np.flatnonzero((sides > 0) & (sides < usual)).tolist()
-    ]
+    usual = values[counts.argmax()] if len(values) and 2 * counts.max() > counts.sum() else 0
+    for row in np.flatnonzero((sides > 0) & (sides < usual)).tolist():
+        sentence = f"its side is {sides[row]} pixels, most have {usual}"
+        yield Finding(*rows.places[row], "file_name", "wrong-size", sentence, None)
 
 
-def duplicate_images(rows: AllRows, first: np.ndarray) -> list[Finding]:
+def duplicate_images(rows: AllRows, first: np.ndarray) -> Iterator[Finding]:
     """Find duplicates within a split and leaks from an earlier split; the first image is kept."""
-    found = []
     for row in np.flatnonzero(first < np.arange(len(first))).tolist():
         other = int(first[row])
         kind = "duplicate" if rows.places[other][0] == rows.places[row][0] else "leak"
-        sentence = f"it is the same image as {rows.image(other)}"
-        found.append(Finding(*rows.places[row], "file_name", kind, sentence, "drop-row"))
-    return found
+        yield Finding(*rows.places[row], "file_name", kind, f"it is the same image as {rows.image(other)}", "drop-row")
 
 
-def shared_identities(rows: AllRows, first: np.ndarray) -> list[Finding]:
+def shared_identities(rows: AllRows, first: np.ndarray) -> Iterator[Finding]:
     """Find rows whose identity is in an earlier split, unless their image is reported as a leak already."""
     splits = [split for split, _, _ in rows.places]
-    found = []
     for row, other in first_equal(rows.identities):
         if splits[other] != splits[row] and splits[first[row]] == splits[row]:
             sentence = f"it has the identity of {rows.image(other)}"
-            found.append(Finding(*rows.places[row], "identity", "leak", sentence, "drop-row"))
-    return found
+            yield Finding(*rows.places[row], "identity", "leak", sentence, "drop-row")
 
 
-def shared_conditions(rows: AllRows, first: np.ndarray) -> list[Finding]:
+def shared_conditions(rows: AllRows, first: np.ndarray) -> Iterator[Finding]:
     """Find conditions that are identical to that of an earlier row with another image."""
-    found = []
     for name, hashes in rows.contents.items():
         for row, other in first_equal(hashes):
             if first[row] == row:  # duplicate images may share their mask
                 sentence = f"it has the {name} of {rows.image(other)}: one of the two is wrong"
-                found.append(Finding(*rows.places[row], column_of(name), "shared-condition", sentence, None))
-    return found
+                yield Finding(*rows.places[row], column_of(name), "shared-condition", sentence, None)
 
 
 def first_equal(hashes: array[int]) -> list[tuple[int, int]]:
@@ -337,18 +326,16 @@ def first_equal(hashes: array[int]) -> list[tuple[int, int]]:
     return [(row, int(first[row])) for row in np.flatnonzero((values > 0) & (first < np.arange(len(values)))).tolist()]
 
 
-def unlisted_files(rows: AllRows, folder: Path) -> list[Finding]:
+def unlisted_files(rows: AllRows, folder: Path) -> Iterator[Finding]:
     """Find files next to listed ones, with the same suffix, that no row names."""
-    listed = np.sort(np.array(rows.files, dtype=np.uint64))
-    found = []
+    listed = np.array(rows.files, dtype=np.uint64)
     for split, place, suffix in sorted(rows.folders):
         names = [entry.name for entry in os.scandir(place) if not entry.name.startswith(".")]
         paths = [place / name for name in sorted(names) if Path(name).suffix == suffix]
         hashes = np.array([short_hash(path) for path in paths], dtype=np.uint64)
         for index in np.flatnonzero(~np.isin(hashes, listed)).tolist():
             name = paths[index].relative_to(folder / split).as_posix()
-            found.append(Finding(split, 0, name, "", "unlisted-file", f"no row names {name}", None))
-    return found
+            yield Finding(split, 0, name, "", "unlisted-file", f"no row names {name}", None)
 
 
 def format_findings(checked: Checked, examples: int = 3) -> str:

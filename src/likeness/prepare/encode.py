@@ -1,14 +1,18 @@
 """Encode a prepared folder into a latent store: images and rendered conditions through the autoencoder, captions
 optionally through the text encoders.
 
-A second run encodes only what is missing. Several processes divide the work and communicate through files only; the
-process that finds nothing missing writes the manifest.
+The key of an entry is a hash of the bytes of its file and of everything that is done to them. Paths and dates are not
+part of it, so moved or reordered files cost nothing, and an existing entry is always up to date. A second run encodes
+only what is missing. Several processes divide the work without coordination; the last one writes the manifest.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,24 +20,79 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from filelock import FileLock
+from torch import Tensor
 
 from likeness.conditions import CONDITIONS
 from likeness.data.ahead import read_ahead
-from likeness.data.folder import METADATA, captions_of, column_of, read_photo, root_of
-from likeness.data.store import IMAGE, LOG_VARIANCE, MANIFEST, read_manifest, write_manifest, write_part
+from likeness.data.folder import captions_of, column_of, each_row, metadata_lines, read_photo, root_of
+from likeness.data.store import IMAGE, LOG_VARIANCE, MANIFEST, read_manifest, read_part, write_manifest, write_part
 from likeness.device import choose_device
 from likeness.encoders.components import Components
 from likeness.encoders.latent import LatentCodec, spatial_factor, to_tensor
-from likeness.prepare.content_keys import FILES, EncodeSettings, FileHashes, each_block, hash_file, write_rows
-from likeness.prepare.entries import Entries, EntryWriter
 from likeness.types import InputError
 
+TRANSFORM = 1
+"""Version of the preprocessing. Increase it if the same file leads to other pixels: this changes every key."""
+FILES = ("file_name", *(column_of(name) for name in CONDITIONS))
+"""File columns of a row, in the order of their hashes in `rows-*`."""
+BLOCK = 256
+"""Rows per `rows-*` file."""
+TICK = 0.05
+"""Seconds within which a file may change twice without a change of its time stamp."""
 PIXELS = 64 * 128 * 128
 """Pixels per batch of the autoencoder."""
 CAPTIONS = 32
 """Captions per batch of the text encoders."""
 ABANDONED = 3600
 """Age in seconds from which a partial file is deleted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeSettings:
+    """Everything that determines the entries, except for the files."""
+
+    codec: str
+    """Hash of the encoder of the autoencoder (`Components.codec_hash`)."""
+    moments: bool
+    """Whether the autoencoder returns a distribution: images then have a mean and a log variance, conditions a mean."""
+    size: int
+    """Side length in pixels."""
+    precision: Literal["fp32", "bf16"]
+    """Precision of the autoencoder."""
+    augmentations: int
+    """Versions of each face."""
+    text: str | None
+    """Hash of the text encoders (`Components.text_hash`); None if captions are not encoded."""
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """C columns: the image, its log variance if it has one, and all conditions."""
+        return (IMAGE, *([LOG_VARIANCE] if self.moments else []), *CONDITIONS)
+
+    def keys(self, hashes: np.ndarray) -> np.ndarray:
+        """Return the keys of R faces in A augmentations, uint8 [R, A, C, 16]; 0 if a face lacks the file.
+
+        A key is the exclusive or of the hashes of the file and of the transform: one operation for all faces.
+
+        Args:
+            hashes: file hashes, uint8 [R, F, 16], in the order of `FILES`.
+        """
+        file_of = [FILES.index(column_of(name)) if name in CONDITIONS else 0 for name in self.columns]
+        files = hashes[:, None, file_of]  # [R, 1, C, 16]
+        transforms = [[self.transform(name, number) for name in self.columns] for number in range(self.augmentations)]
+        return np.where(files.any(-1, keepdims=True), files ^ np.stack([np.stack(row) for row in transforms]), 0)
+
+    def transform(self, column: str, augmentation: int) -> np.ndarray:
+        varied = augmentation if column in CONDITIONS else 0  # images are only mirrored: 0 and 2 are equal
+        return digest(TRANSFORM, self.codec, self.precision, self.size, column, augmentation % 2, varied)
+
+    def caption_key(self, caption: str) -> bytes:
+        return digest("caption", self.text, caption).tobytes()
+
+    def manifest(self) -> dict[str, Any]:
+        """Return the settings as the manifest names them."""
+        values = {name: getattr(self, name) for name in ("codec", "moments", "size", "precision", "text")}
+        return values | {"views": self.augmentations}
 
 
 class Job(NamedTuple):
@@ -46,7 +105,7 @@ class Job(NamedTuple):
     augmentation: int
     source: bytes
     """Hash of the file."""
-    keys: tuple[bytes, ...]
+    keys: Sequence[bytes]
     """Key of the entry and, if images have a log variance, key of the log variance."""
 
 
@@ -96,7 +155,7 @@ def encode_folder(
     vae = components.vae.to(device=choose_device(device), memory_format=torch.channels_last)
     codec = LatentCodec(vae, batched=True)
     trial = torch.zeros(1, 3, 2 * factor, 2 * factor, device=vae.device)
-    existing = manifest_of(out)
+    existing = read_manifest(out) if (out / MANIFEST).is_file() else {}
     recorded = existing.get("codec", "")
     settings = EncodeSettings(
         codec=recorded if recorded and components.same_encoder(recorded) else components.codec_hash,
@@ -106,35 +165,29 @@ def encode_folder(
         augmentations=augmentations,
         text=components.text_hash() if text_features or existing.get("text") else None,
     )
-    check_compatible(out, existing, settings)
-    with (root / METADATA).open("rb") as lines:
-        rows = sum(bool(line.strip()) for line in lines)
+    # Reject settings under which no existing entry could be used: they are most likely a mistake.
+    names = {"codec": "encoder", "size": "size", "precision": "precision", "text": "text encoder"}
+    for key, name in names.items():
+        if existing.get(key) not in (None, settings.manifest()[key]):
+            raise InputError(f"{out} was encoded with another {name}: choose another folder or delete it")
+    if augmentations < existing.get("views", 1):
+        raise InputError(f"{out} has {existing['views']} augmentations, not {augmentations}: use as many")
+    rows = sum(1 for _ in metadata_lines(root, "."))
     report = progress or (lambda done, total: None)
     encoded = encode_images(root, out, codec, settings, share, shard_bytes, lambda done: report(done, rows))
     captions = 0
     if settings.text:
         captions = encode_captions(root, out, components, settings, share, shard_bytes, lambda done: report(done, rows))
-    missing = finish(root, out, settings)
+    try:
+        with FileLock(out / ".lock"):  # released by the system if the process is killed
+            missing = finish(root, out, settings)
+    except OSError as error:
+        raise InputError(f"cannot write in {out}: {error.strerror or error}") from error
     report(rows, rows)
     return {"faces": rows * augmentations, "encoded": encoded, "captions": captions, "missing": missing}
 
 
-def manifest_of(out: Path) -> dict[str, Any]:
-    """Return the manifest of `out`, or {} if there is none."""
-    if (out / "plan.json").is_file():  # schema 1
-        raise InputError(f"{out} contains shards of another version: delete it and encode again")
-    return read_manifest(out) if (out / MANIFEST).is_file() else {}
-
-
-def check_compatible(out: Path, existing: dict[str, Any], settings: EncodeSettings) -> None:
-    """Reject settings under which no existing entry could be reused: they are most likely a mistake."""
-    wanted = settings.manifest()
-    names = {"codec": "encoder", "size": "size", "precision": "precision", "text": "text encoder"}
-    for key, name in names.items():
-        if existing.get(key) not in (None, wanted[key]):
-            raise InputError(f"{out} was encoded with another {name}: choose another folder or delete it")
-    if settings.augmentations < existing.get("views", 1):
-        raise InputError(f"{out} has {existing['views']} augmentations, not {settings.augmentations}: use as many")
+# Images and conditions
 
 
 def encode_images(
@@ -147,10 +200,8 @@ def encode_images(
     progress: Callable[[int], None],
 ) -> int:
     """Encode the missing images and conditions of one rank; returns their number."""
-    writer = EntryWriter(out, "latents", limit)
-    jobs = missing_images(root, out, settings, share, writer)
-    batch_size = max(1, PIXELS // settings.size**2)
-    batches = iter(lambda: list(islice(jobs, batch_size)), [])
+    jobs, writer = missing_images(root, out, settings, share), EntryWriter(out, "latents", limit)
+    batches = iter(lambda: list(islice(jobs, max(1, PIXELS // settings.size**2))), [])
     device = codec.vae.device
     encoded = 0
     for batch, images in read_ahead(lambda batch: (batch, [image_of(job, settings.size) for job in batch]), batches):
@@ -171,38 +222,28 @@ def encode_images(
     return encoded
 
 
-def missing_images(
-    root: Path, out: Path, settings: EncodeSettings, share: tuple[int, int], writer: EntryWriter
-) -> Iterator[Job]:
+def missing_images(root: Path, out: Path, settings: EncodeSettings, share: tuple[int, int]) -> Iterator[Job]:
     """Yield the images and conditions of one rank that have no entry yet, each once."""
-    hashes = FileHashes(out)
-    columns = list(settings.columns)
+    hashes, known = read_hashes(out), {key for _, keys in stored_keys(out, "latents") for key in keys}
     rank, world = share
-    start = 0
     for number, rows in enumerate(each_block(root)):
-        if number % world == rank:
-            stamps, sources, _ = hashes.lookup(root, rows)
-            write_rows(out, root, rows, stamps, sources)
-            keys = settings.keys(sources).swapaxes(0, 1)  # [R, A, C, 16]: the entries of a face are adjacent
-            present = np.argwhere(keys.any(-1))
-            yielded = set()
-            for found in writer.claim(keys[tuple(present.T)]):
-                row, augmentation, at = present[found].tolist()
-                at = 0 if columns[at] == LOG_VARIANCE else at  # mean and log variance are one job
-                if (row, augmentation, at) in yielded:
-                    continue
-                yielded.add((row, augmentation, at))
-                name = "file_name" if at == 0 else column_of(columns[at])
-                entries = keys[row, augmentation, at : at + (2 if at == 0 and settings.moments else 1)]
-                yield Job(
-                    start + row,
-                    rows[row][name],
-                    columns[at],
-                    augmentation,
-                    sources[row, FILES.index(name)].tobytes(),
-                    tuple(entry.tobytes() for entry in entries),
-                )
-        start += len(rows)
+        if number % world != rank:
+            continue
+        stamps, sources, _ = hash_files(root, rows, hashes)
+        write_rows(out, root, rows, stamps, sources)
+        keys = settings.keys(sources)  # [R, A, C, 16]
+        for row, augmentation, at in np.argwhere(keys.any(-1)).tolist():
+            column = settings.columns[at]
+            if column == LOG_VARIANCE:
+                continue  # mean and log variance are one job
+            found = keys[row, augmentation, at : at + (2 if column == IMAGE and settings.moments else 1)]
+            entries = [key.tobytes() for key in found]
+            if known.issuperset(entries):
+                continue
+            known.update(entries)
+            name = "file_name" if column == IMAGE else column_of(column)
+            source = sources[row, FILES.index(name)].tobytes()
+            yield Job(number * BLOCK + row, rows[row][name], column, augmentation, source, entries)
 
 
 def image_of(job: Job, size: int) -> np.ndarray:
@@ -227,6 +268,9 @@ def image_of(job: Job, size: int) -> np.ndarray:
     return image
 
 
+# Captions
+
+
 def encode_captions(
     root: Path,
     out: Path,
@@ -240,9 +284,8 @@ def encode_captions(
     for encoder in (components.text_encoder, components.text_encoder_2):
         if encoder is not None:
             encoder.to(components.vae.device)
-    writer = EntryWriter(out, "text", limit)
+    captions, writer = missing_captions(root, out, settings, share), EntryWriter(out, "text", limit)
     encoded = 0
-    captions = missing_captions(root, settings, share, writer)
     for batch in iter(lambda: list(islice(captions, CAPTIONS)), []):
         features = components.text_features([caption for _, caption, _ in batch])
         tokens, pooled = features.tokens.half().cpu(), features.pooled.half().cpu()  # [B, L, D], [B, P]
@@ -259,103 +302,215 @@ def encode_captions(
 
 
 def missing_captions(
-    root: Path, settings: EncodeSettings, share: tuple[int, int], writer: EntryWriter
+    root: Path, out: Path, settings: EncodeSettings, share: tuple[int, int]
 ) -> Iterator[tuple[int, str, bytes]]:
     """Yield (rows read, caption, key) of captions without an entry. Captions are assigned to ranks by key."""
     rank, world = share
-    start = 0
-    for rows in each_block(root):
-        start += len(rows)
-        captions = list(dict.fromkeys(["", *(caption for row in rows for caption in captions_of(row))]))
-        keys = settings.caption_keys(captions)
-        mine = np.flatnonzero(keys[:, :2].astype(int) @ (256, 1) % world == rank)
-        for number in writer.claim(keys[mine]):
-            yield start, captions[mine[number]], keys[mine[number]].tobytes()
+    known = {key for _, keys in stored_keys(out, "text") for key in keys}
+    for number, row in enumerate(each_row(root), start=1):
+        for caption in ("", *captions_of(row)):
+            key = settings.caption_key(caption)
+            if int.from_bytes(key[:2], "big") % world == rank and key not in known:
+                known.add(key)
+                yield number, caption, key
+
+
+# Files of a store
+
+
+class EntryWriter:
+    """Writes entries to files of about `limit` bytes."""
+
+    def __init__(self, out: Path, kind: str, limit: int) -> None:
+        self.out, self.kind, self.limit = out, kind, limit
+        self.pending: dict[bytes, dict[str, Tensor]] = {}
+        self.bytes = 0
+
+    def add(self, key: bytes, **tensors: Tensor) -> None:
+        self.pending[key] = tensors
+        self.bytes += sum(tensor.nbytes for tensor in tensors.values())
+        if self.bytes >= self.limit:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the pending entries."""
+        if self.pending:
+            keys = torch.frombuffer(bytearray(b"".join(self.pending)), dtype=torch.uint8).view(-1, 16)
+            entries = list(self.pending.values())
+            tensors = {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
+            write_part(self.out, self.kind, {"keys": keys, **tensors})
+            self.pending, self.bytes = {}, 0
+
+
+def stored_keys(out: Path, kind: str) -> Iterator[tuple[str, list[bytes]]]:
+    """Yield name and keys of each file of a kind (`latents` or `text`)."""
+    for name, part in parts_of(out, kind, ("keys",)):
+        yield name, split_keys(part["keys"].numpy())
+
+
+def split_keys(keys: np.ndarray) -> list[bytes]:
+    """Return keys uint8 [..., 16] as bytes."""
+    content = np.ascontiguousarray(keys).tobytes()
+    return [content[start : start + 16] for start in range(0, len(content), 16)]
+
+
+def parts_of(out: Path, kind: str, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield name and tensors of every readable file of a kind, sorted by name. Damaged files count as absent."""
+    for file in sorted(out.glob(f"{kind}-*.safetensors")):
+        try:
+            yield file.name, read_part(file, names)
+        except InputError:
+            continue
+
+
+def each_block(folder: Path) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows of a folder, `BLOCK` at a time."""
+    rows = each_row(folder)
+    return iter(lambda: list(islice(rows, BLOCK)), [])
+
+
+def read_hashes(out: Path) -> dict[bytes, bytes]:
+    """Return stamp (path, size, times) -> content hash of the files of earlier runs."""
+    hashes: dict[bytes, bytes] = {}
+    for _, part in parts_of(out, "rows", ("stamps", "sources")):
+        hashes.update(zip(split_keys(part["stamps"].numpy()), split_keys(part["sources"].numpy()), strict=True))
+    return hashes
+
+
+def hash_files(
+    root: Path, rows: Sequence[dict[str, Any]], known: dict[bytes, bytes], *, read: bool = True
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return stamps and content hashes of the files of R rows, and the number of unknown files.
+
+    Args:
+        root: folder of the rows.
+        rows: R rows.
+        known: stamp -> hash of files that need not be read.
+        read: whether to read unknown files; otherwise they are only counted.
+
+    Returns:
+        Stamps and hashes, each uint8 [R, F, 16], 0 if a row lacks the file; and the count.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    stamps = np.zeros((len(rows), len(FILES), 16), np.uint8)
+    hashes = np.zeros_like(stamps)
+    files = [(place, path) for place in np.ndindex(stamps.shape[:2]) if (path := rows[place[0]].get(FILES[place[1]]))]
+    newest, unknown = 0.0, 0
+    for place, path in files:
+        try:
+            state = path.stat()
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+        newest = max(newest, state.st_ctime)
+        # ctime reveals changes by tools that reset mtime.
+        name = path.relative_to(root).as_posix()
+        stamps[place] = digest(name, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+    if time.time() - newest < TICK:
+        time.sleep(TICK)  # a change after this read gets another time stamp
+    for place, path in files:
+        source = known.get(stamps[place].tobytes())
+        if source is None and read:
+            source = hash_file(path)
+        if source is None:
+            unknown += 1
+        else:
+            hashes[place] = np.frombuffer(source, np.uint8)
+    return stamps, hashes, unknown
+
+
+def write_rows(out: Path, root: Path, rows: Sequence[dict[str, Any]], stamps: np.ndarray, hashes: np.ndarray) -> str:
+    """Write names, captions, stamps and hashes of some rows; returns the file's name."""
+    values = [[row["file_name"].relative_to(root).as_posix(), list(captions_of(row))] for row in rows]
+    lines = [json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace") for value in values]
+    tensors = {
+        "lines": torch.frombuffer(bytearray(b"".join(lines)), dtype=torch.uint8),
+        "ends": torch.tensor([len(line) for line in lines]).cumsum(0),
+        "stamps": torch.from_numpy(stamps),
+        "sources": torch.from_numpy(hashes),
+    }
+    return write_part(out, "rows", tensors)
+
+
+def hash_file(path: Path) -> bytes:
+    """Return the first 16 bytes of the SHA-256 of a file."""
+    try:
+        return hashlib.sha256(path.read_bytes()).digest()[:16]
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def digest(*parts: Any) -> np.ndarray:
+    """Hash strings and numbers to uint8 [16]."""
+    return np.frombuffer(hashlib.sha256(json.dumps(parts).encode()).digest()[:16], np.uint8)
+
+
+# Manifest
 
 
 def finish(root: Path, out: Path, settings: EncodeSettings) -> int:
     """Write the manifest if no entry is missing, and delete unused files. Returns the number of missing entries."""
-    while True:
-        hashes, unknown = FileHashes(out), 0
-        rows, image_keys, captions = [], [], []
-        for block in each_block(root):
-            stamps, sources, left = hashes.lookup(root, block, read=False)
-            unknown += left * settings.augmentations
-            if unknown:
-                continue  # another process has not reached these files yet
+    hashes, missing = read_hashes(out), 0
+    rows, image_keys, counts, caption_keys = [], [], [], [settings.caption_key("")] if settings.text else []
+    for block in each_block(root):
+        stamps, sources, unknown = hash_files(root, block, hashes, read=False)
+        missing += unknown * settings.augmentations  # another process has not reached these files yet
+        if not missing:
             rows.append((write_rows(out, root, block, stamps, sources), len(block)))
-            image_keys.append(settings.keys(sources))
+            image_keys.append(settings.keys(sources))  # [R, A, C, 16]
             if settings.text:
-                caption_keys = settings.caption_keys([caption for row in block for caption in captions_of(row)])
-                captions.append(([len(captions_of(row)) for row in block], caption_keys))
-        if unknown:
-            return unknown
-        keys = np.concatenate(image_keys, axis=1)  # [A, R, C, 16]
-        del hashes, image_keys
-        try:
-            lock = FileLock(out / ".lock").acquire()  # released by the system if the process is killed
-        except OSError as error:
-            raise InputError(f"cannot write in {out}: {error.strerror or error}") from error
-        with lock:
-            if not all((out / name).is_file() for name, _ in rows):
-                continue  # another process finished in the meantime and deleted them
-            return write_store(out, settings, rows, keys, captions)
-
-
-def write_store(
-    out: Path,
-    settings: EncodeSettings,
-    rows: list[tuple[str, int]],
-    keys: np.ndarray,
-    captions: list[tuple[list[int], np.ndarray]],
-) -> int:
-    """Write which entry belongs to which face, then the manifest. Returns the number of missing entries.
-
-    Args:
-        out: folder of the store.
-        settings: what the keys were made with.
-        rows: names and sizes of the `rows-*` files.
-        keys: keys of images and conditions, uint8 [A, R, C, 16].
-        captions: captions per row and keys of all captions, uint8 [N, 16], of each block of rows.
-    """
-    empty = settings.caption_keys([""] if settings.text else [])
-    text_keys = np.concatenate([empty, *(part for _, part in captions)])  # [1 + N, 16]
-    latents, texts = Entries(out, "latents"), Entries(out, "text")
-    places, text_places = latents.index.find(keys), texts.index.find(text_keys)  # [A, R, C], [1 + N]
-    present = keys.any(-1)  # [A, R, C]
-    missing = int((present & (places < 0)).sum()) + int((text_places < 0).sum())
+                captions = [captions_of(row) for row in block]
+                counts += [len(found) for found in captions]
+                caption_keys += [settings.caption_key(caption) for found in captions for caption in found]
     if missing:
         return missing
-
-    latents = Entries(out, "latents", latents.used_files(places))
-    texts = Entries(out, "text", texts.used_files(text_places))
-    used = np.flatnonzero(present.any(axis=0).any(axis=0)).tolist()
+    keys = np.concatenate(image_keys).swapaxes(0, 1)  # [A, R, C, 16]: one augmentation after the other
+    present = np.any(keys, axis=-1).reshape(-1, keys.shape[2])  # [A R, C]
+    used = np.flatnonzero(np.any(present, axis=0)).tolist()
     columns = [settings.columns[number] for number in used]
-    places = latents.index.find(keys[:, :, used]).reshape(-1, len(columns)).astype(np.int32)  # [A R, C]
-    text_places = texts.index.find(text_keys).astype(np.int32)
-    tensors = {"pictures": torch.from_numpy(places)}
+    latents, places = place_entries(out, "latents", split_keys(keys[:, :, used]))
+    texts, text_places = place_entries(out, "text", caption_keys)
+    missing = int((places[present[:, used].ravel()] < 0).sum() + (text_places < 0).sum())
+    if missing:
+        return missing
+    tensors = {"pictures": torch.from_numpy(places.reshape(-1, len(columns)))}  # [A R, C]
     if settings.text:
-        counts = torch.tensor([count for counts, _ in captions for count in counts])
-        tensors |= {"captions": torch.from_numpy(text_places[1:]), "caption_ends": counts.cumsum(0)}
+        tensors |= {"captions": torch.from_numpy(text_places[1:]), "caption_ends": torch.tensor(counts).cumsum(0)}
     places_file = write_part(out, "places", tensors)
     manifest = {
         **settings.manifest(),
-        "count": len(places),
+        "count": len(present),
         "columns": columns,
         "conditions": [name for name in columns if name in CONDITIONS],
         "empty_caption": int(text_places[0]) if settings.text else None,
         "places": places_file,
-        "latents": list(latents.files.items()),
-        "texts": list(texts.files.items()),
+        "latents": latents,
+        "texts": texts,
         "rows": rows,
     }
     write_manifest(out, manifest)
-    delete_unused(out, {places_file, *latents.files, *texts.files, *(name for name, _ in rows)})
+    names = {places_file, *(name for name, _ in [*latents, *texts, *rows])}
+    for file in [*out.glob("*-*.safetensors"), *out.glob(".*.partial")]:
+        if file.name not in names and (file.suffix != ".partial" or time.time() - file.stat().st_mtime > ABANDONED):
+            file.unlink(missing_ok=True)
     return 0
 
 
-def delete_unused(out: Path, used: set[str]) -> None:
-    """Delete the files that a finished store does not use, and old partial files of killed processes."""
-    for file in [*out.glob("*-*.safetensors"), *out.glob(".*.partial")]:
-        if file.name not in used and (file.suffix != ".partial" or time.time() - file.stat().st_mtime > ABANDONED):
-            file.unlink(missing_ok=True)
+def place_entries(out: Path, kind: str, keys: Sequence[bytes]) -> tuple[list[tuple[str, int]], np.ndarray]:
+    """Find entries by their keys.
+
+    Returns:
+        (name, number of entries) of the files that contain at least one of them; and the place of each entry in these
+        files, int32 [N], -1 if it is missing.
+    """
+    wanted, files = set(keys), []
+    places: dict[bytes, int] = {}
+    start = 0
+    for name, stored in stored_keys(out, kind):
+        new = {key: start + number for number, key in enumerate(stored) if key in wanted and key not in places}
+        if new:
+            places |= new
+            files.append((name, len(stored)))
+            start += len(stored)
+    return files, np.array([places.get(key, -1) for key in keys], dtype=np.int32)

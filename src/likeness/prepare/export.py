@@ -1,7 +1,7 @@
 """Export a prepared folder to Hugging Face's imagefolder or Parquet, or to WebDataset shards.
 
 Images, masks and sketches are copied byte by byte. Keypoints become values of their row, because these formats have no
-files other than images. Existing files are kept, so an interrupted export can be resumed.
+files other than images. Existing shards are kept, so an interrupted export can be resumed.
 """
 
 from __future__ import annotations
@@ -10,50 +10,42 @@ import hashlib
 import io
 import json
 import tarfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain, groupby, islice, repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from likeness.conditions import CONDITIONS
-from likeness.data.folder import METADATA, RECORD, column_of, condition_file, line_of
+from likeness.data.folder import METADATA, RECORD, column_of, line_of, open_record, write_record
 from likeness.files import write_whole, writing_whole
-from likeness.prepare.ingest.face import Face, Skipped, content_of, json_of
+from likeness.prepare.ingest.faces import Skipped, SourceFace, with_names
 from likeness.prepare.ingest.formats import imagefolder, metadata_folders
 from likeness.prepare.ingest.shards import import_parquet
 from likeness.prepare.ingest.source import Source, join, open_source
-from likeness.prepare.ingest.write import with_names
 from likeness.types import InputError
-
-KIND = "likeness export"
 
 SHARD = 1000
 """Faces per shard."""
 
-GROUP = 16
+ROWS = 16
 """Rows of a Parquet file that are in memory at a time."""
 
 IMAGES = ("mask", "sketch")
 """Conditions whose files are images."""
 
-Named = tuple[Face, str]
-
-
-class Shards(NamedTuple):
-    """Sizes of one split."""
-
-    faces: int
-    size: int
-    """Faces per shard."""
-
-
-Progress = Callable[[int, int], None]
+Named = Iterator[tuple[SourceFace, str]]
+"""Faces and their names, unique in a split."""
 
 
 def export(
-    folder: Path, out: Path, format: str, *, shard: int = SHARD, progress: Progress | None = None
+    folder: Path,
+    out: Path,
+    format: str,
+    *,
+    shard: int = SHARD,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Write a prepared folder as `imagefolder`, `webdataset` or `parquet`.
 
@@ -68,7 +60,7 @@ def export(
         Faces by split, and `skipped`: missing file -> reason.
 
     Raises:
-        InputError: there is no metadata, a row is broken, or `out` contains something else or cannot be written.
+        InputError: the metadata is missing, a row is broken, or `out` contains something else or cannot be written.
     """
     source = open_source(folder)
     if not metadata_folders(source):
@@ -77,45 +69,54 @@ def export(
         )
     skipped: dict[str, str] = {}
     counts: Counter[str] = Counter()
-    for face in imagefolder(source):
-        if isinstance(face, Skipped):
-            skipped[face.name] = face.reason
+    for entry in imagefolder(source):
+        if isinstance(entry, Skipped):
+            skipped[entry.name] = entry.reason
         else:
-            counts[face.split or "train"] += 1
+            counts[entry.split or "train"] += 1
     found = source.find(RECORD)
-    known = json_of(found) if found else {}
-    known = known if isinstance(known, dict) else {}
-    record = {
-        "kind": KIND,
-        "format": format,
-        "shard": shard,
-        "metadata": metadata_hash(source),
-        **{key: value for key, value in known.items() if key in ("licence", "licence_source", "split_is")},
-        "faces": dict(counts),
-    }
-    if (out / RECORD).is_file():
-        if json_of(out / RECORD) != record:
-            raise InputError(f"{out} contains another export: choose another folder or remove it")
-    elif out.exists() and any(out.iterdir()):
-        raise InputError(f"{out} is not empty and was not written by `likeness prepare export`: choose another folder")
-    write_whole(out / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    known = found.json() if found else {}
+    arguments = {"kind": "likeness export", "format": format, "shard": shard, "metadata": metadata_hash(source)}
+    open_record(out, arguments, "export")
+    kept = {key: known[key] for key in ("licence", "licence_source", "split_is") if key in known}
+    write_record(out, {**arguments, **kept, "faces": dict(counts)})
     columns = columns_of(imagefolder(source)) if format == "parquet" else {}
+    template, write = WRITERS[format]
     done = 0
-    for split, faces in faces_by_split(source, format):
-        for _ in WRITERS[format](out, split, faces, Shards(counts[split], shard), columns):
+
+    def reported(faces: Named) -> Named:
+        nonlocal done
+        for face in faces:
+            yield face
             done += 1
-            if progress is not None:
-                progress(done, sum(counts.values()))
+            progress(done, sum(counts.values()))
+
+    for split, faces in faces_by_split(source, format):
+        size = counts[split] if format == "imagefolder" else shard
+        for number, group in enumerate(in_groups(reported(faces), size)):
+            path = out / template.format(split=split, number=number, count=-(-counts[split] // size))
+            if not path.is_file():
+                write(path, group, columns)
+            deque(group, maxlen=0)  # consume the faces of an existing shard
     return {**counts, "skipped": skipped}
 
 
-def faces_by_split(source: Source, format: str) -> Iterator[tuple[str, Iterator[Named]]]:
+def faces_by_split(source: Source, format: str) -> Iterator[tuple[str, Named]]:
     """Yield each split with its faces and their names."""
-    faces = (face for face in imagefolder(source) if isinstance(face, Face))
+    faces = (entry for entry in imagefolder(source) if isinstance(entry, SourceFace))
     if format == "webdataset":  # a key ends at the first point
         faces = (replace(face, name=face.name.replace(".", "_")) for face in faces)
     for split, group in groupby(faces, key=lambda face: face.split or "train"):
-        yield split, ((face, name) for face, _, name in with_names(group, repeat(split)) if isinstance(face, Face))
+        yield (
+            split,
+            ((face, name) for face, _, name in with_names(group, repeat(split)) if isinstance(face, SourceFace)),
+        )
+
+
+def in_groups(faces: Named, size: int) -> Iterator[Named]:
+    """Yield groups of `size` faces; each must be consumed before the next."""
+    for first in faces:
+        yield chain([first], islice(faces, size - 1))
 
 
 def metadata_hash(source: Source) -> str:
@@ -127,10 +128,10 @@ def metadata_hash(source: Source) -> str:
     return digest.hexdigest()
 
 
-def row_of(face: Face) -> dict[str, Any]:
+def row_of(face: SourceFace) -> dict[str, Any]:
     """Return the columns of a face that are not images."""
     own = {"text": list(face.captions()) or None, "attributes": face.attributes, "identity": face.identity}
-    own["keypoints"] = None if face.keypoints is None else points_of(face.keypoints)
+    own["keypoints"] = points_of(face.conditions["keypoints"]) if "keypoints" in face.conditions else None
     return {**{key: value for key, value in own.items() if value is not None}, **face.more}
 
 
@@ -138,113 +139,95 @@ def points_of(source: Any) -> Mapping[str, Any]:
     """Return keypoints as {"points": ..., "size": ...}, unchanged if the file has that form."""
     if isinstance(source, Mapping):
         return source
-    document = json_of(source) if source.suffix.lower() == ".json" else None
+    document = source.json() if source.suffix == ".json" else None
     if isinstance(document, dict) and "points" in document:
         return {key: document[key] for key in ("points", "size") if document.get(key) is not None}
-    return {"points": CONDITIONS["keypoints"].read(source).raw.round(6).tolist()}
+    return {"points": CONDITIONS["keypoints"].read(source.path).raw.round(6).tolist()}
 
 
-def images_of(face: Face) -> dict[str, tuple[str, bytes]]:
+def images_of(face: SourceFace) -> dict[str, tuple[str, bytes]]:
     """Return condition ("" for the image itself) -> (suffix, content)."""
-    files = {"": face.image, **{key: getattr(face, key) for key in IMAGES if getattr(face, key) is not None}}
-    return {key: (file.name.rpartition(".")[2].lower(), content_of(file)) for key, file in files.items()}
+    files = {"": face.image, **{key: face.conditions[key] for key in IMAGES if key in face.conditions}}
+    return {key: (file.suffix, file.content()) for key, file in files.items()}
 
 
-def write_imagefolder(
-    out: Path, split: str, faces: Iterator[Named], shards: Shards, columns: Columns
-) -> Iterator[None]:
+Columns = dict[str, Any]
+"""Column of Parquet -> its type, a key of `types` in `schema_of`, or the names of attributes."""
+
+
+def write_imagefolder(path: Path, faces: Named, columns: Columns) -> None:
     """Write `<split>/metadata.jsonl` with `images/`, `masks/` and `sketches/`."""
-    with writing_whole(out / split / METADATA) as metadata:
+    with writing_whole(path) as metadata:
         for face, name in faces:
             row = {}
             for key, (suffix, content) in images_of(face).items():
-                file = condition_file(key, name) if key else f"images/{name}.{suffix}"
+                file = CONDITIONS[key].file(name) if key else f"images/{name}{suffix}"
                 row[column_of(key) if key else "file_name"] = file
-                if not (out / split / file).is_file():
-                    write_whole(out / split / file, content)
+                if not (path.parent / file).is_file():
+                    write_whole(path.parent / file, content)
             metadata.write(line_of({**row, **row_of(face)}))
-            yield
 
 
-def write_webdataset(out: Path, split: str, faces: Iterator[Named], shards: Shards, columns: Columns) -> Iterator[None]:
-    """Write `<split>-000000.tar`, each with `key.png`, `key.mask.png`, `key.sketch.png`, `key.json` and `key.txt`."""
-    for path, shard in missing_shards(faces, shards, lambda number: out / f"{split}-{number:06d}.tar"):
-        if path is None:
-            yield from (None for _ in shard)
-            continue
-        with writing_whole(path) as file, tarfile.open(fileobj=file, mode="w") as archive:
-            for face, key in shard:
-                row = row_of(face)
-                for kind, (suffix, content) in images_of(face).items():
-                    add_file(archive, f"{key}.{kind}.{suffix}" if kind else f"{key}.{suffix}", content)
-                add_file(archive, f"{key}.json", json.dumps(row, ensure_ascii=False).encode())
-                if "text" in row:
-                    add_file(archive, f"{key}.txt", "\n".join(row["text"]).encode())
-                yield
+def write_webdataset(path: Path, faces: Named, columns: Columns) -> None:
+    """Write a tar archive of `key.png`, `key.mask.png`, `key.sketch.png`, `key.json` and `key.txt`."""
+    with writing_whole(path) as file, tarfile.open(fileobj=file, mode="w") as archive:
+        for face, key in faces:
+            row = row_of(face)
+            images = images_of(face).items()
+            files = {
+                f"{key}.{kind}{suffix}" if kind else f"{key}{suffix}": content for kind, (suffix, content) in images
+            }
+            files[f"{key}.json"] = json.dumps(row, ensure_ascii=False).encode()
+            if "text" in row:
+                files[f"{key}.txt"] = "\n".join(row["text"]).encode()
+            for name, content in files.items():
+                info = tarfile.TarInfo(name)  # without date or owner, so that equal data lead to equal archives
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
 
 
-def add_file(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    """Add a file without date or owner, so that equal data lead to equal archives."""
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    archive.addfile(info, io.BytesIO(content))
-
-
-def write_parquet(out: Path, split: str, faces: Iterator[Named], shards: Shards, columns: Columns) -> Iterator[None]:
-    """Write `data/<split>-00000-of-00001.parquet`, with images as {bytes, path}, which `datasets` decodes."""
+def write_parquet(path: Path, faces: Named, columns: Columns) -> None:
+    """Write a Parquet file with images as {bytes, path}, which `datasets` decodes."""
     import_parquet()
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = schema_of(pa, columns)
-    count = -(-shards.faces // shards.size)
-    path_of = lambda number: out / "data" / f"{split}-{number:05d}-of-{count:05d}.parquet"  # noqa: E731
-    for path, shard in missing_shards(faces, shards, path_of):
-        if path is None:
-            yield from (None for _ in shard)
-            continue
-        with writing_whole(path) as file, pq.ParquetWriter(file, schema) as writer:
-            for group in in_groups(shard, GROUP):
-                rows = [parquet_row(face, name, columns) for face, name in group]
-                writer.write_table(pa.Table.from_pylist(rows, schema))
-                yield from (None for _ in rows)
+    with writing_whole(path) as file, pq.ParquetWriter(file, schema) as writer:
+        for group in in_groups(faces, ROWS):
+            rows = [parquet_row(face, name, columns) for face, name in group]
+            writer.write_table(pa.Table.from_pylist(rows, schema))
 
 
-def parquet_row(face: Face, name: str, columns: Columns) -> dict[str, Any]:
+def parquet_row(face: SourceFace, name: str, columns: Columns) -> dict[str, Any]:
     """Return a row whose values have the types of the schema."""
     row = {
-        key: json.dumps(value, ensure_ascii=False) if columns.get(key) == "json" and value is not None else value
+        key: json.dumps(value, ensure_ascii=False) if columns[key] == "json" else value
         for key, value in row_of(face).items()
     }
-    for key, (suffix, content) in images_of(face).items():
-        row[key or "image"] = {"bytes": content, "path": f"{name}.{suffix}"}
-    return row
+    images = images_of(face).items()
+    return row | {key or "image": {"bytes": content, "path": f"{name}{suffix}"} for key, (suffix, content) in images}
 
 
-Columns = dict[str, Any]
-"""Column -> its type, a key of `types` in `schema_of`, or the names of attributes."""
-
-
-def columns_of(faces: Iterable[Face | Skipped]) -> Columns:
+def columns_of(entries: Iterable[SourceFace | Skipped]) -> Columns:
     """Return the columns of a folder over all its rows."""
     columns: Columns = {"image": "image"}
-    for face in faces:
+    own = {"text": "captions", "keypoints": "points", "identity": "str"}
+    for face in entries:
         if isinstance(face, Skipped):
             continue
-        columns |= {key: "image" for key in IMAGES if getattr(face, key) is not None}
-        if face.captions():
-            columns["text"] = "captions"
-        if face.keypoints is not None:
-            columns["keypoints"] = "points"
-        if face.identity is not None:
-            columns["identity"] = "str"
-        if face.attributes:
-            known, values = columns.get("attributes", {}), face.attributes.values()
-            boolean = known != "json" and all(isinstance(value, bool) for value in values)
-            columns["attributes"] = known | dict.fromkeys(face.attributes) if boolean else "json"
-        for key, value in face.more.items():
-            kind = type(value).__name__ if type(value) in (str, bool, int, float) else "json"
-            columns[key] = kind if columns.get(key, kind) == kind else "json"
+        columns |= {key: "image" for key in IMAGES if key in face.conditions}
+        for key, value in row_of(face).items():
+            kind = own.get(key) or (type(value).__name__ if type(value) in (str, bool, int, float) else "json")
+            if (
+                key == "attributes"
+                and columns.get(key) != "json"
+                and all(type(flag) is bool for flag in value.values())
+            ):
+                kind = columns.get(key, {}) | dict.fromkeys(value)
+            elif columns.get(key, kind) != kind:
+                kind = "json"
+            columns[key] = kind
     return columns
 
 
@@ -268,24 +251,9 @@ def schema_of(pa: Any, columns: Columns) -> Any:
     return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
 
 
-def missing_shards(
-    faces: Iterator[Named], shards: Shards, path_of: Callable[[int], Path]
-) -> Iterator[tuple[Path | None, Iterator[Named]]]:
-    """Yield the faces of each shard with its path, or None if the shard exists."""
-    for number, shard in enumerate(in_groups(faces, shards.size)):
-        path = path_of(number)
-        yield None if path.is_file() else path, shard
-
-
-def in_groups(faces: Iterator[Named], size: int) -> Iterator[Iterator[Named]]:
-    """Yield groups of `size` faces; each must be consumed before the next."""
-    for first in faces:
-        yield chain([first], islice(faces, size - 1))
-
-
-WRITERS: dict[str, Callable[[Path, str, Iterator[Named], Shards, Columns], Iterator[None]]] = {
-    "imagefolder": write_imagefolder,
-    "webdataset": write_webdataset,
-    "parquet": write_parquet,
+WRITERS: dict[str, tuple[str, Callable[[Path, Named, Columns], None]]] = {
+    "imagefolder": ("{split}/metadata.jsonl", write_imagefolder),
+    "webdataset": ("{split}-{number:06d}.tar", write_webdataset),
+    "parquet": ("data/{split}-{number:05d}-of-{count:05d}.parquet", write_parquet),
 }
-"""Name -> (folder, split, its faces, their shards, columns) -> one step per face."""
+"""Format -> name of a shard, and its writer: (path, faces, columns)."""

@@ -1,4 +1,4 @@
-"""Kinds of faults that a prepared folder can have, ways to fix them, and rows as they are written, valid or not.
+"""Kinds of faults that a prepared folder can have, ways to fix them, and rows of metadata, valid or not.
 
 `likeness.data.folder` rejects a folder at the first broken row, as training must. Here all rows are read one at a time,
 so that every fault can be reported.
@@ -68,7 +68,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Row:
+class MetadataRow:
     """One line of a split's metadata."""
 
     split: str
@@ -92,7 +92,7 @@ class Row:
         return {key: self.values[key] for key in columns if self.values[key] is not None}
 
 
-def read_rows(folder: Path, split: str) -> Iterator[Row]:
+def read_rows(folder: Path, split: str) -> Iterator[MetadataRow]:
     """Yield the rows of a split, broken ones with their fault."""
     for number, line in metadata_lines(folder, split):
         values, fault = {}, ""
@@ -102,4 +102,4 @@ def read_rows(folder: Path, split: str) -> Iterator[Row]:
             fault = f"the line is not valid JSON ({str(error)[:80]})"
         if not fault and not (isinstance(values, dict) and isinstance(values.get("file_name"), str)):
             fault = "the row has no file_name"
-        yield Row(split, number, line, values if isinstance(values, dict) else {}, fault)
+        yield MetadataRow(split, number, line, values if isinstance(values, dict) else {}, fault)

@@ -19,7 +19,7 @@ from typing import Any
 from likeness.conditions import CONDITIONS, inspection
 from likeness.data.folder import METADATA, ORIGINALS, column_of, line_of, metadata_lines, splits_of
 from likeness.files import write_whole
-from likeness.prepare.findings import FIXES, KINDS, Finding, Row, read_rows
+from likeness.prepare.findings import FIXES, KINDS, Finding, MetadataRow, read_rows
 from likeness.types import InputError
 
 FIX_LIST = "fixes.jsonl"
@@ -133,13 +133,13 @@ def read_fixes(folder: Path) -> list[Finding]:
     for number, line in enumerate(lines, start=1):
         try:
             values = json.loads(line)
-            written = values.pop("metadata")
+            same = values.pop("metadata") == state
             found = Finding(**values)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{path}, line {number} is not a line of a fix list: check the folder again") from error
-        if written != state:
+        if not same:
             raise InputError(f"the metadata has changed since {path} was written: check the folder again")
-        if found.kind not in KINDS or (found.fix is not None and found.fix not in FIXES):
+        if found.kind not in KINDS or found.fix not in (None, *FIXES):
             raise InputError(f"{path}, line {number}: the kind {found.kind!r} or the fix {found.fix!r} is unknown")
         findings.append(found)
     return findings
@@ -164,7 +164,7 @@ def apply_fixes(folder: Path) -> dict[str, int]:
     try:
         fixed = {split: b"".join(fix_split(folder, split, by_row)) for split in sorted({split for split, _ in by_row})}
         for split, content in fixed.items():
-            keep_copy(folder, split, METADATA)
+            move_away(folder, split, METADATA, copy=True)
             write_whole(folder / split / METADATA, content)
     except OSError as error:
         raise InputError(f"cannot fix {folder}: {error}") from error
@@ -189,7 +189,7 @@ def fix_split(folder: Path, split: str, by_row: dict[tuple[str, int], list[Findi
             yield line_of(fix_row(folder, row, findings))
 
 
-def fix_row(folder: Path, row: Row, findings: list[Finding]) -> dict[str, Any]:
+def fix_row(folder: Path, row: MetadataRow, findings: list[Finding]) -> dict[str, Any]:
     """Fix the files of a row and return its columns."""
     columns = {fix: {found.column for found in findings if found.fix == fix} for fix in FIXES}
     values = {column: value for column, value in row.values.items() if column not in columns["drop-file"]}
@@ -202,7 +202,7 @@ def fix_row(folder: Path, row: Row, findings: list[Finding]) -> dict[str, Any]:
     return values
 
 
-def dropped_files(row: Row, findings: list[Finding]) -> set[str]:
+def dropped_files(row: MetadataRow, findings: list[Finding]) -> set[str]:
     """Return the files that the fixed row no longer names, except for those outside the folder."""
     whole_row = any(found.fix == "drop-row" for found in findings)
     columns = {found.column for found in findings if found.fix == "drop-file"}
@@ -218,36 +218,28 @@ def rewrite(folder: Path, split: str, name: str, condition: str) -> str:
     # Already done if another row names the same file, or in an interrupted run.
     if path.exists() and (target != path or CONDITIONS[condition].read(path).notes):
         report = inspection.inspect(path, condition)
-        if target == path:
-            keep_copy(folder, split, name)
+        move_away(folder, split, name, copy=True)
         inspection.fix(report, target)
         if target != path:
-            move_away(folder, split, name)
+            path.unlink()
     return target.relative_to(folder / split).as_posix()
 
 
-def keep_copy(folder: Path, split: str, name: str) -> None:
-    """Copy a file to `ORIGINALS`, unless this content is there already."""
-    content = (folder / split / name).read_bytes()
-    place = free_place(folder, split, name, content)
-    if not place.exists():
-        write_whole(place, content)
+def move_away(folder: Path, split: str, name: str, *, copy: bool = False) -> None:
+    """Move or copy a file, or move a folder of part files, to `ORIGINALS`, under a free name.
 
-
-def move_away(folder: Path, split: str, name: str) -> None:
-    """Move a file, or a folder of part files, to `ORIGINALS`."""
+    A copy is not made again if it exists.
+    """
     path = folder / split / name
-    if path.exists():
-        place = free_place(folder, split, name)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, place)
-
-
-def free_place(folder: Path, split: str, name: str, content: bytes | None = None) -> Path:
-    """Return a path in `ORIGINALS` that does not exist, or has just this content."""
+    if not path.exists():
+        return
     first = place = folder / ORIGINALS / split / name
     number = 1
-    while place.exists() and (content is None or place.read_bytes() != content):
+    while place.exists() and not (copy and place.read_bytes() == path.read_bytes()):
         number += 1
         place = first.with_stem(f"{first.stem}-{number}")
-    return place
+    if not copy:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, place)
+    elif not place.exists():
+        write_whole(place, path.read_bytes())

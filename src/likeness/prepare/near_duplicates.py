@@ -24,7 +24,7 @@ NO_HASH = bytes(40)
 def image_hash(image: Image.Image) -> bytes:
     """Return a perceptual hash: 64 bits for the search and 256 for the comparison, as five uint64.
 
-    A bit says whether one of the lowest 8x8 (16x16) frequencies of 32x32 grey pixels is above their median (Zauner
+    A bit is set if one of the lowest 8x8 (16x16) frequencies of 32x32 grey pixels is above their median (Zauner
     2010, "Implementation and Benchmarking of Perceptual Image Hash Functions").
     """
     grey = image.convert("L").resize((32, 32), Image.Resampling.BOX)
@@ -33,20 +33,8 @@ def image_hash(image: Image.Image) -> bytes:
     return b"".join(np.packbits(values > np.median(values[1:])).tobytes() for values in low)
 
 
-def count_leaks(hashes: bytes | bytearray, held_out: np.ndarray) -> int:
-    """Count training images that duplicate a held-out image.
-
-    Args:
-        hashes: 40 bytes for each of N images, concatenated.
-        held_out: bool [N].
-    """
-    order = np.argsort(~held_out, kind="stable")  # held-out images first, so that the others match them
-    first = first_duplicates(np.frombuffer(hashes, np.uint8).reshape(-1, 40)[order].tobytes())
-    return int((held_out[order][first] & ~held_out[order]).sum())
-
-
 def first_duplicates(hashes: bytes | bytearray) -> np.ndarray:
-    """Return the first duplicate of each image, or its own number if there is no earlier one.
+    """Return the first duplicate of each image, or its own number if it is the first.
 
     Two hashes that differ in at most `INDEX_BITS` of 64 bits are equal in one of `INDEX_BITS` + 1 bands of them, so
     sorting by each band puts every such pair into one group.

@@ -115,7 +115,7 @@ def open_stores(recipe: RunRecipe, folders: Sequence[str], components: Component
     `InputError` if they were not, differ in size or text features, are empty, or lack a condition of the recipe.
     """
     stores = [Store(folder) for folder in folders]
-    text_hashes = {store.tower for store in stores}
+    text_hashes = {store.text_hash for store in stores}
     if len(text_hashes) > 1:
         raise InputError("the recipe's shards differ in their text features: encode all with the same options")
     if text_hashes - {None} and text_hashes != {components.text_hash()}:

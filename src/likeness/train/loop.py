@@ -92,7 +92,7 @@ def train_in(
     model.to(world.device).train()
     shard_model(model, world, recipe.precision)
     for encoder in (components.text_encoder, components.text_encoder_2):
-        if encoder is not None and not stores[0].tower:  # the shards have no text features
+        if encoder is not None and not stores[0].text_hash:  # the shards have no text features
             encoder.to(world.device)
     o = recipe.optimizer
     state = TrainState(

@@ -398,7 +398,7 @@ def train_in(
     use_explicit_attention(student, world.device_type == "cpu" and recipe.precision == "bf16")
     discriminator = Discriminator(student, d.blocks, d.width).to(world.device).train()
     student.to(world.device).train()
-    if not stores[0].tower:  # the shards have no text features
+    if not stores[0].text_hash:  # the shards have no text features
         components.text_encoder.to(world.device)
 
     def discriminator_state(module: nn.Module, rate: float) -> TrainState:

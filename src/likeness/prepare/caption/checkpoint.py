@@ -9,89 +9,60 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from likeness.chat import Answer
 from likeness.device import choose_device
 from likeness.files import first_line
-from likeness.prepare.caption.models import ANSWER_TOKENS, Answer, Model, Question
+from likeness.prepare.caption.models import ANSWER_TOKENS, Model, Question
 from likeness.types import InputError
 
 
-def open_vision_model(checkpoint: str, device: str | None = None) -> Model:
-    """Load a vision-language model, such as `OpenGVLab/InternVL3-8B-hf`.
+def open_checkpoint(checkpoint: str, *, vision: bool, device: str | None = None) -> Model:
+    """Load a vision-language model, such as `OpenGVLab/InternVL3-8B-hf`, or a language model, such as `Qwen/Qwen3-8B`.
+
+    It answers the questions of a call in one batch, one call at a time, by greedy decoding.
 
     Args:
         checkpoint: hub name or folder; remote code is not run.
+        vision: whether the questions have images.
         device: device, as in `likeness.device.choose_device`.
 
     Raises:
         InputError: it cannot be loaded, needs torchvision, or has no chat template.
     """
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
-    processor = load_processor(checkpoint)
-    network = load_network(AutoModelForImageTextToText, checkpoint, device)
-
-    def encode(questions: Sequence[Question]) -> Any:
-        texts = [
-            processor.apply_chat_template(
-                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}],
-                add_generation_prompt=True,
-                tokenize=False,
-            )
-            for question in questions
-        ]
-        images = [[question.image] for question in questions]
-        return processor(images=images, text=texts, padding=True, return_tensors="pt")
-
-    return greedy(checkpoint, network, processor.tokenizer, encode)
-
-
-def open_language_model(checkpoint: str, device: str | None = None) -> Model:
-    """Load a language model, such as `Qwen/Qwen3-8B`.
-
-    Args:
-        checkpoint: hub name or folder; remote code is not run.
-        device: device, as in `likeness.device.choose_device`.
-
-    Raises:
-        InputError: it cannot be loaded or has no chat template.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"the tokenizer of {checkpoint} cannot be loaded: {first_line(error)}") from error
-    check_template(checkpoint, tokenizer)
-    network = load_network(AutoModelForCausalLM, checkpoint, device)
-
-    def encode(questions: Sequence[Question]) -> Any:
-        texts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": question.text}],
-                add_generation_prompt=True,
-                tokenize=False,
-                enable_thinking=False,  # no reasoning by Qwen3; other templates ignore it
-            )
-            for question in questions
-        ]
-        return tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")
-
-    return greedy(checkpoint, network, tokenizer, encode)
-
-
-def greedy(checkpoint: str, network: Any, tokenizer: Any, encode: Any) -> Model:
-    """Return a model that answers the questions of a call in one batch, one call at a time."""
+    with loading(checkpoint):
+        processor = load_processor(checkpoint) if vision else AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = processor.tokenizer if vision else processor
+    if not (processor.chat_template or tokenizer.chat_template):
+        raise InputError(f"{checkpoint} has no chat template: use an instruction-tuned checkpoint")
+    place = choose_device(device)
+    with loading(checkpoint):
+        kind: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+        network = kind.from_pretrained(checkpoint, dtype="auto").to(place).eval()
+    config = network.generation_config
+    config.temperature = config.top_p = config.top_k = None
+    ends = {tokenizer.eos_token_id}.union(torch.as_tensor(config.eos_token_id).reshape(-1).tolist())
     tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     lock = threading.Lock()
-    ends = network.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
+
+    def encode(questions: Sequence[Question]) -> Any:
+        parts = [[{"type": "image"}, {"type": "text", "text": text}] if vision else text for text, _ in questions]
+        options = {"add_generation_prompt": True, "tokenize": False}
+        if not vision:
+            options["enable_thinking"] = False  # no reasoning by Qwen3; other templates ignore it
+        texts = [processor.apply_chat_template([{"role": "user", "content": part}], **options) for part in parts]
+        if vision:
+            images = [[question.image] for question in questions]
+            return processor(images=images, text=texts, padding=True, return_tensors="pt")
+        return tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")
 
     def answer(questions: Sequence[Question]) -> Iterator[Answer]:
         with lock, torch.inference_mode():
@@ -101,35 +72,23 @@ def greedy(checkpoint: str, network: Any, tokenizer: Any, encode: Any) -> Model:
                 **inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id
             )
         for output in tokens[:, inputs["input_ids"].shape[1] :].tolist():
-            yield Answer(tokenizer.decode(output, skip_special_tokens=True), any(token in ends for token in output))
+            yield Answer(tokenizer.decode(output, skip_special_tokens=True), not ends.isdisjoint(output))
 
-    settings = f"greedy, {ANSWER_TOKENS} tokens"
-    return Model(checkpoint_name(checkpoint), settings, answer)
-
-
-def checkpoint_name(given: str) -> str:
-    """Return a hub name unchanged; for a folder, its name and a hash of configuration and parts of the weights."""
-    folder = Path(given)
-    if not folder.is_dir():
-        return given
-    digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.json"), *folder.glob("*.jinja"), *folder.glob("*.safetensors")]):
-        digest.update(f"{file.name} {file.stat().st_size} ".encode())
-        with file.open("rb") as opened:
-            opened.seek(max(0, file.stat().st_size - 2**16))
-            digest.update(opened.read())
-    return f"{folder.resolve().name}@{digest.hexdigest()[:8]}"
+    return Model(checkpoint_name(checkpoint), f"greedy, {ANSWER_TOKENS} tokens", answer)
 
 
-def load_network(kind: Any, checkpoint: str, device: str | None) -> Any:
-    """Load the network of a checkpoint in the dtype it was saved in."""
-    place = choose_device(device)
+@contextmanager
+def loading(checkpoint: str) -> Iterator[None]:
+    """Turn any error of the hub, files, transformers and safetensors into `InputError`."""
     try:
-        network = kind.from_pretrained(checkpoint, dtype="auto").to(place).eval()
-    except Exception as error:  # hub, files and safetensors raise many errors
-        raise InputError(f"the model {checkpoint} cannot be loaded: {first_line(error)}") from error
-    network.generation_config.temperature = network.generation_config.top_p = network.generation_config.top_k = None
-    return network
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        text = f"{checkpoint} cannot be loaded: {first_line(error)}"
+        if isinstance(error, ImportError):
+            text += "; likeness does not use torchvision: serve the model with vLLM and give its address instead"
+        raise InputError(text) from error
 
 
 def load_processor(checkpoint: str) -> Any:
@@ -137,28 +96,24 @@ def load_processor(checkpoint: str) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-    try:
-        config = AutoConfig.from_pretrained(checkpoint)
-        if type(config) not in PROCESSOR_MAPPING:
-            raise InputError(f"{checkpoint} is not a model for images and text ({config.model_type})")
-        full = PROCESSOR_MAPPING[type(config)]
-        parts = [part for part in full.get_attributes() if "video" not in part]
-        without_videos: Any = type(full.__name__, (full,), {"get_attributes": classmethod(lambda cls: parts)})
-        processor = without_videos.from_pretrained(checkpoint)
-    except InputError:
-        raise
-    except Exception as error:
-        if "torchvision" in str(error).lower():
-            raise InputError(
-                f"the processor of {checkpoint} needs torchvision, which likeness does not use: serve the model "
-                "with vLLM and give its address to --vlm"
-            ) from error
-        raise InputError(f"the processor of {checkpoint} cannot be loaded: {first_line(error)}") from error
-    check_template(checkpoint, processor if processor.chat_template else processor.tokenizer)
-    return processor
+    config = AutoConfig.from_pretrained(checkpoint)
+    if type(config) not in PROCESSOR_MAPPING:
+        raise InputError(f"{checkpoint} is not a model for images and text ({config.model_type})")
+    full = PROCESSOR_MAPPING[type(config)]
+    parts = [part for part in full.get_attributes() if "video" not in part]
+    without_videos: Any = type(full.__name__, (full,), {"get_attributes": classmethod(lambda cls: parts)})
+    return without_videos.from_pretrained(checkpoint)
 
 
-def check_template(checkpoint: str, tokenizer: Any) -> None:
-    """Reject models without a chat template: they are not instruction-tuned."""
-    if not tokenizer.chat_template:
-        raise InputError(f"{checkpoint} has no chat template: use an instruction-tuned checkpoint")
+def checkpoint_name(checkpoint: str) -> str:
+    """Return a hub name unchanged; for a folder, its name and a hash of configuration and parts of the weights."""
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        return checkpoint
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.json"), *folder.glob("*.jinja"), *folder.glob("*.safetensors")]):
+        digest.update(f"{file.name} {file.stat().st_size} ".encode())
+        with file.open("rb") as opened:
+            opened.seek(max(0, file.stat().st_size - 2**16))
+            digest.update(opened.read())
+    return f"{folder.resolve().name}@{digest.hexdigest()[:8]}"

@@ -1,7 +1,7 @@
 """Caption a prepared folder: query models, filter, refine and shorten captions, and record their origin.
 
 Answers of models are stored immediately. Everything else is a function of the answers and computed again in every
-run, so an interrupted run repeats no question, and other limits or rules need no questions at all. `captions.jsonl`
+run, so an interrupted run repeats no question, and other limits or rules do not send questions. `captions.jsonl`
 (see `records`) and `metadata.jsonl` are written together at the end. Rejected captions are recorded with the reason.
 """
 
@@ -20,28 +20,26 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from likeness.chat import Answer, BudgetSpent, Meter, Rejected
 from likeness.conditions.images import open_image
 from likeness.data.folder import METADATA, captions_of, each_row, line_of, relative_row, splits_of
 from likeness.files import writing_whole
-from likeness.prepare.caption.endpoint import BudgetSpent, Meter, Rejected, open_endpoint
 from likeness.prepare.caption.grammar import ATTRIBUTES, write_captions
-from likeness.prepare.caption.models import Answer, Model, Question, question_key
+from likeness.prepare.caption.models import Model, Question
 from likeness.prepare.caption.prompts import PROMPTS, describe, refine
 from likeness.prepare.caption.records import (
     ANSWERS,
     CAPTIONS,
+    AnswerCache,
     Caption,
-    Journal,
     is_used,
     merge,
-    open_journal,
+    open_answers,
     open_record,
 )
 from likeness.prepare.caption.refine import accept, facts_of, read_labels, without_contradictions
 from likeness.prepare.caption.rules import Count, filter_answer, shorten
-from likeness.types import InputError
-
-Row = dict[str, Any]
+from likeness.types import InputError, Note
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +79,16 @@ class Captioned:
     """Face -> why it was not captioned."""
 
 
+class FaceCaptions(NamedTuple):
+    """Captions of one face, including dropped ones."""
+
+    captions: list[Caption]
+    fault: str = ""
+    """Why it was not captioned."""
+    complete: bool = True
+    """Whether every question was answered before the budget was spent."""
+
+
 def caption_folder(
     folder: Path,
     settings: CaptionSettings,
@@ -88,7 +96,7 @@ def caption_folder(
     *,
     meter: Meter | None = None,
     parallel: int = 8,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Captioned:
     """Caption every row of a prepared folder. A row that cannot be captioned is not changed.
 
@@ -110,23 +118,41 @@ def caption_folder(
     done = 0
     for split in splits:
         with closing(caption_split((folder / split).resolve(), settings, count, meter, parallel)) as captioned:
-            for name, outcome, dropped in captioned:
-                add_outcome(report, name if split == "." else f"{split}/{name}", outcome, dropped)
+            for name, face, captions in captioned:
+                report.used += sum(map(is_used, captions))
+                report.dropped.update(caption["dropped"] for caption in captions if not is_used(caption))
+                report.incomplete += not face.complete
+                if face.fault:
+                    report.failed[name if split == "." else f"{split}/{name}"] = face.fault
                 done += 1
-                if progress is not None:
-                    progress(done, report.faces)
+                progress(done, report.faces)
     return report
+
+
+def check_settings(settings: CaptionSettings, parallel: int) -> None:
+    unknown = [name for name in settings.prompts if name not in PROMPTS]
+    if unknown or not settings.prompts:
+        raise InputError(f"unknown prompt {unknown[0] if unknown else ''!r}. Available: {', '.join(PROMPTS)}")
+    if settings.vlm is None and not settings.grammar:
+        raise InputError("no source of captions: give --vlm MODEL, or --grammar if rows have CelebA's attributes")
+    if settings.vlm is None and settings.refiner is not None:
+        raise InputError("--refiner checks the captions of --vlm: give --vlm as well")
+    limits = {"max tokens": (settings.max_tokens, 8), "pixels": (settings.pixels, 32), "parallel": (parallel, 1)}
+    for name, (value, minimum) in limits.items():
+        if value < minimum:
+            raise InputError(f"{name} must be at least {minimum}, not {value}")
 
 
 def caption_split(
     root: Path, settings: CaptionSettings, count: Count, meter: Meter, parallel: int
-) -> Generator[tuple[str, Outcome, list[str | None]]]:
-    """Caption the rows of one folder; yields (name, outcome, reason of each dropped caption or None) of each face."""
-    with open_journal(root / ANSWERS) as journal, open_record(root / CAPTIONS) as previous:
+) -> Generator[tuple[str, FaceCaptions, list[Caption]]]:
+    """Caption the rows of one folder; yields name, captions of this run and all captions of each face."""
+    with open_answers(root / ANSWERS) as cache, open_record(root / CAPTIONS) as previous:
 
-        def caption_row(row: Row) -> tuple[Row, Outcome]:
+        def caption_row(row: dict[str, Any]) -> tuple[dict[str, Any], str, FaceCaptions]:
+            name = row["file_name"].relative_to(root).as_posix()
             try:
-                return row, caption_face(row, name_of(row, root), settings, count, Asking(journal, meter))
+                return row, name, caption_face(row, name, settings, count, cache, meter)
             except BaseException:
                 meter.stopped.set()  # immediately, so that other threads send no more requests
                 raise
@@ -137,44 +163,24 @@ def caption_split(
                 writing_whole(root / CAPTIONS) as record,
                 writing_whole(root / METADATA) as metadata,  # renamed first: see `records`
             ):
-                for row, outcome in done:
-                    name, current = name_of(row, root), captions_of(row)
-                    captions = merge(current, previous(name), outcome.captions, settings.replace and not outcome.fault)
+                for row, name, face in done:
+                    replace = settings.replace and not face.fault
+                    captions = merge(captions_of(row), previous(name), face.captions, replace)
                     texts = [caption["text"] for caption in captions if is_used(caption)]
                     record.write(line_of({"file_name": name, "captions": captions}))
                     columns = relative_row({key: value for key, value in row.items() if key != "text"}, root)
                     metadata.write(line_of(columns | ({"text": texts} if texts else {})))
-                    yield name, outcome, [caption.get("dropped") for caption in captions]
+                    yield name, face, captions
         except InputError as error:
-            if not journal.added:
+            if not cache.added:
                 raise
             raise InputError(
-                f"{error}; the {journal.added} answers of this run are stored in {journal.path}: run the same command "
+                f"{error}; the {cache.added} answers of this run are stored in {cache.path}: run the same command "
                 "again to resume"
             ) from error
 
 
-def check_settings(settings: CaptionSettings, parallel: int) -> None:
-    """Reject invalid settings."""
-    unknown = [name for name in settings.prompts if name not in PROMPTS]
-    if unknown or not settings.prompts:
-        raise InputError(f"unknown prompt {unknown[0] if unknown else ''!r}. Available: {', '.join(PROMPTS)}")
-    if settings.vlm is None and not settings.grammar:
-        raise InputError("no source of captions: give --vlm MODEL, or --grammar if rows have CelebA's attributes")
-    if settings.vlm is None and settings.refiner is not None:
-        raise InputError("--refiner checks the captions of --vlm: give --vlm as well")
-    for name, value, minimum in (
-        ("max tokens", settings.max_tokens, 8),
-        ("pixels", settings.pixels, 32),
-        ("parallel", parallel, 1),
-    ):
-        if value < minimum:
-            raise InputError(f"{name} must be at least {minimum}, not {value}")
-
-
-def in_order(
-    make: Callable[[Row], tuple[Row, Outcome]], rows: Iterable[Row], threads: int, meter: Meter
-) -> Generator[tuple[Row, Outcome]]:
+def in_order(make: Callable[[Any], Any], rows: Iterable[Any], threads: int, meter: Meter) -> Generator[Any]:
     """Yield `make(row)` of every row in order, computed in parallel.
 
     If it is closed early, no new requests are sent; pending ones are completed, since they are paid for.
@@ -192,75 +198,10 @@ def in_order(
             raise
 
 
-def add_outcome(report: Captioned, name: str, outcome: Outcome, dropped: list[str | None]) -> None:
-    """Add the outcome of a face to the report."""
-    report.used += dropped.count(None)
-    report.dropped.update(reason.partition(":")[0] for reason in dropped if reason is not None)
-    report.incomplete += not outcome.complete
-    if outcome.fault:
-        report.failed[name] = outcome.fault
-
-
-def name_of(row: Row, root: Path) -> str:
-    """Return the image's name in the metadata."""
-    return row["file_name"].relative_to(root).as_posix()
-
-
-# One face
-
-
-class Outcome(NamedTuple):
-    """Outcome of one face."""
-
-    captions: list[Caption]
-    fault: str = ""
-    """Why it was not captioned."""
-    complete: bool = True
-    """Whether every question was answered before the budget was spent."""
-
-
-@dataclass(frozen=True)
-class Asking:
-    """Queries models, with a cache of earlier answers."""
-
-    journal: Journal
-    meter: Meter
-
-    def __call__(
-        self, model: Model, texts: Mapping[str, str], image: Image.Image | None = None, **about: str
-    ) -> dict[str, Answer]:
-        """Return answers by key; some are missing if the budget is spent or the run is being stopped.
-
-        Args:
-            model: the model.
-            texts: key -> message.
-            image: the image of all questions.
-            about: information to store with the answers.
-        """
-        answers = {key: answer for key in texts if (answer := self.journal.find(key)) is not None}
-        missing = [key for key in texts if key not in answers]
-        if missing and not self.meter.stopped.is_set():
-            questions = [Question(texts[key], image) for key in missing]
-            with suppress(BudgetSpent):
-                for key, answer in zip(missing, model.answer(questions), strict=True):
-                    self.journal.add(key, answer, model=model.name, **about)
-                    answers[key] = answer
-        return answers
-
-    def is_incomplete(self, texts: Mapping[str, str]) -> bool:
-        """Return whether one of the questions, by key, has no answer yet."""
-        return any(self.journal.find(key) is None for key in texts)
-
-
-def caption_face(row: dict[str, Any], name: str, settings: CaptionSettings, count: Count, ask: Asking) -> Outcome:
-    """Return the captions of one face, including dropped ones.
-
-    Args:
-        row: row of the metadata, with absolute paths.
-        name: its `file_name` in the metadata.
-        settings: settings of the run.
-        count: text -> number of tokens.
-        ask: queries the models.
+def caption_face(
+    row: dict[str, Any], name: str, settings: CaptionSettings, count: Count, cache: AnswerCache, meter: Meter
+) -> FaceCaptions:
+    """Return the captions of one face.
 
     Raises:
         InputError: a model does not respond, or its answer cannot be stored.
@@ -268,38 +209,61 @@ def caption_face(row: dict[str, Any], name: str, settings: CaptionSettings, coun
     captions = grammar_captions(row, name, settings.seed) if settings.grammar else []
     complete = True
     if settings.vlm is None and not captions:
-        return Outcome([], "it has no attributes of CelebA, such as Smiling")
+        return FaceCaptions([], "it has no attributes of CelebA, such as Smiling")
     if settings.vlm is not None:
         try:
             content, labels = row["file_name"].read_bytes(), read_labels(row)
             about = f"{hashlib.sha256(content).hexdigest()} at most {settings.pixels} pixels"
-            texts = {
-                question_key(settings.vlm, describe(prompt), about): describe(prompt) for prompt in settings.prompts
-            }
-            image = load_image(content, name, settings.pixels) if ask.is_incomplete(texts) else None
+            texts = {settings.vlm.key(describe(prompt), about): describe(prompt) for prompt in settings.prompts}
+            unanswered = any(cache.find(key) is None for key in texts)
+            image = load_image(content, name, settings.pixels) if unanswered else None
         except OSError as error:
-            return Outcome([], f"it cannot be read: {error.strerror or error}")
+            return FaceCaptions([], f"it cannot be read: {error.strerror or error}")
         except InputError as error:
-            return Outcome([], str(error))
+            return FaceCaptions([], str(error))
         try:
-            answers = ask(settings.vlm, texts, image, file_name=name)
+            answers = query(settings.vlm, texts, image, name, cache, meter)
             described = [
                 describe_caption(prompt, settings.vlm, answers[key])
                 for prompt, key in zip(settings.prompts, texts, strict=True)
                 if key in answers
             ]
             if settings.refiner is not None:
-                described = refine_captions(settings.refiner, row, labels, described, name, ask)
+                described = refine_captions(settings.refiner, row, labels, described, name, cache, meter)
         except Rejected as error:
-            return Outcome([], str(error))
+            return FaceCaptions([], str(error))
         complete = len(described) == len(settings.prompts)
         for caption in filter(is_used, described):
             change(caption, *without_contradictions(labels, caption["text"]))
         captions += described
     for caption in filter(is_used, captions):
         text, how = shorten(caption["text"], count, settings.max_tokens)
-        change(caption, text, [f"length: {how}"] if how else [])
-    return Outcome(captions, complete=complete)
+        change(caption, text, [Note("length", how)] if how else [])
+    return FaceCaptions(captions, complete=complete)
+
+
+def query(
+    model: Model, texts: Mapping[str, str], image: Image.Image | None, name: str, cache: AnswerCache, meter: Meter
+) -> dict[str, Answer]:
+    """Return answers by key; some are missing if the budget is spent or the run is being stopped.
+
+    Args:
+        model: the model.
+        texts: key -> message.
+        image: the image of all questions.
+        name: name of the face.
+        cache: earlier answers, to which new ones are added.
+        meter: budget of the run.
+    """
+    answers = {key: answer for key in texts if (answer := cache.find(key)) is not None}
+    missing = [key for key in texts if key not in answers]
+    if missing and not meter.stopped.is_set():
+        questions = [Question(texts[key], image) for key in missing]
+        with suppress(BudgetSpent):
+            for key, answer in zip(missing, model.answer(questions), strict=True):
+                cache.add(key, answer, model=model.name, file_name=name)
+                answers[key] = answer
+    return answers
 
 
 def load_image(content: bytes, name: str, pixels: int) -> Image.Image:
@@ -311,35 +275,40 @@ def load_image(content: bytes, name: str, pixels: int) -> Image.Image:
 
 def describe_caption(prompt: str, model: Model, answer: Answer) -> Caption:
     """Apply the rules to a model's answer."""
-    filtered = filter_answer(answer.text, answer.finished)
     caption = {"text": "", "source": "vlm", "prompt": prompt, "model": model.name, "raw": answer.text}
-    change(caption, filtered.text, filtered.touched)
+    change(caption, *filter_answer(answer.text, answer.finished))
     return caption
 
 
 def refine_captions(
-    refiner: Model, row: dict[str, Any], labels: np.ndarray | None, captions: list[Caption], name: str, ask: Asking
+    refiner: Model,
+    row: dict[str, Any],
+    labels: np.ndarray | None,
+    captions: list[Caption],
+    name: str,
+    cache: AnswerCache,
+    meter: Meter,
 ) -> list[Caption]:
     """Return the captions after refinement, without those whose refinement is missing."""
-    facts = {id(caption): facts_of(row, labels, caption["text"]) for caption in filter(is_used, captions)}
-    texts = {c["prompt"]: refine(facts[id(c)], c["text"]) for c in filter(is_used, captions)}
-    keys = {prompt: question_key(refiner, text) for prompt, text in texts.items()}
-    answers = ask(refiner, {keys[prompt]: text for prompt, text in texts.items()}, file_name=name)
+    facts = {c["prompt"]: facts_of(row, labels, c["text"]) for c in filter(is_used, captions)}
+    texts = {c["prompt"]: refine(facts[c["prompt"]], c["text"]) for c in filter(is_used, captions)}
+    keys = {prompt: refiner.key(text) for prompt, text in texts.items()}
+    answers = query(refiner, {keys[prompt]: text for prompt, text in texts.items()}, None, name, cache, meter)
     refined = []
     for caption in captions:
+        prompt = caption["prompt"]
         if is_used(caption):
-            answer = answers.get(keys[caption["prompt"]])
-            if answer is None:
+            if keys[prompt] not in answers:
                 continue
-            result = accept(answer.text, caption["text"], facts[id(caption)], answer.finished)
+            answer = answers[keys[prompt]]
             caption |= {"refiner": refiner.name, "refined": answer.text}
-            change(caption, result.text, result.touched)
+            change(caption, *accept(answer.text, caption["text"], facts[prompt], answer.finished))
         refined.append(caption)
     return refined
 
 
 def grammar_captions(row: dict[str, Any], name: str, seed: int) -> list[Caption]:
-    """Return ten captions from CelebA's attributes, the same for the same name and seed; none without attributes."""
+    """Return ten captions from CelebA's attributes, the same for the same name and seed; [] without attributes."""
     attributes = row.get("attributes")
     if not isinstance(attributes, dict) or not set(attributes) & set(ATTRIBUTES):
         return []
@@ -348,45 +317,10 @@ def grammar_captions(row: dict[str, Any], name: str, seed: int) -> list[Caption]
     return [{"text": text, "source": "grammar"} for text in write_captions(known, rng)]
 
 
-def change(caption: Caption, text: str, reasons: Sequence[str]) -> None:
-    """Set the text of a caption and add the reasons; without text, it is dropped."""
+def change(caption: Caption, text: str, notes: Sequence[Note]) -> None:
+    """Set the text of a caption and add the notes; without text, it is dropped by the last one."""
     caption["text"] = text
-    if reasons:
-        caption["touched"] = [*caption.get("touched", ()), *reasons]
+    if notes:
+        caption["touched"] = [*caption.get("touched", ()), *notes]
     if not text:
-        caption["dropped"] = reasons[-1]
-
-
-def open_model(
-    source: str,
-    *,
-    vision: bool,
-    meter: Meter,
-    name: str | None,
-    fields: str,
-    key_variable: str | None,
-    device: str | None = None,
-) -> Model:
-    """Open a model by its address or checkpoint.
-
-    Args:
-        source: address of an endpoint, or hub name or folder of a checkpoint.
-        vision: whether it must accept images.
-        meter: meter of an endpoint.
-        name: name of the model at an endpoint.
-        fields: JSON of additional fields of an endpoint's requests.
-        key_variable: environment variable of an endpoint's key.
-        device: device of a checkpoint, as in `likeness.device.choose_device`.
-
-    Raises:
-        InputError: it cannot be opened, or an option is for endpoints only.
-    """
-    if source.startswith(("http://", "https://")):
-        return open_endpoint(source, name, meter, fields=fields, key_variable=key_variable)
-    if name is not None or fields != "{}":
-        raise InputError(
-            f"{source} is a checkpoint: names and fields are for endpoints, whose address begins with http"
-        )
-    from likeness.prepare.caption.checkpoint import open_language_model, open_vision_model
-
-    return open_vision_model(source, device) if vision else open_language_model(source, device)
+        caption["dropped"] = notes[-1].kind

@@ -1,4 +1,4 @@
-"""The interface of models that answer questions, behind an `endpoint` or in a `checkpoint`.
+"""Models that answer questions, behind an endpoint or in a checkpoint.
 
 A question is one user message, decoded greedily: the same question has the same answer, so answers are cached.
 """
@@ -6,6 +6,7 @@ A question is one user message, decoded greedily: the same question has the same
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,11 +15,16 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from likeness.chat import Answer, Meter, Rejected, image_part, open_endpoint
+from likeness.files import first_line
 from likeness.types import InputError
 from likeness.weights.catalog import BUNDLED, COMMON
 
 ANSWER_TOKENS = 256
 """Most tokens of an answer: three captions, so that a long one can be cut after a sentence."""
+
+MAX_REJECTED = 20
+"""Consecutive rejected questions after which the run ends; three before the first answer."""
 
 
 class Question(NamedTuple):
@@ -27,14 +33,6 @@ class Question(NamedTuple):
     text: str
     image: Image.Image | None = None
     """RGB, before the text."""
-
-
-class Answer(NamedTuple):
-    """An answer."""
-
-    text: str
-    finished: bool = True
-    """Whether it ended, rather than reached the maximum number of tokens."""
 
 
 @dataclass(frozen=True)
@@ -46,39 +44,94 @@ class Model:
     settings: str
     """Everything else that affects its answers, as text."""
     answer: Callable[[Sequence[Question]], Iterator[Answer]]
-    """Yields answers in order, each as soon as it is available."""
+    """Yields answers in order, without waiting for later ones."""
+
+    def key(self, text: str, image: str = "") -> str:
+        """Return the key under which an answer is cached, 32 hexadecimal digits.
+
+        Args:
+            text: the message.
+            image: hash of the image file and its size limit.
+        """
+        parts = "\0".join((self.name, self.settings, text, image))
+        return hashlib.sha256(parts.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
-def question_key(model: Model, text: str, image: str = "") -> str:
-    """Return the key under which an answer is cached, 32 hexadecimal digits.
+def open_model(
+    source: str,
+    *,
+    vision: bool,
+    meter: Meter | None = None,
+    name: str | None = None,
+    fields: str = "{}",
+    key_variable: str | None = None,
+    device: str | None = None,
+) -> Model:
+    """Open a model by its address or checkpoint.
 
     Args:
-        model: the model.
-        text: the message.
-        image: hash of the image file and its size limit.
+        source: address of an endpoint, or hub name or folder of a checkpoint.
+        vision: whether it must accept images.
+        meter: meter of an endpoint.
+        name: name of the model at an endpoint.
+        fields: JSON of additional fields of an endpoint's requests, such as `{"chat_template_kwargs":
+            {"enable_thinking": false}}`; null removes a field.
+        key_variable: environment variable of an endpoint's key.
+        device: device of a checkpoint, as in `likeness.device.choose_device`.
+
+    Raises:
+        InputError: it cannot be opened, or an option is for endpoints only.
     """
-    parts = "\0".join((model.name, model.settings, text, image))
-    return hashlib.sha256(parts.encode(errors="surrogatepass")).hexdigest()[:32]
+    if not source.startswith(("http://", "https://")):
+        if name is not None or fields != "{}":
+            raise InputError(
+                f"{source} is a checkpoint: names and fields are for endpoints, whose address begins with http"
+            )
+        from likeness.prepare.caption.checkpoint import open_checkpoint
+
+        return open_checkpoint(source, vision=vision, device=device)
+    try:
+        extra = json.loads(fields)
+    except ValueError as error:
+        raise InputError(f"the request fields {fields!r} are not JSON: {error}") from error
+    if not isinstance(extra, dict):
+        raise InputError(f'the request fields {fields!r} must be a JSON object, such as {{"top_p": 0.9}}')
+    settings = {"max_tokens": ANSWER_TOKENS, "temperature": 0.0} | extra
+    endpoint = open_endpoint(source, name, meter, fields=settings, key_variable=key_variable)
+    rejected = MAX_REJECTED - 3
+
+    def answer(questions: Sequence[Question]) -> Iterator[Answer]:
+        nonlocal rejected
+        for text, image in questions:
+            try:
+                reply = endpoint.ask(text if image is None else [image_part(image), {"type": "text", "text": text}])
+            except Rejected as error:
+                rejected += 1
+                if rejected >= MAX_REJECTED:
+                    raise InputError(f"{endpoint.address} rejects all questions: {error}") from error
+                raise
+            rejected = 0
+            yield reply
+
+    return Model(endpoint.model, json.dumps(endpoint.fields, sort_keys=True), answer)
 
 
 def load_counter(components: Path = BUNDLED / COMMON) -> Callable[[str], int]:
     """Return a function that counts tokens, including start and end, with the tokenizer of a pipeline folder.
 
     Raises:
-        InputError: there is no tokenizer, or it cannot be read.
+        InputError: the tokenizer is missing or cannot be read.
     """
     from transformers import AutoTokenizer
 
-    from likeness.files import first_line
-
-    places = (components / "tokenizer", components.parent / COMMON / "tokenizer", components)
-    where = next((place for place in places if (place / "tokenizer_config.json").is_file()), None)
-    if where is None:
+    folders = (components / "tokenizer", components.parent / COMMON / "tokenizer", components)
+    folder = next((folder for folder in folders if (folder / "tokenizer_config.json").is_file()), None)
+    if folder is None:
         raise InputError(f"{components} has no tokenizer: give the folder of a model")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"the tokenizer in {where} cannot be read: {first_line(error)}") from error
+        raise InputError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error
     lock = threading.Lock()  # fast tokenizers are not thread-safe
 
     def count(text: str) -> int:

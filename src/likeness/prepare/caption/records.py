@@ -1,12 +1,11 @@
 """Files next to the metadata: a cache of the models' answers (`answers.jsonl`) and all captions (`captions.jsonl`).
 
 Answers are stored immediately under the key of their question, so no question is repeated after an interruption. Each
-line is written by one call; a truncated last line is removed when the file is opened. In memory an answer takes 16
-bytes: a million faces with twenty answers take 320 MB.
+line is written by one call; a truncated last line is removed when the file is opened.
 
 `captions.jsonl` has one line per face; the `text` of the metadata follows from it. A caption is a dict: `text`;
-`source` (given, grammar or vlm); for models `prompt`, `model`, `raw`, `refiner`, `refined`; `touched`, the rules that
-changed it; and `dropped`, the reason, if it is not used. A run replaces captions of the same source, model and
+`source` (given, grammar or vlm); for models `prompt`, `model`, `raw`, `refiner`, `refined`; `touched`, (rule, reason)
+of every change; and `dropped`, the rule by which it is not used. A run replaces captions of the same source, model and
 prompt. Captions that the user added to the metadata are kept as `given`; captions that the user removed stay removed.
 This is detected by comparing both files, so the metadata must never be older.
 """
@@ -16,16 +15,14 @@ from __future__ import annotations
 import json
 import os
 import threading
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import FileLock, Timeout
 
-from likeness.prepare.caption.models import Answer
+from likeness.chat import Answer
 from likeness.types import InputError
 
 ANSWERS = "answers.jsonl"
@@ -33,39 +30,42 @@ CAPTIONS = "captions.jsonl"
 
 Caption = dict[str, Any]
 
-BY_HAND = "by-hand: taken out of the metadata"
-REPLACED = "replaced: left out on request"
+BY_HAND, REPLACED, DUPLICATE = "by-hand", "replaced", "same"
+"""Why a caption is dropped: the user removed it, other captions replace it on request, or it equals another one."""
 
-BEGINNING = b'{"key": "'
-"""Beginning of every line, before the 32 digits of its key."""
-
-
-# Answers
+KEY = slice(len(b'{"key": "'), len(b'{"key": "') + 32)
+"""Place of the key in every line of the cache."""
 
 
-class Journal:
-    """Answers by the key of their question. Thread-safe. Opened by `open_journal`."""
+class AnswerCache:
+    """Answers by the key of their question. Thread-safe. Opened by `open_answers`."""
 
     def __init__(self, path: Path, descriptor: int):
-        self.path, self.added = path, 0
+        self.path, self.added, self.end = path, 0, 0
         self._descriptor, self._lock = descriptor, threading.Lock()
-        self._fresh: dict[int, int] = {}
-        self._keys, self._offsets, self._end = read_index(path, descriptor)
+        self._offsets: dict[bytes, int] = {}
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    os.ftruncate(descriptor, self.end)
+                    break
+                if not line.startswith(b'{"key": "'):
+                    raise InputError(f"{path}, line {number} is not an answer of a model: delete that line")
+                self._offsets[line[KEY]] = self.end
+                self.end += len(line)
 
     def find(self, key: str) -> Answer | None:
         """Return the answer to a question, or None."""
-        number = int(key[:16], 16)
         with self._lock:
-            offset = self._fresh.get(number, -1)
-            if offset < 0:
-                at = int(np.searchsorted(self._keys, number))
-                if at == len(self._keys) or self._keys[at] != number:
-                    return None
-                offset = int(self._offsets[at])
-        line = read_line(self._descriptor, offset)
+            offset = self._offsets.get(key.encode())
+        if offset is None:
+            return None
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            line = file.readline()
         try:
             record = json.loads(line)
-            return Answer(record["answer"], record["finished"]) if record["key"] == key else None
+            return Answer(record["answer"], record["finished"])
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{self.path}: the line at byte {offset} is not an answer: delete that line") from error
 
@@ -82,16 +82,16 @@ class Journal:
                 if os.write(self._descriptor, line) != len(line):
                     raise OSError("no space left on device")
             except OSError as error:
-                os.ftruncate(self._descriptor, self._end)
+                os.ftruncate(self._descriptor, self.end)
                 raise InputError(f"cannot write {self.path}: {error.strerror or error}") from error
-            self._fresh[int(key[:16], 16)] = self._end
-            self._end += len(line)
+            self._offsets[line[KEY]] = self.end
+            self.end += len(line)
             self.added += 1
 
 
 @contextmanager
-def open_journal(path: Path) -> Iterator[Journal]:
-    """Open or create a journal for this process only.
+def open_answers(path: Path) -> Iterator[AnswerCache]:
+    """Open or create a cache for this process only.
 
     Raises:
         InputError: another process has opened it, it cannot be read or written, or a line is invalid.
@@ -99,48 +99,15 @@ def open_journal(path: Path) -> Iterator[Journal]:
     lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
     with ExitStack() as opened:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             opened.enter_context(lock)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             opened.callback(os.close, descriptor)
-            journal = Journal(path, descriptor)
+            answers = AnswerCache(path, descriptor)
         except Timeout as error:
             raise InputError(f"another process is writing {path}: wait for it or stop it") from error
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-        yield journal
-
-
-def read_index(path: Path, descriptor: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return keys (their first 64 bits, sorted), offsets of their lines, and file size without a truncated line."""
-    keys, offsets, end = array("Q"), array("q"), 0
-    with os.fdopen(os.dup(descriptor), "rb") as file:
-        file.seek(0)
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                os.ftruncate(descriptor, end)
-                break
-            try:
-                if not line.startswith(BEGINNING):
-                    raise ValueError("no key")
-                keys.append(int(line[len(BEGINNING) : len(BEGINNING) + 16], 16))
-            except ValueError as error:
-                raise InputError(f"{path}, line {number} is not an answer of a model: delete that line") from error
-            offsets.append(end)
-            end += len(line)
-    order = np.argsort(np.frombuffer(keys, dtype=np.uint64), kind="stable") if keys else np.zeros(0, dtype=np.int64)
-    return np.array(keys, dtype=np.uint64)[order], np.array(offsets, dtype=np.int64)[order], end
-
-
-def read_line(descriptor: int, offset: int) -> bytes:
-    """Read the line at an offset."""
-    line = b""
-    while b"\n" not in line and (more := os.pread(descriptor, 4096, offset + len(line))):
-        line += more
-    return line.partition(b"\n")[0]
-
-
-# Captions
+        yield answers
 
 
 def merge(
@@ -154,6 +121,7 @@ def merge(
         fresh: captions of this run.
         replace: whether to drop all captions of other runs.
     """
+    origin = lambda caption: (caption["source"], caption.get("model", ""), caption.get("prompt", ""))  # noqa: E731
     made = {origin(caption) for caption in fresh}
     expected = {caption["text"] for caption in previous if caption.get("dropped", BY_HAND) == BY_HAND}
     removed = expected - set(current)
@@ -169,16 +137,11 @@ def merge(
             if text in removed:
                 caption = caption | {"dropped": BY_HAND}
             elif text.lower() in used:
-                caption = caption | {"dropped": "same: as another caption of the face"}
+                caption = caption | {"dropped": DUPLICATE}
             else:
                 used.add(text.lower())
         merged.append(caption)
     return merged
-
-
-def origin(caption: Caption) -> tuple[str, str, str]:
-    """Return the origin of a caption; a new caption of the same origin replaces it."""
-    return caption["source"], caption.get("model", ""), caption.get("prompt", "")
 
 
 def is_used(caption: Caption) -> bool:
@@ -193,33 +156,34 @@ def open_record(path: Path) -> Iterator[Callable[[str], list[Caption]]]:
     Raises:
         InputError: a line is invalid.
     """
-    if not path.is_file():
-        yield lambda name: []
-        return
-    offsets: dict[str, int] = {}
-    with path.open("rb") as file:
+    with ExitStack() as opened:
+        file = opened.enter_context(path.open("rb")) if path.is_file() else None
+        offsets: dict[str, int] = {}
         end = 0
-        for number, line in enumerate(file, start=1):
-            offsets[read_captions(path, number, line)["file_name"]] = end
+        for number, line in enumerate(file or (), start=1):
+            name, _ = read_captions(path, number, line)
+            offsets[name] = end
             end += len(line)
 
         def find(name: str) -> list[Caption]:
-            if name not in offsets:
+            if file is None or name not in offsets:
                 return []
             file.seek(offsets[name])
-            return json.loads(file.readline())["captions"]
+            return read_captions(path, 0, file.readline())[1]
 
         yield find
 
 
-def read_captions(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    """Parse one line of the record."""
+def read_captions(path: Path, number: int, line: bytes) -> tuple[str, list[Caption]]:
+    """Parse one line of the record: `file_name` and captions."""
     try:
         record = json.loads(line)
-        if isinstance(record["file_name"], str) and all(
-            isinstance(caption["text"], str) and isinstance(caption["source"], str) for caption in record["captions"]
-        ):
-            return record
-    except (ValueError, KeyError, TypeError):
+        name, captions = record["file_name"], record["captions"]
+        if isinstance(name, str) and all(isinstance(c["text"], str) and isinstance(c["source"], str) for c in captions):
+            for caption in captions:
+                if "dropped" in caption:  # earlier versions wrote "rule: reason"
+                    caption["dropped"] = caption["dropped"].partition(":")[0]
+            return name, captions
+    except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise InputError(f"{path}, line {number} is not a record of captions: restore or delete that line")

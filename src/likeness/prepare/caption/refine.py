@@ -16,6 +16,7 @@ from likeness.conditions.mask.contradictions import contradictions
 from likeness.data.folder import column_of
 from likeness.prepare.caption.prompts import NOTHING
 from likeness.prepare.caption.rules import DANGLING, WORD, Filtered, filter_answer, join, pieces_of, thinking
+from likeness.types import Note
 
 PARTS: dict[str, str] = {
     "eye_g": "glasses",
@@ -87,38 +88,32 @@ def accept(answer: str, caption: str, facts: str, finished: bool = True) -> Filt
     Args:
         answer: answer of the refiner.
         caption: the original caption.
-        facts: the facts; their words are allowed as corrections.
+        facts: the facts, from which corrections may be taken.
         finished: whether the answer ended.
     """
-    text = thinking(answer, finished)[0].strip()
-    if text.strip(".\"' ").upper() == NOTHING:
-        return Filtered("", ["refined: nothing is supported by the facts"])
-    filtered = filter_answer(answer, finished)
-    if not filtered.text:
-        return Filtered("", [f"refined: the answer is not a caption ({filtered.touched[-1]})"])
-    known = words_of(caption) | words_of(facts)
+    if thinking(answer, finished)[0].strip().strip(".\"' ").upper() == NOTHING:
+        return "", [Note("refined", "nothing is supported by the facts")]
+    text, notes = filter_answer(answer, finished)
+    if not text:
+        return "", [Note("refined", f"the answer is not a caption ({notes[-1].kind}: {notes[-1].text})")]
+    known = terms_of(caption) | terms_of(facts)
     stems = {word[:STEM] for word in known if len(word) >= STEM}
-    new = [
-        word for word in WORD.findall(filtered.text.lower()) if word not in known | PLAIN and word[:STEM] not in stems
-    ]
-    changed = [sex for sex in SEXES if words_of(filtered.text) & sex and not known & sex]
-    if new or changed:
-        return Filtered(
-            "", [f'refined: the answer adds "{new[0] if new else sorted(changed[0] & words_of(filtered.text))[0]}"']
-        )
-    if filtered.text == caption:
-        return Filtered(caption)
-    return Filtered(filtered.text, [f"refined: {len(caption.split())} to {len(filtered.text.split())} words"])
+    new = [word for word in WORD.findall(text.lower()) if word not in known | PLAIN and word[:STEM] not in stems]
+    new += [word for sex in SEXES if not known & sex for word in sorted(terms_of(text) & sex)]
+    if new:
+        return "", [Note("refined", f'the answer adds "{new[0]}"')]
+    same = text == caption
+    return text, [] if same else [Note("refined", f"{len(caption.split())} to {len(text.split())} words")]
 
 
-def words_of(text: str) -> set[str]:
-    """Return the words of a text and the parts of hyphenated ones."""
-    words = {word.lower() for word in WORD.findall(text)}
-    return words | {part for word in words for part in word.split("-")}
+def terms_of(text: str) -> set[str]:
+    """Return every word of a text, in lower case, and the parts of hyphenated ones."""
+    terms = {word.lower() for word in WORD.findall(text)}
+    return terms | {part for term in terms for part in term.split("-")}
 
 
-def without_contradictions(labels: np.ndarray | None, caption: str) -> tuple[str, list[str]]:
-    """Remove the sentences or phrases that the mask contradicts; also returns the reason of each."""
+def without_contradictions(labels: np.ndarray | None, caption: str) -> Filtered:
+    """Remove the sentences or phrases that the mask contradicts."""
     if labels is None:
         return caption, []
     pieces, between = pieces_of(caption)
@@ -126,4 +121,4 @@ def without_contradictions(labels: np.ndarray | None, caption: str) -> tuple[str
     if not any(wrong):
         return caption, []
     kept = join((piece for piece, found in zip(pieces, wrong, strict=True) if not found), between)
-    return kept, [f"mask: {found[0]}" for found in wrong if found]
+    return kept, [Note("mask", str(found[0])) for found in wrong if found]

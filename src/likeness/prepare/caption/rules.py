@@ -12,7 +12,8 @@ import unicodedata
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+
+from likeness.types import Note
 
 SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!\b(?:Mr|Ms|Dr|St|vs)\.)(?<!\bMrs\.)\s+(?=[\"'(]?[A-Z0-9])")
 
@@ -24,7 +25,7 @@ DANGLING = frozenset((
     "as", "is", "are", "was", "has", "have", "having", "wearing", "wears", "who", "whose", "that", "which",
     "while", "her", "his", "their", "its", "this", "very", "slightly",
 ))  # fmt: skip
-"""Words that cannot end a caption."""
+"""A caption cannot end in these."""
 
 PHRASE_END = re.compile(r",\s+|;\s+|\s+(?=(?:and|with|while|wearing|who|against|in front of)\s)")
 """Places where a sentence can be cut."""
@@ -32,35 +33,20 @@ PHRASE_END = re.compile(r",\s+|;\s+|\s+(?=(?:and|with|while|wearing|who|against|
 Count = Callable[[str], int]
 """Text -> number of tokens, including start and end."""
 
-Rule = Callable[[str, bool], tuple[str, str]]
-"""(text, whether the answer ended) -> (remaining text, reason or "" if unchanged)."""
-
-
-@dataclass
-class Filtered:
-    """Result of the rules."""
-
-    text: str
-    """"" if the answer was rejected."""
-    touched: list[str] = field(default_factory=list)
-    """"rule: reason" of every rule that changed it; the last one rejected it if the text is ""."""
+Filtered = tuple[str, list[Note]]
+"""The remaining text, "" if the answer was rejected; and a note of every rule that changed it (`kind`: the rule)."""
 
 
 def filter_answer(text: str, finished: bool = True) -> Filtered:
-    """Run all rules over a model's answer.
-
-    Args:
-        text: the answer.
-        finished: whether it ended, rather than reached the maximum number of tokens.
-    """
-    filtered = Filtered(text)
+    """Run all rules over a model's answer; `finished` as in `Answer`."""
+    notes = []
     for name, rule in RULES.items():
-        filtered.text, reason = rule(filtered.text, finished)
+        text, reason = rule(text, finished)
         if reason:
-            filtered.touched.append(f"{name}: {reason}")
-        if not filtered.text:
+            notes.append(Note(name, reason))
+        if not text:
             break
-    return filtered
+    return text, notes
 
 
 def thinking(text: str, finished: bool) -> tuple[str, str]:
@@ -69,11 +55,6 @@ def thinking(text: str, finished: bool) -> tuple[str, str]:
     if "<think>" in answer or not answer.strip():
         return "", "no answer after the reasoning"
     return answer, "reasoning removed" if answer != text else ""
-
-
-def empty(text: str, finished: bool) -> tuple[str, str]:
-    """Reject empty answers."""
-    return text.strip(), "" if text.strip() else "no text"
 
 
 PLAIN = {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2026": "...", "\u00a0": " "}
@@ -139,19 +120,19 @@ def label(text: str, finished: bool) -> tuple[str, str]:
     return bare, f'removed "{text[: len(text) - len(bare)].strip()[:40]}"' if bare != text else ""
 
 
-PICTURE = r"(?:image|picture|photo(?:graph)?|portrait|shot|headshot|close-up)"
+IMAGE = r"(?:image|picture|photo(?:graph)?|portrait|shot|headshot|close-up)"
 LEAD = re.compile(
-    rf"^(?:in (?:the|this) {PICTURE},?\s+(?:there (?:is|are)\s+|(?:we|you|one) (?:can )?see\s+)?"
-    rf"|(?:the|this) (?:[a-z-]+ )?{PICTURE} "
+    rf"^(?:in (?:the|this) {IMAGE},?\s+(?:there (?:is|are)\s+|(?:we|you|one) (?:can )?see\s+)?"
+    rf"|(?:the|this) (?:[a-z-]+ )?{IMAGE} "
     r"(?:shows?|depicts|features|displays|presents|captures|portrays|contains|showcases)\s+"
-    rf"|(?:this|it) is (?=an? )|(?:the|this) {PICTURE} is (?:of )?(?=an? ))",
+    rf"|(?:this|it) is (?=an? )|(?:the|this) {IMAGE} is (?:of )?(?=an? ))",
     re.IGNORECASE,
 )
-ASIDE = re.compile(rf",? (?:in|of|from|throughout) (?:the|this) (?:{PICTURE}|frame)\b(?! of)", re.IGNORECASE)
-ABOUT = re.compile(rf"\b(?:the|this) (?:overall )?{PICTURE}\b(?! of)", re.IGNORECASE)
+ASIDE = re.compile(rf",? (?:in|of|from|throughout) (?:the|this) (?:{IMAGE}|frame)\b(?! of)", re.IGNORECASE)
+ABOUT = re.compile(rf"\b(?:the|this) (?:overall )?{IMAGE}\b(?! of)", re.IGNORECASE)
 
 
-def picture(text: str, finished: bool) -> tuple[str, str]:
+def mentions_image(text: str, finished: bool) -> tuple[str, str]:
     """Remove references to the image, such as "The image shows"."""
     pieces, between = pieces_of(text)
     fixed = [ASIDE.sub("", LEAD.sub("", piece)) for piece in pieces]
@@ -182,16 +163,6 @@ UNSEEN = re.compile(
 )
 
 
-def first_person(text: str, finished: bool) -> tuple[str, str]:
-    """Remove sentences in the first person."""
-    return drop_pieces(text, FIRST_PERSON)
-
-
-def unseen(text: str, finished: bool) -> tuple[str, str]:
-    """Remove sentences about what is not visible."""
-    return drop_pieces(text, UNSEEN)
-
-
 PROPER = frozenset((
     "I", "African", "American", "Arab", "Asian", "Black", "British", "Caucasian", "Chinese", "Christmas",
     "East", "Eastern", "English", "European", "French", "Hispanic", "Indian", "Italian", "Japanese", "Korean",
@@ -204,8 +175,8 @@ PROPER = frozenset((
 def name(text: str, finished: bool) -> tuple[str, str]:
     """Remove pieces with names: capitalised words, except for the first word of a piece."""
     pieces, between = pieces_of(text)
-    words = WORD.findall(text)
-    if len(words) > 4 and sum(word[0].isupper() for word in words) > len(words) / 2:
+    terms = WORD.findall(text)
+    if len(terms) > 4 and sum(word[0].isupper() for word in terms) > len(terms) / 2:
         return "", "capitalised words may be names"
     found = {piece: names_in(piece) for piece in pieces}
     if not any(found.values()):
@@ -216,9 +187,9 @@ def name(text: str, finished: bool) -> tuple[str, str]:
 
 def names_in(piece: str) -> str:
     """Return the capitalised words of a piece; the first word counts only if a name follows it."""
-    words = WORD.findall(piece)
-    names = [word for word in words[1:] if word[0].isupper() and re.split(r"[-']", word)[0] not in PROPER]
-    return " ".join([*(words[:1] if names and names[0] == words[1] else []), *names])
+    terms = WORD.findall(piece)
+    names = [word for word in terms[1:] if word[0].isupper() and re.split(r"[-']", word)[0] not in PROPER]
+    return " ".join([*(terms[:1] if names and names[0] == terms[1] else []), *names])
 
 
 COMMON = frozenset((
@@ -235,10 +206,10 @@ def english(text: str, finished: bool) -> tuple[str, str]:
     foreign = [c for c in text if c.isalpha() and ord(c) > 0x24F]
     if foreign:
         return "", f'"{foreign[0]}" is not a letter of English'
-    words = [word.lower() for word in WORD.findall(text)]
-    known = sum(word in COMMON or any(part in COMMON for part in word.split("-")) for word in words)
-    if len(words) >= 4 and 8 * known < len(words):
-        return "", f"{known} of {len(words)} words are common in English captions"
+    terms = [word.lower() for word in WORD.findall(text)]
+    known = sum(word in COMMON or any(part in COMMON for part in word.split("-")) for word in terms)
+    if len(terms) >= 4 and 8 * known < len(terms):
+        return "", f"{known} of {len(terms)} words are common in English captions"
     return text, ""
 
 
@@ -249,8 +220,8 @@ def repeated(text: str, finished: bool) -> tuple[str, str]:
     for piece in pieces:
         once.setdefault(piece.lower().rstrip(".!?, "), piece)
     left = join(once.values(), between) if len(once) < len(pieces) else text
-    words = [word.lower() for word in WORD.findall(left)]
-    runs = Counter(zip(words, words[1:], words[2:], words[3:], strict=False)).most_common(1)
+    terms = [word.lower() for word in WORD.findall(left)]
+    runs = Counter(zip(terms, terms[1:], terms[2:], terms[3:], strict=False)).most_common(1)
     if runs and runs[0][1] > 2:
         return "", f'it says "{" ".join(runs[0][0])}" {runs[0][1]} times'
     return left, f"{len(pieces) - len(once)} of its {len(pieces)} pieces repeat others" if left != text else ""
@@ -272,27 +243,27 @@ MIN_WORDS = 3
 
 def short(text: str, finished: bool) -> tuple[str, str]:
     """Reject very short answers."""
-    words = len(WORD.findall(text))
-    return (text, "") if words >= MIN_WORDS else ("", f"{words} words")
+    count = len(WORD.findall(text))
+    return (text, "") if count >= MIN_WORDS else ("", f"{count} words")
 
 
-RULES: dict[str, Rule] = {
-    "empty": empty,
+RULES: dict[str, Callable[[str, bool], tuple[str, str]]] = {
+    "empty": lambda text, finished: (text.strip(), "" if text.strip() else "no text"),
     "thinking": thinking,
     "symbols": symbols,
     "refusal": refusal,
     "markup": markup,
     "label": label,
-    "picture": picture,
-    "first-person": first_person,
-    "unseen": unseen,
+    "picture": mentions_image,
+    "first-person": lambda text, finished: drop_pieces(text, FIRST_PERSON),
+    "unseen": lambda text, finished: drop_pieces(text, UNSEEN),
     "english": english,
     "name": name,
     "repeated": repeated,
     "truncated": truncated,
     "short": short,
 }
-"""Name -> rule, in order of execution."""
+"""Name -> rule, in order of execution: (text, whether the answer ended) -> (remaining text, reason or "")."""
 
 
 # Pieces and length
@@ -339,7 +310,7 @@ def shorten(text: str, count: Count, limit: int) -> tuple[str, str]:
 
 def without_dangling(text: str) -> str:
     """Remove final words and punctuation that cannot end a caption."""
-    words = text.rstrip(" ,;:-").split()
-    while words and words[-1].strip(",;:").lower() in DANGLING:
-        words.pop()
-    return " ".join(words).rstrip(" ,;:-")
+    terms = text.rstrip(" ,;:-").split()
+    while terms and terms[-1].strip(",;:").lower() in DANGLING:
+        terms.pop()
+    return " ".join(terms).rstrip(" ,;:-")

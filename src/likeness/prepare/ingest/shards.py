@@ -13,18 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from likeness.conditions import CONDITIONS
-from likeness.prepare.ingest.face import (
-    MAX_BYTES,
-    SPLIT_NAMES,
-    Face,
-    Faces,
-    Packed,
-    Skipped,
-    parse_json,
-    too_large,
-    with_row,
-)
-from likeness.prepare.ingest.source import IMAGES, Source
+from likeness.prepare.ingest.faces import SPLIT_NAMES, Entries, Skipped, SourceFace, with_row
+from likeness.prepare.ingest.source import IMAGES, Source, SourceFile, check_bytes
 from likeness.types import InputError
 
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png")
@@ -46,68 +36,65 @@ def import_parquet() -> Any:
 def split_of(path: str) -> str | None:
     """Return the split of a shard, from the first word of its name or from its folder."""
     *folders, name = path.split("/")
-    words = [name.split("-")[0].split("_")[0].split(".")[0], *reversed(folders)]
-    return next((SPLIT_NAMES[word.lower()] for word in words if word.lower() in SPLIT_NAMES), None)
+    parts = [name.split("-")[0].split("_")[0].split(".")[0], *reversed(folders)]
+    return next((SPLIT_NAMES[part.lower()] for part in parts if part.lower() in SPLIT_NAMES), None)
 
 
-def shards(source: Source, suffix: str) -> Iterator[tuple[str, Path]]:
-    """Yield (name, path) of the files with a suffix, sorted."""
+def shards(source: Source, suffix: str) -> Iterator[tuple[str | None, Path]]:
+    """Yield (split, path) of the files with a suffix, sorted."""
     for folder in sorted(source.folders):
         for name in source.images(folder, (suffix,)).values():
-            file = source.file(name)
-            if not isinstance(file, Path):
+            path = source.existing_file(name).path
+            if path is None:
                 raise InputError(f"{name} is in an archive: unpack it first")
-            yield name, file
+            yield split_of(name), path
 
 
-def parquet(source: Source) -> Faces:
+def parquet(source: Source) -> Entries:
     """Parquet: `image` {bytes, path}, likewise `mask` and `sketch`, and the columns of `metadata.jsonl`."""
     reader = import_parquet()
-    for name, path in shards(source, ".parquet"):
+    for split, path in shards(source, ".parquet"):
         try:
-            yield from parquet_rows(reader, path, split_of(name))
+            yield from parquet_rows(reader, path, split)
+        except InputError:
+            raise
         except (OSError, ValueError) as error:  # the base classes of pyarrow's errors
-            if isinstance(error, InputError):
-                raise
             raise InputError(f"{path} is not a readable Parquet file ({str(error)[:80]})") from error
 
 
-def parquet_rows(reader: Any, path: Path, split: str | None) -> Faces:
+def parquet_rows(reader: Any, path: Path, split: str | None) -> Entries:
     """Yield the rows of one file. Images are read when they are needed, a few rows at a time."""
-    import pyarrow
+    from pyarrow import types
 
     file, images = reader.ParquetFile(path), reader.ParquetFile(path)  # threads read from the second
     is_struct = {  # image columns: {bytes, path}, or bytes
-        field.name: pyarrow.types.is_struct(field.type)
+        field.name: types.is_struct(field.type)
         for field in file.schema_arrow
-        if pyarrow.types.is_binary(field.type)
-        or pyarrow.types.is_large_binary(field.type)
-        or (pyarrow.types.is_struct(field.type) and {"bytes", "path"} <= {inner.name for inner in field.type})
+        if types.is_binary(field.type)
+        or types.is_large_binary(field.type)
+        or (types.is_struct(field.type) and {"bytes", "path"} <= {inner.name for inner in field.type})
     }
-    column = next((name for name in (*IMAGE_COLUMNS, *is_struct) if name in is_struct and name not in CONDITIONS), None)
-    if column is None:
+    image = next((name for name in (*IMAGE_COLUMNS, *is_struct) if name in is_struct and name not in CONDITIONS), None)
+    if image is None:
         raise InputError(f"{path} has no image column: `image` should have bytes and path")
-    columns = {"image": column, **{name: name for name in CONDITIONS if name in is_struct}}
-    unknown = sorted(set(is_struct) - set(columns.values()))
-    if unknown:
+    columns = [image, *(name for name in CONDITIONS if name in is_struct)]
+    if unknown := sorted(set(is_struct) - set(columns)):
         yield Skipped(f"columns {', '.join(unknown)} of {path.name}", "unknown condition")
+    cell = cell_reader(images.iter_batches(ROWS, columns=columns))
     values = [name for name in file.schema_arrow.names if name not in is_struct]
-    cell = cell_reader(images.iter_batches(ROWS, columns=list(columns.values())))
-    paths = [f"{name}.path" for name in columns.values() if is_struct[name]]  # present images, without reading them
-    number = 0
-    for batch in file.iter_batches(ROWS, columns=values + paths or [column]):
-        for row in batch.to_pylist():
-            present = {field: row.pop(name, None) if is_struct[name] else {} for field, name in columns.items()}
-            known = (present["image"] or {}).get("path")
-            stem = known.replace("\\", "/").rpartition("/")[2].rpartition(".")[0] if known else ""
-            files: dict[str, Any] = {
-                field: Packed(f"{name} of row {number} in {path}", partial(cell_bytes, cell, number, name, path))
-                for field, name in columns.items()
-                if field == "image" or present[field] is not None
-            }
-            face = Face(name=stem or f"{path.stem}_{number:06d}", split=split, **files)
-            yield with_row(face, row)
-            number += 1
+    paths = [f"{name}.path" for name in columns if is_struct[name]]  # present images, without reading them
+    batches = file.iter_batches(ROWS, columns=values + paths or [image])
+    for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+        present = {name: row.pop(name, None) if is_struct[name] else {} for name in columns}
+        known = (present[image] or {}).get("path") or ""
+        stem = known.replace("\\", "/").rpartition("/")[2].rpartition(".")[0]
+        files = {
+            name: SourceFile(f"{name} of row {number} in {path}", partial(cell_content, cell, number, name, path))
+            for name in columns
+            if name == image or present[name] is not None
+        }
+        name = stem or f"{path.stem}_{number:06d}"
+        yield with_row(SourceFace(name=name, split=split, image=files.pop(image), conditions=files), row)
 
 
 def cell_reader(batches: Iterator[Any]) -> Callable[[int, str], Any]:
@@ -123,38 +110,40 @@ def cell_reader(batches: Iterator[Any]) -> Callable[[int, str], Any]:
                 start += len(batch)
                 del cache[:-4]
             first, batch = next((first, batch) for first, batch in reversed(cache) if first <= row)
-        return batch.column(column)[row - first]
+        return batch.column(column)[row - first].as_py()
 
     return cell
 
 
-def cell_bytes(cell: Callable[[int, str], Any], row: int, column: str, path: Path) -> bytes:
+def cell_content(cell: Callable[[int, str], Any], row: int, column: str, path: Path) -> bytes:
     """Return the content of the image in a cell."""
-    value = cell(row, column).as_py()
+    value = cell(row, column)
     content = value["bytes"] if isinstance(value, dict) else value
     if content is None:
         raise InputError(f"row {row} of {path} has no {column}: it contains only its path")
     return content
 
 
-def webdataset(source: Source) -> Faces:
+def webdataset(source: Source) -> Entries:
     """WebDataset: tar archives of `key.jpg`, `key.txt` (one caption per line), `key.json`, `key.mask.png` and so on."""
-    for name, path in shards(source, ".tar"):
+    for split, path in shards(source, ".tar"):
         try:
             with tarfile.open(path, "r:") as archive:
-                key, sample = "", {}
+                last, sample = "", {}
                 for info in archive:
                     if not info.isfile():
                         continue
                     folder, slash, base = info.name.rpartition("/")
                     stem, _, kind = base.partition(".")
-                    if folder + slash + stem != key and sample:
-                        yield sample_face(path, key, sample, split_of(name))
+                    key, kind = folder + slash + stem, kind.lower()
+                    if key != last and sample:
+                        yield sample_face(path, last, sample, split)
                         sample = {}
-                    key = folder + slash + stem
-                    sample[kind.lower()] = partial(read_part, path, info.name, info.offset_data, info.size)
+                    last = key
+                    read = partial(read_part, path, info.name, info.offset_data, info.size)
+                    sample[kind] = SourceFile(f"{key}.{kind} in {path}", read)
                 if sample:
-                    yield sample_face(path, key, sample, split_of(name))
+                    yield sample_face(path, last, sample, split)
         except (tarfile.TarError, OSError, EOFError) as error:
             raise InputError(
                 f"{path} is not a complete, uncompressed tar archive ({error}): download it again"
@@ -163,8 +152,7 @@ def webdataset(source: Source) -> Faces:
 
 def read_part(path: Path, name: str, offset: int, size: int) -> bytes:
     """Read a file of a tar archive."""
-    if size > MAX_BYTES:
-        raise too_large(f"{name} in {path}")
+    check_bytes(size, f"{name} in {path}")
     with path.open("rb") as archive:
         archive.seek(offset)
         content = archive.read(size)
@@ -173,23 +161,20 @@ def read_part(path: Path, name: str, offset: int, size: int) -> bytes:
     return content
 
 
-def sample_face(path: Path, key: str, sample: dict[str, Callable[[], bytes]], split: str | None) -> Face | Skipped:
-    """Return the face of one sample of a shard."""
-    packed = {kind: Packed(f"{key}.{kind} in {path}", read) for kind, read in sample.items()}
-    kind = next((kind for kind in packed if f".{kind.removeprefix('image.')}" in IMAGES), None)
-    if kind is None:
-        return Skipped(f"{key} in {path.name}", "the sample has no image")
-    files: dict[str, Any] = {"image": packed[kind]}
-    for condition in CONDITIONS:
-        found = next((name for name in packed if name.split(".")[0] == condition and "." in name), None)
-        if found:
-            files[condition] = packed[found]
+def sample_face(path: Path, key: str, sample: dict[str, SourceFile], split: str | None) -> SourceFace | Skipped:
+    """Return the face of one sample of a shard: kind ("jpg", "mask.png") -> file."""
+    name = f"{key} in {path.name}"
+    image = next((file for kind, file in sample.items() if f".{kind.removeprefix('image.')}" in IMAGES), None)
+    if image is None:
+        return Skipped(name, "the sample has no image")
+    conditions = {kind.split(".")[0]: file for kind, file in sample.items() if "." in kind}
     try:
-        row = parse_json(sample["json"](), f"{key}.json in {path}") if "json" in sample else {}
-        lines = sample["txt"]().decode("utf-8-sig").splitlines() if "txt" in sample else []
-    except (InputError, UnicodeDecodeError) as error:
-        return Skipped(f"{key} in {path.name}", str(error))
+        row = sample["json"].json() if "json" in sample else {}
+        lines = sample["txt"].lines() if "txt" in sample else []
+    except InputError as error:
+        return Skipped(name, str(error))
     row = row if isinstance(row, dict) else {}
     if lines and not row.get("text"):
-        row["text"] = [line.strip() for line in lines if line.strip()]
-    return with_row(Face(name=key.replace("/", "_"), split=split, **files), row)
+        row["text"] = lines
+    conditions = {name: file for name, file in conditions.items() if name in CONDITIONS}
+    return with_row(SourceFace(name=key.replace("/", "_"), split=split, image=image, conditions=conditions), row)

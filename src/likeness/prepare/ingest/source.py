@@ -1,26 +1,91 @@
 """The files of a source by folder. A zip archive counts as the folder that it contains.
 
-Archives are read in place and never unpacked. Names in them that point outside the archive are rejected nevertheless.
-An archive next to the folder to which it was unpacked is ignored.
+Files are read when a face is written, so that listing a million faces costs only their names. Archives are read in
+place. An archive next to the folder to which it was unpacked is ignored.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import posixpath
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from likeness.prepare.ingest.face import MAX_BYTES, File, Packed, content_of, too_large
 from likeness.types import InputError
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 """Suffixes of images."""
 
+MAX_BYTES = 2**28
+"""Largest file that is read: no image of a face is larger, but an archive may pretend to be small."""
+
 Member = tuple[zipfile.ZipFile, zipfile.ZipInfo]
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file in a folder, an archive or a table. Its methods raise `InputError` if it cannot be read."""
+
+    name: str
+    """Name for messages."""
+    content: Callable[[], bytes]
+    path: Path | None = None
+    """Path of a file that is neither in an archive nor in a table."""
+
+    @property
+    def suffix(self) -> str:
+        return posixpath.splitext(self.name)[1].lower()
+
+    def text(self) -> str:
+        try:
+            return self.content().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{self.name} is not UTF-8 text ({error.reason}): save it as UTF-8") from error
+
+    def lines(self) -> list[str]:
+        """Return the lines that are not blank, stripped."""
+        return [line.strip() for line in self.text().splitlines() if line.strip()]
+
+    def json(self) -> Any:
+        return parse_json(self.text(), self.name)
+
+
+def parse_json(text: str | bytes, name: str, **options: Any) -> Any:
+    """Parse JSON. Raises `InputError` if it is not valid."""
+    try:
+        return json.loads(text, **options)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{name} is not valid JSON ({str(error)[:80]}): export it again") from error
+
+
+def read_file(path: Path) -> bytes:
+    try:
+        check_bytes(path.stat().st_size, str(path))
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    name = f"{info.filename} in {archive.filename}"
+    check_bytes(info.file_size, name)
+    try:
+        return archive.read(info)
+    except RuntimeError as error:  # a password
+        raise InputError(f"{name} cannot be read ({error}): unpack the archive first") from error
+    except Exception as error:  # zipfile, zlib, bz2 and lzma have many errors
+        raise InputError(f"{name} is broken ({error}): download the archive again") from error
+
+
+def check_bytes(size: int, name: str) -> None:
+    """Raise `InputError` if a file has more than `MAX_BYTES`."""
+    if size > MAX_BYTES:
+        raise InputError(f"{name} is larger than {MAX_BYTES >> 20} MiB, too large for an image of a face")
 
 
 @dataclass(frozen=True)
@@ -31,21 +96,25 @@ class Source:
     folders: dict[str, dict[str, Member | None]]
     """Folder ("" is the root, "a/b" a subfolder) -> file names -> member of an archive; None for a real file."""
 
-    def file(self, name: str) -> File | None:
-        """Return the file `folder/name`, or None if there is none."""
+    def file(self, name: str) -> SourceFile | None:
+        """Return the file `folder/name`, or None if it does not exist."""
         folder, _, base = name.rpartition("/")
         if base not in self.folders.get(folder, {}):
             return None
-        member = self.folders[folder][base]
-        return self.root / name if member is None else Packed(name, partial(read_member, member))
+        member, path = self.folders[folder][base], self.root / name
+        return (
+            SourceFile(name, partial(read_member, *member))
+            if member
+            else SourceFile(str(path), partial(read_file, path), path)
+        )
 
-    def existing_file(self, name: str) -> File:
+    def existing_file(self, name: str) -> SourceFile:
         """Return a file that is known to exist."""
         file = self.file(name)
         assert file is not None
         return file
 
-    def find(self, *names: str) -> File | None:
+    def find(self, *names: str) -> SourceFile | None:
         """Return the file with one of these names that is nested least, or None."""
         for name in names:
             for folder in sorted(self.folders, key=depth):
@@ -55,36 +124,40 @@ class Source:
 
     def folder(self, *names: str) -> str | None:
         """Return the folder whose path ends in one of these names, the first name that exists, nested least."""
-        for name in names:
-            for folder in sorted(self.folders, key=depth):
-                if f"/{folder}".endswith(f"/{name}"):
-                    return folder
-        return None
+        found = (
+            folder for name in names for folder in sorted(self.folders, key=depth) if f"/{folder}".endswith(f"/{name}")
+        )
+        return next(found, None)
 
-    def below(self, folder: str) -> list[str]:
-        """Return `folder` and its subfolders, sorted."""
-        return sorted(name for name in self.folders if name == folder or f"{name}/".startswith(f"{folder}/"))
+    def below(self, name: str) -> list[str]:
+        """Return the folder with this name that is nested least, and its subfolders, sorted; [] if it does not exist.
+
+        It need not contain files itself.
+        """
+        tops = [folder.split("/") for folder in self.folders if name in folder.split("/")]
+        top = min(("/".join(parts[: parts.index(name) + 1]) for parts in tops), key=depth, default=None)
+        return sorted(folder for folder in self.folders if top and f"{folder}/".startswith(f"{top}/"))
 
     def images(self, folder: str | None, suffixes: tuple[str, ...] = IMAGES) -> dict[str, str]:
-        """Return stem -> `folder/name` of the images (or other files) directly in a folder, sorted by name."""
-        names = sorted(name for name in self.folders.get(folder or "", {}) if name.lower().endswith(suffixes))
-        return {} if folder is None else {name.rpartition(".")[0]: join(folder, name) for name in names}
+        """Return stem -> `folder/name` of the images directly in a folder, sorted by name; {} for None."""
+        names = [] if folder is None else sorted(self.folders.get(folder, ()))
+        return {name.rpartition(".")[0]: join(folder or "", name) for name in names if name.lower().endswith(suffixes)}
 
     def texts(self, folder: str | None) -> dict[str, str]:
         """Return stem -> `folder/name` of the text files directly in a folder."""
         return self.images(folder, (".txt",))
 
     def lines(self, name: str) -> Iterator[bytes]:
-        """Yield the lines of a file."""
+        """Yield the lines of a file, which may be large."""
         file = self.existing_file(name)
-        if isinstance(file, Packed):
-            yield from content_of(file).splitlines()
+        if file.path is None:
+            yield from file.content().splitlines()
             return
         try:
-            with file.open("rb") as lines:
+            with file.path.open("rb") as lines:
                 yield from lines
         except OSError as error:
-            raise InputError(f"{file} cannot be read: {error.strerror or error}") from error
+            raise InputError(f"{file.name} cannot be read: {error.strerror or error}") from error
 
 
 def depth(folder: str) -> tuple[int, str]:
@@ -97,17 +170,13 @@ def join(folder: str, name: str) -> str:
 
 
 def open_source(path: Path, out: Path | None = None) -> Source:
-    """List the files of a folder or zip archive.
-
-    Args:
-        path: the folder or archive.
-        out: a folder to ignore, because it is written.
+    """List the files of a folder or zip archive, without the folder `out`, which is written.
 
     Raises:
         InputError: the source does not exist, or an archive is broken, has a password, or names files outside itself.
     """
+    folders: dict[str, dict[str, Member | None]] = {}
     if path.is_file() and zipfile.is_zipfile(path):
-        folders: dict[str, dict[str, Member | None]] = {}
         add_archive(folders, path, "")
         tops = {folder.split("/")[0] for folder in folders}
         if len(tops) == 1 and "" not in tops:  # one folder contains everything
@@ -118,33 +187,33 @@ def open_source(path: Path, out: Path | None = None) -> Source:
         return Source(path.parent, {"": {path.name: None}})
     if not path.is_dir():
         raise InputError(f"{path} does not exist: give the folder or archive with the images")
-    folders, archives = {}, []
-    for folder, names in walk(path, out):
-        archives += [join(folder, name) for name in names if name.lower().endswith(".zip")]
-        if names:
-            folders[folder] = dict.fromkeys(names)
+    folders |= {folder: dict.fromkeys(names) for folder, names in walk(path, out) if names}
+    archives = [
+        join(folder, name) for folder, names in folders.items() for name in names if name.lower().endswith(".zip")
+    ]
     for name in sorted(archives):
         folder = name[: -len(".zip")]
-        if not any(known == folder or known.startswith(f"{folder}/") for known in folders):
+        if not any(f"{known}/".startswith(f"{folder}/") for known in folders):
             add_archive(folders, path / name, folder)
     return Source(path, folders)
 
 
 def walk(source: Path, out: Path | None = None) -> Iterator[tuple[str, list[str]]]:
     """Yield each folder of `source` ("" is itself) with its files. Follows links; ignores hidden files and `out`."""
-    seen = {os.path.realpath(out)} - {os.path.realpath(source)} if out is not None else set()
-    for place, inner, names in os.walk(source, followlinks=True, onerror=raise_unreadable):
+
+    def fail(error: OSError) -> None:
+        raise InputError(f"{error.filename} cannot be read: {error.strerror or error}") from error
+
+    visited = {os.path.realpath(out)} - {os.path.realpath(source)} if out is not None else set()
+    for place, inner, names in os.walk(source, followlinks=True, onerror=fail):
         real = os.path.realpath(place)
-        inner[:] = [] if real in seen else sorted(name for name in inner if not name.startswith("."))
-        if real in seen:  # `out`, or a link to a parent folder
+        if real in visited:  # `out`, or a link to a parent folder
+            inner.clear()
             continue
-        seen.add(real)
+        visited.add(real)
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
         folder = Path(place).relative_to(source).as_posix().removeprefix(".")
         yield folder, [name for name in names if not name.startswith(".")]
-
-
-def raise_unreadable(error: OSError) -> None:
-    raise InputError(f"{error.filename} cannot be read: {error.strerror or error}") from error
 
 
 def add_archive(folders: dict[str, dict[str, Member | None]], path: Path, place: str) -> None:
@@ -155,10 +224,9 @@ def add_archive(folders: dict[str, dict[str, Member | None]], path: Path, place:
         raise InputError(f"{path} is not a readable zip archive ({error}): download it again") from error
     own = posixpath.basename(place)
     files = [info for info in archive.infolist() if not info.is_dir()]
-    for info in files:
-        check_inside(info.filename, str(path))
     nested = bool(own) and all(info.filename.startswith(f"{own}/") for info in files)  # face.zip contains face/...
     for info in files:
+        check_inside(info.filename, str(path))
         folder, _, base = join(place, info.filename[len(own) + 1 :] if nested else info.filename).rpartition("/")
         if not base.startswith(".") and "__MACOSX" not in folder:
             folders.setdefault(folder, {})[base] = (archive, info)
@@ -167,20 +235,6 @@ def add_archive(folders: dict[str, dict[str, Member | None]], path: Path, place:
 def check_inside(name: str, where: str) -> str:
     """Normalize a path. Raises `InputError` if it points outside its folder or archive."""
     clean = posixpath.normpath(name.replace("\\", "/"))
-    if clean.startswith(("../", "/")) or clean == ".." or (len(clean) > 1 and clean[1] == ":"):
+    if clean.startswith(("../", "/")) or clean == ".." or clean[1:2] == ":":
         raise InputError(f"{where} names {name!r}, which points outside the folder: correct or remove that entry")
     return clean
-
-
-def read_member(member: Member) -> bytes:
-    """Read a file of an archive. Raises `InputError` if it is broken, too large, or has a password."""
-    archive, info = member
-    name = f"{info.filename} in {archive.filename}"
-    if info.file_size > MAX_BYTES:
-        raise too_large(name)
-    try:
-        return archive.read(info)
-    except RuntimeError as error:  # a password
-        raise InputError(f"{name} cannot be read ({error}): unpack the archive first") from error
-    except Exception as error:  # zipfile, zlib, bz2 and lzma have many errors
-        raise InputError(f"{name} is broken ({error}): download the archive again") from error

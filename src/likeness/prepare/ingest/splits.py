@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from likeness.prepare.ingest.celeba import read_mapping, read_table
-from likeness.prepare.ingest.face import Face, content_of, name_of
-from likeness.prepare.ingest.source import Source
+from likeness.prepare.ingest.faces import SourceFace
+from likeness.prepare.ingest.source import Source, SourceFile
 from likeness.types import InputError
 
 SPLITS: dict[str, str] = {
@@ -42,8 +42,12 @@ PICKLES = {
 }
 """Names of the lists in copies of Multi-Modal-CelebA-HQ."""
 
+SplitOf = Callable[[SourceFace], str | None]
 
-def assign_splits(split: str, faces: Iterable[Face], source: Source, held_out: int, seed: int) -> list[str | None]:
+
+def assign_splits(
+    split: str, faces: Iterable[SourceFace], source: Source, held_out: int, seed: int
+) -> list[str | None]:
     """Return the split of each face; None if the named split does not list it.
 
     Args:
@@ -57,39 +61,36 @@ def assign_splits(split: str, faces: Iterable[Face], source: Source, held_out: i
         InputError: the source lacks what the split needs, or has too few faces.
     """
     if split in ("person", "random"):
-        return random_split(split, faces, held_out, seed)
-    split_of = RULES[split](source)
+        return random_split(split, [face.identity for face in faces], held_out, seed)
+    rules: dict[str, Callable[[Source], SplitOf]] = {
+        "given": lambda source: lambda face: face.split or "train",
+        "none": lambda source: lambda face: "train",
+        "celeba": by_partition,
+        "face_mogle": lambda source: by_number,
+        "mm_celeba": by_lists,
+    }
+    split_of = rules[split](source)
     return [split_of(face) for face in faces]
 
 
-def default_held_out(faces: int) -> int:
-    """Return the default number of held-out faces."""
-    return min(HELD_OUT, max(1, faces // 10)) if faces > 1 else 0
-
-
-def random_split(split: str, faces: Iterable[Face], held_out: int, seed: int) -> list[str | None]:
+def random_split(split: str, identities: list[str | None], held_out: int, seed: int) -> list[str | None]:
     """Assign the splits `person` and `random`."""
-    identities = [face.identity for face in faces]
     if identities and len(identities) <= held_out:
         raise InputError(f"cannot hold out {held_out} of {len(identities)} complete faces: reduce --held-out")
     rng = np.random.default_rng(seed)
+    test: set[int] = set()
     if split == "random":
-        test = {int(index) for index in rng.permutation(len(identities))[:held_out]}
+        test.update(rng.permutation(len(identities))[:held_out].tolist())
     else:
-        unknown = sum(identity is None for identity in identities)
-        if unknown:
+        if unknown := identities.count(None):
             raise InputError(
                 f"{unknown} of {len(identities)} faces have no identity, which --split person needs: use --split random"
             )
-        by_identity: dict[str, list[int]] = {}
-        for index, identity in enumerate(identities):
-            by_identity.setdefault(identity or "", []).append(index)
-        names = sorted(by_identity)
-        test = set()
+        names, person = np.unique(np.array(identities, dtype=str), return_inverse=True)
         for index in rng.permutation(len(names)):
             if len(test) >= held_out:
                 break
-            test.update(by_identity[names[int(index)]])
+            test.update(np.flatnonzero(person == index).tolist())
     return ["test" if index in test else "train" for index in range(len(identities))]
 
 
@@ -101,13 +102,13 @@ def number_of(name: str, split: str) -> int:
     return int(digits)
 
 
-def by_partition(source: Source) -> Callable[[Face], str | None]:
+def by_partition(source: Source) -> SplitOf:
     """CelebA's partition; faces of CelebA-HQ by their file in CelebA."""
     listed = dict(read_table(source, "list_eval_partition.txt", "file, part"))
     originals = read_mapping(source)
     names = {"0": "train", "1": "validation", "2": "test"}
 
-    def split_of(face: Face) -> str | None:
+    def split_of(face: SourceFace) -> str | None:
         file = face.name + ".jpg"
         if face.image_size is None:  # CelebA-HQ, with its own numbers
             if not originals:
@@ -121,17 +122,13 @@ def by_partition(source: Source) -> Callable[[Face], str | None]:
     return split_of
 
 
-def by_number(source: Source) -> Callable[[Face], str | None]:
+def by_number(face: SourceFace) -> str | None:
     """Face-MoGLE's split of CelebA-HQ."""
-
-    def split_of(face: Face) -> str | None:
-        number = number_of(face.name, "face_mogle")
-        return "train" if number < 27000 else "test" if number < 30000 else None
-
-    return split_of
+    number = number_of(face.name, "face_mogle")
+    return "train" if number < 27000 else "test" if number < 30000 else None
 
 
-def by_lists(source: Source) -> Callable[[Face], str | None]:
+def by_lists(source: Source) -> SplitOf:
     """Multi-Modal-CelebA-HQ's pickled lists."""
     found: dict[str, str] = {}
     for split, names in PICKLES.items():
@@ -141,19 +138,10 @@ def by_lists(source: Source) -> Callable[[Face], str | None]:
             raise InputError(
                 f"--split mm_celeba needs {names[0]} in the source: download it with the dataset, or use another split"
             )
-        for name in read_list(content_of(file), name_of(file)):
+        for name in read_list(file):
             stem = name.rpartition("/")[2].split(".")[0]
             found[stem.lstrip("0") or "0"] = split
     return lambda face: found.get(face.name.lstrip("0") or "0")
-
-
-RULES: dict[str, Callable[[Source], Callable[[Face], str | None]]] = {
-    "given": lambda source: lambda face: face.split or "train",
-    "none": lambda source: lambda face: "train",
-    "celeba": by_partition,
-    "face_mogle": by_number,
-    "mm_celeba": by_lists,
-}
 
 
 class ListsOnly(pickle.Unpickler):
@@ -162,16 +150,14 @@ class ListsOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> None:
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
-    def persistent_load(self, pid: object) -> None:
-        raise pickle.UnpicklingError("it refers to other objects")
 
-
-def read_list(content: bytes, name: str) -> list[str]:
+def read_list(file: SourceFile) -> list[str]:
     """Read a pickled list of strings. Raises `InputError` for any other pickle."""
+    reason = "it has other types"
     try:
-        found = ListsOnly(io.BytesIO(content), encoding="latin1").load()
+        found = ListsOnly(io.BytesIO(file.content()), encoding="latin1").load()
+        if isinstance(found, list) and all(isinstance(entry, str) for entry in found):
+            return found
     except Exception as error:  # a broken pickle raises nearly any error
-        raise InputError(f"{name} is not a plain list of file names ({str(error)[:80]}): do not trust it") from error
-    if not isinstance(found, list) or not all(isinstance(entry, str) for entry in found):
-        raise InputError(f"{name} is not a plain list of file names: do not trust it")
-    return found
+        reason = str(error)[:80]
+    raise InputError(f"{file.name} is not a plain list of file names ({reason}): do not trust it")

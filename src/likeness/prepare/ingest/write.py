@@ -1,49 +1,31 @@
 """Write ingested faces as a prepared folder.
 
-Images that need no change are copied, all others become PNG; masks become palette PNGs with swapped sides fixed. The
+Unchanged images are copied, all others become PNG; masks become palette PNGs with swapped sides fixed. The
 image of a face is written after its conditions, the metadata of each split last, and `dataset.json` records what was
 ingested: the same command resumes, another one is rejected.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-
 from likeness.conditions import CONDITIONS
-from likeness.conditions.images import open_image, png_bytes
+from likeness.conditions.images import png_bytes
 from likeness.data.ahead import read_ahead
-from likeness.data.folder import METADATA, RECORD, column_of, condition_file, line_of
+from likeness.data.folder import METADATA, RECORD, column_of, line_of, open_record, write_record
 from likeness.files import write_whole, writing_whole
-from likeness.prepare.ingest.convert import CONVERTERS, COPIED, Geometry, crop_and_resize, open_face
-from likeness.prepare.ingest.face import (
-    Face,
-    Faces,
-    File,
-    Skipped,
-    json_of,
-    lines_of,
-    name_of,
-    parse_json,
-    plain_name,
-    split_order,
-)
+from likeness.prepare.ingest.convert import COPIED, convert_condition, crop_and_resize, open_face
+from likeness.prepare.ingest.faces import SPLIT_ORDER, Entries, Skipped, SourceFace, with_names
 from likeness.prepare.ingest.formats import FORMATS, UNKNOWN_TERMS, detect_format
-from likeness.prepare.ingest.source import Source, join, open_source
-from likeness.prepare.ingest.splits import SPLITS, assign_splits, default_held_out
-from likeness.prepare.near_duplicates import count_leaks, image_hash
+from likeness.prepare.ingest.source import Source, SourceFile, join, open_source, parse_json
+from likeness.prepare.ingest.splits import HELD_OUT, SPLITS, assign_splits
 from likeness.types import InputError
-
-KIND = "likeness ingest"
 
 SKIPPED = "skipped.jsonl"
 """File that lists everything that was skipped, with the reason."""
@@ -56,7 +38,7 @@ PARTS = {
 }
 """What a face may have -> its column."""
 
-Progress = Callable[[int, int], None]
+Report = Callable[[str], None]
 
 
 @dataclass
@@ -64,10 +46,10 @@ class Written:
     """Result of one face."""
 
     split: str
-    row: dict[str, Any]
+    row: dict[str, Any] | None = None
+    """None if the face was skipped."""
     skipped: list[Skipped] = field(default_factory=list)
     repaired: bool = False
-    image_hash: bytes = b""
     captions_file: str = ""
     """File of its captions, if they are stored separately."""
 
@@ -81,22 +63,14 @@ class Totals:
     skipped: dict[str, str] = field(default_factory=dict)
     repaired: int = 0
     captions_files: set[str] = field(default_factory=set)
-    identities: dict[str, str] = field(default_factory=dict)
-    """Identity -> split of its first face."""
-    shared_identities: set[str] = field(default_factory=set)
-    image_hashes: bytearray = field(default_factory=bytearray)
-    held_out: bytearray = field(default_factory=bytearray)
 
     def add(self, written: Written) -> None:
-        self.splits[written.split] += 1
-        self.parts.update(part for part, column in PARTS.items() if column in written.row)
-        self.repaired += written.repaired
-        self.captions_files.add(written.captions_file)
-        self.image_hashes += written.image_hash
-        self.held_out.append(written.split != "train")
-        identity = written.row.get("identity")
-        if identity is not None and self.identities.setdefault(identity, written.split) != written.split:
-            self.shared_identities.add(identity)
+        self.skipped |= {skipped.name: skipped.reason for skipped in written.skipped}
+        if written.row is not None:
+            self.splits[written.split] += 1
+            self.parts.update(part for part, column in PARTS.items() if column in written.row)
+            self.repaired += written.repaired
+            self.captions_files.add(written.captions_file)
 
 
 def ingest(
@@ -111,8 +85,8 @@ def ingest(
     held_out: int | None = None,
     seed: int = 0,
     limit: int | None = None,
-    progress: Progress | None = None,
-    report: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    report: Report = lambda line: None,
 ) -> dict[str, Any]:
     """Import the faces of `source` into the prepared folder `out`, with a subfolder per split.
 
@@ -142,30 +116,33 @@ def ingest(
         raise InputError(f"size must be between 8 and 8192 pixels, not {size}")
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, not {limit}")
-    if format not in ("auto", *FORMATS):
-        raise InputError(f"unknown dataset format {format!r}. Available: {', '.join(FORMATS)}")
-    if split not in ("auto", *SPLITS):
-        raise InputError(f"unknown split {split!r}. Available: {', '.join(SPLITS)}")
+    for kind, name, known in (("dataset format", format, FORMATS), ("split", split, SPLITS)):
+        if name not in ("auto", *known):
+            raise InputError(f"unknown {kind} {name!r}. Available: {', '.join(known)}")
     opened = open_source(source, out)
     if format == "auto":
         format = detect_format(opened)
         report(f"{source} is in the format {format}: {FORMATS[format].files}")
 
-    def faces() -> Faces:
+    def entries() -> Entries:
         return first_faces(FORMATS[format].read(opened), limit)
+
+    def faces() -> Iterator[SourceFace]:
+        return (face for face in entries() if isinstance(face, SourceFace))
 
     if split == "auto":
         split = FORMATS[format].split
-        if split == "random" and all(face.identity is not None for face in faces() if isinstance(face, Face)):
+        if split == "random" and all(face.identity is not None for face in faces()):
             split = "person"
+    randomly = split in ("person", "random")
     if held_out is None and (out / RECORD).is_file():  # keep the value of the first run
-        held_out = json_of(out / RECORD).get("held_out")
-    if held_out is None:
-        randomly = split in ("person", "random")
-        held_out = default_held_out(sum(isinstance(face, Face) for face in faces())) if randomly else 0
+        held_out = SourceFile(RECORD, (out / RECORD).read_bytes).json().get("held_out")
+    if held_out is None and randomly:
+        count = sum(1 for _ in faces())
+        held_out = min(HELD_OUT, max(1, count // 10)) if count > 1 else 0
     texts = caption_files(captions) if captions else {}
     arguments = {
-        "kind": KIND,
+        "kind": "likeness ingest",
         "layout": format,
         "source": source.resolve().name,
         "size": size,
@@ -173,24 +150,25 @@ def ingest(
         "limit": limit,
         "captions": captions.resolve().name if captions else None,
         "split": split,
-        **({"held_out": held_out, "seed": seed} if split in ("person", "random") else {}),
+        **({"held_out": held_out, "seed": seed} if randomly else {}),
     }
-    record = {**arguments, "split_is": SPLITS[split], **licence_of(opened, format)}
-    if is_complete(out, arguments):
-        known = json_of(out / RECORD)["faces"]
+    known = open_record(out, arguments, "ingest").get("faces")
+    if known and all((out / split / METADATA).is_file() for split in known):
         report(f"{out} is complete, {sum(known.values())} faces: for new images choose another folder")
-        lines = [parse_json(line, SKIPPED) for line in lines_of(out / SKIPPED)] if (out / SKIPPED).is_file() else []
-        return {**known, "skipped": {entry["name"]: entry["reason"] for entry in lines}}
+        lines = (out / SKIPPED).read_text().splitlines() if (out / SKIPPED).is_file() else []
+        skipped = [parse_json(line, SKIPPED) for line in lines]
+        return {**known, "skipped": {entry["name"]: entry["reason"] for entry in skipped}}
 
-    splits = assign_splits(split, (face for face in faces() if isinstance(face, Face)), opened, held_out, seed)
+    splits = assign_splits(split, faces(), opened, held_out or 0, seed)
     if not splits:
-        first = next((face for face in faces() if isinstance(face, Skipped)), None)
+        first = next((entry for entry in entries() if isinstance(entry, Skipped)), None)
         reason = f" ({first.name} was skipped: {first.reason})" if first else ""
         raise InputError(f"{source} has no faces in the format {format}{reason}")
     report(f"split {split}: {SPLITS[split]}")
+    record = {**arguments, "split_is": SPLITS[split], **licence_of(opened, format)}
     write_record(out, record)
-    totals = write_faces(faces(), splits, out, Geometry(size=size, crop=crop), texts, progress)
-    written = {name: totals.splits[name] for name in sorted(totals.splits, key=split_order)}
+    totals = write_faces(entries(), splits, out, size, crop, texts, progress)
+    written = {name: totals.splits[name] for name in SPLIT_ORDER if totals.splits[name]}
     if not written:
         (out / RECORD).unlink(missing_ok=True)  # allow other arguments
         name, reason = next(iter(totals.skipped.items()), ("", ""))
@@ -204,25 +182,21 @@ def ingest(
     return {**written, **repaired, "skipped": totals.skipped}
 
 
-def report_totals(totals: Totals, texts: dict[str, File], report: Callable[[str], None]) -> None:
-    """Report what the faces have, unused caption files, and overlaps between splits."""
+def report_totals(totals: Totals, texts: dict[str, SourceFile], report: Report) -> None:
+    """Report what the faces have, and unused caption files."""
     parts = ", ".join(f"{totals.parts[part]} with {part}" for part in PARTS)
     report(f"{totals.splits.total()} faces: {parts}")
-    if unused := sorted({name_of(file) for file in texts.values()} - totals.captions_files):
+    if unused := sorted({file.name for file in texts.values()} - totals.captions_files):
         report(f"unused caption files: {len(unused)}, such as {unused[0]}")
-    if totals.shared_identities:
-        report(f"identities in more than one split: {len(totals.shared_identities)}; --split person avoids this")
-    if leaks := count_leaks(totals.image_hashes, np.frombuffer(totals.held_out, np.bool_)):
-        report(f"(nearly) equal images in train and another split: {leaks}; `likeness prepare check` lists them")
 
 
-def first_faces(faces: Faces, limit: int | None) -> Faces:
+def first_faces(entries: Entries, limit: int | None) -> Entries:
     """Yield the first `limit` faces, and everything skipped before them."""
     taken = 0
-    for face in faces:
-        taken += isinstance(face, Face)
-        yield face
-        if limit is not None and taken >= limit:
+    for entry in entries:
+        taken += isinstance(entry, SourceFace)
+        yield entry
+        if taken == limit:
             return
 
 
@@ -230,44 +204,17 @@ def licence_of(source: Source, format: str) -> dict[str, str]:
     """Return the terms of a format's publishers, or those that a prepared folder records."""
     found = source.find(RECORD)
     if FORMATS[format].licence == UNKNOWN_TERMS and found:
-        known = json_of(found)
+        known = found.json()
         if isinstance(known, dict) and isinstance(known.get("licence"), str):
             return {"licence": known["licence"], "licence_source": str(known.get("licence_source", ""))}
     return {"licence": FORMATS[format].licence, "licence_source": FORMATS[format].licence_source}
 
 
-def is_complete(out: Path, arguments: dict[str, Any]) -> bool:
-    """Return whether `out` has been ingested completely with these arguments.
-
-    Raises:
-        InputError: it contains something else.
-    """
-    path = out / RECORD
-    try:
-        if path.is_file():
-            found = json_of(path)
-            found = found if isinstance(found, dict) else {}
-            other = [key for key, value in arguments.items() if found.get(key) != value]
-            if other:
-                changes = ", ".join(f"{key} {found.get(key)!r}, not {arguments[key]!r}" for key in other[:3])
-                raise InputError(f"{out} was ingested with {changes}: choose another folder or remove it")
-            return "faces" in found and all((out / split / METADATA).is_file() for split in found["faces"])
-        if out.exists() and any(not entry.name.startswith(f".{RECORD}.") for entry in out.iterdir()):
-            raise InputError(f"{out} is not empty and was not written by `likeness prepare ingest`: choose another")
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror or error}") from error
-    return False
-
-
-def write_record(out: Path, record: dict[str, Any]) -> None:
-    write_whole(out / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-
-
-def caption_files(path: Path) -> dict[str, File]:
+def caption_files(path: Path) -> dict[str, SourceFile]:
     """Return face name -> text file: `sub_a` and, unless ambiguous, `a` for sub/a.txt."""
     source = open_source(path)
-    full: dict[str, File] = {}
-    short: dict[str, list[File]] = {}
+    full: dict[str, SourceFile] = {}
+    short: dict[str, list[SourceFile]] = {}
     for folder in source.folders:
         for stem, name in source.texts(folder).items():
             file, parts = source.existing_file(name), join(folder, stem).split("/")
@@ -280,100 +227,84 @@ def caption_files(path: Path) -> dict[str, File]:
 
 
 def write_faces(
-    faces: Faces,
+    entries: Entries,
     splits: list[str | None],
     out: Path,
-    geometry: Geometry,
-    texts: dict[str, File],
-    progress: Progress | None,
+    size: int | None,
+    crop: bool,
+    texts: dict[str, SourceFile],
+    progress: Callable[[int, int], None],
 ) -> Totals:
     """Write all faces and, at the end, the metadata of each split."""
     totals = Totals()
     threads = os.cpu_count() or 1
     with ExitStack() as stack:
         metadata: dict[str, BinaryIO] = {}
-        items = with_names(faces, splits)
-        write = partial(write_face, out, geometry, texts)
-        ahead = read_ahead(write, items, depth=4 * threads, threads=threads)
-        for done, written in enumerate(ahead, start=1):
-            for left in written.skipped if isinstance(written, Written) else [written]:
-                totals.skipped[left.name] = left.reason
-            if isinstance(written, Written):
+        results = read_ahead(
+            lambda entry: write_entry(*entry, out, size, crop, texts),
+            with_names(entries, splits),
+            depth=4 * threads,
+            threads=threads,
+        )
+        for done, written in enumerate(results, start=1):
+            totals.add(written)
+            if written.row is not None:
                 if written.split not in metadata:
                     file = stack.enter_context(writing_whole(out / written.split / METADATA))
                     metadata[written.split] = file
                 metadata[written.split].write(line_of(written.row))
-                totals.add(written)
-            if progress is not None:
-                progress(min(done, len(splits)), len(splits))
+            progress(min(done, len(splits)), len(splits))
     return totals
 
 
-def with_names(
-    faces: Iterable[Face | Skipped], splits: Iterable[str | None]
-) -> Iterator[tuple[Face | Skipped, str | None, str]]:
-    """Yield each face with its split and a file name that is unique in the split, also without regard to case."""
-    taken: set[tuple[str | None, str]] = set()
-    split_of = iter(splits)
-    for face in faces:
-        if isinstance(face, Skipped):
-            yield face, None, ""
-            continue
-        split, plain = next(split_of), plain_name(face.name)
-        name, number = plain, 2
-        while (split, name.casefold()) in taken:
-            name, number = f"{plain}-{number}", number + 1
-        taken.add((split, name.casefold()))
-        yield face, split, name
-
-
-def write_face(
-    out: Path, geometry: Geometry, texts: dict[str, File], item: tuple[Face | Skipped, str | None, str]
-) -> Written | Skipped:
-    """Write the missing files of a face, its image last. What cannot be read is returned as `Skipped`.
+def write_entry(
+    face: SourceFace | Skipped,
+    split: str | None,
+    name: str,
+    out: Path,
+    size: int | None,
+    crop: bool,
+    texts: dict[str, SourceFile],
+) -> Written:
+    """Write the missing files of a face, its image last. Unreadable files are skipped.
 
     Raises:
         InputError: a file cannot be written.
     """
-    face, split, name = item
     if isinstance(face, Skipped):
-        return face
+        return Written("", skipped=[face])
     if split is None:
-        return Skipped(name, "the split does not list it")
-    written, folder, where = Written(split, {}), out / split, f"{split}/{name}"
+        return Written("", skipped=[Skipped(name, "the split does not list it")])
+    written, folder, where = Written(split), out / split, f"{split}/{name}"
     paths = [folder / "images" / f"{name}{suffix}" for suffix in COPIED.values()]
     path = next((path for path in paths if path.is_file()), None)
-    targets = {key: folder / condition_file(key, name) for key in CONDITIONS if getattr(face, key) is not None}
-    if path is None or not all(target.is_file() for target in targets.values()):
+    files = {key: CONDITIONS[key].file(name) for key in CONDITIONS if key in face.conditions}
+    missing = [key for key, file in files.items() if not (folder / file).is_file()]
+    if path is None or missing:
         try:
-            image, box, content, suffix = open_face(face, geometry)
+            image, box, content, suffix = open_face(face, size, crop)
         except InputError as error:
-            return Skipped(where, str(error))
-        for key, target in targets.items():
-            if target.is_file():
-                continue
+            return Written(split, skipped=[Skipped(where, str(error))])
+        for key in missing:
             try:
-                converted, repaired = CONVERTERS[key](getattr(face, key), box, image.size)
+                converted, repaired = convert_condition(key, face.conditions[key], box, image.size)
             except InputError as error:
                 written.skipped.append(Skipped(f"{column_of(key)} of {where}", str(error)))
+                del files[key]
                 continue
             written.repaired |= repaired
-            write_whole(target, converted)
+            write_whole(folder / files[key], converted)
         if path is None:
             path = folder / "images" / f"{name}{suffix or '.png'}"
-            image = crop_and_resize(image, box, geometry.size)
-            write_whole(path, content if suffix else png_bytes(image))
-            written.image_hash = image_hash(image)
-    written.image_hash = written.image_hash or image_hash(open_image(path))
-    row = {"file_name": f"images/{path.name}"}
-    row |= {column_of(key): condition_file(key, name) for key, target in targets.items() if target.is_file()}
-    captions = []
+            write_whole(path, content if suffix else png_bytes(crop_and_resize(image, box, size)))
+    captions: list[str] = []
     try:
         file = texts.get(f"{face.split}_{face.name}") or texts.get(face.name)
-        written.captions_file = name_of(file) if file else ""
-        captions = [caption.strip() for caption in (lines_of(file) if file else face.captions()) if caption.strip()]
+        written.captions_file = file.name if file else ""
+        captions = [caption.strip() for caption in (file.lines() if file else face.captions()) if caption.strip()]
     except InputError as error:
         written.skipped.append(Skipped(f"captions of {where}", str(error)))
     own = {"text": captions or None, "attributes": face.attributes, "identity": face.identity}
+    row = {"file_name": f"images/{path.name}"} | {column_of(key): file for key, file in files.items()}
     written.row = {**row, **{key: value for key, value in own.items() if value is not None}, **face.more}
     return written

@@ -1,0 +1,124 @@
+"""Faces of a source with their files, which are not read yet, and files that are skipped."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from likeness.prepare.ingest.source import SourceFile
+
+NAME_BYTES = 200
+"""Most bytes of a name: file systems take 255, including suffixes and numbers."""
+
+CAPTION_COLUMNS = ("text", "captions", "caption")
+"""Columns with captions; the first that exists is used and written as `text`."""
+
+OWN_COLUMNS = {"file_name", "identity", "attributes", "keypoints", *CAPTION_COLUMNS}
+
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+"""Name of a split in sources -> our name."""
+
+SPLIT_ORDER = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFace:
+    """One face of a source."""
+
+    name: str
+    """Name of its files without suffix."""
+    image: SourceFile
+    conditions: Mapping[str, Any] = field(default_factory=dict)
+    """Condition -> file. Also: for `mask`, class -> image of that part; for `keypoints`, {"points": [[x, y], ...],
+    "size": [width, height]}."""
+    captions: Callable[[], Sequence[str]] = tuple
+    """Returns the captions when they are needed."""
+    attributes: Mapping[str, Any] | None = None
+    """Name -> true or false; other tools may have any value."""
+    identity: str | None = None
+    split: str | None = None
+    """Split in the source."""
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """Further columns of its row, such as the licence of the image."""
+    image_size: tuple[int, int] | None = None
+    """(width, height) that the image must have."""
+    box: tuple[int, int, int, int] | None = None
+    """Left, top, right and bottom of the crop; None keeps the whole image."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file or face that is not imported."""
+
+    name: str
+    reason: str
+
+
+Entries = Iterator[SourceFace | Skipped]
+"""What a format reads from a source."""
+
+
+def with_row(face: SourceFace, row: Mapping[str, Any]) -> SourceFace | Skipped:
+    """Return a face with the columns of a row: captions, attributes, identity, keypoints; others are kept.
+
+    Returns `Skipped` if a column has the wrong type.
+    """
+    name = f"{face.split}/{face.name}" if face.split else face.name
+    row = {key: value for key, value in row.items() if value is not None}
+    changes: dict[str, Any] = {}
+    column = next((key for key in CAPTION_COLUMNS if key in row), None)
+    if column is not None:
+        captions = [row[column]] if isinstance(row[column], str) else row[column]
+        if not isinstance(captions, list | tuple) or not all(isinstance(caption, str) for caption in captions):
+            return Skipped(name, f"{column} must be a caption or a list of captions")
+        changes["captions"] = partial(tuple, captions)
+    if "attributes" in row:
+        attributes = row["attributes"]
+        try:  # tables store them as JSON unless all values are true or false
+            attributes = json.loads(attributes) if isinstance(attributes, str) else attributes
+        except (ValueError, RecursionError):
+            attributes = None
+        if not isinstance(attributes, dict):
+            return Skipped(name, "attributes must be names with values")
+        changes["attributes"] = {key: value for key, value in attributes.items() if value is not None}
+    if "keypoints" in row:
+        if not isinstance(row["keypoints"], dict):
+            return Skipped(name, 'keypoints must be {"points": [[x, y], ...], "size": [width, height]}')
+        points = {key: value for key, value in row["keypoints"].items() if value is not None}
+        changes["conditions"] = {**face.conditions, "keypoints": points}
+    if "identity" in row:
+        changes["identity"] = str(row["identity"])
+    more = {key: row[key] for key in row if key not in OWN_COLUMNS and not key.endswith("_file_name")}
+    return replace(face, **changes, more=more)
+
+
+def with_names(
+    entries: Iterable[SourceFace | Skipped], splits: Iterable[str | None]
+) -> Iterator[tuple[SourceFace | Skipped, str | None, str]]:
+    """Yield each face with its split and a file name that is unique in the split, also without regard to case."""
+    taken: set[tuple[str | None, str]] = set()
+    split_of = iter(splits)
+    for entry in entries:
+        if isinstance(entry, Skipped):
+            yield entry, None, ""
+            continue
+        split, plain = next(split_of), plain_name(entry.name)
+        name, number = plain, 2
+        while (split, name.casefold()) in taken:
+            name, number = f"{plain}-{number}", number + 1
+        taken.add((split, name.casefold()))
+        yield entry, split, name
+
+
+def plain_name(name: str) -> str:
+    """Return a name for any file system: letters, digits and `_.+-`, at most `NAME_BYTES` bytes."""
+    plain = re.sub(r"[^\w.+-]+", "_", name).strip(".")
+    return plain.encode()[:NAME_BYTES].decode(errors="ignore") or "face"
