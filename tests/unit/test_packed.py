@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from builders import tiny_clip, tiny_face_parser, tiny_text_encoder, tiny_tokeni
 from likeness.annotators.face_parser import load_face_parser
 from likeness.encoders.components import load_components
 from likeness.encoders.text_image import AttributeHead, load_attribute_head, load_text_image, save_attribute_head
+from likeness.models.mmface import MMFaceTransformer
 from likeness.objectives import RectifiedFlow
 from likeness.pipelines.load import load
 from likeness.pipelines.mmface import MMFacePipeline
@@ -99,6 +101,34 @@ def test_packed_model_makes_the_same_images(bundle):
     assert "_name_or_path" not in (bundle / "mini/transformer/config.json").read_text()
     size = sum(path.stat().st_size for path in (bundle / "mini").rglob("*") if path.is_file())
     assert size < (bundle / "run/transformer/diffusion_pytorch_model.safetensors").stat().st_size / 2
+
+
+def test_difference_from_a_base(bundle, tmp_path):
+    """A model close to its base needs 4 bits per value; the base must be there and unchanged."""
+    shutil.copytree(bundle, tmp_path / "b")
+    root = tmp_path / "b"
+    fine_tuned = MMFaceTransformer.from_pretrained(root / "run" / "transformer")
+    g = torch.Generator().manual_seed(1)
+    for parameter in fine_tuned.parameters():
+        parameter.data += 1e-3 * torch.randn(parameter.shape, generator=g)
+    fine_tuned.save_pretrained(root / "run" / "transformer")
+    pack_model(root / "run", root / "fast", root / "mini")
+    found, base = (load(root / name).transformer.state_dict() for name in ("fast", "mini"))
+    for name, value in fine_tuned.state_dict().items():
+        difference = (value - base[name]).abs().max()
+        assert (found[name] - value).abs().max() <= difference / 14 * 1.01 + 1e-6, name
+    sizes = [sum(file.stat().st_size for file in (root / name / "transformer").iterdir()) for name in ("fast", "mini")]
+    assert sizes[0] < 0.8 * sizes[1]
+    with pytest.raises(InputError, match="not a difference itself"):
+        pack_model(root / "run", root / "other", root / "fast")
+    save_packed(tiny_transformer(("mask", "none")), root / "small" / "transformer")
+    shutil.copy(root / "mini" / "model_index.json", root / "small")
+    with pytest.raises(InputError, match="condition_names differs"):
+        pack_model(root / "run", root / "other", root / "small")
+    save_packed(tiny_transformer(), root / "mini" / "transformer")
+    (root / "mini" / "transformer" / "packed.safetensors").rename(root / "mini" / "transformer" / "moved")
+    with pytest.raises(InputError, match="missing or has changed"):
+        load(root / "fast")
 
 
 def test_statistics_normalise_latents(bundle):

@@ -406,6 +406,8 @@ class Pack:
     """Pipeline folder, such as runs/<name>/model."""
     out: PathArgument
     """Folder to write; the folder `common` next to it contains the components."""
+    base: Path | None = None
+    """Packed model that this one was trained from, such as a teacher: stores the difference, in 4 bits."""
 
     def __call__(self) -> None:
         from likeness.prepare.pack import pack_model

@@ -19,7 +19,7 @@ from likeness.pipelines.sizes import ANY
 from likeness.runtime import library_imports
 from likeness.types import DtypeName, InputError
 from likeness.weights.catalog import ADAPTER, DEFAULT, find_model
-from likeness.weights.packed import PACKED, load_component
+from likeness.weights.packed import is_packed, load_component
 
 PIPELINES = {
     "MMFacePipeline": "likeness.pipelines.mmface",
@@ -110,7 +110,7 @@ def load_folder(
         path = part_folder(folder, part)
         if not path.is_dir():
             raise InputError(f"{folder} is incomplete: its {part} is missing")
-        if path.parent != folder or (path / PACKED).is_file():
+        if path.parent != folder or is_packed(path):
             parts[part] = load_component(path, *entry, dtype=dtype)
     try:
         if flux:

@@ -5,26 +5,43 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from likeness.encoders.components import load_components
 from likeness.files import read_json, write_whole
 from likeness.types import InputError
 from likeness.weights.catalog import CODEC, COMMON
-from likeness.weights.packed import component_class, save_packed
+from likeness.weights.packed import PACKED, component_class, load_component, save_packed
 
 
-def pack_model(model: Path, out: Path) -> None:
+def pack_model(model: Path, out: Path, base: Path | None = None) -> None:
     """Pack a published pipeline into `out`. The folder `common` next to it must contain its components.
 
+    Args:
+        model: the published pipeline.
+        out: folder to write.
+        base: packed pipeline that the model was trained from; only the difference is stored, in 4 bits.
+
     Raises:
-        InputError: `model` is not a published run, or was trained with other components.
+        InputError: `model` is not a published run, or was trained with other components, or `base` has another network.
     """
     index = read_json(model / "model_index.json")
     common = load_components(out.parent / COMMON)
     if not common.same_encoder(read_json(model / CODEC)["codec"]):
         raise InputError(f"{model} was trained on the latents of another encoder than that of {out.parent / COMMON}")
     transformer = component_class(*index["transformer"]).from_pretrained(model / "transformer")
-    save_packed(transformer, out / "transformer")
+    if base is not None:
+        found, wanted = (dict(part.config) for part in (load_base(base), transformer))
+        if differing := [name for name in wanted if not name.startswith("_") and found.get(name) != wanted[name]]:
+            raise InputError(f"{base} has another network than {model}: {differing[0]} differs")
+    save_packed(transformer, out / "transformer", None if base is None else base / "transformer")
     shutil.copytree(model / "scheduler", out / "scheduler", dirs_exist_ok=True)
     shutil.copy(model / CODEC, out / CODEC)
     write_whole(out / "model_index.json", json.dumps(index, indent=2))
+
+
+def load_base(base: Path) -> Any:
+    """Load the network of a packed pipeline. Raises `InputError` if it is not packed, or is itself a difference."""
+    if not (base / "transformer" / PACKED).is_file():
+        raise InputError(f"{base} has no {PACKED}: the base must be a packed model that is not a difference itself")
+    return load_component(base / "transformer", *read_json(base / "model_index.json")["transformer"])

@@ -1,13 +1,16 @@
-"""Weights at one byte per value, for the bundled models.
+"""Weights at one byte or half a byte per value, for the bundled models.
 
-Matrices are stored as int8 with one scale per output channel, other tensors in half precision. Loading converts all of
-them, by default to float32: the file is a quarter of the size, the computation is unchanged.
+Matrices are stored as int8 with one scale per output channel, other tensors in half precision. A model that was trained
+from a packed one may be stored as the difference from it, in 4 bits: its weights differ by little more than the error
+of 8 bits. Loading converts all to float32 by default: the files are small, the computation is unchanged.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers import ConfigMixin
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,6 +26,7 @@ from likeness.files import first_line, read_json
 from likeness.types import InputError
 
 PACKED = "packed.safetensors"
+DIFFERENCE = "difference.safetensors"
 SCALE = ".scale"
 
 
@@ -56,10 +61,76 @@ def unpack(packed: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> 
     return state
 
 
-def save_packed(model: Any, folder: Path) -> None:
-    """Write a diffusers or transformers model as `folder/packed.safetensors` and `folder/config.json`."""
+def pack_difference(state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the difference of two state dicts with equal names and shapes, each matrix [O, ...] of I values per row in
+    4 bits: uint8 [O, ceil(I / 2)], two values plus 8 per byte, the first in the low bits, and scales [O].
+    """
+    packed = {}
+    for name, value in state.items():
+        difference = value.float() - base[name].float()
+        if value.ndim < 2:
+            packed[name] = difference.to(torch.float16).contiguous()
+            continue
+        rows = difference.flatten(1)  # [O, I]
+        scale = rows.abs().amax(dim=1).clamp(min=1e-12) / 7  # [O]
+        codes = (rows / scale[:, None]).round().to(torch.int16) + 8  # 1 to 15
+        codes = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2), value=8)
+        packed[name] = (codes[:, ::2] + 16 * codes[:, 1::2]).to(torch.uint8).contiguous()
+        packed[name + SCALE] = scale
+    return packed
+
+
+def add_difference(
+    base: Mapping[str, Tensor], packed: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Return the state dict of which `packed` is the difference from `base`, in `dtype`."""
+    state = {}
+    for name, value in base.items():
+        difference = packed[name]
+        if difference.dtype == torch.uint8:
+            codes = torch.stack([difference % 16, difference // 16], dim=-1).flatten(1)  # [O, 2 ceil(I / 2)]
+            rows = (codes.float() - 8) * packed[name + SCALE][:, None]
+            difference = rows[:, : value[0].numel()].reshape(value.shape)
+        state[name] = (value.float() + difference.float()).to(dtype)
+    return state
+
+
+def is_packed(folder: Path) -> bool:
+    """Return whether the weights in a component's folder are packed."""
+    return (folder / PACKED).is_file() or (folder / DIFFERENCE).is_file()
+
+
+def read_packed(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Read the state dict of a packed component.
+
+    Raises:
+        InputError: it is a difference from weights that are missing or have changed.
+    """
+    if not (folder / DIFFERENCE).is_file():
+        return unpack(load_file(folder / PACKED), dtype)
+    with safe_open(folder / DIFFERENCE, "pt") as file:
+        metadata = file.metadata()
+    base = folder / metadata["base"]
+    if not (base / PACKED).is_file() or file_hash(base / PACKED) != metadata["base_hash"]:
+        raise InputError(f"{folder} is the difference from {base.resolve()}, which is missing or has changed")
+    return add_difference(read_packed(base), load_file(folder / DIFFERENCE), dtype)
+
+
+def save_packed(model: Any, folder: Path, base: Path | None = None) -> None:
+    """Write a diffusers or transformers model as packed weights and `config.json`.
+
+    Args:
+        model: the model.
+        folder: folder to write.
+        base: folder of a packed model with the same configuration, to store the difference from it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(pack(model.state_dict()), folder / PACKED, metadata={"format": "pt"})
+    if base is None:
+        save_file(pack(model.state_dict()), folder / PACKED, metadata={"format": "pt"})
+    else:
+        metadata = {"format": "pt", "base": os.path.relpath(base, folder), "base_hash": file_hash(base / PACKED)}
+        difference = pack_difference(model.state_dict(), read_packed(base))
+        save_file(difference, folder / DIFFERENCE, metadata=metadata)
     if isinstance(model, ConfigMixin):
         model.save_config(folder)
     else:
@@ -83,13 +154,15 @@ def load_component(folder: Path, library: str, class_name: str, dtype: torch.dty
         InputError: the class is from another library, or packed weights cannot be read.
     """
     cls = component_class(library, class_name)
-    if not (folder / PACKED).is_file():
+    if not is_packed(folder):
         return cls.from_pretrained(folder)
     config = read_json(folder / "config.json")
     try:
         with init_empty_weights(include_buffers=False):
             model = cls(cls.config_class.from_dict(config)) if library == "transformers" else cls.from_config(config)
-        model.load_state_dict(unpack(load_file(folder / PACKED), dtype), assign=True)
+        model.load_state_dict(read_packed(folder, dtype), assign=True)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"The weights in {folder} cannot be read: {first_line(error)}") from error
     return model.eval()
@@ -102,3 +175,9 @@ def component_class(library: str, class_name: str) -> Any:
             f"Component {library}.{class_name} is not supported: only diffusers, transformers and likeness"
         )
     return getattr(importlib.import_module(library), class_name)
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
