@@ -321,7 +321,7 @@ def test_what_does_not_fit_is_listed_and_rejected(root):
     assert dict(pipeline.transformer.named_modules()).keys() == layers.keys()  # nothing was changed
     for part, reason in (
         ("blocks.7.attn.to_q.lora_A", "unknown layer"),
-        ("blocks.1.attn.to_q.lora_B", "for a layer 32 x 48; this one is 32 x 32"),
+        ("blocks.1.attn.to_q.lora_B", "for a layer of 32 x 48; this one is 32 x 32"),
         ("blocks.1.attn.to_k.lora_A", "not a pair of LoRA matrices"),
         ("blocks.1.attn.to_v.lora_A", "ranks 2 and 3"),
         ("norm_q.lora_A", "not a Linear"),
