@@ -126,7 +126,9 @@ def trace(recipe: TrainRecipe, micro: int, stands: Stands, accelerator: bool = F
     return Trace(**total)
 
 
-def trace_blocks(recipe: TrainRecipe, micro: int, stands: Stands, depths: Sequence[int], accelerator: bool) -> Trace:
+def trace_blocks(
+    recipe: TrainRecipe, micro: int, stands: Stands, depths: Sequence[int], accelerator: bool = False
+) -> Trace:
     """Count with so many blocks of each kind."""
     side = recipe.defaults.get("size", 256) // 8
     most = max(1, *(len(parts_of(share)) for share in recipe.data.condition_shares))
