@@ -141,7 +141,7 @@ def test_adapter_is_the_average(adapter_recipe, tmp_path):
 
 
 def test_a_base_of_our_own(prepared, tmp_path):
-    """Trained without any condition, it is a small FLUX: it takes words only, and adapters of either reach."""
+    """Trained without any condition, it is a small FLUX: it takes text only, and adapters of either reach."""
     shards, words = [str(prepared / "shards")], {"none": 1.0}
     given = {"shards": shards, "components": str(prepared / "components"), "condition_shares": words}
     network = {**NETWORK, "spatial_stream": "lora"}
@@ -150,7 +150,7 @@ def test_a_base_of_our_own(prepared, tmp_path):
     pipeline = load(base)
     assert tuple(pipeline.transformer.config.condition_names) == ()
     assert not any(".spatial." in name for name in pipeline.transformer.state_dict())
-    with pytest.raises(InputError, match="takes words only"):
+    with pytest.raises(InputError, match="takes text only"):
         pipeline("a face", control_image={"mask": prepared / "faces/train/masks/000000.png"})
     portraits, request = {}, resolve(PortraitRequest(prompt="a face"), pipeline)
     portraits["base"] = generate(pipeline, request, [1])[0][0].tobytes()
