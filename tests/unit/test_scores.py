@@ -111,7 +111,7 @@ def test_retrieval_and_nearest():
     mixed = images.clone()
     mixed[:10] = mixed[:10].roll(1, 0)  # a quarter has wrong captions
     assert retrieved(images, mixed, 10).float().mean() == 0.75
-    with pytest.raises(ValueError, match="fill no group"):
+    with pytest.raises(ValueError, match="fewer than one group"):
         retrieved(images, images, 50)
     similarity, index = nearest(images[:5] * 2, images)
     assert torch.equal(index, torch.arange(5))

@@ -121,7 +121,7 @@ def trace(recipe: TrainRecipe, micro: int, sizes: ComponentSizes, accelerator: b
 
 
 def trace_blocks(
-    recipe: TrainRecipe, micro: int, sizes: ComponentSizes, depths: Sequence[int], accelerator: bool
+    recipe: TrainRecipe, micro: int, sizes: ComponentSizes, depths: Sequence[int], accelerator: bool = False
 ) -> Trace:
     """Count the cost with this number of blocks of each kind."""
     objective = make_objective(recipe.objective)
