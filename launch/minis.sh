@@ -53,3 +53,7 @@ for model in mmface mditface; do
     train "${model}_mini" "${conditions[@]}"
     likeness prepare pack "runs/${model}_mini/model" "data/$model-mini"
 done
+
+# 6. The few-step student of mmface-mini, packed as the difference from it
+train mmface_mini_fast teacher=data/mmface-mini "${shares[@]}"
+likeness prepare pack runs/mmface_mini_fast/model data/mmface-mini-fast --base data/mmface-mini

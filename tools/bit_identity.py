@@ -1,4 +1,4 @@
-"""Check that a refactoring changes no bits: hash the losses of recipes/debug.toml and the pixels of eight requests.
+"""Check that a refactoring changes no bits: hash the losses of recipes/debug.toml and the pixels of nine requests.
 
     python tools/bit_identity.py --out before.json        # before the change
     python tools/bit_identity.py --compare before.json    # after it, on the same machine
@@ -31,6 +31,7 @@ REQUESTS: dict[str, list[str]] = {
     "keypoints": ["a woman", "--keypoints", POINTS, "--seed", "4", "--steps", "12"],
     "mask and sketch": ["a woman", "--mask", MASK, "--sketch", SKETCH, "--sketch-scale", "0.5", "--seed", "5"],
     "interval": ["", "--mask", MASK, "--control-guidance-end", "0.6", "--negative-prompt", "a man", "--seed", "6"],
+    "few steps": ["a woman", "--mask", MASK, "--seed", "9", "--model", "mmface-mini-fast"],
     "mditface": ["a smiling woman", "--mask", MASK, "--model", "mditface-mini", "--seed", "7"],
     "mditface, two": ["a man", "--mask", MASK, "--sketch", SKETCH, "--model", "mditface-mini", "--seed", "8"],
 }
@@ -51,7 +52,8 @@ def hashes(work: Path) -> dict[str, str]:
     """Hash of the pixels of every request, of the losses, and of the trained weights."""
     found = {}
     for name, arguments in REQUESTS.items():
-        likeness("generate", *arguments, "--out", work / "image.png")
+        model = () if "--model" in arguments else ("--model", "mmface-mini")
+        likeness("generate", *arguments, *model, "--out", work / "image.png")
         found[name] = digest(np.asarray(Image.open(work / "image.png")).tobytes())
         (work / "image.png").unlink()
     likeness("prepare", "synthetic", work / "faces", "--count", "16", "--size", "128")

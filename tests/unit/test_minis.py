@@ -31,6 +31,8 @@ SHORT = {
     "single_depth": 1,
     "heads": 2,
     "steps": 2,
+    "blocks": [0],
+    "frozen_images": 4,
 }
 """Values that replace those of the recipes, if they have the key."""
 
@@ -74,7 +76,7 @@ def test_from_data_sets_to_an_image(tmp_path):
     done = subprocess.run(command, **given)
     assert done.returncode == 0, done.stderr[-3000:]
     assert weights.read_bytes() == before
-    for name in ("mmface-mini", "mditface-mini"):
+    for name in ("mmface-mini", "mditface-mini", "mmface-mini-fast"):
         portrait = tmp_path / f"{name}.png"
         assert run("generate", "a woman", "--model", out / "data" / name, "--out", portrait) == 0
         assert portrait.is_file()

@@ -18,7 +18,7 @@ from likeness.files import read_json
 from likeness.pipelines.sizes import format_sizes, parse_size, trained_sizes
 from likeness.runtime import choose_threads, optional_packages_hidden, set_threads
 from likeness.types import ConditionInput, DtypeName, InputError, PortraitRequest
-from likeness.weights.catalog import BUNDLED, bundled_models
+from likeness.weights.catalog import BUNDLED, DEFAULT, bundled_models
 
 DTYPE_NAMES: dict[str, DtypeName] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 """Dtype in a recipe -> `--dtype`."""
@@ -39,7 +39,7 @@ def generate(
     keypoints_scale: float = 1.0,
     control_guidance_start: float = 0.0,
     control_guidance_end: float = 1.0,
-    model: str = "mmface-mini",
+    model: str = DEFAULT,
     base: str | None = None,
     lora: tuple[str, ...] = (),
     lora_strict: bool = True,

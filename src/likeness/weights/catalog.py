@@ -22,7 +22,7 @@ COMPONENTS = "components.json"
 CODEC = "codec.json"
 """File in a published model: SHA-256 of the encoder whose latents it was trained on."""
 
-DEFAULT = "mmface-mini"
+DEFAULT = "mmface-mini-fast"
 """The default model."""
 
 
