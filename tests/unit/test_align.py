@@ -356,7 +356,7 @@ def test_profile_transparency_and_mark_of_generated_media(photos, tmp_path):
     from likeness.pipelines.image_recipe import GENERATED, XMP_KEY
 
     source = Image.open(photos / "one.png").convert("RGBA")
-    source.putalpha(Image.linear_gradient("L").resize(source.size))
+    source.putalpha(Image.linear_gradient("L").resize(source.size).point(lambda value: min(255, 12 * value)))
     source.save(photos / "one.png", icc_profile=b"a profile")
     out = tmp_path / "out"
     align(photos, out)

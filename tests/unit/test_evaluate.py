@@ -237,7 +237,7 @@ def test_missing_metrics_say_what_to_provide(root, tmp_path):
         "nearest_training": "train=",
         "diversity_of_seeds": "seeds=2",
         "fd_text_image": "3 images are too few",
-        "retrieval": "fill no group of 4",
+        "retrieval": "fewer than one group of 4",
         "pixel_accuracy": "Folder absent does not exist",
     }
     few = {"given": ("none",), "count": 3}

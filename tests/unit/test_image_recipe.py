@@ -100,15 +100,15 @@ def test_galleries_and_the_mark_of_generated_media(made, tmp_path):
     assert "Steps: 4, Sampler: FlowMatchEulerDiscreteScheduler, CFG scale: 2" in line
     assert f"Seed: {2**62 + 1}, Size: 32x32" in line
     write_image(image, tmp_path / "a.png", recipe)
-    with Image.open(tmp_path / "a.png") as image:
-        assert image.info["parameters"] == line
-        assert GENERATED in image.info[XMP_KEY]
+    with Image.open(tmp_path / "a.png") as written:
+        assert written.info["parameters"] == line
+        assert GENERATED in written.info[XMP_KEY]
     for name in ("a.jpg", "a.webp"):
         write_image(image, tmp_path / name, recipe)
-        with Image.open(tmp_path / name) as image:
-            comment = image.getexif().get_ifd(EXIF_POINTER)[USER_COMMENT]
+        with Image.open(tmp_path / name) as written:
+            comment = written.getexif().get_ifd(EXIF_POINTER)[USER_COMMENT]
             assert comment.removeprefix(b"UNICODE\x00").decode("utf-16-be") == line
-            assert GENERATED.encode() in image.info["xmp"]
+            assert GENERATED.encode() in written.info["xmp"]
 
 
 def test_stripped(made, tmp_path):
@@ -116,8 +116,8 @@ def test_stripped(made, tmp_path):
     for suffix in ("png", "jpg", "webp"):
         path = tmp_path / f"bare.{suffix}"
         write_image(image, path, None)
-        with Image.open(path) as image:
-            assert not {"parameters", XMP_KEY, "xmp", "exif"} & set(image.info)
+        with Image.open(path) as written:
+            assert not {"parameters", XMP_KEY, "xmp", "exif"} & set(written.info)
         with pytest.raises(InputError, match="has no recipe"):
             read_recipe(path)
 

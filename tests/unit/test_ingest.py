@@ -466,7 +466,7 @@ BAD = {
     "mask with outside path": (one_row(file_name="0.png", mask_file_name="..\\..\\x.png"), "points outside the folder"),
     "no file name": (one_row(text="a face"), "every row needs a file_name"),
     "invalid JSON": (lambda root: put(root, "metadata.jsonl", "{"), "line 1 is not valid JSON"),
-    "only a bomb": (lambda root: put(root, "0.png", bomb()), "too many pixels to be opened safely"),
+    "only a bomb": (lambda root: put(root, "0.png", bomb()), "too many pixels"),
     "only corrupt": (lambda root: put(root, "0.jpg", CONTENT[:500]), "may be truncated"),
     "not square": (lambda root: put(root, "0.jpg", image(0, (64, 80))), "crop the centre with --crop"),
     "invalid Parquet": (lambda root: put(root, "0.parquet", b"PAR1 nothing PAR1"), "not a readable Parquet file"),

@@ -64,7 +64,7 @@ def test_pts_reads_its_size_from_the_image(tmp_path):
 
 def test_points_keep_the_aspect_ratio_of_their_image():
     wide = {"points": (POINTS * SIZE).tolist(), "size": SIZE}
-    with pytest.raises(InputError, match="picture of the keypoints is 200x100, but the image is 32x32"):
+    with pytest.raises(InputError, match="image of the keypoints is 200x100, but the image is 32x32"):
         tiny_pipeline()("", control_image={"keypoints": wide}, height=32, width=32)
 
 

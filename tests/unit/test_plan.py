@@ -128,7 +128,7 @@ def test_command(capsys):
         (["--plan", "--compare-sharding", "--device", "abacus"], "Unknown device 'abacus'"),
         (["--plan", "--device", "h100", "micro_batch=3"], "a batch of 16 cannot be divided into micro-batches of 3"),
         (["--plan", "--compare-sharding", "--device", "h100", "micro_batch=3"], "cannot be divided into micro-batches"),
-        (["--plan", "--device", "h100", "objective.name=abacus"], "the objective 'abacus' is unknown"),
+        (["--plan", "--device", "h100", "objective.name=abacus"], "Unknown objective 'abacus'"),
     ],
 )
 def test_invalid_options(capsys, options, message):

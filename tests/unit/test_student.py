@@ -325,7 +325,7 @@ def test_recipes_that_do_not_fit(prepared, tmp_path):
             train_student(recipe(prepared, **changes), tmp_path / "run")
         assert not (tmp_path / "run").exists()
 
-    rejected("there is no model .*nowhere", teacher=str(prepared / "nowhere"))
+    rejected("Unknown model .*nowhere", teacher=str(prepared / "nowhere"))
     rejected("discriminator.blocks has 2, but the teacher's blocks are 0 to 1", discriminator={"blocks": [0, 2]})
     rejected("different blocks", discriminator={"blocks": [1, 1]})
     rejected("steps is 0: it must be at least 1", steps=0)

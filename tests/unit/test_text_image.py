@@ -96,7 +96,7 @@ def run(recipe: TextImageRecipe, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.fixture(scope="module")
 def models(run: Path) -> tuple[CLIPModel, CLIPTextModel, Any]:
-    clip = CLIPModel.from_pretrained(run / "model" / "max_grad_norm").eval()
+    clip = CLIPModel.from_pretrained(run / "model" / "clip").eval()
     text_encoder = CLIPTextModel.from_pretrained(run / "model" / "text_encoder").eval()
     return clip, text_encoder, CLIPTokenizer.from_pretrained(run / "model" / "tokenizer")
 

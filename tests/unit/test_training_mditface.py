@@ -136,7 +136,7 @@ def test_invalid_adapters(prepared, adapter_recipe, tmp_path):
             loop.train(recipe(prepared, network, **changes), tmp_path)
 
     adapter, other = {"name": "mditface_adapter"}, {"shards": [str(prepared / "flux_shards")]}
-    rejected("there is no model", {**adapter, "base": str(prepared / "nowhere")})
+    rejected("Unknown model", {**adapter, "base": str(prepared / "nowhere")})
     mmface = {"shards": [str(prepared / "shards")], "components": str(prepared / "components")}
     rejected(r"the base of an adapter must be FLUX\.1", {**adapter, "base": "mmface-mini"}, data=mmface)
     rejected("another encoder", NETWORK, data=other)

@@ -7,6 +7,8 @@ The weights of the bundled models are packed (`likeness.weights.packed`), and th
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +33,28 @@ SCHNELL = {"steps": 4, "guidance_scale": 1.0}
 """Defaults of a FLUX.1 without guidance embedding."""
 
 
+@contextmanager
+def progress_bars_off() -> Iterator[None]:
+    """Switch off the progress bars of diffusers and transformers, and restore them afterwards."""
+    from diffusers.utils import logging as of_diffusers
+    from huggingface_hub import utils as of_hub
+    from transformers.utils import logging as of_transformers
+
+    active = [library for library in (of_diffusers, of_transformers) if library.is_progress_bar_enabled()]
+    hub_off = of_hub.are_progress_bars_disabled()
+    for library in active:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in active:
+            library.enable_progress_bar()
+        if hub_off:
+            of_hub.disable_progress_bars()  # transformers has enabled the Hub's, too
+
+
 @library_imports()
+@progress_bars_off()
 def load(
     source: str | Path = DEFAULT,
     *,

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from likeness.conditions import CONDITIONS
-from likeness.conditions.images import check_aspect, open_image
+from likeness.conditions.images import check_aspect, read_rgb
 from likeness.conditions.keypoints import STROKES
 from likeness.conditions.mask.classes import CLASS_INDEX
 from likeness.conditions.mask.geometry import measure
@@ -199,7 +199,7 @@ def existing_files(checked: CheckedRow, root: Path) -> dict[str, Path]:
 def check_image(checked: CheckedRow, path: Path) -> tuple[int, int] | None:
     """Report the faults of an image; returns its (height, width), or None if it cannot be read."""
     try:
-        image = open_image(path, checked.row.values["file_name"]).convert("RGB")
+        image = read_rgb(path, checked.row.values["file_name"])
     except InputError as error:
         checked.add("file_name", "corrupt-file", str(error), "drop-row")
         return None

@@ -15,7 +15,7 @@ from jinja2 import Template
 from PIL import Image, ImageOps
 
 from likeness.conditions import CONDITIONS
-from likeness.conditions.images import open_image, png_bytes
+from likeness.conditions.images import png_bytes, read_rgb
 from likeness.data.folder import METADATA, column_of, splits_of
 from likeness.files import write_whole
 from likeness.prepare.check import Checked, CheckedRow, existing_files
@@ -123,6 +123,6 @@ def image_of(path: Path, column: str) -> Image.Image | None:
     except InputError:
         pass
     try:
-        return open_image(path).convert("RGB")
+        return read_rgb(path)
     except InputError:
         return None

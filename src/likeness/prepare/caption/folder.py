@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from likeness.chat import Answer, BudgetSpent, Meter, Rejected
-from likeness.conditions.images import open_image
+from likeness.conditions.images import read_rgb
 from likeness.data.folder import METADATA, captions_of, each_row, line_of, relative_row, splits_of
 from likeness.files import writing_whole
 from likeness.prepare.caption.grammar import ATTRIBUTES, write_captions
@@ -268,7 +268,7 @@ def query(
 
 def load_image(content: bytes, name: str, pixels: int) -> Image.Image:
     """Decode an image for a model: upright, RGB, its longer side at most `pixels`."""
-    image = open_image(content, name).convert("RGB")
+    image = read_rgb(content, name)
     image.thumbnail((pixels, pixels), Image.Resampling.LANCZOS)
     return image
 

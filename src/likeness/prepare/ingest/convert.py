@@ -15,7 +15,7 @@ from PIL import Image
 
 from likeness.conditions import CONDITIONS
 from likeness.conditions.base import Condition
-from likeness.conditions.images import check_aspect, open_image
+from likeness.conditions.images import check_aspect, open_image, read_rgb
 from likeness.conditions.mask import paint_parts, swap_classes
 from likeness.conditions.mask.classes import PALETTE
 from likeness.conditions.mask.geometry import measure, swapped_pairs
@@ -47,7 +47,7 @@ def open_face(face: SourceFace, size: int | None, crop: bool) -> tuple[Image.Ima
         InputError: it cannot be read, or has the wrong size.
     """
     content, name = face.image.content(), face.image.name
-    image = open_image(content, name)
+    image = read_rgb(content, name)
     width, height = image.size
     if face.image_size is not None and image.size != face.image_size:
         expected = "{}x{}".format(*face.image_size)
@@ -62,14 +62,15 @@ def open_face(face: SourceFace, size: int | None, crop: bool) -> tuple[Image.Ima
         side, left, top = min(width, height), max(0, width - height) // 2, max(0, height - width) // 2
         box = (left, top, left + side, top + side)
     with Image.open(io.BytesIO(content)) as head:
-        plain = head.mode == "RGB" and head.getexif().get(ORIENTATION, 1) == 1 and getattr(head, "n_frames", 1) == 1
+        plain = head.mode == "RGB" and not {"icc_profile", "transparency"} & head.info.keys()
+        plain = plain and head.getexif().get(ORIENTATION, 1) == 1 and getattr(head, "n_frames", 1) == 1
         suffix = COPIED.get(head.format or "", "") if plain and box is None and size in (None, width) else ""
     return image, box, content, suffix
 
 
 def crop_and_resize(image: Image.Image, box: Box, size: int | None) -> Image.Image:
     """Return an RGB image without metadata of the source."""
-    image = image.convert("RGB").crop(box)
+    image = image.crop(box)
     if size is not None and image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.LANCZOS)
     return Image.fromarray(np.asarray(image))
