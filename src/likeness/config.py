@@ -34,10 +34,10 @@ def load_toml(
         InputError: the file is missing, is not TOML, or has a key or type that `cls` does not.
     """
     try:
-        values = {} if path is None else tomllib.loads(Path(path).read_text())
+        values = {} if path is None else tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read the configuration {path}: {error.strerror or error}") from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # of the encoding, or of TOML
         raise InputError(f"{path} is not valid TOML: {error}") from error
     for override in overrides:
         key, separator, text = override.partition("=")

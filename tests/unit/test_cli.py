@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -74,7 +75,41 @@ def test_stopped(tmp_path, monkeypatch, capsys):
     assert run("models") == 130
     assert capsys.readouterr().err == "likeness: stopped\n"
     assert run("prepare", "synthetic", tmp_path, "--count", 1, "--size", 32) == 130
-    assert capsys.readouterr().err.endswith("likeness: stopped; run the same command again to go on\n")
+    assert capsys.readouterr().err.endswith("likeness: stopped; run the same command again to resume\n")
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "message"),
+    [
+        ("> /dev/full", 1, "likeness: cannot write: No space left on device"),
+        (">&-", 0, ""),
+        ("<&- >&- 2>&-", 0, ""),
+        ("| true", 1, ""),
+    ],
+)
+def test_unusual_streams(redirection, code, message):
+    """A full or closed stdout, all streams closed, and a closed pipe give no traceback."""
+    command = f"set -o pipefail; {sys.executable} -m likeness.cli models {redirection}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) in ((code, message), (0, ""))
+    assert done.returncode == code or redirection == "| true"  # a pipe may be read before it is closed
+
+
+def test_names_cannot_control_the_terminal(tmp_path, capsys):
+    assert run("inspect", tmp_path / "\x1b[31mred.png") == 2
+    reported = capsys.readouterr().err
+    assert "\\x1b[31mred.png does not exist" in reported
+    assert "\x1b" not in reported
+
+
+def test_output_in_ascii(tmp_path):
+    """Characters that stdout lacks are written as escapes."""
+    Image.fromarray(draw_face(0, 0, 64).mask).save(tmp_path / "\u2603.png")
+    command = [sys.executable, "-m", "likeness.cli", "inspect", str(tmp_path / "\u2603.png"), "--fix"]
+    environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*command, str(tmp_path / "\u2604.png")], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "\\u2604.png: written" in done.stdout
 
 
 def test_generate_all_conditions_and_replay(folder, tmp_path, capsys):

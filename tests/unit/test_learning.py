@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from builders import run, tiny_vae
-from likeness.cli import main, words_first
+from likeness.cli import main, positionals_first
 from likeness.cli.evaluation import compare
 from likeness.cli.training import train
 from likeness.encoders.components import load_components
@@ -89,10 +89,16 @@ def test_exit_codes(root, tmp_path, monkeypatch, capsys):
 
 def test_options_may_precede_arguments():
     given = ["r.toml", "a=1", "--plan", "b.c=2", "--out", "x=y", "--gpus=2", "d=[3]"]
-    assert words_first(train, given) == ["r.toml", "a=1", "b.c=2", "d=[3]", "--plan", "--out", "x=y", "--gpus=2"]
-    assert words_first(train, ["--plan", "r.toml", "a=1", "--gpus", "2"]) == ["r.toml", "a=1", "--plan", "--gpus", "2"]
+    assert positionals_first(train, given) == ["r.toml", "a=1", "b.c=2", "d=[3]", "--plan", "--out", "x=y", "--gpus=2"]
+    assert positionals_first(train, ["--plan", "r.toml", "a=1", "--gpus", "2"]) == [
+        "r.toml",
+        "a=1",
+        "--plan",
+        "--gpus",
+        "2",
+    ]
     given = ["--allow", "steps", "size", "A@steps=3", "--out", "x", "B"]
-    assert words_first(compare, given) == ["A@steps=3", "B", "--allow", "steps", "size", "--out", "x"]
+    assert positionals_first(compare, given) == ["A@steps=3", "B", "--allow", "steps", "size", "--out", "x"]
 
 
 @pytest.mark.parametrize(

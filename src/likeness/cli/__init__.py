@@ -1,11 +1,12 @@
-"""The command line. Every heavy import is inside its command, so that `--help` answers at once.
+"""The command line. Heavy imports are inside the commands, so that `--help` is fast.
 
-What the user gave wrongly (`InputError`) is one sentence on stderr and exit code 2, or 75 where the same command may be
-run again as it is; anything else is our fault and keeps its traceback.
+Invalid input (`InputError`) is one sentence on stderr and exit code 2, or 75 if the same command may simply be run
+again. Other exceptions are bugs and keep their traceback.
 """
 
 from __future__ import annotations
 
+import errno
 import inspect
 import math
 import os
@@ -17,27 +18,28 @@ from typing import Any
 import tyro
 
 from likeness.cli import caption, evaluation, mask, portraits, prepare, study, training
+from likeness.cli.terminal import print_error
 from likeness.runtime import configure_process
 from likeness.types import InputError, TryAgain
 
 
 def mask_help() -> None:
-    """Edit masks by class, mix two, check one against a caption; `likeness mask --help` lists its commands."""
+    """Edit masks by class, interpolate, check against a caption (`likeness mask --help`)."""
     run(GROUPS["mask"], "likeness mask", ["--help"])
 
 
 def prepare_help() -> None:
-    """Make training data; `likeness prepare --help` lists its commands."""
+    """Prepare training data (`likeness prepare --help`)."""
     run(GROUPS["prepare"], "likeness prepare", ["--help"])
 
 
 def study_help() -> None:
-    """Look into a network while it works: keys over time, attention and gates, positions (`likeness study --help`)."""
+    """Measure keys over time, attention and gates, and positions in a network (`likeness study --help`)."""
     run(GROUPS["study"], "likeness study", ["--help"])
 
 
 def convert_help() -> None:
-    """Bring other people's weights in: mmface-release (with its own --help)."""
+    """Convert released weights (`likeness convert --help`)."""
     run(GROUPS["convert"], "likeness convert", ["--help"])
 
 
@@ -88,13 +90,13 @@ GROUPS: dict[str, dict[str, Callable[..., Any]]] = {
     "study": {"keys": study.keys, "attention": study.attention, "positions": study.positions},
     "convert": {"mmface-release": training.mmface_release},
 }
-"""Commands that have commands of their own."""
+"""Groups of commands."""
 
-MANY_WORDS = ("train", "evaluate", "compare")
-"""Commands that take any number of words."""
+WITH_SETTINGS = ("train", "evaluate", "compare")
+"""Commands that accept any number of positional arguments, such as key=value settings."""
 
-RESUMED = ("train", "evaluate", "compare", "prepare")
-"""Commands that go on where they were stopped."""
+RESUMABLE = ("train", "evaluate", "compare", "prepare")
+"""Commands that resume when they are run again."""
 
 
 def run(commands: Mapping[str, Callable[..., Any]], program: str, arguments: list[str]) -> None:
@@ -102,7 +104,7 @@ def run(commands: Mapping[str, Callable[..., Any]], program: str, arguments: lis
     command = tyro.extras.subcommand_cli_from_dict(
         dict(commands),
         prog=program,
-        description="Portraits from words, semantic masks and sketches.",
+        description="Generate face images from text, semantic masks, sketches and keypoints.",
         args=arguments,
         config=(tyro.conf.PositionalMetavarFromFieldName,),
     )
@@ -110,47 +112,62 @@ def run(commands: Mapping[str, Callable[..., Any]], program: str, arguments: lis
         command()
 
 
-def words_first(command: Callable[..., None], arguments: Sequence[str]) -> list[str]:
-    """The arguments of a command that takes any number of words, these moved before the options: users mix them, tyro
-    reads all words in one place.
+def positionals_first(command: Callable[..., Any], arguments: Sequence[str]) -> list[str]:
+    """Move the positional arguments of a command before its options: users mix them, but tyro reads them in one place.
+
+    The values of an option that accepts several end at the first key=value setting.
     """
     options = {f"--{name}": parameter.default for name, parameter in inspect.signature(command).parameters.items()}
-    words, rest, takes = [], [], 0.0  # takes: how many values the last option still takes
-    for word in arguments:
-        if word.startswith("-"):
-            rest.append(word)
-            default = options.get(word)
-            single = 0 if isinstance(default, bool) or "=" in word or not word.startswith("--") else 1
-            takes = math.inf if isinstance(default, tuple) else single
-        elif takes == 1 or (takes and "=" not in word):  # a list of values ends where a change begins
-            rest.append(word)
-            takes -= 1
+    positionals, rest, expected = [], [], 0.0  # expected: values that the last option still accepts
+    for argument in arguments:
+        if argument.startswith("-"):
+            rest.append(argument)
+            default = options.get(argument)
+            flag = isinstance(default, bool) or "=" in argument or not argument.startswith("--")
+            expected = math.inf if isinstance(default, tuple) else 0 if flag else 1
+        elif expected == 1 or (expected and "=" not in argument):
+            rest.append(argument)
+            expected -= 1
         else:
-            words.append(word)
-    return [*words, *rest]
+            positionals.append(argument)
+    return [*positionals, *rest]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `likeness`."""
-    given = sys.argv[1:] if arguments is None else arguments
-    if arguments is None:  # not called from Python
+    words = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:  # started as a program
         configure_process()
+        open_standard_streams()
+    name = words[0] if words else ""
     try:
-        if given == ["--version"]:
+        if words == ["--version"]:
             print(f"likeness {version('likeness')}")
-        elif given and given[0] in GROUPS:
-            run(GROUPS[given[0]], f"likeness {given[0]}", given[1:] or ["--help"])
+        elif name in GROUPS:
+            run(GROUPS[name], f"likeness {name}", words[1:] or ["--help"])
         else:
-            if given and given[0] in MANY_WORDS:
-                given = [given[0], *words_first(COMMANDS[given[0]], given[1:])]
-            run(COMMANDS, "likeness", given or ["--help"])
+            if name in WITH_SETTINGS:
+                words = [name, *positionals_first(COMMANDS[name], words[1:])]
+            run(COMMANDS, "likeness", words or ["--help"])
+        sys.stdout.flush()
     except InputError as error:
-        print(f"likeness: {error}", file=sys.stderr)
+        print_error(str(error))
         sys.exit(75 if isinstance(error, TryAgain) else 2)
     except KeyboardInterrupt:
-        again = "; run the same command again to go on" if given[:1] and given[0] in RESUMED else ""
-        print(f"likeness: stopped{again}", file=sys.stderr)
+        print_error("stopped" + ("; run the same command again to resume" if name in RESUMABLE else ""))
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output is gone: `likeness models | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered cannot be written either
+        if error.errno == errno.ENOSPC:
+            print_error(f"cannot write: {error.strerror}")
         sys.exit(1)
+
+
+def open_standard_streams() -> None:
+    """Replace closed standard streams, and write characters that the terminal's encoding lacks as escapes."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="backslashreplace")

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from likeness.cli.terminal import PathArgument, progress_bar, quiet_libraries, tell
+from likeness.cli.terminal import PathArgument, print_notes, progress_bar, quiet_libraries
 from likeness.types import InputError
 
 MAX_FAILURES = 10
@@ -108,11 +108,11 @@ class Caption:
         )
         with progress_bar("Captioning") as advance:
             report = caption_folder(self.folder, settings, count, meter=meter, parallel=self.parallel, progress=advance)
-        tell([f"{name}: {reason}" for name, reason in list(report.failed.items())[:MAX_FAILURES]])
+        print_notes([f"{name}: {reason}" for name, reason in list(report.failed.items())[:MAX_FAILURES]])
         if len(report.failed) > MAX_FAILURES:
-            tell([f"and {len(report.failed) - MAX_FAILURES} more faces were not captioned"])
+            print_notes([f"and {len(report.failed) - MAX_FAILURES} more faces were not captioned"])
         if report.incomplete:
-            tell(
+            print_notes(
                 [f"the budget is spent: {report.incomplete} faces lack captions; run the same command again to resume"]
             )
         dropped = ", ".join(f"{number} {rule}" for rule, number in report.dropped.most_common())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from likeness.cli.terminal import progress_bar, quiet_libraries, tell
+from likeness.cli.terminal import print_notes, progress_bar, quiet_libraries
 from likeness.types import DtypeName, InputError
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def compare(
         evaluations[name] = read_evaluation(folder)
     comparison = compare_evaluations(evaluations, allow=tuple(sorted(allowed)))
     write_comparison(comparison, out)
-    tell(comparison.notes)
+    print_notes(comparison.notes)
     print(markdown_table(comparison_table(comparison)))
     print(out / "comparison.html")
 
@@ -159,7 +159,7 @@ def run_evaluation(
         )
     if results is not None:
         write_report(results, out)
-        tell([f"Not read: {fault.file}: {fault.why}" for fault in results.faults])
-        tell([f"Not measured: {entry.metric}: {entry.why}" for entry in results.missing])
-        tell(results.notes)
+        print_notes([f"Not read: {fault.file}: {fault.why}" for fault in results.faults])
+        print_notes([f"Not measured: {entry.metric}: {entry.why}" for entry in results.missing])
+        print_notes(results.notes)
     return results

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import arg
 
-from likeness.cli.terminal import PathArgument, tell
+from likeness.cli.terminal import PathArgument, print_notes
 
 Mask = Annotated[PathArgument, arg(help="Mask in any supported format.")]
 Out = Annotated[Path, arg(help="PNG file to write.")]
@@ -95,7 +95,7 @@ def read_mask(file: Path) -> Any:
     from likeness.conditions import CONDITIONS
 
     reading = CONDITIONS["mask"].read(file)
-    tell([f"{file}: {text}" for text in (reading.scheme, *(note.text for note in reading.notes))])
+    print_notes([f"{file}: {text}" for text in (reading.scheme, *(note.text for note in reading.notes))])
     return reading.raw
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import tyro
 
 from likeness.cli.output import exit_on_sigterm, image_names, save_image
-from likeness.cli.terminal import PathArgument, progress_bar, quiet_libraries, tell
+from likeness.cli.terminal import PathArgument, print_notes, progress_bar, quiet_libraries
 from likeness.files import read_json
 from likeness.pipelines.sizes import format_sizes, parse_size, trained_sizes
 from likeness.runtime import choose_threads, optional_packages_hidden, set_threads
@@ -119,7 +119,7 @@ def generate(
     from likeness.conditions import read_conditions
 
     request, notes = read_conditions(request)
-    tell(notes)
+    print_notes(notes)
     loras = [parse_lora(text) for text in lora]
 
     core_only = model in bundled_models() and not (loras or quantize)
@@ -131,7 +131,7 @@ def generate(
         from likeness.weights.hashes import pipeline_hash
 
         pipeline = load_pipeline(model, dtype, device, base, quantize, offload)
-    tell([f"left out of the LoRA: {line}" for line in add_loras(pipeline, loras, strict=lora_strict)])
+    print_notes([f"left out of the LoRA: {line}" for line in add_loras(pipeline, loras, strict=lora_strict)])
     requests = [resolve(dataclasses.replace(request, seed=first + index), pipeline) for index in range(count)]
     height, width = requests[0].height, requests[0].width
     assert height
@@ -151,7 +151,7 @@ def generate(
                 lambda step, steps, done=done, batch=batch: advance(done * steps + step * len(batch), count * steps),
                 encoded,
             )
-            tell([note for note in notes if note not in reported])
+            print_notes([note for note in notes if note not in reported])
             reported.update(notes)
             for image, one in zip(images, batch, strict=True):
                 recipe = recipe_of(one, pipeline, **source) if metadata else None
@@ -207,7 +207,7 @@ def replay(
         if out is not None:
             print(save_image(images[0], recipe, names, overwrite))
     changes = differences(recipe, pipeline, pipeline_hash(pipeline))
-    tell(changes)
+    print_notes(changes)
     if again.shape == pixels.shape and (again == pixels).all():
         print(f"{image}: bit-identical")
         return

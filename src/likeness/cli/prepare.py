@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from likeness.cli.terminal import PathArgument, progress_bar, quiet_libraries, tell, tell_counts
+from likeness.cli.terminal import PathArgument, print_counts, print_notes, progress_bar, quiet_libraries
 from likeness.types import InputError
 
 Format = Literal[
@@ -77,11 +77,11 @@ class Ingest:
         from likeness.prepare.ingest.write import ingest
 
         with progress_bar("Ingesting") as advance:
-            found = ingest(**vars(self), progress=advance, report=lambda line: tell([line]))
-        tell_counts(self.out, found)
+            found = ingest(**vars(self), progress=advance, report=lambda line: print_notes([line]))
+        print_counts(self.out, found)
         if found["skipped"]:
-            tell([f"{self.out / 'skipped.jsonl'} lists everything that was skipped"])
-        tell([f"`likeness prepare check {self.out}` checks for duplicates, leaks and other faults"])
+            print_notes([f"{self.out / 'skipped.jsonl'} lists everything that was skipped"])
+        print_notes([f"`likeness prepare check {self.out}` checks for duplicates, leaks and other faults"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ class Export:
         from likeness.prepare.export import export
 
         with progress_bar("Exporting") as advance:
-            tell_counts(self.out, export(**vars(self), progress=advance))
+            print_counts(self.out, export(**vars(self), progress=advance))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,10 +127,10 @@ class Align:
 
         with progress_bar("Aligning") as advance:
             found = align_photos(**vars(self), progress=advance)
-        tell([f"{name}: {', '.join(faults)}" for name, faults in found.faults.items()])
-        tell([f"{name}: skipped, {', '.join(faults)}" for name, faults in found.skipped.items()])
-        tell([f"{name}: no face was found" for name in found.without])
-        tell([f"{name}: {reason}" for name, reason in found.unreadable.items()])
+        print_notes([f"{name}: {', '.join(faults)}" for name, faults in found.faults.items()])
+        print_notes([f"{name}: skipped, {', '.join(faults)}" for name, faults in found.skipped.items()])
+        print_notes([f"{name}: no face was found" for name in found.without])
+        print_notes([f"{name}: {reason}" for name, reason in found.unreadable.items()])
         print(
             f"{self.out}: {found.portraits} portraits, {len(found.faults)} with a note, {len(found.skipped)} skipped, "
             f"{len(found.without)} photos without a face, {len(found.unreadable)} unreadable"
@@ -199,7 +199,7 @@ class Annotate:
         for name, annotators in count_annotators(rows).items():
             if len(annotators.keys() - {"hand"}) > 1:
                 made = ", ".join(f"{count} by {annotator}" for annotator, count in annotators.most_common())
-                tell([f"{name}: {made}; --redo {name} regenerates them with one annotator"])
+                print_notes([f"{name}: {made}; --redo {name} regenerates them with one annotator"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +231,7 @@ class Check:
             if self.apply:
                 if not (self.folder / FIX_LIST).is_file():
                     write_fixes(self.folder, check_folder(self.folder, advance).findings)
-                tell([f"{number} fixed: {FIXES[fix]}" for fix, number in apply_fixes(self.folder).items()])
+                print_notes([f"{number} fixed: {FIXES[fix]}" for fix, number in apply_fixes(self.folder).items()])
             checked = check_folder(self.folder, advance)
         print(format_findings(checked))
         write_fixes(self.folder, checked.findings)
@@ -275,7 +275,9 @@ class Encode:
         share = rank_and_world()
         others = sorted(set(splits := splits_of(self.folder)) - {"train"})
         if "train" in splits and others and not share[0]:
-            tell([f"only train is encoded, not {', '.join(others)}: give the folder of another split to encode it"])
+            print_notes(
+                [f"only train is encoded, not {', '.join(others)}: give the folder of another split to encode it"]
+            )
         components = load_components(self.components) if self.components else load_components()
         options = vars(self) | {"components": components, "share": share}
         with progress_bar("Encoding") as advance:
@@ -343,7 +345,9 @@ class Shards:
                 found = ", ".join(counts)
                 raise InputError(f"{faces} has {found} but no split train: use another --split, such as none")
             rate = sum(counts[name] for name in splits or counts) / seconds
-            tell([f"{stage}: {seconds:.0f} s, {processor:.0f} s of processor time, {rate:.1f} images per second"])
+            print_notes(
+                [f"{stage}: {seconds:.0f} s, {processor:.0f} s of processor time, {rate:.1f} images per second"]
+            )
 
         faces = self.out / "faces"
         places = {

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from likeness.cli.portraits import load_pipeline
-from likeness.cli.terminal import progress_bar, tell
+from likeness.cli.terminal import print_notes, progress_bar
 from likeness.types import ConditionInput, DtypeName, InputError, PortraitRequest
 
 
@@ -71,7 +71,7 @@ def keys(subject: SubjectArgument, *, out: Path = OUT) -> None:
         notes = [
             f"This checkpoint was trained with {found['trained_as']} attention and runs with holistic attention here"
         ]
-    tell(notes)
+    print_notes(notes)
     parts = [(part, name) for part in ("keys", "values") for name in found[part]]
     table = {f"{part} {name}": found[part][name]["pairs"] for part, name in parts}
     text = "Cosine similarity of a token's keys and values at two steps, mean over all pairs of steps"
@@ -194,7 +194,7 @@ def prepare(subject: Subject) -> tuple[Any, PortraitRequest]:
         seed=subject.seed,
     )
     request, notes = read_conditions(request)  # before the slow part
-    tell(notes)
+    print_notes(notes)
 
     from likeness.pipelines.generate import resolve
 

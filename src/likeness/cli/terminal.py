@@ -1,7 +1,8 @@
-"""What all commands share: arguments, progress, and a quiet terminal."""
+"""Output that all commands share: notes, errors and progress bars."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ PathArgument = tyro.conf.Positional[Path]
 
 
 def quiet_libraries() -> None:
-    """Our own bar and notes are enough: diffusers and transformers speak of errors only."""
+    """Restrict the output of diffusers and transformers to errors."""
     import diffusers.utils.logging
     import transformers.utils.logging
 
@@ -23,23 +24,33 @@ def quiet_libraries() -> None:
         library.utils.logging.disable_progress_bar()
 
 
-def tell_counts(out: Path, found: dict[str, Any]) -> None:
-    """What an ingest did: counts on stdout, the first skipped files on stderr."""
-    told = [f"skipped {file}: {reason}" for file, reason in found["skipped"].items()]
-    tell(told[:20] + [f"and {len(told) - 20} more"] * (len(told) > 20))
+def print_counts(out: Path, found: dict[str, Any]) -> None:
+    """Print the counts of an import to stdout, and the first skipped files to stderr."""
+    skipped = [f"skipped {file}: {reason}" for file, reason in found["skipped"].items()]
+    print_notes(skipped[:20] + [f"and {len(skipped) - 20} more"] * (len(skipped) > 20))
     counts = ", ".join(f"{value} {name}" for name, value in found.items() if name != "skipped")
     print(f"{out}: {counts}, {len(found['skipped'])} skipped")
 
 
-def tell(lines: list[str]) -> None:
-    """Notes for the user, on stderr, so that stdout holds results only."""
+def print_notes(lines: list[str]) -> None:
+    """Print notes to stderr; stdout is for results."""
     for line in lines:
-        print(line, file=sys.stderr)
+        print(printable(line), file=sys.stderr)
+
+
+def print_error(message: str) -> None:
+    """Print an error to stderr."""
+    print(f"likeness: {printable(message)}", file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """Escape control characters, which names of files could use to change the terminal."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, moved by calls with (done, in all)."""
+    """Show a progress bar on stderr, updated by calls with (done, total)."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import tyro
 
-from likeness.cli.terminal import PathArgument, quiet_libraries, tell
+from likeness.cli.terminal import PathArgument, print_notes, quiet_libraries
 from likeness.types import InputError
 
 
@@ -81,7 +81,7 @@ TRAINERS = {
 def trainer_of(path: Path) -> tuple[type, Callable[[Any, Path], Any]]:
     """Return the recipe class and the trainer of a recipe's `kind`."""
     try:
-        kind = tomllib.loads(path.read_text()).get("kind")
+        kind = tomllib.loads(path.read_text(encoding="utf-8")).get("kind")
     except OSError as error:
         raise InputError(f"cannot read the recipe {path}: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -115,4 +115,4 @@ def mmface_release(
 
     missing = convert_release(file, out, release=release, text_encoder=text_encoder, vae=vae, heads=heads)
     print(out)
-    tell([f"missing: {sentence}" for sentence in missing])
+    print_notes([f"missing: {sentence}" for sentence in missing])

@@ -264,7 +264,9 @@ def convert_release(
         **latent_statistics(autoencoder),
     )
     pipeline.save_pretrained(out)
-    (out / "source.json").write_text(json.dumps({"release": release or file.parent.name, "file": file.name}, indent=2))
+    (out / "source.json").write_text(
+        json.dumps({"release": release or file.parent.name, "file": file.name}, indent=2), encoding="utf-8"
+    )
     missing = []
     if encoder is None:
         missing.append(
@@ -311,7 +313,7 @@ def load_vae(folder: Path) -> Any:
 
     where = folder / "vae" if (folder / "vae").is_dir() else folder
     try:
-        name = json.loads((where / "config.json").read_text())["_class_name"]
+        name = json.loads((where / "config.json").read_text(encoding="utf-8"))["_class_name"]
         return getattr(diffusers, name).from_pretrained(where)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise InputError(f"{folder} is not an autoencoder of diffusers: {error}") from error

@@ -257,7 +257,7 @@ def check_source(out: Path, source: dict[str, Any]) -> None:
     if not file.is_file():
         write_whole(file, json.dumps(source, indent=1))
         return
-    existing = json.loads(file.read_text())
+    existing = json.loads(file.read_text(encoding="utf-8"))
     for key in sorted(set(source) | set(existing)):
         if source.get(key) != existing.get(key):
             raise InputError(

@@ -273,7 +273,7 @@ def published_sections() -> list[Section]:
 
 def published_tables() -> list[dict[str, Any]]:
     """Read the tables of papers; floats stay strings, so that they keep their printed digits."""
-    return tomllib.loads(PUBLISHED.read_text(), parse_float=str)["table"]
+    return tomllib.loads(PUBLISHED.read_text(encoding="utf-8"), parse_float=str)["table"]
 
 
 # --- Images as data URLs

@@ -139,7 +139,7 @@ class Evaluation:
 def read_evaluation(folder: Path) -> Evaluation:
     """Read a finished evaluation. Raises `InputError` if the folder does not contain one."""
     try:
-        content = json.loads((folder / RESULTS).read_text())
+        content = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         numbers = [Measurement(**entry) for entry in content["numbers"]]
         with np.load(folder / SCORES) as scores:
             return Evaluation(numbers, [face["name"] for face in content["faces"]], dict(scores))

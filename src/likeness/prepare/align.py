@@ -142,7 +142,7 @@ def open_journal(out: Path, settings: dict[str, Any]) -> dict[tuple[str, str], s
     first: dict[str, Any] = {}
     done: dict[tuple[str, str], str] = {}
     if path.is_file():
-        with path.open() as lines:
+        with path.open(encoding="utf-8") as lines:
             for line in lines:
                 try:
                     record = json.loads(line)

@@ -191,7 +191,7 @@ def made_by(file: Path) -> str | None:
     """Return the annotator that a mask, sketch or keypoints file names."""
     try:
         if file.suffix == ".json":
-            document = json.loads(file.read_text())
+            document = json.loads(file.read_text(encoding="utf-8"))
             return document.get("made_by") if isinstance(document, dict) else None
         with Image.open(file) as image:
             return image.info.get(MADE_BY)

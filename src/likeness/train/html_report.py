@@ -91,7 +91,7 @@ def write_report(run: Path) -> Path:
             (f"{int(path.stem):,}", jpeg(path))
             for path in reversed(subsample(sorted((run / "previews").glob("*.png")), MAX_PREVIEWS))
         ],
-        recipe=recipe.read_text() if recipe.is_file() else None,
+        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
         width=WIDTH,
         height=HEIGHT,
         margin=MARGIN,

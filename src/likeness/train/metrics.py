@@ -103,7 +103,7 @@ class Reporter:
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """Return the lines of `metrics.jsonl`, if it exists. An incomplete last line of a killed run is skipped."""
     lines = []
-    for text in (run / METRICS).read_text().splitlines() if (run / METRICS).is_file() else ():
+    for text in (run / METRICS).read_text(encoding="utf-8").splitlines() if (run / METRICS).is_file() else ():
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:

@@ -139,7 +139,7 @@ class Progress:
         start, path = min(bad), self.run / NON_FINITE
         end = start + self.batch - 1
         with world.joint_errors():
-            earlier = path.read_text() if path.is_file() else ""
+            earlier = path.read_text(encoding="utf-8") if path.is_file() else ""
             if world.main:
                 line = json.dumps({"start": start, "positions": [start, end], **bad[start]})
                 write_whole(path, f"{earlier}{line}\n")
@@ -153,7 +153,7 @@ class Progress:
 def non_finite_batches(run: Path) -> set[int]:
     """Return the first images of the batches to skip. Raises `InputError` if there are too many."""
     path = run / NON_FINITE
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     if len(lines) > MAX_NON_FINITE:
         raise InputError(
             f"{path} names {len(lines)} batches with a non-finite loss or gradient: lower the learning rate in a new "

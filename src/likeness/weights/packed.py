@@ -136,9 +136,9 @@ def save_packed(model: Any, folder: Path, base: Path | None = None) -> None:
     else:
         model.config.save_pretrained(folder)
     path = folder / "config.json"
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     config.pop("_name_or_path", None)  # a path on this machine
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def load_component(folder: Path, library: str, class_name: str, dtype: torch.dtype = torch.float32) -> Any:

@@ -155,7 +155,7 @@ def ingest(
     known = open_record(out, arguments, "ingest").get("faces")
     if known and all((out / split / METADATA).is_file() for split in known):
         report(f"{out} is complete, {sum(known.values())} faces: for new images choose another folder")
-        lines = (out / SKIPPED).read_text().splitlines() if (out / SKIPPED).is_file() else []
+        lines = (out / SKIPPED).read_text(encoding="utf-8").splitlines() if (out / SKIPPED).is_file() else []
         skipped = [parse_json(line, SKIPPED) for line in lines]
         return {**known, "skipped": {entry["name"]: entry["reason"] for entry in skipped}}
 
