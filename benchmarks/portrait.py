@@ -1,4 +1,4 @@
-"""What a portrait costs: a cold start of the command line, and a portrait after loading.
+"""Measure the time and memory of an image: a cold start of the command line, and an image after loading.
 
     python benchmarks/portrait.py
 
@@ -19,12 +19,24 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 MASK = ROOT / "examples/masks/smile.png"
 PROMPT = "a smiling woman with blond hair"
-STEPS = 20
+STEPS, MODEL = 20, "mmface-mini"
 
 
 def cold(out: Path) -> dict[str, float]:
     """Seconds and peak memory of `likeness generate` from a cold start."""
-    command = [sys.executable, "-m", "likeness.cli", "generate", PROMPT, "--mask", str(MASK), "--seed", "3"]
+    command = [
+        sys.executable,
+        "-m",
+        "likeness.cli",
+        "generate",
+        PROMPT,
+        "--model",
+        MODEL,
+        "--mask",
+        str(MASK),
+        "--seed",
+        "3",
+    ]
     start = time.perf_counter()
     subprocess.run([*command, "--steps", str(STEPS), "--out", str(out)], check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - start
@@ -33,12 +45,12 @@ def cold(out: Path) -> dict[str, float]:
 
 
 def warm() -> dict[str, float]:
-    """Seconds of a guided portrait after loading; median of five."""
+    """Seconds of a guided image after loading; median of five."""
     import torch
 
     import likeness
 
-    pipeline = likeness.load()
+    pipeline = likeness.load(MODEL)
     times = []
     for seed in range(6):
         start = time.perf_counter()
