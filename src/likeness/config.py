@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tomllib
 import types
 import typing
@@ -33,12 +34,7 @@ def load_toml(
     Raises:
         InputError: the file is missing, is not TOML, or has a key or type that `cls` does not.
     """
-    try:
-        values = {} if path is None else tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read the configuration {path}: {error.strerror or error}") from error
-    except ValueError as error:  # of the encoding, or of TOML
-        raise InputError(f"{path} is not valid TOML: {error}") from error
+    values = {} if path is None else read_toml(path)
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
@@ -55,6 +51,22 @@ def load_toml(
                 raise InputError(f"the override {override!r} goes below {name}, which is {table!r} and no table")
         table[last] = value
     return build(cls, rename_keys(values, renamed or {}), where="the settings" if path is None else str(path))
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Read a TOML file in UTF-8, with or without byte order mark.
+
+    Raises:
+        InputError: the file cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:  # of the encoding, or of TOML
+        backslash = re.search(r"\\|[Hh]ex", str(error))
+        hint = "; in Windows paths, use forward slashes or single quotes" if backslash else ""
+        raise InputError(f"{path} is not valid TOML: {error}{hint}") from error
 
 
 def rename_keys(values: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:

@@ -276,6 +276,14 @@ def test_notes_tell_what_was_read_and_cut(pipeline, faces):
     assert "red hair" not in cut
 
 
+def test_syntax_of_other_tools_is_noted(pipeline):
+    for prompt in ("a (smiling:1.4) woman", "a woman <lora:style:0.8>", "a woman BREAK a hat"):
+        notes = pipeline(prompt, num_inference_steps=1, output_type="latent").notes
+        assert sum("read as plain text" in note for note in notes) == 1
+    for prompt in ("a woman (smiling)", "a break: 3"):
+        assert not pipeline(prompt, num_inference_steps=1, output_type="latent").notes
+
+
 def test_truncated_text_begin_with_a_word(pipeline):
     prompt = "extraordinarily unusual words"
     for limit in range(3, 12):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from likeness.cli.training import trainer_of
+from likeness.config import load_toml
 from likeness.models.mditface import MDiTFaceTransformer
 from likeness.objectives import make_objective
 from likeness.pipelines.load import load
@@ -25,6 +26,7 @@ from likeness.train.config import (
 from likeness.train.networks import adapter_of, add_new_adapter, build_network, freeze_others
 from likeness.train.optim import trainable_parameters
 from likeness.train.student import blocks_of
+from likeness.types import InputError
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 
@@ -105,3 +107,17 @@ def test_keys_of_earlier_versions(tmp_path):
     new = load_recipe(RECIPES[0].parent / "add_keypoints.toml", TrainRecipe, ("sharding=hybrid",))
     assert load_recipe(tmp_path / "old.toml", TrainRecipe, ("layout=hybrid",)) == new
     assert load_recipe(tmp_path / "old.toml", TrainRecipe, ("init_from=x",)).init_from == "x"
+
+
+def test_files_from_windows(tmp_path):
+    """A byte order mark is accepted; backslashes in double quotes are explained."""
+    file = tmp_path / "a.toml"
+    file.write_bytes(b"\xef\xbb\xbf" + (Path(__file__).parents[2] / "recipes" / "debug.toml").read_bytes())
+    assert load_recipe(file, TrainRecipe).optimizer.images > 0
+    for path in ("C:\\Users\\me", "C:\\data\\me"):
+        file.write_text(f'[data]\nshards = ["{path}"]\n')
+        with pytest.raises(InputError, match="use forward slashes or single quotes"):
+            load_toml(file, TrainRecipe)
+    file.write_bytes(b'kind = "\xff"')
+    with pytest.raises(InputError, match="is not valid TOML"):
+        load_toml(file, TrainRecipe)

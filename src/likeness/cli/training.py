@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pkgutil
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +10,7 @@ from typing import Any, Literal
 import tyro
 
 from likeness.cli.terminal import PathArgument, print_notes, quiet_libraries
+from likeness.config import read_toml
 from likeness.types import InputError
 
 
@@ -80,12 +80,7 @@ TRAINERS = {
 
 def trainer_of(path: Path) -> tuple[type, Callable[[Any, Path], Any]]:
     """Return the recipe class and the trainer of a recipe's `kind`."""
-    try:
-        kind = tomllib.loads(path.read_text(encoding="utf-8")).get("kind")
-    except OSError as error:
-        raise InputError(f"cannot read the recipe {path}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid TOML: {error}") from error
+    kind = read_toml(path).get("kind")
     if kind not in TRAINERS:
         raise InputError(f"the recipe {path} has kind = {kind!r}. Available: {', '.join(TRAINERS)}")
     recipe_class, train_recipe = (pkgutil.resolve_name(f"likeness.train.{name}") for name in TRAINERS[kind])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -33,6 +34,9 @@ from likeness.objectives.flow import dynamic_shift
 from likeness.pipelines.arguments import condition_inputs, noise_interval, number, per_image, whole_number
 from likeness.pipelines.sizes import format_sizes, generation_size, trained_sizes
 from likeness.types import ConditionInput, InputError, TextFeatures
+
+SYNTAX = re.compile(r"\([^()]*:\s*\d*\.?\d+\s*\)|<lora:[^>]*>|\bBREAK\b")
+"""Syntax of other tools in prompts: weights such as (smiling:1.4), LoRA tags, BREAK."""
 
 
 @dataclass
@@ -335,6 +339,8 @@ class PortraitPipeline(DiffusionPipeline):
         """Encode distinct texts, tokens [T, L, D]; add notes on truncated words."""
         limit = self.config.max_text_tokens
         for text in texts:
+            if match := SYNTAX.search(text):
+                notes.append(f"{match[0]!r} is read as plain text: weights and LoRA tags in prompts are not supported")
             if cut := truncated_text(getattr(self, "tokenizer_2", None) or self.tokenizer, text, limit):
                 which = "prompt" if text in prompts else "negative prompt"
                 notes.append(f"the {which} is longer than {limit} tokens; truncated: {cut!r}")
