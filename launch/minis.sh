@@ -55,5 +55,5 @@ for model in mmface mditface; do
 done
 
 # 6. The few-step student of mmface-mini, packed as the difference from it
-train mmface_mini_fast teacher=data/mmface-mini "${shares[@]}"
+train mmface_mini_fast teacher=data/mmface-mini "${conditions[@]}"
 likeness prepare pack runs/mmface_mini_fast/model data/mmface-mini-fast --base data/mmface-mini
