@@ -52,7 +52,7 @@ def pixels(path: Path) -> np.ndarray:
 CASES = {
     # dataset, format, arguments, faces by split
     "celeba": (sample_datasets.celeba, "celeba", ("--held-out", 3), {"train": 8, "test": 4}),
-    "celebamask": (sample_datasets.celebamask, "celebamask", ("--held-out", 1), {"train": 3, "test": 1}),
+    "images_and_masks": (sample_datasets.celebamask, "images_and_masks", ("--held-out", 1), {"train": 3, "test": 1}),
     "celeba_hq": (sample_datasets.celeba_hq, "celebamask", ("--held-out", 1), {"train": 3, "test": 1}),
     "mm_celeba": (sample_datasets.mm_celeba, "mm_celeba", (), {"train": 2, "test": 1}),
     "ffhq": (sample_datasets.ffhq, "ffhq", (), {"train": 2, "validation": 1}),
@@ -709,3 +709,24 @@ def test_limit(tmp_path):
     assert sum(read_record(out)["faces"].values()) == 5
     with pytest.raises(InputError, match="limit must be at least 1"):
         ingest(tmp_path / "source", tmp_path / "none", limit=0)
+
+
+def test_own_images_and_masks_are_not_taken_for_celebamask(tmp_path):
+    """Folders named images and masks prove nothing: no licence of CelebAMask-HQ is recorded, unless a name says so."""
+    for name, layout in (("mine", "images_and_masks"), ("CelebAMask-HQ", "celebamask")):
+        sample_datasets.celebamask(tmp_path / name)
+        ingest(tmp_path / name, tmp_path / f"out-{name}", held_out=1)
+        record = json.loads((tmp_path / f"out-{name}" / "dataset.json").read_text())
+        assert record["layout"] == layout
+        assert ("CelebAMask-HQ" in json.dumps(record)) == (layout == "celebamask")
+
+
+def test_the_faulty_part_file_is_named(tmp_path):
+    sample_datasets.celeba_hq(tmp_path / "source")
+    part = next((tmp_path / "source/CelebAMask-HQ-mask-anno/1").glob("00001_hair.png"))
+    Image.open(part).resize((16, 16)).save(part)
+    out = tmp_path / "out"
+    ingest(tmp_path / "source", out, held_out=1)
+    (line,) = [json.loads(text) for text in (out / "skipped.jsonl").read_text().splitlines()]
+    assert "00001_hair.png is 16x16" in json.dumps(line)
+    assert sum(len(read_folder(out / split)) for split in ("train", "test")) == 4  # the face stays

@@ -284,6 +284,12 @@ def test_syntax_of_other_tools_is_noted(pipeline):
         assert not pipeline(prompt, num_inference_steps=1, output_type="latent").notes
 
 
+def test_prompts_must_be_unicode(pipeline):
+    """Bytes of another encoding become lone surrogates on the command line."""
+    with pytest.raises(InputError, match="is not valid UTF-8"):
+        pipeline("caf\udce9 girl")
+
+
 def test_truncated_text_begin_with_a_word(pipeline):
     prompt = "extraordinarily unusual words"
     for limit in range(3, 12):

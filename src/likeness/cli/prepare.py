@@ -15,6 +15,7 @@ Format = Literal[
     "auto",
     "celeba",
     "celebamask",
+    "images_and_masks",
     "mm_celeba",
     "ffhq",
     "face_mogle",

@@ -35,6 +35,16 @@ from likeness.pipelines.arguments import condition_inputs, noise_interval, numbe
 from likeness.pipelines.sizes import format_sizes, generation_size, trained_sizes
 from likeness.types import ConditionInput, InputError, TextFeatures
 
+
+def is_unicode(text: str) -> bool:
+    """Return whether a text has no lone surrogates, which undecodable bytes of the command line become."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 SYNTAX = re.compile(r"\([^()]*:\s*\d*\.?\d+\s*\)|<lora:[^>]*>|\bBREAK\b")
 """Syntax of other tools in prompts: weights such as (smiling:1.4), LoRA tags, BREAK."""
 
@@ -219,6 +229,8 @@ class PortraitPipeline(DiffusionPipeline):
         for text in (*prompts, *negatives):
             if not isinstance(text, str):
                 raise InputError(f"A prompt is {text!r}; it must be a string")
+            if not is_unicode(text):
+                raise InputError(f"The prompt {text!r} is not valid UTF-8: check the encoding of the terminal")
         self.check_network(negatives)
         width, height = generation_size(self.config, size, upscale=upscale, force_size=force_size)
         if (width, height) != size and output_type == "latent":

@@ -378,31 +378,35 @@ def _read_folder(folder: Path) -> Reading:
     return reading
 
 
-def paint_parts(files: Mapping[int, Path | Image.Image], name: str) -> Reading:
+def paint_parts(
+    files: Mapping[int, Path | Image.Image], name: str, part_names: Mapping[int, str] | None = None
+) -> Reading:
     """Paint a mask from images of its parts in canonical order: higher classes overwrite lower ones.
 
     Args:
         files: Class -> image of the part, white (or opaque) on black.
         name: Name of the mask for error messages.
+        part_names: Class -> name of the part for error messages. Default: its path.
 
     Raises:
         InputError: A part cannot be read, is empty or has another size, or there is none.
     """
     labels: np.ndarray | None = None
     for index, file in sorted(files.items()):
-        image = open_image(file)
+        part_name = describe(file) if part_names is None else part_names[index]
+        image = open_image(file, part_name)
         if image.mode in TRANSPARENT or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
         values = np.asarray(image.convert("L"))
         if 1 < values.max() <= 127:
-            text = f"{describe(file)} is empty: its largest value is {values.max()}, but a part is white on black"
+            text = f"{part_name} is empty: its largest value is {values.max()}, but a part is white on black"
             raise InputError(text, kind="blank")
         if labels is None:
             labels = np.zeros(values.shape, dtype=np.uint8)
         if values.shape != labels.shape:
             (height, width), (high, wide) = values.shape, labels.shape
-            text = f"{describe(file)} is {width}x{height}, but the other parts are {wide}x{high}: resize it"
+            text = f"{part_name} is {width}x{height}, but the other parts are {wide}x{high}: resize it"
             raise InputError(text, kind="wrong-size")
         labels[values > (127 if values.max() > 1 else 0)] = index
     assert labels is not None

@@ -93,7 +93,8 @@ def convert_condition(name: str, source: Any, box: Box, size: tuple[int, int]) -
         return convert_points(condition, source, box, size), False
     if isinstance(source, Mapping):
         parts = {index: open_image(file.content(), file.name) for index, file in source.items()}
-        raw = paint_parts(parts, f"the mask of {next(iter(source.values())).name}").raw
+        names = {index: file.name for index, file in source.items()}
+        raw = paint_parts(parts, f"the mask of {next(iter(names.values()))}", names).raw
     elif source.path:
         raw = condition.read(source.path).raw
     else:

@@ -217,6 +217,12 @@ def has_hq(source: Source) -> bool:
     )
 
 
+def is_named_hq(source: Source) -> bool:
+    """Return whether folder names prove that the images are CelebA-HQ's; `images` and `masks` may be anybody's."""
+    names = (source.root.name, *source.folders)
+    return any(word in name.lower() for name in names for word in ("celeba-hq", "celebamask", "celeba_hq", "celebahq"))
+
+
 def has_hq_captions(source: Source) -> bool:
     return source.folder(HQ_CAPTIONS[0]) is not None or HQ_CAPTIONS[1] in source.folders
 
@@ -241,11 +247,17 @@ FORMATS: dict[str, Format] = {
     ),
     "celebamask": Format(
         read=celeba.celeba_hq,
-        matches=lambda source: has_hq(source) and not has_hq_captions(source),
+        matches=lambda source: has_hq(source) and not has_hq_captions(source) and is_named_hq(source),
         files="CelebA-HQ-img or images, with part masks or whole masks",
         split="random",
         licence=HQ_TERMS,
         licence_source="README of github.com/switchablenorms/CelebAMask-HQ",
+    ),
+    "images_and_masks": Format(
+        read=celeba.celeba_hq,
+        matches=lambda source: has_hq(source) and not has_hq_captions(source) and not is_named_hq(source),
+        files="images, with whole masks of the same names",
+        split="random",
     ),
     "mm_celeba": Format(
         read=partial(celeba.celeba_hq, captions=HQ_CAPTIONS, sketches=HQ_SKETCHES),
