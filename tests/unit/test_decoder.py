@@ -25,6 +25,7 @@ from likeness.prepare.synthetic import write_synthetic
 from likeness.train import loop
 from likeness.train.checkpoint import checkpoints
 from likeness.train.components import autoencoder
+from likeness.train.components.autoencoder import measure
 from likeness.train.components.decoder import (
     Critics,
     DecoderBatches,
@@ -32,7 +33,6 @@ from likeness.train.components.decoder import (
     discriminator_loss,
     load_autoencoder,
     load_perceptual,
-    measure,
     photograph_loss,
     train_decoder,
 )

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from likeness.conditions.images import MOST_CONDITION_PIXELS, MOST_PIXELS, load_array, open_image, read_rgb
+from likeness.conditions.images import MAX_CONDITION_PIXELS, MAX_PIXELS, load_array, open_image, read_rgb
 from likeness.conditions.mask import MASK
 from likeness.conditions.sketch import SKETCH
 from likeness.types import InputError
@@ -129,7 +129,7 @@ def png_header(width: int, height: int) -> bytes:
 
 
 def test_sizes_are_checked_before_decoding(tmp_path):
-    for side, read, most in ((9000, read_rgb, MOST_PIXELS), (5000, open_image, MOST_CONDITION_PIXELS)):
+    for side, read, most in ((9000, read_rgb, MAX_PIXELS), (5000, open_image, MAX_CONDITION_PIXELS)):
         (tmp_path / "a.png").write_bytes(png_header(side, side))
         with pytest.raises(
             InputError, match=f"{side}x{side}, which has too many pixels: at most {most / 1e6:.0f} million"

@@ -177,11 +177,11 @@ def cost(
 
 def prepare(subject: Subject) -> tuple[Any, PortraitRequest]:
     """Load the model and resolve the request."""
-    from likeness.conditions import read_conditions
+    from likeness.conditions import CONDITIONS, read_conditions
     from likeness.pipelines.sizes import parse_size
 
     width, height = (None, None) if subject.size is None else parse_size(subject.size, "--size")
-    files = {"mask": subject.mask, "sketch": subject.sketch, "keypoints": subject.keypoints}
+    files = {name: getattr(subject, name) for name in CONDITIONS}
     request = PortraitRequest(
         prompt=subject.prompt,
         negative_prompt=subject.negative_prompt,

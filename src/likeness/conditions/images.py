@@ -33,16 +33,16 @@ FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF")
 MINIMUM_SIDE = 8
 """Smallest side of an image in pixels."""
 
-MOST_CONDITION_PIXELS = 4096 * 4096
+MAX_CONDITION_PIXELS = 4096 * 4096
 """Most pixels of a condition."""
 
-MOST_PIXELS = 64_000_000
+MAX_PIXELS = 64_000_000
 """Most pixels of a photograph. A JPEG may have more, 178 million, because it is decoded at a lower resolution."""
 
-MOST_VALUES = 19 * 1024 * 1024
+MAX_VALUES = 19 * 1024 * 1024
 """Most values of an array in a file: one-hot masks of 1024 x 1024, or class numbers of 4096 x 4096."""
 
-MOST_HEADER = 4096
+MAX_HEADER = 4096
 """Bytes in which the header of a .npy file ends."""
 
 
@@ -61,7 +61,7 @@ def existing_path(source: str | Path) -> Path:
 
 
 def open_image(
-    source: str | Path | Image.Image | bytes, name: str = "", *, most: int = MOST_CONDITION_PIXELS
+    source: str | Path | Image.Image | bytes, name: str = "", *, max_pixels: int = MAX_CONDITION_PIXELS
 ) -> Image.Image:
     """Decode an image file completely, in its own mode, and apply its EXIF orientation. See `read_rgb` for photographs.
 
@@ -71,7 +71,7 @@ def open_image(
     Args:
         source: A path, a PIL image, or the content of a file.
         name: Name for error messages. Default: the path.
-        most: Upper bound of its pixels.
+        max_pixels: Upper bound of its pixels.
 
     Raises:
         InputError: The file is missing, empty, truncated, too large, or not an image in one of `FORMATS`.
@@ -81,7 +81,7 @@ def open_image(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our bound is checked instead
             if isinstance(source, Image.Image):
-                check_pixels(source.width, source.height, name, most)
+                check_pixels(source.width, source.height, name, max_pixels)
                 source.load()
                 image = source
             else:
@@ -93,10 +93,10 @@ def open_image(
                 if not length:
                     raise InputError(f"{name} is empty (0 bytes): save or download it again", kind="corrupt-file")
                 with Image.open(file, formats=_formats(name)) as image:
-                    if image.format in ("JPEG", "MPO") and image.width * image.height > most:
-                        scale = next((n for n in (2, 4, 8) if image.width * image.height <= most * n * n), 8)
+                    if image.format in ("JPEG", "MPO") and image.width * image.height > max_pixels:
+                        scale = next((n for n in (2, 4, 8) if image.width * image.height <= max_pixels * n * n), 8)
                         image.draft(None, (image.width // scale, image.height // scale))
-                    check_pixels(image.width, image.height, name, most)
+                    check_pixels(image.width, image.height, name, max_pixels)
                     image.load()
             upright = ImageOps.exif_transpose(image)
     except UnidentifiedImageError as error:
@@ -105,7 +105,7 @@ def open_image(
     except InputError:
         raise
     except Image.DecompressionBombError as error:  # Pillow's own limit, far above ours
-        raise InputError(_too_large(name, most), kind="corrupt-file") from error
+        raise InputError(_too_large(name, max_pixels), kind="corrupt-file") from error
     except Exception as error:  # decoders of damaged files raise nearly anything
         text = f"{name} cannot be read ({error}): it may be truncated, save or download it again"
         raise InputError(text, kind="corrupt-file") from error
@@ -127,9 +127,9 @@ def read_rgb(source: str | Path | Image.Image | bytes, name: str = "") -> Image.
         An image of mode RGB.
 
     Raises:
-        InputError: See `open_image`, with `MOST_PIXELS`.
+        InputError: See `open_image`, with `MAX_PIXELS`.
     """
-    image = open_image(source, name, most=MOST_PIXELS)
+    image = open_image(source, name, max_pixels=MAX_PIXELS)
     profile = image.info.get("icc_profile")
     if image.mode in WIDE:
         image = to_8_bit(image)
@@ -193,21 +193,21 @@ def _formats(name: str) -> tuple[str, ...]:
     return (*FORMATS, "HEIF")
 
 
-def check_pixels(width: int, height: int, name: str, most: int) -> None:
+def check_pixels(width: int, height: int, name: str, max_pixels: int) -> None:
     """Raise `InputError` if an image or array has more than `most` pixels."""
-    if width * height > most:
-        raise InputError(_too_large(f"{name} is {width}x{height}, which", most), kind="corrupt-file")
+    if width * height > max_pixels:
+        raise InputError(_too_large(f"{name} is {width}x{height}, which", max_pixels), kind="corrupt-file")
 
 
-def _too_large(name: str, most: int) -> str:
-    return f"{name} has too many pixels: at most {most / 1e6:.0f} million are read, reduce its size"
+def _too_large(name: str, max_pixels: int) -> str:
+    return f"{name} has too many pixels: at most {max_pixels / 1e6:.0f} million are read, reduce its size"
 
 
 def load_array(path: Path, name: str = "") -> np.ndarray:
     """Load the single array of a .npy or .npz file, whose size is checked in the header.
 
     Raises:
-        InputError: The file is invalid, or has several arrays or more than `MOST_VALUES` values.
+        InputError: The file is invalid, or has several arrays or more than `MAX_VALUES` values.
     """
     name = name or str(path)
     path = _regular_file(path, name)
@@ -230,13 +230,13 @@ def load_array(path: Path, name: str = "") -> np.ndarray:
 
 def _read_array(file: IO[bytes], name: str) -> np.ndarray:
     """Read one array from an open .npy file. Raises `InputError` if its header announces too many values."""
-    start = io.BytesIO(file.read(MOST_HEADER))
+    start = io.BytesIO(file.read(MAX_HEADER))
     version = np.lib.format.read_magic(start)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read_header(start)
-    if math.prod(shape) > MOST_VALUES or dtype.itemsize > 16:
+    if math.prod(shape) > MAX_VALUES or dtype.itemsize > 16:
         text = (
-            f"{name} has shape {list(shape)}: at most {MOST_VALUES / 1e6:.0f} million values are read, reduce its size"
+            f"{name} has shape {list(shape)}: at most {MAX_VALUES / 1e6:.0f} million values are read, reduce its size"
         )
         raise InputError(text, kind="corrupt-file")
     content = start.getvalue() + file.read(math.prod(shape) * dtype.itemsize)

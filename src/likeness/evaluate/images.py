@@ -19,7 +19,7 @@ from likeness.data.folder import read_folder, read_photo
 from likeness.encoders.latent import LatentCodec, reconstruct
 from likeness.evaluate.faces import Face
 from likeness.evaluate.protocol import Protocol, conditions_of
-from likeness.files import write_whole
+from likeness.files import read_json, write_whole
 from likeness.parallel import rank_and_world
 from likeness.pipelines.generate import generate, resolve
 from likeness.pipelines.image_recipe import hash_of, read_recipe, recipe_of, settings_hash, write_image
@@ -257,7 +257,7 @@ def check_source(out: Path, source: dict[str, Any]) -> None:
     if not file.is_file():
         write_whole(file, json.dumps(source, indent=1))
         return
-    existing = json.loads(file.read_text(encoding="utf-8"))
+    existing = read_json(file)
     for key in sorted(set(source) | set(existing)):
         if source.get(key) != existing.get(key):
             raise InputError(

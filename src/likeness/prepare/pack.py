@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from likeness.encoders.components import load_components
 from likeness.files import read_json, write_whole
 from likeness.types import InputError
 from likeness.weights.catalog import CODEC, COMMON
-from likeness.weights.packed import PACKED, component_class, load_component, save_packed
+from likeness.weights.packed import PACKED, component_class, save_packed
 
 
 def pack_model(model: Path, out: Path, base: Path | None = None) -> None:
@@ -31,17 +30,19 @@ def pack_model(model: Path, out: Path, base: Path | None = None) -> None:
         raise InputError(f"{model} was trained on the latents of another encoder than that of {out.parent / COMMON}")
     transformer = component_class(*index["transformer"]).from_pretrained(model / "transformer")
     if base is not None:
-        found, wanted = (dict(part.config) for part in (load_base(base), transformer))
-        if differing := [name for name in wanted if not name.startswith("_") and found.get(name) != wanted[name]]:
-            raise InputError(f"{base} has another network than {model}: {differing[0]} differs")
+        check_base(base, model)
     save_packed(transformer, out / "transformer", None if base is None else base / "transformer")
     shutil.copytree(model / "scheduler", out / "scheduler", dirs_exist_ok=True)
     shutil.copy(model / CODEC, out / CODEC)
     write_whole(out / "model_index.json", json.dumps(index, indent=2))
 
 
-def load_base(base: Path) -> Any:
-    """Load the network of a packed pipeline. Raises `InputError` if it is not packed, or is itself a difference."""
+def check_base(base: Path, model: Path) -> None:
+    """Check that a base is a packed pipeline, no difference itself, and has the network of the model. Raises
+    `InputError`.
+    """
     if not (base / "transformer" / PACKED).is_file():
         raise InputError(f"{base} has no {PACKED}: the base must be a packed model that is not a difference itself")
-    return load_component(base / "transformer", *read_json(base / "model_index.json")["transformer"])
+    found, wanted = (read_json(folder / "transformer" / "config.json") for folder in (base, model))
+    if differing := [name for name in wanted if not name.startswith("_") and found.get(name) != wanted[name]]:
+        raise InputError(f"{base} has another network than {model}: {differing[0]} differs")

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from likeness.conditions.framing import inverse, move, rescaled
-from likeness.conditions.images import MOST_PIXELS, existing_path, open_image
+from likeness.conditions.images import MAX_PIXELS, existing_path, open_image
 from likeness.data.folder import read_folder, read_photo
 from likeness.files import write_whole
 from likeness.pipelines.formats import format_of
@@ -56,7 +56,7 @@ def paste_file(
     kind = format_of(out)
     row = row_of(aligned, photo, portrait, face)
     edited = open_image(portrait)
-    original = open_image(photo, most=MOST_PIXELS)
+    original = open_image(photo, max_pixels=MAX_PIXELS)
     pixels = paste_portrait(
         read_photo(photo), read_photo(portrait), np.array(row["transform"]), row["size"], feather=feather
     )

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
-from likeness.conditions import read_conditions
+from likeness.conditions import CONDITIONS, read_conditions
 from likeness.encoders.components import Components
 from likeness.files import write_whole, writing_whole
 from likeness.models.mmface import MMFaceTransformer
@@ -54,7 +54,7 @@ def preview_requests(recipe: RunRecipe) -> list[PortraitRequest]:
     """
     requests = []
     for number, preview in enumerate(recipe.preview, start=1):
-        files = {name: file for name in ("mask", "sketch", "keypoints") if (file := getattr(preview, name))}
+        files = {name: file for name in CONDITIONS if (file := getattr(preview, name))}
         if unknown := sorted(files.keys() - set(condition_names(recipe.data))):
             raise InputError(
                 f"preview {number} has a {unknown[0]}, which is not in the recipe's condition_probabilities"

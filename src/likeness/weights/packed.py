@@ -136,7 +136,7 @@ def save_packed(model: Any, folder: Path, base: Path | None = None) -> None:
     else:
         model.config.save_pretrained(folder)
     path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     config.pop("_name_or_path", None)  # a path on this machine
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -42,10 +42,10 @@ PART_NAMES: dict[str, int] = {
 IGNORE = 255
 """Class number for pixels without a class in many data sets."""
 
-MOST_SIDE = 2048
+MAX_SIDE = 2048
 """Images of twice this side or more are read at a fraction of their resolution, which saves time."""
 
-MOST_IGNORED = 0.25
+MAX_IGNORED = 0.25
 """Largest fraction of ignored pixels."""
 
 HOW = "save it as an index PNG (0 to 18, CelebAMask-HQ order) or in the CelebAMask-HQ colours"
@@ -117,7 +117,7 @@ def read(source: Source, *, order: str | None = None, name: str = "") -> Reading
 
 
 def _read_image(image: Image.Image, name: str, order: str | None, jpeg: bool) -> Reading:
-    if (step := max(image.size) // MOST_SIDE) > 1:  # every step-th pixel: classes stay as they are
+    if (step := max(image.size) // MAX_SIDE) > 1:  # every step-th pixel: classes stay as they are
         image = image.resize((image.width // step, image.height // step), Image.Resampling.NEAREST)
     if image.mode == "P":
         colours = np.zeros((256, 3), dtype=np.uint8)
@@ -212,7 +212,7 @@ def _read_numbers(
     """
     if (ignored := values == IGNORE).any() and not ignored.all():
         fraction = float(ignored.mean())
-        if fraction > MOST_IGNORED:
+        if fraction > MAX_IGNORED:
             raise off_palette(
                 f"{100 * fraction:.0f} % of {name} is {IGNORE}, the number for ignored pixels: give each pixel a class"
             )

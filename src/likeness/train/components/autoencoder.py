@@ -175,16 +175,28 @@ def train_autoencoder(recipe: AutoencoderRecipe, run: Path) -> None:
             loss.backward()
             rate = learning_rate(start, recipe.images, recipe.learning_rate, recipe.warmup)
             progress.end_step(loss=loss.detach(), gradient_norm=state.step(rate, max_norm=1.0))
-            if progress.due(50 * recipe.batch):
-                progress.report()
-            if progress.due(recipe.checkpoint_every):
-                progress.check_finite()
-                published = ema.averaged_model()
-                published.save_pretrained(run / "model")
-                if progress.last:
-                    for folder in recipe.test:
-                        progress.report_values(measure(published, read_folder(folder), recipe.size))
-            progress.save(recipe.checkpoint_every)
+            report_and_publish(progress, ema, recipe)
+
+
+def report_and_publish(progress: Progress, ema: Ema, recipe: Any) -> None:
+    """Report, publish the EMA weights and save a checkpoint if they are due; after the last step, measure the published
+    autoencoder on the test folders.
+
+    Args:
+        progress: the steps of the training.
+        ema: EMA of the autoencoder.
+        recipe: a recipe with `batch`, `checkpoint_every`, `test` and `size`.
+    """
+    if progress.due(50 * recipe.batch):
+        progress.report()
+    if progress.due(recipe.checkpoint_every):
+        progress.check_finite()
+        published = ema.averaged_model()
+        published.save_pretrained(progress.run / "model")
+        if progress.last:
+            for folder in recipe.test:
+                progress.report_values(measure(published, read_folder(folder), recipe.size))
+    progress.save(recipe.checkpoint_every)
 
 
 @torch.no_grad()

@@ -21,13 +21,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from likeness.data.ahead import read_ahead
-from likeness.data.folder import read_folder
 from likeness.data.sampler import stream
 from likeness.encoders.latent import LatentCodec, spatial_factor
 from likeness.files import first_line, read_json
 from likeness.models.patch_discriminator import GROUPS, PatchDiscriminator
 from likeness.models.squeezenet import Normalization, SqueezeNetFeatures, perceptual_distance
-from likeness.train.components.autoencoder import TrainingImages, measure, pixel_loss
+from likeness.train.components.autoencoder import TrainingImages, pixel_loss, report_and_publish
 from likeness.train.config import ComponentRecipe, check_minimum, check_values
 from likeness.train.ema import Ema
 from likeness.train.optim import learning_rate
@@ -273,14 +272,4 @@ def train_decoder(recipe: DecoderRecipe, run: Path) -> None:
             state.step(learning_rate(start, recipe.images, recipe.learning_rate, 0), max_norm=math.inf)
             progress.end_step(**{name: term.detach() for name, term in terms.items()}, gradient_norm=norm)
 
-            # 3. Report and save
-            if progress.due(50 * recipe.batch):
-                progress.report()
-            if progress.due(recipe.checkpoint_every):
-                progress.check_finite()
-                published = ema.averaged_model()
-                published.save_pretrained(run / "model")
-                if progress.last:
-                    for folder in recipe.test:
-                        progress.report_values(measure(published, read_folder(folder), recipe.size))
-            progress.save(recipe.checkpoint_every)
+            report_and_publish(progress, ema, recipe)
