@@ -11,7 +11,10 @@ import torch
 from builders import run, tiny_pipeline
 from likeness.conditions.mask.classes import CLASSES, PALETTE
 from likeness.data.store import Store
+from likeness.evaluate.protocol import Protocol
+from likeness.evaluate.run import evaluate
 from likeness.models.label_decoder import LabelDecoder
+from likeness.pipelines.image_recipe import read_recipe, request_of
 from likeness.pipelines.load import load
 from likeness.pipelines.propose import propose_mask
 from likeness.prepare.pack import pack_model
@@ -122,3 +125,15 @@ def test_wrong_models_and_runs_are_rejected(root, tmp_path):
     assert run(*arguments, root / "faces") == 2
     assert run(*arguments, root / "decoder") == 0
     assert json.loads((tmp_path / "out" / "model_index.json").read_text())["vae"][1] == "LabelDecoder"
+
+
+def test_evaluation_proposes_masks_for_text_only(root, packed, tmp_path):
+    """Of the same prompt and seed; the protocol of every number names the mask model."""
+    settings = {"given": ("mask", "none"), "mask_model": str(packed), "count": 2, "steps": 1, "metrics": ("ssim",)}
+    results = evaluate(root / "faces", tmp_path, Protocol(**settings), pipeline=tiny_pipeline(), model="tiny")
+    assert results is not None
+    assert results.numbers[0].protocol["mask_model"]
+    file = sorted((tmp_path / "pictures" / "none" / "0").glob("*.png"))[1]
+    recipe, _ = read_recipe(file)
+    found = request_of(recipe).conditions["mask"].image.raw
+    assert (found == propose_mask(load(packed), recipe["prompt"], recipe["seed"]).labels).all()

@@ -8,7 +8,7 @@ determines the mask.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from likeness.conditions.mask.classes import PALETTE
 from likeness.conditions.mask.contradictions import contradictions
 from likeness.conditions.mask.geometry import broken_rules, measure, swapped_pairs
 from likeness.conditions.mask.repair import nearest_colours
-from likeness.types import InputError
+from likeness.types import ConditionInput, InputError, PortraitRequest
 
 CANDIDATES = 4
 """Candidates for a mask."""
@@ -34,10 +34,6 @@ class Proposal:
     """Canonical labels, uint8 [H, W]."""
     broken: tuple[str, ...]
     """Rules that it breaks, a few words each."""
-
-    def reading(self) -> Reading:
-        """Return the mask as the image of a condition."""
-        return Reading(raw=self.labels, scheme="generated from the prompt")
 
 
 def propose_mask(
@@ -83,3 +79,10 @@ def propose_mask(
             break
     assert best is not None
     return best
+
+
+def add_mask(request: PortraitRequest, pipeline: Any, **options: Any) -> PortraitRequest:
+    """Return a request with the mask that is proposed for its prompt and seed. `options`: those of `propose_mask`."""
+    labels = propose_mask(pipeline, request.prompt, request.seed, **options).labels
+    reading = Reading(raw=labels, scheme="proposed from the prompt")
+    return replace(request, conditions={**request.conditions, "mask": ConditionInput(image=reading)})
