@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from builders import run, tiny_pipeline
+from likeness.conditions import CONDITIONS
 from likeness.conditions.mask.classes import CLASSES, PALETTE
 from likeness.data.store import Store
 from likeness.evaluate.protocol import Protocol
@@ -137,3 +138,25 @@ def test_evaluation_proposes_masks_for_text_only(root, packed, tmp_path):
     recipe, _ = read_recipe(file)
     found = request_of(recipe).conditions["mask"].image.raw
     assert (found == propose_mask(load(packed), recipe["prompt"], recipe["seed"]).labels).all()
+
+
+def test_command_line(packed, tmp_path, capsys):
+    """Masks of consecutive seeds; `generate --via-mask` uses the mask of its seed and records it."""
+    options = ("a bald man", "--seed", "5")
+    assert run("mask", "propose", *options, "--count", "2", "--model", packed, "--out", f"{tmp_path}/") == 0
+    masks = [CONDITIONS["mask"].read(tmp_path / f"mask-00{number}.png").raw for number in (1, 2)]
+    for seed, labels in zip((5, 6), masks, strict=True):
+        assert (propose_mask(load(packed), "a bald man", seed).labels == labels).all()
+    model = tiny_pipeline()
+    model.save_pretrained(tmp_path / "model")
+    generate = ("generate", *options, "--steps", "2", "--model", tmp_path / "model", "--out", tmp_path / "face.png")
+    assert run(*generate, "--via-mask", "--mask-model", packed) == 0
+    recipe, pixels = read_recipe(tmp_path / "face.png")
+    assert (request_of(recipe).conditions["mask"].image.raw == masks[0]).all()
+    assert run(*generate, "--mask", tmp_path / "mask-001.png") == 0
+    assert (read_recipe(tmp_path / "face.png")[1] == pixels).all()
+    capsys.readouterr()
+    assert run(*generate, "--via-mask", "--mask", tmp_path / "mask-001.png") == 2
+    assert "leave --mask out" in capsys.readouterr().err
+    assert run("mask", "propose", *options, "--model", packed, "--out", tmp_path / "mask.jpg") == 2
+    assert run("mask", "propose", *options, "--model", tmp_path / "model") == 2

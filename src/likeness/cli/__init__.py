@@ -24,7 +24,7 @@ from likeness.types import InputError, TryAgain
 
 
 def mask_help() -> None:
-    """Edit masks by class, interpolate, check against a caption (`likeness mask --help`)."""
+    """Generate masks from text, edit them by class, check them (`likeness mask --help`)."""
     run(GROUPS["mask"], "likeness mask", ["--help"])
 
 
@@ -61,6 +61,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 GROUPS: dict[str, dict[str, Callable[..., Any]]] = {
     "mask": {
+        "propose": mask.Propose,
         "grow": mask.grow,
         "shrink": mask.shrink,
         "remove": mask.remove,

@@ -18,7 +18,7 @@ from likeness.files import read_json
 from likeness.pipelines.sizes import format_sizes, parse_size, trained_sizes
 from likeness.runtime import choose_threads, optional_packages_hidden, set_threads
 from likeness.types import ConditionInput, DtypeName, InputError, PortraitRequest
-from likeness.weights.catalog import BUNDLED, DEFAULT, bundled_models
+from likeness.weights.catalog import BUNDLED, DEFAULT, MASK_MODEL, bundled_models
 
 DTYPE_NAMES: dict[str, DtypeName] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 """Dtype in a recipe -> `--dtype`."""
@@ -39,6 +39,8 @@ def generate(
     keypoints_scale: float = 1.0,
     control_guidance_start: float = 0.0,
     control_guidance_end: float = 1.0,
+    via_mask: bool = False,
+    mask_model: str = MASK_MODEL,
     model: str = DEFAULT,
     base: str | None = None,
     lora: tuple[str, ...] = (),
@@ -71,6 +73,8 @@ def generate(
         keypoints_scale: Strength of the keypoints.
         control_guidance_start: Fraction of the steps at which conditions start to act.
         control_guidance_end: Fraction of the steps at which conditions stop acting.
+        via_mask: Generate a mask from the prompt first (as `likeness mask propose` does), then the image from both.
+        mask_model: Model that generates this mask.
         model: Bundled model, folder of a model or an adapter, or hub id.
         base: Base model of an adapter. Default: the one that the adapter names.
         lora: LoRAs made for FLUX.1: files, folders or hub ids, each as FILE or FILE=STRENGTH.
@@ -94,6 +98,8 @@ def generate(
     width, height = (None, None) if size is None else parse_size(size, "--size")
     if not 1 <= count <= MAX_COUNT:
         raise InputError(f"--count is {count}; it must be from 1 to {MAX_COUNT}")
+    if via_mask and mask is not None:
+        raise InputError("--via-mask generates a mask: leave --mask out")
     first = secrets.randbelow(2**31) if seed is None else seed
     files = {"mask": (mask, mask_scale), "sketch": (sketch, sketch_scale), "keypoints": (keypoints, keypoints_scale)}
     interval = {"start": control_guidance_start, "end": control_guidance_end}
@@ -128,9 +134,11 @@ def generate(
         from likeness.pipelines.generate import batches, resolve, work_of
         from likeness.pipelines.generate import generate as generate_images
         from likeness.pipelines.image_recipe import recipe_of
+        from likeness.pipelines.propose import add_mask
         from likeness.weights.hashes import pipeline_hash
 
         pipeline = load_pipeline(model, dtype, device, base, quantize, offload)
+        mask_pipeline = load_pipeline(mask_model, dtype, device) if via_mask else None
     print_notes([f"left out of the LoRA: {line}" for line in add_loras(pipeline, loras, strict=lora_strict)])
     requests = [resolve(dataclasses.replace(request, seed=first + index), pipeline) for index in range(count)]
     height, width = requests[0].height, requests[0].width
@@ -143,7 +151,9 @@ def generate(
     encoded: dict[Any, Any] = {}
     reported: set[str] = set()
     with exit_on_sigterm(), progress_bar("Generating") as advance:
-        for done, batch in batches(requests, pipeline):
+        for done, batch in batches(requests, pipeline, single=via_mask):
+            if mask_pipeline is not None:
+                batch = [add_mask(one, mask_pipeline) for one in batch]
             images, notes = generate_images(
                 pipeline,
                 batch[0],
