@@ -275,6 +275,8 @@ class PortraitPipeline(DiffusionPipeline):
         scheduler.set_timesteps(**schedule, device=latents.device)
         latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
         times = objective.time_of(scheduler.timesteps)  # [S]
+        if scheduler.config.get("use_flow_sigmas"):
+            times = scheduler.sigmas[:-1].to(times)  # the timesteps of these schedulers are rounded to integers
         levels = objective.noise_level(times.cpu()).tolist()
         self._num_timesteps = len(times)
         noise = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
