@@ -122,7 +122,7 @@ def test_configuration_round_trip(objective):
         ({"name": "score"}, "score"),
         ({"name": "ddpm", "shift": 1}, "shift"),
         ({"name": "rectified_flow", "shift": 0}, "positive"),
-        ({"name": "rectified_flow", "sampler": "heun"}, "choose euler or dpm"),
+        ({"name": "rectified_flow", "sampler": "heun"}, "choose euler, dpm"),
         ({"name": "ddpm", "prediction": "x0"}, "x0"),
     ],
 )

@@ -35,14 +35,16 @@ class RectifiedFlow:
     """Shifts training times and sampling steps towards noise: t -> s t / (1 + (s - 1) t) (same paper, equation 23)."""
     time_scale: float = 1000.0
     """Factor of t before it is embedded; 999 in the released MMFace-DiT weights."""
-    sampler: Literal["euler", "dpm++"] = "euler"
-    """Sampler of published pipelines: Euler's method, or DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095)."""
+    sampler: Literal["euler", "dpm++", "renoise"] = "euler"
+    """Sampler of published pipelines: Euler's method; DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095); or, for
+    few-step models, x_next = (1 - t_next) x_0 + t_next noise, with x_0 estimated by `denoise` and fresh noise at every
+    step."""
 
     def __post_init__(self) -> None:
         if self.time_sampling not in ("uniform", "logit_normal"):
             raise InputError(f"time_sampling is {self.time_sampling!r}; choose uniform or logit_normal")
-        if self.sampler not in ("euler", "dpm++"):
-            raise InputError(f"sampler is {self.sampler!r}; choose euler or dpm++")
+        if self.sampler not in ("euler", "dpm++", "renoise"):
+            raise InputError(f"sampler is {self.sampler!r}; choose euler, dpm++ or renoise")
         if self.shift <= 0 or self.logit_std <= 0 or self.time_scale <= 0:
             raise InputError("shift, logit_std and time_scale must be positive")
 
@@ -78,13 +80,8 @@ class RectifiedFlow:
         if self.sampler == "dpm++":
             flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": self.shift}
             return DPMSolverMultistepScheduler(num_train_timesteps=TIMESTEPS, **flow)
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TIMESTEPS)
-
-    def renoising_scheduler(self) -> FlowMatchEulerDiscreteScheduler:
-        """Return the sampler of few-step models: x_next = (1 - t_next) x_0 + t_next noise, with x_0 estimated by
-        `denoise` and fresh noise at every step.
-        """
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TIMESTEPS, stochastic_sampling=True)
+        renoise = self.sampler == "renoise"
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TIMESTEPS, stochastic_sampling=renoise)
 
     def schedule(self, steps: int) -> dict[str, Any]:
         if self.sampler == "dpm++":
