@@ -18,6 +18,7 @@ from likeness.cli import main, positionals_first
 from likeness.cli.evaluation import compare
 from likeness.cli.training import train
 from likeness.encoders.components import load_components
+from likeness.files import locked
 from likeness.pipelines.generate import generate, resolve
 from likeness.pipelines.load import load
 from likeness.prepare.encode import encode_folder
@@ -27,7 +28,6 @@ from likeness.train.ema import Ema, exponent, posthoc_ema, solve
 from likeness.train.html_report import write_report
 from likeness.train.metrics import Reporter
 from likeness.train.optim import make_optimizers
-from likeness.train.run_folder import locked
 from likeness.types import ConditionInput, InputError, PortraitRequest, TryAgain
 from runs import SIZE, assert_identical, load_checkpoint, metrics, prepare, small, weights_of
 
@@ -165,7 +165,7 @@ def test_components_were_replaced(root, tmp_path):
 def test_one_training_per_folder(root, tmp_path):
     """A second one is rejected until the first one ends."""
     given = small(root, optimizer={"images": 4})
-    with locked(tmp_path / "run"), pytest.raises(InputError, match="another process trains in"):
+    with locked(tmp_path / "run"), pytest.raises(InputError, match="another process is writing to"):
         loop.train(given, tmp_path / "run")
     loop.train(given, tmp_path / "run")
 

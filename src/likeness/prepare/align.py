@@ -33,7 +33,7 @@ from likeness.conditions.framing import (
     portrait_transform,
 )
 from likeness.conditions.images import png_bytes
-from likeness.data.folder import METADATA, column_of, line_of, read_photo
+from likeness.data.folder import METADATA, changing, column_of, line_of, metadata_lines, parse_row, read_photo
 from likeness.files import write_whole, writing_whole
 from likeness.prepare.annotate import keypoints_file, made_by_column
 from likeness.prepare.ingest.faces import plain_name
@@ -109,15 +109,16 @@ def align_files(
     """Align photos below `root` with a face detector; `settings` has `size`, `every`, `strict` and `landmarker`."""
     aligned = Aligned()
     rows: dict[str, str] = {}  # as JSON, which takes less memory
-    done = open_journal(out, settings)
-    for number, file in enumerate(files, start=1):
-        record = align_photo(file, file.relative_to(root).as_posix(), out, find, done, **settings)
-        rows |= {row["file_name"]: json.dumps(row, ensure_ascii=False) for row in record["rows"]}
-        add_record(aligned, record)
-        if progress is not None:
-            progress(number, len(files))
-    if rows:
-        write_metadata(out, rows)
+    with changing(out, ["."]):
+        done = open_journal(out, settings)
+        for number, file in enumerate(files, start=1):
+            record = align_photo(file, file.relative_to(root).as_posix(), out, find, done, **settings)
+            rows |= {row["file_name"]: json.dumps(row, ensure_ascii=False) for row in record["rows"]}
+            add_record(aligned, record)
+            if progress is not None:
+                progress(number, len(files))
+        if rows:
+            write_metadata(out, rows)
     return aligned
 
 
@@ -213,7 +214,7 @@ def align_photo(
             }
         )
     try:
-        with (out / JOURNAL).open("a") as journal:  # newline first, to end a truncated line
+        with (out / JOURNAL).open("a", encoding="utf-8") as journal:  # newline first, to end a truncated line
             journal.write("\n" + json.dumps(record))
     except OSError as error:
         raise InputError(f"cannot write {out / JOURNAL}: {error.strerror or error}") from error
@@ -247,8 +248,9 @@ def write_metadata(out: Path, rows: dict[str, str]) -> None:
     path = out / METADATA
     before: dict[str, str] = {}
     if path.is_file():
-        with path.open(encoding="utf-8") as lines:
-            before = {json.loads(line)["file_name"]: line for line in lines if line.strip()}
+        for number, line in metadata_lines(out, "."):
+            row = parse_row(line, f"{path}, line {number}")
+            before[row["file_name"]] = json.dumps(row)
     with writing_whole(path) as metadata:
         for name in [*(name for name in before if name not in rows), *rows]:
             row = {**json.loads(before.get(name, "{}")), **json.loads(rows.get(name, "{}"))}
