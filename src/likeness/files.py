@@ -100,9 +100,10 @@ def delete_partials(folder: Path, inner: Collection[str] = ()) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Create a folder and lock it within a `with` block, if the file system supports locks (on Windows, never).
+    """Lock a folder within a `with` block, if the file system supports locks (on Windows, never).
 
-    The operating system releases the lock when its process ends, even if it is killed.
+    It is created if it is missing, and removed if it stays empty. The operating system releases the lock when its
+    process ends, even if it is killed.
 
     Args:
         folder: the folder.
@@ -112,10 +113,10 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
         TryAgain: another process has locked the folder.
         InputError: the folder cannot be written.
     """
-    path = folder / LOCK
+    path, new = folder / LOCK, not folder.exists()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         while True:
+            folder.mkdir(parents=True, exist_ok=True)
             file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
             try:
                 import fcntl  # not on Windows
@@ -140,6 +141,8 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
+            if new:
+                folder.rmdir()  # unless something was written
         os.close(file)
 
 

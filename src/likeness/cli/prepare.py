@@ -73,6 +73,8 @@ class Ingest:
     """Random seed of these splits."""
     limit: int | None = None
     """Maximum number of faces."""
+    follow_links: bool = False
+    """Also read links that lead outside the source."""
 
     def __call__(self) -> None:
         from likeness.prepare.ingest.write import ingest
@@ -122,6 +124,8 @@ class Align:
     """Align all faces of a photo instead of only the largest."""
     strict: bool = False
     """Skip faces that are turned, tilted, small or cut off instead of only reporting them."""
+    follow_links: bool = False
+    """Also read links that lead outside the folder of photos."""
 
     def __call__(self) -> None:
         from likeness.prepare.align import align_photos
@@ -320,6 +324,8 @@ class Shards:
     """Faces held out by the splits person (at least) and random: 1000 by default, a tenth of smaller sets."""
     limit: int | None = None
     """Maximum number of faces."""
+    follow_links: bool = False
+    """Also read links that lead outside the source."""
     parser: str = "auto"
     """Face parser, as in `annotate`."""
     landmarker: Path | None = None

@@ -277,7 +277,8 @@ def open_record(out: Path, arguments: dict[str, Any], command: str) -> dict[str,
 
 def write_record(out: Path, record: dict[str, Any]) -> None:
     """Write `dataset.json`."""
-    write_whole(out / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    write_whole(out / RECORD, text.encode(errors="backslashreplace"))  # see `line_of`
 
 
 def captions_of(row: dict[str, Any]) -> Sequence[str]:

@@ -73,6 +73,7 @@ def align_photos(
     size: int = 512,
     all_faces: bool = False,
     strict: bool = False,
+    follow_links: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Aligned:
     """Write `out/images`, `out/keypoints` and `out/metadata.jsonl` from a folder of photos, or from one photo.
@@ -84,6 +85,7 @@ def align_photos(
         size: side length of the portraits in pixels.
         all_faces: whether to align all faces of a photo instead of only the largest.
         strict: whether to skip faces with faulty geometry.
+        follow_links: whether to follow links that lead outside the folder.
         progress: called as (photos done, total).
 
     Raises:
@@ -92,7 +94,7 @@ def align_photos(
     """
     if size < 32:
         raise InputError(f"size must be at least 32 pixels, not {size}")
-    files = photo_files(photos, out)
+    files = photo_files(photos, out, follow_links)
     with open_face_finder(landmarker) as find:
         settings = {"size": size, "every": all_faces, "strict": strict, "landmarker": landmarker_name(landmarker)}
         return align_files(files, photos if photos.is_dir() else photos.parent, out, find, settings, progress)
@@ -122,15 +124,15 @@ def align_files(
     return aligned
 
 
-def photo_files(photos: Path, out: Path) -> list[Path]:
-    """Return the photos of a folder, sorted, without `out` and hidden files. Links are followed."""
+def photo_files(photos: Path, out: Path, follow_links: bool) -> list[Path]:
+    """Return the photos of a folder, sorted, without `out` and hidden files."""
     if photos.is_file():
         return [photos]
     if not photos.is_dir():
         raise InputError(f"{photos} does not exist: give a folder of photos, or one photo")
     if photos.resolve().is_relative_to(out.resolve()):
         raise InputError(f"{photos} is inside {out}: write to another folder")
-    files = [photos / folder / name for folder, names in walk(photos, out) for name in names]
+    files = [photos / folder / name for folder, names in walk(photos, out, follow_links=follow_links) for name in names]
     files = sorted(path for path in files if path.suffix.lower() in IMAGES)
     if not files:
         raise InputError(f"{photos} has no photos ({', '.join(IMAGES)})")

@@ -21,7 +21,7 @@ from likeness.conditions import CONDITIONS
 from likeness.data.folder import METADATA, RECORD, changing, column_of, line_of, open_record, write_record
 from likeness.files import write_whole, writing_whole
 from likeness.prepare.ingest.faces import Skipped, SourceFace, with_names
-from likeness.prepare.ingest.formats import imagefolder, metadata_folders
+from likeness.prepare.ingest.formats import imagefolder, metadata_folders, table_of
 from likeness.prepare.ingest.shards import import_parquet
 from likeness.prepare.ingest.source import Source, join, open_source
 from likeness.types import InputError
@@ -124,7 +124,7 @@ def metadata_hash(source: Source) -> str:
     """Hash all lines of all metadata."""
     digest = hashlib.sha256()
     for place in metadata_folders(source):
-        for line in source.lines(join(place, METADATA)):
+        for line in source.lines(join(place, table_of(source, place))):
             digest.update(line)
     return digest.hexdigest()
 
