@@ -72,6 +72,13 @@ class Store:
     def __len__(self) -> int:
         return self.manifest["count"]
 
+    def content_hash(self) -> str:
+        """Hash what a training reads: latents, their order, text features, names and captions."""
+        digest = hashlib.sha256(json.dumps([self.manifest[key] for key in ("latents", "texts", "places")]).encode())
+        for lines, _ in self.rows.parts:
+            digest.update(memoryview(lines.numpy()))
+        return digest.hexdigest()[:16]
+
     def verify(self) -> None:
         """Compare every file with the hash in its name. Raises `InputError` if one has changed."""
         parts = [name for key in ("latents", "texts", "rows") for name, _ in self.manifest[key]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from likeness.config import build, rename_keys, to_dict
+from likeness.data.store import Store
 from likeness.device import choose_device
 from likeness.files import delete_partials, locked, read_json, write_whole
 from likeness.parallel import SINGLE_PROCESS, World, rank_and_world
@@ -85,6 +87,18 @@ def store_recipe(recipe: Any, run: Path) -> None:
                 f"{run} was started with another {changed[0]}: choose another folder, or restore the recipe"
             )
     write_whole(path, json.dumps(values, indent=2))
+
+
+def record_data(stores: Sequence[Store], run: Path) -> None:
+    """Write `run/data.json`, the hashes of the shards. Report on stderr if a run is resumed with other shards."""
+    path = run / "data.json"
+    now = [{"faces": len(store), "hash": store.content_hash()} for store in stores]
+    before = read_json(path)["shards"] if path.is_file() and newest(run) else now
+    if before != now:
+        then, faces = (sum(store["faces"] for store in shards) for shards in (before, now))
+        message = f"{run} was started with other shards: {then} faces then, {faces} faces now; training continues"
+        print(message, file=sys.stderr, flush=True)
+    write_whole(path, json.dumps({"shards": now}, indent=2))
 
 
 def fixed_values(values: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:
