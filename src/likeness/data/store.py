@@ -76,7 +76,7 @@ class Store:
         """Hash what a training reads: latents, their order, text features, names and captions."""
         digest = hashlib.sha256(json.dumps([self.manifest[key] for key in ("latents", "texts", "places")]).encode())
         for lines, _ in self.rows.parts:
-            digest.update(memoryview(lines.numpy()))
+            digest.update(lines.numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def verify(self) -> None:

@@ -92,7 +92,7 @@ def store_recipe(recipe: Any, run: Path) -> None:
 def record_data(stores: Sequence[Store], run: Path) -> None:
     """Write `run/data.json`, the hashes of the shards. Report on stderr if a run is resumed with other shards."""
     path = run / "data.json"
-    now = [{"faces": len(store), "hash": store.content_hash()} for store in stores]
+    now: list[dict[str, Any]] = [{"faces": len(store), "hash": store.content_hash()} for store in stores]
     before = read_json(path)["shards"] if path.is_file() and newest(run) else now
     if before != now:
         then, faces = (sum(store["faces"] for store in shards) for shards in (before, now))
