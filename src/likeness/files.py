@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import stat
+import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,6 +17,9 @@ from likeness.types import InputError, TryAgain
 
 PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
 """Names of unfinished files (`partial_name`)."""
+
+ABANDONED = 3600
+"""Age in seconds from which an unfinished file is deleted where several processes write without a lock."""
 
 LOCK = ".lock"
 """File in a folder that a process has locked."""
@@ -89,13 +93,21 @@ def is_unfinished(name: str) -> bool:
     return name == LOCK or PARTIAL.fullmatch(name) is not None
 
 
-def delete_partials(folder: Path, inner: Collection[str] = ()) -> None:
-    """Delete the unfinished files that killed processes left in a locked folder and everywhere in some inner ones."""
+def delete_partials(folder: Path, inner: Collection[str] = (), age: float = 0) -> None:
+    """Delete the unfinished files that killed processes left.
+
+    Args:
+        folder: the folder, which should be locked unless `age` is given.
+        inner: subfolders that are searched recursively.
+        age: seconds since the last change.
+    """
     for place, folders, names in os.walk(folder):
         if Path(place) == folder:
             folders[:] = set(folders) & set(inner)
-        for name in filter(PARTIAL.fullmatch, names):
-            Path(place, name).unlink(missing_ok=True)
+        for file in (Path(place, name) for name in names if PARTIAL.fullmatch(name)):
+            with contextlib.suppress(FileNotFoundError):
+                if not age or time.time() - file.stat().st_mtime > age:
+                    file.unlink()
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -40,7 +39,7 @@ from likeness.data.store import (
 from likeness.device import choose_device
 from likeness.encoders.components import Components
 from likeness.encoders.latent import LatentCodec, spatial_factor, to_tensor
-from likeness.files import PARTIAL, is_unfinished, locked
+from likeness.files import ABANDONED, delete_partials, is_unfinished, locked
 from likeness.types import InputError
 
 TRANSFORM = 1
@@ -55,8 +54,6 @@ PIXELS = 64 * 128 * 128
 """Pixels per batch of the autoencoder."""
 CAPTIONS = 32
 """Captions per batch of the text encoders."""
-ABANDONED = 3600
-"""Age in seconds from which a partial file is deleted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -536,17 +533,10 @@ def finish(root: Path, out: Path, settings: EncodeSettings) -> int:
     write_manifest(out, manifest)
     names = {places_file, *(name for name, _ in [*latents, *texts, *rows])}
     for file in out.iterdir():
-        unused = PART.fullmatch(file.name) or (PARTIAL.fullmatch(file.name) and is_abandoned(file))
-        if unused and file.name not in names:
+        if PART.fullmatch(file.name) and file.name not in names:
             file.unlink(missing_ok=True)
+    delete_partials(out, age=ABANDONED)
     return 0
-
-
-def is_abandoned(file: Path) -> bool:
-    """Return whether no process has written a partial file for `ABANDONED` seconds."""
-    with suppress(FileNotFoundError):
-        return time.time() - file.stat().st_mtime > ABANDONED
-    return False
 
 
 def place_entries(out: Path, kind: str, keys: Sequence[bytes]) -> tuple[list[tuple[str, int]], np.ndarray]:
