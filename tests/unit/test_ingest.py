@@ -718,6 +718,7 @@ def test_everything_that_is_not_read_is_reported(tmp_path, capsys):
         put(source, name, image(len(name)))
     put(source, "0_mask.png", sample_datasets.mask())
     put(source, "0-sketch.png", sample_datasets.sketch())
+    put(source, "0_keypoints.jpg", image(9))
     put(source, "0_keypoints.json", sample_datasets.points())
     texts = {"0.caption": "zero", "1.txt": "one", "1.caption": "other", "1.json": "{}", "notes.psd": "", "README": ""}
     for name, content in texts.items():
@@ -731,7 +732,8 @@ def test_everything_that_is_not_read_is_reported(tmp_path, capsys):
     assert run(*command) == 0
     expected = (
         "not read: 2 hidden, 2 links out of the source (--follow-links reads them), 1 .caption (such as 1.caption), "
-        "1 .json (such as 1.json), 1 .psd (such as notes.psd), 1 without suffix (such as README), 1 not regular files"
+        "1 .json (such as 1.json), 1 .jpg (such as 0_keypoints.jpg), "
+        "1 .psd (such as notes.psd), 1 without suffix (such as README), 1 not regular files"
     )
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("not read")]
     assert sorted(line[10:].split(", ")) == sorted(expected[10:].split(", "))

@@ -197,7 +197,7 @@ def fix_split(folder: Path, split: str, by_row: dict[tuple[str, int], list[Findi
         for name in dropped_files(folder, row, findings) & dropped - kept:
             move_away(folder, split, name)
         if not findings:
-            yield row.raw if row.fault else line_of(row.values)
+            yield row.raw.rstrip(b"\r\n") + b"\n" if row.fault else line_of(row.values)
         elif not any(found.fix == "drop-row" for found in findings):
             yield line_of(fix_row(folder, row, findings))
 

@@ -136,7 +136,7 @@ def images_in_folders(source: Source) -> Entries:
     """
     for place in sorted(source.folders):
         texts, sidecars = source.texts(place), find_sidecars(source, place)
-        others = {path for files in sidecars.values() for path in files.values()}
+        others = {path for conditions in sidecars.values() for files in conditions.values() for path in files}
         top, _, rest = place.partition("/")
         split = SPLIT_NAMES.get(top)
         prefix = (rest if split else place).replace("/", "_")
@@ -148,21 +148,26 @@ def images_in_folders(source: Source) -> Entries:
             yield SourceFace(
                 name=f"{prefix}_{stem}" if prefix else stem,
                 image=source.existing_file(join(place, name)),
-                conditions={key: source.existing_file(path) for key, path in sidecars.get(stem, {}).items()},
+                conditions={key: source.existing_file(files[0]) for key, files in sidecars.get(stem, {}).items()},
                 captions=text.lines if text else tuple,
                 split=split,
             )
 
 
-def find_sidecars(source: Source, place: str) -> dict[str, dict[str, str]]:
-    """Return image stem -> condition -> `folder/name` of files such as `NAME_mask.png`, also with `-` or `.`."""
-    stems, found = source.images(place).keys(), {}
+def find_sidecars(source: Source, place: str) -> dict[str, dict[str, list[str]]]:
+    """Return image stem -> condition -> `folder/name` of files such as `NAME_mask.png`, also with `-` or `.`. The first one
+    is to be read.
+    """
+    stems = source.images(place).keys()
+    found: dict[str, dict[str, list[str]]] = {}
     for name in sorted(source.folders[place]):
         stem, dot, suffix = name.rpartition(".")
+        suffix = f"{dot}{suffix}".lower()
         for key, condition in CONDITIONS.items():
             own, mark = stem[: -len(key) - 1], stem[-len(key) - 1 :].lower()
-            if own in stems and mark[1:] == key and mark[0] in "_-." and f"{dot}{suffix}".lower() == condition.suffix:
-                found.setdefault(own, {})[key] = join(place, name)
+            if own in stems and mark[1:] == key and mark[0] in "_-." and suffix in (condition.suffix, *IMAGES):
+                files = found.setdefault(own, {}).setdefault(key, [])
+                files.insert(0 if suffix == condition.suffix else len(files), join(place, name))
     return found
 
 
@@ -195,7 +200,7 @@ def imagefolder(source: Source) -> Entries:
                 stem = path.rpartition(".")[0].removeprefix("images/").replace("/", "_")
                 yield with_row(SourceFace(name=stem, image=image, split=split, conditions=conditions), row)
             else:
-                yield Skipped(join(place, path), f"the image of line {number} of {METADATA} does not exist")
+                yield Skipped(join(place, path), f"the image of line {number} does not exist")
 
 
 def metadata_rows(source: Source, name: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
