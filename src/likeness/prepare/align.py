@@ -124,7 +124,7 @@ def align_files(
     return aligned
 
 
-def photo_files(photos: Path, out: Path, follow_links: bool) -> list[Path]:
+def photo_files(photos: Path, out: Path, follow_links: bool = False) -> list[Path]:
     """Return the photos of a folder, sorted, without `out` and hidden files."""
     if photos.is_file():
         return [photos]

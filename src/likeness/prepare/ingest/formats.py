@@ -155,7 +155,7 @@ def images_in_folders(source: Source) -> Entries:
 
 
 def find_sidecars(source: Source, place: str) -> dict[str, dict[str, list[str]]]:
-    """Return image stem -> condition -> `folder/name` of files such as `NAME_mask.png`, also with `-` or `.`, best first."""
+    """Return image stem -> condition -> files such as `folder/NAME_mask.png`, also with `-` or `.`, best first."""
     stems = source.images(place).keys()
     found: dict[str, dict[str, list[str]]] = {}
     for name in sorted(source.folders[place]):
