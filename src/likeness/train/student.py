@@ -54,7 +54,7 @@ from likeness.train.ema import Ema
 from likeness.train.optim import learning_rate, make_optimizers
 from likeness.train.progress import Progress
 from likeness.train.publish import Publication, checkpoint, preview_requests
-from likeness.train.run_folder import check_single_process, open_run
+from likeness.train.run_folder import check_single_process, open_run, record_data
 from likeness.train.train_state import TrainState, read_checkpoint
 from likeness.types import InputError, TextFeatures
 from likeness.weights.catalog import find_model
@@ -395,6 +395,7 @@ def train_in(
     world = World(device=choose_device("auto"))
     patch_size = blocks_of(student)[2]
     stores = open_stores(recipe, recipe.data.shards, components, patch_size)
+    record_data(stores, run)
     torch.manual_seed(recipe.seed)  # initial weights of the heads; later random numbers have their own generators
     use_explicit_attention(student, world.device_type == "cpu" and recipe.precision == "bf16")
     discriminator = Discriminator(student, d.blocks, d.width).to(world.device).train()
