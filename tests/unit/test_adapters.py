@@ -344,7 +344,7 @@ def test_foreign_files_are_rejected(root, tmp_path, strict):
     (tmp_path / "text.safetensors").write_text("no weights")
     for source, message in (
         (tmp_path / "sd.safetensors", "sd.safetensors was not made for this network; 6 weights do not match"),
-        (tmp_path / "text.safetensors", "text.safetensors cannot be read as a LoRA"),
+        (tmp_path / "text.safetensors", "text.safetensors cannot be read"),
         (tmp_path / "absent.safetensors", "absent.safetensors does not exist"),
         (root / "adapter" / "adapter.safetensors", "condition_embed.weight: not a pair"),
     ):

@@ -305,6 +305,8 @@ class PortraitPipeline(DiffusionPipeline):
                 progress.update()
 
         # 6. Decode
+        if not latents.isfinite().all():
+            raise InputError("The latents are not finite (NaN or Inf): the model or a LoRA is damaged, or needs fp32")
         images = self.decode(latents, output_type, size)
         self.maybe_free_model_hooks()
         return PortraitOutput(images=images, notes=notes) if return_dict else (images,)
@@ -435,6 +437,10 @@ class PortraitPipeline(DiffusionPipeline):
         if output_type == "latent":
             return latents
         images = self.codec.decode(latents)  # [B, 3, H, W]
+        if not images.isfinite().all():
+            raise InputError(
+                "The decoded images are not finite (NaN or Inf): the autoencoder is damaged, or needs fp32"
+            )
         if size is not None and size != (images.shape[-1], images.shape[-2]):
             images = resample(images, *size)
         if output_type == "pil":

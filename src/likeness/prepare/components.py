@@ -57,7 +57,7 @@ def join_components(
             raise InputError(f"{run} has no published model: finish its training first")
     vae = AutoencoderDC.from_pretrained(autoencoder / "model").eval()
     encoder = CLIPTextModel.from_pretrained(text / "model" / "text_encoder").eval()
-    tokenizer = AutoTokenizer.from_pretrained(text / "model" / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(text / "model" / "tokenizer", trust_remote_code=False)
     save_packed(vae, out / "vae")
     save_packed(encoder, out / "text_encoder")
     tokenizer.save_pretrained(out / "tokenizer")
