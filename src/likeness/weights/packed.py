@@ -7,7 +7,6 @@ of 8 bits. Loading converts all to float32 by default: the files are small, the 
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import os
@@ -24,6 +23,7 @@ from torch import Tensor
 from likeness.files import first_line, read_json
 from likeness.types import InputError
 from likeness.weights.files import check_files, opened_weights, read_weights
+from likeness.weights.hashes import file_hash
 
 PACKED = "packed.safetensors"
 DIFFERENCE = "difference.safetensors"
@@ -190,9 +190,3 @@ def component_class(library: str, class_name: str) -> Any:
         known = ", ".join(name for names in COMPONENT_CLASSES.values() for name in names)
         raise InputError(f"Component {library}.{class_name} is not supported. Supported: {known} and schedulers")
     return getattr(importlib.import_module(library), class_name)
-
-
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
