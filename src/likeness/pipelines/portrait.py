@@ -171,7 +171,7 @@ class PortraitPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         encoded: dict[Any, Any] | None = None,
     ) -> PortraitOutput | tuple[Any, ...]:
-        """Generate images.
+        """Generate images. Several threads can call one pipeline, except with `offload`.
 
         Args:
             prompt: Text prompt, or a list with one per image; "" means no text.
@@ -200,8 +200,9 @@ class PortraitPipeline(DiffusionPipeline):
             latents: Initial noise [B, C, h, w] instead of random noise.
             output_type: `pil`, `np` ([B, H, W, 3] in [0, 1]), `pt` ([B, 3, H, W] in [0, 1]) or `latent`.
             return_dict: Whether to return a `PortraitOutput` or a tuple.
-            callback_on_step_end: Called as (pipeline, step, timestep, {"latents": ...}) after every step. It may return
-                other latents, and stops the loop by setting `pipeline._interrupt`.
+            callback_on_step_end: Called as (pipeline, step, timestep, {"latents": ...}) after every step, with a copy of
+                this pipeline for the call. It may return other latents, and stops the loop by setting `_interrupt` of
+                the copy.
             callback_on_step_end_tensor_inputs: Tensors for the callback: `latents`.
             encoded: Cache of encoded texts and conditions. Pass the same dict to several calls of this pipeline to
                 encode the same texts and the same condition objects once.
@@ -242,7 +243,8 @@ class PortraitPipeline(DiffusionPipeline):
             notes.append(f"warning: the model was trained at {trained}, not at {width}x{height}: expect artifacts")
         if guidance == 1 or self.transformer.config.get("guidance_embeds"):
             negatives = prompts  # negative prompts have no effect
-        self._interrupt = False
+        call = copy.copy(self)  # components are shared, the state that callbacks see is not
+        call._interrupt = False
 
         # 2. Encode each distinct text and condition once
         encoded = {} if encoded is None else encoded
@@ -265,7 +267,7 @@ class PortraitPipeline(DiffusionPipeline):
         latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
         times = objective.time_of(scheduler.timesteps)  # [S]
         levels = objective.noise_level(times.cpu()).tolist()
-        self._num_timesteps = len(times)
+        call._num_timesteps = len(times)
         noise = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
 
         # 4. Plan the passes of every group of images
@@ -286,7 +288,7 @@ class PortraitPipeline(DiffusionPipeline):
         dtype = self.transformer.dtype
         with self.progress_bar(total=len(times)) as progress:
             for i, timestep in enumerate(scheduler.timesteps):
-                if self._interrupt:
+                if call._interrupt:
                     continue
                 scaled = latents
                 if hasattr(scheduler, "scale_model_input"):  # samplers of variance-exploding models
@@ -301,7 +303,7 @@ class PortraitPipeline(DiffusionPipeline):
                 latents = scheduler.step(prediction, timestep, latents, **noise, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
-                    latents = (callback_on_step_end(self, i, timestep, tensors) or {}).get("latents", latents)
+                    latents = (callback_on_step_end(call, i, timestep, tensors) or {}).get("latents", latents)
                 progress.update()
 
         # 6. Decode
