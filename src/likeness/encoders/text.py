@@ -16,7 +16,7 @@ from torch import Tensor
 from likeness.types import TextFeatures
 
 TOKENIZING = threading.Lock()
-"""Locked while a tokenizer is called: a call changes the padding and truncation of the tokenizer, which threads share."""
+"""Locked while a tokenizer is called: a call changes its padding and truncation, which threads share."""
 
 
 @torch.no_grad()

@@ -200,9 +200,9 @@ class PortraitPipeline(DiffusionPipeline):
             latents: Initial noise [B, C, h, w] instead of random noise.
             output_type: `pil`, `np` ([B, H, W, 3] in [0, 1]), `pt` ([B, 3, H, W] in [0, 1]) or `latent`.
             return_dict: Whether to return a `PortraitOutput` or a tuple.
-            callback_on_step_end: Called as (pipeline, step, timestep, {"latents": ...}) after every step, with a copy of
-                this pipeline for the call. It may return other latents, and stops the loop by setting `_interrupt` of
-                the copy.
+            callback_on_step_end: Called as (pipeline, step, timestep, {"latents": ...}) after every step, with a copy
+                of this pipeline for the call. It may return other latents, and stops the loop by setting `_interrupt`
+                of the copy.
             callback_on_step_end_tensor_inputs: Tensors for the callback: `latents`.
             encoded: Cache of encoded texts and conditions. Pass the same dict to several calls of this pipeline to
                 encode the same texts and the same condition objects once.
