@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 
 from builders import run, tiny_pipeline
 from likeness.cli import COMMANDS, GROUPS
-from likeness.cli.study import Subject
 from likeness.device import choose_device, choose_dtype
 from likeness.pipelines.image_recipe import read_recipe
 from likeness.pipelines.load import load
@@ -69,10 +67,9 @@ def test_every_command_chooses_by_itself():
         if option in ("device", "dtype")
     }
     assert defaults.pop(("replay", "device")) is None  # that of the recipe
-    assert {name for name, _ in defaults} >= {"generate", "evaluate", "compare", "prepare annotate", "prepare encode"}
+    expected = {"generate", "study keys", "evaluate", "compare", "prepare annotate", "prepare encode"}
+    assert {name for name, _ in defaults} >= expected
     assert set(defaults.values()) == {"auto"}
-    fields = {field.name: field.default for field in dataclasses.fields(Subject)}
-    assert fields["device"] == fields["dtype"] == "auto"
 
 
 def test_load_stays_on_the_cpu_unless_told(tmp_path):

@@ -43,19 +43,19 @@ def convert_help() -> None:
     run(GROUPS["convert"], "likeness convert", ["--help"])
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "generate": portraits.generate,
-    "replay": portraits.replay,
-    "inspect": portraits.inspect,
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "generate": portraits.Generate,
+    "replay": portraits.Replay,
+    "inspect": portraits.Inspect,
     "mask": mask_help,
-    "models": portraits.models,
+    "models": portraits.Models,
     "train": training.train,
     "average": training.average,
     "evaluate": evaluation.evaluate,
     "compare": evaluation.compare,
     "prepare": prepare_help,
     "study": study_help,
-    "cost": study.cost,
+    "cost": study.Cost,
     "convert": convert_help,
 }
 
@@ -87,7 +87,7 @@ GROUPS: dict[str, dict[str, Callable[..., Any]]] = {
         "decoder": prepare.ReplaceDecoder,
         "pack": prepare.Pack,
     },
-    "study": {"keys": study.keys, "attention": study.attention, "positions": study.positions},
+    "study": {"keys": study.Keys, "attention": study.Attention, "positions": study.Positions},
     "convert": {"mmface-release": training.mmface_release},
 }
 """Groups of commands."""

@@ -1,4 +1,4 @@
-"""Commands that generate images, and describe files and models."""
+"""Commands that generate images, and describe files and models. The fields of a command are its options."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import os
 import secrets
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,223 +28,239 @@ MAX_COUNT = 1000
 """Largest `--count`."""
 
 
-def generate(
-    prompt: tyro.conf.Positional[str] = "",
-    *,
-    negative_prompt: str = "",
-    mask: Path | None = None,
-    sketch: Path | None = None,
-    keypoints: Path | None = None,
-    mask_scale: float = 1.0,
-    sketch_scale: float = 1.0,
-    keypoints_scale: float = 1.0,
-    control_guidance_start: float = 0.0,
-    control_guidance_end: float = 1.0,
-    model: str = DEFAULT,
-    base: str | None = None,
-    lora: tuple[str, ...] = (),
-    lora_strict: bool = True,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    seed: int | None = None,
-    count: int = 1,
-    size: str | None = None,
-    upscale: bool = False,
-    force_size: bool = False,
-    out: str | None = None,
-    format: Literal["png", "jpg", "webp"] = "png",
-    metadata: bool = True,
-    device: str = "auto",
-    dtype: DtypeName = "auto",
-    quantize: Literal["int8"] | None = None,
-    offload: bool = False,
-) -> None:
-    """Generate face images from text, a mask, a sketch or keypoints, in any combination.
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model and a request."""
 
-    Args:
-        prompt: Text prompt. Without a prompt and a condition: any face.
-        negative_prompt: What the image should not show.
-        mask: Semantic mask; `likeness inspect` lists the supported forms.
-        sketch: Sketch, dark lines on white.
-        keypoints: 68 or 478 points (.json, .npy, .csv, .pts).
-        mask_scale: Strength of the mask; 0 is the same as no mask.
-        sketch_scale: Strength of the sketch.
-        keypoints_scale: Strength of the keypoints.
-        control_guidance_start: Fraction of the steps at which conditions start to act.
-        control_guidance_end: Fraction of the steps at which conditions stop acting.
-        model: Bundled model, folder of a model or an adapter, or hub id.
-        base: Base model of an adapter. Default: the one that the adapter names.
-        lora: LoRAs made for FLUX.1: files, folders or hub ids, each as FILE or FILE=STRENGTH.
-        lora_strict: Reject a LoRA that matches the network only in part.
-        steps: Sampling steps. Default: that of the model.
-        guidance_scale: Classifier-free guidance scale; 1 disables guidance. Default: that of the model.
-        seed: Seed of the first image; each further image uses the next seed. Default: random.
-        count: Number of images, at most 1000. Each is written as soon as it is generated.
-        size: Width x height in pixels, as 128 or 128x160. Default: that of the model, which rejects untrained sizes.
-        upscale: If the model was not trained at SIZE, generate at the nearest trained size and resample (Lanczos).
-        force_size: Generate at SIZE even if the model was not trained at it. Expect artifacts.
-        out: File, its stem for several images, or a folder (with a trailing slash it is created if missing). Default:
-            the current folder. In a folder, images get the next free name portrait-001, portrait-002, ...
-        format: File format if OUT has no suffix.
-        metadata: Write the recipe and the mark of generated media into the file.
-        device: Device, for example cuda or cpu; auto takes an accelerator if present.
-        dtype: Dtype; auto is fp32 on a CPU, bf16 or fp16 on an accelerator.
-        quantize: Store the matrices of FLUX.1's transformer in 8 bits.
-        offload: Keep only the active part of the model on the accelerator.
-    """
-    width, height = (None, None) if size is None else parse_size(size, "--size")
-    if not 1 <= count <= MAX_COUNT:
-        raise InputError(f"--count is {count}; it must be from 1 to {MAX_COUNT}")
-    first = secrets.randbelow(2**31) if seed is None else seed
-    files = {"mask": (mask, mask_scale), "sketch": (sketch, sketch_scale), "keypoints": (keypoints, keypoints_scale)}
-    interval = {"start": control_guidance_start, "end": control_guidance_end}
-    conditions = {
-        name: ConditionInput(image=file, scale=scale, **interval)
-        for name, (file, scale) in files.items()
-        if file is not None
-    }
-    names, overwrite = image_names(out, format, count, [condition.image for condition in conditions.values()])
-    request = PortraitRequest(
-        prompt=prompt,
-        negative_prompt=negative_prompt,
-        conditions=conditions,
-        guidance_scale=guidance_scale,
-        num_inference_steps=steps,
-        width=width,
-        height=height,
-        upscale=upscale,
-        force_size=force_size,
-        seed=first,
-    )
-    # Read conditions before loading the model, so that invalid files are reported at once
-    from likeness.conditions import read_conditions
+    model: str = DEFAULT
+    """Bundled model, folder of a model or an adapter, or hub id."""
+    prompt: tyro.conf.Positional[str] = ""
+    """Text prompt. Without a prompt and a condition: any face."""
+    negative_prompt: str = ""
+    """What the image should not show."""
+    mask: Path | None = None
+    """Semantic mask; `likeness inspect` lists the supported forms."""
+    sketch: Path | None = None
+    """Sketch, dark lines on white."""
+    keypoints: Path | None = None
+    """68 or 478 points (.json, .npy, .csv, .pts)."""
+    base: str | None = None
+    """Base model of an adapter. Default: the one that the adapter names."""
+    steps: int | None = None
+    """Sampling steps. Default: that of the model."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance scale; 1 disables guidance. Default: that of the model."""
+    seed: int | None = None
+    """Seed of the first image; each further image uses the next seed. Default: random."""
+    size: str | None = None
+    """Width x height in pixels, as 128 or 128x160. Default: that of the model, which rejects untrained sizes."""
+    force_size: bool = False
+    """Generate at SIZE even if the model was not trained at it. Expect artifacts."""
+    device: str = "auto"
+    """Device, for example cuda or cpu; auto takes an accelerator if present."""
+    dtype: DtypeName = "auto"
+    """Dtype; auto is fp32 on a CPU, bf16 or fp16 on an accelerator."""
 
-    request, notes = read_conditions(request)
-    print_notes(notes)
-    loras = [parse_lora(text) for text in lora]
+    def files(self) -> dict[str, Path]:
+        """Return the files of the conditions."""
+        files = {"mask": self.mask, "sketch": self.sketch, "keypoints": self.keypoints}
+        return {name: file for name, file in files.items() if file is not None}
 
-    core_only = model in bundled_models() and not (loras or quantize)
-    with optional_packages_hidden() if core_only else nullcontext():
-        from likeness.pipelines.adapters import add_loras
-        from likeness.pipelines.generate import batches, resolve, work_of
-        from likeness.pipelines.generate import generate as generate_images
-        from likeness.pipelines.image_recipe import recipe_of
+    def request(self, seed: int, **changes: Any) -> PortraitRequest:
+        """Return the request with its conditions read, and print notes. Call it before the model is loaded."""
+        from likeness.conditions import read_conditions
+
+        width, height = (None, None) if self.size is None else parse_size(self.size, "--size")
+        request = PortraitRequest(
+            prompt=self.prompt,
+            negative_prompt=self.negative_prompt,
+            conditions={name: ConditionInput(image=file) for name, file in self.files().items()},
+            guidance_scale=self.guidance_scale,
+            num_inference_steps=self.steps,
+            width=width,
+            height=height,
+            force_size=self.force_size,
+            seed=seed,
+        )
+        request, notes = read_conditions(dataclasses.replace(request, **changes))
+        print_notes(notes)
+        return request
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(Subject):
+    """Generate face images from text, a mask, a sketch or keypoints, in any combination."""
+
+    mask_scale: float = 1.0
+    """Strength of the mask; 0 is the same as no mask."""
+    sketch_scale: float = 1.0
+    """Strength of the sketch."""
+    keypoints_scale: float = 1.0
+    """Strength of the keypoints."""
+    control_guidance_start: float = 0.0
+    """Fraction of the steps at which conditions start to act."""
+    control_guidance_end: float = 1.0
+    """Fraction of the steps at which conditions stop acting."""
+    lora: tuple[str, ...] = ()
+    """LoRAs made for FLUX.1: files, folders or hub ids, each as FILE or FILE=STRENGTH."""
+    lora_strict: bool = True
+    """Reject a LoRA that matches the network only in part."""
+    count: int = 1
+    """Number of images, at most 1000. Each is written as soon as it is generated."""
+    upscale: bool = False
+    """If the model was not trained at SIZE, generate at the nearest trained size and resample (Lanczos)."""
+    out: str | None = None
+    """File, its stem for several images, or a folder (with a trailing slash it is created if missing). Default: the
+    current folder. In a folder, images get the next free name portrait-001, portrait-002, ..."""
+    format: Literal["png", "jpg", "webp"] = "png"
+    """File format if OUT has no suffix."""
+    metadata: bool = True
+    """Write the recipe and the mark of generated media into the file."""
+    quantize: Literal["int8"] | None = None
+    """Store the matrices of FLUX.1's transformer in 8 bits."""
+    offload: bool = False
+    """Keep only the active part of the model on the accelerator."""
+
+    def __call__(self) -> None:
+        if not 1 <= self.count <= MAX_COUNT:
+            raise InputError(f"--count is {self.count}; it must be from 1 to {MAX_COUNT}")
+        names, overwrite = image_names(self.out, self.format, self.count, self.files().values())
+        first = secrets.randbelow(2**31) if self.seed is None else self.seed
+        interval = {"start": self.control_guidance_start, "end": self.control_guidance_end}
+        conditions = {
+            name: ConditionInput(image=file, scale=getattr(self, f"{name}_scale"), **interval)
+            for name, file in self.files().items()
+        }
+        request = self.request(first, conditions=conditions, upscale=self.upscale)
+        loras = [parse_lora(text) for text in self.lora]
+
+        core_only = self.model in bundled_models() and not (loras or self.quantize)
+        with optional_packages_hidden() if core_only else nullcontext():
+            from likeness.pipelines.adapters import add_loras
+            from likeness.pipelines.generate import batches, resolve, work_of
+            from likeness.pipelines.generate import generate as generate_images
+            from likeness.pipelines.image_recipe import recipe_of
+            from likeness.weights.hashes import pipeline_hash
+
+            pipeline = load_pipeline(self.model, self.dtype, self.device, self.base, self.quantize, self.offload)
+        print_notes([f"left out of the LoRA: {line}" for line in add_loras(pipeline, loras, strict=self.lora_strict)])
+        requests = [resolve(dataclasses.replace(request, seed=first + index), pipeline) for index in range(self.count)]
+        height, width = requests[0].height, requests[0].width
+        assert height
+        assert width
+        if pipeline._execution_device.type == "cpu":
+            choose_threads(work_of(pipeline, height, width))
+        fingerprint = pipeline_hash(pipeline) if self.metadata else ""
+        source: dict[str, Any] = {name: getattr(self, name) for name in ("model", "base", "quantize")}
+        encoded: dict[Any, Any] = {}
+        reported: set[str] = set()
+        with exit_on_sigterm(), progress_bar("Generating") as advance:
+            for done, batch in batches(requests, pipeline):
+                images, notes = generate_images(
+                    pipeline,
+                    batch[0],
+                    [one.seed for one in batch],
+                    lambda step, steps, done=done, batch=batch: advance(
+                        done * steps + step * len(batch), self.count * steps
+                    ),
+                    encoded,
+                )
+                print_notes([note for note in notes if note not in reported])
+                reported.update(notes)
+                for image, one in zip(images, batch, strict=True):
+                    recipe = recipe_of(one, pipeline, **source, fingerprint=fingerprint) if self.metadata else None
+                    print(f"{save_image(image, recipe, names, overwrite)}  seed {one.seed}", flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """Generate an image again from the recipe in its file, and report whether it is bit-identical."""
+
+    image: PathArgument
+    """An image that likeness generated."""
+    model: str | None = None
+    """The model, if it is stored elsewhere now."""
+    base: str | None = None
+    """The base model of an adapter, if it is stored elsewhere now."""
+    out: str | None = None
+    """File or folder to write the new image to."""
+    device: str | None = None
+    """Device, for example cuda or cpu. Default: the CPU if the image was generated there, else automatic."""
+    offload: bool = False
+    """Keep only the active part of the model on the accelerator."""
+
+    def __call__(self) -> None:
+        import numpy as np
+
+        from likeness.pipelines.image_recipe import differences, read_recipe, request_of
+
+        recipe, pixels = read_recipe(self.image)
+        request = request_of(recipe)
+        request = dataclasses.replace(request, force_size=not request.upscale)  # accepted when the image was generated
+        suffix = self.image.suffix.removeprefix(".")
+        names, overwrite = (iter(()), False) if self.out is None else image_names(self.out, suffix, 1, [self.image])
+
+        from likeness.pipelines.adapters import restore_adapters
+        from likeness.pipelines.generate import generate, resolve
         from likeness.weights.hashes import pipeline_hash
 
-        pipeline = load_pipeline(model, dtype, device, base, quantize, offload)
-    print_notes([f"left out of the LoRA: {line}" for line in add_loras(pipeline, loras, strict=lora_strict)])
-    requests = [resolve(dataclasses.replace(request, seed=first + index), pipeline) for index in range(count)]
-    height, width = requests[0].height, requests[0].width
-    assert height
-    assert width
-    if pipeline._execution_device.type == "cpu":
-        choose_threads(work_of(pipeline, height, width))
-    fingerprint = pipeline_hash(pipeline) if metadata else ""
-    source: dict[str, Any] = {"model": model, "base": base, "quantize": quantize, "fingerprint": fingerprint}
-    encoded: dict[Any, Any] = {}
-    reported: set[str] = set()
-    with exit_on_sigterm(), progress_bar("Generating") as advance:
-        for done, batch in batches(requests, pipeline):
-            images, notes = generate_images(
-                pipeline,
-                batch[0],
-                [one.seed for one in batch],
-                lambda step, steps, done=done, batch=batch: advance(done * steps + step * len(batch), count * steps),
-                encoded,
-            )
-            print_notes([note for note in notes if note not in reported])
-            reported.update(notes)
-            for image, one in zip(images, batch, strict=True):
-                recipe = recipe_of(one, pipeline, **source) if metadata else None
-                print(f"{save_image(image, recipe, names, overwrite)}  seed {one.seed}", flush=True)
+        environment = recipe["environment"]
+        device = self.device or ("cpu" if environment.get("device") == "cpu" else "auto")
+        dtype = DTYPE_NAMES[environment["dtype"]]
+        model, base = self.model or recipe["model"], self.base or recipe.get("base")
+        pipeline = load_pipeline(model, dtype, device, base, recipe.get("quantize"), self.offload)
+        restore_adapters(pipeline, recipe.get("adapters", {}))
+        threads = environment.get("threads")
+        if isinstance(threads, int) and 1 <= threads <= (os.cpu_count() or 1):
+            set_threads(threads)  # the rounding of matrix products depends on them
+        with exit_on_sigterm(), progress_bar("Generating") as advance:
+            images, _ = generate(pipeline, resolve(request, pipeline), [request.seed], advance)
+            again = np.asarray(images[0])
+            if self.out is not None:
+                print(save_image(images[0], recipe, names, overwrite))
+        changes = differences(recipe, pipeline, pipeline_hash(pipeline))
+        print_notes(changes)
+        if again.shape == pixels.shape and (again == pixels).all():
+            print(f"{self.image}: bit-identical")
+            return
+        lossy = self.image.suffix.lower() in (".jpg", ".jpeg")
+        changed = np.abs(again.astype(int) - pixels) if again.shape == pixels.shape else np.array([255])
+        reason = "JPEG is lossy" if lossy else "see above" if changes else "its pixels were modified"
+        fraction = f"{(changed > 0).mean():.1%} of values differ, by at most {changed.max()}"
+        raise InputError(f"{self.image} is not reproduced: {fraction} ({reason})")
 
 
-def replay(
-    image: PathArgument,
-    *,
-    model: str | None = None,
-    base: str | None = None,
-    out: str | None = None,
-    device: str | None = None,
-    offload: bool = False,
-) -> None:
-    """Generate an image again from the recipe in its file, and report whether it is bit-identical.
+@dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """Report the format, classes and problems of a mask, sketch or keypoints file."""
 
-    Args:
-        image: An image that likeness generated.
-        model: The model, if it is stored elsewhere now.
-        base: The base model of an adapter, if it is stored elsewhere now.
-        out: File or folder to write the new image to.
-        device: Device, for example cuda or cpu. Default: the CPU if the image was generated there, else automatic.
-        offload: Keep only the active part of the model on the accelerator.
-    """
-    import numpy as np
+    file: PathArgument
+    """File, or folder of part files."""
+    condition: Literal["mask", "sketch", "keypoints"] | None = None
+    """Kind of the file. Default: recognized."""
+    fix: Path | None = None
+    """File to write in canonical form, with problems repaired."""
 
-    from likeness.pipelines.image_recipe import differences, read_recipe, request_of
+    def __call__(self) -> None:
+        from likeness.conditions import inspection
 
-    recipe, pixels = read_recipe(image)
-    request = request_of(recipe)
-    request = dataclasses.replace(request, force_size=not request.upscale)  # accepted when the image was generated
-    suffix = image.suffix.removeprefix(".")
-    names, overwrite = (iter(()), False) if out is None else image_names(out, suffix, 1, [image])
-
-    from likeness.pipelines.adapters import restore_adapters
-    from likeness.pipelines.generate import generate as generate_images
-    from likeness.pipelines.generate import resolve
-    from likeness.weights.hashes import pipeline_hash
-
-    environment = recipe["environment"]
-    device = device or ("cpu" if environment.get("device") == "cpu" else "auto")
-    dtype = DTYPE_NAMES[environment["dtype"]]
-    base = base or recipe.get("base")
-    pipeline = load_pipeline(model or recipe["model"], dtype, device, base, recipe.get("quantize"), offload)
-    restore_adapters(pipeline, recipe.get("adapters", {}))
-    threads = environment.get("threads")
-    if isinstance(threads, int) and 1 <= threads <= (os.cpu_count() or 1):
-        set_threads(threads)  # the rounding of matrix products depends on them
-    with exit_on_sigterm(), progress_bar("Generating") as advance:
-        images, _ = generate_images(pipeline, resolve(request, pipeline), [request.seed], advance)
-        again = np.asarray(images[0])
-        if out is not None:
-            print(save_image(images[0], recipe, names, overwrite))
-    changes = differences(recipe, pipeline, pipeline_hash(pipeline))
-    print_notes(changes)
-    if again.shape == pixels.shape and (again == pixels).all():
-        print(f"{image}: bit-identical")
-        return
-    lossy = image.suffix.lower() in (".jpg", ".jpeg")
-    changed = np.abs(again.astype(int) - pixels) if again.shape == pixels.shape else np.array([255])
-    reason = "JPEG is lossy" if lossy else "see above" if changes else "its pixels were modified"
-    fraction = f"{(changed > 0).mean():.1%} of values differ, by at most {changed.max()}"
-    raise InputError(f"{image} is not reproduced: {fraction} ({reason})")
+        report = inspection.inspect(self.file, self.condition)
+        print(inspection.format_report(report))
+        if self.fix is not None:
+            inspection.fix(report, self.fix)
+            print(f"{self.fix}: written in canonical form")
 
 
-def inspect(
-    file: PathArgument, *, condition: Literal["mask", "sketch", "keypoints"] | None = None, fix: Path | None = None
-) -> None:
-    """Report the format, classes and problems of a mask, sketch or keypoints file.
-
-    Args:
-        file: File, or folder of part files.
-        condition: Kind of the file. Default: recognized.
-        fix: File to write in canonical form, with problems repaired.
-    """
-    from likeness.conditions import inspection
-
-    report = inspection.inspect(file, condition)
-    print(inspection.format_report(report))
-    if fix is not None:
-        inspection.fix(report, fix)
-        print(f"{fix}: written in canonical form")
-
-
-def models() -> None:
+@dataclass(frozen=True, kw_only=True)
+class Models:
     """List the bundled models with the sizes they were trained at."""
-    for name in bundled_models():
-        index = read_json(BUNDLED / name / "model_index.json")
-        config = read_json(BUNDLED / name / "transformer" / "config.json")
-        conditions = ", ".join(c for c in config["condition_names"] if c != "none")
-        print(f"{name}  {index['_class_name']}  {format_sizes(trained_sizes(index))}  text, {conditions}")
+
+    def __call__(self) -> None:
+        for name in bundled_models():
+            index = read_json(BUNDLED / name / "model_index.json")
+            config = read_json(BUNDLED / name / "transformer" / "config.json")
+            conditions = ", ".join(c for c in config["condition_names"] if c != "none")
+            print(f"{name}  {index['_class_name']}  {format_sizes(trained_sizes(index))}  text, {conditions}")
 
 
 def load_pipeline(
