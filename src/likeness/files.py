@@ -1,12 +1,14 @@
-"""Write files atomically: to a temporary name in the same folder, then renamed. Lock folders. Read JSON."""
+"""Write files and folders atomically: to a temporary name in the same folder, then renamed. Lock folders. Read JSON."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import re
 import secrets
+import shutil
 import stat
 import time
 from collections.abc import Collection, Iterator
@@ -81,6 +83,53 @@ def rename_new(source: Path, target: Path) -> None:
         except BaseException:
             target.unlink(missing_ok=True)
             raise
+
+
+@contextlib.contextmanager
+def writing_folder(folder: Path) -> Iterator[Path]:
+    """Write a folder atomically: yields a temporary folder, which takes the place of `folder` if the `with` block
+    succeeds. All its files are then on disk, also after a power failure.
+
+    Raises:
+        InputError: it cannot be written; its former content is unchanged.
+    """
+    partial = folder.with_name(f"{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for path in (*partial.rglob("*"), partial):
+            sync(path)
+        if folder.exists():
+            exchange(partial, folder)
+        else:
+            partial.rename(folder)
+        sync(folder.parent)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # incomplete, or the former content
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Exchange the names of two folders, on Linux in one operation (RENAME_EXCHANGE of renameat2)."""
+    here = -100  # AT_FDCWD: paths are relative to the current folder
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    if rename is None or rename(here, os.fsencode(one), here, os.fsencode(other), 2):
+        aside = partial_name(other)
+        other.rename(aside)
+        one.rename(other)
+        aside.rename(one)
+
+
+def sync(path: Path) -> None:
+    """Wait until the content of a file or a folder is on disk; folders only if the system supports it."""
+    if path.is_file() or os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def partial_name(path: Path) -> Path:

@@ -432,6 +432,15 @@ class Llm(BaseHTTPRequestHandler):
         pass
 
 
+def test_addresses_with_credentials_are_rejected(tmp_path, capsys):
+    """Results contain the address."""
+    for url in ("http://me:hunter2@localhost/v1", "http://:hunter2@localhost/v1", "http://localhost/v1?key=hunter2"):
+        assert run("evaluate", "mmface-mini", "faces", "metrics=llm_score", f"llm_url={url}", "--out", tmp_path) == 2
+        error = capsys.readouterr().err
+        assert "must be plain" in error
+        assert "hunter2" not in error
+
+
 def test_llm_score(root, tmp_path):
     server = HTTPServer(("127.0.0.1", 0), Llm)
     threading.Thread(target=server.serve_forever, daemon=True).start()

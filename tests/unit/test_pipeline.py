@@ -5,6 +5,10 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -413,3 +417,49 @@ def test_rejected_arguments(pipeline, change, message):
 def test_control_rejected_arguments(pipeline, faces, change, message):
     with pytest.raises(InputError, match=message):
         pipeline(PROMPT, control_image={"mask": faces[0]["mask"]}, **change)
+
+
+def concurrently(function: Callable[[int], Any], count: int) -> list[Any]:
+    """Results of 32 threads, which are switched often."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(2e-4)
+    try:
+        with ThreadPoolExecutor(32) as pool:
+            return list(pool.map(function, range(count)))
+    finally:
+        sys.setswitchinterval(interval)
+
+
+@torch.no_grad()
+def test_texts_of_many_threads():
+    """A call must not see the padding and truncation of another."""
+    pipeline, texts = tiny_pipeline(), ["a woman", "a man with a beard", "", "a smiling person " * 8]
+    encode = lambda k: pipeline.encode_prompts(texts[k % 4 : k % 4 + 1], [], {}, [])  # noqa: E731
+    wanted = [encode(k) for k in range(4)]
+    for k, found in enumerate(concurrently(encode, 2000)):
+        assert torch.equal(found.tokens, wanted[k % 4].tokens)
+        assert torch.equal(found.pooled, wanted[k % 4].pooled)
+
+
+def test_images_of_many_threads(pipeline, faces):
+    """Bit-identical to one after another, while callbacks of some calls stop them early and others count steps."""
+
+    def call(k: int) -> tuple[np.ndarray, list[int]]:
+        steps = []
+
+        def watch(pipe, i, timestep, tensors):
+            steps.append(pipe.num_timesteps)
+            pipe._interrupt = k % 3 == 0
+            return {}
+
+        given = {"num_inference_steps": 2 + k % 2, "callback_on_step_end": watch}
+        image = make(
+            pipeline, f"{PROMPT} {k % 5}", control={"mask": faces[0]["mask"]} if k % 2 else {}, numbers=(k,), **given
+        )
+        return image, steps
+
+    wanted = [call(k) for k in range(48)]
+    assert [steps for _, steps in wanted[:4]] == [[2], [3, 3, 3], [2, 2], [3]]
+    for (image, steps), (expected, counted) in zip(concurrently(call, 48), wanted, strict=True):
+        assert np.array_equal(image, expected)
+        assert steps == counted
