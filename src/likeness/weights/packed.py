@@ -31,6 +31,7 @@ SCALE = ".scale"
 
 COMPONENT_CLASSES = {
     "likeness.models.mmface": ("MMFaceTransformer",),
+    "likeness.models.label_decoder": ("LabelDecoder",),
     "likeness.models.mditface": ("MDiTFaceTransformer",),
     "diffusers": ("AutoencoderDC", "AutoencoderKL", "AutoencoderTiny", "FluxTransformer2DModel"),
     "transformers": (
