@@ -171,8 +171,8 @@ def ingest(
     with ExitStack() as locks:
         locks.enter_context(changing(out, ["."]))
         open_record(out, arguments, "ingest")  # again, now that no other process writes it
+        write_record(out, record)  # first, so that a run that is killed from here on can be resumed
         locks.enter_context(changing(out, sorted({name for name in splits if name})))
-        write_record(out, record)
         totals = write_faces(entries(), splits, out, size, crop, texts, progress)
         written = {name: totals.splits[name] for name in SPLIT_ORDER if totals.splits[name]}
         if not written:
