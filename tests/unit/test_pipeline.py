@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchHeunDiscreteScheduler
 
-from builders import tiny_mditface_pipeline, tiny_pipeline
+from builders import randomise, tiny_mditface_pipeline, tiny_pipeline, tiny_transformer
 from likeness.data.synthetic import draw_face
 from likeness.encoders.text import truncated_text
 from likeness.objectives import DDPM
@@ -122,6 +123,26 @@ def test_guidance_formula(pipeline):
         for g in (0.0, 1.0, 3.0)
     }
     torch.testing.assert_close(step[3.0], step[0.0] + 3 * (step[1.0] - step[0.0]), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1.7])
+def test_autoguidance_formula(pipeline, faces, scale):
+    """One step of Euler from the same noise: v = v_0 + w (v_1 - v_0), with text guidance and a condition."""
+    weaker = randomise(copy.deepcopy(pipeline.transformer), std=0.1)
+    other = type(pipeline)(**pipeline.components | {"transformer": weaker}, **settings_of(pipeline))
+    call = {"control_image": {"mask": faces[0]["mask"]}, "num_inference_steps": 1, "output_type": "latent"}
+    latents = lambda used, **more: used(PROMPT, generator=seeds(1), **call, **more).images  # noqa: E731
+    v_0, v_1 = latents(other), latents(pipeline)
+    found = latents(pipeline, guidance_model=weaker, autoguidance_scale=scale)
+    torch.testing.assert_close(found, v_0 + scale * (v_1 - v_0), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(v_0, v_1, atol=1e-2)
+    outside = latents(pipeline, guidance_model=weaker, autoguidance_interval=(0.0, 0.5))
+    assert torch.equal(outside, v_1)
+
+
+def settings_of(pipeline) -> dict:
+    parts = {*pipeline.components}
+    return {k: v for k, v in pipeline.config.items() if k not in parts and not k.startswith("_")}
 
 
 def test_sizes(pipeline, faces):
@@ -327,6 +348,13 @@ def test_truncated_text_begin_with_a_word(pipeline):
         ({"control_image": np.zeros((8, 8), np.uint8)}, "control_image is of type ndarray"),
         ({"guidance_interval": 0.5}, "two numbers"),
         ({"guidance_interval": (0.8, 0.2)}, "the lower noise level comes first"),
+        ({"autoguidance_interval": 1}, "autoguidance_interval is 1; it must be two numbers"),
+        ({"autoguidance_scale": float("inf")}, "autoguidance_scale is inf"),
+        ({"guidance_model": torch.nn.Identity()}, "guidance_model is a Identity"),
+        (
+            {"guidance_model": tiny_transformer(("mask", "none"))},
+            "guidance_model (is a MM|has another condition_names)",
+        ),
     ],
 )
 def test_rejected_arguments(pipeline, change, message):

@@ -37,6 +37,7 @@ PARAMETERS = {
     "debug": 364_224,
     "mmface_mini": 10_923_328,
     "mditface_mini": 11_859_392,
+    "mask_mini": 4_898_048,
     "mmface_256_rfm": 1_345_299_776,
     "mmface_256_ddpm": 1_345_299_776,
     "mmface_512_rfm": 1_345_299_776,

@@ -28,8 +28,9 @@ COMMANDS: dict[str, Any] = {
     "replay": portraits.Replay,
     "inspect": portraits.Inspect,
     "mask": (
-        "Edit masks by class, interpolate, check against a caption.",
+        "Generate masks from text, edit them by class, check them.",
         {
+            "propose": mask.Propose,
             "grow": mask.Grow,
             "shrink": mask.Shrink,
             "remove": mask.Remove,
@@ -76,7 +77,6 @@ COMMANDS: dict[str, Any] = {
 
 RESUMABLE = ("train", "evaluate", "compare", "prepare")
 """Commands that resume when they are run again."""
-
 
 LISTS = {"train": "overrides", "evaluate": "sources", "compare": "sources"}
 """Commands that accept any number of positional arguments, and their field for them."""

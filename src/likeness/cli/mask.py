@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +11,11 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import arg
 
-from likeness.cli.terminal import PathArgument, print_notes
+from likeness.cli.output import exit_on_sigterm, image_names
+from likeness.cli.terminal import PathArgument, print_notes, progress_bar
+from likeness.runtime import optional_packages_hidden
+from likeness.types import InputError
+from likeness.weights.catalog import MASK_MODEL, bundled_models
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +150,48 @@ class Interpolate(Edit):
 
     def edit(self, edits: Any, mask: Any) -> Any:
         return edits.interpolate(mask, read_mask(self.second), self.at)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Propose:
+    """Generate masks from text, such as "an old man with a beard and a hat". Each is the best of several candidates."""
+
+    prompt: tyro.conf.Positional[str] = ""
+    """Description of the face. Without one: any face."""
+    count: int = 1
+    """Number of masks."""
+    seed: int | None = None
+    """Seed of the first mask; each further mask uses the next seed. Default: random."""
+    candidates: int = 4
+    """Largest number of candidates for a mask; the first that breaks no rule of geometry or of the prompt is chosen."""
+    out: str | None = None
+    """PNG file, its stem for several masks, or a folder, where masks get the next free name mask-001, ... Default: the
+    current folder."""
+    model: str = MASK_MODEL
+    """Bundled model, folder or hub id of a model that generates masks."""
+    device: str = "auto"
+    """Device, for example cuda or cpu; auto takes an accelerator if present."""
+
+    def __call__(self) -> None:
+        from likeness.cli.portraits import load_pipeline
+        from likeness.conditions.mask import edits
+
+        if self.count < 1:
+            raise InputError(f"--count is {self.count}; it must be at least 1")
+        names, _ = image_names(self.out, "png", self.count, [], stem="mask")
+        first = secrets.randbelow(2**31) if self.seed is None else self.seed
+        if self.out is not None and Path(self.out).suffix:
+            edits.check_suffix(Path(self.out))
+        with optional_packages_hidden() if self.model in bundled_models() else nullcontext():
+            from likeness.pipelines.propose import propose_mask
+
+            pipeline = load_pipeline(self.model, "auto", self.device)
+        with exit_on_sigterm(), progress_bar("Generating") as advance:
+            for number, name in zip(range(self.count), names, strict=False):
+                step = lambda done, all, number=number: advance(number * all + done, self.count * all)  # noqa: E731
+                found = propose_mask(pipeline, self.prompt, first + number, candidates=self.candidates, on_step=step)
+                edits.save(found.labels, name)
+                print(f"{name}  seed {first + number}{'  breaks: ' * bool(found.broken)}{'; '.join(found.broken)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-def image_names(out: str | None, suffix: str, count: int, inputs: Iterable[Path]) -> tuple[Iterator[Path], bool]:
+def image_names(
+    out: str | None, suffix: str, count: int, inputs: Iterable[Path], stem: str = "portrait"
+) -> tuple[Iterator[Path], bool]:
     """Choose the names of images. Called before any work is done, so that a wrong `--out` costs no wait.
 
     Args:
@@ -27,6 +29,7 @@ def image_names(out: str | None, suffix: str, count: int, inputs: Iterable[Path]
         suffix: file format in a folder, and of a file without a suffix.
         count: number of images.
         inputs: files and folders that the command reads.
+        stem: name of an image in a folder, which a number follows.
 
     Returns:
         The names in order, and whether an existing file is overwritten. In a folder these are all portrait-001,
@@ -38,7 +41,7 @@ def image_names(out: str | None, suffix: str, count: int, inputs: Iterable[Path]
     if out is None or out.endswith(("/", os.sep)) or Path(out).is_dir():
         folder = Path(out or ".")
         check_writable(folder)
-        return free_names(folder, suffix), False
+        return free_names(folder, suffix, stem), False
     file = Path(out)
     file = file if file.suffix else file.with_suffix(f".{suffix}")
     format_of(file)
@@ -53,11 +56,11 @@ def image_names(out: str | None, suffix: str, count: int, inputs: Iterable[Path]
     return iter(names), True
 
 
-def free_names(folder: Path, suffix: str) -> Iterator[Path]:
-    """Yield portrait-001, portrait-002, ... without the numbers that the folder already contains in any format."""
-    taken = {path.stem for path in folder.glob("portrait-*")}
-    stems = (f"portrait-{number:03d}" for number in itertools.count(1))
-    return (folder / f"{stem}.{suffix}" for stem in stems if stem not in taken)
+def free_names(folder: Path, suffix: str, stem: str) -> Iterator[Path]:
+    """Yield STEM-001, STEM-002, ... without the numbers that the folder already contains in any format."""
+    taken = {path.stem for path in folder.glob(f"{stem}-*")}
+    stems = (f"{stem}-{number:03d}" for number in itertools.count(1))
+    return (folder / f"{name}.{suffix}" for name in stems if name not in taken)
 
 
 def check_writable(folder: Path) -> None:

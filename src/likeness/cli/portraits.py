@@ -19,7 +19,7 @@ from likeness.files import read_json
 from likeness.pipelines.sizes import format_sizes, parse_size, trained_sizes
 from likeness.runtime import choose_threads, optional_packages_hidden, set_threads
 from likeness.types import ConditionInput, DtypeName, InputError, PortraitRequest
-from likeness.weights.catalog import BUNDLED, DEFAULT, bundled_models
+from likeness.weights.catalog import BUNDLED, DEFAULT, MASK_MODEL, bundled_models
 
 DTYPE_NAMES: dict[str, DtypeName] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 """Dtype in a recipe -> `--dtype`."""
@@ -29,8 +29,8 @@ MAX_COUNT = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
-    """A model and a request."""
+class RequestOptions:
+    """Options of commands that need a model and a request."""
 
     model: str = DEFAULT
     """Bundled model, folder of a model or an adapter, or hub id."""
@@ -88,7 +88,7 @@ class Subject:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(Subject):
+class Generate(RequestOptions):
     """Generate face images from text, a mask, a sketch or keypoints, in any combination."""
 
     mask_scale: float = 1.0
@@ -101,6 +101,10 @@ class Generate(Subject):
     """Fraction of the steps at which conditions start to act."""
     control_guidance_end: float = 1.0
     """Fraction of the steps at which conditions stop acting."""
+    via_mask: bool = False
+    """Generate a mask from the prompt first (as `likeness mask propose` does), then the image from both."""
+    mask_model: str = MASK_MODEL
+    """Model that generates this mask."""
     lora: tuple[str, ...] = ()
     """LoRAs made for FLUX.1: files, folders or hub ids, each as FILE or FILE=STRENGTH."""
     lora_strict: bool = True
@@ -124,6 +128,8 @@ class Generate(Subject):
     def __call__(self) -> None:
         if not 1 <= self.count <= MAX_COUNT:
             raise InputError(f"--count is {self.count}; it must be from 1 to {MAX_COUNT}")
+        if self.via_mask and self.mask is not None:
+            raise InputError("--via-mask generates a mask: leave --mask out")
         names, overwrite = image_names(self.out, self.format, self.count, self.files().values())
         first = secrets.randbelow(2**31) if self.seed is None else self.seed
         interval = {"start": self.control_guidance_start, "end": self.control_guidance_end}
@@ -140,9 +146,11 @@ class Generate(Subject):
             from likeness.pipelines.generate import batches, resolve, work_of
             from likeness.pipelines.generate import generate as generate_images
             from likeness.pipelines.image_recipe import recipe_of
+            from likeness.pipelines.propose import add_mask
             from likeness.weights.hashes import pipeline_hash
 
             pipeline = load_pipeline(self.model, self.dtype, self.device, self.base, self.quantize, self.offload)
+            mask_pipeline = load_pipeline(self.mask_model, self.dtype, self.device) if self.via_mask else None
         print_notes([f"left out of the LoRA: {line}" for line in add_loras(pipeline, loras, strict=self.lora_strict)])
         requests = [resolve(dataclasses.replace(request, seed=first + index), pipeline) for index in range(self.count)]
         height, width = requests[0].height, requests[0].width
@@ -155,7 +163,9 @@ class Generate(Subject):
         encoded: dict[Any, Any] = {}
         reported: set[str] = set()
         with exit_on_sigterm(), progress_bar("Generating") as advance:
-            for done, batch in batches(requests, pipeline):
+            for done, batch in batches(requests, pipeline, single=self.via_mask):
+                if mask_pipeline is not None:
+                    batch = [add_mask(one, mask_pipeline) for one in batch]
                 images, notes = generate_images(
                     pipeline,
                     batch[0],

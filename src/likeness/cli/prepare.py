@@ -413,6 +413,8 @@ class Pack:
     """Folder to write; the folder `common` next to it contains the components."""
     base: Path | None = None
     """Packed model that this one was trained from, such as a teacher: stores the difference, in 4 bits."""
+    label_decoder: Path | None = None
+    """Run folder of a label decoder: the packed model then generates masks, not images of them."""
 
     def __call__(self) -> None:
         from likeness.prepare.pack import pack_model

@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 import tyro
 
-from likeness.cli.portraits import Subject, load_pipeline
+from likeness.cli.portraits import RequestOptions, load_pipeline
 from likeness.cli.terminal import print_notes, progress_bar
 from likeness.types import InputError, PortraitRequest
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study(Subject):
+class Study(RequestOptions):
     """A command that studies a model; options as in `likeness generate`."""
 
     model: tyro.conf.Positional[str] = field()  # required

@@ -102,6 +102,7 @@ TRAINERS = {
     "student": ("config.StudentRecipe", "student.train_student"),
     "autoencoder": ("components.autoencoder.AutoencoderRecipe", "components.autoencoder.train_autoencoder"),
     "decoder": ("components.decoder.DecoderRecipe", "components.decoder.train_decoder"),
+    "label_decoder": ("components.label_decoder.LabelDecoderRecipe", "components.label_decoder.train_label_decoder"),
     "text_image": ("components.text_image.TextImageRecipe", "components.text_image.train_text_image"),
     "face_parser": ("components.face_parser.FaceParserRecipe", "components.face_parser.train_face_parser"),
 }

@@ -69,6 +69,11 @@ class Store:
     def __len__(self) -> int:
         return self.manifest["count"]
 
+    def lacking(self, column: str) -> int:
+        """Return the number of samples without an image or condition."""
+        columns = self.manifest["columns"]
+        return int((self.places["pictures"][:, columns.index(column)] < 0).sum()) if column in columns else len(self)
+
     def __getitem__(self, index: int) -> Sample:
         row = index % len(self.rows)  # all faces of one augmentation, then those of the next
         places = zip(self.manifest["columns"], self.places["pictures"][index].tolist(), strict=True)

@@ -18,11 +18,13 @@ from PIL import Image
 from likeness.data.folder import read_folder, read_photo
 from likeness.encoders.latent import LatentCodec, reconstruct
 from likeness.evaluate.faces import Face
-from likeness.evaluate.protocol import Protocol, conditions_of
+from likeness.evaluate.protocol import NONE, Protocol, conditions_of
 from likeness.files import read_json, write_whole
 from likeness.parallel import rank_and_world
 from likeness.pipelines.generate import generate, resolve
 from likeness.pipelines.image_recipe import hash_of, read_recipe, recipe_of, settings_hash, write_image
+from likeness.pipelines.load import load
+from likeness.pipelines.propose import add_mask
 from likeness.types import ConditionInput, InputError, PortraitRequest
 from likeness.weights.hashes import pipeline_hash
 
@@ -79,6 +81,7 @@ def generate_images(task: Task) -> ImageSets:
     defaults, fingerprint = pipeline.config.defaults, pipeline_hash(pipeline)
     steps = defaults["steps"] if protocol.steps is None else protocol.steps
     guidance = defaults["guidance_scale"] if protocol.guidance_scale is None else protocol.guidance_scale
+    mask_pipeline = None if protocol.mask_model is None else load(protocol.mask_model)
     source = {
         "model": task.model,
         "fingerprint": fingerprint[:16],
@@ -88,6 +91,7 @@ def generate_images(task: Task) -> ImageSets:
         "guidance_scale": float(guidance),
         "device": pipeline._execution_device.type,
         "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
+        **({} if mask_pipeline is None else {"mask_model": pipeline_hash(mask_pipeline)[:16]}),
     }
     recorded = {**source, "model": None, "caption": protocol.caption, "faces": str(task.folder.resolve())}
     check_source(task.out, recorded)
@@ -103,6 +107,8 @@ def generate_images(task: Task) -> ImageSets:
                 face, file = faces[index], files[index]
                 try:
                     request = resolve(request_for(face, given, seed_index, protocol), pipeline)
+                    if given == NONE and mask_pipeline is not None:
+                        request = add_mask(request, mask_pipeline)
                 except InputError as error:
                     faults[face.name] = str(error)
                     file.unlink(missing_ok=True)

@@ -48,6 +48,8 @@ class Protocol:
     """Sampling steps. None: the checkpoint's default."""
     guidance_scale: float | None = None
     """Classifier-free guidance scale. None: the checkpoint's default."""
+    mask_model: str | None = None
+    """Model that proposes the mask of an image from text only, such as mask-mini. None: these images have no mask."""
     metrics: tuple[str, ...] = DEFAULT_METRICS
     """Names of `metrics.METRICS`."""
     train: str | None = None

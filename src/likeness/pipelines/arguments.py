@@ -27,14 +27,14 @@ def number(value: Any, name: str) -> float:
         raise InputError(f"{name} is {value!r}; it must be a number") from error
 
 
-def noise_interval(value: Any) -> tuple[float, float]:
-    """Convert a guidance interval to two noise levels. Raises `InputError`."""
+def noise_interval(value: Any, name: str) -> tuple[float, float]:
+    """Convert an interval to two noise levels. Raises `InputError`."""
     try:
         low, high = (float(level) for level in value)
     except (TypeError, ValueError) as error:
-        raise InputError(f"guidance_interval is {value!r}; it must be two numbers, such as (0.15, 0.85)") from error
+        raise InputError(f"{name} is {value!r}; it must be two numbers, such as (0.15, 0.85)") from error
     if not low <= high:
-        raise InputError(f"guidance_interval is ({low}, {high}); the lower noise level comes first")
+        raise InputError(f"{name} is ({low}, {high}); the lower noise level comes first")
     return low, high
 
 

@@ -56,7 +56,9 @@ def work_of(pipeline: Any, height: int, width: int) -> float:
     return weights * height * width / (spatial_factor(pipeline.vae) * pipeline.patch_size) ** 2
 
 
-def batches(requests: Sequence[PortraitRequest], pipeline: Any) -> Iterator[tuple[int, Sequence[PortraitRequest]]]:
+def batches(
+    requests: Sequence[PortraitRequest], pipeline: Any, *, single: bool = False
+) -> Iterator[tuple[int, Sequence[PortraitRequest]]]:
     """Split requests into batches, so that images can be saved as soon as they are generated.
 
     On a CPU a batch is a single image: larger ones take as long per image.
@@ -64,11 +66,12 @@ def batches(requests: Sequence[PortraitRequest], pipeline: Any) -> Iterator[tupl
     Args:
         requests: output of `resolve`, equal but for their seeds.
         pipeline: the pipeline that generates them.
+        single: whether every batch is a single image on an accelerator, too.
 
     Yields:
         The number of images in the earlier batches, and the requests of this one.
     """
-    size = 1 if pipeline._execution_device.type == "cpu" else BATCH
+    size = 1 if single or pipeline._execution_device.type == "cpu" else BATCH
     for start in range(0, len(requests), size):
         yield start, requests[start : start + size]
 

@@ -159,6 +159,9 @@ class PortraitPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        guidance_model: Any = None,
+        autoguidance_scale: float = 1.7,
+        autoguidance_interval: tuple[float, float] = (0.0, 1.0),
         conditioning_scale: float | Mapping[str, float] = 1.0,
         control_guidance_start: float | Mapping[str, float] = 0.0,
         control_guidance_end: float | Mapping[str, float] = 1.0,
@@ -190,6 +193,11 @@ class PortraitPipeline(DiffusionPipeline):
             guidance_scale: Text guidance g in v = u + g (t - u); 1 disables it. A guidance-distilled network embeds g
                 instead.
             guidance_interval: Noise levels between which text guidance acts, 0 (data) to 1 (noise).
+            guidance_model: Weaker version of the network, such as an earlier checkpoint's `transformer`, for
+                autoguidance (Karras et al. 2024, equation 3): v = v_0 + w (v_1 - v_0), where v_1 is the prediction of
+                the network and v_0 that of `guidance_model`. It doubles the number of passes.
+            autoguidance_scale: w of autoguidance; 1 disables it.
+            autoguidance_interval: Noise levels between which autoguidance acts.
             conditioning_scale: Strength of the conditions, for all or by name: 1 as trained, 0 absent. MMFace scales
                 predictions, s_k in v = v_0 + sum_k s_k (v_k - v_0); MDiTFace adds log s_k to the logits of keys.
             control_guidance_start: Fraction of the steps at which a condition starts to act, likewise.
@@ -215,7 +223,9 @@ class PortraitPipeline(DiffusionPipeline):
         size = whole_number(default(width, "size"), "width"), whole_number(default(height, "size"), "height")
         steps = whole_number(default(num_inference_steps, "steps"), "num_inference_steps")
         guidance = number(default(guidance_scale, "guidance_scale"), "guidance_scale")
-        interval = noise_interval(default(guidance_interval, "guidance_interval"))
+        interval = noise_interval(default(guidance_interval, "guidance_interval"), "guidance_interval")
+        auto_interval = noise_interval(autoguidance_interval, "autoguidance_interval")
+        auto_scale = number(autoguidance_scale, "autoguidance_scale")
         controls = condition_inputs(
             {} if control_image is None else control_image,
             list(self.transformer.config.condition_names),
@@ -236,6 +246,7 @@ class PortraitPipeline(DiffusionPipeline):
         if (width, height) != size and output_type == "latent":
             raise InputError("Latents cannot be upscaled: choose another output_type, or leave upscale out")
         self.check_inputs(height, width, steps, guidance, output_type, callback_on_step_end_tensor_inputs)
+        self.check_guidance_model(guidance_model, auto_scale)
         notes: list[str] = []
         if force_size and (sizes := trained_sizes(self.config)) and size not in sizes:
             trained = format_sizes(sizes)
@@ -296,6 +307,10 @@ class PortraitPipeline(DiffusionPipeline):
                     items, weights, arguments = passes_at(i)
                     time = batch.times[i].expand(len(items))  # [P]
                     outputs = self.transformer(scaled[items].to(dtype), time, **arguments).float()  # [P, C, h, w]
+                    if guidance_model is not None and auto_interval[0] <= levels[i] <= auto_interval[1]:
+                        arguments.pop("static_cache", None)  # of this network's weights
+                        weaker = guidance_model(scaled[items].to(dtype), time, **arguments).float()  # [P, C, h, w]
+                        outputs = weaker + auto_scale * (outputs - weaker)
                     for item, weight, output in zip(items, weights, outputs, strict=True):
                         prediction[item] += weight * output
                 latents = scheduler.step(prediction, timestep, latents, **noise, return_dict=False)[0]
@@ -344,6 +359,21 @@ class PortraitPipeline(DiffusionPipeline):
             raise InputError(f"output_type is {output_type!r}; choose pil, np, pt or latent")
         if unknown := sorted(set(tensor_inputs) - set(self._callback_tensor_inputs)):
             raise InputError(f"Callbacks receive {self._callback_tensor_inputs}, not {unknown}")
+
+    def check_guidance_model(self, guidance_model: Any, scale: float) -> None:
+        """Raise `InputError` if a network cannot be used for autoguidance."""
+        if not math.isfinite(scale):
+            raise InputError(f"autoguidance_scale is {scale}; it must be a finite number")
+        if guidance_model is None:
+            return
+        if not isinstance(guidance_model, type(self.transformer)):
+            name = type(guidance_model).__name__
+            raise InputError(f"guidance_model is a {name}; it must be a {type(self.transformer).__name__}")
+        ours, theirs = ({k: v for k, v in m.config.items() if k[0] != "_"} for m in (self.transformer, guidance_model))
+        if different := [name for name, value in ours.items() if theirs.get(name) != value]:
+            raise InputError(
+                f"guidance_model has another {different[0]} than the network: use one with the same configuration"
+            )
 
     def encode_prompts(
         self, texts: Sequence[str], prompts: Sequence[str], encoded: dict[Any, Any], notes: list[str]

@@ -7,22 +7,25 @@ import shutil
 from pathlib import Path
 
 from likeness.encoders.components import load_components
-from likeness.files import read_json, write_whole
+from likeness.files import first_line, read_json, write_whole
+from likeness.models.label_decoder import LabelDecoder
 from likeness.types import InputError
 from likeness.weights.catalog import CODEC, COMMON
 from likeness.weights.packed import PACKED, component_class, save_packed
 
 
-def pack_model(model: Path, out: Path, base: Path | None = None) -> None:
+def pack_model(model: Path, out: Path, base: Path | None = None, label_decoder: Path | None = None) -> None:
     """Pack a published pipeline into `out`. The folder `common` next to it must contain its components.
 
     Args:
         model: the published pipeline.
         out: folder to write.
         base: packed pipeline that the model was trained from; only the difference is stored, in 4 bits.
+        label_decoder: run folder of the label decoder with which the packed pipeline decodes latents.
 
     Raises:
-        InputError: `model` is not a published run, or was trained with other components, or `base` has another network.
+        InputError: `model` is not a published run, or was trained with other components, or `base` has another network,
+            or `label_decoder` is not the run folder of a label decoder.
     """
     index = read_json(model / "model_index.json")
     common = load_components(out.parent / COMMON)
@@ -34,6 +37,14 @@ def pack_model(model: Path, out: Path, base: Path | None = None) -> None:
     save_packed(transformer, out / "transformer", None if base is None else base / "transformer")
     shutil.copytree(model / "scheduler", out / "scheduler", dirs_exist_ok=True)
     shutil.copy(model / CODEC, out / CODEC)
+    if label_decoder is not None:
+        index["vae"] = [LabelDecoder.__module__, LabelDecoder.__name__]
+        try:
+            save_packed(LabelDecoder.from_pretrained(label_decoder / "model"), out / "vae")
+        except (OSError, TypeError) as error:
+            raise InputError(
+                f"{label_decoder} is not the run folder of a label decoder: {first_line(error)}"
+            ) from error
     write_whole(out / "model_index.json", json.dumps(index, indent=2))
 
 

@@ -12,7 +12,7 @@ from torch.utils import _pytree
 
 from likeness.data.ahead import read_ahead
 from likeness.data.sampler import Sampler, stream
-from likeness.data.store import Sample, Store
+from likeness.data.store import IMAGE, Sample, Store
 from likeness.encoders.components import Components
 from likeness.encoders.latent import spatial_factor
 from likeness.parallel import World
@@ -92,8 +92,8 @@ def make_batch(
         latents = [*(sample.conditions[name] for name in present), *[sample.latents] * absent]
         conditions.append(torch.stack(latents) if slots else sample.latents[None][:0])  # [K, C, h, w]
         index.append([*(condition_ids.index(name) for name in present), *[-1] * absent])
-        image = sample.latents
-        if sample.log_variance is not None:  # sample the autoencoder's distribution
+        image = sample.latents if recipe.target == IMAGE else sample.conditions[recipe.target]
+        if recipe.target == IMAGE and sample.log_variance is not None:  # sample the autoencoder's distribution
             normal = torch.from_numpy(rng.standard_normal(tuple(image.shape), dtype=np.float32))
             image = image + torch.exp(0.5 * sample.log_variance) * normal
         clean.append(image)
@@ -140,6 +140,8 @@ def open_stores(recipe: RunRecipe, folders: Sequence[str], components: Component
     for store in stores:
         if not components.same_encoder(store.manifest["codec"]):
             raise InputError(f"{store.folder} was encoded with another encoder: encode it again")
+        if lacking := store.lacking(recipe.data.target):
+            raise InputError(f"{lacking} of {len(store)} samples in {store.folder} have no {recipe.data.target}")
         for name in condition_names(recipe.data):
             if name not in store.conditions and condition_probability(recipe.data, name):
                 raise InputError(f"{store.folder} has no {name}, which the recipe's condition_probabilities name")

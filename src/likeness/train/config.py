@@ -108,6 +108,8 @@ class DataRecipe:
     """Stores written by `likeness prepare encode`."""
     components: str | None = None
     """Folder with autoencoder, text encoder and tokenizer. Default: the bundled ones, or those of an adapter's base."""
+    target: str = "image"
+    """What the network generates: `image`, or the rendering of a condition such as `mask`."""
     condition_probabilities: dict[str, float]
     """Relative probability of each condition in a sample, by name. `mask+sketch` is a sample with both, for networks
     that accept several; `none` is a sample without conditions. They are normalized to a sum of 1."""

@@ -25,6 +25,9 @@ CODEC = "codec.json"
 DEFAULT = "mmface-mini-fast"
 """The default model."""
 
+MASK_MODEL = "mask-mini"
+"""The default model of masks from text."""
+
 
 def bundled_models() -> list[str]:
     """Return the names of the bundled models."""
