@@ -14,9 +14,7 @@ import torch
 from PIL import Image
 
 from builders import run, tiny_vae
-from likeness.cli import main, positionals_first
-from likeness.cli.evaluation import compare
-from likeness.cli.training import train
+from likeness.cli import main, parse
 from likeness.encoders.components import load_components
 from likeness.files import locked
 from likeness.pipelines.generate import generate, resolve
@@ -87,18 +85,26 @@ def test_exit_codes(root, tmp_path, monkeypatch, capsys):
     assert "goes below images, which is 8 and no table" in capsys.readouterr().err
 
 
-def test_options_may_precede_arguments():
-    given = ["r.toml", "a=1", "--plan", "b.c=2", "--out", "x=y", "--gpus=2", "d=[3]"]
-    assert positionals_first(train, given) == ["r.toml", "a=1", "b.c=2", "d=[3]", "--plan", "--out", "x=y", "--gpus=2"]
-    assert positionals_first(train, ["--plan", "r.toml", "a=1", "--gpus", "2"]) == [
-        "r.toml",
-        "a=1",
-        "--plan",
-        "--gpus",
-        "2",
-    ]
-    given = ["--allow", "steps", "size", "A@steps=3", "--out", "x", "B"]
-    assert positionals_first(compare, given) == ["A@steps=3", "B", "--allow", "steps", "size", "--out", "x"]
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (
+            "train r.toml a=1 --plan b_c.d=2 --out x=y --gpus=2 d=[3]",
+            {"recipe": Path("r.toml"), "overrides": ("a=1", "b_c.d=2", "d=[3]"), "out": Path("x=y"), "gpus": 2},
+        ),
+        ("train --plan r.toml a=1 --gpus 2", {"recipe": Path("r.toml"), "overrides": ("a=1",), "plan": True}),
+        ("evaluate A --out x B --dtype fp32 count=3", {"sources": ("A", "B", "count=3"), "out": Path("x")}),
+        ("compare A@steps=3 --allow steps size --out x B", {"sources": ("A@steps=3", "B"), "allow": ("steps", "size")}),
+    ],
+)
+def test_options_and_arguments_mix(given, expected):
+    command = parse(given.split())
+    assert vars(command) | expected == vars(command)
+
+
+def test_an_unknown_option_is_an_error(capsys):
+    assert run("train", "r.toml", "a=1", "--plan", "b=2", "--outt", "x") == 2
+    assert "--outt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

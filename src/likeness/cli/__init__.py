@@ -6,14 +6,15 @@ again. Other exceptions are bugs and keep their traceback.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
-import inspect
-import math
+import functools
+import operator
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -22,116 +23,93 @@ from likeness.cli.terminal import print_error
 from likeness.runtime import configure_process
 from likeness.types import InputError, TryAgain
 
-
-def mask_help() -> None:
-    """Generate masks from text, edit them by class, check them (`likeness mask --help`)."""
-    run(GROUPS["mask"], "likeness mask", ["--help"])
-
-
-def prepare_help() -> None:
-    """Prepare training data (`likeness prepare --help`)."""
-    run(GROUPS["prepare"], "likeness prepare", ["--help"])
-
-
-def study_help() -> None:
-    """Measure keys over time, attention and gates, and positions in a network (`likeness study --help`)."""
-    run(GROUPS["study"], "likeness study", ["--help"])
-
-
-def convert_help() -> None:
-    """Convert released weights (`likeness convert --help`)."""
-    run(GROUPS["convert"], "likeness convert", ["--help"])
-
-
-COMMANDS: dict[str, Callable[..., Any]] = {
+COMMANDS: dict[str, Any] = {
     "generate": portraits.Generate,
     "replay": portraits.Replay,
     "inspect": portraits.Inspect,
-    "mask": mask_help,
+    "mask": (
+        "Generate masks from text, edit them by class, check them.",
+        {
+            "propose": mask.Propose,
+            "grow": mask.Grow,
+            "shrink": mask.Shrink,
+            "remove": mask.Remove,
+            "mirror": mask.Mirror,
+            "paste": mask.Paste,
+            "fill": mask.Fill,
+            "rename": mask.Rename,
+            "swap": mask.Swap,
+            "interpolate": mask.Interpolate,
+            "check": mask.Check,
+        },
+    ),
     "models": portraits.Models,
-    "train": training.train,
-    "average": training.average,
-    "evaluate": evaluation.evaluate,
-    "compare": evaluation.compare,
-    "prepare": prepare_help,
-    "study": study_help,
+    "train": training.Train,
+    "average": training.Average,
+    "evaluate": evaluation.Evaluate,
+    "compare": evaluation.Compare,
+    "prepare": (
+        "Prepare training data.",
+        {
+            "synthetic": prepare.Synthetic,
+            "ingest": prepare.Ingest,
+            "export": prepare.Export,
+            "align": prepare.Align,
+            "paste": prepare.Paste,
+            "annotate": prepare.Annotate,
+            "caption": caption.Caption,
+            "check": prepare.Check,
+            "encode": prepare.Encode,
+            "shards": prepare.Shards,
+            "components": prepare.JoinComponents,
+            "decoder": prepare.ReplaceDecoder,
+            "pack": prepare.Pack,
+        },
+    ),
+    "study": (
+        "Measure keys over time, attention and gates, and positions in a network.",
+        {"keys": study.Keys, "attention": study.Attention, "positions": study.Positions},
+    ),
     "cost": study.Cost,
-    "convert": convert_help,
+    "convert": ("Convert released weights.", {"mmface-release": training.ConvertMMFace}),
 }
-
-GROUPS: dict[str, dict[str, Callable[..., Any]]] = {
-    "mask": {
-        "propose": mask.Propose,
-        "grow": mask.grow,
-        "shrink": mask.shrink,
-        "remove": mask.remove,
-        "mirror": mask.mirror,
-        "paste": mask.paste,
-        "fill": mask.fill,
-        "rename": mask.rename,
-        "swap": mask.swap,
-        "interpolate": mask.interpolate,
-        "check": mask.check,
-    },
-    "prepare": {
-        "synthetic": prepare.Synthetic,
-        "ingest": prepare.Ingest,
-        "export": prepare.Export,
-        "align": prepare.Align,
-        "paste": prepare.Paste,
-        "annotate": prepare.Annotate,
-        "caption": caption.Caption,
-        "check": prepare.Check,
-        "encode": prepare.Encode,
-        "shards": prepare.Shards,
-        "components": prepare.JoinComponents,
-        "decoder": prepare.ReplaceDecoder,
-        "pack": prepare.Pack,
-    },
-    "study": {"keys": study.Keys, "attention": study.Attention, "positions": study.Positions},
-    "convert": {"mmface-release": training.mmface_release},
-}
-"""Groups of commands."""
-
-WITH_SETTINGS = ("train", "evaluate", "compare")
-"""Commands that accept any number of positional arguments, such as key=value settings."""
+"""Commands: dataclasses whose fields are the options. Groups: their description and commands."""
 
 RESUMABLE = ("train", "evaluate", "compare", "prepare")
 """Commands that resume when they are run again."""
 
+LISTS = {"train": "overrides", "evaluate": "sources", "compare": "sources"}
+"""Commands that accept any number of positional arguments, and their field for them."""
 
-def run(commands: Mapping[str, Callable[..., Any]], program: str, arguments: list[str]) -> None:
-    """Parse the arguments and call the command that they name: a function, or a dataclass of options."""
-    command = tyro.extras.subcommand_cli_from_dict(
-        dict(commands),
-        prog=program,
+
+def union(commands: Mapping[str, Any]) -> Any:
+    """Return the union of types that tyro offers as subcommands."""
+    members: list[Any] = [Annotated[None, tyro.conf.Suppress]]  # the union of a single type is no union
+    for name, command in commands.items():
+        description, command = command if isinstance(command, tuple) else (None, command)
+        command = union(command) if isinstance(command, dict) else command
+        members.append(Annotated[command, tyro.conf.subcommand(name, description=description)])
+    return functools.reduce(operator.or_, members)
+
+
+def parse(arguments: list[str]) -> Callable[[], None]:
+    """Return the command with its options.
+
+    Tyro reads positional arguments up to the next option only. Those that follow options are added here.
+    """
+    cli = functools.partial(
+        tyro.cli,
+        union(COMMANDS),
+        prog="likeness",
         description="Generate face images from text, semantic masks, sketches and keypoints.",
         args=arguments,
-        config=(tyro.conf.PositionalMetavarFromFieldName,),
+        config=(tyro.conf.PositionalMetavarFromFieldName, tyro.conf.OmitSubcommandPrefixes),
     )
-    if command is not None:
-        command()
-
-
-def positionals_first(command: Callable[..., Any], arguments: Sequence[str]) -> list[str]:
-    """Move the positional arguments of a command before its options: users mix them, but tyro reads them in one place.
-
-    The values of an option that accepts several end at the first key=value setting.
-    """
-    options = {f"--{name}": parameter.default for name, parameter in inspect.signature(command).parameters.items()}
-    positionals, rest, expected = [], [], 0.0  # expected: values that the last option still accepts
-    for argument in arguments:
-        if argument.startswith("-"):
-            rest.append(argument)
-            default = options.get(argument)
-            flag = isinstance(default, bool) or "=" in argument or not argument.startswith("--")
-            expected = math.inf if isinstance(default, tuple) else 0 if flag else 1
-        elif expected == 1 or (expected and "=" not in argument):
-            rest.append(argument)
-            expected -= 1
-        else:
-            positionals.append(argument)
-    return [*positionals, *rest]
+    if field := LISTS.get(arguments[0]):
+        command, rest = cli(return_unknown_args=True)
+        if not any(argument.startswith("-") for argument in rest):
+            return dataclasses.replace(command, **{field: (*getattr(command, field), *rest)})
+    return cli()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -144,12 +122,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if words == ["--version"]:
             print(f"likeness {version('likeness')}")
-        elif name in GROUPS:
-            run(GROUPS[name], f"likeness {name}", words[1:] or ["--help"])
+        elif not words or (len(words) == 1 and isinstance(COMMANDS.get(name), tuple)):
+            parse([*words, "--help"])
         else:
-            if name in WITH_SETTINGS:
-                words = [name, *positionals_first(COMMANDS[name], words[1:])]
-            run(COMMANDS, "likeness", words or ["--help"])
+            parse(words)()
         sys.stdout.flush()
     except InputError as error:
         print_error(str(error))

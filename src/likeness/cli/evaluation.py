@@ -1,9 +1,10 @@
-"""Commands that measure models and compare measurements."""
+"""Commands that measure models and compare measurements. The fields of a command are its options."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,99 +18,133 @@ if TYPE_CHECKING:
     from likeness.evaluate.results import Results
 
 
-def evaluate(
-    sources: tyro.conf.Positional[tuple[str, ...]],
-    *,
-    out: Path,
-    images: Path | None = None,
-    protocol: Path | None = None,
-    base: str | None = None,
-    device: str = "auto",
-    dtype: DtypeName = "auto",
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """How models are measured."""
+
+    protocol: Path | None = None
+    """TOML file with the protocol."""
+    device: str = "auto"
+    """Device, for example cuda or cpu; auto takes an accelerator if present, under torchrun one per process."""
+    dtype: DtypeName = "auto"
+    """Number format; auto is fp32 on a CPU, bf16 or fp16 on an accelerator."""
+
+    def measure(
+        self,
+        model: str | None,
+        faces: str,
+        out: Path,
+        settings: tuple[str, ...],
+        base: str | None = None,
+        images: Path | None = None,
+    ) -> Results | None:
+        """Evaluate with a progress bar, write the report, and print what could not be read or measured to stderr."""
+        from likeness.cli.portraits import load_pipeline
+        from likeness.device import choose_device
+        from likeness.evaluate.report import write_report
+        from likeness.evaluate.run import evaluate
+
+        quiet_libraries()
+        protocol, device = read_protocol(self.protocol, settings), choose_device(self.device)
+        pipeline: Any = None if model is None else load_pipeline(model, self.dtype, device, base)
+        with progress_bar("Evaluating") as advance:
+            results = evaluate(
+                Path(faces),
+                out,
+                protocol,
+                pipeline=pipeline,
+                model=model or "",
+                images=images,
+                device=device,
+                progress=lambda task, done, total: advance(done, total),
+            )
+        if results is not None:
+            write_report(results, out)
+            print_notes([f"Not read: {fault.file}: {fault.why}" for fault in results.faults])
+            print_notes([f"Not measured: {entry.metric}: {entry.why}" for entry in results.missing])
+            print_notes(results.notes)
+        return results
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Measurement):
     """Measure a model on held-out faces: `likeness evaluate MODEL FACES [key=value ...] --out DIR`.
 
     All processes that torchrun starts (RANK, WORLD_SIZE) generate images. Run the same command again to resume.
-
-    Args:
-        sources: MODEL (optional with --images) and FACES, a prepared folder; then settings of the protocol, such as
-            count=1000 or given=mask,none (docs/metrics.md lists all).
-        out: Folder for images, results.json, report.md and report.html.
-        images: Folder with images of any method, each named like the photograph of its face. Set given=mask or
-            whichever condition they were made from. The autoencoder of MODEL then gives the ceiling.
-        protocol: TOML file with the protocol.
-        base: Base model of an adapter, if it is not the one that the adapter names.
-        device: Device, for example cuda or cpu; auto takes an accelerator if present, under torchrun one per process.
-        dtype: Number format; auto is fp32 on a CPU, bf16 or fp16 on an accelerator.
     """
-    names, settings = split_sources(sources)
-    if len(names) != 2 and not (images is not None and len(names) == 1):
-        expected = "MODEL FACES" if images is None else "FACES, or MODEL FACES for the ceiling"
-        raise InputError(f"evaluate requires {expected}, not {' '.join(names) or 'nothing'}")
-    model, faces = names if len(names) == 2 else (None, names[0])
-    results = run_evaluation(model, faces, out, read_protocol(protocol, settings), device, dtype, base, images)
-    if results is not None:
-        from likeness.evaluate.report import markdown_table, numbers_table
 
-        print(markdown_table(numbers_table(results)))
-        print(out / "report.html")
+    sources: tyro.conf.Positional[tuple[str, ...]]
+    """MODEL (optional with --images) and FACES, a prepared folder; then settings of the protocol, such as count=1000 or
+    given=mask,none (docs/metrics.md lists all)."""
+    out: Path
+    """Folder for images, results.json, report.md and report.html."""
+    images: Path | None = None
+    """Folder with images of any method, each named like the photograph of its face. Set given=mask or whichever
+    condition they were made from. The autoencoder of MODEL then gives the ceiling."""
+    base: str | None = None
+    """Base model of an adapter, if it is not the one that the adapter names."""
+
+    def __call__(self) -> None:
+        names, settings = split_sources(self.sources)
+        if len(names) != 2 and not (self.images is not None and len(names) == 1):
+            expected = "MODEL FACES" if self.images is None else "FACES, or MODEL FACES for the ceiling"
+            raise InputError(f"evaluate requires {expected}, not {' '.join(names) or 'nothing'}")
+        model, faces = names if len(names) == 2 else (None, names[0])
+        results = self.measure(model, faces, self.out, settings, self.base, self.images)
+        if results is not None:
+            from likeness.evaluate.report import markdown_table, numbers_table
+
+            print(markdown_table(numbers_table(results)))
+            print(self.out / "report.html")
 
 
-def compare(
-    sources: tyro.conf.Positional[tuple[str, ...]],
-    *,
-    out: Path,
-    faces: Path | None = None,
-    protocol: Path | None = None,
-    allow: tuple[str, ...] = (),
-    device: str = "auto",
-    dtype: DtypeName = "auto",
-) -> None:
-    """Test which differences between models or settings are significant: `likeness compare A B ... --out DIR`.
+@dataclass(frozen=True, kw_only=True)
+class Compare(Measurement):
+    """Test which differences between models or settings are significant: `likeness compare A B ... --out DIR`."""
 
-    Args:
-        sources: Each a folder of `likeness evaluate`, or a model to evaluate on --faces, optionally with settings:
-            mmface-mini@steps=10,guidance_scale=3. Then settings of the protocol for all models, such as count=1000.
-        out: Folder for comparison.json, comparison.md and comparison.html, and for the evaluations of models.
-        faces: Prepared folder on which models are evaluated.
-        protocol: TOML file with the protocol.
-        allow: Parts of the protocol that may differ because they are what is compared, such as steps.
-        device: Device, for example cuda or cpu; auto takes an accelerator if present.
-        dtype: Number format; auto is fp32 on a CPU, bf16 or fp16 on an accelerator.
-    """
-    from likeness.evaluate.compare import compare_evaluations
-    from likeness.evaluate.report import comparison_table, markdown_table, write_comparison
-    from likeness.evaluate.results import RESULTS, read_evaluation
+    sources: tyro.conf.Positional[tuple[str, ...]]
+    """Each a folder of `likeness evaluate`, or a model to evaluate on --faces, optionally with settings:
+    mmface-mini@steps=10,guidance_scale=3. Then settings of the protocol for all models, such as count=1000."""
+    out: Path
+    """Folder for comparison.json, comparison.md and comparison.html, and for the evaluations of models."""
+    faces: Path | None = None
+    """Prepared folder on which models are evaluated."""
+    allow: tuple[str, ...] = ()
+    """Parts of the protocol that may differ because they are what is compared, such as steps."""
 
-    names, settings = split_sources(sources)
-    if len(names) < 2:
-        raise InputError(f"compare requires at least two evaluations or models, not {' '.join(names) or 'nothing'}")
-    if len(set(names)) < len(names):
-        raise InputError(f"compare received a source twice: {', '.join(names)}")
-    evaluations, allowed = {}, set(allow)
-    for name in names:
-        folder = Path(name)
-        if not (folder / RESULTS).is_file():
-            if faces is None:
-                raise InputError(
-                    f"{name} is not an evaluation (it has no {RESULTS}). To evaluate a model, pass --faces"
-                )
-            model, _, text = name.partition("@")
-            own = tuple(text.split(",")) if text else ()
-            keys = {setting.partition("=")[0].strip() for setting in own}
-            if "count" in keys:
-                raise InputError(f"{name} would be evaluated on different faces: set count=... for all sources")
-            allowed |= keys
-            folder = out / re.sub(r"[^\w.=,@-]+", "-", name).strip("-")
-            settings_of_model = read_protocol(protocol, (*settings, *own))
-            if run_evaluation(model, str(faces), folder, settings_of_model, device, dtype) is None:
-                return
-        evaluations[name] = read_evaluation(folder)
-    comparison = compare_evaluations(evaluations, allow=tuple(sorted(allowed)))
-    write_comparison(comparison, out)
-    print_notes(comparison.notes)
-    print(markdown_table(comparison_table(comparison)))
-    print(out / "comparison.html")
+    def __call__(self) -> None:
+        from likeness.evaluate.compare import compare_evaluations
+        from likeness.evaluate.report import comparison_table, markdown_table, write_comparison
+        from likeness.evaluate.results import RESULTS, read_evaluation
+
+        names, settings = split_sources(self.sources)
+        if len(names) < 2:
+            raise InputError(f"compare requires at least two evaluations or models, not {' '.join(names) or 'nothing'}")
+        if len(set(names)) < len(names):
+            raise InputError(f"compare received a source twice: {', '.join(names)}")
+        evaluations, allowed = {}, set(self.allow)
+        for name in names:
+            folder = Path(name)
+            if not (folder / RESULTS).is_file():
+                if self.faces is None:
+                    raise InputError(
+                        f"{name} is not an evaluation (it has no {RESULTS}). To evaluate a model, pass --faces"
+                    )
+                model, _, text = name.partition("@")
+                own = tuple(text.split(",")) if text else ()
+                keys = {setting.partition("=")[0].strip() for setting in own}
+                if "count" in keys:
+                    raise InputError(f"{name} would be evaluated on different faces: set count=... for all sources")
+                allowed |= keys
+                folder = self.out / re.sub(r"[^\w.=,@-]+", "-", name).strip("-")
+                if self.measure(model, str(self.faces), folder, (*settings, *own)) is None:
+                    return
+            evaluations[name] = read_evaluation(folder)
+        comparison = compare_evaluations(evaluations, allow=tuple(sorted(allowed)))
+        write_comparison(comparison, self.out)
+        print_notes(comparison.notes)
+        print(markdown_table(comparison_table(comparison)))
+        print(self.out / "comparison.html")
 
 
 def split_sources(sources: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
@@ -125,41 +160,3 @@ def read_protocol(file: Path | None, settings: tuple[str, ...]) -> Protocol:
 
     quoted = [re.sub(r"^(given|metrics)=([\w+,]+)$", lambda m: f"{m[1]}={m[2].split(',')}", text) for text in settings]
     return load_toml(file, Protocol, tuple(quoted))
-
-
-def run_evaluation(
-    model: str | None,
-    faces: str,
-    out: Path,
-    protocol: Protocol,
-    device: str,
-    dtype: DtypeName,
-    base: str | None = None,
-    images: Path | None = None,
-) -> Results | None:
-    """Evaluate with a progress bar, write the report, and print what could not be read or measured to stderr."""
-    from likeness.cli.portraits import load_pipeline
-    from likeness.device import choose_device
-    from likeness.evaluate.report import write_report
-    from likeness.evaluate.run import evaluate as run
-
-    quiet_libraries()
-    device = choose_device(device)
-    pipeline: Any = None if model is None else load_pipeline(model, dtype, device, base)
-    with progress_bar("Evaluating") as advance:
-        results = run(
-            Path(faces),
-            out,
-            protocol,
-            pipeline=pipeline,
-            model=model or "",
-            images=images,
-            device=device,
-            progress=lambda task, done, total: advance(done, total),
-        )
-    if results is not None:
-        write_report(results, out)
-        print_notes([f"Not read: {fault.file}: {fault.why}" for fault in results.faults])
-        print_notes([f"Not measured: {entry.metric}: {entry.why}" for entry in results.missing])
-        print_notes(results.notes)
-    return results

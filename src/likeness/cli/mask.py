@@ -1,9 +1,8 @@
-"""Commands that edit masks: `likeness mask ...`."""
+"""Commands that edit masks: `likeness mask ...`. The fields of a command are its options."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,72 +17,139 @@ from likeness.runtime import optional_packages_hidden
 from likeness.types import InputError
 from likeness.weights.catalog import MASK_MODEL, bundled_models
 
-Mask = Annotated[PathArgument, arg(help="Mask in any supported format.")]
-Out = Annotated[Path, arg(help="PNG file to write.")]
-ClassName = Annotated[str, arg(name="class", help="Class to change.")]
-ClassNames = Annotated[tuple[str, ...], arg(name="class", help="Classes to edit, such as hair.")]
-Pair = Annotated[tuple[str, str], arg(name="class", help="The two classes.")]
-Distance = Annotated[str, arg(help="Distance: 4 for 4 % of the shorter side, or 5px.")]
-Over = Annotated[tuple[str, ...], arg(help="Additional classes that may be covered, such as l_brow r_brow by hair.")]
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """Edit a mask."""
+
+    file: PathArgument
+    """Mask in any supported format."""
+    out: Path
+    """PNG file to write."""
+
+    def __call__(self) -> None:
+        from likeness.conditions.mask import edits
+
+        edits.check_suffix(self.out)
+        before = read_mask(self.file)
+        after = self.edit(edits, before)
+        edits.save(after, self.out)
+        print(f"{self.out}: {edits.changes(before, after)}")
+
+    def edit(self, edits: Any, mask: Any) -> Any:
+        """Return the edited labels, made with the module `likeness.conditions.mask.edits`."""
+        raise NotImplementedError
 
 
-def grow(file: Mask, *, classes: ClassNames, by: Distance, out: Out, over: Over = ()) -> None:
+@dataclass(frozen=True, kw_only=True)
+class EditClasses(Edit):
+    """Edit classes of a mask."""
+
+    classes: Annotated[tuple[str, ...], arg(name="class")]
+    """Classes to edit, such as hair."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grow(EditClasses):
     """Grow classes of a mask over what is beneath them."""
-    edit_mask(file, out, lambda edits, mask: edits.grow(mask, classes, edits.radius_of(by, mask.shape), over))
+
+    by: str
+    """Distance: 4 for 4 % of the shorter side, or 5px."""
+    over: tuple[str, ...] = ()
+    """Additional classes that may be covered, such as l_brow r_brow by hair."""
+
+    def edit(self, edits: Any, mask: Any) -> Any:
+        return edits.grow(mask, self.classes, edits.radius_of(self.by, mask.shape), self.over)
 
 
-def shrink(file: Mask, *, classes: ClassNames, by: Distance, out: Out) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Shrink(EditClasses):
     """Shrink classes of a mask away from what is beneath them."""
-    edit_mask(file, out, lambda edits, mask: edits.shrink(mask, classes, edits.radius_of(by, mask.shape)))
+
+    by: str
+    """Distance: 4 for 4 % of the shorter side, or 5px."""
+
+    def edit(self, edits: Any, mask: Any) -> Any:
+        return edits.shrink(mask, self.classes, edits.radius_of(self.by, mask.shape))
 
 
-def remove(file: Mask, *, classes: ClassNames, out: Out) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Remove(EditClasses):
     """Remove classes and uncover what is beneath: skin under glasses, background or skin under hair."""
-    edit_mask(file, out, lambda edits, mask: edits.remove(mask, classes))
+
+    def edit(self, edits: Any, mask: Any) -> Any:
+        return edits.remove(mask, self.classes)
 
 
-def mirror(file: Mask, *, out: Out, classes: ClassNames = ()) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Mirror(EditClasses):
     """Mirror a mask (default), or classes about the midline of the face: l_brow makes r_brow like itself."""
-    edit_mask(file, out, lambda edits, mask: edits.mirror(mask, classes))
+
+    classes: Annotated[tuple[str, ...], arg(name="class")] = ()
+    """Classes to mirror, such as l_brow."""
+
+    def edit(self, edits: Any, mask: Any) -> Any:
+        return edits.mirror(mask, self.classes)
 
 
-def paste(file: Mask, other: Mask, *, classes: ClassNames, out: Out, over: Over = (), align: bool = False) -> None:
-    """Replace classes with those of another mask.
+@dataclass(frozen=True, kw_only=True)
+class Paste(EditClasses):
+    """Replace classes with those of another mask."""
 
-    Args:
-        align: Align the other face with this one instead of keeping positions.
-    """
-    source = read_mask(other)
-    edit_mask(file, out, lambda edits, mask: edits.paste(mask, source, classes, over, align))
+    other: PathArgument
+    """The other mask, in any supported format."""
+    over: tuple[str, ...] = ()
+    """Additional classes that may be covered, such as l_brow r_brow by hair."""
+    align: bool = False
+    """Align the other face with this one instead of keeping positions."""
+
+    def edit(self, edits: Any, mask: Any) -> Any:
+        return edits.paste(mask, read_mask(self.other), self.classes, self.over, self.align)
 
 
-def fill(file: Mask, *, classes: ClassNames, out: Out) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Fill(EditClasses):
     """Fill holes inside classes."""
-    edit_mask(file, out, lambda edits, mask: edits.fill_holes(mask, classes))
+
+    def edit(self, edits: Any, mask: Any) -> Any:
+        return edits.fill_holes(mask, self.classes)
 
 
-def rename(file: Mask, *, old: ClassName, to: str, out: Out) -> None:
-    """Change one class to another, such as hat to hair.
+@dataclass(frozen=True, kw_only=True)
+class Rename(Edit):
+    """Change one class to another, such as hat to hair."""
 
-    Args:
-        to: New class.
-    """
-    edit_mask(file, out, lambda edits, mask: edits.rename(mask, old, to))
+    old: Annotated[str, arg(name="class")]
+    """Class to change."""
+    to: str
+    """New class."""
+
+    def edit(self, edits: Any, mask: Any) -> Any:
+        return edits.rename(mask, self.old, self.to)
 
 
-def swap(file: Mask, *, classes: Pair, out: Out) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Swap(Edit):
     """Swap two classes, such as l_eye and r_eye."""
-    edit_mask(file, out, lambda edits, mask: edits.swap(mask, *classes))
+
+    classes: Annotated[tuple[str, str], arg(name="class")]
+    """The two classes."""
+
+    def edit(self, edits: Any, mask: Any) -> Any:
+        return edits.swap(mask, *self.classes)
 
 
-def interpolate(first: Mask, second: Mask, *, at: float = 0.5, out: Out) -> None:
-    """Interpolate between two masks.
+@dataclass(frozen=True, kw_only=True)
+class Interpolate(Edit):
+    """Interpolate between two masks."""
 
-    Args:
-        at: Position from 0 (the first mask) to 1 (the second).
-    """
-    end = read_mask(second)
-    edit_mask(first, out, lambda edits, mask: edits.interpolate(mask, end, at))
+    second: PathArgument
+    """The other mask, in any supported format."""
+    at: float = 0.5
+    """Position from 0 (the first mask) to 1 (the second)."""
+
+    def edit(self, edits: Any, mask: Any) -> Any:
+        return edits.interpolate(mask, read_mask(self.second), self.at)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,15 +194,19 @@ class Propose:
                 print(f"{name}  seed {first + number}{'  breaks: ' * bool(found.broken)}{'; '.join(found.broken)}")
 
 
-def check(file: Mask, caption: tyro.conf.Positional[str]) -> None:
-    """List contradictions between a caption and a mask, such as "bald" with hair.
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """List contradictions between a caption and a mask, such as "bald" with hair."""
 
-    Args:
-        caption: Caption in English.
-    """
-    from likeness.conditions.mask.contradictions import contradictions
+    file: PathArgument
+    """Mask in any supported format."""
+    caption: tyro.conf.Positional[str]
+    """Caption in English."""
 
-    print("\n".join(contradictions(read_mask(file), caption)) or "no contradictions")
+    def __call__(self) -> None:
+        from likeness.conditions.mask.contradictions import contradictions
+
+        print("\n".join(contradictions(read_mask(self.file), self.caption)) or "no contradictions")
 
 
 def read_mask(file: Path) -> Any:
@@ -146,18 +216,3 @@ def read_mask(file: Path) -> Any:
     reading = CONDITIONS["mask"].read(file)
     print_notes([f"{file}: {text}" for text in (reading.scheme, *(note.text for note in reading.notes))])
     return reading.raw
-
-
-def edit_mask(file: Path, out: Path, edit: Callable[[Any, Any], Any]) -> None:
-    """Read, edit and write a mask, and print how each class changed.
-
-    Args:
-        edit: (module `likeness.conditions.mask.edits`, labels) -> labels.
-    """
-    from likeness.conditions.mask import edits
-
-    edits.check_suffix(out)
-    before = read_mask(file)
-    after = edit(edits, before)
-    edits.save(after, out)
-    print(f"{out}: {edits.changes(before, after)}")

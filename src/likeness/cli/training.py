@@ -1,9 +1,10 @@
-"""Commands for training, and for the conversion of released weights."""
+"""Commands for training, and for the conversion of released weights. The fields of a command are its options."""
 
 from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,57 +15,86 @@ from likeness.config import read_toml
 from likeness.types import InputError
 
 
-def train(
-    recipe: PathArgument,
-    overrides: tyro.conf.Positional[tuple[str, ...]] = (),
-    *,
-    out: Path | None = None,
-    plan: bool = False,
-    compare_sharding: bool = False,
-    device: str | None = None,
-    gpus: int = 1,
-) -> None:
-    """Train what a recipe describes. To resume, run the same command again. On several GPUs: torchrun, see launch/.
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train what a recipe describes. To resume, run the same command again. On several GPUs: torchrun, see launch/."""
 
-    Args:
-        recipe: TOML file; its `kind` is what it trains.
-        overrides: Changes to the recipe, as section.key=value.
-        out: Run folder. Default: runs/<name of the recipe>.
-        plan: Do not train: predict memory and time, and search settings that fit.
-        compare_sharding: With --plan: compare the values of `sharding` on 1 to 512 devices.
-        device: With --plan: a device such as h200 or rtx-5000-ada. Default: this machine is measured.
-        gpus: With --plan: number of devices.
-    """
-    from likeness.train.config import check, load_recipe
+    recipe: PathArgument
+    """TOML file; its `kind` is what it trains."""
+    overrides: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Changes to the recipe, as section.key=value."""
+    out: Path | None = None
+    """Run folder. Default: runs/<name of the recipe>."""
+    plan: bool = False
+    """Do not train: predict memory and time, and search settings that fit."""
+    compare_sharding: bool = False
+    """With --plan: compare the values of `sharding` on 1 to 512 devices."""
+    device: str | None = None
+    """With --plan: a device such as h200 or rtx-5000-ada. Default: this machine is measured."""
+    gpus: int = 1
+    """With --plan: number of devices."""
 
-    recipe_class, train_recipe = trainer_of(recipe)
-    config = load_recipe(recipe, recipe_class, (*overrides,))
-    quiet_libraries()
-    if compare_sharding and not plan:
-        raise InputError("--compare-sharding requires --plan")
-    if not plan:
-        train_recipe(config, out or Path("runs") / recipe.stem)
-        return
-    if config.kind != "transformer":
-        raise InputError(f"the recipe {recipe} has kind = {config.kind!r}; --plan is for transformers")
-    from likeness.train.plan import describe, describe_shardings
+    def __call__(self) -> None:
+        from likeness.train.config import check, load_recipe
 
-    check(config)
-    print(describe_shardings(config, device) if compare_sharding else describe(config, device, gpus))
+        recipe_class, train_recipe = trainer_of(self.recipe)
+        config = load_recipe(self.recipe, recipe_class, self.overrides)
+        quiet_libraries()
+        if self.compare_sharding and not self.plan:
+            raise InputError("--compare-sharding requires --plan")
+        if not self.plan:
+            train_recipe(config, self.out or Path("runs") / self.recipe.stem)
+            return
+        if config.kind != "transformer":
+            raise InputError(f"the recipe {self.recipe} has kind = {config.kind!r}; --plan is for transformers")
+        from likeness.train.plan import describe, describe_shardings
+
+        check(config)
+        sharding = self.compare_sharding
+        print(describe_shardings(config, self.device) if sharding else describe(config, self.device, self.gpus))
 
 
-def average(run: PathArgument, width: tyro.conf.Positional[float], *, seen: int | None = None) -> None:
-    """Publish a run with another EMA of its weights than the one it was trained with (post-hoc EMA).
+@dataclass(frozen=True, kw_only=True)
+class Average:
+    """Publish a run with another EMA of its weights than the one it was trained with (post-hoc EMA)."""
 
-    Args:
-        run: Folder of a run whose recipe has optimizer.posthoc_emas.
-        width: Relative width of the EMA; a larger one averages over more images.
-        seen: Number of training images at which the EMA ends. Default: the last checkpoint.
-    """
-    from likeness.train.ema import posthoc_ema
+    run: PathArgument
+    """Folder of a run whose recipe has optimizer.posthoc_emas."""
+    width: tyro.conf.Positional[float]
+    """Relative width of the EMA; a larger one averages over more images."""
+    seen: int | None = None
+    """Number of training images at which the EMA ends. Default: the last checkpoint."""
 
-    quiet_libraries()
-    print(posthoc_ema(run, width, seen))
+    def __call__(self) -> None:
+        from likeness.train.ema import posthoc_ema
+
+        quiet_libraries()
+        print(posthoc_ema(self.run, self.width, self.seen))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertMMFace:
+    """Convert a released MMFace-DiT checkpoint to a pipeline folder."""
+
+    path: PathArgument
+    """The checkpoint-<step> folder, or the safetensors file in it."""
+    out: PathArgument
+    """Folder to write."""
+    release: Literal["ddpm-256", "rfm-256", "rfm-512"] | None = None
+    """Release of the checkpoint. Default: from its path."""
+    text_encoder: Path | None = None
+    """Folder of Stable Diffusion 2.1's text encoder and tokenizer."""
+    vae: Path | None = None
+    """Folder of FLUX.1's autoencoder."""
+    heads: int | None = None
+    """Number of attention heads, if they are not 72 wide as in all releases."""
+
+    def __call__(self) -> None:
+        from likeness.convert.mmface_release import convert_release
+
+        missing = convert_release(**vars(self))
+        print(self.out)
+        print_notes([f"missing: {sentence}" for sentence in missing])
 
 
 TRAINERS = {
@@ -86,29 +116,3 @@ def trainer_of(path: Path) -> tuple[type, Callable[[Any, Path], Any]]:
         raise InputError(f"the recipe {path} has kind = {kind!r}. Available: {', '.join(TRAINERS)}")
     recipe_class, train_recipe = (pkgutil.resolve_name(f"likeness.train.{name}") for name in TRAINERS[kind])
     return recipe_class, train_recipe
-
-
-def mmface_release(
-    file: PathArgument,
-    out: PathArgument,
-    *,
-    release: Literal["ddpm-256", "rfm-256", "rfm-512"] | None = None,
-    text_encoder: Path | None = None,
-    vae: Path | None = None,
-    heads: int | None = None,
-) -> None:
-    """Convert a released MMFace-DiT checkpoint to a pipeline folder.
-
-    Args:
-        file: The checkpoint-<step> folder, or the safetensors file in it.
-        out: Folder to write.
-        release: Release of the checkpoint. Default: from its path.
-        text_encoder: Folder of Stable Diffusion 2.1's text encoder and tokenizer.
-        vae: Folder of FLUX.1's autoencoder.
-        heads: Number of attention heads, if they are not 72 wide as in all releases.
-    """
-    from likeness.convert.mmface_release import convert_release
-
-    missing = convert_release(file, out, release=release, text_encoder=text_encoder, vae=vae, heads=heads)
-    print(out)
-    print_notes([f"missing: {sentence}" for sentence in missing])
