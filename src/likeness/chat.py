@@ -2,7 +2,7 @@
 
 Temporary errors (429, 5xx, time-outs, broken connections and responses) are retried with exponential backoff; any other
 4xx ends the run with the server's message. Redirects are not followed and `.netrc` is not read, so the key is sent to
-the given address only.
+the given address only; it is never printed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
@@ -110,7 +110,7 @@ class Endpoint:
     model: str
     fields: Mapping[str, Any]
     """Fields of each request, in addition to model and messages."""
-    key: str
+    key: str = field(repr=False)
     """API key; may be empty."""
     meter: Meter
 
@@ -155,8 +155,7 @@ def open_endpoint(
             f"the environment variable with the key of {root} is not set: set it, and give its name, not the key, to "
             "--vlm-key-variable or --refiner-key-variable"
         )
-    names = KEY_VARIABLES if key_variable is None else (key_variable,)
-    key = next((value for name in names if (value := os.environ.get(name))), "")
+    key = read_key(KEY_VARIABLES if key_variable is None else (key_variable,))
     if model is None:
         entries = send("GET", f"{root}/models", key, meter).get("data") or []
         served = sorted(entry["id"] for entry in entries if isinstance(entry, dict) and "id" in entry)
@@ -168,11 +167,29 @@ def open_endpoint(
     return Endpoint(address=root, model=model, fields=given, key=key, meter=meter)
 
 
+def read_key(variables: Sequence[str]) -> str:
+    """Return the key in the first of these environment variables that is set, without white space around it; or "".
+
+    Raises:
+        InputError: it contains characters that are not allowed in a header. It is not printed.
+    """
+    name = next((name for name in variables if os.environ.get(name)), "")
+    key = os.environ.get(name, "").strip()
+    if not all("!" <= character <= "~" for character in key):
+        raise InputError(
+            f"the key in the environment variable {name} contains a space, a line end or a non-ASCII character"
+        )
+    return key
+
+
 def plain_address(address: str) -> str:
-    """Return the address without a trailing slash and `/chat/completions`."""
+    """Return the address without a trailing slash and `/chat/completions`. Raises `InputError`, without the address,
+    if it contains more than host, port and path.
+    """
     try:
         url = urlsplit(address.strip())
-        if not url.hostname or url.username or url.query or url.fragment or url.port == 0:
+        plain = url.scheme in ("http", "https") and "@" not in url.netloc and not (url.query or url.fragment)
+        if not plain or not url.hostname or url.port == 0:
             raise ValueError("not a plain address")
     except ValueError as error:
         raise InputError(
@@ -211,6 +228,7 @@ def send(method: str, url: str, key: str, meter: Meter, body: Any = None) -> dic
             fault = "time-out" if isinstance(error, requests.Timeout) else root_cause(error)
         else:
             fault, reply = read_reply(response, method)
+            fault = fault.replace(key, "[key]") if key else fault  # some servers repeat it
             if not fault:
                 meter.spend(tokens_of(reply, meter, url) if method == "POST" else 0)
                 return reply

@@ -1,17 +1,30 @@
-"""Write files atomically: to a temporary name in the same folder, then renamed. Read JSON."""
+"""Write files and folders atomically: to a temporary name in the same folder, then renamed. Lock folders. Read JSON."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
+import re
 import secrets
+import shutil
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from likeness.types import InputError
+from likeness.types import InputError, TryAgain
+
+PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
+"""Names of unfinished files (`partial_name`)."""
+
+ABANDONED = 3600
+"""Age in seconds from which an unfinished file is deleted where several processes write without a lock."""
+
+LOCK = ".lock"
+"""File in a folder that a process has locked."""
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
@@ -72,9 +85,126 @@ def rename_new(source: Path, target: Path) -> None:
             raise
 
 
+@contextlib.contextmanager
+def writing_folder(folder: Path) -> Iterator[Path]:
+    """Write a folder atomically: yields a temporary folder, which takes the place of `folder` if the `with` block
+    succeeds. All its files are then on disk, also after a power failure.
+
+    Raises:
+        InputError: it cannot be written; its former content is unchanged.
+    """
+    partial = folder.with_name(f"{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for path in (*partial.rglob("*"), partial):
+            sync(path)
+        if folder.exists():
+            exchange(partial, folder)
+        else:
+            partial.rename(folder)
+        sync(folder.parent)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # incomplete, or the former content
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Exchange the names of two folders, on Linux in one operation (RENAME_EXCHANGE of renameat2)."""
+    here = -100  # AT_FDCWD: paths are relative to the current folder
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    if rename is None or rename(here, os.fsencode(one), here, os.fsencode(other), 2):
+        aside = partial_name(other)
+        other.rename(aside)
+        one.rename(other)
+        aside.rename(one)
+
+
+def sync(path: Path) -> None:
+    """Wait until the content of a file or a folder is on disk; folders only if the system supports it."""
+    if path.is_file() or os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def partial_name(path: Path) -> Path:
     """Return a temporary name in the folder of `path`, different for every call and process."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+
+
+def is_unfinished(name: str) -> bool:
+    """Return whether a file is the lock or an unfinished file of a process."""
+    return name == LOCK or PARTIAL.fullmatch(name) is not None
+
+
+def delete_partials(folder: Path, inner: Collection[str] = (), age: float = 0) -> None:
+    """Delete the unfinished files that killed processes left.
+
+    Args:
+        folder: the folder, which should be locked unless `age` is given.
+        inner: subfolders that are searched recursively.
+        age: seconds since the last change.
+    """
+    for place, folders, names in os.walk(folder):
+        if Path(place) == folder:
+            folders[:] = set(folders) & set(inner)
+        for file in (Path(place, name) for name in names if PARTIAL.fullmatch(name)):
+            with contextlib.suppress(FileNotFoundError):
+                if not age or time.time() - file.stat().st_mtime > age:
+                    file.unlink()
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Lock a folder within a `with` block, if the file system supports locks (on Windows, never).
+
+    It is created if it is missing, and removed if it stays empty. The operating system releases the lock when its
+    process ends, even if it is killed.
+
+    Args:
+        folder: the folder.
+        wait: whether to wait until another process releases it.
+
+    Raises:
+        TryAgain: another process has locked the folder.
+        InputError: the folder cannot be written.
+    """
+    path, new = folder / LOCK, not folder.exists()
+    try:
+        while True:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+            try:
+                import fcntl  # not on Windows
+
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                if os.path.samestat(os.fstat(file), os.lstat(path)):
+                    break
+            except FileNotFoundError:
+                pass  # deleted by the process that had locked it
+            except BlockingIOError as error:
+                os.close(file)
+                raise TryAgain(
+                    f"another process is writing to {folder}: wait until it ends, or choose another folder"
+                ) from error
+            except (ImportError, OSError):
+                break  # locks are not supported
+            os.close(file)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+            if new:
+                folder.rmdir()  # unless something was written
+        os.close(file)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -344,7 +344,7 @@ def test_foreign_files_are_rejected(root, tmp_path, strict):
     (tmp_path / "text.safetensors").write_text("no weights")
     for source, message in (
         (tmp_path / "sd.safetensors", "sd.safetensors was not made for this network; 6 weights do not match"),
-        (tmp_path / "text.safetensors", "text.safetensors cannot be read as a LoRA"),
+        (tmp_path / "text.safetensors", "text.safetensors cannot be read"),
         (tmp_path / "absent.safetensors", "absent.safetensors does not exist"),
         (root / "adapter" / "adapter.safetensors", "condition_embed.weight: not a pair"),
     ):
@@ -429,9 +429,12 @@ def test_generate_and_replay(root, tmp_path, capsys):
     assert run(*given, "--model", orphan, "--base", tmp_path / "moved", "--out", tmp_path / "b.png") == 0
     one, other = (np.asarray(Image.open(tmp_path / name)) for name in ("a.png", "b.png"))
     assert np.array_equal(one, other)
-    for name in ("a.png", "b.png"):
-        assert run("replay", tmp_path / name) == 0
+    moved = ("--model", orphan, "--base", tmp_path / "moved")
+    for name, confirmed in (("a.png", ("--model", root / "adapter")), ("b.png", moved)):
+        assert run("replay", tmp_path / name, *confirmed) == 0
         assert "bit-identical" in capsys.readouterr().out
+    assert run("replay", tmp_path / "b.png", "--model", orphan) == 2
+    assert f"if you trust them, add --base '{tmp_path / 'moved'}'" in capsys.readouterr().err
     assert run(*given, "--model", orphan, "--out", tmp_path / "c.png") == 2
     assert "Unknown model '/nowhere/flux'" in capsys.readouterr().err
     assert run(*given, "--negative-prompt", "hat", "--model", root / "adapter", "--out", tmp_path / "c.png") == 2
@@ -464,13 +467,18 @@ def test_generate_with_loras_and_replay(root, tmp_path, capsys):
     assert [entry["scale"] for entry in recorded.values()] == [1.0, 0.6, 1.0]
     assert read_recipe(tmp_path / "plain.png")[0]["adapters"] == {NAME: {"scale": 1.0}}
     capsys.readouterr()
-    for name in ("a.png", "plain.png"):
-        assert run("replay", tmp_path / name) == 0
+    sources = ("--lora", tmp_path / "style.safetensors", root / "turbo")
+    for name, confirmed in (("a.png", sources), ("plain.png", ())):
+        assert run("replay", tmp_path / name, "--model", root / "adapter", *confirmed) == 0
         assert "bit-identical" in capsys.readouterr().out
-    assert run("replay", tmp_path / "a.png", "--model", root / "flux") == 2
+    assert run("replay", tmp_path / "a.png", "--model", root / "adapter") == 2
+    assert f"add --lora '{tmp_path / 'style.safetensors'}' '{root / 'turbo'}'" in capsys.readouterr().err
+    assert run("replay", tmp_path / "plain.png", "--model", root / "adapter", *sources) == 2
+    assert "has no LoRA" in capsys.readouterr().err
+    assert run("replay", tmp_path / "a.png", "--model", root / "flux", *sources) == 2
     assert "no adapter 'mditface'" in capsys.readouterr().err
     (tmp_path / "style.safetensors").unlink()
-    assert run("replay", tmp_path / "a.png") == 2
+    assert run("replay", tmp_path / "a.png", "--model", root / "adapter", *sources) == 2
     assert "style.safetensors does not exist" in capsys.readouterr().err
 
 
@@ -478,7 +486,7 @@ def test_recipes_hold_what_acts(root, mask):
     """All active adapters are recorded with their current strength, however they were loaded."""
     pipeline = load(root / "adapter")
     assert active_adapters(pipeline) == {NAME: {"scale": 1.0}}
-    pipeline.load_lora_weights(root / "style", "style")
+    pipeline.load_lora_weights(root / "style", "style", token="hf_secret", cache_dir="somewhere")
     pipeline.set_adapters([NAME, "style"], [0.5, 0.3])
     recorded = active_adapters(pipeline)
     assert recorded == {NAME: {"scale": 0.5}, "style": {"scale": 0.3, "source": str(root / "style"), "strict": True}}
@@ -540,7 +548,7 @@ def test_loras_that_fit_in_part(root, tmp_path, capsys, strict):
     assert reported.count("transformer.transformer_blocks.7.attn.to_q.lora_") == 2
     assert out.exists() != strict
     if not strict:
-        assert run("replay", out) == 0
+        assert run("replay", out, "--model", root / "adapter", "--lora", tmp_path / "part.safetensors") == 0
 
 
 @pytest.mark.parametrize(
@@ -584,7 +592,7 @@ def test_8_bit_base(root, mask, tmp_path, capsys):
     given = ("generate", PROMPT, "--mask", root / "mask.png", "--model", root / "adapter", "--quantize", "int8")
     assert run(*given, "--lora", root / "style", "--out", tmp_path / "a.png") == 0
     assert read_recipe(tmp_path / "a.png")[0]["quantize"] == "int8"
-    assert run("replay", tmp_path / "a.png") == 0
+    assert run("replay", tmp_path / "a.png", "--model", root / "adapter", "--lora", root / "style") == 0
     assert "bit-identical" in capsys.readouterr().out
 
 

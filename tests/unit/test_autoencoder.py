@@ -11,13 +11,13 @@ import torch
 from diffusers import AutoencoderDC
 
 from likeness.data.folder import read_folder
+from likeness.files import locked
 from likeness.prepare.synthetic import write_synthetic
 from likeness.train.checkpoint import checkpoints
 from likeness.train.components.autoencoder import AutoencoderRecipe, TrainingImages, build, measure, train_autoencoder
 from likeness.train.components.decoder import DecoderRecipe, train_decoder
 from likeness.train.components.face_parser import FaceParserRecipe, train_face_parser
 from likeness.train.components.text_image import TextImageRecipe, train_text_image
-from likeness.train.run_folder import locked
 from likeness.types import InputError
 from runs import check_resume, killed_after_checkpoint, load_checkpoint, metrics, sigterm_in_step
 
@@ -93,7 +93,7 @@ def test_non_finite_loss(faces, tmp_path):
 def test_components_are_trained_by_one_process(train, given, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="checkpoint_every is 0: it must be at least 1"):
         train(dataclasses.replace(given, checkpoint_every=0), tmp_path)
-    with locked(tmp_path), pytest.raises(InputError, match="another process trains in"):
+    with locked(tmp_path), pytest.raises(InputError, match="another process is writing to"):
         train(given, tmp_path)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -387,8 +387,6 @@ def test_journal(tmp_path):
         cache.add("a" * 32, Answer("é\n2", False), prompt="x")
         assert cache.find("a" * 32) == Answer("é\n2", False)
         assert cache.find("a" * 16 + "b" * 16) is None
-        with pytest.raises(InputError, match="another process"), open_answers(path):
-            pass
     with open_answers(path) as cache:
         cache.add("0" * 32, Answer("zero"))
         assert cache.find("a" * 32) == Answer("é\n2", False)
@@ -439,6 +437,8 @@ def test_rejected_options(folder, capsys):
         (["--grammar", "--prompts", "poem"], "unknown prompt 'poem'"),
         (["--grammar", "--refiner", "http://localhost:1/v1", "--refiner-name", "x"], "give --vlm as well"),
         (["--vlm", "http://user:pass@localhost/v1"], "must be plain"),
+        (["--vlm", "http://:pass@localhost/v1"], "must be plain"),
+        (["--vlm", "http://localhost/v1?key=pass@"], "must be plain"),
         (["--vlm", "http://localhost:1/v1", "--vlm-name", "m", "--vlm-fields", "["], "are not JSON"),
         (["--vlm", "some/checkpoint", "--vlm-name", "m"], "is a checkpoint"),
         (["--grammar", "--max-tokens", "2"], "max tokens must be at least 8"),
@@ -451,6 +451,31 @@ def test_rejected_options(folder, capsys):
     (folder / "captions.jsonl").write_text("{}\n")
     caption(folder, "--grammar", code=2)
     assert "line 1 is not a record" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["sk-1234\nX-Injected: 1", "sk-1234\u2019", "sk-1234 5"])
+def test_keys_that_are_no_header(folder, monkeypatch, capsys, key):
+    monkeypatch.setenv("LIKENESS_API_KEY", key)
+    with chat_server(answering) as server:
+        caption(folder, "--vlm", server.address, code=2)
+    error = capsys.readouterr().err
+    assert "the key in the environment variable LIKENESS_API_KEY contains" in error
+    assert "1234" not in error
+    assert server.requests == []
+
+
+def test_keys_are_stripped_and_not_printed(folder, monkeypatch, capsys):
+    """Also if the server repeats them, or sends the client to another one."""
+    monkeypatch.setenv("LIKENESS_API_KEY", " sk-1234\r\n")
+    with chat_server(answering) as other, chat_server(lambda *_: failed(401, "no key sk-1234")) as server:
+        caption(folder, "--vlm", server.address, code=2)
+        assert {request["authorization"] for request in server.requests} == {"Bearer sk-1234"}
+        error = capsys.readouterr().err
+        server.reply = lambda *_: failed(307, "there", Location=f"{other.address}/chat/completions")
+        caption(folder, "--vlm", server.address, code=2)
+        assert other.requests == []
+    assert "no key [key]" in error
+    assert "1234" not in error + capsys.readouterr().err
 
 
 def test_default_path_is_v1():

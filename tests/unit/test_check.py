@@ -7,6 +7,7 @@ import shutil
 import struct
 import zlib
 from collections.abc import Callable
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from likeness.data.synthetic import draw_face
 from likeness.prepare.check import check_folder
 from likeness.prepare.contact_sheet import COLUMNS
 from likeness.prepare.findings import KINDS
-from likeness.prepare.fix import FIX_LIST, apply_fixes, fix_captions, write_fixes
+from likeness.prepare.fix import FIX_LIST, apply_fixes, fix_captions
 from likeness.prepare.near_duplicates import first_duplicates, image_hash
 from likeness.types import InputError
 
@@ -303,8 +304,7 @@ def test_fixed_files_are_correct(folder):
     Image.fromarray(255 - sketch).save(folder / "train" / "sketch" / "009.png")
     metadata = folder / "train" / "metadata.jsonl"
     metadata.write_text(metadata.read_text().replace("mask/008.png", "mask/008.bmp"))
-    write_fixes(folder, check_folder(folder).findings)
-    assert apply_fixes(folder) == {"rewrite": 4}
+    assert apply_fixes(folder, check_folder(folder).findings) == {"rewrite": 4}
     assert check_folder(folder).findings == []
     rows = read_folder(folder)
     for row in rows[:3]:
@@ -340,19 +340,53 @@ def test_fix_list_can_be_edited_and_must_be_current(folder, capsys):
     assert files(folder)["train/metadata.jsonl"] != before["train/metadata.jsonl"]
 
 
+def test_fix_list_cannot_lead_outside(folder, tmp_path, capsys):
+    """A data set may bring its own fix list, links and paths: nothing outside it is moved or changed."""
+    root, other = folder / "train", Path(shutil.copytree(folder, tmp_path / "other"))
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret")
+    metadata = root / "metadata.jsonl"
+    rows = [json.loads(line) for line in metadata.read_text().splitlines()]
+    rows[0]["mask_file_name"], rows[1]["mask_file_name"] = str(secret), "../../secret.txt"
+    metadata.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "images" / "012.png").write_bytes(b"broken")
+    shutil.copytree(folder, tmp_path / "copy")
+    listed = [asdict(found) for found in check_folder(folder).findings]
+    before, state = files(other), check_folder(folder).state
+    own = listed[0] | {"kind": "blank"}, listed[0] | {"split": "../other/train"}, listed[0] | {"fix": "drop-row"}
+    invented = [*own, listed[-1] | {"line": 5, "file_name": rows[4]["file_name"]}]
+    (folder / FIX_LIST).write_text("".join(json.dumps(found | {"metadata": state}) + "\n" for found in invented))
+    assert run(folder, "--apply") == 1
+    assert files(folder).keys() == files(tmp_path / "copy").keys() | {FIX_LIST}  # no finding was confirmed
+    (folder / ORIGINALS).symlink_to(other)
+    assert run(folder, "--apply") == 2
+    assert "points outside the folder" in capsys.readouterr().err
+    (folder / ORIGINALS).unlink()
+    assert run(folder, "--apply") == 1  # masks that no row names any more
+    assert (secret.read_text(), files(other)) == ("secret", before)
+    assert not (root / "images" / "012.png").exists()
+    assert sum("mask_file_name" in row for row in read_folder(folder)) == len(rows) - 3
+
+    shutil.rmtree(root)
+    root.symlink_to(other / "train")  # its metadata would be rewritten
+    assert run(folder, "--apply") == 2
+    assert "is a link that leads outside" in capsys.readouterr().err
+    assert files(other) == before
+
+
 def test_interrupted_fix_can_be_completed(folder):
     root = folder / "train"
     (root / "images" / "010.png").write_bytes(b"broken")
     save_mask(root / "mask" / "011.png", swap_classes(labels_of(root / "mask" / "011.png"), FLIP_PAIRS))
-    write_fixes(folder, check_folder(folder).findings)
+    findings = check_folder(folder).findings
     metadata = (root / "metadata.jsonl").read_bytes()
     obstacle = folder / ORIGINALS / "train" / "metadata.jsonl"
     obstacle.mkdir(parents=True)
     with pytest.raises(InputError, match="cannot fix"):
-        apply_fixes(folder)
+        apply_fixes(folder, findings)
     assert (root / "metadata.jsonl").read_bytes() == metadata  # written last
     obstacle.rmdir()
-    assert apply_fixes(folder) == {"drop-row": 1, "rewrite": 1}
+    assert apply_fixes(folder, findings) == {"drop-row": 1, "rewrite": 1}
     assert check_folder(folder).findings == []
     assert len(read_folder(folder)) == 31
     assert sorted(path.name for path in (folder / ORIGINALS).rglob("*.*")) == [

@@ -120,7 +120,7 @@ def test_generate_all_conditions_and_replay(folder, tmp_path, capsys):
     assert reported.out.strip() == f"{out}  seed 5"
     assert "mask: " in reported.err
     assert Image.open(out).size == (32, 32)
-    assert run("replay", out, "--out", tmp_path / "again.png") == 0
+    assert run("replay", out, "--model", folder / "model", "--out", tmp_path / "again.png") == 0
     assert "bit-identical" in capsys.readouterr().out
     assert np.array_equal(np.asarray(Image.open(out)), np.asarray(Image.open(tmp_path / "again.png")))
 
@@ -138,7 +138,7 @@ def test_replay_says_what_changed(folder, tmp_path, capsys):
         pixels = np.array(image)
         pixels[0, 0, 0] ^= 255
         Image.fromarray(pixels).save(out, pnginfo=info)
-    assert run("replay", out) == 2
+    assert run("replay", out, "--model", folder / "model") == 2
     assert "its pixels were modified" in capsys.readouterr().err
     assert run("replay", out, "--model", folder / "released") == 2
     assert "fingerprint" in capsys.readouterr().err

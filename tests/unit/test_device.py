@@ -91,7 +91,7 @@ def test_recipes_record_the_format_in_use(tmp_path, capsys):
         assert run(*given, "--dtype", dtype, "--out", image) == 0
         environment = read_recipe(image)[0]["environment"]
         assert (environment["device"], environment["dtype"]) == ("cpu", name)
-        assert run("replay", image) == 0
+        assert run("replay", image, "--model", tmp_path / "model") == 0
         assert capsys.readouterr().out.endswith("bit-identical\n")
 
 

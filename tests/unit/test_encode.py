@@ -130,7 +130,9 @@ def test_interrupted_and_run_again(prepared, parts, tmp_path):
     """Interrupted after every written file: nothing is encoded twice; no manifest exists before the end."""
     out, encoded, runs = tmp_path / "shards", 0, 0
     plain = encode_folder(prepared / "faces", tmp_path / "whole", parts, size=SIZE)
-    assert plain == {"faces": FACES, "encoded": IMAGES, "captions": 0, "missing": 0}
+    assert plain == {"faces": FACES, "encoded": IMAGES} | dict.fromkeys(
+        ("captions", "damaged", "removed", "missing"), 0
+    )
 
     def stop(*_):
         raise KeyboardInterrupt
@@ -151,6 +153,48 @@ def test_interrupted_and_run_again(prepared, parts, tmp_path):
     assert_same(Store(out), Store(tmp_path / "whole"))
     keys = [key for file in out.glob("latents-*") for key in load_keys(file)]
     assert len(keys) == len(set(keys)) == IMAGES
+
+
+def test_only_own_files_are_deleted(prepared, faces, parts, tmp_path, capsys):
+    """A folder with other files is rejected; files of the user next to a store stay."""
+    out, mine = tmp_path / "s", ["notes.txt", "my-style.safetensors", "model-00001-of-00002.safetensors"]
+    out.mkdir()
+    for name in mine:
+        (out / name).write_text("mine")
+    command = ("prepare", "encode", faces, out, "--components", prepared / "components", "--size", SIZE)
+    assert run(*command) == 2
+    assert f"{out} contains model-00001-of-00002.safetensors" in capsys.readouterr().err
+    assert sorted(path.name for path in out.iterdir()) == sorted(mine)
+
+    out = Path(shutil.copytree(prepared / "shards", tmp_path / "copy"))
+    for name in mine:
+        (out / name).write_text("mine")
+    write_rows(faces, read_rows(faces)[:4])
+    encode_folder(faces, out, parts, size=SIZE)
+    assert all((out / name).read_text() == "mine" for name in mine)
+    assert len(Store(out)) == 4
+
+
+def test_damaged_and_removed_files_are_reported(prepared, faces, tmp_path, capsys):
+    """A flipped bit is found by its hash and encoded again; images that are no longer in the folder are counted."""
+    out = Path(shutil.copytree(prepared / "shards", tmp_path / "s"))
+    command = ("prepare", "encode", faces, out, "--components", prepared / "components", "--size", SIZE)
+    for kind in ("latents", "rows", "places"):
+        (file,) = out.glob(f"{kind}-*")
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 0x40
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=f"{file} is damaged"):
+            Store(out).verify()
+        assert run(*command) == 0
+        assert f"1 files of {out} were damaged and have been encoded again" in capsys.readouterr().err
+        Store(out).verify()
+    assert_same(Store(out), Store(prepared / "shards"))
+    rows = read_rows(faces)
+    change_pixel(faces / "train" / rows[0]["file_name"], 5)
+    write_rows(faces, rows[:7])
+    assert run(*command) == 0
+    assert "4 images of the former shards have been removed" in capsys.readouterr().err
 
 
 def load_keys(file: Path) -> list[bytes]:

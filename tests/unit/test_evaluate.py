@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -148,6 +149,7 @@ def test_changed_inputs_are_regenerated(root, tmp_path):
     shutil.copy(rows[2]["mask_file_name"], rows[1]["mask_file_name"])
     rows[3]["mask_file_name"].write_text("not a mask")
     shutil.copy(rows[7]["file_name"], rows[6]["file_name"])
+    os.utime(rows[6]["file_name"], (1e9, 1e9))  # older than its ceiling
     found = evaluate_model(root, tmp_path / "out", **settings)
     assert names[3] in {fault.file for fault in found.faults}
     assert number(found, "ssim", "mask").n == COUNT - 1  # the outdated image is not measured
@@ -428,6 +430,15 @@ class Llm(BaseHTTPRequestHandler):
 
     def log_message(self, *arguments):
         pass
+
+
+def test_addresses_with_credentials_are_rejected(tmp_path, capsys):
+    """Results contain the address."""
+    for url in ("http://me:hunter2@localhost/v1", "http://:hunter2@localhost/v1", "http://localhost/v1?key=hunter2"):
+        assert run("evaluate", "mmface-mini", "faces", "metrics=llm_score", f"llm_url={url}", "--out", tmp_path) == 2
+        error = capsys.readouterr().err
+        assert "must be plain" in error
+        assert "hunter2" not in error
 
 
 def test_llm_score(root, tmp_path):

@@ -18,7 +18,7 @@ from builders import run
 from likeness.data.folder import read_folder, read_record
 from likeness.prepare.check import check_folder
 from likeness.prepare.export import WRITERS, export
-from likeness.prepare.fix import apply_fixes, write_fixes
+from likeness.prepare.fix import apply_fixes
 from likeness.prepare.ingest.write import ingest
 from likeness.types import InputError
 
@@ -99,8 +99,8 @@ def test_removed_rows_stay_removed(folder, tmp_path, again):
     shutil.copyfile(train / "images/0.png", train / "images/2.png")
     with (train / "metadata.jsonl").open("a") as metadata:
         metadata.write(json.dumps({"file_name": "images/2.png"}) + "\n")
-    write_fixes(train, [found for found in check_folder(train).findings if found.kind == "duplicate"])
-    assert apply_fixes(train) == {"drop-row": 1}
+    duplicates = [found for found in check_folder(train).findings if found.kind == "duplicate"]
+    assert apply_fixes(train, duplicates) == {"drop-row": 1}
     form = ("--format", "imagefolder") if again == "export" else ()
     assert run("prepare", again, train, tmp_path / "out", *form) == 0
     assert len(read_folder(tmp_path / "out")) == len(read_folder(train)) == 2

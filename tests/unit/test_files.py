@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import threading
+
 import pytest
 
-from likeness.files import read_json, write_whole, writing_whole
-from likeness.types import InputError
+from likeness.files import locked, read_json, write_whole, writing_whole
+from likeness.types import InputError, TryAgain
 
 
 def test_two_writers_of_one_file(tmp_path):
@@ -26,6 +30,22 @@ def test_failed_writes_leave_no_files(tmp_path):
     with pytest.raises(RuntimeError), writing_whole(tmp_path / "b.txt"):
         raise RuntimeError
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_locks_end_with_their_process(tmp_path):
+    """A second process fails at once, or waits; a killed one leaves nothing locked."""
+    hold = "import sys, time; from pathlib import Path; from likeness.files import locked\n"
+    hold += "with locked(Path(sys.argv[1])): print('locked', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", hold, tmp_path], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"locked\n"
+        with pytest.raises(TryAgain, match="another process is writing to"), locked(tmp_path):
+            pass
+        threading.Timer(0.2, process.kill).start()
+        with locked(tmp_path, wait=True):
+            assert process.wait() < 0
+    with locked(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_private_files_stay_private(tmp_path):

@@ -7,8 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from builders import tiny_pipeline
+from builders import run, tiny_pipeline
 from likeness.data.synthetic import draw_face
 from likeness.pipelines.generate import generate, resolve
 from likeness.pipelines.image_recipe import (
@@ -17,11 +18,13 @@ from likeness.pipelines.image_recipe import (
     USER_COMMENT,
     XMP_KEY,
     differences,
+    encode_raw,
     parameters_line,
     read_recipe,
     recipe_of,
     request_of,
     write_image,
+    xmp_packet,
 )
 from likeness.pipelines.load import load
 from likeness.types import ConditionInput, InputError, PortraitRequest
@@ -126,8 +129,6 @@ def test_jpeg_without_room_keeps_the_hashes(made, tmp_path):
     """A condition that does not fit into a JPEG's 64 KiB of XMP is left out, which is an error on replay."""
     _, _, image, recipe = made
     noise = np.random.default_rng(0).integers(0, 256, (256, 256), dtype=np.uint8)
-    from likeness.pipelines.image_recipe import encode_raw
-
     large = {**recipe, "conditions": {"sketch": {**recipe["conditions"]["sketch"], "data": encode_raw(noise)}}}
     write_image(image, tmp_path / "a.jpg", large)
     found, _ = read_recipe(tmp_path / "a.jpg")
@@ -142,16 +143,77 @@ def test_jpeg_without_room_keeps_the_hashes(made, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": 99}, "version 99"),
-        ({"seed": None, "prompt": ...}, "damaged"),
-        ({"conditions": {"mask": {"data": {"png": "AAAA"}, "sha256": "", "scheme": ""}}}, "damaged"),
+        ({"schema": 99}, "has version 99"),
+        ({"prompt": ...}, "the key 'prompt' is missing"),
+        ({"seed": None}, "seed is None"),
+        ({"steps": "4"}, "steps is '4', which is not of type int"),
+        ({"steps": True}, "steps is True"),
+        ({"steps": 10**9}, "1000000000 steps"),
+        ({"width": 4096, "height": 4096}, "of 4096x4096 pixels, the image has 32x32: it was edited"),
+        ({"guidance_scale": "high"}, "guidance_scale is 'high'"),
+        ({"model": ["owner/name"]}, "model is"),
+        ({"quantize": "int1"}, "quantize is 'int1'"),
+        ({"command": "rm"}, "unknown key 'command'"),
+        ({"adapters": {"x": {"scale": 1.0, "source": "a/b", "token": "hf"}}}, "unknown key 'token'"),
+        ({"environment": {"dtype": "int8"}}, "dtype is 'int8'"),
+        ({"environment": None}, "environment is None"),
     ],
 )
-def test_damaged_recipes(made, change, message):
-    recipe = {**made[3], **change}
-    recipe = {key: value for key, value in recipe.items() if value is not ...}
-    with pytest.raises(InputError, match=message):
-        request_of(recipe)
+def test_damaged_recipes(made, tmp_path, capsys, change, message):
+    _, _, image, recipe = made
+    changed = {key: value for key, value in {**recipe, **change}.items() if value is not ...}
+    info = PngInfo()
+    info.add_itxt(XMP_KEY, xmp_packet(changed))
+    image.save(tmp_path / "a.png", pnginfo=info)
+    assert run("replay", tmp_path / "a.png") == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("mask", {"png": "AAAA"}),
+        ("mask", {"points": [[0, 0]]}),
+        ("mask", encode_raw(np.full((8, 8), 19, np.uint8))),
+        ("mask", encode_raw(np.zeros((8, 8, 3), np.uint8))),
+        ("keypoints", {"points": [[0, None]]}),
+        ("keypoints", {"points": [0.5]}),
+    ],
+)
+def test_damaged_conditions(made, name, data):
+    recipe = made[3]
+    entry = {**recipe["conditions"][name], "data": data}
+    with pytest.raises(InputError, match=f"The {name} of the recipe is damaged"):
+        request_of({**recipe, "conditions": {name: entry}})
+
+
+def test_only_bundled_models_are_loaded_by_name(made, tmp_path, capsys):
+    """A model or LoRA that an image names may be anything; the user must name it."""
+    _, _, image, recipe = made
+    for changes, message in (
+        ({"model": "owner/name"}, "--model 'owner/name'"),
+        ({"model": str(tmp_path)}, f"--model '{tmp_path}'"),
+        ({"model": "mmface-mini", "adapters": {"x": {"scale": 1.0, "source": "owner/lora"}}}, "--lora 'owner/lora'"),
+    ):
+        write_image(image, tmp_path / "a.png", {**recipe, **changes})
+        assert run("replay", tmp_path / "a.png") == 2
+        assert capsys.readouterr().err.rstrip().endswith(f"if you trust them, add {message}")
+
+
+def test_replays_record_the_model_that_made_them(made, tmp_path, capsys):
+    pipeline, _, image, recipe = made
+    pipeline.save_pretrained(tmp_path / "one")
+    other = tiny_pipeline()
+    other.transformer.patch_embed.weight.data *= 2
+    other.save_pretrained(tmp_path / "other")
+    write_image(image, tmp_path / "a.png", recipe)
+    assert run("replay", tmp_path / "a.png", "--model", tmp_path / "other", "--out", tmp_path / "b.png") == 2
+    found, _ = read_recipe(tmp_path / "b.png")
+    assert (found["model"], found["fingerprint"]) == (str(tmp_path / "other"), pipeline_hash(other))
+    assert run("replay", tmp_path / "b.png", "--model", tmp_path / "other") == 0
+    assert "bit-identical" in capsys.readouterr().out
 
 
 def test_changed_condition_is_noticed(made):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from pathlib import Path
@@ -24,6 +26,7 @@ from sample_datasets import SIDE, image, pack, put
 
 from builders import run
 from likeness.cli import prepare
+from likeness.conditions import CONDITIONS
 from likeness.conditions.mask import swap_classes
 from likeness.conditions.mask.classes import FLIP_PAIRS
 from likeness.data.folder import read_folder, read_record
@@ -421,7 +424,10 @@ def test_ambiguous_format_is_rejected(tmp_path, capsys):
     sample_datasets.webdataset(tmp_path / "source")
     assert run("prepare", "ingest", tmp_path / "source", tmp_path / "out") == 2
     printed = capsys.readouterr().err
-    assert "could be imagefolder (metadata.jsonl) and webdataset (*.tar): choose one with --format" in printed
+    assert (
+        "could be imagefolder (metadata.jsonl or metadata.csv) and webdataset (*.tar): choose one with --format"
+        in printed
+    )
     assert run("prepare", "ingest", tmp_path / "source", tmp_path / "out", "--format", "webdataset") == 0
 
 
@@ -704,9 +710,131 @@ def test_invalid_or_long_names(tmp_path):
     assert [row["text"] for row in read_folder(tmp_path / "rows")] == [["half \ud83d"]]
 
 
+def test_everything_that_is_not_read_is_reported(tmp_path, capsys):
+    """Sidecars belong to their image; what is not read is counted in one line and in dataset.json."""
+    source, outside = tmp_path / "source", tmp_path / "outside"
+    put(outside, "2.png", image(2))
+    for name in ("0.png", "1.png", "unlike_mask.png"):
+        put(source, name, image(len(name)))
+    put(source, "0_mask.png", sample_datasets.mask())
+    put(source, "0-sketch.png", sample_datasets.sketch())
+    put(source, "0_keypoints.jpg", image(9))
+    put(source, "0_keypoints.json", sample_datasets.points())
+    texts = {"0.caption": "zero", "1.txt": "one", "1.caption": "other", "1.json": "{}", "notes.psd": "", "README": ""}
+    for name, content in texts.items():
+        put(source, name, content)
+    for name in ("._0.png", ".DS_Store"):
+        put(source, name, b"")
+    os.mkfifo(source / "pipe.png")
+    (source / "private.png").symlink_to(outside / "2.png")
+    (source / "more").symlink_to(outside)
+    command = ("prepare", "ingest", source, tmp_path / "out")
+    assert run(*command) == 0
+    expected = (
+        "not read: 2 hidden, 2 links out of the source (--follow-links reads them), 1 .caption (such as 1.caption), "
+        "1 .json (such as 1.json), 1 .jpg (such as 0_keypoints.jpg), "
+        "1 .psd (such as notes.psd), 1 without suffix (such as README), 1 not regular files"
+    )
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("not read")]
+    assert sorted(line[10:].split(", ")) == sorted(expected[10:].split(", "))
+    found = read_record(tmp_path / "out")["not_read"]
+    assert found[".caption"] == {"count": 1, "example": "1.caption"}
+    assert found["not regular files"] == {"count": 1}
+    rows = {row["file_name"].stem: row for row in read_folder(tmp_path / "out")}
+    assert {name: row.get("text") for name, row in rows.items()} == {"0": ["zero"], "1": ["one"], "unlike_mask": None}
+    assert {column.removesuffix("_file_name") for column in rows["0"]} == {"file_name", "text", *CONDITIONS}
+    assert run(*command[:-1], tmp_path / "all", "--follow-links") == 0
+    assert {"private", "2"} <= {row["file_name"].stem.removeprefix("more_") for row in read_folder(tmp_path / "all")}
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "train/metadata.csv"])
+def test_metadata_as_csv(tmp_path, capsys, name):
+    """Hugging Face's imagefolder with a table; a CSV file without file names is not one."""
+    source, place = tmp_path / "source", Path(name).parent
+    for number in range(2):
+        put(source, f"{place}/{number}.png", image(number))
+    put(source, f"{place}/m.png", sample_datasets.mask())
+    table = (
+        '\ufefffile_name,text,mask_file_name,age\r\n0.png,"a man, smiling",m.png,\r\n1.png,une fille à table,,30\r\n'
+    )
+    put(source, name, table.encode())
+    assert run("prepare", "ingest", source, tmp_path / "out") == 0
+    rows = read_folder(tmp_path / "out")
+    assert [row["text"] for row in rows] == [["a man, smiling"], ["une fille à table"]]
+    assert [("mask_file_name" in row, row.get("age")) for row in rows] == [(True, None), (False, "30")]
+    put(source, name, table.encode() + b"2.png,a,b,c,d\r\n")
+    assert run("prepare", "ingest", source, tmp_path / "bad") == 2
+    assert "metadata.csv, line 4: every row needs a file_name" in capsys.readouterr().err
+    put(source, name, "a;b\n1;2\n")
+    assert run("prepare", "ingest", source, tmp_path / "other") == 0
+    assert f"1 .csv (such as {name})" in capsys.readouterr().err
+
+
+def shard(root: Path, *members: tuple[str, bytes, bytes], size: int | None = None) -> None:
+    """Write a tar archive of (name, content, type); `size` replaces the size of the first member."""
+    root.mkdir()
+    with tarfile.open(root / "train-0.tar", "w") as archive:
+        for name, content, kind in members:
+            info = tarfile.TarInfo(name)
+            info.size, info.type, info.linkname = len(content), kind, "/etc/passwd"
+            if size is not None:
+                info.size, size = size, None
+            archive.addfile(info, io.BytesIO(content) if content else None)
+
+
+def test_members_of_shards(tmp_path, capsys):
+    """Keys end at the first dot of the base name, as in the library; nothing is lost in silence."""
+    face, file = sample_datasets.content(image(0)), tarfile.REGTYPE
+    members = [
+        *(("./._0.png", b"\0" * 60, file), ("./0.png", face, file), ("./._0.txt", b"", file), ("./0.txt", b"a", file)),
+        *(("./0.cls", b"3", file), ("./0.depth.png", face, file), ("./1.PNG", face, file), ("1.caption", b"b", file)),
+        *(("v1.0.png", face, file), ("v1.0.txt", b"c", file), ("v1.1.png", face, file)),
+        *(("2.png", face, file), ("2.png", b"again", file)),
+        *(("3.png", b"", tarfile.SYMTYPE), ("4.png", b"", tarfile.CHRTYPE)),
+    ]
+    shard(tmp_path / "source", *members)
+    assert run("prepare", "ingest", tmp_path / "source", tmp_path / "out") == 0
+    printed = capsys.readouterr().err
+    assert [row.get("text") for row in read_folder(tmp_path / "out")] == [["a"], ["b"], None]
+    assert "skipped v1 in train-0.tar: the sample has no image among its files .0.png, .0.txt, .1.png" in printed
+    assert "the key of a sample ends at the first dot" in printed
+    assert "skipped 2.png in train-0.tar: the sample has two files of this kind" in printed
+    assert {"not read: 2 hidden", "2 not regular files", "1 .cls", "1 .depth.png"} <= set(
+        next(line for line in printed.splitlines() if line.startswith("not read")).split(", ")
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("../0.png", None, "names '../0.png', which points outside"),
+        ("/0.png", None, "names '/0.png', which points outside"),
+        ("a/../../0.png", None, "which points outside"),
+        ("0.png", -512, "0.png in .* has a negative size"),
+    ],
+)
+def test_hostile_shards(tmp_path, name, size, message):
+    shard(tmp_path / "source", (name, b"", tarfile.REGTYPE), ("1.png", b"", tarfile.REGTYPE), size=size)
+    with pytest.raises(InputError, match=message):
+        ingest(tmp_path / "source", tmp_path / "out")
+
+
+def test_extremely_large_cell(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    (tmp_path / "source").mkdir()
+    table = pa.table({"image": [{"bytes": bytes(2**28 + 1), "path": "a.png"}]})
+    parquet.write_table(table, tmp_path / "source/train.parquet", compression="zstd")
+    assert (tmp_path / "source/train.parquet").stat().st_size < 2**20
+    with pytest.raises(InputError, match=r"the column image.bytes of .* has 256 MiB in 1 rows"):
+        ingest(tmp_path / "source", tmp_path / "out")
+
+
 def test_limit(tmp_path):
     out = ingested(tmp_path, sample_datasets.celeba, limit=5, held_out=1)
     assert sum(read_record(out)["faces"].values()) == 5
+    assert not read_record(out)["not_read"]
     with pytest.raises(InputError, match="limit must be at least 1"):
         ingest(tmp_path / "source", tmp_path / "none", limit=0)
 
@@ -719,6 +847,11 @@ def test_own_images_and_masks_are_not_taken_for_celebamask(tmp_path):
         record = json.loads((tmp_path / f"out-{name}" / "dataset.json").read_text())
         assert record["layout"] == layout
         assert ("CelebAMask-HQ" in json.dumps(record)) == (layout == "celebamask")
+    put(tmp_path / "texts", "images/a.png", image(0))
+    put(tmp_path / "texts", "text/a.txt", "a face")
+    ingest(tmp_path / "texts", tmp_path / "out-texts", split="none")
+    assert "CelebA" not in json.dumps(read_record(tmp_path / "out-texts"))
+    assert [row["text"] for row in read_folder(tmp_path / "out-texts")] == [["a face"]]
 
 
 def test_the_faulty_part_file_is_named(tmp_path):

@@ -16,6 +16,7 @@ from PIL import Image
 from builders import run, tiny_vae
 from likeness.cli import main, parse
 from likeness.encoders.components import load_components
+from likeness.files import locked
 from likeness.pipelines.generate import generate, resolve
 from likeness.pipelines.load import load
 from likeness.prepare.encode import encode_folder
@@ -25,7 +26,6 @@ from likeness.train.ema import Ema, exponent, posthoc_ema, solve
 from likeness.train.html_report import write_report
 from likeness.train.metrics import Reporter
 from likeness.train.optim import make_optimizers
-from likeness.train.run_folder import locked
 from likeness.types import ConditionInput, InputError, PortraitRequest, TryAgain
 from runs import SIZE, assert_identical, load_checkpoint, metrics, prepare, small, weights_of
 
@@ -150,6 +150,28 @@ def test_shards_that_differ(root, tmp_path):
         loop.train(dataclasses.replace(given, data=validation), tmp_path / "run")
 
 
+def test_other_or_damaged_shards(root, tmp_path, capsys):
+    """A run that is resumed on other faces says so once; a flipped bit is found on request."""
+    for name in ("faces", "components", "shards"):
+        shutil.copytree(root / name, tmp_path / name)
+    shards, parts = tmp_path / "shards", load_components(tmp_path / "components")
+    loop.train(small(tmp_path, optimizer={"images": 8}), tmp_path / "run")
+    path = tmp_path / "faces/train/metadata.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:6]))
+    encode_folder(tmp_path / "faces", shards, parts, size=SIZE)
+    assert "other shards" not in capsys.readouterr().err
+    for images in (16, 24):
+        loop.train(small(tmp_path, optimizer={"images": images}), tmp_path / "run")
+        said = "was started with other shards: 10 faces then, 6 faces now" in capsys.readouterr().err
+        assert said == (images == 16)
+    (file,) = shards.glob("latents-*")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=f"{file} is damaged"):
+        loop.train(small(tmp_path, data={"verify": True}, optimizer={"images": 24}), tmp_path / "run")
+
+
 def test_components_were_replaced(root, tmp_path):
     """After components are trained again and faces encoded with them, earlier runs and models are rejected."""
     now, new = tmp_path / "now", tmp_path / "new"
@@ -171,7 +193,7 @@ def test_components_were_replaced(root, tmp_path):
 def test_one_training_per_folder(root, tmp_path):
     """A second one is rejected until the first one ends."""
     given = small(root, optimizer={"images": 4})
-    with locked(tmp_path / "run"), pytest.raises(InputError, match="another process trains in"):
+    with locked(tmp_path / "run"), pytest.raises(InputError, match="another process is writing to"):
         loop.train(given, tmp_path / "run")
     loop.train(given, tmp_path / "run")
 

@@ -344,7 +344,7 @@ def test_generate_and_replay(folder, tmp_path, capsys):
     out = tmp_path / "face.png"
     given = ("a man", "--mask", folder / "mask.png", "--mask-scale", 0.7, "--model", folder / "mini", "--seed", 5)
     assert run("generate", *given, "--negative-prompt", "hat", "--control-guidance-end", 0.6, "--out", out) == 0
-    assert run("replay", out) == 0
+    assert run("replay", out, "--model", folder / "mini") == 0
     assert "bit-identical" in capsys.readouterr().out
 
 

@@ -111,7 +111,7 @@ def test_noise_level_grows_with_time():
         assert 0 <= levels.min() <= levels.max() <= 1
 
 
-@pytest.mark.parametrize("objective", FLOWS + DDPMS, ids=str)
+@pytest.mark.parametrize("objective", [*FLOWS, *DDPMS, RectifiedFlow(sampler="dpm++")], ids=str)
 def test_configuration_round_trip(objective):
     assert make_objective(objective.config()) == objective
 
@@ -122,6 +122,7 @@ def test_configuration_round_trip(objective):
         ({"name": "score"}, "score"),
         ({"name": "ddpm", "shift": 1}, "shift"),
         ({"name": "rectified_flow", "shift": 0}, "positive"),
+        ({"name": "rectified_flow", "sampler": "heun"}, "choose euler, dpm"),
         ({"name": "ddpm", "prediction": "x0"}, "x0"),
     ],
 )

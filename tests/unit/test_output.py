@@ -63,7 +63,8 @@ def test_folders(folder, tmp_path, capsys):
     (tmp_path / "c" / "portrait-002.png").write_bytes(b"another format")
     assert run(*given, "--out", tmp_path / "c") == 0
     assert names_in(tmp_path / "c") == ["portrait-001.webp", "portrait-002.png", "portrait-003.webp"]
-    assert run("replay", tmp_path / "c" / "portrait-001.webp", "--out", f"{tmp_path}/again/") == 0
+    replay = ("replay", tmp_path / "c" / "portrait-001.webp", "--model", folder / "model")
+    assert run(*replay, "--out", f"{tmp_path}/again/") == 0
     assert names_in(tmp_path / "again") == ["portrait-001.webp"]
     assert run(*given, "--out", f"{folder}/mask.png/") == 2
     assert "is not a writable folder" in capsys.readouterr().err
@@ -101,7 +102,7 @@ def test_numbered_names_and_replays_spare_inputs_too(folder, tmp_path, capsys):
     assert run(*given, "--count", 2, "--out", tmp_path / "a.png") == 2
     assert "would overwrite the input" in capsys.readouterr().err
     assert run(*given, "--out", tmp_path / "b.png") == 0
-    assert run("replay", tmp_path / "b.png", "--out", tmp_path / "b.png") == 2
+    assert run("replay", tmp_path / "b.png", "--model", folder / "model", "--out", tmp_path / "b.png") == 2
     assert "would overwrite the input" in capsys.readouterr().err
 
 

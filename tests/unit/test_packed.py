@@ -9,8 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from builders import tiny_clip, tiny_face_parser, tiny_text_encoder, tiny_tokenizer, tiny_transformer, tiny_vae
+from builders import (
+    run,
+    tiny_clip,
+    tiny_face_parser,
+    tiny_pipeline,
+    tiny_text_encoder,
+    tiny_tokenizer,
+    tiny_transformer,
+    tiny_vae,
+)
 from likeness.annotators.face_parser import load_face_parser
 from likeness.encoders.components import load_components
 from likeness.encoders.text_image import AttributeHead, load_attribute_head, load_text_image, save_attribute_head
@@ -183,12 +193,69 @@ def test_broken_folders_are_named(bundle, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match="incomplete"):
         load(tmp_path)
-    (tmp_path / "model_index.json").write_text(json.dumps({**index, "vae": ["os", "system"]}))
-    for part in ("transformer", "text_encoder", "tokenizer", "scheduler", "vae"):
-        (tmp_path / part).mkdir()
-    (tmp_path / "vae" / "packed.safetensors").write_bytes(b"")
-    with pytest.raises(InputError, match="only diffusers, transformers and likeness"):
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [["os", "system"], ["likeness.cli", "main"], ["diffusers", "DiffusionPipeline"], ["transformers", "AutoModel"]],
+)
+@pytest.mark.parametrize("packed", [True, False])
+def test_classes_that_a_model_may_name(bundle, tmp_path, entry, packed):
+    """Only those of components, whether or not the weights are packed."""
+    index = json.loads((bundle / "mini" / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "transformer": entry}))
+    (tmp_path / "transformer").mkdir()
+    if packed:
+        (tmp_path / "transformer" / "packed.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match=rf"Component {entry[0]}\.{entry[1]} is not supported"):
         load(tmp_path)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """An ordinary pipeline folder."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("damage", ["pointer", "cut off"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        f"transformer/{WEIGHTS}",
+        f"vae/{WEIGHTS}",
+        "text_encoder/model.safetensors",
+        "tokenizer/tokenizer.json",
+        "scheduler/scheduler_config.json",
+        "transformer/config.json",
+    ],
+)
+def test_incomplete_files_are_named(folder, tmp_path, capsys, file, damage):
+    shutil.copytree(folder, tmp_path / "model")
+    path = tmp_path / "model" / file
+    path.write_bytes(POINTER if damage == "pointer" else path.read_bytes()[: path.stat().st_size // 2])
+    assert run("generate", "--model", tmp_path / "model", "--out", tmp_path / "a.png") == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("likeness: ")
+    assert str(path) in line
+    assert (damage == "pointer") == ("git lfs pull" in line)
+    assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize(("part", "message"), [("transformer", "The latents are"), ("vae", "The decoded images are")])
+def test_weights_that_are_not_finite_are_no_image(folder, tmp_path, capsys, part, message):
+    shutil.copytree(folder, tmp_path / "model")
+    state = load_file(tmp_path / "model" / part / WEIGHTS)
+    name = max(name for name in state if name.endswith("bias") and "encoder." not in name.replace("decoder.", ""))
+    save_file({**state, name: torch.full_like(state[name], float("nan"))}, tmp_path / "model" / part / WEIGHTS)
+    assert run("generate", "--model", tmp_path / "model", "--out", tmp_path / "a.png") == 2
+    assert f"{message} not finite" in capsys.readouterr().err
+    assert not (tmp_path / "a.png").exists()
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "nowhere"])

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +18,7 @@ from diffusers import DDPMScheduler, FlowMatchHeunDiscreteScheduler
 from builders import randomise, tiny_mditface_pipeline, tiny_pipeline, tiny_transformer
 from likeness.data.synthetic import draw_face
 from likeness.encoders.text import truncated_text
-from likeness.objectives import DDPM
+from likeness.objectives import DDPM, RectifiedFlow
 from likeness.pipelines.load import load
 from likeness.pipelines.mmface import MMFacePipeline
 from likeness.pipelines.portrait import PortraitPipeline
@@ -217,6 +222,44 @@ def test_other_schedulers_and_objectives():
         assert np.isfinite(make(pipeline)).all()
 
 
+@pytest.mark.parametrize("shift", [1.0, 2.0])
+def test_dpm_solver_formula(shift):
+    """DPM-Solver++(2M), algorithm 2 of its paper, with alpha = 1 - t, sigma = t and lambda = log(alpha / sigma)."""
+    pipeline, objective = tiny_pipeline(), RectifiedFlow(sampler="dpm++", shift=shift)
+    pipeline.scheduler = objective.scheduler()
+    pipeline.register_to_config(objective=objective.config())
+    noise = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    call = {"guidance_scale": 1.0, "output_type": "latent"}
+    found = pipeline(PROMPT, latents=noise, num_inference_steps=5, **call).images
+
+    def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
+        """One step of Euler from t = 1 to 0 with the network at time t."""
+        fixed = copy.copy(pipeline.transformer)
+        fixed.forward = lambda latents, time, **rest: pipeline.transformer.forward(
+            latents, torch.full_like(time, 1000 * t), **rest
+        )
+        euler = MMFacePipeline(**{**pipeline.components, "transformer": fixed}, **settings_of(tiny_pipeline()))
+        euler.scheduler = RectifiedFlow().scheduler()
+        return x - euler(PROMPT, latents=x, num_inference_steps=1, **call).images
+
+    times = [0.999 * (1 - i / 5) for i in range(5)] + [0.0]
+    times = [shift * t / (1 + (shift - 1) * t) for t in times]
+    x, previous, earlier = noise, None, 0.0
+    level = lambda t: math.log((1 - t) / t)  # noqa: E731
+    for t, after in itertools.pairwise(times):
+        clean = x - t * velocity(x, t)
+        if after == 0:
+            x = clean
+            break
+        direction = clean
+        if previous is not None:
+            ratio = (level(t) - level(earlier)) / (level(after) - level(t))
+            direction = (1 + 1 / (2 * ratio)) * clean - previous / (2 * ratio)
+        x = after / t * x + ((1 - after) - after / t * (1 - t)) * direction
+        previous, earlier = clean, t
+    torch.testing.assert_close(found, x, atol=2e-4, rtol=2e-4)
+
+
 def test_samplers_with_noise_draw_it_from_the_generator():
     """Each image from its own: again the same, and alone as in a batch."""
     pipeline, objective = tiny_pipeline(), DDPM()
@@ -374,3 +417,49 @@ def test_rejected_arguments(pipeline, change, message):
 def test_control_rejected_arguments(pipeline, faces, change, message):
     with pytest.raises(InputError, match=message):
         pipeline(PROMPT, control_image={"mask": faces[0]["mask"]}, **change)
+
+
+def concurrently(function: Callable[[int], Any], count: int) -> list[Any]:
+    """Results of 32 threads, which are switched often."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(2e-4)
+    try:
+        with ThreadPoolExecutor(32) as pool:
+            return list(pool.map(function, range(count)))
+    finally:
+        sys.setswitchinterval(interval)
+
+
+@torch.no_grad()
+def test_texts_of_many_threads():
+    """A call must not see the padding and truncation of another."""
+    pipeline, texts = tiny_pipeline(), ["a woman", "a man with a beard", "", "a smiling person " * 8]
+    encode = lambda k: pipeline.encode_prompts(texts[k % 4 : k % 4 + 1], [], {}, [])  # noqa: E731
+    wanted = [encode(k) for k in range(4)]
+    for k, found in enumerate(concurrently(encode, 2000)):
+        assert torch.equal(found.tokens, wanted[k % 4].tokens)
+        assert torch.equal(found.pooled, wanted[k % 4].pooled)
+
+
+def test_images_of_many_threads(pipeline, faces):
+    """Bit-identical to one after another, while callbacks of some calls stop them early and others count steps."""
+
+    def call(k: int) -> tuple[np.ndarray, list[int]]:
+        steps = []
+
+        def watch(pipe, i, timestep, tensors):
+            steps.append(pipe.num_timesteps)
+            pipe._interrupt = k % 3 == 0
+            return {}
+
+        given = {"num_inference_steps": 2 + k % 2, "callback_on_step_end": watch}
+        image = make(
+            pipeline, f"{PROMPT} {k % 5}", control={"mask": faces[0]["mask"]} if k % 2 else {}, numbers=(k,), **given
+        )
+        return image, steps
+
+    wanted = [call(k) for k in range(48)]
+    assert [steps for _, steps in wanted[:4]] == [[2], [3, 3, 3], [2, 2], [3]]
+    for (image, steps), (expected, counted) in zip(concurrently(call, 48), wanted, strict=True):
+        assert np.array_equal(image, expected)
+        assert steps == counted

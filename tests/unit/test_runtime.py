@@ -132,7 +132,7 @@ def test_generate_and_replay_threads(model, tmp_path, no_variables, capsys):
     assert run("generate", "--model", model, "--seed", 5, "--out", out) == 0
     assert read_recipe(out)[0]["environment"]["threads"] == 1
     torch.set_num_threads(2)
-    assert run("replay", out) == 0
+    assert run("replay", out, "--model", model) == 0
     assert torch.get_num_threads() == 1
     assert "threads" not in capsys.readouterr().err
 
@@ -144,7 +144,7 @@ def test_threads_of_the_user_are_kept(model, tmp_path, no_variables, monkeypatch
     assert run("generate", "--model", model, "--seed", 5, "--out", out) == 0
     assert read_recipe(out)[0]["environment"]["threads"] == 2
     torch.set_num_threads(1)
-    run("replay", out)
+    run("replay", out, "--model", model)
     assert "threads: 2 then, 1 now" in capsys.readouterr().err
 
 

@@ -135,7 +135,7 @@ def test_command_line(tmp_path, capsys):
         recipe, pixels = read_recipe(image)
         assert recipe.get("upscale") is recorded
         assert pixels.shape == (64, 64, 3)
-        assert run("replay", image) == 0
+        assert run("replay", image, "--model", tmp_path / "model") == 0
         assert capsys.readouterr().out.endswith("bit-identical\n")
     assert run("models") == 0
     assert capsys.readouterr().out.count("  128x128  ") == 3

@@ -163,8 +163,8 @@ def test_commands(prepared, tmp_path):
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_sampler_is_the_plain_formula(steps):
     """x_0 = x_t - t v; x_next = (1 - t_next) x_0 + t_next noise, t = 1, ..., 1 / steps."""
-    objective, pipeline = RectifiedFlow(), tiny_pipeline()
-    pipeline.scheduler = objective.renoising_scheduler()
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = RectifiedFlow(sampler="renoise").scheduler()
 
     def sample(seed: int) -> torch.Tensor:
         generators = [torch.Generator().manual_seed(seed)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from builders import tiny_transformer
 from likeness.data.sampler import Sampler
 from likeness.data.store import Sample, Store
 from likeness.encoders.components import load_components
+from likeness.files import writing_folder
 from likeness.pipelines.generate import generate, resolve
 from likeness.pipelines.load import load
 from likeness.prepare.encode import encode_folder
@@ -191,12 +194,85 @@ def test_checkpoints_are_complete_and_few(tmp_path):
     ignore = shutil.ignore_patterns(".metadata")
     shutil.copytree(checkpoints(tmp_path)[-1], tmp_path / "checkpoints" / "000000000040", ignore=ignore)
     assert load_checkpoint(tmp_path)["weight"].tolist() == [30.0] * 3
-    damaged = tmp_path / "checkpoints" / "000000000050"
-    shutil.copytree(checkpoints(tmp_path)[-1], damaged)
-    data = damaged / "__0_0.distcp"
-    data.write_bytes(data.read_bytes()[:20])
-    with pytest.raises(InputError, match="000000000050"):
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x40
+    path.write_bytes(data)
+
+
+class Code:
+    """An object whose unpickling runs code."""
+
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+def outside(path: Path) -> None:
+    metadata = pickle.loads(path.read_bytes())
+    for info in metadata.storage_data.values():
+        info.relative_path = f"../000000000010/{info.relative_path}"
+    path.write_bytes(pickle.dumps(metadata))
+
+
+DAMAGES = {
+    "flipped bit": ("__0_0.distcp", flip, "its SHA-256 is not the recorded one; delete it to resume from 000000000010"),
+    "cut off": ("__0_0.distcp", lambda path: path.write_bytes(path.read_bytes()[:20]), "__0_0.distcp is damaged"),
+    "missing": ("__0_0.distcp", Path.unlink, "__0_0.distcp is damaged"),
+    "flipped bit in the metadata": (".metadata", flip, "delete it to resume from 000000000010"),
+    "code": (".metadata", lambda path: path.write_bytes(pickle.dumps(Code())), "builtins.print, which is not of a"),
+    "no metadata": (".metadata", lambda path: path.write_bytes(pickle.dumps([1])), "contains a list"),
+    "another folder": (".metadata", outside, r"outside its folder\); delete it to resume from 000000000010"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_checkpoints(tmp_path, capsys, name):
+    """One sentence that names the checkpoint before it; nothing in it is run."""
+    file, damage, message = DAMAGES[name]
+    for seen in (10, 20):
+        save_checkpoint(tmp_path, seen, {"weight": torch.full((300,), float(seen))})
+    newest = checkpoints(tmp_path)[-1]
+    damage(newest / file)
+    with pytest.raises(InputError, match=f"000000000020.*{message}"):
         load_checkpoint(tmp_path)
+    assert "code ran" not in capsys.readouterr().out
+    shutil.rmtree(newest)
+    assert load_checkpoint(tmp_path)["weight"].tolist() == [10.0] * 300
+    (checkpoints(tmp_path)[-1] / "SHA256SUMS.0").unlink()  # as earlier versions wrote it
+    assert load_checkpoint(tmp_path)["weight"].tolist() == [10.0] * 300
+
+
+def test_folders_are_written_atomically(tmp_path):
+    """There is always a whole one, also if writing fails."""
+    folder, stop, bad = tmp_path / "model", threading.Event(), []
+
+    def watch() -> None:
+        while not stop.is_set():
+            try:
+                assert all((folder / name).read_text() for name in "ab")
+            except OSError as error:
+                bad.append(error)
+            stop.wait(0.0005)
+
+    def write(text: str) -> None:
+        with writing_folder(folder) as partial:
+            for name in "ab":
+                (partial / name).write_text(text)
+
+    write("0")
+    thread = threading.Thread(target=watch)
+    thread.start()
+    for number in range(60):
+        write(str(number))
+    with pytest.raises(UnicodeEncodeError):
+        write("\ud800")
+    stop.set()
+    thread.join()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert [(folder / name).read_text() for name in "ab"] == ["59", "59"]
+    assert not bad
 
 
 def test_learning_rate():

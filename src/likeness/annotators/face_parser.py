@@ -57,7 +57,7 @@ def load_face_parser(source: str | Path = "bundled", *, swapped: bool = False) -
         if (Path(source) / PACKED).is_file():
             network = load_component(Path(source), "transformers", config["architectures"][0])
         else:
-            network = AutoModelForSemanticSegmentation.from_pretrained(source).eval()
+            network = AutoModelForSemanticSegmentation.from_pretrained(source, trust_remote_code=False).eval()
     except (OSError, ValueError) as error:
         raise InputError(f"{source} is not a semantic segmentation network: {first_line(error)}") from error
     labels = tuple(network.config.id2label[index] for index in range(network.config.num_labels))

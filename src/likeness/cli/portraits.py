@@ -21,9 +21,6 @@ from likeness.runtime import choose_threads, optional_packages_hidden, set_threa
 from likeness.types import ConditionInput, DtypeName, InputError, PortraitRequest
 from likeness.weights.catalog import BUNDLED, DEFAULT, MASK_MODEL, bundled_models
 
-DTYPE_NAMES: dict[str, DtypeName] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-"""Dtype in a recipe -> `--dtype`."""
-
 MAX_COUNT = 1000
 """Largest `--count`."""
 
@@ -184,14 +181,19 @@ class Generate(RequestOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """Generate an image again from the recipe in its file, and report whether it is bit-identical."""
+    """Generate an image again from the recipe in its file, and report whether it is bit-identical.
+
+    The recipe alone chooses among the bundled models only: name other models and LoRAs, wherever they are stored now.
+    """
 
     image: PathArgument
     """An image that likeness generated."""
     model: str | None = None
-    """The model, if it is stored elsewhere now."""
+    """The model of the recipe, if it is not bundled."""
     base: str | None = None
-    """The base model of an adapter, if it is stored elsewhere now."""
+    """The base model of an adapter, if the recipe has one."""
+    lora: tuple[str, ...] = ()
+    """The LoRAs of the recipe, in its order."""
     out: str | None = None
     """File or folder to write the new image to."""
     device: str | None = None
@@ -202,10 +204,11 @@ class Replay:
     def __call__(self) -> None:
         import numpy as np
 
-        from likeness.pipelines.image_recipe import differences, read_recipe, request_of
+        from likeness.pipelines.image_recipe import DTYPES, confirmed, differences, read_recipe, recipe_of, request_of
 
         recipe, pixels = read_recipe(self.image)
         request = request_of(recipe)
+        model, base, adapters = confirmed(recipe, self.model, self.base, self.lora)
         request = dataclasses.replace(request, force_size=not request.upscale)  # accepted when the image was generated
         suffix = self.image.suffix.removeprefix(".")
         names, overwrite = (iter(()), False) if self.out is None else image_names(self.out, suffix, 1, [self.image])
@@ -216,19 +219,20 @@ class Replay:
 
         environment = recipe["environment"]
         device = self.device or ("cpu" if environment.get("device") == "cpu" else "auto")
-        dtype = DTYPE_NAMES[environment["dtype"]]
-        model, base = self.model or recipe["model"], self.base or recipe.get("base")
-        pipeline = load_pipeline(model, dtype, device, base, recipe.get("quantize"), self.offload)
-        restore_adapters(pipeline, recipe.get("adapters", {}))
+        dtype, quantize = DTYPES[environment["dtype"]], recipe.get("quantize")
+        pipeline = load_pipeline(model, dtype, device, base, quantize, self.offload)
+        restore_adapters(pipeline, adapters)
         threads = environment.get("threads")
         if isinstance(threads, int) and 1 <= threads <= (os.cpu_count() or 1):
             set_threads(threads)  # the rounding of matrix products depends on them
         with exit_on_sigterm(), progress_bar("Generating") as advance:
-            images, _ = generate(pipeline, resolve(request, pipeline), [request.seed], advance)
-            again = np.asarray(images[0])
+            request = resolve(request, pipeline)
+            images, _ = generate(pipeline, request, [request.seed], advance)
+            again, fingerprint = np.asarray(images[0]), pipeline_hash(pipeline)
             if self.out is not None:
-                print(save_image(images[0], recipe, names, overwrite))
-        changes = differences(recipe, pipeline, pipeline_hash(pipeline))
+                own = recipe_of(request, pipeline, model=model, base=base, quantize=quantize, fingerprint=fingerprint)
+                print(save_image(images[0], own, names, overwrite))
+        changes = differences(recipe, pipeline, fingerprint)
         print_notes(changes)
         if again.shape == pixels.shape and (again == pixels).all():
             print(f"{self.image}: bit-identical")

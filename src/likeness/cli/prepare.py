@@ -73,6 +73,8 @@ class Ingest:
     """Random seed of these splits."""
     limit: int | None = None
     """Maximum number of faces."""
+    follow_links: bool = False
+    """Also read links that lead outside the source."""
 
     def __call__(self) -> None:
         from likeness.prepare.ingest.write import ingest
@@ -122,6 +124,8 @@ class Align:
     """Align all faces of a photo instead of only the largest."""
     strict: bool = False
     """Skip faces that are turned, tilted, small or cut off instead of only reporting them."""
+    follow_links: bool = False
+    """Also read links that lead outside the folder of photos."""
 
     def __call__(self) -> None:
         from likeness.prepare.align import align_photos
@@ -221,21 +225,26 @@ class Check:
     """Maximum number of rows on the sheet."""
 
     def __call__(self) -> None:
+        from likeness.data.folder import changing, splits_of
         from likeness.prepare.check import check_folder, format_findings
         from likeness.prepare.contact_sheet import check_sheet, write_sheet
         from likeness.prepare.findings import FIXES
-        from likeness.prepare.fix import FIX_LIST, apply_fixes, write_fixes
+        from likeness.prepare.fix import FIX_LIST, apply_fixes, confirmed_fixes, write_fixes
 
         if self.sheet is not None:
             check_sheet(self.sheet, self.count)
         with progress_bar("Checking") as advance:
             if self.apply:
-                if not (self.folder / FIX_LIST).is_file():
-                    write_fixes(self.folder, check_folder(self.folder, advance).findings)
-                print_notes([f"{number} fixed: {FIXES[fix]}" for fix, number in apply_fixes(self.folder).items()])
+                with changing(self.folder, splits_of(self.folder)):
+                    checked = check_folder(self.folder, advance)
+                    fixes = checked.findings
+                    if (self.folder / FIX_LIST).is_file():
+                        fixes = confirmed_fixes(self.folder, fixes, checked.state)
+                    fixed = apply_fixes(self.folder, fixes)
+                print_notes([f"{number} fixed: {FIXES[fix]}" for fix, number in fixed.items()])
             checked = check_folder(self.folder, advance)
         print(format_findings(checked))
-        write_fixes(self.folder, checked.findings)
+        write_fixes(self.folder, checked.findings, checked.state)
         if self.sheet is not None:
             write_sheet(self.folder, checked, self.sheet, self.count)
             print(self.sheet)
@@ -286,6 +295,10 @@ class Encode:
         summary = f"{found['faces']} faces, {found['encoded']} images and {found['captions']} captions encoded"
         missing = f", {found['missing']} missing: other processes encode them; otherwise run the command again"
         print(f"{self.out}: {summary}{missing if found['missing'] else ''}")
+        if found["damaged"]:
+            print_notes([f"{found['damaged']} files of {self.out} were damaged and have been encoded again"])
+        if found["removed"]:
+            print_notes([f"{found['removed']} images of the former shards have been removed: the folder has others"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,6 +324,8 @@ class Shards:
     """Faces held out by the splits person (at least) and random: 1000 by default, a tenth of smaller sets."""
     limit: int | None = None
     """Maximum number of faces."""
+    follow_links: bool = False
+    """Also read links that lead outside the source."""
     parser: str = "auto"
     """Face parser, as in `annotate`."""
     landmarker: Path | None = None

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from likeness.files import read_json
 from likeness.models.layers import time_frequencies
 from likeness.models.mmface import MMFaceTransformer
 from likeness.objectives import DDPM, RectifiedFlow
 from likeness.types import InputError
+from likeness.weights.files import read_weights
+from likeness.weights.packed import load_component
 
 Kind = Literal["flow", "diffusion"]
 
@@ -197,11 +199,7 @@ def read_release(path: Path) -> tuple[dict[str, Tensor], Path]:
     file = path / "dit_model_weights_ema.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise InputError(f"{file} does not exist: pass a released checkpoint-<step> folder or its safetensors file")
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return {key: tensors.get_tensor(key) for key in tensors.keys()}, file  # noqa: SIM118
-    except Exception as error:
-        raise InputError(f"{file} cannot be read as safetensors: {error}") from error
+    return read_weights(file), file
 
 
 def release_of(path: Path, name: str | None) -> Release:
@@ -295,25 +293,15 @@ def load_text_encoder(folder: Path) -> tuple[Any, Any]:
     The network reads the padding, too. It must be that of Stable Diffusion 2.1, "!"; other repositories with the same
     vocabulary pad with the end token.
     """
-    from transformers import CLIPTextModel, CLIPTokenizer
-
     model = folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder
     tokenizer = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
-    try:
-        encoder, vocabulary = CLIPTextModel.from_pretrained(model), CLIPTokenizer.from_pretrained(tokenizer)
-        vocabulary.pad_token = PADDING
-        return encoder, vocabulary
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder} is not a CLIP text model with its tokenizer: {error}") from error
+    encoder = load_component(model, "transformers", "CLIPTextModel")
+    vocabulary = load_component(tokenizer, "transformers", "CLIPTokenizer")
+    vocabulary.pad_token = PADDING
+    return encoder, vocabulary
 
 
 def load_vae(folder: Path) -> Any:
     """Load an autoencoder from a folder, or from the `vae` subfolder of a pipeline folder."""
-    import diffusers
-
     where = folder / "vae" if (folder / "vae").is_dir() else folder
-    try:
-        name = json.loads((where / "config.json").read_text(encoding="utf-8"))["_class_name"]
-        return getattr(diffusers, name).from_pretrained(where)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"{folder} is not an autoencoder of diffusers: {error}") from error
+    return load_component(where, "diffusers", read_json(where / "config.json").get("_class_name", "?"))

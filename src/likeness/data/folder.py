@@ -7,17 +7,20 @@ rows decodes no image, so a folder of a million faces opens as fast as its metad
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from likeness.conditions import CONDITIONS
 from likeness.conditions.images import read_rgb
-from likeness.files import read_json, write_whole
+from likeness.files import delete_partials, is_unfinished, locked, read_json, write_whole
 from likeness.types import InputError
 
 METADATA = "metadata.jsonl"
@@ -27,6 +30,9 @@ RECORD = "dataset.json"
 
 ORIGINALS = "before"
 """Folder next to the splits in which `likeness prepare check --apply` keeps the files that it replaces or removes."""
+
+MAX_LINE = 2**26
+"""Most bytes of a line of the metadata."""
 
 
 def read_folder(folder: str | Path) -> list[dict[str, Any]]:
@@ -48,31 +54,60 @@ def each_row(folder: str | Path) -> Iterator[dict[str, Any]]:
     root = root_of(folder)
     path, empty = root / METADATA, True
     folders: dict[str, str] = {}
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{where}: not valid JSON ({str(error)[:80]})") from error
-            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-                raise InputError(f"{where}: every row needs a file_name")
-            row = {column: value for column, value in row.items() if value is not None}
-            for column in [name for name in row if name == "file_name" or name.endswith("_file_name")]:
-                row[column] = file_inside(root, row[column], folders, f"{where}: {column}")
-            text = row.get("text", "")
-            if not (isinstance(text, str) or (isinstance(text, list) and all(isinstance(each, str) for each in text))):
-                raise InputError(f"{where}: text must be a caption or a list of captions")
-            empty = False
-            yield row
+    for number, line in metadata_lines(root, "."):
+        where = f"{path}, line {number}"
+        row = parse_row(line, where)
+        for column in filter(is_file_column, row):
+            row[column] = file_inside(root, row[column], folders, f"{where}: {column}")
+        text = row.get("text", "")
+        if not (isinstance(text, str) or (isinstance(text, list) and all(isinstance(each, str) for each in text))):
+            raise InputError(f"{where}: text must be a caption or a list of captions")
+        empty = False
+        yield row
     if empty:
         raise InputError(f"{path} has no rows")
 
 
+def parse_row(line: bytes, where: str) -> dict[str, Any]:
+    """Parse a line of metadata, in UTF-8 with or without byte order mark, as `clean_row`.
+
+    Raises:
+        InputError: it is not a JSON object with a `file_name`; `where` is its position.
+    """
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not valid JSON in UTF-8 ({str(error)[:80]})") from error
+    if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+        raise InputError(f"{where} has no file_name: every row needs a file_name")
+    return clean_row(row)
+
+
+def clean_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row without null and non-finite numbers, which tools write into the gaps of tables, and with the slashes
+    of Windows in file names replaced.
+    """
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(inner) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(inner) for inner in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    row = {column: finite(value) for column, value in row.items()}
+    for column in filter(is_file_column, row):
+        row[column] = row[column].replace("\\", "/") if isinstance(row[column], str) else row[column]
+    return {column: value for column, value in row.items() if value is not None}
+
+
+def is_file_column(column: str) -> bool:
+    """Return whether a column names a file."""
+    return column == "file_name" or column.endswith("_file_name")
+
+
 def file_inside(root: Path, name: Any, folders: dict[str, str], where: str) -> Path:
-    """Return the file that a row names as an absolute path with links resolved.
+    """Return the file that a row names as an absolute path with the links of its folder resolved. It need not exist.
 
     Args:
         root: folder of the rows, without links.
@@ -81,28 +116,33 @@ def file_inside(root: Path, name: Any, folders: dict[str, str], where: str) -> P
         where: position of the column, for messages.
 
     Raises:
-        InputError: it is not the name of a file below `root`.
+        InputError: it is not the name of a file below `root`, also through links, or is a pipe, a device or a socket,
+            which could block or never end.
     """
     try:
         folder, base = os.path.split(name)
         if folder not in folders:
             folders[folder] = os.path.realpath(os.path.join(root, folder))
-        file = os.path.join(folders[folder], base)
-        if base in ("", ".", "..") or is_link(file):
-            file = os.path.realpath(file)
+        file = target = os.path.join(folders[folder], base)
+        mode = file_mode(file)
+        if base in ("", ".", "..") or stat.S_ISLNK(mode):
+            target = os.path.realpath(file)
+            mode = file_mode(target)
     except (TypeError, ValueError) as error:  # not a string, or not a valid path
         raise InputError(f"{where} is {name!r}, which is not a file name") from error
-    if not f"{file}{os.sep}".startswith(os.path.join(root, "")):
+    if not f"{target}{os.sep}".startswith(os.path.join(root, "")):
         raise InputError(f"{where} {name!r} points outside the folder")
-    return Path(file)
+    if mode and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise InputError(f"{where} {name!r} is not a regular file")
+    return Path(target if base in ("", ".", "..") else file)
 
 
-def is_link(file: str) -> bool:
-    """Return whether a file exists and is a link. Unlike `os.path.islink`, raises for invalid names."""
+def file_mode(file: str) -> int:
+    """Return the mode of a file or link, 0 if it does not exist. Raises `ValueError` for invalid names."""
     try:
-        return stat.S_ISLNK(os.lstat(file).st_mode)
+        return os.lstat(file).st_mode
     except OSError:
-        return False
+        return 0
 
 
 def root_of(folder: str | Path) -> Path:
@@ -111,9 +151,9 @@ def root_of(folder: str | Path) -> Path:
     Raises:
         InputError: the metadata is missing.
     """
-    for root in (Path(folder), Path(folder) / "train"):
-        if (root / METADATA).is_file():
-            return root.resolve()
+    for split in (".", "train"):
+        if (Path(folder) / split / METADATA).is_file():
+            return split_inside(Path(folder), split)
     raise InputError(
         f"{folder} has no {METADATA} and no split train: `likeness prepare ingest IMAGES OUT` writes a prepared folder"
     )
@@ -132,15 +172,49 @@ def splits_of(folder: Path) -> list[str]:
         raise InputError(
             f"{folder} has no {METADATA} and no splits: `likeness prepare ingest IMAGES OUT` writes a prepared folder"
         )
+    for split in found:
+        split_inside(folder, split)
     return sorted(found, key=lambda split: (split == "train", split))
+
+
+def split_inside(folder: Path, split: str) -> Path:
+    """Return the absolute folder of a split. Raises `InputError` if it is a link that leads outside the folder."""
+    root = (folder / split).resolve()
+    if not root.is_relative_to(folder.resolve()):
+        raise InputError(f"{folder / split} is a link that leads outside {folder}: give the folder {root} itself")
+    return root
+
+
+@contextmanager
+def changing(folder: Path, splits: Iterable[str]) -> Iterator[None]:
+    """Lock splits of a prepared folder within a `with` block, and delete the unfinished files of killed processes.
+
+    Raises:
+        TryAgain: another process changes one of them.
+        InputError: one cannot be written.
+    """
+    inner = {"images", *(condition.folder for condition in CONDITIONS.values())}
+    with ExitStack() as locks:
+        for split in splits:
+            locks.enter_context(locked(folder / split))
+            delete_partials(folder / split, inner)
+        yield
 
 
 def metadata_lines(folder: Path, split: str) -> Iterator[tuple[int, bytes]]:
     """Yield (line number from 1, line) of a split's metadata without blank lines."""
     path = folder / split / METADATA
+    return ((number, line) for number, line in enumerate(lines_of(path), start=1) if line.strip())
+
+
+def lines_of(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a large file. Raises `InputError` if it cannot be read, or a line is too long."""
     try:
-        with path.open("rb") as lines:
-            yield from ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+        with path.open("rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
+                if len(line) > MAX_LINE:
+                    raise InputError(f"{path}, line {number} is longer than {MAX_LINE >> 20} MiB: correct or remove it")
+                yield line
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
 
@@ -148,9 +222,9 @@ def metadata_lines(folder: Path, split: str) -> Iterator[tuple[int, bytes]]:
 def line_of(row: dict[str, Any]) -> bytes:
     """Encode a row, with its files by name, as a line of the metadata.
 
-    A lone surrogate, as in file names that are not UTF-8, cannot be encoded; its JSON escape can.
+    A lone surrogate, as in file names that are not UTF-8, cannot be encoded; its JSON escape can. NaN is not JSON.
     """
-    return json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace") + b"\n"
 
 
 def relative_row(row: dict[str, Any], root: Path) -> dict[str, Any]:
@@ -194,7 +268,7 @@ def open_record(out: Path, arguments: dict[str, Any], command: str) -> dict[str,
                 changes = ", ".join(f"{key} {record.get(key)!r}, not {arguments[key]!r}" for key in other[:3])
                 raise InputError(f"{out} was written with {changes}: choose another folder or remove it")
             return record
-        if out.exists() and any(not entry.name.startswith(f".{RECORD}.") for entry in out.iterdir()):
+        if out.exists() and any(not is_unfinished(entry.name) for entry in out.iterdir()):
             raise InputError(f"{out} is not empty and was not written by `likeness prepare {command}`: choose another")
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror or error}") from error
@@ -203,7 +277,8 @@ def open_record(out: Path, arguments: dict[str, Any], command: str) -> dict[str,
 
 def write_record(out: Path, record: dict[str, Any]) -> None:
     """Write `dataset.json`."""
-    write_whole(out / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    write_whole(out / RECORD, text.encode(errors="backslashreplace"))  # see `line_of`
 
 
 def captions_of(row: dict[str, Any]) -> Sequence[str]:

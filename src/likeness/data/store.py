@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -26,6 +27,8 @@ from likeness.types import InputError, TextFeatures
 
 MANIFEST = "manifest.json"
 SCHEMA = 2
+PART = re.compile(r"(latents|text|rows|places)-[0-9a-f]{16}\.safetensors")
+"""Names of the files of a store, which end in a hash of their content."""
 IMAGE = "image"
 """Column of the latents of the image; those of conditions are named after the condition."""
 LOG_VARIANCE = "image_log_variance"
@@ -73,6 +76,20 @@ class Store:
         """Return the number of samples without an image or condition."""
         columns = self.manifest["columns"]
         return int((self.places["pictures"][:, columns.index(column)] < 0).sum()) if column in columns else len(self)
+
+    def content_hash(self) -> str:
+        """Hash what a training reads: latents, their order, text features, names and captions."""
+        digest = hashlib.sha256(json.dumps([self.manifest[key] for key in ("latents", "texts", "places")]).encode())
+        for lines, _ in self.rows.parts:
+            digest.update(lines.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def verify(self) -> None:
+        """Compare every file with the hash in its name. Raises `InputError` if one has changed."""
+        parts = [name for key in ("latents", "texts", "rows") for name, _ in self.manifest[key]]
+        for name in [*parts, self.manifest["places"]]:
+            if not is_intact(self.folder / name):
+                raise InputError(f"{self.folder / name} is damaged: run `likeness prepare encode` again")
 
     def __getitem__(self, index: int) -> Sample:
         row = index % len(self.rows)  # all faces of one augmentation, then those of the next
@@ -142,6 +159,15 @@ def read_part(file: Path, names: Sequence[str] | None = None) -> dict[str, Tenso
             return {name: opened.get_tensor(name) for name in (names or opened.keys())}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file} cannot be read ({error}): run `likeness prepare encode` again") from error
+
+
+def is_intact(file: Path) -> bool:
+    """Return whether a file of a store has the content by which it is named."""
+    try:
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()[:16] == file.stem.rpartition("-")[2]
+    except OSError:
+        return False
 
 
 def write_part(folder: Path, kind: str, tensors: dict[str, Tensor]) -> str:

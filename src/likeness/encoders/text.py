@@ -6,6 +6,7 @@ token. All captions are padded to the same length without a padding mask, as in 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor
 
 from likeness.types import TextFeatures
+
+TOKENIZING = threading.Lock()
+"""Locked while a tokenizer is called: a call changes its padding and truncation, which threads share."""
 
 
 @torch.no_grad()
@@ -57,7 +61,8 @@ def encode_text(
 def token_ids(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> Tensor:
     """Tokenize B captions, padded or truncated to L = `max_tokens`: [B, L]."""
     options = {"padding": "max_length", "max_length": max_tokens, "truncation": True, "return_tensors": "pt"}
-    return tokenizer(list(captions), **options).input_ids
+    with TOKENIZING:
+        return tokenizer(list(captions), **options).input_ids
 
 
 def token_chunks(
@@ -70,7 +75,8 @@ def token_chunks(
 
 def truncated_text(tokenizer: Any, caption: str, max_tokens: int) -> str:
     """Return the words of `caption` that are truncated at `max_tokens`, at least in part; "" if there are none."""
-    encoded = tokenizer(caption, return_offsets_mapping=True, verbose=False)
+    with TOKENIZING:
+        encoded = tokenizer(caption, return_offsets_mapping=True, verbose=False)
     if len(encoded.input_ids) <= max_tokens:
         return ""
     start, _ = encoded.offset_mapping[max_tokens - 1]  # the last position is the end token's

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -22,6 +21,7 @@ from transformers import AutoTokenizer
 from likeness.encoders.latent import to_tensor
 from likeness.files import first_line, write_whole
 from likeness.types import InputError
+from likeness.weights.files import opened_weights
 from likeness.weights.packed import load_component
 
 ATTRIBUTES = "attributes.safetensors"
@@ -103,7 +103,7 @@ def load_text_image(folder: Path) -> tuple[Any, Any]:
     """
     try:
         clip = load_component(folder / "clip", "transformers", "CLIPModel")
-        return clip, AutoTokenizer.from_pretrained(folder / "tokenizer")
+        return clip, AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} is not a text-image model (clip and tokenizer): {first_line(error)}") from error
 
@@ -119,6 +119,6 @@ def load_attribute_head(folder: Path) -> AttributeHead | None:
     """Load the attribute head of a folder; None if it has none."""
     if not (folder / ATTRIBUTES).is_file():
         return None
-    with safe_open(folder / ATTRIBUTES, "pt") as file:
+    with opened_weights(folder / ATTRIBUTES) as file:
         classes = json.loads(file.metadata()["classes"])
         return AttributeHead(file.get_tensor("weight"), file.get_tensor("bias"), classes)

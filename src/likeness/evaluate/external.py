@@ -68,7 +68,7 @@ def from_hub(class_name: str, name: str, device: str | None = None) -> Any:
     import transformers
 
     with required(f"{class_name} of {name}", "it is not a folder and could not be downloaded. Provide its folder"):
-        loaded = getattr(transformers, class_name).from_pretrained(name)
+        loaded = getattr(transformers, class_name).from_pretrained(name, trust_remote_code=False)
     return loaded if device is None else loaded.to(device).eval()
 
 

@@ -7,6 +7,7 @@ be resumed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 from PIL import Image
 
+from likeness.conditions.images import MADE_BY, png_bytes
 from likeness.data.folder import read_folder, read_photo
 from likeness.encoders.latent import LatentCodec, reconstruct
 from likeness.evaluate.faces import Face
@@ -169,20 +171,33 @@ def reconstruct_photos(task: Task) -> tuple[list[Path], dict[str, str]]:
     files = [task.out / "pictures" / "ceiling" / f"{face.name}.png" for face in task.faces]
     for done, index in enumerate(work_order(len(files), *rank_and_world())):
         face, file = task.faces[index], files[index]
-        if not file.is_file() or is_newer(face.photo, file):
+        source = f"autoencoder of {hash_of_file(face.photo)}"
+        if not is_made_by(file, source):
             try:
                 image = reconstruct(codec, read_photo(face.photo, task.pipeline.config.defaults["size"]))
             except InputError as error:
                 faults[face.name] = str(error)
                 continue
-            write_image(Image.fromarray(image), file, None)
+            write_whole(file, png_bytes(Image.fromarray(image), source))
         task.progress("photographs through the autoencoder", done + 1, len(files))
     return files, faults
 
 
-def is_newer(photo: Path, file: Path) -> bool:
-    """Return whether the photograph was written after the file."""
-    return photo.is_file() and photo.stat().st_mtime_ns > file.stat().st_mtime_ns
+def hash_of_file(photo: Path) -> str:
+    """Return the SHA-256 of a photograph, "" if it cannot be read."""
+    try:
+        return hashlib.sha256(photo.read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def is_made_by(file: Path, source: str) -> bool:
+    """Return whether a PNG file exists and names its source as `png_bytes` writes it."""
+    try:
+        with Image.open(file) as image:
+            return image.info.get(MADE_BY) == source
+    except (OSError, ValueError, SyntaxError):
+        return False
 
 
 # --- Images of the user

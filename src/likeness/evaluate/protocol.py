@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from likeness.chat import plain_address
 from likeness.conditions import CONDITIONS
 from likeness.types import InputError
 
@@ -92,6 +93,8 @@ class Protocol:
         for name, minimum in minimums.items():
             if (value := getattr(self, name)) is not None and value < minimum:
                 raise InputError(f"{name} is {value}; it must be at least {minimum}")
+        if self.llm_url is not None:
+            plain_address(self.llm_url)  # results contain it
 
 
 def conditions_of(given: str) -> tuple[str, ...]:

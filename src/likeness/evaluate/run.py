@@ -22,6 +22,7 @@ from likeness.evaluate.images import ImageSets, Progress, Task, find_images, gen
 from likeness.evaluate.metrics import METRICS, Metric, PerImageMetric, SetMetric
 from likeness.evaluate.protocol import BUNDLED, CEILING, REAL, TRAIN, Protocol
 from likeness.evaluate.results import Fault, MissingMetric, Results
+from likeness.files import ABANDONED, delete_partials
 from likeness.parallel import rank_and_world
 from likeness.types import InputError
 
@@ -73,6 +74,7 @@ def evaluate(
     sets = generate_images(task) if files is None else user_images(task, files)
     if rank_and_world()[0]:
         return None
+    delete_partials(out, ("pictures", "seen"), age=ABANDONED)
     train = [] if protocol.train is None else read_training_faces(Path(protocol.train))
     if (side := image_size([face.photo for face in faces])) < sets.size:
         notes.append(f"The photographs have {side} px and were enlarged to {sets.size} px for the comparison")

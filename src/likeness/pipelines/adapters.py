@@ -16,17 +16,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from likeness.config import build, to_dict
-from likeness.files import first_line, read_json, write_whole
+from likeness.files import read_json, write_whole
 from likeness.models.mditface import MDiTFaceTransformer
 from likeness.models.tied_weights import NEW
+from likeness.pipelines.lora_files import match, read_lora
 from likeness.pipelines.sizes import ANY
 from likeness.types import InputError
 from likeness.weights.catalog import ADAPTER
+from likeness.weights.files import read_weights
 
 WEIGHTS = "adapter.safetensors"
 
@@ -158,10 +159,7 @@ def load_adapter(pipeline: Any, folder: str | Path) -> None:
     folder, transformer = Path(folder), pipeline.transformer
     adapter = read_adapter(folder)
     check_network(transformer, adapter)
-    try:
-        state = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder / WEIGHTS} cannot be read: {error}") from error
+    state = read_weights(folder / WEIGHTS)
     add_adapter(transformer, adapter)
     shapes = {name: tuple(value.shape) for name, value in adapter_state(transformer).items()}
     reasons = {name: "missing" for name in shapes if name not in state}
@@ -170,6 +168,8 @@ def load_adapter(pipeline: Any, folder: str | Path) -> None:
             reasons[name] = "unknown weight"
         elif tuple(value.shape) != shapes[name]:
             reasons[name] = f"shape {tuple(value.shape)}, not {shapes[name]}"
+        elif not value.isfinite().all():
+            reasons[name] = "not finite (NaN or Inf)"
     if reasons:
         unload_adapter(pipeline)
         reject(reasons, f"The adapter in {folder} does not match this network")
@@ -230,72 +230,45 @@ def reject(reasons: Mapping[str, str], message: str) -> None:
 # --- LoRAs made for FLUX.1
 
 
-def load_lora(pipeline: Any, source: Any, name: str | None = None, *, strict: bool = True, **options: Any) -> list[str]:
+def load_lora(
+    pipeline: Any,
+    source: Any,
+    name: str | None = None,
+    *,
+    strict: bool = True,
+    weight_name: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    **hub: Any,
+) -> list[str]:
     """Add a LoRA made for FLUX.1 (`MDiTFacePipeline.load_lora_weights`)."""
     transformer, encoder = pipeline.transformer, pipeline.text_encoder
+    given = {"weight_name": weight_name, "subfolder": subfolder, "revision": revision}
+    location = {key: value for key, value in given.items() if value is not None}
     is_state = isinstance(source, Mapping)
     what = "the state dict" if is_state else str(source)
-    if what.endswith(".safetensors") and not Path(what).is_file():
-        raise InputError(f"{what} does not exist")
-    try:
-        state, alphas, metadata = pipeline.lora_state_dict(
-            dict(source) if is_state else source, return_alphas=True, return_lora_metadata=True, **options
-        )
-    except Exception as error:  # of many types, from diffusers and the Hub
-        raise InputError(f"{what} cannot be read as a LoRA of FLUX.1: {first_line(error)}") from error
-    if not any(key.startswith(("transformer.", "text_encoder.")) for key in state):
-        state = {f"transformer.{key}": value for key, value in state.items()}  # as PEFT saves a single network
-    reasons = mismatches({"transformer": transformer, "text_encoder": encoder}, state)
-    matching = {key: value for key, value in state.items() if key not in reasons}
-    if strict or not matching:
-        reject(reasons, f"{what} was not made for this network")
+    hub |= {"revision": revision} if revision else {}
+    weights, config = (source, {}) if is_state else read_lora(source, weight_name, subfolder, **hub)
+    if not weights:
+        raise InputError(f"{what} is not a LoRA: it contains no weights")
+    lora = match({"transformer": transformer, "text_encoder": encoder}, weights, config)
+    if strict or not lora.state:
+        reject(lora.reasons, f"{what} was not made for this network")
     name = name or free_name(pipeline)
-    if name in getattr(transformer, "peft_config", {}):
+    if name in getattr(transformer, "peft_config", {}) or name in getattr(encoder, "peft_config", {}):
         raise InputError(f"An adapter named {name!r} exists already: choose another adapter_name")
-    layers = {key.partition(".lora_")[0] for key in matching}
-    common = {
-        "network_alphas": {key: value for key, value in (alphas or {}).items() if key.removesuffix(".alpha") in layers},
-        "metadata": metadata,
-        "adapter_name": name,
-        "_pipeline": pipeline,
-    }
+    common = {"network_alphas": None, "metadata": lora.config, "adapter_name": name, "_pipeline": pipeline}
     for part, network in (("transformer", transformer), ("text_encoder", encoder)):
-        if not any(layer.startswith(f"{part}.") for layer in layers):
+        if not any(key.startswith(f"{part}.") for key in lora.state):
             continue
         before = network.active_adapters() if getattr(network, "peft_config", {}) else []
         if part == "transformer":
-            pipeline.load_lora_into_transformer(matching, transformer=transformer, **common)
+            pipeline.load_lora_into_transformer(lora.state, transformer=transformer, **common)
         else:
-            pipeline.load_lora_into_text_encoder(matching, text_encoder=encoder, prefix=part, **common)
+            pipeline.load_lora_into_text_encoder(lora.state, text_encoder=encoder, prefix=part, **common)
         network.set_adapter([*before, name])
-    pipeline.loras[name] = {"source": None if is_state else str(source), "strict": strict, **options}
-    return [f"{key}: {reason}" for key, reason in sorted(reasons.items())]
-
-
-def mismatches(networks: Mapping[str, nn.Module], state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the weights of a LoRA that do not match, with the reason; the weights of a layer match only together."""
-    layers: dict[str, dict[str, Tensor]] = {}
-    for key, value in state.items():
-        layer, _, leaf = key.partition(".lora_")
-        layers.setdefault(layer, {})[leaf] = value
-    modules = {f"{part}.{name}": layer for part, net in networks.items() for name, layer in net.named_modules()}
-    reasons = {layer: mismatch(modules.get(layer), weights) for layer, weights in layers.items()}
-    return {key: reason for key in state if (reason := reasons[key.partition(".lora_")[0]])}
-
-
-def mismatch(module: nn.Module | None, weights: Mapping[str, Tensor]) -> str:
-    """Return why the LoRA of a layer does not match it; "" if it does."""
-    if not {"A.weight", "B.weight"} <= set(weights) <= {"A.weight", "B.weight", "B.bias"}:
-        return "not a pair of LoRA matrices"
-    if module is None:
-        return "unknown layer"
-    if not hasattr(module, "in_features"):
-        return f"the layer is a {type(module).__name__}, not a Linear"
-    down, up = weights["A.weight"], weights["B.weight"]  # [rank, in], [out, rank]
-    if (up.shape[0], down.shape[1]) != (module.out_features, module.in_features):
-        found = f"{up.shape[0]} x {down.shape[1]}"
-        return f"for a layer of {found}; this one is {module.out_features} x {module.in_features}"
-    return "" if up.shape[1] == down.shape[0] else f"ranks {down.shape[0]} and {up.shape[1]}"
+    pipeline.loras[name] = {"source": None if is_state else str(source), "strict": strict, **location}
+    return [f"{key}: {reason}" for key, reason in sorted(lora.reasons.items())]
 
 
 def add_loras(pipeline: Any, loras: Sequence[tuple[str, float]], *, strict: bool = True) -> list[str]:

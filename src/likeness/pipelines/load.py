@@ -21,7 +21,8 @@ from likeness.pipelines.sizes import ANY
 from likeness.runtime import library_imports
 from likeness.types import DtypeName, InputError
 from likeness.weights.catalog import ADAPTER, DEFAULT, find_model
-from likeness.weights.packed import is_packed, load_component
+from likeness.weights.files import check_files
+from likeness.weights.packed import component_class, is_packed, load_component
 
 PIPELINES = {
     "MMFacePipeline": "likeness.pipelines.mmface",
@@ -125,21 +126,27 @@ def load_folder(
         raise InputError(f"{folder} is a {name}: the base of an adapter must be FLUX.1")
     if quantize and not flux:
         raise InputError(f"{folder} is a {name}: only FLUX.1 can be loaded in 8 bits")
+    components = {
+        part: entry
+        for part, entry in index.items()  # among settings, and components that are null
+        if not part.startswith("_") and isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)
+    }
+    for entry in components.values():
+        component_class(*entry)
     parts: dict[str, Any] = {}
-    for part, entry in index.items():
-        is_component = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)
-        if part.startswith("_") or not is_component:
-            continue  # a setting, or a component that is null
+    for part, entry in components.items():
         path = part_folder(folder, part)
         if not path.is_dir():
             raise InputError(f"{folder} is incomplete: its {part} is missing")
         if path.parent != folder or is_packed(path):
             parts[part] = load_component(path, *entry, dtype=dtype)
+        else:
+            check_files(path)
     try:
         if flux:
             parts |= flux_parts(folder, dtype, network or {}, quantize)
         pipeline_class = getattr(importlib.import_module(PIPELINES[name]), name)
-        return pipeline_class.from_pretrained(folder, dtype=dtype, **parts)
+        return pipeline_class.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **parts)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(f"The {class_name} in {folder} cannot be loaded: {first_line(error)}") from error
 

@@ -168,14 +168,15 @@ class MDiTFacePipeline(PortraitPipeline, FluxLoraLoaderMixin):
     ) -> list[str]:
         """Add a LoRA for FLUX.1, for example a style or a step distillation, to the active adapters.
 
-        As in diffusers, and in every format that it reads, but a file that does not match is rejected. It changes text
-        and image tokens; spatial tokens use FLUX.1's weights and the MDiTFace adapter.
+        A file in the names of diffusers, PEFT, kohya, XLabs or the original code; one that does not match is rejected.
+        It changes text and image tokens; spatial tokens use FLUX.1's weights and the MDiTFace adapter.
 
         Args:
             pretrained_model_name_or_path_or_dict: a file, folder, Hub id or state dict.
             adapter_name: its name for `set_adapters`. Default: `lora_1`, `lora_2`, ...
             strict: whether to reject a LoRA that matches in part only.
-            **kwargs: its location on the Hub: `weight_name`, `subfolder`, `revision` and others.
+            **kwargs: `weight_name` and `subfolder` in the folder or repository, `revision`, and further arguments of
+                `huggingface_hub.hf_hub_download`, such as `token`. Recipes record the first three only.
 
         Returns:
             With `strict=False`, one line per weight that was left out, with the reason.

@@ -174,7 +174,7 @@ class PortraitPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         encoded: dict[Any, Any] | None = None,
     ) -> PortraitOutput | tuple[Any, ...]:
-        """Generate images.
+        """Generate images. Several threads can call one pipeline, except with `offload`.
 
         Args:
             prompt: Text prompt, or a list with one per image; "" means no text.
@@ -208,8 +208,9 @@ class PortraitPipeline(DiffusionPipeline):
             latents: Initial noise [B, C, h, w] instead of random noise.
             output_type: `pil`, `np` ([B, H, W, 3] in [0, 1]), `pt` ([B, 3, H, W] in [0, 1]) or `latent`.
             return_dict: Whether to return a `PortraitOutput` or a tuple.
-            callback_on_step_end: Called as (pipeline, step, timestep, {"latents": ...}) after every step. It may return
-                other latents, and stops the loop by setting `pipeline._interrupt`.
+            callback_on_step_end: Called as (pipeline, step, timestep, {"latents": ...}) after every step, with a copy
+                of this pipeline for the call. It may return other latents, and stops the loop by setting `_interrupt`
+                of the copy.
             callback_on_step_end_tensor_inputs: Tensors for the callback: `latents`.
             encoded: Cache of encoded texts and conditions. Pass the same dict to several calls of this pipeline to
                 encode the same texts and the same condition objects once.
@@ -253,7 +254,8 @@ class PortraitPipeline(DiffusionPipeline):
             notes.append(f"warning: the model was trained at {trained}, not at {width}x{height}: expect artifacts")
         if guidance == 1 or self.transformer.config.get("guidance_embeds"):
             negatives = prompts  # negative prompts have no effect
-        self._interrupt = False
+        call = copy.copy(self)  # components are shared, the state that callbacks see is not
+        call._interrupt = False
 
         # 2. Encode each distinct text and condition once
         encoded = {} if encoded is None else encoded
@@ -275,8 +277,10 @@ class PortraitPipeline(DiffusionPipeline):
         scheduler.set_timesteps(**schedule, device=latents.device)
         latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
         times = objective.time_of(scheduler.timesteps)  # [S]
+        if scheduler.config.get("use_flow_sigmas"):
+            times = scheduler.sigmas[:-1].to(times)  # the timesteps of these schedulers are rounded to integers
         levels = objective.noise_level(times.cpu()).tolist()
-        self._num_timesteps = len(times)
+        call._num_timesteps = len(times)
         noise = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
 
         # 4. Plan the passes of every group of images
@@ -297,7 +301,7 @@ class PortraitPipeline(DiffusionPipeline):
         dtype = self.transformer.dtype
         with self.progress_bar(total=len(times)) as progress:
             for i, timestep in enumerate(scheduler.timesteps):
-                if self._interrupt:
+                if call._interrupt:
                     continue
                 scaled = latents
                 if hasattr(scheduler, "scale_model_input"):  # samplers of variance-exploding models
@@ -316,10 +320,12 @@ class PortraitPipeline(DiffusionPipeline):
                 latents = scheduler.step(prediction, timestep, latents, **noise, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
-                    latents = (callback_on_step_end(self, i, timestep, tensors) or {}).get("latents", latents)
+                    latents = (callback_on_step_end(call, i, timestep, tensors) or {}).get("latents", latents)
                 progress.update()
 
         # 6. Decode
+        if not latents.isfinite().all():
+            raise InputError("The latents are not finite (NaN or Inf): the model or a LoRA is damaged, or needs fp32")
         images = self.decode(latents, output_type, size)
         self.maybe_free_model_hooks()
         return PortraitOutput(images=images, notes=notes) if return_dict else (images,)
@@ -465,6 +471,10 @@ class PortraitPipeline(DiffusionPipeline):
         if output_type == "latent":
             return latents
         images = self.codec.decode(latents)  # [B, 3, H, W]
+        if not images.isfinite().all():
+            raise InputError(
+                "The decoded images are not finite (NaN or Inf): the autoencoder is damaged, or needs fp32"
+            )
         if size is not None and size != (images.shape[-1], images.shape[-2]):
             images = resample(images, *size)
         if output_type == "pil":

@@ -33,7 +33,7 @@ from likeness.conditions.framing import (
     portrait_transform,
 )
 from likeness.conditions.images import png_bytes
-from likeness.data.folder import METADATA, column_of, line_of, read_photo
+from likeness.data.folder import METADATA, changing, column_of, line_of, metadata_lines, parse_row, read_photo
 from likeness.files import write_whole, writing_whole
 from likeness.prepare.annotate import keypoints_file, made_by_column
 from likeness.prepare.ingest.faces import plain_name
@@ -73,6 +73,7 @@ def align_photos(
     size: int = 512,
     all_faces: bool = False,
     strict: bool = False,
+    follow_links: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Aligned:
     """Write `out/images`, `out/keypoints` and `out/metadata.jsonl` from a folder of photos, or from one photo.
@@ -84,6 +85,7 @@ def align_photos(
         size: side length of the portraits in pixels.
         all_faces: whether to align all faces of a photo instead of only the largest.
         strict: whether to skip faces with faulty geometry.
+        follow_links: whether to follow links that lead outside the folder.
         progress: called as (photos done, total).
 
     Raises:
@@ -92,7 +94,7 @@ def align_photos(
     """
     if size < 32:
         raise InputError(f"size must be at least 32 pixels, not {size}")
-    files = photo_files(photos, out)
+    files = photo_files(photos, out, follow_links)
     with open_face_finder(landmarker) as find:
         settings = {"size": size, "every": all_faces, "strict": strict, "landmarker": landmarker_name(landmarker)}
         return align_files(files, photos if photos.is_dir() else photos.parent, out, find, settings, progress)
@@ -109,27 +111,28 @@ def align_files(
     """Align photos below `root` with a face detector; `settings` has `size`, `every`, `strict` and `landmarker`."""
     aligned = Aligned()
     rows: dict[str, str] = {}  # as JSON, which takes less memory
-    done = open_journal(out, settings)
-    for number, file in enumerate(files, start=1):
-        record = align_photo(file, file.relative_to(root).as_posix(), out, find, done, **settings)
-        rows |= {row["file_name"]: json.dumps(row, ensure_ascii=False) for row in record["rows"]}
-        add_record(aligned, record)
-        if progress is not None:
-            progress(number, len(files))
-    if rows:
-        write_metadata(out, rows)
+    with changing(out, ["."]):
+        done = open_journal(out, settings)
+        for number, file in enumerate(files, start=1):
+            record = align_photo(file, file.relative_to(root).as_posix(), out, find, done, **settings)
+            rows |= {row["file_name"]: json.dumps(row, ensure_ascii=False) for row in record["rows"]}
+            add_record(aligned, record)
+            if progress is not None:
+                progress(number, len(files))
+        if rows:
+            write_metadata(out, rows)
     return aligned
 
 
-def photo_files(photos: Path, out: Path) -> list[Path]:
-    """Return the photos of a folder, sorted, without `out` and hidden files. Links are followed."""
+def photo_files(photos: Path, out: Path, follow_links: bool = False) -> list[Path]:
+    """Return the photos of a folder, sorted, without `out` and hidden files."""
     if photos.is_file():
         return [photos]
     if not photos.is_dir():
         raise InputError(f"{photos} does not exist: give a folder of photos, or one photo")
     if photos.resolve().is_relative_to(out.resolve()):
         raise InputError(f"{photos} is inside {out}: write to another folder")
-    files = [photos / folder / name for folder, names in walk(photos, out) for name in names]
+    files = [photos / folder / name for folder, names in walk(photos, out, follow_links=follow_links) for name in names]
     files = sorted(path for path in files if path.suffix.lower() in IMAGES)
     if not files:
         raise InputError(f"{photos} has no photos ({', '.join(IMAGES)})")
@@ -213,7 +216,7 @@ def align_photo(
             }
         )
     try:
-        with (out / JOURNAL).open("a") as journal:  # newline first, to end a truncated line
+        with (out / JOURNAL).open("a", encoding="utf-8") as journal:  # newline first, to end a truncated line
             journal.write("\n" + json.dumps(record))
     except OSError as error:
         raise InputError(f"cannot write {out / JOURNAL}: {error.strerror or error}") from error
@@ -247,8 +250,9 @@ def write_metadata(out: Path, rows: dict[str, str]) -> None:
     path = out / METADATA
     before: dict[str, str] = {}
     if path.is_file():
-        with path.open(encoding="utf-8") as lines:
-            before = {json.loads(line)["file_name"]: line for line in lines if line.strip()}
+        for number, line in metadata_lines(out, "."):
+            row = parse_row(line, f"{path}, line {number}")
+            before[row["file_name"]] = json.dumps(row)
     with writing_whole(path) as metadata:
         for name in [*(name for name in before if name not in rows), *rows]:
             row = {**json.loads(before.get(name, "{}")), **json.loads(rows.get(name, "{}"))}

@@ -27,8 +27,10 @@ from likeness.conditions.images import MADE_BY, png_bytes
 from likeness.conditions.mask import mask_image
 from likeness.data.folder import (
     METADATA,
+    changing,
     column_of,
     each_row,
+    file_inside,
     line_of,
     read_photo,
     relative_row,
@@ -90,8 +92,10 @@ def annotate_folder(
 
     Raises:
         InputError: an image or an annotator cannot be read, its sides are swapped, or a file cannot be written.
+        TryAgain: another command is changing the folder.
     """
-    roots = [(folder / split).resolve() for split in splits_of(folder)]
+    splits = splits_of(folder)
+    roots = [(folder / split).resolve() for split in splits]
     counts, lacks_mask = zip(*map(scan, roots), strict=True)
     if parser == "auto":
         needed = any(lacks_mask) or "mask" in redo
@@ -109,6 +113,7 @@ def annotate_folder(
         if missing := [name for name in redo if name not in annotators]:
             raise InputError(f"cannot regenerate the {missing[0]} files without an annotator: give one")
         done = 0
+        stack.enter_context(changing(folder, splits))
         for root in roots:
             with writing_whole(root / METADATA) as metadata:
                 rows = each_row(root)
@@ -161,7 +166,7 @@ def add_condition(rows: list[dict[str, Any]], name: str, annotator: Annotator, r
     column, by = column_of(name), made_by_column(name)
     ours = (None, annotator.made_by)
     wanted = [row for row in rows if column not in row or (redo and row.get(by) not in ours)]
-    files = [row.get(column, place_of(row, name, root)) for row in wanted]
+    files = [row.get(column) or file_inside(root, place_of(row, name, root), {}, column) for row in wanted]
     missing = [index for index, file in enumerate(files) if not file.is_file() or made_by(file) not in ours]
     contents = annotator.annotate([read_photo(wanted[index]["file_name"]) for index in missing]) if missing else []
     for index, content in zip(missing, contents, strict=True):
@@ -176,10 +181,10 @@ def add_condition(rows: list[dict[str, Any]], name: str, annotator: Annotator, r
     return sum(content is not None for content in contents)
 
 
-def place_of(row: dict[str, Any], name: str, root: Path) -> Path:
-    """Return the path of a row's condition. It includes the folder of the image, so equal names do not collide."""
+def place_of(row: dict[str, Any], name: str, root: Path) -> str:
+    """Return the name of a row's condition. It includes the folder of the image, so equal names do not collide."""
     own = row["file_name"].relative_to(root).with_suffix("")
-    return root / CONDITIONS[name].file(str(own.relative_to("images") if own.is_relative_to("images") else own))
+    return CONDITIONS[name].file(str(own.relative_to("images") if own.is_relative_to("images") else own))
 
 
 def made_by_column(condition: str) -> str:

@@ -23,9 +23,9 @@ from likeness.conditions.keypoints import STROKES
 from likeness.conditions.mask.classes import CLASS_INDEX
 from likeness.conditions.mask.geometry import measure
 from likeness.data.ahead import read_ahead
-from likeness.data.folder import METADATA, column_of, metadata_lines, splits_of
+from likeness.data.folder import METADATA, column_of, file_inside, metadata_lines, splits_of
 from likeness.prepare.findings import FIXES, KINDS, Finding, MetadataRow, read_rows
-from likeness.prepare.fix import fix_captions
+from likeness.prepare.fix import fix_captions, state_of
 from likeness.prepare.near_duplicates import NO_HASH, first_duplicates, image_hash
 from likeness.types import InputError
 
@@ -50,6 +50,8 @@ class Checked:
     rows: int
     findings: list[Finding]
     """Sorted by split and line."""
+    state: str
+    """Hash of the metadata that was checked (`state_of`)."""
 
 
 @dataclass
@@ -117,7 +119,7 @@ def check_folder(folder: Path, progress: Callable[[int, int], None] | None = Non
         InputError: the metadata is missing, cannot be read, or it has no rows.
     """
     folder = folder.resolve()
-    splits = splits_of(folder)
+    splits, state = splits_of(folder), state_of(folder)
     total = sum(1 for split in splits for _ in metadata_lines(folder, split))
     if not total:
         raise InputError(f"{folder} has no rows: its {METADATA} is empty")
@@ -137,7 +139,7 @@ def check_folder(folder: Path, progress: Callable[[int, int], None] | None = Non
     for find in (duplicate_images, shared_identities, shared_conditions):
         findings += find(all_rows, first)
     findings.sort(key=lambda found: (splits.index(found.split), found.line))
-    return Checked(total, findings)
+    return Checked(total, findings, state)
 
 
 def short_hash(content: bytes | str | Path) -> int:
@@ -177,22 +179,19 @@ def check_row(folder: Path, row: MetadataRow) -> CheckedRow:
 
 
 def existing_files(checked: CheckedRow, root: Path) -> dict[str, Path]:
-    """Return column -> file; report files that do not exist or are not below `root`."""
+    """Return column -> file; report files that do not exist, are not below `root` or not regular."""
     files = {}
     for column, name in checked.row.files.items():
         fix = "drop-row" if column == "file_name" else "drop-file"
         try:
-            path = Path(os.path.normpath(root / name))
-            inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
-        except (TypeError, ValueError):  # not a string, or not a valid path
-            checked.add(column, "broken-row", f"{column} is {name!r}, which is not a file name", fix)
+            path = file_inside(root, name, {}, column)
+        except InputError as error:
+            checked.add(column, "broken-row", str(error), fix)
             continue
-        if not inside:
-            checked.add(column, "broken-row", f"{column} {name!r} points outside the folder", fix)
-        elif not os.path.exists(path):  # unlike Path.exists, also False if the name is too long
-            checked.add(column, "missing-file", f"{name} does not exist", fix)
-        else:
+        if os.path.exists(path):  # unlike Path.exists, also False if the name is too long
             files[column] = path
+        else:
+            checked.add(column, "missing-file", f"{name} does not exist", fix)
     return files
 
 

@@ -19,7 +19,7 @@ from likeness.data.folder import read_folder, read_photo
 from likeness.encoders.components import load_components
 from likeness.encoders.latent import LatentCodec, to_tensor
 from likeness.encoders.text_image import load_attribute_head, save_attribute_head
-from likeness.files import read_json, write_whole
+from likeness.files import read_json, write_whole, writing_folder
 from likeness.types import InputError
 from likeness.weights.catalog import COMPONENTS
 from likeness.weights.hashes import encoder_hash, weights_hash
@@ -57,7 +57,7 @@ def join_components(
             raise InputError(f"{run} has no published model: finish its training first")
     vae = AutoencoderDC.from_pretrained(autoencoder / "model").eval()
     encoder = CLIPTextModel.from_pretrained(text / "model" / "text_encoder").eval()
-    tokenizer = AutoTokenizer.from_pretrained(text / "model" / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(text / "model" / "tokenizer", trust_remote_code=False)
     save_packed(vae, out / "vae")
     save_packed(encoder, out / "text_encoder")
     tokenizer.save_pretrained(out / "tokenizer")
@@ -106,15 +106,14 @@ def replace_decoder(run: Path, components: Path, out: Path) -> None:
     vae = component_class(*index["vae"]).from_pretrained(run / "model").eval()
     if encoder_hash(vae) != parts.codec_hash:
         raise InputError(f"the encoder of {run} is not that of {components}: train the decoder from {components}/vae")
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(components, partial, ignore=lambda folder, _: ["vae"] if Path(folder) == components else [])
-    if (components / "vae" / PACKED).is_file():
-        save_packed(vae, partial / "vae")
-    else:
-        vae.save_pretrained(partial / "vae")
-    # earlier versions recorded the hash of the whole autoencoder, whose decoder is now another
-    encoder_of = sorted({*parts.encoder_of, weights_hash(parts.vae)})
-    write_whole(partial / COMPONENTS, json.dumps(index | {"encoder_of": encoder_of}, indent=2))
-    assert load_components(partial).codec_hash == parts.codec_hash
-    partial.rename(out)
+    without_vae = lambda folder, _: ["vae"] if Path(folder) == components else []  # noqa: E731
+    with writing_folder(out) as partial:
+        shutil.copytree(components, partial, ignore=without_vae, dirs_exist_ok=True)
+        if (components / "vae" / PACKED).is_file():
+            save_packed(vae, partial / "vae")
+        else:
+            vae.save_pretrained(partial / "vae")
+        # earlier versions recorded the hash of the whole autoencoder, whose decoder is now another
+        encoder_of = sorted({*parts.encoder_of, weights_hash(parts.vae)})
+        write_whole(partial / COMPONENTS, json.dumps(index | {"encoder_of": encoder_of}, indent=2))
+        assert load_components(partial).codec_hash == parts.codec_hash

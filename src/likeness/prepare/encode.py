@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,16 +20,26 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from likeness.conditions import CONDITIONS
 from likeness.data.ahead import read_ahead
 from likeness.data.folder import captions_of, column_of, each_row, metadata_lines, read_photo, root_of
-from likeness.data.store import IMAGE, LOG_VARIANCE, MANIFEST, read_manifest, read_part, write_manifest, write_part
+from likeness.data.store import (
+    IMAGE,
+    LOG_VARIANCE,
+    MANIFEST,
+    PART,
+    is_intact,
+    read_manifest,
+    read_part,
+    write_manifest,
+    write_part,
+)
 from likeness.device import choose_device
 from likeness.encoders.components import Components
 from likeness.encoders.latent import LatentCodec, spatial_factor, to_tensor
+from likeness.files import ABANDONED, delete_partials, is_unfinished, locked
 from likeness.types import InputError
 
 TRANSFORM = 1
@@ -43,8 +54,6 @@ PIXELS = 64 * 128 * 128
 """Pixels per batch of the autoencoder."""
 CAPTIONS = 32
 """Captions per batch of the text encoders."""
-ABANDONED = 3600
-"""Age in seconds from which a partial file is deleted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +150,9 @@ def encode_folder(
 
     Returns:
         `faces`: faces in the store, including augmentations; `encoded` and `captions`: images and captions encoded by
-        this process; `missing`: entries that other processes have yet to write. The store is complete if it is 0.
+        this process; `damaged`: files that did not have their content any more, which were encoded again; `removed`:
+        images of the former store that the folder no longer contains; `missing`: entries that other processes have yet
+        to write. The store is complete if it is 0.
 
     Raises:
         InputError: a file cannot be read, `out` contains something else, or the device does not exist.
@@ -156,6 +167,7 @@ def encode_folder(
     codec = LatentCodec(vae, batched=True)
     trial = torch.zeros(1, 3, 2 * factor, 2 * factor, device=vae.device)
     existing = read_manifest(out) if (out / MANIFEST).is_file() else {}
+    check_contents(out, complete=bool(existing))
     recorded = existing.get("codec", "")
     settings = EncodeSettings(
         codec=recorded if recorded and components.same_encoder(recorded) else components.codec_hash,
@@ -172,19 +184,20 @@ def encode_folder(
             raise InputError(f"{out} was encoded with another {name}: choose another folder or delete it")
     if augmentations < existing.get("views", 1):
         raise InputError(f"{out} has {existing['views']} augmentations, not {augmentations}: use as many")
+    former = image_hashes(out, existing)
+    damaged = delete_damaged(out, share)
     rows = sum(1 for _ in metadata_lines(root, "."))
     report = progress or (lambda done, total: None)
     encoded = encode_images(root, out, codec, settings, share, shard_bytes, lambda done: report(done, rows))
     captions = 0
     if settings.text:
         captions = encode_captions(root, out, components, settings, share, shard_bytes, lambda done: report(done, rows))
-    try:
-        with FileLock(out / ".lock"):  # released by the system if the process is killed
-            missing = finish(root, out, settings)
-    except OSError as error:
-        raise InputError(f"cannot write in {out}: {error.strerror or error}") from error
+    with locked(out, wait=True):
+        missing = finish(root, out, settings)
     report(rows, rows)
-    return {"faces": rows * augmentations, "encoded": encoded, "captions": captions, "missing": missing}
+    removed = 0 if missing else len(np.setdiff1d(former, image_hashes(out, read_manifest(out))))
+    counts = {"encoded": encoded, "captions": captions, "damaged": damaged, "removed": removed, "missing": missing}
+    return {"faces": rows * augmentations, **counts}
 
 
 # Images and conditions
@@ -316,6 +329,34 @@ def missing_captions(
 
 
 # Files of a store
+
+
+def check_contents(out: Path, complete: bool) -> None:
+    """Reject a folder with other files than those of a store, unless there is a complete one. Raises `InputError`."""
+    names = os.listdir(out) if out.is_dir() else []
+    other = sorted(name for name in names if not PART.fullmatch(name) and not is_unfinished(name))
+    if other and not complete:
+        raise InputError(f"{out} contains {other[0]}, which is not a file of shards: choose a new folder")
+
+
+def delete_damaged(out: Path, share: tuple[int, int]) -> int:
+    """Delete the files of one rank's share whose content has changed, so that they are encoded again; returns their
+    number.
+    """
+    rank, world = share
+    files = sorted(file for file in out.glob("*-*.safetensors") if PART.fullmatch(file.name))
+    damaged = [file for file in files[rank::world] if not is_intact(file)]
+    for file in damaged:
+        file.unlink(missing_ok=True)
+    return len(damaged)
+
+
+def image_hashes(out: Path, manifest: dict[str, Any]) -> np.ndarray:
+    """Return the hash of each image of a complete store, as [N] void of 16 bytes; empty without a manifest."""
+    parts = dict(parts_of(out, "rows", ("sources",)))
+    found = [parts[name]["sources"].numpy()[:, 0] for name, _ in manifest.get("rows", ()) if name in parts]
+    hashes = np.ascontiguousarray(np.concatenate(found)) if found else np.empty((0, 16), np.uint8)
+    return hashes.view("V16")[:, 0]
 
 
 class EntryWriter:
@@ -491,9 +532,10 @@ def finish(root: Path, out: Path, settings: EncodeSettings) -> int:
     }
     write_manifest(out, manifest)
     names = {places_file, *(name for name, _ in [*latents, *texts, *rows])}
-    for file in [*out.glob("*-*.safetensors"), *out.glob(".*.partial")]:
-        if file.name not in names and (file.suffix != ".partial" or time.time() - file.stat().st_mtime > ABANDONED):
+    for file in out.iterdir():
+        if PART.fullmatch(file.name) and file.name not in names:
             file.unlink(missing_ok=True)
+    delete_partials(out, age=ABANDONED)
     return 0
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from likeness.conditions import CONDITIONS
-from likeness.data.folder import METADATA, RECORD, column_of, line_of, open_record, write_record
+from likeness.data.folder import METADATA, RECORD, changing, column_of, line_of, open_record, write_record
 from likeness.files import write_whole, writing_whole
 from likeness.prepare.ingest.faces import Skipped, SourceFace, with_names
-from likeness.prepare.ingest.formats import imagefolder, metadata_folders
+from likeness.prepare.ingest.formats import imagefolder, metadata_folders, table_of
 from likeness.prepare.ingest.shards import import_parquet
 from likeness.prepare.ingest.source import Source, join, open_source
 from likeness.types import InputError
@@ -77,9 +77,6 @@ def export(
     found = source.find(RECORD)
     known = found.json() if found else {}
     arguments = {"kind": "likeness export", "format": format, "shard": shard, "metadata": metadata_hash(source)}
-    open_record(out, arguments, "export")
-    kept = {key: known[key] for key in ("licence", "licence_source", "split_is") if key in known}
-    write_record(out, {**arguments, **kept, "faces": dict(counts)})
     columns = columns_of(imagefolder(source)) if format == "parquet" else {}
     template, write = WRITERS[format]
     done = 0
@@ -91,13 +88,17 @@ def export(
             done += 1
             progress(done, sum(counts.values()))
 
-    for split, faces in faces_by_split(source, format):
-        size = counts[split] if format == "imagefolder" else shard
-        for number, group in enumerate(in_groups(reported(faces), size)):
-            path = out / template.format(split=split, number=number, count=-(-counts[split] // size))
-            if not path.is_file():
-                write(path, group, columns)
-            deque(group, maxlen=0)  # consume the faces of an existing shard
+    with changing(out, ["."]):
+        open_record(out, arguments, "export")
+        kept = {key: known[key] for key in ("licence", "licence_source", "split_is") if key in known}
+        write_record(out, {**arguments, **kept, "faces": dict(counts)})
+        for split, faces in faces_by_split(source, format):
+            size = counts[split] if format == "imagefolder" else shard
+            for number, group in enumerate(in_groups(reported(faces), size)):
+                path = out / template.format(split=split, number=number, count=-(-counts[split] // size))
+                if not path.is_file():
+                    write(path, group, columns)
+                deque(group, maxlen=0)  # consume the faces of an existing shard
     return {**counts, "skipped": skipped}
 
 
@@ -123,7 +124,7 @@ def metadata_hash(source: Source) -> str:
     """Hash all lines of all metadata."""
     digest = hashlib.sha256()
     for place in metadata_folders(source):
-        for line in source.lines(join(place, METADATA)):
+        for line in source.lines(join(place, table_of(source, place))):
             digest.update(line)
     return digest.hexdigest()
 

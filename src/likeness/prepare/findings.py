@@ -6,13 +6,13 @@ so that every fault can be reported.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from likeness.data.folder import metadata_lines
+from likeness.data.folder import is_file_column, metadata_lines, parse_row
+from likeness.types import InputError
 
 KINDS: dict[str, str] = {
     "broken-row": "a line is not JSON, lacks file_name, has a column of the wrong type or points outside the folder",
@@ -87,9 +87,8 @@ class MetadataRow:
 
     @property
     def files(self) -> dict[str, Any]:
-        """File column -> value; null counts as absent."""
-        columns = [key for key in self.values if key == "file_name" or key.endswith("_file_name")]
-        return {key: self.values[key] for key in columns if self.values[key] is not None}
+        """File column -> value."""
+        return {column: value for column, value in self.values.items() if is_file_column(column)}
 
 
 def read_rows(folder: Path, split: str) -> Iterator[MetadataRow]:
@@ -97,9 +96,7 @@ def read_rows(folder: Path, split: str) -> Iterator[MetadataRow]:
     for number, line in metadata_lines(folder, split):
         values, fault = {}, ""
         try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            fault = f"the line is not valid JSON ({str(error)[:80]})"
-        if not fault and not (isinstance(values, dict) and isinstance(values.get("file_name"), str)):
-            fault = "the row has no file_name"
-        yield MetadataRow(split, number, line, values if isinstance(values, dict) else {}, fault)
+            values = parse_row(line, "the line")
+        except InputError as error:
+            fault = str(error)
+        yield MetadataRow(split, number, line, values, fault)

@@ -2,6 +2,7 @@
 
 Files are fixed one at a time, each atomically, and the metadata is written last. Everything that is replaced or removed
 is kept in `ORIGINALS`. Findings whose `fix` is null need a human decision and are left alone.
+The list only selects among the findings of a new check.
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from likeness.conditions import CONDITIONS, inspection
-from likeness.data.folder import METADATA, ORIGINALS, column_of, line_of, metadata_lines, splits_of
+from likeness.data.folder import METADATA, ORIGINALS, column_of, file_inside, line_of, metadata_lines, splits_of
 from likeness.files import write_whole
-from likeness.prepare.findings import FIXES, KINDS, Finding, MetadataRow, read_rows
+from likeness.prepare.findings import FIXES, Finding, MetadataRow, read_rows
 from likeness.types import InputError
 
 FIX_LIST = "fixes.jsonl"
@@ -95,16 +97,20 @@ def caption_fault(caption: Any) -> tuple[str, str, str | None] | None:
 # The list
 
 
-def write_fixes(folder: Path, findings: list[Finding]) -> None:
+def write_fixes(folder: Path, findings: Sequence[Finding], state: str) -> None:
     """Write the fix list next to the data; without findings, delete an older list.
+
+    Args:
+        folder: the checked folder.
+        findings: what was found.
+        state: hash of the metadata that was checked (`state_of`).
 
     Raises:
         InputError: it cannot be written.
     """
     path = folder / FIX_LIST
     if findings:
-        state = {"metadata": state_of(folder)}
-        lines = [json.dumps(asdict(found) | state, ensure_ascii=False) + "\n" for found in findings]
+        lines = [json.dumps(asdict(found) | {"metadata": state}, ensure_ascii=False) + "\n" for found in findings]
         write_whole(path, "".join(lines).encode(errors="backslashreplace"))
     elif path.is_file():
         path.unlink()
@@ -119,46 +125,53 @@ def state_of(folder: Path) -> str:
     return hashed.hexdigest()[:16]
 
 
-def read_fixes(folder: Path) -> list[Finding]:
-    """Read the fix list.
+def confirmed_fixes(folder: Path, findings: Sequence[Finding], state: str) -> list[Finding]:
+    """Return the findings of a new check that the fix list contains with their fix. The list comes with the data, so
+    nothing of it is used but this selection.
 
     Raises:
-        InputError: it cannot be read, or was written for other metadata.
+        InputError: the list cannot be read, or was written for other metadata.
     """
-    path, state, findings = folder / FIX_LIST, state_of(folder), []
+    path, listed = folder / FIX_LIST, set()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}): check the folder again") from error
     for number, line in enumerate(lines, start=1):
         try:
             values = json.loads(line)
             same = values.pop("metadata") == state
-            found = Finding(**values)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            listed.add(key_of(Finding(**values)))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise InputError(f"{path}, line {number} is not a line of a fix list: check the folder again") from error
         if not same:
             raise InputError(f"the metadata has changed since {path} was written: check the folder again")
-        if found.kind not in KINDS or found.fix not in (None, *FIXES):
-            raise InputError(f"{path}, line {number}: the kind {found.kind!r} or the fix {found.fix!r} is unknown")
-        findings.append(found)
-    return findings
+    return [found for found in findings if found.fix is not None and key_of(found) in listed]
 
 
-def apply_fixes(folder: Path) -> dict[str, int]:
-    """Apply the fix list. Findings that were deleted from it, or whose `fix` is null, are left alone.
+def key_of(found: Finding) -> tuple[Any, ...]:
+    """Return everything by which findings are compared; the sentence is only for people."""
+    return found.split, found.line, found.file_name, found.column, found.kind, found.fix
+
+
+def apply_fixes(folder: Path, findings: Iterable[Finding]) -> dict[str, int]:
+    """Apply the fixes of findings. Those whose `fix` is null are left alone.
 
     After an interruption, check and apply again. The metadata of the splits that change is kept in memory.
+
+    Args:
+        folder: the folder, which no other process may change (`likeness.data.folder.changing`).
+        findings: findings of a check of the folder as it is now.
 
     Returns:
         Fix -> number of findings fixed.
 
     Raises:
-        InputError: the list cannot be used (see `read_fixes`), or a file cannot be read or written.
+        InputError: a file cannot be read or written.
     """
     folder = folder.resolve()
     by_row: dict[tuple[str, int], list[Finding]] = {}
-    for found in read_fixes(folder):
+    for found in findings:
         if found.fix is not None:
             by_row.setdefault((found.split, found.line), []).append(found)
     try:
@@ -176,15 +189,15 @@ def fix_split(folder: Path, split: str, by_row: dict[tuple[str, int], list[Findi
     dropped: set[str] = set()
     kept: set[str] = set()
     for row in read_rows(folder, split):
-        gone = dropped_files(row, by_row.get(row.place[:2], []))
+        gone = dropped_files(folder, row, by_row.get(row.place[:2], []))
         dropped |= gone
         kept |= {name for name in row.files.values() if isinstance(name, str)} - gone
     for row in read_rows(folder, split):
         findings = by_row.get(row.place[:2], [])
-        for name in dropped_files(row, findings) & dropped - kept:
+        for name in dropped_files(folder, row, findings) & dropped - kept:
             move_away(folder, split, name)
         if not findings:
-            yield row.raw if row.raw.endswith(b"\n") else row.raw + b"\n"
+            yield row.raw.rstrip(b"\r\n") + b"\n" if row.fault else line_of(row.values)
         elif not any(found.fix == "drop-row" for found in findings):
             yield line_of(fix_row(folder, row, findings))
 
@@ -202,13 +215,17 @@ def fix_row(folder: Path, row: MetadataRow, findings: list[Finding]) -> dict[str
     return values
 
 
-def dropped_files(row: MetadataRow, findings: list[Finding]) -> set[str]:
+def dropped_files(folder: Path, row: MetadataRow, findings: list[Finding]) -> set[str]:
     """Return the files that the fixed row no longer names, except for those outside the folder."""
     whole_row = any(found.fix == "drop-row" for found in findings)
     columns = {found.column for found in findings if found.fix == "drop-file"}
-    outside = {found.column for found in findings if found.kind == "broken-row"}
-    dropped = {column: name for column, name in row.files.items() if whole_row or column in columns}
-    return {name for column, name in dropped.items() if isinstance(name, str) and column not in outside}
+    dropped = set()
+    for column, name in row.files.items():
+        if whole_row or column in columns:
+            with suppress(InputError):
+                file_inside(folder / row.split, name, {}, column)
+                dropped.add(name)
+    return dropped
 
 
 def rewrite(folder: Path, split: str, name: str, condition: str) -> str:
@@ -229,8 +246,12 @@ def move_away(folder: Path, split: str, name: str, *, copy: bool = False) -> Non
     """Move or copy a file, or move a folder of part files, to `ORIGINALS`, under a free name.
 
     A copy is not made again if it exists.
+
+    Raises:
+        InputError: `ORIGINALS` leads outside the folder through a link.
     """
     path = folder / split / name
+    file_inside(folder, f"{ORIGINALS}/{split}/{name}", {}, "the file to keep")
     if not path.exists():
         return
     first = place = folder / ORIGINALS / split / name

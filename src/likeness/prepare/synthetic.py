@@ -14,7 +14,7 @@ from PIL import Image
 
 from likeness.conditions import CONDITIONS
 from likeness.conditions.images import png_bytes
-from likeness.data.folder import METADATA, column_of, line_of, open_record, write_record
+from likeness.data.folder import METADATA, changing, column_of, line_of, open_record, write_record
 from likeness.data.synthetic import MAXIMUM_SIZE, MINIMUM_SIZE, SyntheticFace, describe_face, draw_face
 from likeness.files import write_whole, writing_whole
 from likeness.types import InputError
@@ -44,22 +44,23 @@ def write_synthetic(
     if seed < 0:
         raise InputError(f"seed must be at least 0, not {seed}")
     record = {"kind": "likeness synthetic faces", "size": size, "seed": seed}
-    if not open_record(out, record, "synthetic"):
-        write_record(out, record)
     folder = out / "train"
-    with writing_whole(folder / METADATA) as metadata:
-        for index in range(count):
-            stem = f"{index:06d}"
-            files = {"file_name": f"images/{stem}.png"} | {
-                column_of(key): CONDITIONS[key].file(stem) for key in CONDITIONS
-            }
-            if not all((folder / file).is_file() for file in files.values()):
-                for column, content in contents_of(draw_face(seed, index, size)).items():
-                    write_whole(folder / files[column], content)
-            attributes, captions = describe_face(seed, index)
-            metadata.write(line_of({**files, "text": list(captions), "attributes": attributes}))
-            if progress is not None:
-                progress(index + 1, count)
+    with changing(out, ["."]):
+        if not open_record(out, record, "synthetic"):
+            write_record(out, record)
+        with changing(out, ["train"]), writing_whole(folder / METADATA) as metadata:
+            for index in range(count):
+                stem = f"{index:06d}"
+                files = {"file_name": f"images/{stem}.png"} | {
+                    column_of(key): CONDITIONS[key].file(stem) for key in CONDITIONS
+                }
+                if not all((folder / file).is_file() for file in files.values()):
+                    for column, content in contents_of(draw_face(seed, index, size)).items():
+                        write_whole(folder / files[column], content)
+                attributes, captions = describe_face(seed, index)
+                metadata.write(line_of({**files, "text": list(captions), "attributes": attributes}))
+                if progress is not None:
+                    progress(index + 1, count)
 
 
 def contents_of(face: SyntheticFace) -> dict[str, bytes]:

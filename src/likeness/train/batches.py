@@ -112,9 +112,12 @@ def make_batch(
 
 def open_stores(recipe: RunRecipe, folders: Sequence[str], components: Components, patch_size: int) -> list[Store]:
     """Open stores and check that they were encoded with these components, at the default size of the pipeline. Raises
-    `InputError` if they were not, differ in size or text features, are empty, or lack a condition of the recipe.
+    `InputError` if they were not, differ in size or text features, are empty, damaged, or lack a recipe's condition.
     """
     stores = [Store(folder) for folder in folders]
+    if recipe.data.verify:
+        for store in stores:
+            store.verify()
     text_hashes = {store.text_hash for store in stores}
     if len(text_hashes) > 1:
         raise InputError("the recipe's shards differ in their text features: encode all with the same options")

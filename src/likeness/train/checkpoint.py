@@ -1,28 +1,48 @@
 """Training checkpoints: written atomically, by any number of ranks and read by any other number.
 
 A checkpoint is a folder under `checkpoints/` in torch's distributed checkpoint format (DCP), one file per rank. DCP
-writes the file `.metadata` atomically when all ranks are done: a folder without it is incomplete and ignored.
+writes the file `.metadata` atomically when all ranks are done: a folder without it is incomplete and ignored. Each rank
+then writes the SHA-256 of its files, which are compared before a checkpoint is read; earlier versions wrote none.
 """
 
 from __future__ import annotations
 
+import importlib
+import pickle
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from likeness.files import first_line
+from likeness.files import first_line, sync, write_whole
 from likeness.parallel import SINGLE_PROCESS, World
 from likeness.types import InputError
+from likeness.weights.hashes import file_hash
 
 FOLDER = "checkpoints"
+METADATA = ".metadata"
+DIGESTS = "SHA256SUMS"
+
+METADATA_TYPES = {
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),  # the layout of a name
+    "torch.distributed.checkpoint.metadata": (
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata"),
+        *("TensorProperties", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "pathlib": ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"),
+}
+"""Module -> types in a `.metadata` file."""
 
 
 def save_checkpoint(
@@ -39,6 +59,8 @@ def save_checkpoint(
                 path.mkdir(parents=True)
         with world.joint_errors(), write_errors(path), without_warning():
             dcp.save(dict(tensors), storage_writer=FileSystemWriter(path, sync_files=True), no_dist=world.size == 1)
+        with world.joint_errors(), write_errors(path):
+            write_digests(path, world)
     except InputError:
         if world.main:
             shutil.rmtree(path, ignore_errors=True)
@@ -77,7 +99,7 @@ def newest(run: Path) -> Path | None:
 def checkpoint_entries(path: Path) -> dict[str, TensorStorageMetadata]:
     """Return shape and dtype of every tensor of a checkpoint, by name. Raises `InputError` if it cannot be read."""
     try:
-        entries = FileSystemReader(path).read_metadata().state_dict_metadata
+        entries = Reader(path).read_metadata().state_dict_metadata
     except Exception as error:
         raise unreadable(path, error) from error
     return {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
@@ -85,9 +107,11 @@ def checkpoint_entries(path: Path) -> dict[str, TensorStorageMetadata]:
 
 def read_into(path: Path, tensors: Mapping[str, Tensor], world: World = SINGLE_PROCESS) -> None:
     """Read a checkpoint into `tensors`; each rank reads its part. Raises `InputError` if it cannot be read."""
+    with world.joint_errors():
+        check_digests(path, world)
     try:
         with without_warning():
-            dcp.load(dict(tensors), storage_reader=FileSystemReader(path), no_dist=world.size == 1)
+            dcp.load(dict(tensors), storage_reader=Reader(path), no_dist=world.size == 1)
     except (Exception, CheckpointException) as error:
         raise unreadable(path, error) from error
 
@@ -95,9 +119,15 @@ def read_into(path: Path, tensors: Mapping[str, Tensor], world: World = SINGLE_P
 def unreadable(path: Path, error: BaseException) -> InputError:
     """Return the error for a checkpoint that cannot be read, or not by this number of ranks."""
     return InputError(
-        f"the checkpoint {path} cannot be read ({reason_of(error)}); delete it to resume from the one before it. With "
-        "adamw8bit, the number of processes can only be doubled or halved"
+        f"the checkpoint {path} cannot be read ({reason_of(error)}); {way_out(path)}. With adamw8bit, the number of "
+        "processes can only be doubled or halved"
     )
+
+
+def way_out(path: Path) -> str:
+    """Return how to continue without a checkpoint."""
+    earlier = [other for other in checkpoints(path.parent.parent) if other.name < path.name]
+    return f"delete it to resume from {earlier[-1].name}" if earlier else "delete it to start again"
 
 
 def reason_of(error: BaseException) -> str:
@@ -105,6 +135,56 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         return "; ".join(reason_of(inner) for inner, _ in error.failures.values())
     return first_line(error)
+
+
+class Reader(FileSystemReader):
+    """DCP's reader, whose `.metadata` may contain DCP's own types only: unpickling others can run code."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Read `.metadata`."""
+        with (Path(self.path) / METADATA).open("rb") as file:
+            metadata = MetadataUnpickler(file).load()
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError(f"{METADATA} contains a {type(metadata).__name__}")
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        for info in (metadata.storage_data or {}).values():
+            if Path(info.relative_path).name != info.relative_path:
+                raise pickle.UnpicklingError(f"{METADATA} names the file {info.relative_path!r} outside its folder")
+        return metadata
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Unpickle the types in `METADATA_TYPES` and dtypes of torch."""
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        """Return a type; raises `UnpicklingError` for all others."""
+        if global_name in METADATA_TYPES.get(module_name, ()):
+            return getattr(importlib.import_module(module_name), global_name)
+        if module_name == "torch" and isinstance(dtype := getattr(torch, global_name, None), torch.dtype):
+            return dtype
+        raise pickle.UnpicklingError(f"{METADATA} contains {module_name}.{global_name}, which is not of a checkpoint")
+
+
+def write_digests(path: Path, world: World) -> None:
+    """Write the SHA-256 of this rank's files, in the format of `sha256sum`; the main process includes `.metadata`."""
+    files = sorted(path.glob(f"__{world.rank}_*.distcp")) + ([path / METADATA] if world.main else [])
+    lines = [f"{file_hash(file)}  {file.name}\n" for file in files]
+    write_whole(path / f"{DIGESTS}.{world.rank}", "".join(lines))
+    for name in (path / f"{DIGESTS}.{world.rank}", path, path.parent):
+        sync(name)
+
+
+def check_digests(path: Path, world: World) -> None:
+    """Compare a checkpoint with its digests; each rank checks some of its files. Raises `InputError` if one differs."""
+    lines = [
+        line for file in sorted(path.glob(f"{DIGESTS}.*")) for line in file.read_text("utf-8", "replace").splitlines()
+    ]
+    for line in sorted(lines)[world.rank :: world.size]:
+        digest, _, name = line.partition("  ")
+        file = path / Path(name).name
+        if not file.is_file() or file_hash(file) != digest:
+            raise InputError(f"{file} is damaged: its SHA-256 is not the recorded one; {way_out(path)}")
 
 
 @contextmanager

@@ -117,6 +117,8 @@ class DataRecipe:
     """Probability that a caption is replaced by the empty string."""
     validation: tuple[str, ...] = ()
     """Stores of held-out faces for the diagnostics. Default: the training faces."""
+    verify: bool = False
+    """Compare all files of the stores with the hashes in their names first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,9 +303,9 @@ class ComponentRecipe:
 
 RESUMABLE_CHANGES = {
     "transformer": "threads compile sharding micro_batch log_every checkpoint_every diagnostics_every keep_checkpoints "
-    "preview defaults tensorboard wandb optimizer.images network.gradient_checkpointing",
+    "preview defaults tensorboard wandb optimizer.images network.gradient_checkpointing data.verify",
     "student": "threads compile log_every checkpoint_every keep_checkpoints preview defaults tensorboard wandb "
-    "optimizer.images",
+    "optimizer.images data.verify",
     "component": "images test checkpoint_every compile threads retrieval_candidates test_size",
 }
 """Keys that may change when a run is resumed: they affect speed, length and reports, not the trained weights."""

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
-from likeness.files import read_json, write_whole
+from likeness.files import read_json, write_whole, writing_folder
 from likeness.parallel import World, gather, local_tensor
 from likeness.train.config import MAX_EMA_WIDTH
 from likeness.train.optim import trainable_parameters
@@ -118,14 +118,11 @@ def posthoc_ema(run: Path, width: float, seen: int | None = None) -> Path:
         for name, value in load_file(path).items():
             total[name] = total.get(name, 0) + float(coefficient) * value.float()
     out = run / f"model-{width:g}"
-    partial = out.with_suffix(out.suffix + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(run / "model", partial)
-    model = load_component(partial / "transformer", *read_json(partial / "model_index.json")["transformer"])
-    model.load_state_dict(total, strict=False)
-    model.save_pretrained(partial / "transformer")
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
+    with writing_folder(out) as partial:
+        shutil.copytree(run / "model", partial, dirs_exist_ok=True)
+        model = load_component(partial / "transformer", *read_json(partial / "model_index.json")["transformer"])
+        model.load_state_dict(total, strict=False)
+        model.save_pretrained(partial / "transformer")
     return out
 
 

@@ -34,7 +34,7 @@ from likeness.train.networks import (
 from likeness.train.optim import learning_rate, make_optimizers
 from likeness.train.progress import Progress
 from likeness.train.publish import Publication, checkpoint, preview_requests
-from likeness.train.run_folder import open_run
+from likeness.train.run_folder import open_run, record_data
 from likeness.train.train_state import TrainState
 from likeness.types import PortraitRequest
 from likeness.weights.catalog import BUNDLED, COMMON
@@ -71,6 +71,8 @@ def train_in(
         components = load_components(recipe.data.components or (adapter.base if adapter else BUNDLED / COMMON))
         patch_size = getattr(recipe.network, "patch_size", 2)
         stores = open_stores(recipe, recipe.data.shards, components, patch_size)
+        if world.main:
+            record_data(stores, run)
         validation = open_stores(recipe, recipe.data.validation, components, patch_size)
         objective = make_objective(recipe.objective)
         torch.manual_seed(recipe.seed)  # for the initial weights; later random numbers have their own generators

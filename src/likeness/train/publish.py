@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +18,7 @@ from torch import Tensor
 
 from likeness.conditions import CONDITIONS, read_conditions
 from likeness.encoders.components import Components
-from likeness.files import write_whole, writing_whole
+from likeness.files import write_whole, writing_folder, writing_whole
 from likeness.models.mmface import MMFaceTransformer
 from likeness.objectives import Objective
 from likeness.parallel import World, gather, reshard
@@ -148,20 +146,15 @@ def publish(publication: Publication, pipeline: Any, weights: dict[str, Tensor],
     """Write `run/model`, a pipeline folder or an adapter's folder, atomically. Raises `InputError` if it cannot be
     written; its former content is unchanged.
     """
-    partial, folder = run / "model.partial", run / "model"
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        if publication.adapter is not None:
-            save_adapter(pipeline.transformer, partial, publication.adapter, weights)
-        else:
-            pipeline.save_pretrained(partial)
-        write_whole(partial / CODEC, json.dumps({"codec": publication.components.codec_hash}))
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise InputError(f"cannot write {folder}: {error}") from error
+        with writing_folder(run / "model") as folder:
+            if publication.adapter is not None:
+                save_adapter(pipeline.transformer, folder, publication.adapter, weights)
+            else:
+                pipeline.save_pretrained(folder)
+            write_whole(folder / CODEC, json.dumps({"codec": publication.components.codec_hash}))
+    except SafetensorError as error:
+        raise InputError(f"cannot write {run / 'model'}: {error}") from error
 
 
 def write_previews(publication: Publication, pipeline: Any, run: Path, seen: int, world: World) -> None:

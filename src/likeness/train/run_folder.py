@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,8 +14,9 @@ from typing import Any
 import torch
 
 from likeness.config import build, rename_keys, to_dict
+from likeness.data.store import Store
 from likeness.device import choose_device
-from likeness.files import read_json, write_whole
+from likeness.files import delete_partials, locked, read_json, write_whole
 from likeness.parallel import SINGLE_PROCESS, World, rank_and_world
 from likeness.train.checkpoint import newest
 from likeness.train.config import RENAMED_KEYS, RESUMABLE_CHANGES, check_minimum
@@ -29,12 +31,14 @@ def open_run(recipe: Any, run: Path, world: World = SINGLE_PROCESS) -> Iterator[
         The SIGTERMs received so far: schedulers announce the time limit by them.
 
     Raises:
-        InputError: another process trains in the folder, it has another recipe, or it cannot be written.
+        TryAgain: another process trains in the folder.
+        InputError: the folder has another recipe, or it cannot be written.
     """
     with ExitStack() as stack:
         with world.joint_errors():
             if world.main:
                 stack.enter_context(locked(run))
+                delete_partials(run)
                 store_recipe(recipe, run)
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
@@ -55,30 +59,6 @@ def check_single_process(kind: str) -> None:
     """Reject a launch of several processes, which would write the same files. Raises `InputError`."""
     if rank_and_world()[1] > 1:
         raise InputError(f"kind {kind!r} is trained by one process: run `likeness train` without torchrun")
-
-
-@contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Create a folder and lock it within a `with` block, if the file system supports locks. Raises `InputError` if
-    another process trains in it, or it cannot be written.
-    """
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        file = (run / ".lock").open("a")
-    except OSError as error:
-        raise InputError(f"cannot write {run}: {error.strerror or error}") from error
-    with file:
-        try:
-            import fcntl  # not on Windows
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"another process trains in {run}: wait until it ends, or choose another folder"
-            ) from error
-        except (ImportError, OSError):
-            pass  # locks are not supported
-        yield
 
 
 @contextmanager
@@ -107,6 +87,18 @@ def store_recipe(recipe: Any, run: Path) -> None:
                 f"{run} was started with another {changed[0]}: choose another folder, or restore the recipe"
             )
     write_whole(path, json.dumps(values, indent=2))
+
+
+def record_data(stores: Sequence[Store], run: Path) -> None:
+    """Write `run/data.json`, the hashes of the shards. Report on stderr if a run is resumed with other shards."""
+    path = run / "data.json"
+    now: list[dict[str, Any]] = [{"faces": len(store), "hash": store.content_hash()} for store in stores]
+    before = read_json(path)["shards"] if path.is_file() and newest(run) else now
+    if before != now:
+        then, faces = (sum(store["faces"] for store in shards) for shards in (before, now))
+        message = f"{run} was started with other shards: {then} faces then, {faces} faces now; training continues"
+        print(message, file=sys.stderr, flush=True)
+    write_whole(path, json.dumps({"shards": now}, indent=2))
 
 
 def fixed_values(values: dict[str, Any], changes: Sequence[str]) -> dict[str, Any]:

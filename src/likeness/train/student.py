@@ -1,7 +1,7 @@
 """Train a few-step student: a flow model that samples in 1 to K steps, by adversarial post-training in latent space.
 
 The student starts as a copy of the teacher, a flow model. One step estimates x_0 = x_t - t v, and sampling adds fresh
-noise in between (`RectifiedFlow.renoising_scheduler`). The discriminator is another copy of the teacher with small
+noise in between (`RectifiedFlow.sampler`). The discriminator is another copy of the teacher with small
 heads on some of its blocks; it compares noised estimates with noised data under the same text, conditions and noise.
 
     loss of both   relativistic (Jolicoeur-Martineau 2018, arXiv 1807.00734), softplus(D(fake) - D(real)); one backward
@@ -54,7 +54,7 @@ from likeness.train.ema import Ema
 from likeness.train.optim import learning_rate, make_optimizers
 from likeness.train.progress import Progress
 from likeness.train.publish import Publication, checkpoint, preview_requests
-from likeness.train.run_folder import check_single_process, open_run
+from likeness.train.run_folder import check_single_process, open_run, record_data
 from likeness.train.train_state import TrainState, read_checkpoint
 from likeness.types import InputError, TextFeatures
 from likeness.weights.catalog import find_model
@@ -336,7 +336,7 @@ def train_student(recipe: StudentRecipe, run: Path) -> Path:
     with open_run(recipe, run) as signals:
         components = load_components(find_model(recipe.teacher))
         publication = Publication(
-            components=dataclasses.replace(components, scheduler=objective.renoising_scheduler()),
+            components=dataclasses.replace(components, scheduler=objective.scheduler()),
             objective=objective,
             defaults=recipe.defaults,
             previews=previews,
@@ -363,6 +363,7 @@ def load_teacher(recipe: StudentRecipe) -> tuple[StudentRecipe, Any, RectifiedFl
     objective = make_objective(settings)
     if not isinstance(objective, RectifiedFlow):
         raise InputError(f"the teacher {recipe.teacher} is not a flow model: its objective is {settings['name']}")
+    objective = dataclasses.replace(objective, sampler="renoise")
     network = load_component(folder / "transformer", *index["transformer"]).float()
     if network.config.get("guidance_embeds"):
         raise InputError(f"the teacher {recipe.teacher} is guidance-distilled: it must be a plain flow model")
@@ -394,6 +395,7 @@ def train_in(
     world = World(device=choose_device("auto"))
     patch_size = blocks_of(student)[2]
     stores = open_stores(recipe, recipe.data.shards, components, patch_size)
+    record_data(stores, run)
     torch.manual_seed(recipe.seed)  # initial weights of the heads; later random numbers have their own generators
     use_explicit_attention(student, world.device_type == "cpu" and recipe.precision == "bf16")
     discriminator = Discriminator(student, d.blocks, d.width).to(world.device).train()

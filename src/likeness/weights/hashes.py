@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,3 +42,9 @@ def network_name(network: Any) -> str:
     """Return the name by which datasets record a network: its class and the start of its hash."""
     own = getattr(network, "network", network)  # inside a wrapper such as `Translated`
     return f"{type(own).__name__} {weights_hash(network)[:12]}"
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

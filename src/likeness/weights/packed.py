@@ -7,7 +7,6 @@ of 8 bits. Loading converts all to float32 by default: the files are small, the 
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import os
@@ -18,16 +17,30 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers import ConfigMixin
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from likeness.files import first_line, read_json
 from likeness.types import InputError
+from likeness.weights.files import check_files, opened_weights, read_weights
+from likeness.weights.hashes import file_hash
 
 PACKED = "packed.safetensors"
 DIFFERENCE = "difference.safetensors"
 SCALE = ".scale"
+
+COMPONENT_CLASSES = {
+    "likeness.models.mmface": ("MMFaceTransformer",),
+    "likeness.models.label_decoder": ("LabelDecoder",),
+    "likeness.models.mditface": ("MDiTFaceTransformer",),
+    "diffusers": ("AutoencoderDC", "AutoencoderKL", "AutoencoderTiny", "FluxTransformer2DModel"),
+    "transformers": (
+        *("CLIPModel", "CLIPTextModel", "T5EncoderModel", "SegformerForSemanticSegmentation"),
+        *("CLIPTokenizer", "CLIPTokenizerFast", "T5Tokenizer", "T5TokenizerFast"),
+        *("PreTrainedTokenizerFast", "TokenizersBackend"),
+    ),
+}
+"""Module -> the classes of components that a model folder may name, in addition to the schedulers of diffusers."""
 
 
 def pack(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -107,13 +120,13 @@ def read_packed(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, T
         InputError: it is a difference from weights that are missing or have changed.
     """
     if not (folder / DIFFERENCE).is_file():
-        return unpack(load_file(folder / PACKED), dtype)
-    with safe_open(folder / DIFFERENCE, "pt") as file:
+        return unpack(read_weights(folder / PACKED), dtype)
+    with opened_weights(folder / DIFFERENCE) as file:
         metadata = file.metadata()
     base = folder / metadata["base"]
     if not (base / PACKED).is_file() or file_hash(base / PACKED) != metadata["base_hash"]:
         raise InputError(f"{folder} is the difference from {base.resolve()}, which is missing or has changed")
-    return add_difference(read_packed(base), load_file(folder / DIFFERENCE), dtype)
+    return add_difference(read_packed(base), read_weights(folder / DIFFERENCE), dtype)
 
 
 def save_packed(model: Any, folder: Path, base: Path | None = None) -> None:
@@ -151,33 +164,30 @@ def load_component(folder: Path, library: str, class_name: str, dtype: torch.dty
         dtype: dtype of packed weights.
 
     Raises:
-        InputError: the class is from another library, or packed weights cannot be read.
+        InputError: the class is not in `COMPONENT_CLASSES`, or a file cannot be read.
     """
     cls = component_class(library, class_name)
-    if not is_packed(folder):
-        return cls.from_pretrained(folder)
-    config = read_json(folder / "config.json")
+    check_files(folder)
     try:
+        if not is_packed(folder):
+            return cls.from_pretrained(folder)
+        config = read_json(folder / "config.json")
         with init_empty_weights(include_buffers=False):
             model = cls(cls.config_class.from_dict(config)) if library == "transformers" else cls.from_config(config)
         model.load_state_dict(read_packed(folder, dtype), assign=True)
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"The weights in {folder} cannot be read: {first_line(error)}") from error
+        raise InputError(f"The {class_name} in {folder} cannot be loaded: {first_line(error)}") from error
     return model.eval()
 
 
 def component_class(library: str, class_name: str) -> Any:
-    """Return a class of diffusers, transformers or this package, as named in `model_index.json`."""
-    if library.split(".")[0] not in ("diffusers", "transformers", "likeness"):
-        raise InputError(
-            f"Component {library}.{class_name} is not supported: only diffusers, transformers and likeness"
-        )
+    """Return the class of a component as named in `model_index.json`. Raises `InputError` if it is not in
+    `COMPONENT_CLASSES`: a model folder must not choose the code that runs.
+    """
+    classes = COMPONENT_CLASSES.get(library, ()) if isinstance(library, str) else ()
+    if class_name not in classes and not (library == "diffusers" and class_name.endswith("Scheduler")):
+        known = ", ".join(name for names in COMPONENT_CLASSES.values() for name in names)
+        raise InputError(f"Component {library}.{class_name} is not supported. Supported: {known} and schedulers")
     return getattr(importlib.import_module(library), class_name)
-
-
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

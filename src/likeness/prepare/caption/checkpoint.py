@@ -21,6 +21,9 @@ from likeness.files import first_line
 from likeness.prepare.caption.questions import ANSWER_TOKENS, Model, Question
 from likeness.types import InputError
 
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+"""Arguments of `from_pretrained` with which a checkpoint that contains code is an error; the default asks the user."""
+
 
 def open_checkpoint(checkpoint: str, *, vision: bool, device: str | None = None) -> Model:
     """Load a vision-language model, such as `OpenGVLab/InternVL3-8B-hf`, or a language model, such as `Qwen/Qwen3-8B`.
@@ -38,14 +41,14 @@ def open_checkpoint(checkpoint: str, *, vision: bool, device: str | None = None)
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
     with loading(checkpoint):
-        processor = load_processor(checkpoint) if vision else AutoTokenizer.from_pretrained(checkpoint)
+        processor = load_processor(checkpoint) if vision else AutoTokenizer.from_pretrained(checkpoint, **NO_CODE)
     tokenizer = processor.tokenizer if vision else processor
     if not (processor.chat_template or tokenizer.chat_template):
         raise InputError(f"{checkpoint} has no chat template: use an instruction-tuned checkpoint")
     place = choose_device(device)
     with loading(checkpoint):
         kind: Any = AutoModelForImageTextToText if vision else AutoModelForCausalLM
-        network = kind.from_pretrained(checkpoint, dtype="auto").to(place).eval()
+        network = kind.from_pretrained(checkpoint, dtype="auto", **NO_CODE).to(place).eval()
     config = network.generation_config
     config.temperature = config.top_p = config.top_k = None
     ends = {tokenizer.eos_token_id}.union(torch.as_tensor(config.eos_token_id).reshape(-1).tolist())
@@ -96,13 +99,13 @@ def load_processor(checkpoint: str) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-    config = AutoConfig.from_pretrained(checkpoint)
+    config = AutoConfig.from_pretrained(checkpoint, **NO_CODE)
     if type(config) not in PROCESSOR_MAPPING:
         raise InputError(f"{checkpoint} is not a model for images and text ({config.model_type})")
     full = PROCESSOR_MAPPING[type(config)]
     parts = [part for part in full.get_attributes() if "video" not in part]
     without_videos: Any = type(full.__name__, (full,), {"get_attributes": classmethod(lambda cls: parts)})
-    return without_videos.from_pretrained(checkpoint)
+    return without_videos.from_pretrained(checkpoint, **NO_CODE)
 
 
 def checkpoint_name(checkpoint: str) -> str:

@@ -11,7 +11,7 @@ import hashlib
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,7 @@ from PIL import Image
 
 from likeness.chat import Answer, BudgetSpent, Meter, Rejected
 from likeness.conditions.images import read_rgb
-from likeness.data.folder import METADATA, captions_of, each_row, line_of, relative_row, splits_of
+from likeness.data.folder import METADATA, captions_of, changing, each_row, line_of, relative_row, splits_of
 from likeness.files import writing_whole
 from likeness.prepare.caption.grammar import ATTRIBUTES, write_captions
 from likeness.prepare.caption.prompts import PROMPTS, describe, refine
@@ -116,8 +116,11 @@ def caption_folder(
     splits, meter = splits_of(folder), meter or Meter()
     report = Captioned(sum(1 for split in splits for _ in each_row(folder / split)))
     done = 0
-    for split in splits:
-        with closing(caption_split((folder / split).resolve(), settings, count, meter, parallel)) as captioned:
+    with ExitStack() as stack:
+        stack.enter_context(changing(folder, splits))
+        for split in splits:
+            root = (folder / split).resolve()
+            captioned = stack.enter_context(closing(caption_split(root, settings, count, meter, parallel)))
             for name, face, captions in captioned:
                 report.used += sum(map(is_used, captions))
                 report.dropped.update(caption["dropped"] for caption in captions if not is_used(caption))

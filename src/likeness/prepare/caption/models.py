@@ -88,7 +88,7 @@ def load_counter(components: Path = BUNDLED / COMMON) -> Callable[[str], int]:
     if folder is None:
         raise InputError(f"{components} has no tokenizer: give the folder of a model")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error
     lock = threading.Lock()  # fast tokenizers are not thread-safe

@@ -20,8 +20,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from likeness.chat import Answer
 from likeness.types import InputError
 
@@ -91,20 +89,17 @@ class AnswerCache:
 
 @contextmanager
 def open_answers(path: Path) -> Iterator[AnswerCache]:
-    """Open or create a cache for this process only.
+    """Open or create a cache. Its folder must be locked.
 
     Raises:
-        InputError: another process has opened it, it cannot be read or written, or a line is invalid.
+        InputError: it is a link, cannot be read or written, or a line is invalid.
     """
-    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
     with ExitStack() as opened:
         try:
-            opened.enter_context(lock)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)  # links may lead anywhere
+            descriptor = os.open(path, flags, 0o644)
             opened.callback(os.close, descriptor)
             answers = AnswerCache(path, descriptor)
-        except Timeout as error:
-            raise InputError(f"another process is writing {path}: wait for it or stop it") from error
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror or error}") from error
         yield answers

@@ -61,10 +61,12 @@ def open_face(face: SourceFace, size: int | None, crop: bool) -> tuple[Image.Ima
             )
         side, left, top = min(width, height), max(0, width - height) // 2, max(0, height - width) // 2
         box = (left, top, left + side, top + side)
-    with Image.open(io.BytesIO(content)) as head:
-        plain = head.mode == "RGB" and not {"icc_profile", "transparency"} & head.info.keys()
-        plain = plain and head.getexif().get(ORIENTATION, 1) == 1 and getattr(head, "n_frames", 1) == 1
-        suffix = COPIED.get(head.format or "", "") if plain and box is None and size in (None, width) else ""
+    suffix = ""
+    if box is None and size in (None, width):
+        with Image.open(io.BytesIO(content)) as head:
+            plain = head.mode == "RGB" and not {"icc_profile", "transparency"} & head.info.keys()
+            plain = plain and head.getexif().get(ORIENTATION, 1) == 1 and getattr(head, "n_frames", 1) == 1
+            suffix = COPIED.get(head.format or "", "") if plain else ""
     return image, box, content, suffix
 
 

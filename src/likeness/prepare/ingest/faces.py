@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from likeness.data.folder import clean_row, is_file_column
 from likeness.prepare.ingest.source import SourceFile
 
 NAME_BYTES = 200
@@ -17,7 +18,7 @@ NAME_BYTES = 200
 CAPTION_COLUMNS = ("text", "captions", "caption")
 """Columns with captions; the first that exists is used and written as `text`."""
 
-OWN_COLUMNS = {"file_name", "identity", "attributes", "keypoints", *CAPTION_COLUMNS}
+OWN_COLUMNS = {"identity", "attributes", "keypoints", *CAPTION_COLUMNS}
 
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -72,7 +73,7 @@ def with_row(face: SourceFace, row: Mapping[str, Any]) -> SourceFace | Skipped:
     Returns `Skipped` if a column has the wrong type.
     """
     name = f"{face.split}/{face.name}" if face.split else face.name
-    row = {key: value for key, value in row.items() if value is not None}
+    row = clean_row(dict(row))
     changes: dict[str, Any] = {}
     column = next((key for key in CAPTION_COLUMNS if key in row), None)
     if column is not None:
@@ -83,8 +84,8 @@ def with_row(face: SourceFace, row: Mapping[str, Any]) -> SourceFace | Skipped:
     if "attributes" in row:
         attributes = row["attributes"]
         try:  # tables store them as JSON unless all values are true or false
-            attributes = json.loads(attributes) if isinstance(attributes, str) else attributes
-        except (ValueError, RecursionError):
+            attributes = clean_row(json.loads(attributes)) if isinstance(attributes, str) else attributes
+        except (ValueError, RecursionError, AttributeError):
             attributes = None
         if not isinstance(attributes, dict):
             return Skipped(name, "attributes must be names with values")
@@ -96,7 +97,7 @@ def with_row(face: SourceFace, row: Mapping[str, Any]) -> SourceFace | Skipped:
         changes["conditions"] = {**face.conditions, "keypoints": points}
     if "identity" in row:
         changes["identity"] = str(row["identity"])
-    more = {key: row[key] for key in row if key not in OWN_COLUMNS and not key.endswith("_file_name")}
+    more = {key: row[key] for key in row if key not in OWN_COLUMNS and not is_file_column(key)}
     return replace(face, **changes, more=more)
 
 

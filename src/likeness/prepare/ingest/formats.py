@@ -6,7 +6,9 @@ detected only if no other one matches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import csv
+import io
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,13 +16,16 @@ from typing import Any
 import numpy as np
 
 from likeness.conditions import CONDITIONS
-from likeness.data.folder import METADATA, ORIGINALS, column_of
+from likeness.data.folder import METADATA, ORIGINALS, clean_row, column_of, parse_row
 from likeness.prepare.ingest import celeba
 from likeness.prepare.ingest.celeba import HQ_CAPTIONS, HQ_IMAGES, HQ_MASKS, HQ_PARTS, HQ_SKETCHES, matching_faces
 from likeness.prepare.ingest.faces import SPLIT_NAMES, SPLIT_ORDER, Entries, Skipped, SourceFace, with_row
 from likeness.prepare.ingest.shards import parquet, webdataset
 from likeness.prepare.ingest.source import IMAGES, Source, SourceFile, check_inside, join, parse_json
 from likeness.types import InputError
+
+TABLE = "metadata.csv"
+"""Metadata of an imagefolder, if it has no `METADATA`."""
 
 FFHQ_FOLDERS = ("images1024x1024", "thumbnails128x128")
 FFHQ_COLUMNS = ("photo_url", "author", "license", "license_url")
@@ -120,30 +125,52 @@ def mmface_dit_splits(source: Source) -> list[str]:
         for root in roots
         if root.rpartition("/")[2] in SPLIT_NAMES
         and (join(root, "masks") in source.folders or join(root, "sketches") in source.folders)
-        and METADATA not in source.folders.get(root, {})
+        and not table_of(source, root)
     ]
 
 
 def images_in_folders(source: Source) -> Entries:
-    """Images in any folders, with captions, one per line, in a text file of the same name."""
+    """Images in any folders, with captions, one per line, in a text file of the same name.
+
+    `NAME_mask.png`, `NAME_sketch.png` and `NAME_keypoints.json` next to an image NAME are its conditions.
+    """
     for place in sorted(source.folders):
-        texts = source.texts(place)
+        texts, sidecars = source.texts(place), find_sidecars(source, place)
+        others = {path for conditions in sidecars.values() for files in conditions.values() for path in files}
         top, _, rest = place.partition("/")
         split = SPLIT_NAMES.get(top)
         prefix = (rest if split else place).replace("/", "_")
         for name in sorted(name for name in source.folders[place] if name.lower().endswith(IMAGES)):
             stem = name.rpartition(".")[0]
+            if join(place, name) in others:
+                continue
             text = source.file(texts.get(stem, ""))
             yield SourceFace(
                 name=f"{prefix}_{stem}" if prefix else stem,
                 image=source.existing_file(join(place, name)),
+                conditions={key: source.existing_file(files[0]) for key, files in sidecars.get(stem, {}).items()},
                 captions=text.lines if text else tuple,
                 split=split,
             )
 
 
+def find_sidecars(source: Source, place: str) -> dict[str, dict[str, list[str]]]:
+    """Return image stem -> condition -> files such as `folder/NAME_mask.png`, also with `-` or `.`, best first."""
+    stems = source.images(place).keys()
+    found: dict[str, dict[str, list[str]]] = {}
+    for name in sorted(source.folders[place]):
+        stem, dot, suffix = name.rpartition(".")
+        suffix = f"{dot}{suffix}".lower()
+        for key, condition in CONDITIONS.items():
+            own, mark = stem[: -len(key) - 1], stem[-len(key) - 1 :].lower()
+            if own in stems and mark[1:] == key and mark[0] in "_-." and suffix in (condition.suffix, *IMAGES):
+                files = found.setdefault(own, {}).setdefault(key, [])
+                files.insert(0 if suffix == condition.suffix else len(files), join(place, name))
+    return found
+
+
 def imagefolder(source: Source) -> Entries:
-    """Hugging Face's imagefolder: `metadata.jsonl` next to the images, in the root or in a folder per split.
+    """Hugging Face's imagefolder: `metadata.jsonl` or .csv next to the images, in the root or in a folder per split.
 
     Columns are `file_name`, `mask_file_name`, `sketch_file_name`, `keypoints_file_name` (or `keypoints` as a value),
     `text` (a string or a list), `attributes`, `identity`; other columns are kept, other files are ignored.
@@ -154,13 +181,7 @@ def imagefolder(source: Source) -> Entries:
     for place in places:
         split = SPLIT_NAMES.get(place.split("/")[-1])
         unknown: set[str] = set()  # file columns of unknown conditions, reported once
-        for number, line in enumerate(source.lines(join(place, METADATA)), start=1):
-            if not line.strip():
-                continue
-            where = f"{source.root / place / METADATA}, line {number}"
-            row = parse_json(line, where)
-            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-                raise InputError(f"{where}: every row needs a file_name")
+        for number, where, row in metadata_rows(source, join(place, table_of(source, place))):
             columns = {column.removesuffix("_file_name") for column in row if column.endswith("_file_name")}
             for name in sorted(columns - CONDITIONS.keys() - unknown):
                 unknown.add(name)
@@ -177,12 +198,44 @@ def imagefolder(source: Source) -> Entries:
                 stem = path.rpartition(".")[0].removeprefix("images/").replace("/", "_")
                 yield with_row(SourceFace(name=stem, image=image, split=split, conditions=conditions), row)
             else:
-                yield Skipped(join(place, path), f"the image of line {number} of {METADATA} does not exist")
+                yield Skipped(join(place, path), f"the image of line {number} does not exist")
+
+
+def metadata_rows(source: Source, name: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Yield (line number, position for messages, row) of `metadata.jsonl` or `metadata.csv`; empty cells are absent."""
+    if name.endswith(".jsonl"):
+        for number, line in enumerate(source.lines(name), start=1):
+            if line.strip():
+                yield number, (where := f"{source.root / name}, line {number}"), parse_row(line, where)
+        return
+    file = source.existing_file(name)
+    reader = csv.DictReader(io.StringIO(file.text(), newline=""), strict=True)
+    try:
+        for row in reader:
+            where = f"{file.name}, line {reader.line_num}"
+            values = {column: value for column, value in row.items() if value}
+            if None in row or "file_name" not in values:
+                raise InputError(f"{where}: every row needs a file_name and no more cells than the header")
+            yield reader.line_num, where, clean_row(values)
+    except csv.Error as error:
+        raise InputError(f"{file.name}, line {reader.line_num} is not valid CSV ({error}): export it again") from error
+
+
+def table_of(source: Source, folder: str) -> str:
+    """Return the name of a folder's metadata, "" if it has none; a CSV file needs a column `file_name`."""
+    names = source.folders.get(folder, {})
+    if METADATA in names or TABLE not in names:
+        return METADATA if METADATA in names else ""
+    used, header = names[TABLE], next(iter(source.lines(join(folder, TABLE))), b"")
+    names[TABLE] = used  # looking at it is not reading it
+    return (
+        TABLE if "file_name" in header.decode("utf-8-sig", errors="replace").replace('"', "").strip().split(",") else ""
+    )
 
 
 def metadata_folders(source: Source) -> list[str]:
-    """Find the folders with `metadata.jsonl`, the root or directly below it, without `ORIGINALS`."""
-    found = {folder for folder, names in source.folders.items() if METADATA in names and "/" not in folder}
+    """Find the folders with `metadata.jsonl` or .csv, the root or directly below it, without `ORIGINALS`."""
+    found = {folder for folder in source.folders if "/" not in folder and table_of(source, folder)}
     order = lambda folder: (SPLIT_ORDER.index(SPLIT_NAMES.get(folder, "train")), folder)  # noqa: E731
     return sorted(found - {ORIGINALS}, key=order)
 
@@ -209,18 +262,21 @@ class Format:
 
 
 def has_hq(source: Source) -> bool:
-    """Whether there are CelebA-HQ's images: its own folder, or `images` with masks in the root and no metadata."""
+    """Whether there are images in the folders of CelebA-HQ, with masks or captions unless its own name is used."""
     return source.folder(HQ_IMAGES[0]) is not None or (
-        METADATA not in source.folders.get("", {})
+        not table_of(source, "")
         and any(name in source.folders for name in HQ_IMAGES[1:])
-        and (bool(source.below(HQ_PARTS)) or any(name in source.folders for name in HQ_MASKS))
+        and (
+            bool(source.below(HQ_PARTS)) or any(name in source.folders for name in HQ_MASKS) or has_hq_captions(source)
+        )
     )
 
 
 def is_named_hq(source: Source) -> bool:
-    """Return whether folder names prove that the images are CelebA-HQ's; `images` and `masks` may be anybody's."""
+    """Return whether names prove that the images are CelebA-HQ's; `images`, `masks` and `text` may be anybody's."""
     names = (source.root.name, *source.folders)
-    return any(word in name.lower() for name in names for word in ("celeba-hq", "celebamask", "celeba_hq", "celebahq"))
+    words = ("celeba-hq", "celebamask", "celeba_hq", "celebahq", HQ_CAPTIONS[0])
+    return any(word in name.lower() for name in names for word in words)
 
 
 def has_hq_captions(source: Source) -> bool:
@@ -254,16 +310,14 @@ FORMATS: dict[str, Format] = {
         licence_source="README of github.com/switchablenorms/CelebAMask-HQ",
     ),
     "images_and_masks": Format(
-        read=celeba.celeba_hq,
-        matches=lambda source: has_hq(source) and not has_hq_captions(source) and not is_named_hq(source),
-        files="images, with whole masks of the same names",
+        read=partial(celeba.celeba_hq, captions=HQ_CAPTIONS, sketches=HQ_SKETCHES),
+        matches=lambda source: has_hq(source) and not is_named_hq(source),
+        files="images, with masks or text of the same names",
         split="random",
     ),
     "mm_celeba": Format(
         read=partial(celeba.celeba_hq, captions=HQ_CAPTIONS, sketches=HQ_SKETCHES),
-        matches=lambda source: (
-            has_hq_captions(source) and (has_hq(source) or any(name in source.folders for name in HQ_IMAGES[1:]))
-        ),
+        matches=lambda source: has_hq(source) and has_hq_captions(source) and is_named_hq(source),
         files="CelebA-HQ-img or images, with celeba-caption or text",
         split="mm_celeba",
         licence=HQ_TERMS,
@@ -294,7 +348,7 @@ FORMATS: dict[str, Format] = {
         licence_source="README of the MMFace-DiT code (arXiv 2603.29029) and of the datasets it is derived from",
     ),
     "imagefolder": Format(
-        read=imagefolder, matches=lambda source: bool(metadata_folders(source)), files="metadata.jsonl"
+        read=imagefolder, matches=lambda source: bool(metadata_folders(source)), files="metadata.jsonl or metadata.csv"
     ),
     "parquet": Format(read=parquet, matches=lambda source: has_suffix(source, ".parquet"), files="*.parquet"),
     "webdataset": Format(read=webdataset, matches=lambda source: has_suffix(source, ".tar"), files="*.tar"),
@@ -319,5 +373,6 @@ def detect_format(source: Source) -> str:
     if not found:
         count = sum(len(source.images(folder)) for folder in source.folders)
         hint = f"--format folder imports the {count} images in its folders" if count else "it contains no images"
+        hint += "".join(f"; {number} {kind}" for kind, number in source.unlisted.items())
         raise InputError(f"{source.root} has no known dataset format ({', '.join(FORMATS)}): {hint}")
     return found[0]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tarfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,11 +15,25 @@ from typing import Any
 
 from likeness.conditions import CONDITIONS
 from likeness.prepare.ingest.faces import SPLIT_NAMES, Entries, Skipped, SourceFace, with_row
-from likeness.prepare.ingest.source import IMAGES, Source, SourceFile, check_bytes
+from likeness.prepare.ingest.source import (
+    HIDDEN,
+    IMAGES,
+    MAX_BYTES,
+    SPECIAL,
+    Source,
+    SourceFile,
+    check_bytes,
+    check_inside,
+)
 from likeness.types import InputError
 
 IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png")
 """Columns with the image itself; the first that exists is used."""
+
+KEYS = "in WebDataset, the key of a sample ends at the first dot of a name, and its kind begins there"
+
+GROUP_BYTES = 2**32
+"""Most bytes of a column of a row group of a Parquet file, which is read in parts."""
 
 ROWS = 16
 """Rows of a Parquet file per read."""
@@ -67,6 +82,13 @@ def parquet_rows(reader: Any, path: Path, split: str | None) -> Entries:
     from pyarrow import types
 
     file, images = reader.ParquetFile(path), reader.ParquetFile(path)  # threads read from the second
+    for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            if column.total_uncompressed_size > min(GROUP_BYTES, MAX_BYTES * group.num_rows):
+                size = f"{column.total_uncompressed_size >> 20} MiB in {group.num_rows} rows"
+                raise InputError(
+                    f"the column {column.path_in_schema} of {path} has {size}, too much for images of faces"
+                )
     is_struct = {  # image columns: {bytes, path}, or bytes
         field.name: types.is_struct(field.type)
         for field in file.schema_arrow
@@ -121,29 +143,39 @@ def cell_content(cell: Callable[[int, str], Any], row: int, column: str, path: P
     content = value["bytes"] if isinstance(value, dict) else value
     if content is None:
         raise InputError(f"row {row} of {path} has no {column}: it contains only its path")
+    check_bytes(len(content), f"{column} of row {row} of {path}")
     return content
 
 
 def webdataset(source: Source) -> Entries:
     """WebDataset: tar archives of `key.jpg`, `key.txt` (one caption per line), `key.json`, `key.mask.png` and so on."""
+    source.unread.clear()
     for split, path in shards(source, ".tar"):
         try:
             with tarfile.open(path, "r:") as archive:
                 last, sample = "", {}
                 for info in archive:
-                    if not info.isfile():
+                    if info.size < 0:  # the next member would be this one again
+                        raise InputError(f"{info.name} in {path} has a negative size: download the archive again")
+                    if info.isdir():
                         continue
-                    folder, slash, base = info.name.rpartition("/")
+                    folder, slash, base = check_inside(info.name, str(path)).rpartition("/")
                     stem, _, kind = base.partition(".")
+                    if not stem or not info.isreg() or info.issparse():
+                        source.unread[SPECIAL if stem else HIDDEN] += 1
+                        continue
                     key, kind = folder + slash + stem, kind.lower()
                     if key != last and sample:
-                        yield sample_face(path, last, sample, split)
+                        yield sample_face(path, last, sample, split, source.unread)
                         sample = {}
                     last = key
+                    if kind in sample:
+                        yield Skipped(f"{key}.{kind} in {path.name}", f"the sample has two files of this kind: {KEYS}")
+                        continue
                     read = partial(read_part, path, info.name, info.offset_data, info.size)
                     sample[kind] = SourceFile(f"{key}.{kind} in {path}", read)
                 if sample:
-                    yield sample_face(path, last, sample, split)
+                    yield sample_face(path, last, sample, split, source.unread)
         except (tarfile.TarError, OSError, EOFError) as error:
             raise InputError(
                 f"{path} is not a complete, uncompressed tar archive ({error}): download it again"
@@ -161,16 +193,22 @@ def read_part(path: Path, name: str, offset: int, size: int) -> bytes:
     return content
 
 
-def sample_face(path: Path, key: str, sample: dict[str, SourceFile], split: str | None) -> SourceFace | Skipped:
-    """Return the face of one sample of a shard: kind ("jpg", "mask.png") -> file."""
+def sample_face(
+    path: Path, key: str, sample: dict[str, SourceFile], split: str | None, unread: Counter[str]
+) -> SourceFace | Skipped:
+    """Return the face of one sample of a shard: kind ("jpg", "mask.png") -> file. Other files are counted as unread."""
     name = f"{key} in {path.name}"
-    image = next((file for kind, file in sample.items() if f".{kind.removeprefix('image.')}" in IMAGES), None)
-    if image is None:
-        return Skipped(name, "the sample has no image")
+    shown = next((kind for kind in sample if f".{kind.removeprefix('image.')}" in IMAGES), None)
+    if shown is None:
+        return Skipped(name, f"the sample has no image among its files .{', .'.join(sample)}: {KEYS}")
+    image = sample[shown]
     conditions = {kind.split(".")[0]: file for kind, file in sample.items() if "." in kind}
+    text = next((kind for kind in ("txt", "caption") if kind in sample), None)
+    known = {shown, text, "json", *(kind for kind in sample if "." in kind and kind.split(".")[0] in CONDITIONS)}
+    unread.update(f".{kind}" for kind in sample if kind not in known)
     try:
         row = sample["json"].json() if "json" in sample else {}
-        lines = sample["txt"].lines() if "txt" in sample else []
+        lines = sample[text].lines() if text else []
     except InputError as error:
         return Skipped(name, str(error))
     row = row if isinstance(row, dict) else {}

@@ -1,7 +1,8 @@
 """The files of a source by folder. A zip archive counts as the folder that it contains.
 
 Files are read when a face is written, so that listing a million faces costs only their names. Archives are read in
-place. An archive next to the folder to which it was unpacked is ignored.
+place. An archive next to the folder to which it was unpacked is ignored. Sources are data of others: only regular files
+are listed, links out of the source only on request. Everything that is not read is counted by its kind.
 """
 
 from __future__ import annotations
@@ -9,22 +10,28 @@ from __future__ import annotations
 import json
 import os
 import posixpath
+import stat
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from likeness.data.folder import lines_of
 from likeness.types import InputError
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".heic", ".heif", ".bmp", ".tif", ".tiff", ".gif")
 """Suffixes of images."""
 
 MAX_BYTES = 2**28
 """Largest file that is read: no image of a face is larger, but an archive may pretend to be small."""
 
 Member = tuple[zipfile.ZipFile, zipfile.ZipInfo]
+
+HIDDEN, OUTSIDE, SPECIAL = "hidden", "links out of the source (--follow-links reads them)", "not regular files"
+"""Kinds of entries that are not listed. `SPECIAL` are pipes, devices, sockets and broken links."""
 
 
 @dataclass(frozen=True)
@@ -93,20 +100,40 @@ class Source:
     """The files of a folder or archive."""
 
     root: Path
-    folders: dict[str, dict[str, Member | None]]
-    """Folder ("" is the root, "a/b" a subfolder) -> file names -> member of an archive; None for a real file."""
+    folders: dict[str, dict[str, bool]] = field(default_factory=dict)
+    """Folder ("" is the root, "a/b" a subfolder) -> file names -> whether the file was used."""
+    members: dict[str, Member] = field(default_factory=dict)
+    """`folder/name` -> member of an archive; other files are real."""
+    unlisted: Counter[str] = field(default_factory=Counter)
+    """Kind -> number of entries that are not listed."""
+    unread: Counter[str] = field(default_factory=Counter)
+    """Kind -> number of members of shards that were not read in the last pass."""
 
     def file(self, name: str) -> SourceFile | None:
-        """Return the file `folder/name`, or None if it does not exist."""
+        """Return the file `folder/name`, which counts as used, or None if it does not exist."""
         folder, _, base = name.rpartition("/")
         if base not in self.folders.get(folder, {}):
             return None
-        member, path = self.folders[folder][base], self.root / name
+        self.folders[folder][base] = True
+        member, path = self.members.get(name), self.root / name
         return (
             SourceFile(name, partial(read_member, *member))
             if member
             else SourceFile(str(path), partial(read_file, path), path)
         )
+
+    def unused(self) -> dict[str, dict[str, Any]]:
+        """Return kind (a suffix, if it is a file) -> `count` and, for files, an `example`, of all that was not used."""
+        examples: dict[str, str] = {}
+        counts = Counter[str]()
+        for folder in sorted(self.folders):
+            for name in sorted(name for name, used in self.folders[folder].items() if not used):
+                kind = posixpath.splitext(name)[1].lower() or "without suffix"
+                counts[kind] += 1
+                examples.setdefault(kind, join(folder, name))
+        counts += self.unlisted + self.unread
+        found = {kind: {"count": count, "example": examples.get(kind)} for kind, count in counts.most_common()}
+        return {kind: {key: value for key, value in entry.items() if value} for kind, entry in found.items()}
 
     def existing_file(self, name: str) -> SourceFile:
         """Return a file that is known to exist."""
@@ -144,20 +171,13 @@ class Source:
         return {name.rpartition(".")[0]: join(folder or "", name) for name in names if name.lower().endswith(suffixes)}
 
     def texts(self, folder: str | None) -> dict[str, str]:
-        """Return stem -> `folder/name` of the text files directly in a folder."""
-        return self.images(folder, (".txt",))
+        """Return stem -> `folder/name` of the text files directly in a folder; .txt precedes .caption."""
+        return self.images(folder, (".caption",)) | self.images(folder, (".txt",))
 
     def lines(self, name: str) -> Iterator[bytes]:
-        """Yield the lines of a file, which may be large."""
+        """Return the lines of a file, which may be large."""
         file = self.existing_file(name)
-        if file.path is None:
-            yield from file.content().splitlines()
-            return
-        try:
-            with file.path.open("rb") as lines:
-                yield from lines
-        except OSError as error:
-            raise InputError(f"{file.name} cannot be read: {error.strerror or error}") from error
+        return iter(file.content().splitlines()) if file.path is None else lines_of(file.path)
 
 
 def depth(folder: str) -> tuple[int, str]:
@@ -169,54 +189,93 @@ def join(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
-def open_source(path: Path, out: Path | None = None) -> Source:
+def open_source(path: Path, out: Path | None = None, *, follow_links: bool = False) -> Source:
     """List the files of a folder or zip archive, without the folder `out`, which is written.
+
+    Args:
+        path: the folder or archive.
+        out: folder to leave out.
+        follow_links: whether to follow links that lead outside the folder.
 
     Raises:
         InputError: the source does not exist, or an archive is broken, has a password, or names files outside itself.
     """
-    folders: dict[str, dict[str, Member | None]] = {}
     if path.is_file() and zipfile.is_zipfile(path):
-        add_archive(folders, path, "")
-        tops = {folder.split("/")[0] for folder in folders}
+        source = Source(path)
+        add_archive(source, path, "")
+        tops = {folder.split("/")[0] for folder in source.folders}
         if len(tops) == 1 and "" not in tops:  # one folder contains everything
             (top,) = tops
-            folders = {folder[len(top) :].removeprefix("/"): names for folder, names in folders.items()}
-        return Source(path, folders)
+            short = lambda name: name[len(top) :].removeprefix("/")  # noqa: E731
+            folders = {short(folder): names for folder, names in source.folders.items()}
+            return Source(
+                path, folders, {short(name): member for name, member in source.members.items()}, source.unlisted
+            )
+        return source
     if path.is_file():
-        return Source(path.parent, {"": {path.name: None}})
+        return Source(path.parent, {"": {path.name: False}})
     if not path.is_dir():
         raise InputError(f"{path} does not exist: give the folder or archive with the images")
-    folders |= {folder: dict.fromkeys(names) for folder, names in walk(path, out) if names}
+    source = Source(path)
+    for folder, names in walk(path, out, follow_links=follow_links, unlisted=source.unlisted):
+        if names:
+            source.folders[folder] = dict.fromkeys(names, False)
     archives = [
-        join(folder, name) for folder, names in folders.items() for name in names if name.lower().endswith(".zip")
+        join(folder, name)
+        for folder, names in source.folders.items()
+        for name in names
+        if name.lower().endswith(".zip")
     ]
     for name in sorted(archives):
         folder = name[: -len(".zip")]
-        if not any(f"{known}/".startswith(f"{folder}/") for known in folders):
-            add_archive(folders, path / name, folder)
-    return Source(path, folders)
+        if not any(f"{known}/".startswith(f"{folder}/") for known in source.folders):
+            source.existing_file(name)
+            add_archive(source, path / name, folder)
+    return source
 
 
-def walk(source: Path, out: Path | None = None) -> Iterator[tuple[str, list[str]]]:
-    """Yield each folder of `source` ("" is itself) with its files. Follows links; ignores hidden files and `out`."""
+def walk(
+    source: Path, out: Path | None = None, *, follow_links: bool = False, unlisted: Counter[str] | None = None
+) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder of `source` ("" is itself) with its regular files, without hidden ones and `out`.
 
-    def fail(error: OSError) -> None:
-        raise InputError(f"{error.filename} cannot be read: {error.strerror or error}") from error
-
-    visited = {os.path.realpath(out)} - {os.path.realpath(source)} if out is not None else set()
-    for place, inner, names in os.walk(source, followlinks=True, onerror=fail):
-        real = os.path.realpath(place)
-        if real in visited:  # `out`, or a link to a parent folder
-            inner.clear()
+    Args:
+        source: the folder.
+        out: folder to leave out.
+        follow_links: whether to follow links that lead outside `source`; others are always followed.
+        unlisted: counts what is left out, by kind.
+    """
+    root, unlisted = os.path.realpath(source), Counter() if unlisted is None else unlisted
+    visited = {os.path.realpath(out)} - {root} if out is not None else set()
+    waiting = [""]
+    while waiting:
+        folder = waiting.pop()
+        real = os.path.realpath(source / folder)
+        if real in visited:  # `out`, or a link to a folder that was visited
             continue
         visited.add(real)
-        inner[:] = sorted(name for name in inner if not name.startswith("."))
-        folder = Path(place).relative_to(source).as_posix().removeprefix(".")
-        yield folder, [name for name in names if not name.startswith(".")]
+        names, inner = [], []
+        try:
+            with os.scandir(source / folder) as entries:
+                for entry in entries:
+                    target = os.path.realpath(entry.path) if entry.is_symlink() else ""
+                    if entry.name.startswith("."):
+                        unlisted[HIDDEN] += 1
+                    elif target and not follow_links and not f"{target}/".startswith(os.path.join(root, "")):
+                        unlisted[OUTSIDE] += 1
+                    elif entry.is_dir():
+                        inner.append(join(folder, entry.name))
+                    elif entry.is_file():
+                        names.append(entry.name)
+                    else:
+                        unlisted[SPECIAL] += 1
+        except OSError as error:
+            raise InputError(f"{error.filename} cannot be read: {error.strerror or error}") from error
+        waiting += sorted(inner, reverse=True)
+        yield folder, names
 
 
-def add_archive(folders: dict[str, dict[str, Member | None]], path: Path, place: str) -> None:
+def add_archive(source: Source, path: Path, place: str) -> None:
     """Add an archive's files as if it were unpacked to the folder `place`."""
     try:
         archive = zipfile.ZipFile(path)
@@ -227,9 +286,15 @@ def add_archive(folders: dict[str, dict[str, Member | None]], path: Path, place:
     nested = bool(own) and all(info.filename.startswith(f"{own}/") for info in files)  # face.zip contains face/...
     for info in files:
         check_inside(info.filename, str(path))
-        folder, _, base = join(place, info.filename[len(own) + 1 :] if nested else info.filename).rpartition("/")
-        if not base.startswith(".") and "__MACOSX" not in folder:
-            folders.setdefault(folder, {})[base] = (archive, info)
+        name = join(place, info.filename[len(own) + 1 :] if nested else info.filename)
+        folder, _, base = name.rpartition("/")
+        if base.startswith(".") or "__MACOSX" in folder:
+            source.unlisted[HIDDEN] += 1
+        elif stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG):
+            source.folders.setdefault(folder, {})[base] = False
+            source.members[name] = archive, info
+        else:
+            source.unlisted[SPECIAL] += 1
 
 
 def check_inside(name: str, where: str) -> str:

@@ -8,7 +8,7 @@ ingested: the same command resumes, another one is rejected.
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from likeness.conditions import CONDITIONS
 from likeness.conditions.images import png_bytes
 from likeness.data.ahead import read_ahead
-from likeness.data.folder import METADATA, RECORD, column_of, line_of, open_record, write_record
+from likeness.data.folder import METADATA, RECORD, changing, column_of, line_of, open_record, write_record
 from likeness.files import write_whole, writing_whole
 from likeness.prepare.ingest.convert import COPIED, convert_condition, crop_and_resize, open_face
 from likeness.prepare.ingest.faces import SPLIT_ORDER, Entries, Skipped, SourceFace, with_names
@@ -85,6 +85,7 @@ def ingest(
     held_out: int | None = None,
     seed: int = 0,
     limit: int | None = None,
+    follow_links: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
     report: Report = lambda line: None,
 ) -> dict[str, Any]:
@@ -102,6 +103,7 @@ def ingest(
             set.
         seed: random seed of these splits.
         limit: number of faces to import, the first ones.
+        follow_links: whether to follow links that lead outside the source.
         progress: called as (faces done, total).
         report: called with each message for the user.
 
@@ -110,7 +112,7 @@ def ingest(
 
     Raises:
         InputError: the source matches no or several formats, lacks what the format or split needs, or has no usable
-            face; `out` contains something else or cannot be written.
+            face; `out` contains something else or cannot be written. TryAgain: another command is writing to it.
     """
     if size is not None and not 8 <= size <= 8192:
         raise InputError(f"size must be between 8 and 8192 pixels, not {size}")
@@ -119,7 +121,7 @@ def ingest(
     for kind, name, known in (("dataset format", format, FORMATS), ("split", split, SPLITS)):
         if name not in ("auto", *known):
             raise InputError(f"unknown {kind} {name!r}. Available: {', '.join(known)}")
-    opened = open_source(source, out)
+    opened = open_source(source, out, follow_links=follow_links)
     if format == "auto":
         format = detect_format(opened)
         report(f"{source} is in the format {format}: {FORMATS[format].files}")
@@ -140,7 +142,7 @@ def ingest(
     if held_out is None and randomly:
         count = sum(1 for _ in faces())
         held_out = min(HELD_OUT, max(1, count // 10)) if count > 1 else 0
-    texts = caption_files(captions) if captions else {}
+    texts = caption_files(captions, follow_links) if captions else {}
     arguments = {
         "kind": "likeness ingest",
         "layout": format,
@@ -166,18 +168,25 @@ def ingest(
         raise InputError(f"{source} has no faces in the format {format}{reason}")
     report(f"split {split}: {SPLITS[split]}")
     record = {**arguments, "split_is": SPLITS[split], **licence_of(opened, format)}
-    write_record(out, record)
-    totals = write_faces(entries(), splits, out, size, crop, texts, progress)
-    written = {name: totals.splits[name] for name in SPLIT_ORDER if totals.splits[name]}
-    if not written:
-        (out / RECORD).unlink(missing_ok=True)  # allow other arguments
-        name, reason = next(iter(totals.skipped.items()), ("", ""))
-        raise InputError(f"none of the {len(splits)} faces of {source} can be used; {name}: {reason}")
-    report_totals(totals, texts, report)
-    if totals.skipped or (out / SKIPPED).is_file():
-        lines = ({"name": name, "reason": reason} for name, reason in totals.skipped.items())
-        write_whole(out / SKIPPED, b"".join(line_of(line) for line in lines))
-    write_record(out, {**record, "faces": written, "skipped": len(totals.skipped)})
+    with ExitStack() as locks:
+        locks.enter_context(changing(out, ["."]))
+        open_record(out, arguments, "ingest")  # again, now that no other process writes it
+        write_record(out, record)  # first, so that a run that is killed from here on can be resumed
+        locks.enter_context(changing(out, sorted({name for name in splits if name})))
+        totals = write_faces(entries(), splits, out, size, crop, texts, progress)
+        written = {name: totals.splits[name] for name in SPLIT_ORDER if totals.splits[name]}
+        if not written:
+            (out / RECORD).unlink(missing_ok=True)  # allow other arguments
+            name, reason = next(iter(totals.skipped.items()), ("", ""))
+            raise InputError(f"none of the {len(splits)} faces of {source} can be used; {name}: {reason}")
+        report_totals(totals, texts, report)
+        if totals.skipped or (out / SKIPPED).is_file():
+            lines = ({"name": name, "reason": reason} for name, reason in totals.skipped.items())
+            write_whole(out / SKIPPED, b"".join(line_of(line) for line in lines))
+        if limit is not None:  # what the format would read is not unused
+            deque(FORMATS[format].read(opened), maxlen=0)
+        unread = report_unused(opened, report)
+        write_record(out, {**record, "faces": written, "skipped": len(totals.skipped), "not_read": unread})
     repaired = {"repaired": totals.repaired} if totals.repaired else {}
     return {**written, **repaired, "skipped": totals.skipped}
 
@@ -188,6 +197,18 @@ def report_totals(totals: Totals, texts: dict[str, SourceFile], report: Report) 
     report(f"{totals.splits.total()} faces: {parts}")
     if unused := sorted({file.name for file in texts.values()} - totals.captions_files):
         report(f"unused caption files: {len(unused)}, such as {unused[0]}")
+
+
+def report_unused(source: Source, report: Report) -> dict[str, dict[str, Any]]:
+    """Report in one line, and return, what was not read of a source by its kind (`Source.unused`)."""
+    unused = source.unused()
+    if unused:
+        kinds = (
+            f"{entry['count']} {kind}" + (f" (such as {entry['example']})" if "example" in entry else "")
+            for kind, entry in unused.items()
+        )
+        report(f"not read: {', '.join(kinds)}")
+    return unused
 
 
 def first_faces(entries: Entries, limit: int | None) -> Entries:
@@ -210,9 +231,9 @@ def licence_of(source: Source, format: str) -> dict[str, str]:
     return {"licence": FORMATS[format].licence, "licence_source": FORMATS[format].licence_source}
 
 
-def caption_files(path: Path) -> dict[str, SourceFile]:
+def caption_files(path: Path, follow_links: bool) -> dict[str, SourceFile]:
     """Return face name -> text file: `sub_a` and, unless ambiguous, `a` for sub/a.txt."""
-    source = open_source(path)
+    source = open_source(path, follow_links=follow_links)
     full: dict[str, SourceFile] = {}
     short: dict[str, list[SourceFile]] = {}
     for folder in source.folders:

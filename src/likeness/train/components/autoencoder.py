@@ -22,6 +22,7 @@ from likeness.conditions.mask.classes import CLASSES, PALETTE
 from likeness.data.ahead import read_ahead
 from likeness.data.folder import column_of, read_folder, read_photo
 from likeness.encoders.latent import LatentCodec, reconstruct, to_tensor
+from likeness.files import writing_folder
 from likeness.train.config import ComponentRecipe
 from likeness.train.ema import Ema
 from likeness.train.optim import learning_rate
@@ -192,7 +193,8 @@ def report_and_publish(progress: Progress, ema: Ema, recipe: Any) -> None:
     if progress.due(recipe.checkpoint_every):
         progress.check_finite()
         published = ema.averaged_model()
-        published.save_pretrained(progress.run / "model")
+        with writing_folder(progress.run / "model") as folder:
+            published.save_pretrained(folder)
         if progress.last:
             for folder in recipe.test:
                 progress.report_values(measure(published, read_folder(folder), recipe.size))

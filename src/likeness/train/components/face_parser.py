@@ -30,6 +30,7 @@ from likeness.conditions.mask.classes import CLASSES
 from likeness.data.ahead import read_ahead
 from likeness.data.folder import column_of, read_folder, read_photo
 from likeness.data.sampler import stream
+from likeness.files import writing_folder
 from likeness.train.config import ComponentRecipe
 from likeness.train.ema import Ema
 from likeness.train.optim import learning_rate
@@ -255,6 +256,7 @@ def train_face_parser(recipe: FaceParserRecipe, run: Path) -> None:
             if progress.due(recipe.checkpoint_every):
                 progress.check_finite()
                 published = ema.averaged_model()
-                published.save_pretrained(run / "model")
+                with writing_folder(run / "model") as folder:
+                    published.save_pretrained(folder)
                 progress.report_values(measure(published, test, recipe))
             progress.save(recipe.checkpoint_every)

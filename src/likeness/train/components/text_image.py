@@ -38,6 +38,7 @@ from likeness.encoders.text_image import (
     save_attribute_head,
     text_length,
 )
+from likeness.files import writing_folder
 from likeness.train.checkpoint import newest
 from likeness.train.config import ComponentRecipe
 from likeness.train.ema import Ema
@@ -385,13 +386,14 @@ def train_text_image(recipe: TextImageRecipe, run: Path) -> None:
     """
     with open_component_run(recipe, run) as (world, signals):
         rows, test = captioned_rows(recipe.train), captioned_rows(recipe.test)
-        model = run / "model"
-        if newest(run):  # the embeddings belong to the tokenizer
-            tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
+        stored = run / "tokenizer"
+        if newest(run):  # the embeddings belong to the tokenizer; earlier versions stored it in the model
+            tokenizer = CLIPTokenizer.from_pretrained(stored if stored.is_dir() else run / "model" / "tokenizer")
         else:
             captions = (caption for row in rows for caption in captions_of(row))
             tokenizer = train_tokenizer(captions, recipe.vocabulary, recipe.max_tokens)
-            tokenizer.save_pretrained(model / "tokenizer")
+            with writing_folder(stored) as folder:
+                tokenizer.save_pretrained(folder)
         torch.manual_seed(recipe.seed)
         clip = build(recipe, tokenizer, world.device)
         classes = attribute_classes(rows) if recipe.attribute_weight else {}
@@ -422,9 +424,11 @@ def train_text_image(recipe: TextImageRecipe, run: Path) -> None:
             if progress.due(recipe.checkpoint_every):
                 progress.check_finite()
                 published = ema.averaged_model()
-                published.save_pretrained(model / "clip")
-                published.text_model.save_pretrained(model / "text_encoder")
-                if head is not None:
-                    save_attribute_head(AttributeHead(head.weight, head.bias, classes), model)
+                with writing_folder(run / "model") as folder:
+                    tokenizer.save_pretrained(folder / "tokenizer")
+                    published.save_pretrained(folder / "clip")
+                    published.text_model.save_pretrained(folder / "text_encoder")
+                    if head is not None:
+                        save_attribute_head(AttributeHead(head.weight, head.bias, classes), folder)
                 progress.report_values(retrieval(published, tokenizer, test, recipe.size, recipe.retrieval_candidates))
             progress.save(recipe.checkpoint_every)
