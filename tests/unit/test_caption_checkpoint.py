@@ -34,8 +34,8 @@ from likeness.annotators import face_parser
 from likeness.cli import main
 from likeness.data.synthetic import draw_face
 from likeness.prepare.caption import checkpoint
-from likeness.prepare.caption.models import Question
 from likeness.prepare.caption.prompts import PROMPTS
+from likeness.prepare.caption.questions import Question
 from likeness.types import InputError
 
 SPECIAL = ("<|endoftext|>", "<|im_end|>", "<image>", "<start>", "<end>", "<video>")

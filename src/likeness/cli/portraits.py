@@ -143,7 +143,6 @@ class Generate(RequestOptions):
             from likeness.pipelines.generate import batches, resolve, work_of
             from likeness.pipelines.generate import generate as generate_images
             from likeness.pipelines.image_recipe import recipe_of
-            from likeness.pipelines.propose import add_mask
             from likeness.weights.hashes import pipeline_hash
 
             pipeline = load_pipeline(self.model, self.dtype, self.device, self.base, self.quantize, self.offload)
@@ -162,6 +161,8 @@ class Generate(RequestOptions):
         with exit_on_sigterm(), progress_bar("Generating") as advance:
             for done, batch in batches(requests, pipeline, single=self.via_mask):
                 if mask_pipeline is not None:
+                    from likeness.pipelines.propose import add_mask  # imports scipy
+
                     batch = [add_mask(one, mask_pipeline) for one in batch]
                 images, notes = generate_images(
                     pipeline,

@@ -48,7 +48,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from likeness.models.layers import Rope, explicit_attention, modulate, patchify, unpatchify
-from likeness.models.tied_weights import init_missing, load_shared_once, save_shared_once, tie
+from likeness.models.tied_weights import init_missing, load_shared_once, record_counterparts, save_shared_once, tie
 from likeness.types import InputError, TextFeatures
 
 PATCH = 2
@@ -300,6 +300,7 @@ class MDiTFaceTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.register_state_dict_post_hook(save_shared_once)
         self.register_load_state_dict_post_hook(load_shared_once)
         self.initialize()
+        record_counterparts(self)
         self.tie_weights()
 
     def initialize(self) -> None:

@@ -2,8 +2,8 @@
 
 The modules are separate, so that an adapter can wrap one and not the other; the parameters are the same.
 
-Pairs are found by name (`...spatial.attn.to_q` is `...attn.to_q`, `spatial_embedder` is `x_embedder`), since
-quantization and adapters replace modules. State dicts contain shared weights once, under FLUX's name.
+Each module of the spatial stream records the name of its counterpart (`...spatial.attn.to_q`: `...attn.to_q`), so that
+pairs are found in wrapped modules, too. State dicts contain shared weights once, under FLUX's name.
 """
 
 from __future__ import annotations
@@ -18,21 +18,27 @@ from likeness.types import InputError
 NEW = ("condition_embed.", "concat_embedder.")
 """Weights of MDiTFace in addition to those of FLUX and of the spatial stream."""
 
-WRAPPED = ".base_layer"
-"""Part of the name of a weight whose layer is wrapped."""
-
-ADDED = ".lora_"
-"""Part of the name of a weight that a wrapper adds."""
-
 
 def image_name(name: str) -> str:
-    """Return the image stream's name of a weight of the spatial stream; other names are returned unchanged."""
+    """Return the image stream's name of a module or weight of the spatial stream; others are unchanged."""
     return name.replace("spatial_embedder", "x_embedder").replace(".spatial.", ".")
 
 
-def is_spatial(name: str) -> bool:
-    """Return whether this is a base weight of the spatial stream."""
-    return image_name(name) != name and ADDED not in name
+def record_counterparts(network: nn.Module) -> None:
+    """Record in each module of the spatial stream that has weights the name of its counterpart."""
+    for name, module in network.named_modules():
+        if image_name(name) != name and next(module.parameters(recurse=False), None) is not None:
+            vars(module)["counterpart"] = image_name(name)
+
+
+def spatial_weights(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Map the name of every base weight of the spatial stream to its counterpart in the image stream."""
+    modules = {name: module for name, module in network.named_modules() if hasattr(module, "counterpart")}
+    return {
+        f"{name}.{leaf}": getattr(network.get_submodule(str(module.counterpart)), leaf)
+        for name, module in modules.items()
+        for leaf, _ in module.named_parameters(recurse=False)
+    }
 
 
 def set_parameter(network: nn.Module, name: str, weight: nn.Parameter) -> None:
@@ -42,13 +48,10 @@ def set_parameter(network: nn.Module, name: str, weight: nn.Parameter) -> None:
 
 
 def tie(network: nn.Module) -> None:
-    """Replace every spatial weight by the parameter of its image counterpart, in wrapped layers, too."""
-    weights = dict(network.named_parameters(remove_duplicate=False))
-    image = {name.replace(WRAPPED, ""): weight for name, weight in weights.items()}
-    for name in filter(is_spatial, weights):
-        shared = image[image_name(name.replace(WRAPPED, ""))]
-        if weights[name] is not shared:
-            set_parameter(network, name, shared)
+    """Replace every spatial weight by its counterpart."""
+    for name, weight in spatial_weights(network).items():
+        if network.get_parameter(name) is not weight:
+            set_parameter(network, name, weight)
 
 
 def init_missing(network: nn.Module, missing: Sequence[str]) -> None:
@@ -58,26 +61,25 @@ def init_missing(network: nn.Module, missing: Sequence[str]) -> None:
     Raises:
         InputError: the checkpoint lacks a weight of FLUX.
     """
-    if absent := sorted(name for name in missing if not (is_spatial(name) or name.startswith(NEW))):
+    spatial = spatial_weights(network)
+    if absent := sorted(name for name in missing if not (name in spatial or name.startswith(NEW))):
         raise InputError(f"These are not the weights of a FLUX.1 or MDiTFace transformer: {absent[0]} is missing")
     weights = dict(network.named_parameters())
     loaded = weights["x_embedder.bias"]  # a missing weight may be on the meta device, and a matrix may be quantized
     for name in missing:
-        if is_spatial(name):
-            value = weights[image_name(name)].detach().clone()
-        else:
-            value = loaded.new_zeros(weights[name].shape)
+        value = spatial[name].detach().clone() if name in spatial else loaded.new_zeros(weights[name].shape)
         set_parameter(network, name, nn.Parameter(value))
 
 
 def save_shared_once(network: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     """State-dict hook: remove the spatial stream's names of shared weights."""
-    for name in [name for name in state if name.startswith(prefix) and network.tied and is_spatial(name)]:
-        del state[name]
+    for name in spatial_weights(network) if network.tied else ():
+        state.pop(prefix + name, None)
 
 
 def load_shared_once(network: nn.Module, keys: Any) -> None:
     """Loading hook: shared weights are not missing; share them again."""
     if network.tied:
-        keys.missing_keys[:] = [name for name in keys.missing_keys if not is_spatial(name)]
+        spatial = spatial_weights(network)
+        keys.missing_keys[:] = [name for name in keys.missing_keys if name not in spatial]
         tie(network)

@@ -18,7 +18,7 @@ import torch
 from likeness.chat import Answer
 from likeness.device import choose_device
 from likeness.files import first_line
-from likeness.prepare.caption.models import ANSWER_TOKENS, Model, Question
+from likeness.prepare.caption.questions import ANSWER_TOKENS, Model, Question
 from likeness.types import InputError
 
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}

@@ -25,8 +25,8 @@ from likeness.conditions.images import read_rgb
 from likeness.data.folder import METADATA, captions_of, changing, each_row, line_of, relative_row, splits_of
 from likeness.files import writing_whole
 from likeness.prepare.caption.grammar import ATTRIBUTES, write_captions
-from likeness.prepare.caption.models import Model, Question
 from likeness.prepare.caption.prompts import PROMPTS, describe, refine
+from likeness.prepare.caption.questions import Model, Question
 from likeness.prepare.caption.records import (
     ANSWERS,
     CAPTIONS,

@@ -1,60 +1,21 @@
-"""Models that answer questions, behind an endpoint or in a checkpoint.
-
-A question is one user message, decoded greedily: the same question has the same answer, so answers are cached.
-"""
+"""Open models that answer questions, behind an endpoint or in a checkpoint."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
-
-from PIL import Image
 
 from likeness.chat import Answer, Meter, Rejected, image_part, open_endpoint
 from likeness.files import first_line
+from likeness.prepare.caption.checkpoint import open_checkpoint
+from likeness.prepare.caption.questions import ANSWER_TOKENS, Model, Question
 from likeness.types import InputError
 from likeness.weights.catalog import BUNDLED, COMMON
 
-ANSWER_TOKENS = 256
-"""Most tokens of an answer: three captions, so that a long one can be cut after a sentence."""
-
 MAX_REJECTED = 20
 """Consecutive rejected questions after which the run ends; three before the first answer."""
-
-
-class Question(NamedTuple):
-    """A question about an image, or about text only."""
-
-    text: str
-    image: Image.Image | None = None
-    """RGB, before the text."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model that answers."""
-
-    name: str
-    """Name for the records."""
-    settings: str
-    """Everything else that affects its answers, as text."""
-    answer: Callable[[Sequence[Question]], Iterator[Answer]]
-    """Yields answers in order, without waiting for later ones."""
-
-    def key(self, text: str, image: str = "") -> str:
-        """Return the key under which an answer is cached, 32 hexadecimal digits.
-
-        Args:
-            text: the message.
-            image: hash of the image file and its size limit.
-        """
-        parts = "\0".join((self.name, self.settings, text, image))
-        return hashlib.sha256(parts.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
 def open_model(
@@ -87,8 +48,6 @@ def open_model(
             raise InputError(
                 f"{source} is a checkpoint: names and fields are for endpoints, whose address begins with http"
             )
-        from likeness.prepare.caption.checkpoint import open_checkpoint
-
         return open_checkpoint(source, vision=vision, device=device)
     try:
         extra = json.loads(fields)
