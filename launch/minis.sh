@@ -57,3 +57,8 @@ done
 # 6. The few-step student of mmface-mini, packed as the difference from it
 train mmface_mini_fast teacher=data/mmface-mini "${conditions[@]}"
 likeness prepare pack runs/mmface_mini_fast/model data/mmface-mini-fast --base data/mmface-mini
+
+# 7. Masks from text
+train mask_mini
+train label_decoder_mini
+likeness prepare pack runs/mask_mini/model data/mask-mini --label-decoder runs/label_decoder_mini

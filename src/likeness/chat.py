@@ -24,8 +24,11 @@ from PIL import Image
 
 from likeness.types import InputError
 
-KEY_VARIABLES = ("LIKENESS_API_KEY", "OPENAI_API_KEY")
-"""Environment variables of the API key; the first that is set is used."""
+KEY_VARIABLE = "LIKENESS_API_KEY"
+"""Environment variable of the API key."""
+
+OPENAI_KEY, OPENAI_HOST = "OPENAI_API_KEY", "api.openai.com"
+"""Environment variable of OpenAI's key, and the only host that it is sent to by default."""
 
 TEMPORARY = (408, 409, 425, 429)
 """Statuses below 500 that are retried."""
@@ -144,7 +147,8 @@ def open_endpoint(
         model: name of the model; None takes the only one that is served.
         meter: rate limit and budget.
         fields: fields of each request; those that are None are omitted.
-        key_variable: environment variable of the key; default `KEY_VARIABLES`, which may be unset.
+        key_variable: environment variable of the key. Default: `KEY_VARIABLE`, or else `OPENAI_KEY` if the host is
+            `OPENAI_HOST`; both may be unset.
 
     Raises:
         InputError: the address or the variable is invalid, or the server does not respond.
@@ -155,7 +159,8 @@ def open_endpoint(
             f"the environment variable with the key of {root} is not set: set it, and give its name, not the key, to "
             "--vlm-key-variable or --refiner-key-variable"
         )
-    key = read_key(KEY_VARIABLES if key_variable is None else (key_variable,))
+    defaults = (KEY_VARIABLE, OPENAI_KEY) if urlsplit(root).hostname == OPENAI_HOST else (KEY_VARIABLE,)
+    key = read_key(defaults if key_variable is None else (key_variable,))
     if model is None:
         entries = send("GET", f"{root}/models", key, meter).get("data") or []
         served = sorted(entry["id"] for entry in entries if isinstance(entry, dict) and "id" in entry)
@@ -194,7 +199,7 @@ def plain_address(address: str) -> str:
     except ValueError as error:
         raise InputError(
             "the address of an endpoint must be plain, such as http://localhost:8000/v1; give the key in the "
-            f"environment variable {KEY_VARIABLES[0]}"
+            f"environment variable {KEY_VARIABLE}"
         ) from error
     path = url.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
     return f"{url.scheme}://{url.netloc}{path}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,7 @@ from transformers import (
 )
 
 from builders import randomise, save_components
+from likeness.annotators import face_parser
 from likeness.cli import main
 from likeness.data.synthetic import draw_face
 from likeness.prepare.caption import checkpoint
@@ -220,3 +223,31 @@ def test_rejected_checkpoints(tmp_path):
     (broken / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(InputError, match="cannot be loaded"):
         checkpoint.open_checkpoint(str(broken), vision=True)
+
+
+def load_parser(folder: Path) -> None:
+    (folder / "preprocessor_config.json").write_text("{}")
+    face_parser.load_face_parser(folder)
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda folder: checkpoint.open_checkpoint(str(folder), vision=True),
+        lambda folder: checkpoint.open_checkpoint(str(folder), vision=False),
+        load_parser,
+    ],
+    ids=["vision", "language", "face parser"],
+)
+def test_code_of_checkpoints_is_not_run(tmp_path, monkeypatch, load):
+    """Not even if the user would answer yes to transformers' question."""
+    names = ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM", "AutoModelForSemanticSegmentation")
+    classes = dict.fromkeys(names, "code.Config")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": classes}))
+    tokenizer = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.Config", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(InputError):
+        load(tmp_path)
+    assert not (tmp_path / "ran").exists()

@@ -119,21 +119,29 @@ def main(arguments: list[str] | None = None) -> None:
         configure_process()
         open_standard_streams()
     name = words[0] if words else ""
+    if words == ["--version"]:
+        print(f"likeness {version('likeness')}")
+    elif not words or (len(words) == 1 and isinstance(COMMANDS.get(name), tuple)):
+        parse([*words, "--help"])
+    else:
+        execute(lambda: parse(words)(), resumable=name in RESUMABLE)
+
+
+def execute(command: Callable[[], None], *, resumable: bool = False) -> None:
+    """Run a command. Exit if it fails, with one sentence on stderr."""
     try:
-        if words == ["--version"]:
-            print(f"likeness {version('likeness')}")
-        elif not words or (len(words) == 1 and isinstance(COMMANDS.get(name), tuple)):
-            parse([*words, "--help"])
-        else:
-            parse(words)()
+        command()
         sys.stdout.flush()
     except InputError as error:
         print_error(str(error))
         sys.exit(75 if isinstance(error, TryAgain) else 2)
     except KeyboardInterrupt:
-        print_error("stopped" + ("; run the same command again to resume" if name in RESUMABLE else ""))
+        print_error("stopped" + ("; run the same command again to resume" if resumable else ""))
         sys.exit(130)
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            print_error(f"{str(error.filename)[:80]}... is not a file: the name is too long")
+            sys.exit(2)
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered cannot be written either

@@ -40,7 +40,8 @@ class Caption:
     refiner_fields: str = "{}"
     """The same for the refiner, such as '{"chat_template_kwargs": {"enable_thinking": false}}'."""
     vlm_key_variable: str | None = None
-    """Environment variable with the endpoint's API key; default LIKENESS_API_KEY, else OPENAI_API_KEY."""
+    """Environment variable with the endpoint's API key; default LIKENESS_API_KEY, else OPENAI_API_KEY
+    for api.openai.com."""
     refiner_key_variable: str | None = None
     """The same for the refiner."""
     prompts: tuple[str, ...] = ()
@@ -129,7 +130,7 @@ def read_budget(text: str | None) -> dict[str, int]:
     """Parse a budget to `requests` or `tokens` -> maximum."""
     if text is None:
         return {}
-    found = re.fullmatch(r"([1-9]\d*) ?(requests|tokens)?", text.strip().replace("_", "").replace(",", ""))
+    found = re.fullmatch(r"([1-9]\d{0,17}) ?(requests|tokens)?", text.strip().replace("_", "").replace(",", ""))
     if not found:
         raise InputError(f"invalid budget {text!r}: give requests, such as 5000, or tokens, such as 2000000tokens")
     return {found[2] or "requests": int(found[1])}

@@ -182,9 +182,9 @@ class Propose:
         first = secrets.randbelow(2**31) if self.seed is None else self.seed
         if self.out is not None and Path(self.out).suffix:
             edits.check_suffix(Path(self.out))
-        with optional_packages_hidden() if self.model in bundled_models() else nullcontext():
-            from likeness.pipelines.propose import propose_mask
+        from likeness.pipelines.propose import propose_mask  # imports scipy
 
+        with optional_packages_hidden() if self.model in bundled_models() else nullcontext():
             pipeline = load_pipeline(self.model, "auto", self.device)
         with exit_on_sigterm(), progress_bar("Generating") as advance:
             for number, name in zip(range(self.count), names, strict=False):

@@ -75,7 +75,7 @@ class Protocol:
     """Name of the TOPIQ variant in pyiqa."""
     llm_url: str | None = None
     """URL of an OpenAI-compatible API for the LLM score, such as http://localhost:8000/v1. The key is read from the
-    environment variable LIKENESS_API_KEY or OPENAI_API_KEY."""
+    environment variable LIKENESS_API_KEY, or for api.openai.com OPENAI_API_KEY."""
     llm_model: str = "gpt-4o-mini"
     """Model to request from the API."""
     bootstrap_samples: int = 2000

@@ -49,6 +49,10 @@ SYNTAX = re.compile(r"\([^()]*:\s*\d*\.?\d+\s*\)|<lora:[^>]*>|\bBREAK\b")
 """Syntax of other tools in prompts: weights such as (smiling:1.4), LoRA tags, BREAK."""
 
 
+MAX_STEPS = 1000
+"""Largest number of sampling steps: that of the training of DDPM."""
+
+
 @dataclass
 class PortraitOutput(BaseOutput):
     """The images of a call, and notes on its inputs."""
@@ -189,7 +193,7 @@ class PortraitPipeline(DiffusionPipeline):
                 if the checkpoint was not trained at this size.
             force_size: Whether to generate at this size although the checkpoint was not trained at it. Both sides must
                 be multiples of the autoencoder's factor times the patch size.
-            num_inference_steps: Sampling steps, at least 1.
+            num_inference_steps: Sampling steps, from 1 to 1000.
             guidance_scale: Text guidance g in v = u + g (t - u); 1 disables it. A guidance-distilled network embeds g
                 instead.
             guidance_interval: Noise levels between which text guidance acts, 0 (data) to 1 (noise).
@@ -357,8 +361,8 @@ class PortraitPipeline(DiffusionPipeline):
                 f"Size {width}x{height} is not supported: both sides must be multiples of {unit}. "
                 f"Nearest: {near[0]}x{near[1]}"
             )
-        if steps < 1:
-            raise InputError(f"The number of steps is {steps}; it must be at least 1")
+        if not 1 <= steps <= MAX_STEPS:
+            raise InputError(f"The number of steps is {steps}; it must be from 1 to {MAX_STEPS}")
         if not math.isfinite(guidance) or guidance < 0:
             raise InputError(f"The guidance scale is {guidance}; it must be a finite number of at least 0")
         if output_type not in ("pil", "np", "pt", "latent"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,8 +28,8 @@ def parse_size(text: str, name: str = "size") -> tuple[int, int]:
         InputError: the text has another form.
     """
     sides = str(text).lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and side.isascii() and int(side) > 0 for side in sides):
-        raise InputError(f"{name} is {text!r}; give pixels as 128 or as 128x160 (width x height)")
+    if len(sides) > 2 or not all(re.fullmatch(r"0*[1-9][0-9]{0,8}", side) for side in sides):
+        raise InputError(f"{name} is {str(text)[:80]!r}; give pixels as 128 or as 128x160 (width x height)")
     return int(sides[0]), int(sides[-1])
 
 

@@ -1,0 +1,94 @@
+"""Malformed values of every option of every command: one sentence and exit code 2, never a traceback."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tyro
+
+from builders import tiny_pipeline
+from likeness.cli import COMMANDS, execute
+
+VALUES = (
+    "",
+    "²",
+    "-1",
+    "0",
+    "nan",
+    "inf",
+    "1e999",
+    "1000000000",
+    "9" * 5000,
+    "None",
+    "[1]",
+    "\udcff",
+    "a\x1b[31m\nb",
+    "/dev/null",
+    ".",
+)
+"""Values that are malformed for most options."""
+
+
+def commands(table: dict[str, Any] = COMMANDS, prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], type]:
+    """Words of each command -> its class."""
+    found: dict[tuple[str, ...], type] = {}
+    for name, command in table.items():
+        words = (*prefix, name)
+        found |= commands(command[1], words) if isinstance(command, tuple) else {words: command}
+    return found
+
+
+def is_positional(kind: Any) -> bool:
+    """Return whether tyro reads a field from its position."""
+    return "Positional" in str(typing.get_args(kind)) or "_Positional" in str(kind)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("options") / "model"
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+def required(command: type, words: tuple[str, ...], name: str, model: Path) -> list[str]:
+    """Options that a command requires, other than `name`, with files that do not exist."""
+    found = []
+    hints = typing.get_type_hints(command, include_extras=True)
+    for field in dataclasses.fields(command):
+        if field.name == name or field.default is not dataclasses.MISSING:
+            continue
+        option = [] if is_positional(hints[field.name]) else [f"--{field.name.replace('_', '-')}"]
+        found += [*option, "missing"]
+    if words == ("prepare", "synthetic") and name != "count":
+        found += ["--count", "1"]
+    if "model" in {field.name for field in dataclasses.fields(command)} and name != "model" and "--model" not in found:
+        found += ["--model", str(model)] if words[0] in ("generate", "study") else []
+    return found
+
+
+def outcome(command: type, arguments: list[str]) -> int:
+    """Exit code of a command. Its own parser is much faster than that of all commands."""
+    try:
+        execute(lambda: tyro.cli(command, args=arguments)())
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_malformed_values(words, model, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    command = commands()[words]
+    hints = typing.get_type_hints(command, include_extras=True)
+    for field in dataclasses.fields(command):
+        for value in VALUES:
+            option = [] if is_positional(hints[field.name]) else [f"--{field.name.replace('_', '-')}"]
+            code = outcome(command, [*required(command, words, field.name, model), *option, value])
+            shown = capfd.readouterr()
+            assert code in (0, 1, 2), (field.name, value)
+            assert code == 0 or shown.err or shown.out, (field.name, value)
+            assert "\x1b[31m" not in shown.err, (field.name, value)
