@@ -17,9 +17,11 @@ from PIL import Image
 from scipy.stats import ttest_1samp
 
 from builders import randomise, run, tiny_clip, tiny_face_parser, tiny_pipeline, tiny_tokenizer
+from likeness.annotators.face_parser import parse_faces
 from likeness.cli import main
 from likeness.data.folder import read_folder
 from likeness.encoders.text_image import AttributeHead, save_attribute_head
+from likeness.evaluate import extractors
 from likeness.evaluate.aggregate import class_scores
 from likeness.evaluate.compare import compare_evaluations, difference_test
 from likeness.evaluate.external import parse_score, query_llm
@@ -190,6 +192,23 @@ def test_numbers_have_protocol_and_interval(results):
     assert "too large" in number(results, "fd_text_image", "mask").warning
     assert "too high" in number(results, "precision_text_image", "mask").warning
     assert accuracy.warning == ""
+
+
+def test_faces_are_parsed_once(root, tmp_path, monkeypatch):
+    """Complete faces are counted in the label maps that are scored against the masks."""
+    parsed = []
+
+    def parse_and_keep(*arguments, **options):
+        parsed.extend(parse_faces(*arguments, **options))
+        return parsed[-len(arguments[1]) :]
+
+    monkeypatch.setattr(extractors, "parse_faces", parse_and_keep)
+    monkeypatch.setattr(extractors, "is_complete_face", lambda labels: labels[0, 0] % 2 == 0)  # tiny networks draw none
+    found = evaluate_model(root, tmp_path, given=("mask",), metrics=("pixel_accuracy", "complete_faces"))
+    assert len(parsed) == 2 * COUNT  # generated images, and those of the ceiling
+    expected = np.mean([labels[0, 0] % 2 == 0 for labels in parsed[:COUNT]])
+    assert number(found, "complete_faces", "mask").value == pytest.approx(expected)
+    assert number(found, "pixel_accuracy", "mask").n == COUNT
 
 
 def test_results_json(root, results):

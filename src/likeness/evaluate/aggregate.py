@@ -165,7 +165,7 @@ def class_scores(by_seed: Sequence[np.ndarray]) -> list[ClassScore]:
     """Score each class over all images.
 
     Args:
-        by_seed: face parser output of each seed, [N, 2, 19, 3]. Rows of NaN, and seeds without a readable image, are
+        by_seed: face parser output of each seed, [N, 3, 19, 3]. Rows of NaN, and seeds without a readable image, are
             skipped.
     """
     known = [output[:, 0] for output in by_seed if readable(output).any()]

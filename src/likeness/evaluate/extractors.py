@@ -90,35 +90,29 @@ def compare_conditions(
     return scores
 
 
-def parser_extractor(name: str, score: Callable[[Sequence[np.ndarray], Faces], np.ndarray]) -> CreateExtractor:
-    """Score the label maps that the face parser finds: (label maps uint8 [S, S] of B images, faces) -> [B, ...]."""
+def face_parser(protocol: Protocol, size: int, device: str) -> Extractor:
+    """Class counts against the masks, and whether the label map shows a complete face, repeated: [B, 3, 19, 3]."""
+    source = protocol.face_parser
+    if source != BUNDLED and (folder := component_folder(source, "config.json")):
+        source = str(folder)
+    network, side = load_face_parser(source)
+    network.to(device)
 
-    def create(protocol: Protocol, size: int, device: str) -> Extractor:
-        source = protocol.face_parser
-        if source != BUNDLED and (folder := component_folder(source, "config.json")):
-            source = str(folder)
-        network, side = load_face_parser(source)
-        network.to(device)
-        class_name = f"{network_name(network).split()[0]} in {source}"
-        return Extractor(
-            name=name,
-            description="bundled face parser" if source == BUNDLED else class_name,
-            hash=weights_hash(network)[:16],
-            extract=lambda images, faces: score(parse_faces(network, images, size=side), faces),
-        )
+    def extract(images: Images, faces: Faces) -> np.ndarray:
+        labels = parse_faces(network, images, size=side)
+        count = lambda given, found: class_counts(confusion_of(given, found))  # noqa: E731
+        counts = compare_conditions("mask", labels, faces, None, count, (19, 3))
+        complete = [np.full((1, 19, 3), float(is_complete_face(found))) for found in labels]
+        return np.concatenate([counts, complete], axis=1)
 
-    return create
-
-
-def mask_counts(labels: Sequence[np.ndarray], faces: Faces) -> np.ndarray:
-    """Class counts against the masks, [B, 2, 19, 3]."""
-    count = lambda given, found: class_counts(confusion_of(given, found))  # noqa: E731
-    return compare_conditions("mask", labels, faces, None, count, (19, 3))
-
-
-def complete_faces(labels: Sequence[np.ndarray], faces: Faces) -> np.ndarray:
-    """Whether each label map shows a complete face, [B, 1]."""
-    return np.array([[float(is_complete_face(found))] for found in labels])
+    class_name = f"{network_name(network).split()[0]} in {source}"
+    return Extractor(
+        name="face_parser",
+        description="bundled face parser" if source == BUNDLED else class_name,
+        hash=weights_hash(network)[:16],
+        extract=extract,
+        form=2,
+    )
 
 
 def sketch(protocol: Protocol, size: int, device: str) -> Extractor:
@@ -274,8 +268,7 @@ def laplacian(protocol: Protocol, size: int, device: str) -> Extractor:
 
 
 EXTRACTORS: dict[str, CreateExtractor] = {
-    "face_parser": parser_extractor("face_parser", mask_counts),
-    "face_shape": parser_extractor("face_shape", complete_faces),
+    "face_parser": face_parser,
     "laplacian": laplacian,
     "sketch": sketch,
     "landmarks": landmarks,

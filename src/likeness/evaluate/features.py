@@ -47,6 +47,8 @@ class Extractor:
     hash: str
     """Shortened SHA-256 of its weights, or of what defines it if it has none."""
     extract: Extract
+    form: int = 1
+    """Version of the form of its output: caches of others are not read."""
     close: Callable[[], None] = field(default=lambda: None)
     """Called when it is no longer needed."""
 
@@ -159,6 +161,7 @@ def read_batches(files: Sequence[Path], size: int) -> Iterator[tuple[int, list[n
 def cache_key(extractor: Extractor, files: Sequence[Path], faces: Sequence[Face], size: int) -> str:
     """Hash everything that the output depends on: extractor, files with their times, faces and size."""
     digest = hashlib.sha256(f"{extractor.hash} {size}".encode())
+    digest.update(f"form {extractor.form}".encode() if extractor.form > 1 else b"")
     for file, face in zip(files, faces, strict=True):
         digest.update(f"{file.name} {face.name} {face.caption} ".encode())
         if face.attributes:

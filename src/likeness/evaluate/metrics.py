@@ -89,6 +89,11 @@ def first_column(output: Array, inputs: Inputs) -> Array:
     return output[:, 0]
 
 
+def complete_face(output: Array, inputs: Inputs) -> Array:
+    """Whether the face parser found a complete face, [N, 3, 19, 3] -> [N]."""
+    return output[:, 2, 0, 0]
+
+
 def clip_score(output: Array, inputs: Inputs) -> Array:
     """100 times the cosine similarity of image and caption."""
     return 100 * (output[:, 0] * output[:, 1]).sum(axis=1)
@@ -123,8 +128,8 @@ def all_features(output: Array) -> Array:
 
 
 def swap_columns(output: Array) -> Array:
-    """Swap the values for the face's own condition and the next face's: [N, 2, ...]."""
-    return output[:, ::-1]
+    """Swap the values for the face's own condition and the next face's: [N, 2 or more, ...] -> [N, 2, ...]."""
+    return output[:, [1, 0]]
 
 
 def next_caption(output: Array) -> Array:
@@ -196,7 +201,7 @@ METRICS: dict[str, Metric] = {
     "ssim": PerImageMetric("Photograph: SSIM", "ssim", "higher", first_column),
     "ms_ssim": PerImageMetric("Photograph: multi-scale SSIM", "ms_ssim", "higher", first_column),
     "lpips": PerImageMetric("Photograph: LPIPS", "lpips", "lower", first_column),
-    "complete_faces": PerImageMetric("Quality: complete faces", "face_shape", "higher", first_column),
+    "complete_faces": PerImageMetric("Quality: complete faces", "face_parser", "higher", complete_face),
     "sharpness": PerImageMetric("Quality: sharpness", "laplacian", "higher", first_column),
     "topiq": PerImageMetric("Quality: TOPIQ", "topiq", "higher", first_column),
     "fid": set_metric("FID", "inception", "frechet"),
