@@ -35,6 +35,10 @@ class Proposal:
     broken: tuple[str, ...]
     """Rules that it breaks, a few words each."""
 
+    def reading(self) -> Reading:
+        """Return the mask as a value of `control_image`: unlike an array, it is not recognized anew."""
+        return Reading(raw=self.labels, scheme="proposed from the prompt")
+
 
 def propose_mask(
     pipeline: Any,
@@ -83,6 +87,5 @@ def propose_mask(
 
 def add_mask(request: PortraitRequest, pipeline: Any, **options: Any) -> PortraitRequest:
     """Return a request with the mask that is proposed for its prompt and seed. `options`: those of `propose_mask`."""
-    labels = propose_mask(pipeline, request.prompt, request.seed, **options).labels
-    reading = Reading(raw=labels, scheme="proposed from the prompt")
-    return replace(request, conditions={**request.conditions, "mask": ConditionInput(image=reading)})
+    proposal = propose_mask(pipeline, request.prompt, request.seed, **options)
+    return replace(request, conditions={**request.conditions, "mask": ConditionInput(image=proposal.reading())})
