@@ -152,6 +152,10 @@ class Interpolate(Edit):
         return edits.interpolate(mask, read_mask(self.second), self.at)
 
 
+MAX_COUNT, MAX_CANDIDATES = 1000, 100
+"""Largest `--count` and `--candidates`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Propose:
     """Generate masks from text, such as "an old man with a beard and a hat". Each is the best of several candidates."""
@@ -159,11 +163,12 @@ class Propose:
     prompt: tyro.conf.Positional[str] = ""
     """Description of the face. Without one: any face."""
     count: int = 1
-    """Number of masks."""
+    """Number of masks, at most 1000."""
     seed: int | None = None
     """Seed of the first mask; each further mask uses the next seed. Default: random."""
     candidates: int = 4
-    """Largest number of candidates for a mask; the first that breaks no rule of geometry or of the prompt is chosen."""
+    """Largest number of candidates for a mask, at most 100; the first that breaks no rule of geometry or of the prompt is
+    chosen."""
     out: str | None = None
     """PNG file, its stem for several masks, or a folder, where masks get the next free name mask-001, ... Default: the
     current folder."""
@@ -176,8 +181,9 @@ class Propose:
         from likeness.cli.portraits import load_pipeline
         from likeness.conditions.mask import edits
 
-        if self.count < 1:
-            raise InputError(f"--count is {self.count}; it must be at least 1")
+        for name, value, most in (("count", self.count, MAX_COUNT), ("candidates", self.candidates, MAX_CANDIDATES)):
+            if not 1 <= value <= most:
+                raise InputError(f"--{name} is {value}; it must be from 1 to {most}")
         names, _ = image_names(self.out, "png", self.count, [], stem="mask")
         first = secrets.randbelow(2**31) if self.seed is None else self.seed
         if self.out is not None and Path(self.out).suffix:

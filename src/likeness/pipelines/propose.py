@@ -1,8 +1,8 @@
 """Masks from text: generate candidates and choose the one that breaks the fewest rules.
 
 The rules are those of a face's geometry (brows above eyes, a nose surrounded by skin) and of the prompt ("bald", "with
-glasses"), which also judge masks of users. The candidates of a mask come from one random generator, so that a seed
-determines the mask.
+glasses"), which are also applied to masks of users. The candidates of a mask come from one random generator, so that a
+seed determines the mask.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Proposal:
     """Rules that it breaks, a few words each."""
 
     def reading(self) -> Reading:
-        """Return the mask as a value of `control_image`: unlike an array, it is not recognized anew."""
+        """Return the mask as a value of `control_image`: unlike that of an array, its format is not detected."""
         return Reading(raw=self.labels, scheme="proposed from the prompt")
 
 
