@@ -167,7 +167,7 @@ class Propose:
     seed: int | None = None
     """Seed of the first mask; each further mask uses the next seed. Default: random."""
     candidates: int = 4
-    """Largest number of candidates for a mask, at most 100; the first that breaks no rule of geometry or prompt is taken."""
+    """Candidates for a mask, from 1 to 100: the first that breaks no rule of geometry or of the prompt is taken."""
     out: str | None = None
     """PNG file, its stem for several masks, or a folder, where masks get the next free name mask-001, ... Default: the
     current folder."""
