@@ -69,6 +69,7 @@ def outcome(command: type, arguments: list[str]) -> int:
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_malformed_values(words, model, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # names of models are not searched on the Hub
     command = commands()[words]
     hints = typing.get_type_hints(command, include_extras=True)
     for field in dataclasses.fields(command):
