@@ -138,4 +138,4 @@ def test_command_line(tmp_path, capsys):
         assert run("replay", image, "--model", tmp_path / "model") == 0
         assert capsys.readouterr().out.endswith("bit-identical\n")
     assert run("models") == 0
-    assert capsys.readouterr().out.count("  128x128  ") == 3
+    assert capsys.readouterr().out.count("  128x128  ") == 4

@@ -274,8 +274,9 @@ class Models:
         for name in bundled_models():
             index = read_json(BUNDLED / name / "model_index.json")
             config = read_json(BUNDLED / name / "transformer" / "config.json")
-            conditions = ", ".join(c for c in config["condition_names"] if c != "none")
-            print(f"{name}  {index['_class_name']}  {format_sizes(trained_sizes(index))}  text, {conditions}")
+            inputs = ", ".join(["text", *(c for c in config["condition_names"] if c != "none")])
+            output = "  (generates masks)" if index["vae"][1] == "LabelDecoder" else ""
+            print(f"{name}  {index['_class_name']}  {format_sizes(trained_sizes(index))}  {inputs}{output}")
 
 
 def load_pipeline(
