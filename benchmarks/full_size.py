@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from side_by_side import median_seconds
 
 from likeness.models.mditface import MDiTFaceTransformer
 from likeness.models.mmface import MMFaceTransformer
@@ -37,20 +38,15 @@ def fill(model: Any, device: str) -> Any:
 
 
 def milliseconds(functions: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
-    """Return the median wall time of each function."""
-    import time
+    """Return the median milliseconds of each function, on the GPU until its work is done."""
 
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(rounds + 3):  # 3 to warm up
-        for name, function in functions.items():
-            wait()
-            start = time.perf_counter()
-            function()
-            wait()
-            if turn >= 3:
-                times[name].append(1000 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
+    def until_done(function: Callable[[], object]) -> None:
+        function()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+    timed = {name: partial(until_done, function) for name, function in functions.items()}
+    return {name: 1000 * value for name, value in median_seconds(timed, rounds, wall=True).items()}
 
 
 @torch.no_grad()

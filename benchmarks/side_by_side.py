@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping
 import torch
 
 
-def median_seconds(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def median_seconds(
+    functions: Mapping[str, Callable[[], object]], rounds: int, *, wall: bool = False
+) -> dict[str, float]:
     """Return the median seconds per call of each function, after one warm-up call.
 
     With one thread this is CPU time, which does not depend on other programs.
@@ -17,8 +19,9 @@ def median_seconds(functions: Mapping[str, Callable[[], object]], rounds: int) -
     Args:
         functions: name -> function.
         rounds: number of calls of each.
+        wall: measure wall time also with one thread, as for a GPU.
     """
-    now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    now = time.process_time if torch.get_num_threads() == 1 and not wall else time.perf_counter
     for function in functions.values():
         function()
     times: dict[str, list[float]] = {name: [] for name in functions}

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import arg
 
-from likeness.cli.output import exit_on_sigterm, image_names
+from likeness.cli.output import MAX_COUNT, exit_on_sigterm, image_names
 from likeness.cli.terminal import PathArgument, print_notes, progress_bar
 from likeness.runtime import optional_packages_hidden
 from likeness.types import InputError
@@ -152,8 +152,8 @@ class Interpolate(Edit):
         return edits.interpolate(mask, read_mask(self.second), self.at)
 
 
-MAX_COUNT, MAX_CANDIDATES = 1000, 100
-"""Largest `--count` and `--candidates`."""
+MAX_CANDIDATES = 100
+"""Largest `--candidates`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+MAX_COUNT = 1000
+"""Largest `--count`."""
+
+
 def image_names(
     out: str | None, suffix: str, count: int, inputs: Iterable[Path], stem: str = "portrait"
 ) -> tuple[Iterator[Path], bool]:

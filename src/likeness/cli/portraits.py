@@ -13,16 +13,13 @@ from typing import Any, Literal
 
 import tyro
 
-from likeness.cli.output import exit_on_sigterm, image_names, save_image
+from likeness.cli.output import MAX_COUNT, exit_on_sigterm, image_names, save_image
 from likeness.cli.terminal import PathArgument, print_notes, progress_bar, quiet_libraries
 from likeness.files import read_json
 from likeness.pipelines.sizes import format_sizes, parse_size, trained_sizes
 from likeness.runtime import choose_threads, optional_packages_hidden, set_threads
 from likeness.types import ConditionInput, DtypeName, InputError, PortraitRequest
 from likeness.weights.catalog import BUNDLED, DEFAULT, MASK_MODEL, bundled_models
-
-MAX_COUNT = 1000
-"""Largest `--count`."""
 
 
 @dataclass(frozen=True, kw_only=True)

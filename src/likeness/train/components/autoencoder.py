@@ -22,11 +22,11 @@ from likeness.conditions.mask.classes import CLASSES, PALETTE
 from likeness.data.ahead import read_ahead
 from likeness.data.folder import column_of, read_folder, read_photo
 from likeness.encoders.latent import LatentCodec, reconstruct, to_tensor
-from likeness.files import writing_folder
 from likeness.train.config import ComponentRecipe
 from likeness.train.ema import Ema
 from likeness.train.optim import learning_rate
 from likeness.train.progress import Progress
+from likeness.train.publish import publish_component
 from likeness.train.run_folder import open_component_run
 from likeness.train.train_state import TrainState
 from likeness.types import InputError
@@ -188,17 +188,10 @@ def report_and_publish(progress: Progress, ema: Ema, recipe: Any) -> None:
         ema: EMA of the autoencoder.
         recipe: a recipe with `batch`, `checkpoint_every`, `test` and `size`.
     """
-    if progress.due(50 * recipe.batch):
-        progress.report()
-    if progress.due(recipe.checkpoint_every):
-        progress.check_finite()
-        published = ema.averaged_model()
-        with writing_folder(progress.run / "model") as folder:
-            published.save_pretrained(folder)
-        if progress.last:
-            for folder in recipe.test:
-                progress.report_values(measure(published, read_folder(folder), recipe.size))
-    progress.save(recipe.checkpoint_every)
+    test = recipe.test if progress.last else ()
+    publish_component(
+        progress, ema, recipe, lambda vae: (measure(vae, read_folder(folder), recipe.size) for folder in test)
+    )
 
 
 @torch.no_grad()

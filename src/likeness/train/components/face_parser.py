@@ -30,11 +30,11 @@ from likeness.conditions.mask.classes import CLASSES
 from likeness.data.ahead import read_ahead
 from likeness.data.folder import column_of, read_folder, read_photo
 from likeness.data.sampler import stream
-from likeness.files import writing_folder
 from likeness.train.config import ComponentRecipe
 from likeness.train.ema import Ema
 from likeness.train.optim import learning_rate
 from likeness.train.progress import Progress
+from likeness.train.publish import publish_component
 from likeness.train.run_folder import open_component_run
 from likeness.train.train_state import TrainState
 from likeness.types import InputError
@@ -251,12 +251,4 @@ def train_face_parser(recipe: FaceParserRecipe, run: Path) -> None:
             loss.backward()
             rate = learning_rate(start, recipe.images, recipe.learning_rate, recipe.warmup)
             progress.end_step(loss=loss.detach(), gradient_norm=state.step(rate, max_norm=1.0))
-            if progress.due(20 * recipe.batch):
-                progress.report()
-            if progress.due(recipe.checkpoint_every):
-                progress.check_finite()
-                published = ema.averaged_model()
-                with writing_folder(run / "model") as folder:
-                    published.save_pretrained(folder)
-                progress.report_values(measure(published, test, recipe))
-            progress.save(recipe.checkpoint_every)
+            publish_component(progress, ema, recipe, lambda parser: [measure(parser, test, recipe)], steps=20)

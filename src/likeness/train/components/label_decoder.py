@@ -30,6 +30,7 @@ from likeness.train.config import ComponentRecipe, check_minimum, check_values
 from likeness.train.ema import Ema
 from likeness.train.optim import learning_rate
 from likeness.train.progress import Progress
+from likeness.train.publish import publish_component
 from likeness.train.run_folder import open_component_run
 from likeness.train.train_state import TrainState
 from likeness.weights.catalog import BUNDLED, COMMON
@@ -138,7 +139,7 @@ def train_label_decoder(recipe: LabelDecoderRecipe, run: Path) -> None:
         )
         settings = components.settings["latent_mean"], components.settings["latent_std"]
         components.vae.to(world.device)
-        codec = LatentCodec(components.vae, *settings, batched=True)
+        codec, exact = (LatentCodec(components.vae, *settings, batched=batched) for batched in (True, False))
         torch.manual_seed(recipe.seed)
         decoder: Any = LabelDecoder(
             palette=PALETTE.tolist(),
@@ -162,11 +163,4 @@ def train_label_decoder(recipe: LabelDecoderRecipe, run: Path) -> None:
             loss.backward()
             rate = learning_rate(start, recipe.images, recipe.learning_rate, recipe.warmup)
             progress.end_step(loss=loss.detach(), gradient_norm=state.step(rate, max_norm=1.0))
-            if progress.due(50 * recipe.batch):
-                progress.report()
-            if progress.due(recipe.checkpoint_every):
-                progress.check_finite()
-                published = ema.averaged_model()
-                published.save_pretrained(run / "model")
-                progress.report_values(measure(published, LatentCodec(components.vae, *settings), test, recipe))
-            progress.save(recipe.checkpoint_every)
+            publish_component(progress, ema, recipe, lambda published: [measure(published, exact, test, recipe)])
