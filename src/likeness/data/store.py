@@ -24,6 +24,7 @@ from torch import Tensor
 
 from likeness.files import read_json, write_whole
 from likeness.types import InputError, TextFeatures
+from likeness.weights.hashes import file_hash
 
 MANIFEST = "manifest.json"
 SCHEMA = 2
@@ -164,8 +165,7 @@ def read_part(file: Path, names: Sequence[str] | None = None) -> dict[str, Tenso
 def is_intact(file: Path) -> bool:
     """Return whether a file of a store has the content by which it is named."""
     try:
-        with file.open("rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()[:16] == file.stem.rpartition("-")[2]
+        return file_hash(file)[:16] == file.stem.rpartition("-")[2]
     except OSError:
         return False
 

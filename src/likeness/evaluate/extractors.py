@@ -27,7 +27,7 @@ from likeness.evaluate.features import Extractor, MissingError
 from likeness.evaluate.protocol import BUNDLED, Protocol
 from likeness.evaluate.scores import class_counts, edge_f_score, is_complete_face, keypoint_error, sharpness
 from likeness.weights import catalog
-from likeness.weights.hashes import network_name, weights_hash
+from likeness.weights.hashes import file_hash, network_name, weights_hash
 
 Images, Faces = Sequence[np.ndarray], Sequence[Face]
 
@@ -141,7 +141,7 @@ def landmarks(protocol: Protocol, size: int, device: str) -> Extractor:
         score = lambda given, found: keypoint_error(given, found, STROKES)  # noqa: E731
         return compare_conditions("keypoints", [detect(image) for image in images], faces, size, score)
 
-    content = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    content = file_hash(file)[:16]
     description = f"MediaPipe's {file.name}"
     return Extractor(name="landmarks", description=description, hash=content, extract=extract, close=stack.close)
 

@@ -7,7 +7,6 @@ be resumed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from likeness.pipelines.image_recipe import hash_of, read_recipe, recipe_of, set
 from likeness.pipelines.load import load
 from likeness.pipelines.propose import add_mask
 from likeness.types import ConditionInput, InputError, PortraitRequest
-from likeness.weights.hashes import pipeline_hash
+from likeness.weights.hashes import file_hash, pipeline_hash
 
 SEED_STRIDE = 1_000_000
 """Difference between two seeds of the same face."""
@@ -83,7 +82,7 @@ def generate_images(task: Task) -> ImageSets:
     defaults, fingerprint = pipeline.config.defaults, pipeline_hash(pipeline)
     steps = defaults["steps"] if protocol.steps is None else protocol.steps
     guidance = defaults["guidance_scale"] if protocol.guidance_scale is None else protocol.guidance_scale
-    mask_pipeline = None if protocol.mask_model is None else load(protocol.mask_model)
+    mask_pipeline = load(protocol.mask_model) if protocol.mask_model and NONE in protocol.given else None
     source = {
         "model": task.model,
         "fingerprint": fingerprint[:16],
@@ -186,7 +185,7 @@ def reconstruct_photos(task: Task) -> tuple[list[Path], dict[str, str]]:
 def hash_of_file(photo: Path) -> str:
     """Return the SHA-256 of a photograph, "" if it cannot be read."""
     try:
-        return hashlib.sha256(photo.read_bytes()).hexdigest()
+        return file_hash(photo)
     except OSError:
         return ""
 

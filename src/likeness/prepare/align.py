@@ -10,7 +10,6 @@ on such borders. Unlike in FFHQ, no pixel inside the photo is blurred.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -39,6 +38,7 @@ from likeness.prepare.annotate import keypoints_file, made_by_column
 from likeness.prepare.ingest.faces import plain_name
 from likeness.prepare.ingest.source import IMAGES, walk
 from likeness.types import InputError
+from likeness.weights.hashes import file_hash
 
 JOURNAL = ".aligned.jsonl"
 """Progress: a line of settings, then one per photo."""
@@ -176,7 +176,7 @@ def align_photo(
 ) -> dict[str, Any]:
     """Write the portraits and keypoints of one photo; returns its record with rows and faults."""
     try:
-        sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+        sha256 = file_hash(file)
         known = json.loads(done.get((name, sha256), "null"))
         if known and all((out / row["file_name"]).is_file() for row in known["rows"]):
             return known

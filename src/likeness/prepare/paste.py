@@ -6,7 +6,6 @@ file that was aligned: its SHA-256 is compared.
 
 from __future__ import annotations
 
-import hashlib
 import io
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from likeness.pipelines.formats import format_of
 from likeness.pipelines.image_recipe import GENERATED, IPTC, RDF, XMP_KEY
 from likeness.prepare.align import resample
 from likeness.types import InputError
+from likeness.weights.hashes import file_hash
 
 FEATHER = 0.1
 """Width of the blended border as a fraction of the portrait's side."""
@@ -69,7 +69,7 @@ def paste_file(
 
 def row_of(aligned: Path, photo: Path, portrait: Path, face: str | None) -> dict[str, Any]:
     """Return `transform`, `size` and `file_name` of the face of a portrait."""
-    sha256 = hashlib.sha256(existing_path(photo).read_bytes()).hexdigest()
+    sha256 = file_hash(existing_path(photo))
     rows = [row for row in read_folder(aligned) if isinstance(row.get("aligned"), dict)]
     if not rows:
         raise InputError(f"{aligned} has no transforms: give a folder written by `likeness prepare align`")
