@@ -247,6 +247,18 @@ def test_attributes_are_part_of_the_hashes(root):
     assert cache_key(extractor, files, edited, 32) != cache_key(extractor, files, faces, 32)
 
 
+def test_contents_are_part_of_the_key_of_the_cache(root, tmp_path):
+    faces, _ = read_faces(root / "faces", protocol_of(root))
+    extractor = Extractor(name="e", description="", hash="", extract=lambda images, faces: np.zeros((len(images), 1)))
+    file = tmp_path / "image.bin"
+    keys = set()
+    for content in (b"one", b"two"):  # of equal size, and changed at the same time
+        file.write_bytes(content)
+        os.utime(file, ns=(0, 0))
+        keys.add(cache_key(extractor, [file], faces[:1], 32))
+    assert len(keys) == 2
+
+
 def test_missing_metrics_say_what_to_provide(root, tmp_path):
     expected = {
         "fid": "pip install torch-fidelity",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
 import zipfile
 from pathlib import Path
 from typing import IO
@@ -78,27 +77,25 @@ def open_image(
     """
     name = name or describe(source)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our bound is checked instead
-            if isinstance(source, Image.Image):
-                check_pixels(source.width, source.height, name, max_pixels)
-                source.load()
-                image = source
+        if isinstance(source, Image.Image):
+            check_pixels(source.width, source.height, name, max_pixels)
+            source.load()
+            image = source
+        else:
+            if isinstance(source, bytes):
+                file, length = io.BytesIO(source), len(source)
             else:
-                if isinstance(source, bytes):
-                    file, length = io.BytesIO(source), len(source)
-                else:
-                    file = _regular_file(source, name)
-                    length = file.stat().st_size
-                if not length:
-                    raise InputError(f"{name} is empty (0 bytes): save or download it again", kind="corrupt-file")
-                with Image.open(file, formats=_formats(name)) as image:
-                    if image.format in ("JPEG", "MPO") and image.width * image.height > max_pixels:
-                        scale = next((n for n in (2, 4, 8) if image.width * image.height <= max_pixels * n * n), 8)
-                        image.draft(None, (image.width // scale, image.height // scale))
-                    check_pixels(image.width, image.height, name, max_pixels)
-                    image.load()
-            upright = ImageOps.exif_transpose(image)
+                file = _regular_file(source, name)
+                length = file.stat().st_size
+            if not length:
+                raise InputError(f"{name} is empty (0 bytes): save or download it again", kind="corrupt-file")
+            with Image.open(file, formats=_formats(name)) as image:
+                if image.format in ("JPEG", "MPO") and image.width * image.height > max_pixels:
+                    scale = next((n for n in (2, 4, 8) if image.width * image.height <= max_pixels * n * n), 8)
+                    image.draft(None, (image.width // scale, image.height // scale))
+                check_pixels(image.width, image.height, name, max_pixels)
+                image.load()
+        upright = ImageOps.exif_transpose(image)
     except UnidentifiedImageError as error:
         text = f"{name} is not a readable image: save it as PNG (supported: {', '.join(FORMATS)})"
         raise InputError(text, kind="corrupt-file") from error

@@ -21,6 +21,7 @@ from likeness.data.folder import read_photo
 from likeness.evaluate.faces import Face
 from likeness.files import write_whole
 from likeness.types import InputError
+from likeness.weights.hashes import file_hash
 
 CHUNK = 256
 """Images per file of the cache."""
@@ -159,7 +160,7 @@ def read_batches(files: Sequence[Path], size: int) -> Iterator[tuple[int, list[n
 
 
 def cache_key(extractor: Extractor, files: Sequence[Path], faces: Sequence[Face], size: int) -> str:
-    """Hash everything that the output depends on: extractor, files with their times, faces and size."""
+    """Hash everything that the output depends on: extractor, contents of the files, faces and size."""
     digest = hashlib.sha256(f"{extractor.hash} {size}".encode())
     digest.update(f"form {extractor.form}".encode() if extractor.form > 1 else b"")
     for file, face in zip(files, faces, strict=True):
@@ -167,6 +168,5 @@ def cache_key(extractor: Extractor, files: Sequence[Path], faces: Sequence[Face]
         if face.attributes:
             digest.update(json.dumps(face.attributes, sort_keys=True).encode())
         for path in (file, face.photo, *face.conditions.values(), *face.mismatched.values()):
-            stat = path.stat() if path.is_file() else None
-            digest.update(f"{stat.st_size} {stat.st_mtime_ns} ".encode() if stat else b"- ")
+            digest.update(f"{file_hash(path)} ".encode() if path.is_file() else b"- ")
     return digest.hexdigest()[:12]
