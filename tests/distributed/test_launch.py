@@ -1,4 +1,4 @@
-"""The scripts of `launch/`: two machines of two processes, errors, SIGTERM, and the arguments of SLURM."""
+"""The scripts of `launch/`: two machines, errors, SIGTERM, and the arguments of SLURM."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def environment(**given: str) -> dict[str, str]:
     return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "PROCESSES": "2"} | given
 
 
-def test_two_machines_of_two(root, tmp_path):
-    """Hybrid sharding on a mesh of (2, 2), with two passes per step: the weights are those of one process."""
+def test_two_machines(root, tmp_path):
+    """Hybrid sharding between two machines, with two passes per step: the weights are those of one process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    given = [*shortened(root), "optimizer.images=32", "optimizer.batch=8"]
+    given = shortened(root)
     command = [TORCHRUN, DEBUG, "--out", tmp_path / "run", *given, "sharding=hybrid", "micro_batch=1"]
-    where = environment(MACHINES="2", MASTER=f"127.0.0.1:{port}", RUN_ID="test", RESTARTS="0")
+    where = environment(PROCESSES="1", MACHINES="2", MASTER=f"127.0.0.1:{port}", RUN_ID="test", RESTARTS="0")
     machines = [subprocess.Popen(command, env=where, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [machine.communicate(timeout=900)[1] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said[0][-3000:] + said[1][-3000:]
@@ -57,15 +57,15 @@ def test_two_machines_of_two(root, tmp_path):
     for name, value in wanted.items():
         if name.startswith("model/"):
             assert (found[name] - value).abs().mean() < 2e-5, name
-    assert len(list((tmp_path / "run/checkpoints/000000000032").glob("*.distcp"))) == 4  # one per process
+    assert len(list((tmp_path / "run/checkpoints/000000000016").glob("*.distcp"))) == 2  # one per process
 
 
 def test_invalid_recipes_are_not_restarted(root, tmp_path):
-    """Each process reports the error once, and the script has the exit code of the command."""
-    command = [TORCHRUN, DEBUG, *shortened(root), "optimizer.batch=5", "--out", tmp_path / "run"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
+    """The error is reported once, and the script has the exit code of the command."""
+    command = [TORCHRUN, DEBUG, *shortened(root), "micro_batch=3", "--out", tmp_path / "run"]
+    done = subprocess.run(command, env=environment(PROCESSES="1"), capture_output=True, text=True, timeout=900)
     assert done.returncode == 2, done.stderr[-3000:]
-    assert done.stderr.count("a batch of 5 cannot be divided into micro-batches") == 2
+    assert done.stderr.count("a batch of 4 cannot be divided into micro-batches") == 1
     assert not (tmp_path / "run").exists()
 
 

@@ -1,4 +1,4 @@
-"""One rank of a torchrun: trains every job of a JSON file and records errors per rank.
+"""One rank of a torchrun: runs the command and trains every job of a JSON file, and records errors per rank.
 
 torchrun --nproc-per-node 2 worker.py jobs.json
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from likeness.cli import main
 from likeness.config import build
 from likeness.train import loop
 from likeness.train.config import TrainRecipe
@@ -19,7 +20,9 @@ from likeness.types import InputError
 
 torch.set_num_threads(1)
 torch.compiler.set_stance("force_eager")  # torchao's optimizer would compile for a minute
-for values, run in json.loads(Path(sys.argv[1]).read_text()):
+command, jobs = json.loads(Path(sys.argv[1]).read_text())
+main(command)
+for values, run in jobs:
     try:
         loop.train(build(TrainRecipe, values), Path(run))
     except InputError as error:

@@ -6,8 +6,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 from hashlib import sha256
 from pathlib import Path
 
@@ -438,17 +436,3 @@ def test_invalid_arguments_are_reported_before_the_work(prepared, tmp_path, wron
     assert ("has test but no split train" if wrong == "split" else f"{tmp_path / 'none'}") in capsys.readouterr().err
     assert not list(out.rglob("sketches"))
     assert out.exists() == (wrong == "split")
-
-
-@pytest.mark.slow
-def test_two_processes_under_torchrun(faces, prepared, tmp_path):
-    rows = read_rows(faces)
-    write_rows(faces, rows * 30)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = ["-m", "likeness.cli", "prepare", "encode", str(faces), str(tmp_path / "s"), "--size", str(SIZE)]
-    run = [*launch, *command, "--components", str(prepared / "components")]
-    found = subprocess.run(run, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
-    store = Store(tmp_path / "s")
-    assert len(store) == 30 * FACES
-    assert torch.allclose(store[227].latents, Store(prepared / "shards")[7].latents, atol=2e-3)
