@@ -52,7 +52,7 @@ def seeds(*numbers: int) -> list[torch.Generator]:
 
 
 def make(pipeline, prompt=PROMPT, negative="", control=None, numbers=(7,), **more) -> np.ndarray:
-    return pipeline(prompt, negative, control or {}, generator=seeds(*numbers), output_type="np", **more).images
+    return pipeline(prompt, negative, control, generator=seeds(*numbers), output_type="np", **more).images
 
 
 def test_every_subset_is_its_own_image(pipeline, faces):

@@ -38,7 +38,7 @@ class Figure(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A part of a page, in the order of its fields; Markdown has its text only."""
+    """A part of a page, in the order of its fields. Markdown omits sections of figures, charts or code."""
 
     title: str = ""
     level: int = 2
@@ -53,16 +53,6 @@ class Section:
     lines: Sequence[str] = ()
     code: str = ""
     """Unfolded on demand."""
-
-    @property
-    def statements(self) -> list[str]:
-        """Alarms and verdict."""
-        return [*self.alarms, *self.verdict]
-
-    @property
-    def in_markdown(self) -> bool:
-        """Whether it is text."""
-        return not (self.figures or self.charts or self.code)
 
 
 def render(template: str, title: str, sections: Iterable[Section]) -> str:

@@ -188,8 +188,8 @@ def fill_holes(labels: np.ndarray, classes: Names) -> np.ndarray:
 def rename(labels: np.ndarray, old: str, new: str) -> np.ndarray:
     """Change every pixel of class `old` to `new`."""
     labels = checked(labels)
-    (index,) = present_classes(labels, old, background=True)
-    return np.where(labels == index, class_index(new), labels).astype(np.uint8)
+    found = present_classes(labels, old, background=True)
+    return np.where(np.isin(labels, found), class_index(new), labels).astype(np.uint8)
 
 
 def swap(labels: np.ndarray, first: str, second: str) -> np.ndarray:
