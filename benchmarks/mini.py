@@ -17,8 +17,9 @@ import likeness
 from likeness.data.folder import read_folder
 from likeness.data.store import Store
 from likeness.evaluate.protocol import BUNDLED, Protocol
-from likeness.evaluate.report import markdown_table, numbers_table, write_report
+from likeness.evaluate.report import numbers_table, write_report
 from likeness.evaluate.run import evaluate
+from likeness.pages import markdown_table
 from likeness.train.components.autoencoder import measure
 from likeness.train.validate import condition_losses
 

@@ -23,6 +23,7 @@ from likeness.annotators.face_parser import load_face_parser, parse_faces
 from likeness.annotators.landmarks import open_landmarker
 from likeness.annotators.sketch import extract_sketch
 from likeness.conditions.mask import mask_image
+from likeness.prepare.annotate import annotate_folder
 
 HERE = Path(__file__).parent
 SIZE = 256
@@ -33,11 +34,30 @@ PORTRAITS: dict[str, tuple[str, int]] = {
     "fringe": ("a woman with wavy brown hair and bangs", 9),
 }
 """Name of the files -> (sentence, seed)."""
+FACES: dict[str, int] = {
+    "a smiling woman with blond hair": 4,
+    "an old man with grey hair and glasses": 9,
+    "a young woman with long brown hair": 5,
+    "a man with black hair and a beard": 9,
+}
+"""Caption -> seed of the faces of `faces/`, a prepared folder."""
 
 
 def main() -> None:
     with open_landmarker(Path(sys.argv[1])) if len(sys.argv) > 1 else nullcontext() as find:
         make(find)
+    make_faces(HERE / "faces")
+
+
+def make_faces(folder: Path) -> None:
+    pipeline, lines = likeness.load(), []
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for number, (caption, seed) in enumerate(FACES.items()):
+        name = f"images/{number}.png"
+        pipeline(caption, generator=torch.Generator().manual_seed(seed)).save(folder / name)
+        lines.append(json.dumps({"file_name": name, "text": [caption]}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines))
+    annotate_folder(folder, parser="bundled")
 
 
 def make(find: Callable[[np.ndarray], np.ndarray | None] | None) -> None:

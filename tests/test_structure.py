@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import pydoc
 from pathlib import Path
 
 import likeness
@@ -26,8 +27,11 @@ def test_published_module_paths():
 
 
 def test_public_names_exist():
+    assert dir(likeness) == sorted(likeness.__all__)
     for name in likeness.__all__:
         assert getattr(likeness, name) is not None
+    assert (SOURCE / "py.typed").is_file()
+    assert "load(" in pydoc.render_doc(likeness)
 
 
 def test_conditions_are_whole():

@@ -1,12 +1,17 @@
-"""Generate face images from text, semantic masks and sketches.
+"""Generate face images from text, semantic masks, sketches and keypoints.
 
-`likeness.load()` loads a pipeline. Heavy modules are imported at their first use.
+    >>> import torch, likeness
+    >>> pipeline = likeness.load()  # a bundled model, a folder or a Hub id
+    >>> result = pipeline("a smiling woman", control_image="mask.png", generator=torch.Generator().manual_seed(1))
+    >>> result.save("face.png")  # with its recipe, for `likeness replay`
+
+`load` documents the models, the pipelines' `__call__` all arguments. Heavy modules are imported at their first use.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from likeness.runtime import library_imports
 
@@ -42,7 +47,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __dir__() -> list[str]:
+    return __all__
+
+
+def __getattr__(name: str) -> object:
     if name in _MODULES:
         with library_imports():
             return getattr(importlib.import_module(_MODULES[name]), name)

@@ -11,7 +11,7 @@ import os
 import torch
 
 from likeness.files import first_line
-from likeness.types import DtypeName, InputError
+from likeness.types import InputError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Name on the command line -> torch's number format."""
@@ -47,18 +47,24 @@ def choose_device(device: str | None) -> str:
     return chosen
 
 
-def choose_dtype(dtype: torch.dtype | DtypeName, device: str) -> torch.dtype:
+def choose_dtype(dtype: torch.dtype | str, device: str) -> torch.dtype:
     """Resolve a number format.
 
     Args:
-        dtype: a format, its name, or `auto`: float32 on a CPU; on an accelerator bfloat16 if it supports that, else
-            float16.
+        dtype: a format, its name on the command line or in PyTorch, or `auto`: float32 on a CPU; on an accelerator
+            bfloat16 if it supports that, else float16.
         device: what `choose_device` returned.
+
+    Raises:
+        InputError: the name is unknown.
     """
     if isinstance(dtype, torch.dtype):
         return dtype
+    names = DTYPES | {str(value).removeprefix("torch."): value for value in DTYPES.values()}
     if dtype != "auto":
-        return DTYPES[dtype]
+        if dtype not in names:
+            raise InputError(f"Unknown dtype {dtype!r}. Available: auto, {', '.join(names)}")
+        return names[dtype]
     if device == "cpu":
         return torch.float32
     return torch.bfloat16 if supports_bf16(device) else torch.float16

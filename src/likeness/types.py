@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -25,6 +26,12 @@ class InputError(ValueError):
     def __init__(self, message: str = "", *, kind: str = "") -> None:
         super().__init__(message)
         self.kind = kind
+
+
+def suggestion(name: str, known: Collection[str]) -> str:
+    """Return the end of a message about an unknown name: the nearest known one, and all."""
+    near = difflib.get_close_matches(name.lower(), known, n=1)
+    return f"{f'Did you mean {near[0]}? ' if near else ''}Available: {', '.join(known)}"
 
 
 class Note(NamedTuple):

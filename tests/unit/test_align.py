@@ -12,16 +12,21 @@ from hostile import bomb, full_disk, read_only, snapshot
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
+from builders import run
+from likeness.annotators.face_parser import load_face_parser, parse_faces
 from likeness.annotators.landmarks import find_faces
 from likeness.cli import main
 from likeness.conditions import CONDITIONS
 from likeness.conditions.framing import inverse, move, portrait_transform
 from likeness.conditions.keypoints import STROKES
+from likeness.conditions.mask.classes import CLASS_INDEX
 from likeness.data.folder import read_folder, read_photo
+from likeness.data.synthetic import draw_face
 from likeness.prepare.align import JOURNAL, align_files, cut_portrait, photo_files
 from likeness.prepare.annotate import annotate_folder
 from likeness.prepare.paste import COMPOSITE, paste_file, paste_portrait
 from likeness.types import InputError
+from likeness.weights.hashes import file_hash
 
 SHARED = Path(os.environ.get("LIKENESS_SHARED", Path(__file__).parents[3] / "shared"))
 MODEL = SHARED / "weights" / "face_landmarker" / "face_landmarker.task"
@@ -317,6 +322,37 @@ def test_invalid_or_long_names(photos, tmp_path):
     assert rows[latin].startswith("caf_-")
     annotate_folder(tmp_path / "out")
     assert all("sketch_file_name" in row for row in read_folder(tmp_path / "out"))
+
+
+def test_paste_classes_only(tmp_path, capsys):
+    """Pixels of other classes stay; the edge is blended; skin brings what is on it."""
+    face, other = (draw_face(0, index, 128) for index in (0, 1))
+    photo, out = tmp_path / "photo.png", tmp_path / "aligned"
+    Image.fromarray(np.pad(face.image, ((20, 20), (40, 40), (0, 0)), mode="edge")).save(photo)
+    (out / "images").mkdir(parents=True)
+    Image.fromarray(face.image).save(out / "images" / "a.png")
+    aligned = {"photo": "photo.png", "sha256": file_hash(photo), "transform": [[1, 0, -40], [0, 1, -20]], "size": 128}
+    (out / "metadata.jsonl").write_text(json.dumps({"file_name": "images/a.png", "aligned": aligned}))
+    Image.fromarray(other.image).save(tmp_path / "edited.png")
+    command = ["prepare", "paste", tmp_path / "edited.png", "--aligned", out, "--photo", photo]
+    network, size = load_face_parser()
+    (found,) = parse_faces(network, [other.image], size=size)
+    names = ["hair", "skin", "nose", "l_eye", "r_eye", "l_brow", "r_brow", "mouth", "u_lip", "l_lip", "eye_g"]
+    chosen = np.isin(found, [CLASS_INDEX[name] for name in names])
+    assert run(*command, "--only", "Hair,skin", "--out", tmp_path / "pasted.png") == 0
+    pasted = read_photo(tmp_path / "pasted.png")[20:148, 40:168]
+    assert np.array_equal(pasted[~chosen], face.image[~chosen])
+    deep = ndimage.binary_erosion(chosen, iterations=6)
+    deep[:14], deep[-14:], deep[:, :14], deep[:, -14:] = False, False, False, False  # the border of the portrait
+    assert deep.mean() > 0.1
+    assert np.abs(pasted[deep].astype(int) - other.image[deep]).max() <= 1
+    edge = chosen & ~ndimage.binary_erosion(chosen)
+    steps = [np.abs(one[edge].astype(int) - face.image[edge]).mean() for one in (pasted, other.image)]
+    assert steps[0] < steps[1] / 2
+    capsys.readouterr()
+    assert run(*command, "--only", "hear", "--out", tmp_path / "no.png") == 2
+    assert "Unknown class 'hear'" in capsys.readouterr().err
+    assert not (tmp_path / "no.png").exists()
 
 
 def test_paste_file(photos, tmp_path, capsys):

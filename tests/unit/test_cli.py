@@ -144,6 +144,21 @@ def test_replay_says_what_changed(folder, tmp_path, capsys):
     assert "fingerprint" in capsys.readouterr().err
 
 
+def test_options_without_effect_and_the_model_of_a_run(folder, tmp_path, capsys):
+    """A run folder stands for its model."""
+    command = ["generate", "a man", "--model", folder, "--guidance-scale", 1, "--out", tmp_path / "face.png"]
+    idle = ["--mask-scale", 0.5, "--control-guidance-end", 0.5, "--negative-prompt", "a hat", "--mask-model", "other"]
+    assert run(*command, *idle) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "--mask-scale has no effect without --mask",
+        "--control-guidance-end has no effect without a condition",
+        "--mask-model has no effect without --via-mask",
+        "the negative prompt has no effect with guidance_scale 1: choose a larger one",
+    ]
+    assert run(*command, "--mask-scale", 0.5, "--mask", folder / "mask.png") == 0
+    assert "no effect" not in capsys.readouterr().err
+
+
 def test_count_seeds_and_batch(folder, tmp_path, capsys):
     """Image k of a series equals the image of its own seed."""
     out = tmp_path / "series.webp"
@@ -191,7 +206,8 @@ def test_unconditional_face_default_name_and_stripping(folder, tmp_path, capsys,
         (["--device", "nowhere"], "Device 'nowhere' is not available. Available: "),
         (["--lora", "a=0.5", "b=0.7"], "does not support LoRAs: leave a out"),
         (["--model", "{}/absent"], "Unknown model"),
-        (["--model", "{}"], "no model_index.json"),
+        (["--model", "mmface-mimi"], "Unknown model 'mmface-mimi'. Did you mean mmface-mini?"),
+        (["--model", "{}/model/transformer"], "no model_index.json"),
         (["--model", "{}/broken"], "broken"),
         (["--model", "{}/released", "--keypoints", "{}/points.json"], "not trained with keypoints"),
     ],

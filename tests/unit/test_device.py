@@ -54,7 +54,10 @@ def test_accelerator_that_does_not_compute(four_devices, monkeypatch):
 def test_number_formats(four_devices):
     assert choose_dtype("auto", "cpu") is torch.float32
     assert choose_dtype("auto", "meta") is torch.bfloat16
-    assert choose_dtype("fp16", "cpu") is choose_dtype(torch.float16, "meta") is torch.float16
+    for name in ("fp16", "float16", torch.float16):
+        assert choose_dtype(name, "cpu") is torch.float16
+    with pytest.raises(InputError, match="Unknown dtype 'int4'"):
+        choose_dtype("int4", "cpu")
 
 
 def test_every_command_chooses_by_itself():
@@ -78,6 +81,8 @@ def test_load_stays_on_the_cpu_unless_told(tmp_path):
     pipeline = load(tmp_path)
     assert pipeline.device.type == "cpu"
     assert pipeline.transformer.dtype is torch.float32
+    for given in ({"dtype": "bf16"}, {"torch_dtype": torch.bfloat16}, {"torch_dtype": "bfloat16"}):
+        assert load(tmp_path, **given).transformer.dtype is torch.bfloat16
     pipeline = load(tmp_path, device="auto", dtype="auto")
     assert pipeline.device.type == choose_device("auto")
     assert pipeline.transformer.dtype is choose_dtype("auto", choose_device("auto"))

@@ -530,7 +530,8 @@ def test_published_networks(root, tmp_path):
 
 def test_report(root, results):
     page = (root / "first" / "report.html").read_text()
-    assert "<meter" in page
+    assert page.index("Images from mask: ") < page.index("data:image") < page.index("<svg") < page.index("<table")
+    assert ">l_brow</text>" in page  # labels of charts are text
     assert page.count("data:image/webp;base64,") > COUNT
     assert "<script" not in page
     assert 'src="http' not in page
@@ -572,7 +573,10 @@ def test_command_line(root, tmp_path, capsys):
     assert "no significant difference" in capsys.readouterr().out
     compared = json.loads((tmp_path / "compared" / "comparison.json").read_text())
     assert list(compared) == ["names", "values", "differences", "notes"]
-    assert {"comparison.html", "comparison.md"} <= {path.name for path in (tmp_path / "compared").iterdir()}
+    page, text = ((tmp_path / "compared" / f"comparison.{suffix}").read_text() for suffix in ("html", "md"))
+    assert all("significant: " in one for one in (page, text))
+    assert page.count("data:image/webp;base64,") == 2 * 4  # an image of both, for each face
+    assert page.count("<svg") == 1
     (tmp_path / "p.toml").write_text("count = 4\nsteeps = 2\n")
     absent = tmp_path / "x"
     for arguments, text in (

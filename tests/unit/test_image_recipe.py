@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -214,6 +215,35 @@ def test_replays_record_the_model_that_made_them(made, tmp_path, capsys):
     assert (found["model"], found["fingerprint"]) == (str(tmp_path / "other"), pipeline_hash(other))
     assert run("replay", tmp_path / "b.png", "--model", tmp_path / "other") == 0
     assert "bit-identical" in capsys.readouterr().out
+
+
+def test_images_from_python(tmp_path, capsys):
+    """`save` writes what `generate` writes: each image is replayed from its file; calls that no seed describes are
+    rejected.
+    """
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    pipeline, new = load(tmp_path / "model"), lambda *numbers: [torch.Generator().manual_seed(n) for n in numbers]
+    mask = draw_face(0, 0, 64).mask
+    call = {"negative_prompt": "glasses", "control_image": mask, "conditioning_scale": 0.7}
+    files = pipeline(["a man", "a woman"], **call, generator=new(3, 4)).save(tmp_path / "face.png")
+    assert [file.name for file in files] == ["face-1.png", "face-2.png"]
+    files += pipeline(guidance_scale=1.0, generator=torch.Generator().manual_seed(5)).save(tmp_path / "one.webp")
+    for file in files:
+        assert run("replay", file, "--model", tmp_path / "model") == 0, capsys.readouterr().err
+        assert read_recipe(file)[0]["model"] == str(tmp_path / "model")
+    used = new(3)
+    torch.randn(1, generator=used[0])
+    for options in (
+        {"generator": used},
+        {},
+        {"generator": new(3), "num_images_per_prompt": 2},
+        {"generator": new(3), "guidance_interval": (0, 1)},
+    ):
+        with pytest.raises(InputError, match=r"have no recipe|generators for"):
+            pipeline("a man", **options).save(tmp_path / "none.png")
+    with pytest.raises(InputError, match="Only PIL images"):
+        pipeline("a man", generator=new(3), output_type="np").save(tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_changed_condition_is_noticed(made):

@@ -23,9 +23,9 @@ from likeness.prepare.encode import encode_folder
 from likeness.train import batches, loop
 from likeness.train.checkpoint import checkpoints, save_checkpoint
 from likeness.train.ema import Ema, exponent, posthoc_ema, solve
-from likeness.train.html_report import write_report
 from likeness.train.metrics import Reporter
 from likeness.train.optim import make_optimizers
+from likeness.train.report import write_report
 from likeness.types import ConditionInput, InputError, PortraitRequest, TryAgain
 from runs import SIZE, assert_identical, load_checkpoint, metrics, prepare, small, weights_of
 
@@ -335,12 +335,16 @@ def test_eight_bit_checkpoints(root, tmp_path):
 def test_reports(root, tmp_path):
     pytest.importorskip("tensorboard")
     preview = [{"prompt": "a face", "seed": 1}]
-    given = small(root, preview=preview, tensorboard=True, diagnostics_every=8)
+    given = small(root, preview=preview, tensorboard=True, diagnostics_every=4, log_every=4)
     loop.train(given, tmp_path)
     page = (tmp_path / "index.html").read_text()
     assert page.count("<svg") >= 7
-    assert page.count("data:image/jpeg;base64,") == 3
-    assert "diagnostics: loss by mask" in page
+    assert page.count("data:image/webp;base64,") == 3
+    assert page.index("data:image") < page.index("<svg") < page.index("<table")  # images, curves, tables
+    assert ">another face's</text>" in page  # text, not paths
+    assert "Loss by mask" in page
+    assert "prefers-color-scheme: dark" in page
+    assert "#010101" not in page  # ink has the color of the page
     assert "http" not in page.replace("http://www.w3.org", "")  # self-contained
     assert list((tmp_path / "tensorboard").glob("events*"))
     line = next(line for line in metrics(tmp_path) if "loss" in line)

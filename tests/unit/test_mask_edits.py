@@ -423,6 +423,12 @@ def test_commands(files, tmp_path, capsys):
         (["paste", first, second, "--class", "hair"], edits.paste(one, two, "hair")),
         (["paste", first, second, "--class", "hair", "--align"], edits.paste(one, two, "hair", align=True)),
         (["fill", first, "--class", "hair"], edits.fill_holes(one, "hair")),
+        (["remove", first, "--class", "Upper Lip", "EYES"], edits.remove(one, ("u_lip", "l_eye", "r_eye"))),
+        (
+            ["rename", first, "--class", "eyes", "--to", "skin"],
+            edits.rename(edits.rename(one, "l_eye", "skin"), "r_eye", "skin"),
+        ),
+        (["rename", first, "--class", "clothes", "--to", "glasses"], edits.rename(one, "cloth", "eye_g")),
         (["rename", first, "--class", "hair", "--to", "hat"], edits.rename(one, "hair", "hat")),
         (["swap", first, "--class", "l_eye", "r_eye"], edits.swap(one, "l_eye", "r_eye")),
         (["interpolate", first, second, "--at", "0.3"], edits.interpolate(one, two, 0.3)),
@@ -449,6 +455,7 @@ def test_rejected_commands_write_nothing(files, tmp_path, capsys):
     everything = list(CLASSES[1:])
     cases = {
         "Unknown class 'hear'": ["grow", first, "--class", "hear", "--by", "4", *out],
+        "'eyes' names several classes: choose one of l_eye": ["rename", first, "--class", "hair", "--to", "eyes", *out],
         "the amount is 'much'": ["grow", first, "--class", "hair", "--by", "much", *out],
         "0.096 pixels": ["shrink", first, "--class", "hair", "--by", "0.1", *out],
         "does not exist": ["remove", tmp_path / "none.png", "--class", "hair", *out],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -569,6 +570,7 @@ def test_the_costs_of_table_4(capsys):
     # saved of what holistic adds; the cache in MB; OminiControl's set, 0.24 % of FLUX.1-dev's 11.9 G, and one row
     assert rows["decoupled"][2::3] == ["94.6%", "88.5%"]
     assert rows["decoupled"][6:] == ["717", "28,978,688"]
+    assert "The adapter has 28,978,688\nparameters" in (Path(__file__).parents[2] / "docs" / "mditface.md").read_text()
 
 
 def test_cost_of_impossible_requests_is_rejected():

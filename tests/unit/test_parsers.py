@@ -22,7 +22,7 @@ from transformers import (
 
 from builders import tiny_face_parser
 from likeness.annotators.face_parser import Translated, load_face_parser, parse_faces, sides_swapped, to_input
-from likeness.annotators.labels import NAMES, classes_of
+from likeness.annotators.labels import PARSER_NAMES, classes_of
 from likeness.conditions.mask.classes import CLASS_INDEX, CLASSES, FLIP_PAIRS, ORDERS
 from likeness.data.synthetic import draw_face
 from likeness.types import InputError
@@ -86,9 +86,9 @@ def test_names_of_known_parsers():
     ]  # fmt: skip
     for order in ORDERS.values():
         assert [CLASSES[index] for index in classes_of(order, "x")] == list(order)
-    every = [name for names in NAMES.values() for name in names]
+    every = [name for names in PARSER_NAMES.values() for name in names]
     assert len(every) == len(set(every))
-    assert set(NAMES) == set(CLASSES)
+    assert set(PARSER_NAMES) == set(CLASSES)
 
 
 def test_unknown_names():

@@ -8,12 +8,21 @@ import math
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from PIL import Image
 
 from builders import randomise, tiny_mditface_pipeline, tiny_pipeline, tiny_transformer
 from likeness.data.synthetic import draw_face
@@ -43,7 +52,7 @@ def seeds(*numbers: int) -> list[torch.Generator]:
 
 
 def make(pipeline, prompt=PROMPT, negative="", control=None, numbers=(7,), **more) -> np.ndarray:
-    return pipeline(prompt, negative, control or {}, generator=seeds(*numbers), output_type="np", **more).images
+    return pipeline(prompt, negative, control, generator=seeds(*numbers), output_type="np", **more).images
 
 
 def test_every_subset_is_its_own_image(pipeline, faces):
@@ -222,6 +231,33 @@ def test_other_schedulers_and_objectives():
         assert np.isfinite(make(pipeline)).all()
 
 
+FLOW, NOISE = RectifiedFlow(), DDPM()
+SOLVER = RectifiedFlow(sampler="dpm++").scheduler().config
+
+
+@pytest.mark.parametrize(
+    ("objective", "scheduler", "message"),
+    [
+        (FLOW, DPMSolverMultistepScheduler(use_flow_sigmas=True), "prediction_type='flow_prediction'"),
+        (FLOW, EulerDiscreteScheduler(), "does not fit this model, a rectified flow: use FlowMatchEuler"),
+        (FLOW, DDIMScheduler(), "does not fit this model, a rectified flow"),
+        (FLOW, DPMSolverMultistepScheduler.from_config(SOLVER, use_karras_sigmas=True), "has use_karras_sigmas=True"),
+        (FLOW, UniPCMultistepScheduler.from_config(SOLVER), ""),
+        (NOISE, FLOW.scheduler(), "does not fit this model, a DDPM"),
+        (NOISE, RectifiedFlow(sampler="dpm++").scheduler(), "does not fit this model, a DDPM"),
+        (NOISE, DDPM(prediction="v_prediction").scheduler(), "prediction_type='epsilon'"),
+        (NOISE, DDIMScheduler(), "has other betas than this model"),
+        (NOISE, EulerDiscreteScheduler.from_config(NOISE.scheduler().config), ""),
+    ],
+)
+def test_schedulers_of_other_objectives_are_rejected(objective, scheduler, message):
+    pipeline = tiny_pipeline()
+    pipeline.register_to_config(objective=objective.config())
+    pipeline.scheduler = scheduler
+    with pytest.raises(InputError, match=message) if message else nullcontext():
+        make(pipeline)
+
+
 @pytest.mark.parametrize("shift", [1.0, 2.0])
 def test_dpm_solver_formula(shift):
     """DPM-Solver++(2M), algorithm 2 of its paper, with alpha = 1 - t, sigma = t and lambda = log(alpha / sigma)."""
@@ -276,7 +312,7 @@ def test_texts_that_nothing_reads_are_not_encoded(pipeline):
     if not pipeline.transformer.config.get("guidance_embeds"):
         negative = pipeline(PROMPT, "long " * 40, guidance_scale=1.0, generator=seeds(7), output_type="np")
         assert np.array_equal(negative.images, plain.images)
-        assert negative.notes == []
+        assert negative.notes == ["the negative prompt has no effect with guidance_scale 1: choose a larger one"]
         assert "the negative prompt is longer" in pipeline(PROMPT, "long " * 40).notes[0]
 
 
@@ -340,6 +376,22 @@ def test_notes_tell_what_was_read_and_cut(pipeline, faces):
     assert "red hair" not in cut
 
 
+def test_arguments_without_effect_are_noted(pipeline, faces):
+    for options in ({"conditioning_scale": 0.5}, {"control_guidance_end": 0.5}):
+        assert "no effect without a condition" in pipeline(PROMPT, **options).notes[0]
+        assert "no effect" not in " ".join(pipeline(PROMPT, control_image=faces[0]["mask"], **options).notes)
+
+
+def test_the_kind_of_a_single_condition_is_recognized(pipeline, faces, tmp_path):
+    Image.fromarray(faces[0]["mask"]).save(tmp_path / "any.png")
+    for name, source in {"mask": str(tmp_path / "any.png"), "sketch": Image.fromarray(faces[0]["sketch"])}.items():
+        assert np.array_equal(make(pipeline, control=source), make(pipeline, control={name: faces[0][name]}))
+    assert np.array_equal(
+        make(pipeline, control=torch.from_numpy(faces[0]["keypoints"])),
+        make(pipeline, control={"keypoints": faces[0]["keypoints"]}),
+    )
+
+
 def test_syntax_of_other_tools_is_noted(pipeline):
     for prompt in ("a (smiling:1.4) woman", "a woman <lora:style:0.8>", "a woman BREAK a hat"):
         notes = pipeline(prompt, num_inference_steps=1, output_type="latent").notes
@@ -388,7 +440,8 @@ def test_truncated_text_begin_with_a_word(pipeline):
         ({"height": 0}, "Size 32x0"),
         ({"height": "32"}, "height is '32'"),
         ({"prompt": []}, "list of prompt is empty"),
-        ({"control_image": np.zeros((8, 8), np.uint8)}, "control_image is of type ndarray"),
+        ({"control_image": np.zeros((8, 8), np.uint8)}, "is not a known condition"),
+        ({"control_image": 3}, "control_image is of type int"),
         ({"guidance_interval": 0.5}, "two numbers"),
         ({"guidance_interval": (0.8, 0.2)}, "the lower noise level comes first"),
         ({"autoguidance_interval": 1}, "autoguidance_interval is 1; it must be two numbers"),

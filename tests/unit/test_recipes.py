@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from builders import run
 from likeness.cli.training import trainer_of
 from likeness.config import load_toml
 from likeness.models.mditface import MDiTFaceTransformer
@@ -21,6 +22,7 @@ from likeness.train.config import (
     check,
     condition_names,
     condition_probability,
+    find_recipe,
     load_recipe,
 )
 from likeness.train.networks import adapter_of, add_new_adapter, build_network, freeze_others
@@ -96,6 +98,20 @@ def test_recipe(path):
     assert checkpoints(path, PARAMETERS[path.stem])
     make_objective(recipe.objective)
     assert recipe.optimizer.images % recipe.optimizer.batch == 0
+
+
+def test_recipes_have_names(tmp_path, monkeypatch, capsys):
+    """Those of the project, and first those in recipes/; the plan of a name is that of its file."""
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe(Path("debug")) == RECIPES[0].parent / "debug.toml"
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "debug.toml").write_text('kind = "none"')
+    assert run("train", "debug") == 2
+    assert "recipes/debug.toml has kind = 'none'" in capsys.readouterr().err
+    assert run("train", "mmface-mini") == 2
+    assert "Unknown recipe 'mmface-mini'. Did you mean mmface_mini? Available: " in capsys.readouterr().err
+    assert run("train", "absent.toml") == 2
+    assert "cannot read absent.toml" in capsys.readouterr().err
 
 
 def test_keys_of_earlier_versions(tmp_path):

@@ -265,7 +265,8 @@ def test_commands(folder, tmp_path, capsys, monkeypatch, command, model, options
     found = json.loads((tmp_path / "out" / f"{command}.json").read_text())
     assert found["request"]["seed"] == 3
     assert "mask" in found["request"]["conditions"]
-    assert "background: rgba" in (tmp_path / "out" / f"{command}.html").read_text()
+    page = (tmp_path / "out" / f"{command}.html").read_text()
+    assert page.count("<svg") == page.count("<image ") // 2 >= 2  # a heat map and its color bar
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,8 @@ class Evaluate(Measurement):
         model, faces = names if len(names) == 2 else (None, names[0])
         results = self.measure(model, faces, self.out, settings, self.base, self.images)
         if results is not None:
-            from likeness.evaluate.report import markdown_table, numbers_table
+            from likeness.evaluate.report import numbers_table
+            from likeness.pages import markdown_table
 
             print(markdown_table(numbers_table(results)))
             print(self.out / "report.html")
@@ -114,8 +115,9 @@ class Compare(Measurement):
 
     def __call__(self) -> None:
         from likeness.evaluate.compare import compare_evaluations
-        from likeness.evaluate.report import comparison_table, markdown_table, write_comparison
+        from likeness.evaluate.report import comparison_table, write_comparison
         from likeness.evaluate.results import RESULTS, read_evaluation
+        from likeness.pages import markdown_table
 
         names, settings = split_sources(self.sources)
         if len(names) < 2:
@@ -141,7 +143,7 @@ class Compare(Measurement):
                     return
             evaluations[name] = read_evaluation(folder)
         comparison = compare_evaluations(evaluations, allow=tuple(sorted(allowed)))
-        write_comparison(comparison, self.out)
+        write_comparison(comparison, evaluations, self.out)
         print_notes(comparison.notes)
         print(markdown_table(comparison_table(comparison)))
         print(self.out / "comparison.html")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from likeness.pipelines.formats import format_of
+from likeness.pipelines.formats import format_of, numbered
 from likeness.types import InputError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def image_names(
     file = Path(out)
     file = file if file.suffix else file.with_suffix(f".{suffix}")
     format_of(file)
-    names = [file] if count == 1 else [file.with_stem(f"{file.stem}-{number}") for number in range(1, count + 1)]
+    names = numbered(file, count)
     check_writable(file.parent)
     if folders := [name for name in names if name.is_dir()]:
         raise InputError(f"Cannot write {folders[0]}: it is a folder")

@@ -27,7 +27,7 @@ class RequestOptions:
     """Options of commands that need a model and a request."""
 
     model: str = DEFAULT
-    """Bundled model, folder of a model or an adapter, or hub id."""
+    """Bundled model, folder of a model, an adapter or a training run, or hub id."""
     prompt: tyro.conf.Positional[str] = ""
     """Text prompt. Without a prompt and a condition: any face."""
     negative_prompt: str = ""
@@ -132,6 +132,7 @@ class Generate(RequestOptions):
             for name, file in self.files().items()
         }
         request = self.request(first, conditions=conditions, upscale=self.upscale)
+        print_notes(self.idle_options())
         loras = [parse_lora(text) for text in self.lora]
 
         core_only = self.model in bundled_models() and not (loras or self.quantize)
@@ -152,7 +153,6 @@ class Generate(RequestOptions):
         if pipeline._execution_device.type == "cpu":
             choose_threads(work_of(pipeline, height, width))
         fingerprint = pipeline_hash(pipeline) if self.metadata else ""
-        source: dict[str, Any] = {name: getattr(self, name) for name in ("model", "base", "quantize")}
         encoded: dict[Any, Any] = {}
         reported: set[str] = set()
         with exit_on_sigterm(), progress_bar("Generating") as advance:
@@ -160,7 +160,8 @@ class Generate(RequestOptions):
                 if mask_pipeline is not None:
                     from likeness.pipelines.propose import add_mask  # imports scipy
 
-                    batch = [add_mask(one, mask_pipeline) for one in batch]
+                    acts = {"scale": self.mask_scale, **interval}
+                    batch = [add_mask(one, mask_pipeline, acts) for one in batch]
                 images, notes = generate_images(
                     pipeline,
                     batch[0],
@@ -173,8 +174,26 @@ class Generate(RequestOptions):
                 print_notes([note for note in notes if note not in reported])
                 reported.update(notes)
                 for image, one in zip(images, batch, strict=True):
-                    recipe = recipe_of(one, pipeline, **source, fingerprint=fingerprint) if self.metadata else None
+                    recipe = (
+                        recipe_of(one, pipeline, **pipeline.source, fingerprint=fingerprint) if self.metadata else None
+                    )
                     print(f"{save_image(image, recipe, names, overwrite)}  seed {one.seed}", flush=True)
+
+    def idle_options(self) -> list[str]:
+        """One note for each option that has no effect, because another one is missing."""
+        given = {*self.files(), *(["mask"] if self.via_mask else [])}
+        idle = {f"--{name}-scale": f"--{name}" for name in ("mask", "sketch", "keypoints") if name not in given}
+        if not given:
+            idle |= dict.fromkeys(("--control-guidance-start", "--control-guidance-end"), "a condition")
+        if not self.via_mask:
+            idle["--mask-model"] = "--via-mask"
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        names = {option: option.removeprefix("--").replace("-", "_") for option in idle}
+        return [
+            f"{option} has no effect without {needed}"
+            for option, needed in idle.items()
+            if getattr(self, names[option]) != defaults[names[option]]
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)

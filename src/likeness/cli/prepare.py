@@ -160,11 +160,16 @@ class Paste:
     """File name of the aligned portrait, if the photo has several faces."""
     feather: float = 0.1
     """Width of the blended border as a fraction of the portrait's side."""
+    only: tuple[str, ...] = ()
+    """Classes to paste, such as hair,hat,skin; a face parser finds them. Default: the whole portrait."""
+    parser: str = "bundled"
+    """Face parser for --only: bundled, a folder or a hub id."""
 
     def __call__(self) -> None:
         from likeness.prepare.paste import paste_file
 
-        print(f"{self.out}: {paste_file(**vars(self))} pasted into {self.photo}")
+        only = [name for text in self.only for name in text.split(",") if name.strip()]
+        print(f"{self.out}: {paste_file(**(vars(self) | {'only': only}))} pasted into {self.photo}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -181,19 +181,18 @@ def write(
     maps: Mapping[str, Sequence[Sequence[float]]],
     map_columns: Sequence[str],
 ) -> None:
-    """Print a table; write the numbers with the request as JSON, and the table and heat maps as HTML."""
-    from likeness.evaluate.report import Section, markdown_table, render
+    """Print a table; write the numbers with the request as JSON, and heat maps and the table as a page."""
     from likeness.files import write_whole
+    from likeness.pages import Section, markdown_table, write_page
+    from likeness.pages.charts import heat_map
 
     columns, rows = table
     cells = [[row, *(f"{value:.3f}" for value in values)] for row, values in rows.items()]
-    sections = [Section(text=text, header=["", *columns], rows=cells)]
-    print(markdown_table(sections[0]))
-    for title, values in maps.items():
-        cells = [[row, *(f"{value:.3f}" for value in own)] for row, own in zip(rows, values, strict=False)]
-        limits = min(map(min, values)), max(map(max, values))
-        sections.append(Section(title=title, level=3, header=["", *map_columns], rows=cells, heat=limits))
+    section = Section(title="Means", header=["", *columns], rows=cells)
+    charts = [heat_map(title, values, list(rows)[: len(values)], map_columns) for title, values in maps.items()]
+    print(text, markdown_table(section), sep="\n\n")
     content = {"model": model, "request": {**vars(request), "conditions": sorted(request.conditions)}}
     write_whole(stem.with_suffix(".json"), json.dumps({**content, **found}, indent=1))
-    write_whole(stem.with_suffix(".html"), render("report.html.jinja", f"{model}: {stem.name}", sections))
+    page = [Section(verdict=[f"{text}."]), Section(charts=charts), section]
+    write_page(stem.with_suffix(".html"), f"{model}: {stem.name}", page)
     print(f"{stem}.json  {stem}.html")

@@ -20,7 +20,7 @@ class Train:
     """Train what a recipe describes. To resume, run the same command again. On several GPUs: torchrun, see launch/."""
 
     recipe: PathArgument
-    """TOML file; its `kind` is what it trains."""
+    """TOML file, or the name of one in recipes/, such as debug; its `kind` is what it trains."""
     overrides: tyro.conf.Positional[tuple[str, ...]] = ()
     """Changes to the recipe, as section.key=value."""
     out: Path | None = None
@@ -35,18 +35,19 @@ class Train:
     """With --plan: number of devices."""
 
     def __call__(self) -> None:
-        from likeness.train.config import check, load_recipe
+        from likeness.train.config import check, find_recipe, load_recipe
 
-        recipe_class, train_recipe = trainer_of(self.recipe)
-        config = load_recipe(self.recipe, recipe_class, self.overrides)
+        file = find_recipe(self.recipe)
+        recipe_class, train_recipe = trainer_of(file)
+        config = load_recipe(file, recipe_class, self.overrides)
         quiet_libraries()
         if self.compare_sharding and not self.plan:
             raise InputError("--compare-sharding requires --plan")
         if not self.plan:
-            train_recipe(config, self.out or Path("runs") / self.recipe.stem)
+            train_recipe(config, self.out or Path("runs") / file.stem)
             return
         if config.kind != "transformer":
-            raise InputError(f"the recipe {self.recipe} has kind = {config.kind!r}; --plan is for transformers")
+            raise InputError(f"the recipe {file} has kind = {config.kind!r}; --plan is for transformers")
         from likeness.train.plan import describe, describe_shardings
 
         check(config)

@@ -1,42 +1,34 @@
-"""Write reports of evaluations and comparisons: Markdown, and one HTML page without scripts or external files.
-
-A report is a list of sections, which the templates in `templates/` render.
-"""
+"""Write the reports of evaluations and comparisons, as pages (`likeness.pages`) and as Markdown."""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, select_autoescape
-from PIL import Image
 
 from likeness.conditions import CONDITIONS
 from likeness.data.folder import read_photo
 from likeness.evaluate.compare import Comparison
 from likeness.evaluate.metrics import METRICS
 from likeness.evaluate.protocol import CEILING, conditions_of
-from likeness.evaluate.results import ClassScore, Measurement, Results
+from likeness.evaluate.results import ClassScore, Evaluation, Measurement, Results
 from likeness.files import write_whole
-from likeness.types import InputError
+from likeness.pages import SIDE, Figure, Section, embed, markdown, write_page
+from likeness.pages.charts import Chart, bar_chart, interval_chart
 
 PUBLISHED = Path(__file__).with_name("published.toml")
 ARROW = {"higher": "↑", "lower": "↓"}
 
-THUMBNAIL = 96
-"""Side of an image in the page, in pixels."""
 SAMPLES, FAILURES = 12, 8
 """Faces in the grid of samples, and in each list of failures."""
 
-FAILURE_METRIC = {"mask": "mean_iou", "sketch": "edge_f_score", "keypoints": "keypoint_error"}
-"""Condition -> the metric that ranks failures; for images from text only, the CLIP score."""
+MAIN_METRIC = {"mask": "mean_iou", "sketch": "edge_f_score", "keypoints": "keypoint_error"}
+"""Condition -> the metric that ranks failures and is reported first; for images from text only, the CLIP score."""
 
 INTERVALS = (
     "In brackets: 95 % interval (bootstrap over faces; for sets, spread over random subsets). Another face's: the same "
@@ -49,64 +41,30 @@ SIGNIFICANCE = (
 )
 
 
-class Figure(NamedTuple):
-    """Images with a caption; each image is a data URL, or "" if it cannot be read."""
-
-    images: Sequence[str]
-    caption: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """A part of a report. Markdown omits figures."""
-
-    title: str = ""
-    level: int = 2
-    text: str = ""
-    lines: Sequence[str] = ()
-    header: Sequence[str] = ()
-    rows: Sequence[Sequence[str]] = ()
-    bars: Sequence[str] = ()
-    """Columns whose values, from 0 to 1, are drawn as bars in HTML."""
-    heat: tuple[float, float] | None = None
-    """Range of the values, to color the cells in HTML; None for no color."""
-    figures: Sequence[Figure] = ()
-
-
-def render(template: str, title: str, sections: Iterable[Section]) -> str:
-    """Render `report.html.jinja` or `report.md.jinja`."""
-    environment = Environment(
-        loader=PackageLoader("likeness.evaluate"),
-        autoescape=select_autoescape(("html.jinja",)),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(template).render(title=title, sections=list(sections))
-
-
-def write(out: Path, name: str, title: str, sections: Sequence[Section]) -> None:
-    """Write a report as Markdown and HTML."""
-    write_whole(out / f"{name}.md", render("report.md.jinja", title, sections))
-    write_whole(out / f"{name}.html", render("report.html.jinja", title, sections))
-
-
 def write_report(results: Results, out: Path) -> None:
     """Write `report.md` and `report.html` of an evaluation."""
     protocol = results.protocol
     title = f"{protocol.get('model') or 'images'}: {protocol['n']} faces of {protocol['split']}"
-    write(out, "report", title, evaluation_sections(results))
+    write(out / "report", title, evaluation_sections(results))
 
 
-def write_comparison(comparison: Comparison, out: Path) -> None:
+def write_comparison(comparison: Comparison, evaluations: Mapping[str, Evaluation], out: Path) -> None:
     """Write `comparison.json`, `comparison.md` and `comparison.html`."""
     write_whole(out / "comparison.json", json.dumps(comparison.to_json(), indent=1))
-    sections = [comparison_table(comparison), *optional("Notes", comparison.notes)]
-    write(out, "comparison", " and ".join(comparison.names), sections)
+    sections = [
+        Section(verdict=comparison_verdict(comparison)),
+        *compared_samples(evaluations),
+        *difference_charts(comparison),
+        comparison_table(comparison),
+        *optional("Notes", comparison.notes),
+    ]
+    write(out / "comparison", " and ".join(comparison.names), sections)
 
 
-def markdown_table(table: Section) -> str:
-    """Render a section without a title as Markdown."""
-    return render("report.md.jinja", "", [table]).strip()
+def write(stem: Path, title: str, sections: Sequence[Section]) -> None:
+    """Write a report as a page and as Markdown."""
+    write_page(stem.with_name(f"{stem.name}.html"), title, sections)
+    write_whole(stem.with_name(f"{stem.name}.md"), markdown(title, sections))
 
 
 # --- Numbers
@@ -144,7 +102,7 @@ def numbers_table(results: Results) -> Section:
         floor_cell = f"{format_measurement(floor)} [{floor.given}]" if floor else "-"
         rows.append([titled(name), n, *cells, floor_cell, format_measurement(own[CEILING])])
     header = ["metric", "n", *(f"from {given}" for given in results.images), "another face's", "ceiling"]
-    return Section(header=header, rows=rows)
+    return Section(title="Metrics", header=header, rows=rows, text=INTERVALS)
 
 
 def titled(metric: str) -> str:
@@ -171,7 +129,48 @@ def comparison_table(comparison: Comparison) -> Section:
             ]
         )
     header = ["metric", "from", *comparison.names, "difference", "95 % interval", "n", "verdict"]
-    return Section(header=header, rows=rows, text=SIGNIFICANCE)
+    return Section(title="Differences", header=header, rows=rows, text=SIGNIFICANCE)
+
+
+def comparison_verdict(comparison: Comparison) -> list[str]:
+    """How many differences are significant, pair by pair."""
+    verdict = []
+    for first, second in dict.fromkeys((found.minus, found.of) for found in comparison.differences):
+        found = [one for one in comparison.differences if (one.minus, one.of) == (first, second)]
+        wins = Counter(one.better for one in found if one.better)
+        counts = ", ".join(f"{name} is better in {wins[name]}" for name in (first, second))
+        verdict.append(f"Of {len(found)} differences, {sum(wins.values())} are significant: {counts}.")
+    return verdict
+
+
+def compared_samples(evaluations: Mapping[str, Evaluation]) -> list[Section]:
+    """The first faces that all evaluations have, with the image of each, by condition set."""
+    first = next(iter(evaluations.values()))
+    shared = [name for name in first.faces if all(name in other.faces for other in evaluations.values())][:SAMPLES]
+    sections = []
+    for given in [one for one in first.images if all(one in other.images for other in evaluations.values())]:
+        figures = []
+        for face in shared:
+            files = {name: own.images[given][own.faces.index(face)] for name, own in evaluations.items()}
+            figures.append(Figure([(name, embed_file(file)) for name, file in files.items()], [face]))
+        sections.append(Section(title=f"Images from {given}", figures=figures))
+    return sections
+
+
+def difference_charts(comparison: Comparison) -> list[Section]:
+    """A chart of the differences of each pair, in units of the half width of their intervals."""
+    charts = []
+    for first, second in dict.fromkeys((found.minus, found.of) for found in comparison.differences):
+        rows = []
+        for found in comparison.differences:
+            half = (found.high - found.low) / 2
+            if (found.minus, found.of) == (first, second) and half > 0:
+                value = found.value / half * (1 if METRICS[found.metric].better == "higher" else -1)
+                rows.append((f"{METRICS[found.metric].title}, {found.given}", value, value - 1, value + 1))
+        if rows:
+            title = f"Left of 0: {first} is better; right: {second}. Unit: half the width of the 95 % interval"
+            charts.append(interval_chart(title, rows, (0,)))
+    return [Section(title="Charts", charts=charts)] if charts else []
 
 
 # --- Sections of an evaluation
@@ -179,24 +178,71 @@ def comparison_table(comparison: Comparison) -> Section:
 
 def evaluation_sections(results: Results) -> list[Section]:
     """All sections of the report of an evaluation."""
-    numbers = numbers_table(results)
     warnings = [f"{METRICS[n.metric].title}, n = {n.n}: {n.warning}" for n in results.numbers if n.warning]
     protocol = [f"{key}: {value}" for key, value in results.protocol.items() if value is not None]
     protocol += [f"{name}: {found['what']}, hash {found['hash']}" for name, found in results.extractors.items()]
     protocol.append("seed of an image: the index of its face, plus 1,000,000 for each further image of the face")
     return [
-        Section(header=numbers.header, rows=numbers.rows, text=INTERVALS),
+        Section(verdict=verdict(results)),
+        sample_section(results),
+        *chart_sections(results),
+        numbers_table(results),
         *optional("Warnings", list(dict.fromkeys(warnings))),
         *optional("Not measured", [f"{METRICS[entry.metric].title}: {entry.why}" for entry in results.missing]),
         *optional("Unreadable files", [f"{fault.file}: {fault.why}" for fault in results.faults]),
         *optional("Notes", results.notes),
-        *class_sections(results.classes),
-        sample_section(results),
         *failure_sections(results),
         *nearest_sections(results),
+        *class_sections(results.classes),
         *optional("Protocol", protocol),
         *published_sections(),
     ]
+
+
+def main_metrics(given: str) -> list[str]:
+    """The metrics of what a condition set contains."""
+    return [MAIN_METRIC[condition] for condition in conditions_of(given)] or ["clip_score"]
+
+
+def anchors(results: Results, metric: str, given: str) -> tuple[Measurement | None, Measurement | None]:
+    """The floor, of another face's condition or caption, and the ceiling of a metric, if they were measured."""
+    own = [n for n in results.numbers if n.metric == metric]
+    floor = next((n for n in own if n.given == given and n.against == "another"), None)
+    return floor, next((n for n in own if n.given == CEILING), None)
+
+
+def verdict(results: Results) -> list[str]:
+    """The main metrics of each condition set, with floor and ceiling."""
+    lines = []
+    for number in results.numbers:
+        if number.against == "own" and number.given in results.images and number.metric in main_metrics(number.given):
+            names = ("another face's", "ceiling")
+            found = zip(names, anchors(results, number.metric, number.given), strict=True)
+            context = "; ".join(f"{name} {format_number(one.value)}" for name, one in found if one is not None)
+            own = f"{METRICS[number.metric].title} {format_number(number.value)}"
+            lines.append(f"Images from {number.given}: {own}" + (f" ({context})." if context else "."))
+    return lines
+
+
+def chart_sections(results: Results) -> list[Section]:
+    """Metrics between floor and ceiling, and the scores of each class."""
+    rows = []
+    for number in results.numbers:
+        floor, ceiling = anchors(results, number.metric, number.given)
+        if number.given not in results.images or number.against != "own" or floor is None or ceiling is None:
+            continue
+        if span := ceiling.value - floor.value:
+            low, value, high = ((x - floor.value) / span for x in (number.low, number.value, number.high))
+            rows.append((f"{METRICS[number.metric].title}, {number.given}", value, min(low, high), max(low, high)))
+    charts: list[Chart] = []
+    if rows:
+        title = "Metrics with 95 % intervals: 0 is another face's condition or caption, 1 is the ceiling"
+        charts.append(interval_chart(title, rows, (0, 1)))
+    for given, scores in results.classes.items():
+        if scores:
+            bars = {"IoU": [score.iou for score in scores], "shown": [score.shown for score in scores]}
+            charts.append(bar_chart(f"Classes, images from {given}", bars, [score.name for score in scores]))
+    return [Section(title="Charts", charts=charts)] if charts else []
 
 
 def optional(title: str, lines: Sequence[str]) -> list[Section]:
@@ -212,7 +258,6 @@ def class_sections(classes: Mapping[str, Sequence[ClassScore]]) -> list[Section]
             text="n: masks that contain the class. IoU: over the pixels of all images. Shown: fraction of images.",
             header=["class", "n", "IoU", "shown"],
             rows=[[score.name, str(score.n), format_number(score.iou), format_number(score.shown)] for score in scores],
-            bars=("IoU", "shown"),
         )
         for given, scores in classes.items()
         if scores
@@ -223,18 +268,18 @@ def sample_section(results: Results) -> Section:
     """The first faces: conditions, an image of every condition set, photograph."""
     figures = []
     for index, face in enumerate(results.faces[:SAMPLES]):
-        images = [embed_condition(face, name) for name in CONDITIONS if name in face]
-        images += [embed_file(files[index]) for files in results.images.values()]
-        figures.append(Figure([*images, embed_file(face["photo"])], f"{face['name']}: {face['caption']}"))
-    order = ", ".join([*CONDITIONS, *(f"image from {given}" for given in results.images), "photograph"])
-    return Section(title="Samples", text=order, figures=figures)
+        images = [(name, embed_condition(face, name)) for name in CONDITIONS if name in face]
+        images += [(f"from {given}", embed_file(files[index])) for given, files in results.images.items()]
+        images.append(("photograph", embed_file(face["photo"])))
+        figures.append(Figure(images, [f"{face['name']}: {face['caption']}"]))
+    return Section(title="Samples", figures=figures)
 
 
 def failure_sections(results: Results) -> list[Section]:
     """For each condition set, the images with the lowest scores, worst first."""
     sections = []
     for given, files in results.images.items():
-        for name in [FAILURE_METRIC[condition] for condition in conditions_of(given)] or ["clip_score"]:
+        for name in main_metrics(given):
             values = results.scores.get(f"{name}/{given}")
             if values is None:
                 continue
@@ -242,9 +287,10 @@ def failure_sections(results: Results) -> list[Section]:
             figures = []
             for row in [int(row) for row in order if not np.isnan(values[row])][:FAILURES]:
                 face = results.faces[row]
-                images = [embed_condition(face, name) for name in conditions_of(given) if name in face]
+                images = [(name, embed_condition(face, name)) for name in conditions_of(given) if name in face]
+                images += [("image", embed_file(files[row])), ("photograph", embed_file(face["photo"]))]
                 caption = f"{format_number(float(values[row]))}, {face['name']}: {face['caption']}"
-                figures.append(Figure([*images, embed_file(files[row]), embed_file(face["photo"])], caption))
+                figures.append(Figure(images, [caption]))
             title = f"Worst images from {given}: {METRICS[name].title}"
             sections.append(Section(title=title, figures=figures))
     return sections
@@ -254,9 +300,11 @@ def nearest_sections(results: Results) -> list[Section]:
     """The images that are nearest to a training photograph, next to it."""
     sections = []
     for given, neighbors in results.nearest.items():
-        pairs = [(results.images[given][found.row], found.photo) for found in neighbors]
-        captions = [f"cos {found.cosine:.3f}" for found in neighbors]
-        figures = [Figure(list(map(embed_file, pair)), text) for pair, text in zip(pairs, captions, strict=True)]
+        figures = []
+        for found in neighbors:
+            files = {"image": results.images[given][found.row], "training photograph": found.photo}
+            images = [(label, embed_file(file)) for label, file in files.items()]
+            figures.append(Figure(images, [f"cos {found.cosine:.3f}"]))
         sections.append(Section(title=f"Nearest training photographs, images from {given}", figures=figures))
     return sections
 
@@ -286,16 +334,5 @@ def embed_file(file: str | Path) -> str:
 
 def embed_condition(face: Mapping[str, str], name: str) -> str:
     """Embed a condition as the network sees it; "" if it cannot be read."""
-    condition, size = CONDITIONS[name], (THUMBNAIL, THUMBNAIL)
-    return embed(lambda: condition.render(condition.resize(condition.read(face[name]).raw, *size), *size))
-
-
-def embed(read: Callable[[], np.ndarray]) -> str:
-    """Encode uint8 [H, W, 3] as a data URL."""
-    try:
-        image, buffer = Image.fromarray(read()), io.BytesIO()
-    except InputError:
-        return ""
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    image.save(buffer, "WEBP", quality=85)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    condition = CONDITIONS[name]
+    return embed(lambda: condition.render(condition.resize(condition.read(face[name]).raw, SIDE, SIDE), SIDE, SIDE))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import chain
@@ -134,6 +134,8 @@ class Evaluation:
     """Names."""
     scores: Mapping[str, np.ndarray]
     """As in `Results`."""
+    images: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """As in `Results`."""
 
 
 def read_evaluation(folder: Path) -> Evaluation:
@@ -142,7 +144,8 @@ def read_evaluation(folder: Path) -> Evaluation:
         content = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         numbers = [Measurement(**entry) for entry in content["numbers"]]
         with np.load(folder / SCORES) as scores:
-            return Evaluation(numbers, [face["name"] for face in content["faces"]], dict(scores))
+            faces = [face["name"] for face in content["faces"]]
+            return Evaluation(numbers, faces, dict(scores), content["portraits"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{folder} does not contain a finished evaluation: run likeness evaluate --out {folder}"

@@ -43,6 +43,10 @@ class Objective(Protocol):
         """The diffusers scheduler of this objective."""
         ...
 
+    def check_scheduler(self, scheduler: SchedulerMixin) -> None:
+        """Raise `InputError` for a scheduler of another objective, which would only ruin the images."""
+        ...
+
     def schedule(self, steps: int) -> dict[str, Any]:
         """Arguments of the scheduler's `set_timesteps`."""
         ...

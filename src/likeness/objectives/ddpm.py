@@ -83,6 +83,19 @@ class DDPM:
             prediction_type=self.prediction,
         )
 
+    def check_scheduler(self, scheduler: Any) -> None:
+        own, config = getattr(scheduler, "alphas_cumprod", None), scheduler.config
+        if own is None or config.get("use_flow_sigmas") or config.get("prediction_type") != self.prediction:
+            raise InputError(
+                f"{type(scheduler).__name__} does not fit this model, a DDPM: use a scheduler for DDPM with "
+                f"prediction_type={self.prediction!r}, such as DPMSolverMultistepScheduler"
+            )
+        if len(own) != self.timesteps or not torch.allclose(own.cpu().float(), self.alpha_squared, atol=1e-3):
+            raise InputError(
+                f"{type(scheduler).__name__} has other betas than this model: create it with "
+                f"{type(scheduler).__name__}.from_config(pipeline.scheduler.config)"
+            )
+
     def schedule(self, steps: int) -> dict[str, Any]:
         return {"num_inference_steps": steps}
 

@@ -83,6 +83,23 @@ class RectifiedFlow:
         renoise = self.sampler == "renoise"
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TIMESTEPS, stochastic_sampling=renoise)
 
+    def check_scheduler(self, scheduler: Any) -> None:
+        config = scheduler.config
+        solves = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}  # of solvers for several objectives
+        if hasattr(scheduler, "alphas_cumprod") or "prediction_type" in config:
+            if any(config.get(name) != value for name, value in solves.items()):
+                raise InputError(
+                    f"{type(scheduler).__name__} does not fit this model, a rectified flow: use "
+                    "FlowMatchEulerDiscreteScheduler, or a solver with use_flow_sigmas=True and "
+                    "prediction_type='flow_prediction' such as DPMSolverMultistepScheduler"
+                )
+            names = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+            if others := [name for name in names if config.get(name)]:
+                raise InputError(
+                    f"{type(scheduler).__name__} has {others[0]}=True, which replaces the flow sigmas of this "
+                    "model: leave it out"
+                )
+
     def schedule(self, steps: int) -> dict[str, Any]:
         if self.sampler == "dpm++":
             return {"num_inference_steps": steps}

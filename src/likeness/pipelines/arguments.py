@@ -5,7 +5,13 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
 
 from likeness.conditions import CONDITIONS
 from likeness.types import ConditionInput, InputError
@@ -67,6 +73,36 @@ def per_image(arguments: Mapping[str, Any], repeats: int) -> list[dict[str, Any]
             )
     rows = [{name: values[i % len(values)] for name, values in columns.items()} for i in range(count)]
     return [{name: value for name, value in row.items() if value is not None} for row in rows for _ in range(repeats)]
+
+
+def named_conditions(images: Any) -> Any:
+    """Return `control_image` as a mapping; the kind of a single path, image or array is recognized.
+
+    Raises:
+        InputError: it is not a known condition.
+    """
+    if images is None:
+        return {}
+    if isinstance(images, (str, Path, Image.Image, np.ndarray, Tensor)):
+        from likeness.conditions.inspection import inspect  # imports scipy
+
+        return {inspect(images.cpu().numpy() if isinstance(images, Tensor) else images).condition: images}
+    return images
+
+
+def seeds_of(generator: Any, count: int) -> list[int]:
+    """Return the seeds of new CPU generators, one per image; [] for any others, whose noise no seed describes."""
+    generators = list(generator) if isinstance(generator, Sequence) else [generator]
+    if len({id(own) for own in generators}) != count or not all(isinstance(own, torch.Generator) for own in generators):
+        return []
+    if any(own.device.type != "cpu" for own in generators):
+        return []
+    seeds = [own.initial_seed() for own in generators]
+    new = (
+        torch.equal(own.get_state(), torch.Generator().manual_seed(s).get_state())
+        for own, s in zip(generators, seeds, strict=True)
+    )
+    return seeds if all(new) and max(seeds) < 2**63 else []
 
 
 def condition_inputs(

@@ -20,3 +20,8 @@ def format_of(path: Path) -> str:
     if suffix not in FORMATS:
         raise InputError(f"{path} must end in {', '.join('.' + s for s in FORMATS)}")
     return FORMATS[suffix]
+
+
+def numbered(file: Path, count: int) -> list[Path]:
+    """Return the names of several images, NAME-1, NAME-2, ..., or the file for one."""
+    return [file] if count == 1 else [file.with_stem(f"{file.stem}-{number}") for number in range(1, count + 1)]

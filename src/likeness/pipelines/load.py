@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -19,10 +19,14 @@ from likeness.encoders.components import FLUX, part_folder
 from likeness.files import first_line, read_json
 from likeness.pipelines.sizes import ANY
 from likeness.runtime import library_imports
-from likeness.types import DtypeName, InputError
+from likeness.types import InputError
 from likeness.weights.catalog import ADAPTER, DEFAULT, find_model
 from likeness.weights.files import check_files
 from likeness.weights.packed import component_class, is_packed, load_component
+
+if TYPE_CHECKING:
+    from likeness.pipelines.mditface import MDiTFacePipeline
+    from likeness.pipelines.mmface import MMFacePipeline
 
 PIPELINES = {
     "MMFacePipeline": "likeness.pipelines.mmface",
@@ -59,21 +63,23 @@ def progress_bars_off() -> Iterator[None]:
 def load(
     source: str | Path = DEFAULT,
     *,
-    dtype: torch.dtype | DtypeName = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     device: str | None = None,
     base: str | Path | None = None,
     quantize: Literal["int8"] | None = None,
     offload: bool = False,
-) -> Any:
+    torch_dtype: torch.dtype | str | None = None,
+) -> MMFacePipeline | MDiTFacePipeline:
     """Load a pipeline.
 
     As with diffusers' `from_pretrained`, the default is float32 on the CPU, so that images do not depend on the
     machine. `load(device="auto", dtype="auto")` chooses as the command line does.
 
     Args:
-        source: Name of a bundled model, folder of a pipeline or an adapter, or Hub id (`owner/name`, downloaded once).
-        dtype: float32, float16 or bfloat16; "auto" selects float32 on a CPU, and on an accelerator bfloat16 if it
-            supports that, else float16.
+        source: Name of a bundled model, folder of a pipeline, an adapter or a training run, or Hub id (`owner/name`,
+            downloaded once).
+        dtype: torch's float32, float16 or bfloat16, or a name such as "bf16" or "bfloat16"; "auto" selects float32 on a
+            CPU, and on an accelerator bfloat16 if it supports that, else float16.
         device: Device, for example "cuda" or "cpu"; "auto" selects CUDA, MPS or XPU if present, else the CPU. Default:
             the CPU, with `offload` "auto".
         base: Base model of an adapter. Default: the one that the adapter names.
@@ -81,15 +87,17 @@ def load(
             (torchao): half of bf16's memory, nearly the same images. Requires `likeness[quantize]`.
         offload: Keep only the active part (text encoders, transformer or autoencoder) on the accelerator and the others
             in main memory.
+        torch_dtype: Another name of `dtype`, as in earlier versions of diffusers.
 
     Raises:
-        InputError: The model is unknown or its folder is broken (the message names the file), the device is not
-            available, `offload` without an accelerator, or `quantize` for a model other than FLUX.1 or without torchao.
+        InputError: The dtype or the model is unknown, the folder of the model is broken (the message names the file),
+            the device is not available, `offload` without an accelerator, or `quantize` for a model other than FLUX.1
+            or without torchao.
     """
     device = choose_device("auto" if offload and device is None else device)
     if offload and device == "cpu":
         raise InputError("Offload requires an accelerator, but the device is the CPU: leave offload out")
-    dtype = choose_dtype(dtype, device)
+    dtype = choose_dtype(dtype if torch_dtype is None else torch_dtype, device)
     folder = find_model(source)
     if (folder / ADAPTER).is_file():
         from likeness.pipelines.adapters import load_adapter, read_adapter
@@ -106,6 +114,11 @@ def load(
     elif device != "cpu":
         pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.source = {
+        "model": str(source),
+        "base": None if base is None else str(base),
+        "quantize": quantize,
+    }  # for recipes
     return pipeline
 
 
@@ -114,7 +127,7 @@ def load_folder(
     dtype: torch.dtype,
     network: dict[str, Any] | None = None,
     quantize: Literal["int8"] | None = None,
-) -> Any:
+) -> MMFacePipeline | MDiTFacePipeline:
     """Load the pipeline of a folder. `network`: options of the transformer that an adapter determines."""
     index = read_json(folder / "model_index.json")
     class_name = index.get("_class_name")

@@ -14,8 +14,9 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -25,15 +26,24 @@ from PIL import Image
 from torch import Tensor
 
 from likeness.conditions import CONDITIONS, read_condition
-from likeness.conditions.base import Condition
+from likeness.conditions.base import Condition, Reading, Source
 from likeness.conditions.images import check_aspect
 from likeness.encoders.latent import LatentCodec, spatial_factor, to_pixels, to_tensor
 from likeness.encoders.text import encode_text, truncated_text
 from likeness.objectives import make_objective
 from likeness.objectives.flow import dynamic_shift
-from likeness.pipelines.arguments import condition_inputs, noise_interval, number, per_image, whole_number
+from likeness.pipelines.arguments import (
+    condition_inputs,
+    named_conditions,
+    noise_interval,
+    number,
+    per_image,
+    seeds_of,
+    whole_number,
+)
+from likeness.pipelines.formats import numbered
 from likeness.pipelines.sizes import format_sizes, generation_size, trained_sizes
-from likeness.types import ConditionInput, InputError, TextFeatures
+from likeness.types import ConditionInput, InputError, PortraitRequest, TextFeatures
 
 
 def is_unicode(text: str) -> bool:
@@ -60,7 +70,41 @@ class PortraitOutput(BaseOutput):
     images: Any
     """B images: PIL images, float32 array [B, H, W, 3] in [0, 1], tensor [B, 3, H, W] in [0, 1], or latents."""
     notes: list[str] = field(default_factory=list)
-    """The recognized format of each condition, and truncated words of a prompt; one sentence each."""
+    """The recognized format of each condition, truncated words of a prompt, and arguments without effect; one sentence
+    each."""
+    requests: list[PortraitRequest] = field(default_factory=list, repr=False)
+    """The request of each image with its seed; empty if requests cannot describe the call."""
+    pipeline: Any = field(default=None, repr=False)
+    """The pipeline as it was during the call."""
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Write the images with their recipes, as `likeness generate` does; `likeness replay` generates them again.
+
+        Args:
+            path: A .png, .jpg or .webp file. Several images are numbered: `face.png` becomes `face-1.png`, ...
+
+        Returns:
+            The files.
+
+        Raises:
+            InputError: The images are no PIL images or have no recipe, or a file cannot be written.
+        """
+        from likeness.pipelines.image_recipe import recipe_of, write_image
+        from likeness.weights.hashes import pipeline_hash
+
+        if not all(isinstance(image, Image.Image) for image in self.images):
+            raise InputError("Only PIL images can be saved with a recipe: leave output_type out")
+        if not self.requests:
+            raise InputError(
+                "These images have no recipe: pass generator=[torch.Generator().manual_seed(seed)], one new generator "
+                "per image, without latents, guidance_interval, guidance_model and callback, or save images[0] instead"
+            )
+        file, fingerprint = Path(path), pipeline_hash(self.pipeline)
+        source = getattr(self.pipeline, "source", {"model": self.pipeline.config.get("_name_or_path") or "unknown"})
+        files = numbered(file, len(self.images))
+        for image, request, name in zip(self.images, self.requests, files, strict=True):
+            write_image(image, name, recipe_of(request, self.pipeline, **source, fingerprint=fingerprint))
+        return files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +129,16 @@ class EncodedBatch:
     """Text guidance g at every step, 1 outside its interval, [S]."""
     times: Tensor
     """Network input at every step, float32 [S]."""
+
+
+class EncodedCondition(NamedTuple):
+    """A condition in the cache."""
+
+    latent: Tensor
+    """[C, h, w]."""
+    reading: Reading
+    source: Any
+    """The object that was passed, so that its id stays unique."""
 
 
 class Passes(NamedTuple):
@@ -154,7 +208,7 @@ class PortraitPipeline(DiffusionPipeline):
         self,
         prompt: str | Sequence[str] = "",
         negative_prompt: str | Sequence[str] | None = None,
-        control_image: Mapping[str, Any] | None = None,
+        control_image: Mapping[str, Any] | Source | None = None,
         *,
         height: int | None = None,
         width: int | None = None,
@@ -177,7 +231,7 @@ class PortraitPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         encoded: dict[Any, Any] | None = None,
-    ) -> PortraitOutput | tuple[Any, ...]:
+    ) -> PortraitOutput:
         """Generate images. Several threads can call one pipeline, except with `offload`.
 
         Args:
@@ -185,7 +239,7 @@ class PortraitPipeline(DiffusionPipeline):
             negative_prompt: What the images should not show, likewise.
             control_image: Condition name -> path, image, array or tensor (`likeness.conditions`), or a list with one
                 per prompt, with None for an image without this condition. `ConditionInput` sets its scale, start and
-                end, too.
+                end, too. A single path, image or array instead of a mapping: its kind is recognized.
             height: Pixels. The size must be one that the checkpoint was trained at (`pipeline.config.sizes`). Default:
                 the checkpoint's default size.
             width: Pixels, as `height`.
@@ -211,7 +265,7 @@ class PortraitPipeline(DiffusionPipeline):
                 noise at every step use it, too.
             latents: Initial noise [B, C, h, w] instead of random noise.
             output_type: `pil`, `np` ([B, H, W, 3] in [0, 1]), `pt` ([B, 3, H, W] in [0, 1]) or `latent`.
-            return_dict: Whether to return a `PortraitOutput` or a tuple.
+            return_dict: Whether to return a `PortraitOutput` or the tuple (images,).
             callback_on_step_end: Called as (pipeline, step, timestep, {"latents": ...}) after every step, with a copy
                 of this pipeline for the call. It may return other latents, and stops the loop by setting `_interrupt`
                 of the copy.
@@ -232,7 +286,7 @@ class PortraitPipeline(DiffusionPipeline):
         auto_interval = noise_interval(autoguidance_interval, "autoguidance_interval")
         auto_scale = number(autoguidance_scale, "autoguidance_scale")
         controls = condition_inputs(
-            {} if control_image is None else control_image,
+            named_conditions(control_image),
             list(self.transformer.config.condition_names),
             scale=conditioning_scale,
             start=control_guidance_start,
@@ -252,10 +306,23 @@ class PortraitPipeline(DiffusionPipeline):
             raise InputError("Latents cannot be upscaled: choose another output_type, or leave upscale out")
         self.check_inputs(height, width, steps, guidance, output_type, callback_on_step_end_tensor_inputs)
         self.check_guidance_model(guidance_model, auto_scale)
+        objective = make_objective(self.config.objective)
+        objective.check_scheduler(self.scheduler)
         notes: list[str] = []
         if force_size and (sizes := trained_sizes(self.config)) and size not in sizes:
             trained = format_sizes(sizes)
             notes.append(f"warning: the model was trained at {trained}, not at {width}x{height}: expect artifacts")
+        if not controls and (conditioning_scale or 1.0, control_guidance_start, control_guidance_end) != (
+            1.0,
+            0.0,
+            1.0,
+        ):
+            notes.append("conditioning_scale and control_guidance have no effect without a condition")
+        if guidance == 1 and any(negatives):
+            notes.append("the negative prompt has no effect with guidance_scale 1: choose a larger one")
+        seeds = seeds_of(generator, len(prompts))
+        options = (latents, guidance_interval, guidance_model, callback_on_step_end)
+        written = negatives
         if guidance == 1 or self.transformer.config.get("guidance_embeds"):
             negatives = prompts  # negative prompts have no effect
         call = copy.copy(self)  # components are shared, the state that callbacks see is not
@@ -273,7 +340,6 @@ class PortraitPipeline(DiffusionPipeline):
         generators = list(generator) if isinstance(generator, Sequence) else generator
         latents = self.prepare_latents(latents, len(prompts), tuple(condition_latents.shape[1:]), generators)
         scheduler = copy.deepcopy(self.scheduler)  # its state belongs to this call
-        objective = make_objective(self.config.objective)
         own = type(scheduler) is type(objective.scheduler())
         schedule = objective.schedule(steps) if own else {"num_inference_steps": steps}
         if scheduler.config.get("use_dynamic_shifting"):
@@ -332,7 +398,26 @@ class PortraitPipeline(DiffusionPipeline):
             raise InputError("The latents are not finite (NaN or Inf): the model or a LoRA is damaged, or needs fp32")
         images = self.decode(latents, output_type, size)
         self.maybe_free_model_hooks()
-        return PortraitOutput(images=images, notes=notes) if return_dict else (images,)
+        requests = [
+            PortraitRequest(
+                prompt=prompts[item],
+                negative_prompt=written[item],
+                seed=seeds[item],
+                conditions={
+                    name: replace(own, image=encoded[name, id(own.image), height, width].reading)
+                    for name, own in conditions[item].items()
+                },
+                guidance_scale=guidance,
+                num_inference_steps=steps,
+                width=size[0],
+                height=size[1],
+                upscale=upscale,
+                force_size=force_size,
+            )
+            for item in (range(len(prompts)) if seeds and all(option is None for option in options) else ())
+        ]
+        output = PortraitOutput(images=images, notes=notes, requests=requests, pipeline=call)
+        return output if return_dict else cast(Any, (images,))
 
     @property
     def num_timesteps(self) -> int:
@@ -421,6 +506,7 @@ class PortraitPipeline(DiffusionPipeline):
         device, factor = self._execution_device, spatial_factor(self.vae)
         sources = {(name, id(c.image), height, width): c.image for row in conditions for name, c in row.items()}
         new: dict[Any, np.ndarray] = {}
+        readings: dict[Any, Reading] = {}
         for key, source in sources.items():
             if key in encoded:
                 continue
@@ -430,13 +516,14 @@ class PortraitPipeline(DiffusionPipeline):
             if reading.size is not None:
                 size = round(reading.size[1]), round(reading.size[0])
                 check_aspect(size, (height, width), f"image of the {name}")
+            readings[key] = reading
             new[key] = render(CONDITIONS[name], reading.raw, height, width, self.config.condition_resize)
         if new:
             images = to_tensor(list(new.values())).to(device)  # [new, 3, H, W]
             for key, latent in zip(new, self.codec.encode(images).cpu(), strict=True):
-                encoded[key] = latent, sources[key]  # with the source, so that its id stays unique
+                encoded[key] = EncodedCondition(latent, readings[key], sources[key])
         latents = [torch.zeros(self.vae.config.latent_channels, height // factor, width // factor)]
-        latents += [encoded[key][0] for key in sources]
+        latents += [encoded[key].latent for key in sources]
         names, index = list(self.transformer.config.condition_names), {key: i for i, key in enumerate(sources, start=1)}
         ids = [-1, *(names.index(name) for name, *_ in sources)]
         indices = [{n: index[n, id(c.image), height, width] for n, c in row.items()} for row in conditions]

@@ -7,7 +7,7 @@ seed determines the mask.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,7 +85,7 @@ def propose_mask(
     return best
 
 
-def add_mask(request: PortraitRequest, pipeline: Any, **options: Any) -> PortraitRequest:
-    """Return a request with the mask that is proposed for its prompt and seed. `options`: those of `propose_mask`."""
-    proposal = propose_mask(pipeline, request.prompt, request.seed, **options)
-    return replace(request, conditions={**request.conditions, "mask": ConditionInput(image=proposal.reading())})
+def add_mask(request: PortraitRequest, pipeline: Any, acts: Mapping[str, float] | None = None) -> PortraitRequest:
+    """Return a request with the mask that is proposed for its prompt and seed. `acts`: `scale`, `start` and `end`."""
+    reading = propose_mask(pipeline, request.prompt, request.seed).reading()
+    return replace(request, conditions={**request.conditions, "mask": ConditionInput(image=reading, **(acts or {}))})

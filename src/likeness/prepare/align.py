@@ -302,7 +302,7 @@ def resample(image: np.ndarray, transform: np.ndarray, width: int, height: int) 
     """Resample an image: point p of the result shows `image` at transform(p), with antialiasing.
 
     Args:
-        image: uint8 [H, W, 3].
+        image: uint8 [H, W, 3], or [H, W] for a result of one channel.
         transform: [2, 3], similarity from the result to `image`.
         width: width of the result.
         height: height of the result.

@@ -5,45 +5,23 @@ Conditions are rendered as the autoencoder receives them, so a sheet shows how t
 
 from __future__ import annotations
 
-import base64
 from collections import Counter
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from jinja2 import Template
-from PIL import Image, ImageOps
+from PIL import Image
 
 from likeness.conditions import CONDITIONS
-from likeness.conditions.images import png_bytes, read_rgb
+from likeness.conditions.images import read_rgb
 from likeness.data.folder import METADATA, column_of, splits_of
-from likeness.files import write_whole
+from likeness.pages import SIDE, Figure, Section, embed, write_page
 from likeness.prepare.check import Checked, CheckedRow, existing_files
 from likeness.prepare.findings import Finding, MetadataRow, read_rows
 from likeness.types import InputError
 
 COLUMNS = {"file_name": "image", **{column_of(name): name for name in CONDITIONS}}
-"""Column -> heading, from the left."""
-
-CELL = 160
-"""Side length of an image on a sheet, in pixels."""
-
-MISSING = "#dddddd"
-"""Colour of missing images."""
-
-HTML = Template(
-    """<!doctype html><html lang="en"><meta charset="utf-8"><title>Contact sheet</title><style>
-body { font: 14px sans-serif; color: #222222; background: #ffffff } .fault { color: #b00020 }
-td, th { text-align: left; vertical-align: top; padding: 4px } p { margin: 0 0 4px }</style><table>
-<tr>{% for name in headings %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for line in lines %}<tr>
-{% for image in line.images %}<td><img alt="" src="data:image/png;base64,{{ image }}"></td>{% endfor %}
-<td><p><b>{{ line.place }}</b></p>
-{% for fault in line.faults %}<p class="fault">{{ fault }}</p>{% endfor %}
-{% for caption in line.captions %}<p>{{ caption }}</p>{% endfor %}</td></tr>
-{% endfor %}</table></html>""",
-    autoescape=True,
-)
+"""Column -> label, from the left."""
 
 
 def write_sheet(folder: Path, checked: Checked, out: Path, count: int = 24) -> None:
@@ -60,9 +38,11 @@ def write_sheet(folder: Path, checked: Checked, out: Path, count: int = 24) -> N
     """
     check_sheet(out, count)
     folder = folder.resolve()
-    lines = [describe_row(folder, row, found) for row, found in choose_rows(folder, checked, count)]
-    page = HTML.render(lines=lines, headings=[*COLUMNS.values(), "captions"])
-    write_whole(out, page.encode(errors="replace"))  # a lone surrogate cannot be encoded
+    figures = [describe_row(folder, row, found) for row, found in choose_rows(folder, checked, count)]
+    faults = Counter(found.kind for found in checked.findings)
+    verdict = [f"{checked.rows} rows, {len(figures)} shown. {len(checked.findings)} findings."]
+    lines = [f"{kind}: {number}" for kind, number in faults.most_common()]
+    write_page(out, f"{folder.name}: contact sheet", [Section(verdict=verdict, lines=lines), Section(figures=figures)])
 
 
 def check_sheet(out: Path, count: int) -> None:
@@ -96,33 +76,29 @@ def choose_rows(folder: Path, checked: Checked, count: int) -> list[tuple[Metada
     return [(chosen[place], by_row.get(place, [])) for place in order[:count]]
 
 
-def describe_row(folder: Path, row: MetadataRow, findings: list[Finding]) -> dict[str, Any]:
-    """Return place, faults, captions and images of a row for the template; missing images are grey."""
+def describe_row(folder: Path, row: MetadataRow, findings: list[Finding]) -> Figure:
+    """Return the images of a row with its captions, place and faults; missing images are empty."""
     files = existing_files(CheckedRow(row), folder / row.split)
-    images = [image_of(files[column], column) if column in files else None for column in COLUMNS]
-    missing = Image.new("RGB", (CELL, CELL), MISSING)
-    cells = [ImageOps.pad(image or missing, (CELL, CELL), color=MISSING) for image in images]
+    images = [(name, embed(partial(image_of, files.get(column), column))) for column, name in COLUMNS.items()]
     split, line, name = row.place
     text = row.values.get("text") or []
-    return {
-        "place": f"{f'{split}/{METADATA}'.removeprefix('./')}, line {line}: {name}",
-        "faults": [f"{found.kind}: {found.sentence}" for found in findings],
-        "captions": text if isinstance(text, list) else [text],
-        "images": [base64.b64encode(png_bytes(cell)).decode() for cell in cells],
-    }
+    return Figure(
+        images,
+        captions=[str(caption) for caption in (text if isinstance(text, list) else [text])],
+        place=f"{f'{split}/{METADATA}'.removeprefix('./')}, line {line}: {name}",
+        faults=[f"{found.kind}: {found.sentence}" for found in findings],
+    )
 
 
-def image_of(path: Path, column: str) -> Image.Image | None:
-    """Render a condition; an image, or a rejected condition, is shown unchanged."""
+def image_of(path: Path | None, column: str) -> Image.Image | np.ndarray:
+    """Render a condition; an image, or a rejected condition, is shown unchanged. Raises `InputError`."""
+    if path is None:
+        raise InputError("the row has no such file")
     try:
         if column != "file_name":
             condition = CONDITIONS[COLUMNS[column]]
             raw = condition.read(path).raw
-            height, width = (CELL, CELL) if condition.raw == "points" else raw.shape
-            return Image.fromarray(condition.render(raw, height, width))
+            return condition.render(raw, *((SIDE, SIDE) if condition.raw == "points" else raw.shape))
     except InputError:
         pass
-    try:
-        return read_rgb(path)
-    except InputError:
-        return None
+    return read_rgb(path)

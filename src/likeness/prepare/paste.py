@@ -1,20 +1,27 @@
 """Paste an edited portrait back into the photo that it was cut from, with the transform that `align` recorded.
 
-Pixels outside the portrait's square do not change; at its border portrait and photo are blended. The photo must be the
-file that was aligned: its SHA-256 is compared.
+Pixels outside the portrait's square do not change; at its border portrait and photo are blended. With `only`, nor do
+pixels outside some classes of the mask, so that the background of the photo stays. The photo must be the file that was
+aligned: its SHA-256 is compared.
 """
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, PngImagePlugin
+from scipy.ndimage import distance_transform_edt
 
+from likeness.annotators.face_parser import load_face_parser, parse_faces
 from likeness.conditions.framing import inverse, move, rescaled
 from likeness.conditions.images import MAX_PIXELS, existing_path, open_image
+from likeness.conditions.mask.classes import CLASS_INDEX
+from likeness.conditions.mask.edits import class_indices
+from likeness.conditions.mask.geometry import INSIDE
 from likeness.data.folder import read_folder, read_photo
 from likeness.files import write_whole
 from likeness.pipelines.formats import format_of
@@ -26,6 +33,9 @@ from likeness.weights.hashes import file_hash
 FEATHER = 0.1
 """Width of the blended border as a fraction of the portrait's side."""
 
+ON_SKIN = (*INSIDE, "eye_g")
+"""Classes that are pasted with the skin."""
+
 BAND = 256
 """Rows of the photo that are blended at a time, to bound the memory."""
 
@@ -34,7 +44,15 @@ COMPOSITE = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrained
 
 
 def paste_file(
-    portrait: Path, aligned: Path, photo: Path, out: Path, *, face: str | None = None, feather: float = FEATHER
+    portrait: Path,
+    aligned: Path,
+    photo: Path,
+    out: Path,
+    *,
+    face: str | None = None,
+    feather: float = FEATHER,
+    only: Sequence[str] = (),
+    parser: str = "bundled",
 ) -> str:
     """Paste a portrait into its photo and write the result.
 
@@ -46,6 +64,9 @@ def paste_file(
         face: `file_name` of the aligned portrait; needed if the photo has several faces and the edited portrait has
             another name than the aligned one.
         feather: width of the blended border as a fraction of the portrait's side.
+        only: classes of the mask to paste, such as hair and skin, with a quarter of `feather` inside their edge.
+            Default: the whole portrait.
+        parser: face parser that finds them (`load_face_parser`).
 
     Returns:
         `file_name` of the aligned portrait.
@@ -57,14 +78,15 @@ def paste_file(
     row = row_of(aligned, photo, portrait, face)
     edited = open_image(portrait)
     original = open_image(photo, max_pixels=MAX_PIXELS)
-    pixels = paste_portrait(
-        read_photo(photo), read_photo(portrait), np.array(row["transform"]), row["size"], feather=feather
-    )
+    pixels = read_photo(portrait)
+    weight = region_weight(pixels, only, parser, feather / 4) if only else None
+    transform = np.array(row["transform"])
+    pixels = paste_portrait(read_photo(photo), pixels, transform, row["size"], feather=feather, weight=weight)
     image = Image.fromarray(pixels)
     if "A" in original.getbands() and kind != "JPEG":
         image.putalpha(original.getchannel("A"))
     write_whole(out, encode(image, kind, original.info.get("icc_profile"), generated=is_generated(edited)))
-    return row["file_name"]
+    return f"images/{row['file_name'].name}"
 
 
 def row_of(aligned: Path, photo: Path, portrait: Path, face: str | None) -> dict[str, Any]:
@@ -83,11 +105,46 @@ def row_of(aligned: Path, photo: Path, portrait: Path, face: str | None) -> dict
         rows = [row for row in rows if row["file_name"].stem == portrait.stem]
     if len(rows) != 1:
         raise InputError(f"{photo} has several faces: choose one with --face ({', '.join(names)})")
-    return {**rows[0]["aligned"], "file_name": f"images/{rows[0]['file_name'].name}"}
+    return {**rows[0]["aligned"], "file_name": rows[0]["file_name"]}
+
+
+def region_weight(portrait: np.ndarray, only: Sequence[str], parser: str, feather: float) -> np.ndarray:
+    """Return the weight of each pixel of a portrait, uint8 [S, S]: 0 outside the classes `only`, rising to 255 inside.
+    Skin includes what is on it: eyes, glasses, nose, mouth.
+
+    Args:
+        portrait: uint8 [S, S, 3].
+        only: names of classes.
+        parser: a face parser.
+        feather: width of the edge as a fraction of the portrait's side.
+
+    Raises:
+        InputError: a class is unknown, or the portrait shows none.
+    """
+    classes = class_indices([*only, *(ON_SKIN if CLASS_INDEX["skin"] in class_indices(only) else ())])
+    network, size = load_face_parser(parser)
+    (labels,) = parse_faces(network, [portrait], size=size)  # [S, S]
+    region = np.isin(labels, classes)
+    if not region.any():
+        raise InputError(f"the portrait shows no {', '.join(only)}: name other classes, or leave --only out")
+    inside = np.asarray(distance_transform_edt(np.pad(region, 1, mode="edge")))[1:-1, 1:-1]
+    return np.rint(255 * smooth(inside / max(feather * len(portrait), 1))).astype(np.uint8)
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Return the cubic step from 0 to 1."""
+    values = np.clip(values, 0, 1)
+    return values * values * (3 - 2 * values)
 
 
 def paste_portrait(
-    photo: np.ndarray, portrait: np.ndarray, transform: np.ndarray, size: int, *, feather: float = FEATHER
+    photo: np.ndarray,
+    portrait: np.ndarray,
+    transform: np.ndarray,
+    size: int,
+    *,
+    feather: float = FEATHER,
+    weight: np.ndarray | None = None,
 ) -> np.ndarray:
     """Paste a portrait into a photo.
 
@@ -97,6 +154,7 @@ def paste_portrait(
         transform: [2, 3], photo -> portrait of `size` pixels.
         size: side length of the transform's portrait in pixels.
         feather: width of the blended border as a fraction of the portrait's side, in (0, 0.5].
+        weight: uint8 [S, S], 0 where the photo stays. Default: 255 everywhere.
 
     Returns:
         uint8 [H, W, 3], equal to the photo outside the portrait.
@@ -116,20 +174,21 @@ def paste_portrait(
     right, bottom = np.clip(np.ceil(corners.max(axis=0)).astype(int), 0, [width, height])
     rim = 8  # for samples at the portrait's edge
     padded = np.pad(portrait, ((rim, rim), (rim, rim), (0, 0)), mode="edge")
+    weights = None if weight is None else np.pad(weight, rim, mode="edge")
     result = photo.copy()
     for start in range(top, bottom, BAND):
         stop = min(start + BAND, bottom)
         x, y = np.meshgrid(np.arange(left, right) + 0.5, np.arange(start, stop) + 0.5)
         places = move(np.stack([x, y], axis=-1), transform)  # [h, w, 2]
         inside = np.minimum(places, side - places).min(axis=-1) / (feather * side)
-        rising = np.clip(inside, 0, 1)[..., None]
-        weight = rising * rising * (3 - 2 * rising)  # [h, w, 1]
+        share = smooth(inside)[..., None]  # [h, w, 1]
         offset = move(np.array([left, start]), transform) + rim
-        pasted = resample(
-            padded, np.concatenate([transform[:, :2], offset[:, None]], axis=1), right - left, stop - start
-        )
+        local = np.concatenate([transform[:, :2], offset[:, None]], axis=1)
+        pasted = resample(padded, local, right - left, stop - start)
+        if weights is not None:
+            share = share * resample(weights, local, right - left, stop - start) / 255
         own = photo[start:stop, left:right]
-        result[start:stop, left:right] = np.rint(own + weight * (pasted.astype(np.float64) - own))
+        result[start:stop, left:right] = np.rint(own + share * (pasted.astype(np.float64) - own))
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from likeness.config import load_toml
-from likeness.types import InputError
+from likeness.types import InputError, suggestion
 
 R = TypeVar("R")
 
@@ -315,6 +316,24 @@ PIPELINE_DEFAULTS = ("size", "steps", "guidance_scale", "guidance_interval")
 
 MAX_EMA_WIDTH = 0.28
 """The plain mean of all weights has the largest relative width of a power-law EMA, 0.289."""
+
+
+SHIPPED = (Path(__file__).parents[3] / "recipes", Path(sys.prefix) / "share" / "likeness" / "recipes")
+"""Where the recipes of the project are: in a checkout, and in an installation."""
+
+
+def find_recipe(name: Path) -> Path:
+    """Return the file of a recipe: a path, or the name of a recipe in `recipes/` or of the project, without suffix.
+
+    Raises:
+        InputError: there is no such recipe.
+    """
+    if name.exists() or name.suffix or len(name.parts) > 1:
+        return name  # a missing file is reported when it is read
+    files = {file.stem: file for folder in (*reversed(SHIPPED), Path("recipes")) for file in folder.glob("*.toml")}
+    if name.name not in files:
+        raise InputError(f"Unknown recipe {name.name!r}. {suggestion(name.name, sorted(files))}")
+    return files[name.name]
 
 
 def load_recipe(path: str | Path, cls: type[R], overrides: tuple[str, ...] = ()) -> R:

@@ -28,8 +28,8 @@ from likeness.pipelines.mditface import MDiTFacePipeline
 from likeness.pipelines.mmface import MMFacePipeline
 from likeness.train.config import RunRecipe, condition_names
 from likeness.train.ema import Ema, store_emas
-from likeness.train.html_report import write_report
 from likeness.train.progress import Progress
+from likeness.train.report import write_report
 from likeness.train.train_state import TrainState
 from likeness.types import ConditionInput, InputError, PortraitRequest
 from likeness.weights.catalog import CODEC

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from likeness.files import first_line
-from likeness.types import InputError
+from likeness.types import InputError, suggestion
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
 """Folder of the bundled models."""
@@ -35,19 +35,20 @@ def bundled_models() -> list[str]:
 
 
 def find_model(source: str | Path) -> Path:
-    """Return the folder of a pipeline or an adapter; a model on the Hub is downloaded once.
+    """Return the folder of a pipeline or an adapter, which a training run contains; a model on the Hub is downloaded
+    once.
 
     Raises:
         InputError: the model does not exist, or the Hub cannot be reached.
     """
     path = Path(source)
-    for folder in (BUNDLED / path, path):
+    for folder in (BUNDLED / path, path, path / "model"):  # the last of a training run
         if (folder / "model_index.json").is_file() or (folder / ADAPTER).is_file():
             return folder
     if path.exists():
         raise InputError(f"{path} is not a model folder: it has no model_index.json")
     if not is_hub_id(source):
-        raise InputError(f"Unknown model {str(source)!r}. Available: {', '.join(bundled_models())}")
+        raise InputError(f"Unknown model {str(source)!r}. {suggestion(str(source), bundled_models())}")
     from huggingface_hub import snapshot_download
 
     try:

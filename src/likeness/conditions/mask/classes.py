@@ -82,6 +82,45 @@ ORDERS: dict[str, tuple[str, ...]] = {
 """Order name -> class names by index in that order."""
 
 
+NAMES: dict[str, tuple[str, ...]] = {
+    "background": ("background", "bg"),
+    "skin": ("skin", "face", "facial_skin", "face_skin"),
+    "nose": ("nose",),
+    "eye_g": ("eye_g", "eyeg", "glasses", "eyeglass", "eyeglasses", "eye_glasses"),
+    "l_eye": ("l_eye", "le", "left_eye"),
+    "r_eye": ("r_eye", "re", "right_eye"),
+    "l_brow": ("l_brow", "lb", "left_brow", "left_eyebrow"),
+    "r_brow": ("r_brow", "rb", "right_brow", "right_eyebrow"),
+    "l_ear": ("l_ear", "lr", "left_ear"),
+    "r_ear": ("r_ear", "rr", "right_ear"),
+    "mouth": ("mouth", "imouth", "inner_mouth", "mouth_interior", "teeth"),
+    "u_lip": ("u_lip", "ulip", "upper_lip", "top_lip"),
+    "l_lip": ("l_lip", "llip", "lower_lip", "bottom_lip"),
+    "hair": ("hair",),
+    "hat": ("hat", "cap", "headwear"),
+    "earring": ("earring", "earrings", "ear_r", "earr"),
+    "necklace": ("necklace", "neck_l"),
+    "neck": ("neck",),
+    "cloth": ("cloth", "clothes", "clothing"),
+}
+"""Class -> its names in lower case with underscores: here and in CelebAMask-HQ, in facer (short), in LaPa, iBUG and
+Face Synthetics (long)."""
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "eyes": ("l_eye", "r_eye"),
+    "brows": ("l_brow", "r_brow"),
+    "eyebrows": ("l_brow", "r_brow"),
+    "ears": ("l_ear", "r_ear"),
+    "lips": ("u_lip", "l_lip"),
+}
+"""Names of several classes."""
+
+
+def plain_name(name: str) -> str:
+    """Return a name in lower case with underscores."""
+    return name.strip().lower().replace("-", "_").replace(" ", "_")
+
+
 def order_table(name: str) -> np.ndarray:
     """Return the lookup table of an order, uint8 [19]: `table[labels]` is canonical."""
     return np.array([CLASS_INDEX[part] for part in ORDERS[name]], dtype=np.uint8)

@@ -19,7 +19,7 @@ from scipy import ndimage
 
 from likeness.conditions.images import ASPECT_TOLERANCE, png_bytes
 from likeness.conditions.mask import flip, mask_image, resize, swap_classes
-from likeness.conditions.mask.classes import CLASS_INDEX, CLASSES, COUNTERPART
+from likeness.conditions.mask.classes import CLASS_INDEX, CLASSES, COUNTERPART, GROUPS, NAMES, plain_name
 from likeness.conditions.mask.geometry import INSIDE, measure, swapped_pairs
 from likeness.files import write_whole
 from likeness.types import InputError
@@ -188,8 +188,8 @@ def fill_holes(labels: np.ndarray, classes: Names) -> np.ndarray:
 def rename(labels: np.ndarray, old: str, new: str) -> np.ndarray:
     """Change every pixel of class `old` to `new`."""
     labels = checked(labels)
-    (index,) = present_classes(labels, old, background=True)
-    return np.where(labels == index, class_index(new), labels).astype(np.uint8)
+    found = present_classes(labels, old, background=True)
+    return np.where(np.isin(labels, found), class_index(new), labels).astype(np.uint8)
 
 
 def swap(labels: np.ndarray, first: str, second: str) -> np.ndarray:
@@ -289,16 +289,30 @@ def checked(labels: np.ndarray) -> np.ndarray:
 
 
 def class_index(name: str) -> int:
-    """Return the class of that name. Raises `InputError` if it is unknown."""
-    if name not in CLASS_INDEX:
+    """Return the class of that name, in any case, or of a synonym such as "glasses". Raises `InputError` if it is
+    unknown or names several classes.
+    """
+    found = _named(name)
+    if len(found) > 1:
+        raise InputError(
+            f"{name!r} names several classes: choose one of {', '.join(CLASSES[index] for index in found)}"
+        )
+    return found[0]
+
+
+def _named(name: str) -> list[int]:
+    """The classes of a name."""
+    plain = plain_name(name)
+    names = GROUPS.get(plain) or [own for own, others in NAMES.items() if plain in others]
+    if not names:
         raise InputError(f"Unknown class {name!r}. Available: {', '.join(CLASSES)}")
-    return CLASS_INDEX[name]
+    return [CLASS_INDEX[own] for own in names]
 
 
 def class_indices(classes: Names, *, background: bool = False) -> list[int]:
     """Return the classes of those names in ascending order, without duplicates; `background` allows the background."""
     names = (classes,) if isinstance(classes, str) else classes
-    chosen = sorted({class_index(name) for name in names})
+    chosen = sorted({index for name in names for index in _named(name)})
     if not chosen:
         raise InputError(f"name at least one class: {', '.join(CLASSES[1:])}")
     if chosen[0] == 0 and not background:
@@ -307,12 +321,13 @@ def class_indices(classes: Names, *, background: bool = False) -> list[int]:
 
 
 def present_classes(labels: np.ndarray, classes: Names, *, background: bool = False) -> list[int]:
-    """As `class_indices`. Raises `InputError` also if `labels` lack a class."""
-    chosen = class_indices(classes, background=background)
-    for index in chosen:
-        if index not in labels:
-            raise InputError(f"the mask has no {CLASSES[index]}: name a class that `likeness inspect` lists")
-    return chosen
+    """As `class_indices`, without the absent classes of a name of several. Raises `InputError` if nothing that a name
+    stands for is in `labels`.
+    """
+    for name in (classes,) if isinstance(classes, str) else classes:
+        if not np.isin(_named(name), labels).any():
+            raise InputError(f"the mask has no {name}: name a class that `likeness inspect` lists")
+    return [index for index in class_indices(classes, background=background) if index in labels]
 
 
 def _check_radius(radius: float) -> None:

@@ -361,11 +361,12 @@ def _read_folder(folder: Path) -> Reading:
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".bmp"):
             continue
-        part = next((name for name in PART_NAMES if path.stem == name or path.stem.endswith("_" + name)), None)
+        stem = path.stem.lower()
+        part = next((name for name in PART_NAMES if stem == name or stem.endswith("_" + name)), None)
         if part is None:
             others += 1
         else:
-            faces.setdefault(path.stem[: -len(part)].rstrip("_"), {})[PART_NAMES[part]] = path
+            faces.setdefault(stem[: -len(part)].rstrip("_"), {})[PART_NAMES[part]] = path
     if not faces:
         raise off_palette(f"{folder} has no part files such as 00000_skin.png: pass a mask image or such a folder")
     if len(faces) > 1:
