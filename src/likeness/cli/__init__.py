@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from likeness.cli import caption, evaluation, mask, portraits, prepare, study, training
+from likeness.cli import caption, evaluation, mask, portraits, prepare, serve, study, training
 from likeness.cli.terminal import print_error
 from likeness.runtime import configure_process
 from likeness.types import InputError, TryAgain
@@ -44,6 +44,7 @@ COMMANDS: dict[str, Any] = {
         },
     ),
     "models": portraits.Models,
+    "serve": serve.Serve,
     "train": training.Train,
     "average": training.Average,
     "evaluate": evaluation.Evaluate,

@@ -96,6 +96,7 @@ def open_image(
                 check_pixels(image.width, image.height, name, max_pixels)
                 image.load()
         upright = ImageOps.exif_transpose(image)
+        upright.format = image.format  # masks in JPEG are repaired
     except UnidentifiedImageError as error:
         text = f"{name} is not a readable image: save it as PNG (supported: {', '.join(FORMATS)})"
         raise InputError(text, kind="corrupt-file") from error

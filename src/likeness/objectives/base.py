@@ -27,6 +27,10 @@ class Objective(Protocol):
         """Target of the network at x_t, [B, C, h, w]."""
         ...
 
+    def denoise(self, noisy: Tensor, prediction: Tensor, time: Tensor) -> Tensor:
+        """Estimate x_0 from x_t and the network's output, both [B, C, h, w], at times [B]."""
+        ...
+
     def weight(self, time: Tensor) -> Tensor:
         """Weight of the mean squared error of each sample, [B]."""
         ...

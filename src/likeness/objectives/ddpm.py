@@ -59,6 +59,12 @@ class DDPM:
         alpha, sigma = self._alpha_sigma(time, clean)
         return alpha * noise - sigma * clean
 
+    def denoise(self, noisy: Tensor, prediction: Tensor, time: Tensor) -> Tensor:
+        alpha, sigma = self._alpha_sigma(time, noisy)
+        return (
+            (noisy - sigma * prediction) / alpha if self.prediction == "epsilon" else alpha * noisy - sigma * prediction
+        )
+
     def weight(self, time: Tensor) -> Tensor:
         if self.snr_gamma is None:
             return torch.ones_like(time, dtype=torch.float32)

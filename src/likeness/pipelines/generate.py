@@ -101,19 +101,15 @@ def generate(
             on_step(i + 1, request.num_inference_steps or i + 1)
         return tensors
 
-    output = pipeline(
-        request.prompt,
-        request.negative_prompt,
-        request.conditions,
-        height=request.height,
-        width=request.width,
-        upscale=request.upscale,
-        force_size=request.force_size,
-        num_inference_steps=request.num_inference_steps,
-        guidance_scale=request.guidance_scale,
-        num_images_per_prompt=len(seeds),
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        callback_on_step_end=report,
-        encoded=encoded,
-    )
+    output = pipeline(**call_options(request, seeds), callback_on_step_end=report, encoded=encoded)
     return output.images, output.notes
+
+
+def call_options(request: PortraitRequest, seeds: Sequence[int]) -> dict[str, Any]:
+    """Return the arguments of a pipeline call that generates one image of a resolved request per seed."""
+    same_name = ("prompt", "negative_prompt", "height", "width", "upscale", "force_size")
+    return {name: getattr(request, name) for name in (*same_name, "num_inference_steps", "guidance_scale")} | {
+        "control_image": request.conditions,
+        "num_images_per_prompt": len(seeds),
+        "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+    }

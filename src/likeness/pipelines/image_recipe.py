@@ -7,6 +7,7 @@ PNG, JPEG and WebP carry an XMP packet with IPTC's `trainedAlgorithmicMedia` and
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import io
 import json
@@ -211,7 +212,7 @@ def environment(pipeline: Any) -> dict[str, Any]:
     """Return what else the pixels depend on: versions, processor, threads, device, dtype and settings."""
     packages = ("likeness", "torch", "diffusers", "transformers", "numpy")
     return {
-        **{name: version(name) for name in packages},
+        **{name: installed(name) for name in packages},
         "python": platform.python_version(),
         "processor": processor(),
         "threads": torch.get_num_threads(),
@@ -234,6 +235,11 @@ def settings_hash(pipeline: Any) -> str:
     return hashlib.sha256(json.dumps(public, sort_keys=True).encode()).hexdigest()[:16]
 
 
+installed = functools.cache(version)
+"""Version of a package, read from its files once."""
+
+
+@functools.cache
 def processor() -> str:
     """Return the name of the processor, as far as the system reports it."""
     try:
@@ -336,14 +342,22 @@ def xmp_packet(recipe: Mapping[str, Any]) -> str:
     )
 
 
-def write_image(image: Image.Image, path: Path, recipe: Mapping[str, Any] | None, *, overwrite: bool = True) -> None:
+def write_image(
+    image: Image.Image,
+    path: Path,
+    recipe: Mapping[str, Any] | None,
+    *,
+    overwrite: bool = True,
+    quality: int | None = None,
+) -> None:
     """Write an image with its recipe atomically.
 
     Args:
         image: the image.
-        path: the file; its suffix selects PNG, JPEG or WebP (lossless).
+        path: the file; its suffix selects PNG, JPEG or WebP.
         recipe: its recipe, or None to write pixels only.
         overwrite: whether to replace an existing file.
+        quality: of a JPEG or WebP, 0 to 100. Default: 95, lossless.
 
     Raises:
         InputError: the suffix is unknown, the recipe too long for the format, or the file cannot be written.
@@ -351,6 +365,8 @@ def write_image(image: Image.Image, path: Path, recipe: Mapping[str, Any] | None
     """
     kind = format_of(path)
     options: dict[str, Any] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
+    if quality is not None and kind != "PNG":
+        options = {"quality": quality}
     if recipe is not None:
         packet = xmp_packet(recipe)
         if kind == "PNG":

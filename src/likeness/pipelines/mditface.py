@@ -20,7 +20,8 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from likeness.models.mditface import PATCH, MDiTFaceTransformer, select
 from likeness.pipelines.adapters import NAME, load_lora, unload_adapter
-from likeness.pipelines.portrait import EncodedBatch, Passes, PortraitPipeline
+from likeness.pipelines.portrait import PortraitPipeline
+from likeness.pipelines.sampling import EncodedBatch, Passes
 from likeness.types import InputError, TextFeatures
 
 DEFAULTS: dict[str, Any] = {"size": 512, "steps": 28, "guidance_scale": 3.5, "guidance_interval": (0.0, 1.0)}
@@ -144,8 +145,8 @@ class MDiTFacePipeline(PortraitPipeline, FluxLoraLoaderMixin):
                 "text": TextFeatures(*(x[start:stop] for x in text)),
                 "condition_latents": latents[start:stop, keep],
                 "condition_index": ids[start:stop, keep],
-                "all_present": all(numbers[p][k] for p in range(start, stop) for k in keep),
             }
+            shared = {"all_present": all(numbers[p][k] for p in range(start, stop) for k in keep)}
             if cache is not None and keep:
                 arguments["static_cache"] = select(cache, start, stop, keep, len(names))
             scales = [conditions[names[k]].scale for k in keep]
@@ -154,7 +155,7 @@ class MDiTFacePipeline(PortraitPipeline, FluxLoraLoaderMixin):
             if distilled:
                 arguments["guidance"] = torch.full((stop - start,), batch.guidance[step], device=device)  # [P]
             weights = [scale if item in guided else 1.0 for item in group] + [1 - scale] * len(guided)
-            return Passes(items[start:stop], weights[start:stop], arguments)
+            return Passes(items[start:stop], weights[start:stop], arguments, shared)
 
         return passes_at
 

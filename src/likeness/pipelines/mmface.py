@@ -14,7 +14,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from likeness.models.mmface import MMFaceTransformer
 from likeness.pipelines.guidance import passes
-from likeness.pipelines.portrait import EncodedBatch, Passes, PortraitPipeline
+from likeness.pipelines.portrait import PortraitPipeline
+from likeness.pipelines.sampling import EncodedBatch, Passes
 from likeness.types import InputError, TextFeatures
 
 DEFAULTS: dict[str, Any] = {"size": 256, "steps": 50, "guidance_scale": 7.5, "guidance_interval": (0.0, 1.0)}
@@ -109,8 +110,7 @@ class MMFacePipeline(PortraitPipeline):
                 "text": TextFeatures(batch.text.tokens[text], batch.text.pooled[text]),  # [P, L, D], [P, D]
                 "condition_latents": batch.condition_latents[index][:, None],  # [P, 1, C, h, w]
                 "condition_index": batch.condition_ids[index][:, None],  # [P, 1]
-                "rope": rope,
             }
-            return Passes(items, weights, arguments)
+            return Passes(items, weights, arguments, {"rope": rope})
 
         return passes_at

@@ -42,6 +42,7 @@ from likeness.pipelines.arguments import (
     whole_number,
 )
 from likeness.pipelines.formats import numbered
+from likeness.pipelines.sampling import EncodedBatch, Passes, Sampling, advance
 from likeness.pipelines.sizes import format_sizes, generation_size, trained_sizes
 from likeness.types import ConditionInput, InputError, PortraitRequest, TextFeatures
 
@@ -107,30 +108,6 @@ class PortraitOutput(BaseOutput):
         return files
 
 
-@dataclass(frozen=True, kw_only=True)
-class EncodedBatch:
-    """Checked and encoded arguments: B images in S steps, of T distinct texts and M distinct conditions."""
-
-    text: TextFeatures
-    """Of the distinct texts, tokens [T, L, D]."""
-    prompts: list[int]
-    """Index of each image's prompt in `text`, [B]."""
-    negatives: list[int]
-    """Index of its negative prompt, [B]."""
-    conditions: list[dict[str, ConditionInput]]
-    """The conditions of each image, [B]."""
-    latent_indices: list[dict[str, int]]
-    """Their indices in `condition_latents`, 1 to M, [B]."""
-    condition_latents: Tensor
-    """[M + 1, C, h, w]; the first is an absent condition, zeros."""
-    condition_ids: Tensor
-    """Their ids in the network's condition embedding, [M + 1]; -1 for absent."""
-    guidance: list[float]
-    """Text guidance g at every step, 1 outside its interval, [S]."""
-    times: Tensor
-    """Network input at every step, float32 [S]."""
-
-
 class EncodedCondition(NamedTuple):
     """A condition in the cache."""
 
@@ -139,17 +116,6 @@ class EncodedCondition(NamedTuple):
     reading: Reading
     source: Any
     """The object that was passed, so that its id stays unique."""
-
-
-class Passes(NamedTuple):
-    """The P forward passes of one step for a group of images."""
-
-    items: list[int]
-    """Image of each, [P]."""
-    weights: list[float]
-    """Factor of each in the prediction of its image, [P]."""
-    arguments: dict[str, Any]
-    """Arguments of the network in addition to latents and times, [P, ...] each."""
 
 
 class PortraitPipeline(DiffusionPipeline):
@@ -264,7 +230,8 @@ class PortraitPipeline(DiffusionPipeline):
             generator: One per image, or one for all, from which the images draw their noise in turn. Samplers that add
                 noise at every step use it, too.
             latents: Initial noise [B, C, h, w] instead of random noise.
-            output_type: `pil`, `np` ([B, H, W, 3] in [0, 1]), `pt` ([B, 3, H, W] in [0, 1]) or `latent`.
+            output_type: `pil`, `np` ([B, H, W, 3] in [0, 1]), `pt` ([B, 3, H, W] in [0, 1]) or `latent`; `sampling`
+                returns the `Sampling` before its first step, which the caller advances.
             return_dict: Whether to return a `PortraitOutput` or the tuple (images,).
             callback_on_step_end: Called as (pipeline, step, timestep, {"latents": ...}) after every step, with a copy
                 of this pipeline for the call. It may return other latents, and stops the loop by setting `_interrupt`
@@ -365,38 +332,39 @@ class PortraitPipeline(DiffusionPipeline):
             guidance=[guidance if interval[0] <= level <= interval[1] else 1.0 for level in levels],
             times=objective.model_time(times),
         )
-        pass_functions = [self.pass_function(batch, group) for group in self.groups(len(prompts))]
+        sampling = Sampling(
+            pipeline=self,
+            batch=batch,
+            latents=latents,
+            scheduler=scheduler,
+            step_options=noise,
+            pass_functions=[self.pass_function(batch, group) for group in self.groups(len(prompts))],
+            levels=levels,
+            guidance_model=guidance_model,
+            guidance_model_scale=auto_scale,
+            guidance_model_interval=auto_interval,
+            output_type="pil" if output_type == "sampling" else output_type,
+            size=size,
+            notes=notes,
+            objective=objective,
+            times=times,
+        )
+        if output_type == "sampling":
+            return cast(Any, sampling)
 
         # 5. Denoise
-        dtype = self.transformer.dtype
-        with self.progress_bar(total=len(times)) as progress:
-            for i, timestep in enumerate(scheduler.timesteps):
-                if call._interrupt:
-                    continue
-                scaled = latents
-                if hasattr(scheduler, "scale_model_input"):  # samplers of variance-exploding models
-                    scaled = scheduler.scale_model_input(latents, timestep)
-                prediction = torch.zeros_like(latents)
-                for passes_at in pass_functions:
-                    items, weights, arguments = passes_at(i)
-                    time = batch.times[i].expand(len(items))  # [P]
-                    outputs = self.transformer(scaled[items].to(dtype), time, **arguments).float()  # [P, C, h, w]
-                    if guidance_model is not None and auto_interval[0] <= levels[i] <= auto_interval[1]:
-                        arguments.pop("static_cache", None)  # of this network's weights
-                        weaker = guidance_model(scaled[items].to(dtype), time, **arguments).float()  # [P, C, h, w]
-                        outputs = weaker + auto_scale * (outputs - weaker)
-                    for item, weight, output in zip(items, weights, outputs, strict=True):
-                        prediction[item] += weight * output
-                latents = scheduler.step(prediction, timestep, latents, **noise, return_dict=False)[0]
+        with self.progress_bar(total=sampling.steps) as progress:
+            while sampling.step < sampling.steps and not call._interrupt:
+                advance([sampling])
                 if callback_on_step_end is not None:
-                    tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
-                    latents = (callback_on_step_end(call, i, timestep, tensors) or {}).get("latents", latents)
+                    i = sampling.step - 1
+                    tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, sampling.latents)
+                    changed = callback_on_step_end(call, i, scheduler.timesteps[i], tensors) or {}
+                    sampling.latents = changed.get("latents", sampling.latents)
                 progress.update()
 
         # 6. Decode
-        if not latents.isfinite().all():
-            raise InputError("The latents are not finite (NaN or Inf): the model or a LoRA is damaged, or needs fp32")
-        images = self.decode(latents, output_type, size)
+        images = sampling.images()
         self.maybe_free_model_hooks()
         requests = [
             PortraitRequest(
@@ -450,8 +418,8 @@ class PortraitPipeline(DiffusionPipeline):
             raise InputError(f"The number of steps is {steps}; it must be from 1 to {MAX_STEPS}")
         if not math.isfinite(guidance) or guidance < 0:
             raise InputError(f"The guidance scale is {guidance}; it must be a finite number of at least 0")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise InputError(f"output_type is {output_type!r}; choose pil, np, pt or latent")
+        if output_type not in ("pil", "np", "pt", "latent", "sampling"):
+            raise InputError(f"output_type is {output_type!r}; choose pil, np, pt, latent or sampling")
         if unknown := sorted(set(tensor_inputs) - set(self._callback_tensor_inputs)):
             raise InputError(f"Callbacks receive {self._callback_tensor_inputs}, not {unknown}")
 
@@ -559,6 +527,8 @@ class PortraitPipeline(DiffusionPipeline):
 
     def decode(self, latents: Tensor, output_type: str = "pil", size: tuple[int, int] | None = None) -> Any:
         """Decode latents [B, C, h, w] to images of a type, resampled to `size` (width, height) if that differs."""
+        if not latents.isfinite().all():
+            raise InputError("The latents are not finite (NaN or Inf): the model or a LoRA is damaged, or needs fp32")
         if output_type == "latent":
             return latents
         images = self.codec.decode(latents)  # [B, 3, H, W]

@@ -1,0 +1,144 @@
+"""The command that serves a model over HTTP. Its fields are its options."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from likeness.cli.output import exit_on_sigterm
+from likeness.types import DtypeName, InputError
+from likeness.weights.catalog import DEFAULT, MASK_MODEL
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve:
+    """Serve a model over HTTP with the OpenAI images API (docs/serve.md)."""
+
+    model: str = DEFAULT
+    """Bundled model, folder of a model or an adapter, or hub id."""
+    base: str | None = None
+    """Base model of an adapter. Default: the one that the adapter names."""
+    name: str | None = None
+    """Name of the model in the API. Default: MODEL."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 accepts connections from other machines."""
+    port: int = 8000
+    """Port to listen on; 0 chooses a free one."""
+    data: Path = Path("likeness-data")
+    """Folder for jobs, images and uploads; created if missing."""
+    database: str | None = None
+    """SQLAlchemy URL of a database that replicas share, such as postgresql+psycopg://HOST/NAME. Default: SQLite in
+    DATA."""
+    replica: str | None = None
+    """Name of this replica with DATABASE. Default: host name and port."""
+    api_key_file: Path | None = None
+    """File with one API key per line. Default: no key is required."""
+    queue: int = 64
+    """Largest number of waiting images; further requests get status 429."""
+    keep: float = 3600
+    """Seconds for which finished jobs and uploads are kept."""
+    max_steps: int = 100
+    """Largest number of steps of a request."""
+    max_side: int = 2048
+    """Largest side of an image in pixels."""
+    max_body: int = 32
+    """Largest body of a request in MiB."""
+    shutdown_timeout: float = 30
+    """Seconds for which a shutdown waits for accepted images."""
+    cors: tuple[str, ...] = ()
+    """Origins of web pages that may send requests, for example https://example.org. Default: none."""
+    metadata: bool = True
+    """Write the recipe and the mark of generated media into images."""
+    log_prompts: bool = False
+    """Write prompts to the access log."""
+    deterministic: bool = False
+    """On an accelerator, generate every image by itself, so that it does not depend on other requests."""
+    mask_model: str = MASK_MODEL
+    """Model that generates masks."""
+    landmarker: Path | None = None
+    """MediaPipe's face_landmarker.task, for alignment and keypoints."""
+    device: str = "auto"
+    """Device, for example cuda or cpu; auto takes an accelerator if present."""
+    dtype: DtypeName = "auto"
+    """Dtype; auto is fp32 on a CPU, bf16 or fp16 on an accelerator."""
+    quantize: Literal["int8"] | None = None
+    """Store the matrices of FLUX.1's transformer in 8 bits."""
+
+    def __call__(self) -> None:
+        for name, least in {"queue": 1, "keep": 1, "max_steps": 1, "max_side": 8, "max_body": 1}.items():
+            if not getattr(self, name) >= least:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
+        keys = read_keys(self.api_key_file)
+        listener = listen(self.host, self.port)
+        try:
+            import uvicorn
+
+            from likeness.serve.app import create_app
+            from likeness.serve.service import Service, Settings
+            from likeness.serve.store import Store
+        except ImportError as error:
+            raise InputError(f"The service requires {error.name}: pip install 'likeness[serve]'") from error
+        from likeness.cli.portraits import load_pipeline
+        from likeness.files import locked
+        from likeness.pipelines.generate import work_of
+        from likeness.runtime import choose_threads
+
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        settings = Settings(
+            model=self.name or self.model,
+            max_bytes=self.max_body * 2**20,
+            keys=keys,
+            shutdown=self.shutdown_timeout,
+            **{
+                name: getattr(self, name)
+                for name in (
+                    *("max_steps", "max_side", "queue", "keep", "cors", "metadata", "log_prompts"),
+                    *("deterministic", "mask_model", "landmarker"),
+                )
+            },
+        )
+        port = listener.getsockname()[1]
+        with locked(self.data) if self.database is None else nullcontext():
+            replica = "" if self.database is None else self.replica or f"{socket.gethostname()}:{port}"
+            store = Store(self.data, self.database, replica)
+            pipeline = load_pipeline(self.model, self.dtype, self.device, self.base, self.quantize)
+            if pipeline._execution_device.type == "cpu":
+                size = pipeline.config.defaults["size"]
+                choose_threads(work_of(pipeline, size, size))
+            source = {"model": self.model, "base": self.base, "quantize": self.quantize}
+            app = create_app(Service(pipeline, store, settings, source))
+            config = uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=int(self.shutdown_timeout) + 5,
+                server_header=False,
+            )
+            print(f"Serving {settings.model} at http://{self.host}:{port}", flush=True)
+            with exit_on_sigterm():  # the server raises the signal again after its shutdown
+                uvicorn.Server(config).run(sockets=[listener])
+
+
+def read_keys(file: Path | None) -> tuple[str, ...]:
+    """Return the API keys in a file, one per line."""
+    if file is None:
+        return ()
+    try:
+        keys = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"The API keys in {file} cannot be read: {error}") from error
+    if not keys:
+        raise InputError(f"{file} contains no API key: write one per line")
+    return keys
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens. Raises `InputError` if the address cannot be used."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        raise InputError(f"Cannot listen on {host}:{port}: {error}; choose another --host or --port") from error

@@ -1,0 +1,472 @@
+"""The routes of the service. They run in the event loop, which never blocks: all work happens in threads."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from sse_starlette import EventSourceResponse, JSONServerSentEvent
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import FileResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from likeness.conditions import CONDITIONS
+from likeness.pipelines.sizes import format_sizes, trained_sizes
+from likeness.serve.engine import Closed, Engine, Full, measure_batch, warm_up
+from likeness.serve.errors import ApiError, handle, respond
+from likeness.serve.jobs import Job, Jobs
+from likeness.serve.schema import MAX_PROMPT, ConditionName, Generation, MaskEdit, Proposal
+from likeness.serve.service import Service
+from likeness.serve.store import IDENTIFIER, Taken
+from likeness.types import InputError
+
+SIDE_QUEUE = 16
+"""Largest number of waiting requests other than images."""
+
+EXPIRY = 30
+"""Seconds between searches for expired jobs."""
+
+OPEN = ("/healthz", "/readyz")
+"""Paths that need no API key."""
+
+log = logging.getLogger(__name__)
+access = logging.getLogger("likeness.access")
+
+
+class Metrics:
+    """The figures of `/metrics`."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        own: dict[str, Any] = {"registry": self.registry}
+        self.queue = Gauge("likeness_queue_length", "Waiting images", **own)
+        self.running = Gauge("likeness_running_images", "Images in progress", **own)
+        batches = (1, 2, 4, 8, 16, 32)
+        self.batch = Histogram("likeness_batch_size", "Images per step of the engine", buckets=batches, **own)
+        self.step = Histogram("likeness_step_seconds", "Time of a step of the engine", **own)
+        self.images = Counter("likeness_images", "Images by result", ["result"], **own)
+        self.requests = Counter("likeness_requests", "Requests by path and status", ["path", "status"], **own)
+        self.latency = Histogram("likeness_request_seconds", "Time of a request by path", ["path"], **own)
+
+
+class Frame:
+    """What surrounds every request: its id, the API key, the size limit, the access log."""
+
+    def __init__(self, app: ASGIApp, service: Service, metrics: Metrics) -> None:
+        self.app, self.service, self.metrics = app, service, metrics
+        self.keys = [hashlib.sha256(key.encode()).digest() for key in service.settings.keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        id = headers.get(b"x-request-id", "")
+        own = f"req-{secrets.token_hex(16)}"
+        scope.setdefault("state", {}).update(id=id or own, owner="")
+        status, received, start = None, 0, time.perf_counter()
+
+        async def limited() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.service.settings.max_bytes:
+                raise self.too_large()
+            return message
+
+        async def labelled(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", scope["state"]["id"].encode())]
+            await send(message)
+
+        try:
+            if id and not IDENTIFIER.fullmatch(id):
+                scope["state"]["id"] = own
+                raise ApiError(400, "x-request-id must be 1 to 64 letters, digits, - and _", param="x-request-id")
+            if self.keys and scope["path"] not in OPEN:
+                scope["state"]["owner"] = self.owner(headers.get(b"authorization", ""))
+            length = headers.get(b"content-length", "0")
+            if not length.isdecimal() or int(length) > self.service.settings.max_bytes:
+                raise self.too_large()
+            await self.app(scope, limited, labelled)
+        except ApiError as error:  # of this method: the application handles its own
+            await respond(error)(scope, receive, labelled)
+        except Exception:
+            log.exception("The request %s failed", scope["state"]["id"])
+            if status is None:
+                message = "The service failed: its log has the reason"
+                await respond(ApiError(500, message, code="internal_error"))(scope, receive, labelled)
+        finally:
+            seconds = time.perf_counter() - start
+            path = getattr(scope.get("route"), "path", "other")  # as declared: an id is no label
+            self.metrics.requests.labels(path, status or 499).inc()
+            self.metrics.latency.labels(path).observe(seconds)
+            access.info("%s %s %s %s %.0f ms", scope["state"]["id"], scope["method"], path, status, 1e3 * seconds)
+
+    def owner(self, authorization: str) -> str:
+        """Return the name of an API key. Every key is compared, in constant time."""
+        given = hashlib.sha256(authorization.removeprefix("Bearer ").encode()).digest()
+        found = [secrets.compare_digest(given, key) for key in self.keys]
+        if not any(found):
+            message = "The API key is missing or unknown: send Authorization: Bearer KEY"
+            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        return given.hex()[:32]
+
+    def too_large(self) -> ApiError:
+        """Return the response to a body that is too large."""
+        limit = self.service.settings.max_bytes
+        return ApiError(413, f"The body is too large: at most {limit / 2**20:.0f} MiB", code="too_large")
+
+
+def create_app(service: Service) -> FastAPI:
+    """Return the application of a service; its engine starts with it."""
+    settings, store, metrics = service.settings, service.store, Metrics()
+
+    def on_step(seconds: float, images: int) -> None:
+        metrics.step.observe(seconds)
+        metrics.batch.observe(images)
+
+    engine = Engine(service.pipeline, queue=settings.queue, on_step=on_step)
+    metrics.queue.set_function(lambda: len(engine.waiting))
+    metrics.running.set_function(lambda: len(engine.running))
+    jobs = Jobs(engine, store, service.pool, service.save, lambda kind: metrics.images.labels(kind).inc())
+    state: dict[str, Any] = {"ready": False, "side": 0, "error": None}
+
+    def prepare() -> None:
+        """Generate a warm-up image, then start the engine with a measured batch size."""
+        try:
+            engine.seconds_per_image = warm_up(service.pipeline)
+            engine.batch = measure_batch(service.pipeline, deterministic=settings.deterministic)
+        except Exception as error:
+            log.exception("The warm-up image failed")
+            state["error"] = f"The warm-up image failed: {error}"
+            return
+        engine.start()
+        state["ready"] = True
+
+    async def expire() -> None:
+        while True:
+            await asyncio.sleep(min(EXPIRY, settings.keep))
+            try:
+                await asyncio.to_thread(store.expire, settings.keep)
+            except Exception:
+                log.exception("Expired jobs could not be deleted")
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        warming, expiring = asyncio.create_task(asyncio.to_thread(prepare)), asyncio.create_task(expire())
+        yield
+        expiring.cancel()
+        await warming
+        await jobs.close(settings.shutdown)
+        await asyncio.to_thread(service.close)
+
+    app = FastAPI(title="likeness", lifespan=lifespan, docs_url=None, redoc_url=None)
+    for kind in (HTTPException, RequestValidationError, InputError):
+        app.add_exception_handler(kind, handle)
+    if settings.cors:
+        app.add_middleware(CORSMiddleware, allow_origins=settings.cors, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(Frame, service=service, metrics=metrics)
+
+    async def beside(work: Callable[..., Any], *arguments: Any) -> Any:
+        """Run blocking work that is no image, one at a time."""
+        if state["side"] >= SIDE_QUEUE:
+            raise ApiError(429, "Too many requests are waiting", code="queue_full", headers={"Retry-After": "2"})
+        state["side"] += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(service.side, work, *arguments)
+        finally:
+            state["side"] -= 1
+
+    # Images
+
+    @app.post("/v1/images/generations")
+    async def generations(request: Request, body: Generation) -> Any:
+        id, owner = request.state.id, request.state.owner
+        if settings.log_prompts:
+            access.info("%s %r", id, body.prompt)
+        digest = hashlib.sha256(body.model_dump_json().encode()).hexdigest()
+        key = request.headers.get("idempotency-key")
+        if key is not None:
+            key = hashlib.sha256(f"{owner}\0{key}".encode()).hexdigest()
+            if (known := await earlier(key, digest)) is not None:
+                return await result_of(request, *known)
+        if not engine.open or len(engine.waiting) + body.n > settings.queue:  # checked again when queued
+            raise full()
+        portrait, notes = await asyncio.to_thread(service.request_of, body)
+        job = Job(id=id, owner=owner, body=body, request=portrait, notes=notes)
+        try:
+            await jobs.start(job, request=digest, key=key)
+        except Taken as error:
+            message = f"A request with the id {id} or with this Idempotency-Key exists: choose another"
+            raise ApiError(409, message, code="duplicate_request") from error
+        except (Full, Closed) as error:
+            raise full() from error
+        if body.stream:
+            return EventSourceResponse(
+                events_of(job, keep=key is not None),
+                headers={"x-accel-buffering": "no"},
+                shutdown_grace_period=settings.shutdown,
+            )
+        await ended(request, job, keep=key is not None)
+        if job.error is not None:
+            raise job.error
+        return await finished(request, await found(id, owner), body.response_format)
+
+    async def earlier(key: str, digest: str) -> tuple[dict[str, Any], Job | None] | None:
+        """Return the job of an idempotency key, unless it did not complete: then the key is free."""
+        row = await asyncio.to_thread(store.find_key, key)
+        if row is None:
+            return None
+        job = jobs.live.get(row["id"])
+        if job is None and row["state"] not in ("completed", "queued"):
+            await asyncio.to_thread(store.release, key)
+            return None
+        if row["request"] != digest:
+            message = "The Idempotency-Key was used for another request: choose another key"
+            raise ApiError(409, message, param="Idempotency-Key", code="idempotency_mismatch")
+        return row, job
+
+    async def result_of(request: Request, row: dict[str, Any], job: Job | None) -> Any:
+        """Return the result of an earlier request with the same key, once it is complete."""
+        if job is not None:
+            await ended(request, job, keep=True)
+            if job.error is not None:
+                raise job.error
+        row = await found(row["id"], request.state.owner)
+        if row["state"] != "completed":
+            raise ApiError(409, "The request with this Idempotency-Key is in progress on another replica", code="busy")
+        return await finished(request, row, "b64_json")
+
+    async def ended(request: Request, job: Job, *, keep: bool) -> None:
+        """Wait for a job. If the client disconnects, cancel it unless `keep`."""
+        waits = [asyncio.create_task(job.ended.wait()), asyncio.create_task(disconnected(request))]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+            if not job.ended.is_set() and not keep:
+                jobs.cancel(job)
+        if not job.ended.is_set():
+            raise ApiError(499, "The client disconnected", code="disconnected")
+
+    async def events_of(job: Job, *, keep: bool) -> AsyncIterator[JSONServerSentEvent]:
+        """Yield the events of a stream. If the client disconnects, cancel the job unless `keep`."""
+        shared = {
+            "created_at": int(job.created),
+            "size": f"{job.request.width}x{job.request.height}",
+            "quality": "auto",
+            "background": "opaque",
+            "output_format": job.body.output_format,
+        }
+        try:
+            while (event := await job.events.get()) is not None:
+                data = {**shared, "b64_json": event["b64_json"], "image_index": event["index"], "id": job.id}
+                if event["kind"] == "partial_image":
+                    data["partial_image_index"] = event["number"]
+                else:
+                    data["seed"] = job.seed(event["index"])
+                kind = f"image_generation.{event['kind']}"
+                yield JSONServerSentEvent({"type": kind, **data}, event=kind)
+            if job.error is not None:
+                yield JSONServerSentEvent({"type": "error", "error": job.error.error}, event="error")
+        finally:
+            if not job.ended.is_set() and not keep:
+                jobs.cancel(job)
+
+    async def finished(request: Request, row: dict[str, Any], form: str) -> dict[str, Any]:
+        """Return the response of a completed job."""
+
+        def images() -> list[dict[str, str]]:
+            if form == "url":
+                url = str(request.base_url)
+                return [{"url": f"{url}v1/jobs/{row['id']}/images/{i}"} for i in range(len(row["files"]))]
+            contents = [(store.images / name).read_bytes() for name in row["files"]]
+            return [{"b64_json": base64.b64encode(content).decode()} for content in contents]
+
+        return {**row["response"], "data": await asyncio.to_thread(images)}
+
+    @app.post("/v1/images/edits")
+    async def edit_image() -> None:
+        raise ApiError(501, "Editing photographs is not supported by this version", code="not_supported")
+
+    # Jobs
+
+    async def found(id: str, owner: str) -> dict[str, Any]:
+        """Return a job that is not expired."""
+        row = await asyncio.to_thread(store.find, id, owner) if IDENTIFIER.fullmatch(id) else None
+        if row is None:
+            raise ApiError(404, f"There is no job {id[:80]!r}", param="id", code="job_not_found")
+        if row["state"] == "expired":
+            raise ApiError(410, f"The job {id} has expired: results are kept for {settings.keep:g} s", code="expired")
+        return row
+
+    async def description(request: Request, row: dict[str, Any]) -> dict[str, Any]:
+        job = jobs.live.get(row["id"])
+        told = {"id": row["id"], "object": "job", "state": row["state"], "created_at": int(row["created"])}
+        if job is not None:
+            steps = [task.steps for task in job.tasks]
+            done = sum(total if i in job.files else step for i, (step, total) in enumerate(steps))
+            positions = [place for task in job.tasks if (place := engine.position(task)) is not None]
+            told |= {
+                "state": job.state,
+                "queue_position": min(positions) if positions and job.state == "queued" else None,
+                "progress": done / max(1, sum(total for _, total in steps)),
+            }
+        if row["state"] == "completed":
+            told |= {"progress": 1.0, "result": await finished(request, row, "url")}
+        return told | {"finished_at": row["finished"] and int(row["finished"]), "error": row["error"]}
+
+    @app.get("/v1/jobs/{id}")
+    async def read_job(request: Request, id: str) -> dict[str, Any]:
+        return await description(request, await found(id, request.state.owner))
+
+    @app.delete("/v1/jobs/{id}")
+    async def cancel_job(request: Request, id: str) -> dict[str, Any]:
+        await found(id, request.state.owner)
+        if (job := jobs.live.get(id)) is not None:
+            jobs.cancel(job)
+            await job.ended.wait()
+        return await description(request, await found(id, request.state.owner))
+
+    @app.get("/v1/jobs/{id}/images/{index}")
+    async def read_image(request: Request, id: str, index: int) -> FileResponse:
+        files = (await found(id, request.state.owner))["files"] or []
+        if not 0 <= index < len(files):
+            raise ApiError(404, f"The job {id} has no image {index}", param="index", code="image_not_found")
+        return FileResponse(store.images / files[index])
+
+    # Conditions and masks
+
+    @app.post("/v1/conditions/{name}")
+    async def extract(request: Request, name: ConditionName) -> Any:
+        form = await read_form(request, file="image", fields=("size", "align"))
+        size, align = form.get("size"), form.get("align")
+        if size is not None and not (size.isdecimal() and len(size) < 6):
+            raise ApiError(400, f"size is {size[:80]!r}; it must be pixels, for example 128", param="size")
+        if align not in (None, "true", "false"):
+            raise ApiError(400, f"align is {align[:80]!r}; choose true or false", param="align")
+        wanted = None if align is None else align == "true"
+        return await beside(service.extract, name, form["image"], None if size is None else int(size), wanted)
+
+    @app.post("/v1/inspect")
+    async def inspect(request: Request) -> Any:
+        form = await read_form(request, file="file", fields=("condition",))
+        condition = form.get("condition")
+        if condition is not None and condition not in CONDITIONS:
+            message = f"Unknown condition {condition[:80]!r}. Available: {', '.join(CONDITIONS)}"
+            raise ApiError(400, message, param="condition", code="invalid_value")
+        return await beside(service.inspect, form["file"], condition)
+
+    @app.post("/v1/masks/propose")
+    async def propose(body: Proposal) -> Any:
+        return await beside(service.propose, body)
+
+    @app.post("/v1/masks/edit")
+    async def edit_mask(body: MaskEdit) -> Any:
+        return await beside(service.edit, body)
+
+    # Models and operations
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [await model(settings.model)]}
+
+    @app.get("/v1/models/{id:path}")
+    async def model(id: str) -> dict[str, Any]:
+        if id != settings.model:
+            message = f"Unknown model {id[:80]!r}. Available: {settings.model}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return {"id": id, "object": "model", "created": started, "owned_by": "likeness"}
+
+    @app.get("/v1/capabilities")
+    async def capabilities() -> dict[str, Any]:
+        config = service.pipeline.config
+        return {
+            "model": settings.model,
+            "sizes": format_sizes(trained_sizes(config)).split(", ") if trained_sizes(config) else "any",
+            "conditions": service.conditions,
+            "defaults": {name: config.defaults[name] for name in ("size", "steps", "guidance_scale")},
+            "output_formats": ["png", "jpeg", "webp"],
+            "batch_size": engine.batch,
+            "seconds_per_image": round(engine.seconds_per_image, 3),
+            "edits": False,
+            "extract": ["mask", "sketch", *["keypoints"] * (service.find is not None)],
+            "align": service.find is not None,
+            "limits": {
+                "n": 10,
+                "partial_images": 3,
+                "steps": settings.max_steps,
+                "side": settings.max_side,
+                "prompt": MAX_PROMPT,
+                "body_bytes": settings.max_bytes,
+                "queue": settings.queue,
+                "keep_seconds": settings.keep,
+            },
+        }
+
+    @app.get("/healthz")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/readyz")
+    async def readiness() -> dict[str, str]:
+        if not state["ready"] or not engine.open:
+            raise ApiError(503, state["error"] or "The service is not ready", code="not_ready")
+        return {"status": "ready"}
+
+    @app.get("/metrics")
+    async def figures() -> Response:
+        return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
+
+    def full() -> ApiError:
+        if not engine.open:
+            return ApiError(503, "The service is shutting down", code="shutting_down", headers={"Retry-After": "5"})
+        wait = {"Retry-After": str(engine.seconds_until_free())}
+        return ApiError(429, f"{settings.queue} images are waiting: try again later", code="queue_full", headers=wait)
+
+    started = int(time.time())
+    return app
+
+
+async def disconnected(request: Request) -> None:
+    """Return when the client has closed the connection. The body must have been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def read_form(request: Request, *, file: str, fields: tuple[str, ...]) -> dict[str, Any]:
+    """Read a multipart form: one required file and optional text fields.
+
+    Raises:
+        ApiError: it is malformed, or has other fields.
+    """
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise ApiError(400, f"The body must be multipart/form-data with the file {file}", param=file, code="no_form")
+    found: dict[str, Any] = {}
+    async with request.form(max_files=1, max_fields=len(fields), max_part_size=1024) as form:
+        for name, value in form.multi_items():
+            if name not in (file, *fields):
+                message = f"Unknown field {name[:80]!r}. Available: {', '.join((file, *fields))}"
+                raise ApiError(400, message, param=name[:80], code="extra_forbidden")
+            if isinstance(value, UploadFile) != (name == file) or name in found:
+                raise ApiError(400, f"{name} must be given once, as a {'file' if name == file else 'text'}", param=name)
+            found[name] = await value.read() if isinstance(value, UploadFile) else value
+    if file not in found:
+        raise ApiError(400, f"{file} is required", param=file, code="missing")
+    return found

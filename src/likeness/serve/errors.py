@@ -1,0 +1,75 @@
+"""Errors in OpenAI's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from likeness.types import InputError
+
+TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+"""Status -> type; others are `invalid_request_error`, or `server_error` from 500."""
+
+
+class ApiError(HTTPException):
+    """An error response.
+
+    Args:
+        status: HTTP status.
+        message: one sentence.
+        param: the field that is the reason.
+        code: short constant for programs.
+        headers: of the response.
+    """
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, headers: Any = None
+    ) -> None:
+        super().__init__(status, message, headers)
+        kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+        self.error = {"message": message, "type": kind, "param": param, "code": code}
+
+
+def invalid(error: InputError, param: str | None = None) -> ApiError:
+    """Return the response to invalid input."""
+    return ApiError(400, str(error), param=param, code=error.kind or "invalid_value")
+
+
+def respond(error: ApiError) -> JSONResponse:
+    """Return the response of an error."""
+    return JSONResponse({"error": error.error}, error.status_code, error.headers)
+
+
+def of_validation(error: RequestValidationError) -> ApiError:
+    """Return the first error of a body that breaks the schema."""
+    found: Mapping[str, Any] = error.errors()[0]
+    names = [str(part) for part in found["loc"][1:] if part not in ("float", "dict[str,float]")]
+    param = ".".join(names) or None
+    match found["type"]:
+        case "json_invalid":
+            message, param = f"The body is not valid JSON: {found['ctx']['error']}", None
+        case "extra_forbidden":
+            message = f"Unknown field {param!r}: leave it out, or check its name"
+        case "missing":
+            message = f"{param or 'The body'} is required"
+        case _:
+            text = str(found["msg"]).removeprefix("Value error, ")
+            message = f"{param}: {text}" if param else text
+    return ApiError(400, message, param=param, code=found["type"])
+
+
+async def handle(request: Request, error: Exception) -> JSONResponse:
+    """Handle the exceptions of routes that have a status."""
+    if isinstance(error, RequestValidationError):
+        return respond(of_validation(error))
+    if isinstance(error, InputError):
+        return respond(invalid(error))
+    if isinstance(error, ApiError):
+        return respond(error)
+    assert isinstance(error, HTTPException)  # of the framework: unknown path or method, malformed form
+    return respond(ApiError(error.status_code, error.detail, headers=error.headers))

@@ -1,0 +1,193 @@
+"""Jobs in progress: the images of one request from the queue to their files. All methods run in the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from likeness.serve.engine import Engine, Event, Task
+from likeness.serve.errors import ApiError
+from likeness.serve.schema import Generation
+from likeness.serve.store import Store
+from likeness.types import InputError, PortraitRequest
+
+
+@dataclass(eq=False, kw_only=True)
+class Job:
+    """A request in progress."""
+
+    id: str
+    owner: str
+    body: Generation
+    request: PortraitRequest
+    """Of its first image."""
+    notes: list[str]
+    created: float = field(default_factory=time.time)
+    tasks: list[Task] = field(default_factory=list)
+    files: dict[int, str] = field(default_factory=dict)
+    """Image -> name of its file."""
+    open: int = 0
+    """Images that are neither stored nor failed nor cancelled."""
+    state: str = "queued"
+    error: ApiError | None = None
+    cancelled: bool = False
+    events: asyncio.Queue[dict[str, Any] | None] = field(default_factory=asyncio.Queue)
+    """Previews and completed images for a stream; None at the end."""
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def seed(self, index: int) -> int:
+        """Return the seed of an image."""
+        return self.request.seed + index
+
+
+class Jobs:
+    """The jobs in progress.
+
+    Args:
+        engine: generates images.
+        store: keeps jobs and files.
+        pool: one thread, so that files and events stay in order.
+        save: function from (job, number of the image, image, whether it is a preview) to the name and the content of
+            its file; runs in the pool.
+        counted: called as (kind of event) for metrics.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        store: Store,
+        pool: Executor,
+        save: Callable[[Job, int, Image.Image, bool], tuple[str, str]],
+        counted: Callable[[str], None],
+    ) -> None:
+        self.engine, self.store, self.pool, self.save, self.counted = engine, store, pool, save, counted
+        self.live: dict[str, Job] = {}
+        self.closing = False
+        self.background: set[asyncio.Task[None]] = set()
+
+    async def in_pool(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Run blocking work in the pool."""
+        return await asyncio.get_running_loop().run_in_executor(self.pool, work, *arguments)
+
+    async def start(self, job: Job, **row: Any) -> None:
+        """Queue a job. `row`: further values of `Store.create`.
+
+        Raises:
+            Taken: a job has its id or key.
+            Full: the queue has no space.
+            Closed: the service is shutting down.
+        """
+        loop = asyncio.get_running_loop()
+        encoded: dict[Any, Any] = {}
+        await self.in_pool(lambda: self.store.create(job.id, owner=job.owner, **row))
+
+        def task(index: int) -> Task:
+            def report(event: Event) -> None:
+                loop.call_soon_threadsafe(self._receive, job, index, event)
+
+            request = dataclasses.replace(job.request, seed=job.seed(index))
+            return Task(request=request, report=report, previews=job.body.partial_images or 0, encoded=encoded)
+
+        job.tasks = [task(index) for index in range(job.body.n)]
+        job.open = len(job.tasks)
+        self.live[job.id] = job
+        try:
+            self.engine.submit(job.tasks)
+        except Exception:
+            del self.live[job.id]
+            await self.in_pool(self.store.remove, job.id)
+            raise
+
+    def cancel(self, job: Job) -> None:
+        """Stop a job before the next step of its images."""
+        job.cancelled = True
+        self.engine.cancel(job.tasks)
+
+    def _receive(self, job: Job, index: int, event: Event) -> None:
+        """Handle an event of the engine."""
+        task = asyncio.get_running_loop().create_task(self._handle(job, index, event))
+        self.background.add(task)  # the loop itself keeps weak references only
+        task.add_done_callback(self.background.discard)
+
+    async def _handle(self, job: Job, index: int, event: Event) -> None:
+        if event.kind == "started":
+            job.state = "running"
+            return
+        if event.kind == "preview":
+            assert event.image is not None
+            _, content = await self.in_pool(self.save, job, index, event.image, True)
+            job.events.put_nowait({"kind": "partial_image", "b64_json": content, "index": index, "number": event.index})
+            return
+        self.counted(event.kind)
+        if event.kind == "image":
+            assert event.image is not None
+            try:
+                job.files[index], content = await self.in_pool(self.save, job, index, event.image, False)
+                job.events.put_nowait({"kind": "completed", "b64_json": content, "index": index})
+            except Exception as error:  # such as a full disk
+                event = Event("failed", error=error)
+        if event.kind == "failed" and job.error is None:
+            text = str(event.error) if isinstance(event.error, InputError) else "The image could not be generated"
+            job.error = ApiError(400 if isinstance(event.error, InputError) else 500, text, code="generation_failed")
+            self.engine.cancel(job.tasks)
+        job.open -= 1
+        if not job.open:
+            await self._end(job)
+
+    async def _end(self, job: Job) -> None:
+        """Record the final state of a job, then report it."""
+        complete = len(job.files) == len(job.tasks)
+        if complete:
+            state = "completed"
+        elif job.error is not None:
+            state = "failed"
+        else:
+            state = "interrupted" if self.closing else "cancelled"
+            text = "The service is shutting down: send the request again" if self.closing else "The job was cancelled"
+            job.error = ApiError(503 if self.closing else 409, text, code=state)
+        files = [job.files[index] for index in sorted(job.files)]
+        values: dict[str, Any] = {"response": response_of(job), "files": files} if complete else {}
+        try:
+            if not complete:
+                await self.in_pool(self.store.discard, files)
+                assert job.error is not None
+                values = {"error": job.error.error}
+            await self.in_pool(lambda: self.store.finish(job.id, state, **values))
+            job.state = state
+        except Exception:  # the database is gone: never report what is not stored
+            job.state, job.error = "failed", ApiError(500, "The job could not be stored", code="internal_error")
+        del self.live[job.id]
+        job.tasks.clear()
+        job.events.put_nowait(None)
+        job.ended.set()
+
+    async def close(self, timeout: float) -> None:
+        """Wait for the jobs in progress, at most `timeout` seconds; interrupt the rest."""
+        waits = [asyncio.create_task(job.ended.wait()) for job in self.live.values()]
+        if waits:
+            await asyncio.wait(waits, timeout=timeout)
+        self.closing = True
+        await asyncio.to_thread(self.engine.close, finish=False)
+        while self.live:
+            await asyncio.sleep(0.01)  # their last events are being stored
+
+
+def response_of(job: Job) -> dict[str, Any]:
+    """Return the response of a completed job without its images."""
+    return {
+        "created": int(job.created),
+        "background": "opaque",
+        "quality": "auto",
+        "output_format": job.body.output_format,
+        "size": f"{job.request.width}x{job.request.height}",
+        "id": job.id,
+        "seeds": [job.seed(index) for index in range(job.body.n)],
+        "notes": job.notes,
+    }

@@ -1,0 +1,182 @@
+"""Jobs on disk: their state in a database, images and uploads in files of one folder.
+
+SQLite by default; replicas share a database by its URL, for example PostgreSQL, and then the folder, too. A job is
+marked `completed` only after its files are on disk. After a restart, jobs that this replica had not finished are
+`interrupted`.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    Column,
+    Engine,
+    Float,
+    MetaData,
+    String,
+    Table,
+    create_engine,
+    delete,
+    event,
+    insert,
+    select,
+    update,
+)
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+
+from likeness.files import first_line, write_whole
+from likeness.types import InputError
+
+IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+"""Form of the ids of requests and files: they become file names."""
+
+UNFINISHED = ("queued", "running")
+"""States of a job in progress; the others are completed, failed, cancelled, interrupted and expired."""
+
+JOBS = Table(
+    "jobs",
+    MetaData(),
+    Column("id", String(64), primary_key=True),
+    Column("replica", String(64), nullable=False),  # which replica works on it
+    Column("owner", String(64), nullable=False),  # hash of the API key, "" without keys
+    Column("key", String(64), unique=True),  # hash of owner and Idempotency-Key
+    Column("request", String(64), nullable=False),  # hash of the request
+    Column("state", String(16), nullable=False),
+    Column("created", Float, nullable=False),
+    Column("finished", Float, index=True),
+    Column("error", JSON),  # of a failed job, in OpenAI's shape
+    Column("response", JSON),  # of a completed job, without the images
+    Column("files", JSON),  # names of its images
+)
+
+
+class Taken(Exception):
+    """A job has this id already."""
+
+
+class Store:
+    """The jobs and files of a replica.
+
+    Args:
+        folder: the data folder; created if missing.
+        url: SQLAlchemy URL of the database. Default: SQLite in the folder.
+        replica: name of this replica, if several share a database and a folder.
+
+    Raises:
+        InputError: the folder or the database cannot be used.
+    """
+
+    def __init__(self, folder: Path, url: str | None = None, replica: str = "") -> None:
+        self.images, self.uploads = folder / "images", folder / "uploads"
+        try:
+            self.images.mkdir(parents=True, exist_ok=True)
+            self.uploads.mkdir(exist_ok=True)
+            self.replica = replica
+            self.database = connect(url or f"sqlite:///{folder / 'jobs.sqlite'}")
+            JOBS.metadata.create_all(self.database)
+        except OSError as error:
+            raise InputError(f"The data folder {folder} cannot be used: {error.strerror or error}") from error
+        except (SQLAlchemyError, ImportError) as error:
+            raise InputError(f"The database of the jobs cannot be used: {first_line(error)}") from error
+        error = {"message": "The service was stopped before the job was complete: send the request again"}
+        self._update(
+            JOBS.c.state.in_(UNFINISHED) & (JOBS.c.replica == self.replica),
+            state="interrupted",
+            finished=time.time(),
+            error=error | {"type": "server_error", "param": None, "code": "interrupted"},
+        )
+
+    def create(self, id: str, *, owner: str, request: str, key: str | None = None) -> None:
+        """Add a queued job. Raises `Taken` if one has this id or key."""
+        row = {"id": id, "replica": self.replica, "owner": owner, "request": request, "key": key}
+        try:
+            with self.database.begin() as connection:
+                connection.execute(insert(JOBS).values(**row, state="queued", created=time.time()))
+        except IntegrityError as error:
+            raise Taken from error
+
+    def remove(self, id: str) -> None:
+        """Remove a job that was not accepted."""
+        with self.database.begin() as connection:
+            connection.execute(delete(JOBS).where(JOBS.c.id == id))
+
+    def release(self, key: str) -> None:
+        """Free an idempotency key whose job did not complete."""
+        self._update(JOBS.c.key == key, key=None)
+
+    def find(self, id: str, owner: str) -> dict[str, Any] | None:
+        """Return a job of an owner, or None."""
+        return self._find((JOBS.c.id == id) & (JOBS.c.owner == owner))
+
+    def find_key(self, key: str) -> dict[str, Any] | None:
+        """Return the job of an idempotency key, or None."""
+        return self._find(JOBS.c.key == key)
+
+    def _find(self, condition: Any) -> dict[str, Any] | None:
+        with self.database.connect() as connection:
+            row = connection.execute(select(JOBS).where(condition)).mappings().first()
+        return None if row is None else dict(row)
+
+    def finish(self, id: str, state: str, **values: Any) -> None:
+        """Record the final state of a job; a job that is finished already stays as it is."""
+        self._update((JOBS.c.id == id) & JOBS.c.state.in_(UNFINISHED), state=state, finished=time.time(), **values)
+
+    def _update(self, condition: Any, **values: Any) -> None:
+        with self.database.begin() as connection:
+            connection.execute(update(JOBS).where(condition).values(**values))
+
+    def expire(self, keep: float) -> int:
+        """Delete the files of jobs that finished more than `keep` seconds ago, and old uploads; returns their number.
+        The ids stay known as expired, their idempotency keys are free again.
+        """
+        before = time.time() - keep
+        old = (JOBS.c.finished < before) & (JOBS.c.state != "expired")
+        with self.database.connect() as connection:
+            rows = connection.execute(select(JOBS.c.id, JOBS.c.files).where(old)).all()
+        for id, files in rows:
+            self._update(JOBS.c.id == id, state="expired", key=None, response=None, error=None, files=None)
+            self.discard(files or [])
+        for file in self.uploads.iterdir():
+            if file.stat().st_mtime < before:
+                file.unlink(missing_ok=True)
+        return len(rows)
+
+    def discard(self, files: Sequence[str]) -> None:
+        """Delete images."""
+        for name in files:
+            (self.images / name).unlink(missing_ok=True)
+
+    def add_upload(self, content: bytes, suffix: str) -> str:
+        """Store a condition file; returns its id."""
+        id = f"file-{secrets.token_hex(16)}"
+        write_whole(self.uploads / f"{id}{suffix}", content)
+        return id
+
+    def find_upload(self, id: str) -> Path | None:
+        """Return the file of an id, or None."""
+        found = [self.uploads / f"{id}{suffix}" for suffix in (".png", ".json")] if IDENTIFIER.fullmatch(id) else []
+        return next((file for file in found if file.is_file()), None)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.database.dispose()
+
+
+def connect(url: str) -> Engine:
+    """Open a database. SQLite writes a log ahead, so that readers and the writer do not wait for each other."""
+    database = create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+    if database.dialect.name == "sqlite":
+
+        @event.listens_for(database, "connect")
+        def configure(connection: Any, record: Any) -> None:
+            for setting in ("journal_mode = WAL", "synchronous = NORMAL", "busy_timeout = 10000"):
+                connection.execute(f"PRAGMA {setting}")
+
+    return database

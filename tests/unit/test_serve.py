@@ -1,0 +1,435 @@
+"""The service over HTTP: a real server with a tiny model, the unmodified OpenAI client and plain requests."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import openai
+import pytest
+import requests
+import uvicorn
+from PIL import Image
+from tests.builders import tiny_mditface_pipeline, tiny_pipeline
+
+from likeness.pipelines.generate import generate, resolve
+from likeness.pipelines.image_recipe import read_recipe, request_of
+from likeness.pipelines.sampling import advance
+from likeness.serve.app import create_app
+from likeness.serve.engine import sampling_of
+from likeness.serve.service import Service, Settings
+from likeness.serve.store import Store
+from likeness.types import ConditionInput, PortraitRequest
+
+ROOT = Path(__file__).parents[2]
+MASK, SKETCH = ROOT / "examples/masks/smile.png", ROOT / "examples/sketches/fringe.png"
+POINTS = ROOT / "examples/keypoints/smile.json"
+
+
+def b64(content: bytes | Path) -> str:
+    return base64.b64encode(content.read_bytes() if isinstance(content, Path) else content).decode()
+
+
+@contextmanager
+def serving(folder: Path, **settings):
+    """A server with a tiny model: its address, a client, its store."""
+    store = Store(folder)
+    app = create_app(Service(tiny_pipeline(), store, Settings(model="tiny", **settings)))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False))
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            if requests.get(f"{url}/readyz", timeout=60).ok:
+                break
+        except requests.ConnectionError:
+            pass
+        time.sleep(0.02)
+    key = (settings.get("keys") or ("any",))[0]
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
+    yield SimpleNamespace(url=url, client=client, store=store)
+    server.should_exit = True
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("data"), max_bytes=3_000_000) as found:
+        yield found
+
+
+def post(server, path="images/generations", **options):
+    return requests.post(f"{server.url}/v1/{path}", timeout=60, **options)
+
+
+def wait_for(condition, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+# The pipeline, one step at a time
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_mditface_pipeline])
+def test_calls_advance_in_turns_or_together(make):
+    """Calls that enter and leave between steps give the images that each gives alone; in batches up to rounding."""
+    pipeline = make()
+    conditions = [{}, {"mask": ConditionInput(image=MASK)}, {"sketch": ConditionInput(image=SKETCH, scale=0.5)}]
+    wanted = [
+        resolve(
+            PortraitRequest(prompt=f"a face {i}", conditions=conditions[i % 3], num_inference_steps=2 + i, seed=i),
+            pipeline,
+        )
+        for i in range(4)
+    ]
+    alone = [np.asarray(generate(pipeline, request, [request.seed])[0][0]) for request in wanted]
+    for together in (False, True):
+        samplings = [sampling_of(pipeline, request) for request in wanted]
+        while active := [sampling for sampling in samplings if sampling.step < sampling.steps]:
+            advance(active[::-1], together=together)
+            assert active[0].images(preview=True)[0].size == (32, 32)
+        images = [np.asarray(sampling.images()[0]) for sampling in samplings]
+        most = max(int(np.abs(one.astype(int) - other).max()) for one, other in zip(images, alone, strict=True))
+        assert most <= (2 if together else 0)
+
+
+# The OpenAI client
+
+
+def test_openai_client(server, tmp_path):
+    client = server.client
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    more = {"seed": 7, "steps": 2, "guidance_scale": 1.5, "negative_prompt": "a hat"}
+    more |= {"control_image": {"mask": b64(MASK), "keypoints": b64(POINTS)}, "conditioning_scale": {"mask": 0.5}}
+    answer = client.images.generate(prompt="a woman", model="tiny", n=2, size="32x32", extra_body=more)
+    assert answer.size == "32x32"
+    assert len(answer.data) == 2
+    for index, image in enumerate(answer.data):
+        (tmp_path / "image.png").write_bytes(base64.b64decode(image.b64_json))
+        recipe, pixels = read_recipe(tmp_path / "image.png")
+        request = request_of(recipe)
+        assert (recipe["seed"], recipe["steps"], request.conditions["mask"].scale) == (7 + index, 2, 0.5)
+        assert np.array_equal(np.asarray(generate(tiny_pipeline(), request, [request.seed])[0][0]), pixels)
+    linked = client.images.generate(prompt="x", response_format="url", output_format="webp", output_compression=50)
+    assert Image.open(io.BytesIO(requests.get(linked.data[0].url, timeout=60).content)).format == "WEBP"
+    with pytest.raises(openai.BadRequestError) as error:
+        client.images.generate(prompt="x", n=11)
+    assert error.value.param == "n"
+    with pytest.raises(openai.NotFoundError, match="tiny"):
+        client.images.generate(prompt="x", model="dall-e-3")
+    with pytest.raises(openai.InternalServerError, match="not supported"):
+        client.images.edit(prompt="x", image=MASK.open("rb"))
+
+
+@pytest.mark.parametrize(("steps", "partial", "previews"), [(4, 3, 3), (4, 0, 0), (1, 2, 0)])
+def test_stream(server, steps, partial, previews):
+    """Previews are images, not noise or copies, and the last event is the image that is generated without a stream."""
+    options = {"prompt": "a man", "extra_body": {"seed": 3, "steps": steps}}
+    events = list(server.client.images.generate(stream=True, partial_images=partial, **options))
+    assert [event.type.rpartition(".")[2] for event in events] == ["partial_image"] * previews + ["completed"]
+    assert [event.partial_image_index for event in events[:-1]] == list(range(previews))
+    images = [np.asarray(Image.open(io.BytesIO(base64.b64decode(event.b64_json)))).astype(int) for event in events]
+    far = [np.abs(image - images[-1]).mean() for image in images]
+    assert far == sorted(far, reverse=True)
+    assert len(set(far)) == len(far)
+    assert events[-1].b64_json == server.client.images.generate(**options).data[0].b64_json
+
+
+def reduced(file: Path) -> bytes:
+    buffer = io.BytesIO()
+    Image.open(file).resize((64, 64), Image.Resampling.NEAREST).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_many_at_once_are_as_one_by_one(server):
+    mask, sketch = (b64(reduced(file)) for file in (MASK, SKETCH))
+    controls = [{}, {"mask": mask}, {"sketch": sketch}, {"mask": mask, "sketch": sketch}]
+    bodies = [
+        {
+            "prompt": f"a face {i % 5}",
+            "seed": i,
+            "steps": 1 + i % 2,
+            "control_image": controls[i % 4],
+            "guidance_scale": 1 + (i % 8 == 0),
+        }
+        for i in range(64)
+    ]
+    send = lambda body: post(server, json=body).json()["data"][0]["b64_json"]  # noqa: E731
+    serial = [send(body) for body in bodies]
+    assert len(set(serial)) == len(bodies)
+    order = np.random.default_rng(0).permutation(len(bodies))
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        concurrent = list(pool.map(lambda i: send(bodies[i]), order))
+    assert concurrent == [serial[i] for i in order]
+
+
+# Invalid input
+
+
+def png(width: int, height: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("1", (width, height)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+WRONG = {
+    "malformed JSON": ("{", None),
+    "no object": ("[]", None),
+    "empty": ("", None),
+    "deep": ("[" * 100_000, None),
+    "no prompt": ({}, "prompt"),
+    "prompt of another type": ({"prompt": ["a"]}, "prompt"),
+    "long prompt": ({"prompt": "a" * 1_000_000}, "prompt"),
+    "half a character": ('{"prompt": "\\ud800"}', "prompt"),
+    "unknown field": ({"prompt": "a", "style": "vivid"}, "style"),
+    "unsupported value": ({"prompt": "a", "background": "transparent"}, "background"),
+    "n of zero": ({"prompt": "a", "n": 0}, "n"),
+    "n as text": ({"prompt": "a", "n": "1"}, "n"),
+    "NaN": ('{"prompt": "a", "guidance_scale": NaN}', "guidance_scale"),
+    "seed too large": ({"prompt": "a", "seed": 2**63}, "seed"),
+    "last seed too large": ({"prompt": "a", "seed": 2**63 - 1, "n": 2}, "seed"),
+    "steps": ({"prompt": "a", "steps": 101}, "steps"),
+    "size": ({"prompt": "a", "size": "32 by 32"}, "size"),
+    "untrained size": ({"prompt": "a", "size": "48x48"}, "size"),
+    "huge size": ({"prompt": "a", "size": "999999999x999999999"}, "size"),
+    "previews without stream": ({"prompt": "a", "partial_images": 1}, None),
+    "compression of PNG": ({"prompt": "a", "output_compression": 5}, None),
+    "unknown condition": ({"prompt": "a", "control_image": {"pose": "AA=="}}, "control_image.pose.[key]"),
+    "no base64": ({"prompt": "a", "control_image": {"mask": "***"}}, "control_image.mask"),
+    "base64 of no image": ({"prompt": "a", "control_image": {"mask": b64(b"hello")}}, "control_image.mask"),
+    "bomb": ({"prompt": "a", "control_image": {"mask": b64(png(40_000, 40_000))}}, "control_image.mask"),
+    "photograph as mask": ({"prompt": "a", "control_image": {"mask": b64(png(64, 20))}}, "control_image.mask"),
+    "keypoints of no JSON": ({"prompt": "a", "control_image": {"keypoints": b64(b"[[")}}, "control_image.keypoints"),
+    "keypoints of text": ({"prompt": "a", "control_image": {"keypoints": b64(b'["a"]')}}, "control_image.keypoints"),
+    "path as id": ({"prompt": "a", "control_image": {"mask": "file-../../etc/passwd"}}, "control_image.mask"),
+    "scale of nothing": ({"prompt": "a", "conditioning_scale": {"mask": 1.0}}, None),
+    "end before start": (
+        {
+            "prompt": "a",
+            "control_image": {"mask": b64(MASK)},
+            "control_guidance_start": 0.5,
+            "control_guidance_end": 0.1,
+        },
+        "control_image.mask",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_invalid_bodies(server, case):
+    body, param = WRONG[case]
+    content = body if isinstance(body, str) else json.dumps(body)
+    answer = post(server, data=content, headers={"content-type": "application/json"})
+    error = answer.json()["error"]
+    assert 400 <= answer.status_code < 500, error
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["param"] == param, error
+    assert "\n" not in error["message"]
+    assert len(error["message"]) < 500
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "options", "status"),
+    [
+        ("POST", "images/generations", {"data": b"x" * 3_000_001}, 413),
+        ("POST", "images/generations", {"data": iter([b"x" * 1_000_000] * 4)}, 413),
+        ("POST", "images/generations", {"json": {"prompt": "a"}, "headers": {"x-request-id": "../a"}}, 400),
+        ("GET", "jobs/..%2F..%2Fetc%2Fpasswd", {}, 404),
+        ("GET", "jobs/unknown", {}, 404),
+        ("DELETE", "jobs/unknown", {}, 404),
+        ("GET", "images/generations", {}, 405),
+        ("GET", "nothing", {}, 404),
+        ("GET", "models/other", {}, 404),
+        ("POST", "conditions/pose", {}, 400),
+        ("POST", "conditions/mask", {"json": {}}, 400),
+        ("POST", "conditions/mask", {"files": {"photo": b"x"}}, 400),
+        ("POST", "conditions/mask", {"files": {"image": b"x"}}, 400),
+        ("POST", "conditions/mask", {"files": {"image": MASK.read_bytes()}, "data": {"size": "1e9"}}, 400),
+        ("POST", "conditions/keypoints", {"files": {"image": MASK.read_bytes()}}, 501),
+        ("POST", "inspect", {"files": {"file": b"{"}}, 400),
+        ("POST", "inspect", {"files": {"file": MASK.read_bytes()}, "data": {"condition": "pose"}}, 400),
+        ("POST", "masks/edit", {"json": {"mask": "file-0", "operation": "grow", "classes": ["hair"], "by": "4"}}, 404),
+        ("POST", "masks/edit", {"json": {"mask": b64(MASK), "operation": "grow", "classes": ["hair"]}}, 400),
+        ("POST", "masks/edit", {"json": {"mask": b64(MASK), "operation": "remove", "classes": ["x"]}}, 400),
+        ("POST", "masks/edit", {"json": {"mask": b64(MASK), "operation": "mirror", "by": "4"}}, 400),
+        ("POST", "masks/propose", {"json": {"prompt": "a", "candidates": 1000}}, 400),
+    ],
+)
+def test_invalid_requests(server, method, path, options, status):
+    answer = requests.request(method, f"{server.url}/v1/{path}", timeout=60, **options)
+    assert answer.status_code == status, answer.text
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert answer.headers["x-request-id"]
+
+
+def test_limits_and_keys(tmp_path):
+    with serving(tmp_path, queue=2, keys=("one", "two"), keep=1.0) as server:
+        for headers in ({}, {"Authorization": "Bearer on"}):
+            answer = post(server, json={"prompt": "a"}, headers=headers)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+        with pytest.raises(openai.RateLimitError) as error:
+            server.client.images.generate(prompt="a", n=3)
+        assert int(error.value.response.headers["retry-after"]) >= 1
+        one, two = ({"Authorization": f"Bearer {key}", "x-request-id": "mine"} for key in ("one", "two"))
+        assert post(server, json={"prompt": "a"}, headers=one).headers["x-request-id"] == "mine"
+        assert post(server, json={"prompt": "a"}, headers=one).status_code == 409
+        assert requests.get(f"{server.url}/v1/jobs/mine", headers=two, timeout=60).status_code == 404
+        job = lambda: requests.get(f"{server.url}/v1/jobs/mine", headers=one, timeout=60)  # noqa: E731
+        assert job().json()["state"] == "completed"
+        wait_for(lambda: job().status_code == 410)
+        assert not list(server.store.images.iterdir())
+
+
+# Jobs
+
+
+def long_request(server, id: str, **headers) -> threading.Thread:
+    """Start a request of 100 steps and wait until it runs."""
+    body = {"prompt": "a", "steps": 100, "n": 2}
+    send = lambda: post(server, json=body, headers={"x-request-id": id, **headers})  # noqa: E731
+    thread = threading.Thread(target=send)
+    thread.start()
+    wait_for(lambda: requests.get(f"{server.url}/v1/jobs/{id}", timeout=60).json().get("progress", 0) > 0)
+    return thread
+
+
+def test_cancel(server):
+    thread = long_request(server, "long")
+    queued = requests.get(f"{server.url}/v1/jobs/long", timeout=60).json()
+    assert queued["state"] == "running"
+    assert 0 < queued["progress"] < 1
+    assert server.client.images.generate(prompt="a", extra_body={"steps": 1}).data  # enters between its steps
+    assert requests.delete(f"{server.url}/v1/jobs/long", timeout=60).json()["state"] == "cancelled"
+    thread.join(30)
+    figures = requests.get(f"{server.url}/metrics", timeout=60).text
+    assert 'likeness_images_total{result="cancelled"} 2.0' in figures
+    assert "likeness_running_images 0.0" in figures
+    assert not list(server.store.images.glob("long*"))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_disconnected_clients_leave_no_job(server, stream):
+    body = json.dumps({"prompt": "a", "steps": 100, "n": 2, "stream": stream}).encode()
+    head = f"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\nx-request-id: gone-{stream}\r\n"
+    head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as connection:
+        connection.sendall(head.encode() + body)
+        job = lambda: requests.get(f"{server.url}/v1/jobs/gone-{stream}", timeout=60).json()  # noqa: E731
+        wait_for(lambda: job().get("state") == "running")
+    wait_for(lambda: job()["state"] == "cancelled")
+
+
+def test_idempotency_key(server):
+    body, headers = {"prompt": "a", "steps": 2}, {"Idempotency-Key": "k"}
+    first, again = (post(server, json=body, headers=headers) for _ in range(2))
+    assert first.json() == again.json()  # not another random seed
+    assert post(server, json={"prompt": "b"}, headers=headers).status_code == 409
+    thread = long_request(server, "kept", **{"Idempotency-Key": "other"})
+    requests.delete(f"{server.url}/v1/jobs/kept", timeout=60)
+    thread.join(30)
+    assert post(server, json=body, headers={"Idempotency-Key": "other"}).ok  # a cancelled request does not count
+
+
+def test_restart(tmp_path):
+    with serving(tmp_path) as server:
+        post(server, json={"prompt": "a"}, headers={"x-request-id": "done"})
+        before = requests.get(f"{server.url}/v1/jobs/done/images/0", timeout=60).content
+    store = Store(tmp_path)
+    store.create("killed", owner="", request="")  # as a process that was killed leaves it
+    store.close()
+    with serving(tmp_path) as server:
+        job = lambda id: requests.get(f"{server.url}/v1/jobs/{id}", timeout=60).json()  # noqa: E731
+        assert requests.get(job("done")["result"]["data"][0]["url"], timeout=60).content == before
+        assert job("killed")["state"] == job("killed")["error"]["code"] == "interrupted"
+
+
+# Conditions and masks
+
+
+def test_conditions_and_masks(server):
+    files = {"image": MASK.read_bytes()}
+    for name in ("mask", "sketch"):
+        found = post(server, f"conditions/{name}", files=files, data={"size": "64"}).json()
+        assert Image.open(io.BytesIO(base64.b64decode(found["b64_json"]))).size == (64, 64)
+        assert not found["aligned"]
+        assert post(server, json={"prompt": "a", "steps": 1, "control_image": {name: found["id"]}}).ok
+    report = post(server, "inspect", files={"file": MASK.read_bytes()}).json()
+    assert report["condition"] == "mask"
+    assert {"hair", "skin"} <= {found["name"] for found in report["classes"]}
+    assert post(server, "inspect", files={"file": POINTS.read_bytes()}).json()["condition"] == "keypoints"
+    mask = report["id"]
+    for edit in (
+        {"operation": "grow", "classes": ["hair"], "by": "4"},
+        {"operation": "shrink", "classes": ["hair"], "by": "4"},
+        {"operation": "remove", "classes": ["hair"]},
+        {"operation": "mirror"},
+        {"operation": "paste", "classes": ["hair"], "other": b64(ROOT / "examples/masks/fringe.png")},
+        {"operation": "fill", "classes": ["skin"]},
+        {"operation": "rename", "old": "hair", "to": "hat"},
+        {"operation": "swap", "classes": ["l_eye", "r_eye"]},
+        {"operation": "interpolate", "other": b64(ROOT / "examples/masks/fringe.png")},
+    ):
+        answer = post(server, "masks/edit", json={"mask": mask, **edit})
+        assert answer.ok, answer.text
+        assert set(answer.json()) == {"id", "condition", "b64_json", "changes"}
+
+
+def test_model_information(server):
+    told = requests.get(f"{server.url}/v1/capabilities", timeout=60).json()
+    assert told["sizes"] == ["32x32"]
+    assert told["conditions"] == ["mask", "sketch", "keypoints"]
+    assert told["batch_size"] == 1
+    assert told["seconds_per_image"] > 0
+    assert requests.get(f"{server.url}/healthz", timeout=60).json() == {"status": "ok"}
+
+
+# The command
+
+
+def test_command(tmp_path):
+    """`likeness serve` generates with a bundled model, and on SIGTERM completes the stream in progress."""
+    command = [sys.executable, "-m", "likeness.cli", "serve", "--port", "0", "--data", str(tmp_path / "data")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        url = process.stdout.readline().split()[-1]
+        wait_for(lambda: ready(url), 120)
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+        body = {"prompt": "a man", "candidates": 1}
+        mask = requests.post(f"{url}/v1/masks/propose", json=body, timeout=60).json()
+        more = {"steps": 12, "control_image": {"mask": mask["id"]}}
+        with client.images.generate(prompt="secret", stream=True, partial_images=2, extra_body=more) as events:
+            next(events)
+            process.send_signal(signal.SIGTERM)
+            assert [event.type for event in events][-1] == "image_generation.completed"
+        assert process.wait(60) == 128 + signal.SIGTERM
+        text = process.stderr.read()
+        assert "/v1/images/generations 200" in text
+        assert "secret" not in text
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def ready(url: str) -> bool:
+    try:
+        return requests.get(f"{url}/readyz", timeout=60).ok
+    except requests.ConnectionError:
+        return False
