@@ -162,7 +162,7 @@ def test_other_or_damaged_shards(root, tmp_path, capsys):
     assert "other shards" not in capsys.readouterr().err
     for images in (16, 24):
         loop.train(small(tmp_path, optimizer={"images": images}), tmp_path / "run")
-        said = "was started with other shards: 10 faces then, 6 faces now" in capsys.readouterr().err
+        said = "was started with other shards: 10 samples then, 6 now" in capsys.readouterr().err
         assert said == (images == 16)
     (file,) = shards.glob("latents-*")
     content = bytearray(file.read_bytes())

@@ -43,6 +43,7 @@ COMMANDS: dict[str, Any] = {
             "check": mask.Check,
         },
     ),
+    "extract": prepare.Extract,
     "models": portraits.Models,
     "train": training.Train,
     "average": training.Average,
