@@ -12,12 +12,14 @@ from hostile import bomb, full_disk, read_only, snapshot
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
+from builders import run
 from likeness.annotators.landmarks import find_faces
 from likeness.cli import main
 from likeness.conditions import CONDITIONS
 from likeness.conditions.framing import inverse, move, portrait_transform
 from likeness.conditions.keypoints import STROKES
 from likeness.data.folder import read_folder, read_photo
+from likeness.data.synthetic import draw_face
 from likeness.prepare.align import JOURNAL, align_files, cut_portrait, photo_files
 from likeness.prepare.annotate import annotate_folder
 from likeness.prepare.paste import COMPOSITE, paste_file, paste_portrait
@@ -402,6 +404,26 @@ def test_profile_transparency_and_mark_of_generated_media(photos, tmp_path):
             assert (COMPOSITE in text) == marked
 
 
+def test_extract(photos, tmp_path, capsys):
+    """A photograph in place of a mask names the command that makes its conditions."""
+    photo = photos / "square.png"
+    face = draw_face(0, 0, 128).image.astype(np.int16) + np.random.default_rng(0).integers(-9, 9, (128, 128, 3))
+    Image.fromarray(face.clip(0, 255).astype(np.uint8)).save(photo)
+    assert run("inspect", photo) == 2
+    assert f"`likeness extract {photo} --out DIR` makes its mask" in capsys.readouterr().err
+    assert run("extract", photo, "--out", tmp_path / "made", "--size", 64) == 0
+    made = [tmp_path / "made" / name for name in ("square.png", "square_mask.png", "square_sketch.png")]
+    assert capsys.readouterr().out.split() == list(map(str, made))
+    assert CONDITIONS["mask"].read(made[1]).raw.shape == (64, 64)
+    for arguments, said in (
+        ((photos / "one.png", "--out", tmp_path / "made"), "is 600x400, not a square portrait: pass --landmarker"),
+        ((photo, "--out", photos), "is the photograph itself: choose another folder"),
+        ((photos / "none.png", "--out", tmp_path), "none.png"),
+    ):
+        assert run("extract", *arguments) == 2
+        assert said in capsys.readouterr().err
+
+
 # MediaPipe, if its model is available
 
 
@@ -431,6 +453,15 @@ def test_photographs_with_the_command(tmp_path, capsys):
         tilts.append(np.degrees(np.arctan2(transform[1, 0], transform[0, 0])))
         # CelebA-HQ has this framing: the square around the face is the pasted image
         assert 1 / np.hypot(*transform[:, 0]) * 128 == pytest.approx(260, rel=0.12)
+    for name, way in (("0.png", ("--landmarker", MODEL)), ("face.png", ())):
+        Image.open(names[0]).save(photos / "face.png")
+        assert run("extract", photos / name, "--out", tmp_path / "made", "--size", 128, *way) == 0
+        files = [Path(line) for line in capsys.readouterr().out.splitlines()]
+        stem = name.removesuffix(".png")
+        made = [f"{stem}.png", f"{stem}_mask.png", f"{stem}_sketch.png", f"{stem}_keypoints.json"]
+        assert [file.name for file in files] == made[: 4 if way else 3]
+        for condition, file in zip(("mask", "sketch", "keypoints"), files[1:], strict=False):
+            assert CONDITIONS[condition].read(file) is not None
     assert (
         np.abs(np.array(tilts) - [15, 0, -15][: len(tilts)]).max() < 5
         or np.abs(np.array(tilts) - [-15, 0, 15][: len(tilts)]).max() < 5

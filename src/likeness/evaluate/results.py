@@ -134,6 +134,8 @@ class Evaluation:
     """Names."""
     scores: Mapping[str, np.ndarray]
     """As in `Results`."""
+    notes: list[str] = field(default_factory=list)
+    """What could not be read or measured, and other notes."""
 
 
 def read_evaluation(folder: Path) -> Evaluation:
@@ -142,7 +144,10 @@ def read_evaluation(folder: Path) -> Evaluation:
         content = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         numbers = [Measurement(**entry) for entry in content["numbers"]]
         with np.load(folder / SCORES) as scores:
-            return Evaluation(numbers, [face["name"] for face in content["faces"]], dict(scores))
+            notes = [f"Not read: {fault['file']}: {fault['why']}" for fault in content["faults"]]
+            notes += [f"Not measured: {entry['metric']}: {entry['why']}" for entry in content["missing"]]
+            notes += content["notes"]
+            return Evaluation(numbers, [face["name"] for face in content["faces"]], dict(scores), notes=notes)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{folder} does not contain a finished evaluation: run likeness evaluate --out {folder}"
