@@ -86,7 +86,7 @@ def test_own_photos(workplace, capsys):
     (workplace / "drawn" / "train" / "images").rename(workplace / "my" / "photos")
     short = {
         "prepare": ("--align --landmarker face_landmarker.task --held-out 20", "--crop --held-out 10"),
-        "train": ("mini.toml", "mini.toml data.condition_probabilities.keypoints=0 optimizer.images=32 preview=[]"),
+        "train": ("mini.toml", "mini.toml optimizer.images=32 preview=[]"),
         "compare": ("--out", "steps=1 bootstrap_samples=100 --out"),
     }
     lines = commands(text)

@@ -584,7 +584,7 @@ def test_command_line(root, tmp_path, capsys):
     assert {"results.json", "report.md", "report.html"} <= {path.name for path in out.iterdir()}
     sources = [out, f"{root}/model@steps=2", *common]
     assert run("compare", *sources, "--faces", root / "faces", "--out", tmp_path / "compared") == 0
-    assert "no significant difference" in capsys.readouterr().out
+    assert "no verdict: needs 10 faces" in capsys.readouterr().out
     compared = json.loads((tmp_path / "compared" / "comparison.json").read_text())
     assert list(compared) == ["names", "values", "differences", "notes"]
     assert {"comparison.html", "comparison.md"} <= {path.name for path in (tmp_path / "compared").iterdir()}
