@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from likeness.cli import main
+from likeness.prepare.synthetic import write_synthetic
 from likeness.weights.catalog import DEFAULT, bundled_models
 
 ROOT = Path(__file__).parents[1]
@@ -77,6 +78,31 @@ def test_mask_tools(workplace, capsys):
             assert all(f"`{finding}`" in text for finding in told.out.splitlines())
 
 
+def test_own_photos(workplace, capsys):
+    """The way from photographs to a compared model, without alignment and with fewer steps."""
+    text = (ROOT / "docs" / "own-photos.md").read_text()
+    write_synthetic(workplace / "drawn", 24, 64)
+    (workplace / "my").mkdir()
+    (workplace / "drawn" / "train" / "images").rename(workplace / "my" / "photos")
+    short = {
+        "prepare": ("--align --landmarker face_landmarker.task --held-out 20", "--crop --held-out 10"),
+        "train": ("mini.toml", "mini.toml optimizer.images=32 preview=[]"),
+        "compare": ("--out", "steps=1 bootstrap_samples=100 --out"),
+    }
+    lines = commands(text)
+    assert [line.split()[1] for line in lines] == ["prepare", "train", "compare", "generate"]
+    for line in lines:
+        long, replaced = short.get(line.split()[1], ("likeness", "likeness"))
+        assert long in line
+        assert run(shlex.split(line.replace(long, replaced))[1:]) == 0, f"{line}: {capsys.readouterr().err}"
+    assert all(
+        (workplace / path).exists() for path in ("compared/comparison.html", "mine.png", "runs/finetune_mini/model")
+    )
+    printed = capsys.readouterr()
+    assert "Set: KID on the text-image pair" in printed.out
+    assert "captioning: " in printed.err
+
+
 @pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *ROOT.glob("*/*.md")], ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     """Links, and paths that are named from the root of the project."""
@@ -90,7 +116,7 @@ def test_links_lead_somewhere(page):
 def test_pages_do_not_get_in_one_anothers_way():
     """Who walks from the README through training and fine-tuning gives no folder two contents."""
     told: dict[str, list[str]] = {}
-    for page in ("README.md", "docs/training.md", "docs/fine-tuning.md"):
+    for page in ("README.md", "docs/training.md", "docs/fine-tuning.md", "docs/own-photos.md"):
         for command in re.findall(r"likeness prepare ((?:synthetic|encode) data/[^`#\n]+)", (ROOT / page).read_text()):
             words = shlex.split(command)
             out = words[1 if words[0] == "synthetic" else 2]

@@ -83,7 +83,8 @@ def settings(**changes) -> dict:
 
 
 def align(photos: Path, out: Path, **changes):
-    return align_files(photo_files(photos, out), photos, out, find_dots, settings(**changes))
+    held_out = changes.pop("held_out", 0)
+    return align_files(photo_files(photos, out), photos, out, find_dots, settings(**changes), held_out)
 
 
 @pytest.fixture
@@ -179,7 +180,7 @@ def test_rejected_portraits():
 
 def test_folder_of_photos(photos, tmp_path):
     found = align(photos, tmp_path / "out")
-    assert found.portraits == 2
+    assert found.splits.total() == 2
     assert found.without == ["field.jpg"]
     assert list(found.unreadable) == ["broken.jpg"]
     rows = read_folder(tmp_path / "out")
@@ -201,7 +202,7 @@ def test_folder_of_photos(photos, tmp_path):
 
 def test_all_faces_of_a_photo(photos, tmp_path):
     found = align(photos, tmp_path / "out", every=True)
-    assert found.portraits == 4
+    assert found.splits.total() == 4
     widths = [1 / row["aligned"]["transform"][0][0] for row in read_folder(tmp_path / "out")][1:]
     assert widths == sorted(widths, reverse=True)
 
@@ -218,12 +219,12 @@ def test_small_faces_are_found_through_windows():
 def test_faulty_geometry(photos, tmp_path):
     # all are more than 1.5 times smaller than their portraits
     found = align(photos, tmp_path / "noted", size=512)
-    assert found.portraits == 2
-    assert all("small: enlarged" in " ".join(faults) for faults in found.faults.values())
+    assert found.splits.total() == 2
+    assert all("small" in {fault.kind for fault in faults} for faults in found.faults.values())
     found = align(photos, tmp_path / "strict", size=512, strict=True)
-    assert found.portraits == 0
+    assert found.splits.total() == 0
     assert len(found.skipped) == 2
-    assert not (tmp_path / "strict" / "metadata.jsonl").exists()
+    assert not (tmp_path / "strict" / "train" / "metadata.jsonl").exists()
 
 
 def test_resumes_and_keeps_added_columns(photos, tmp_path):
@@ -236,31 +237,54 @@ def test_resumes_and_keeps_added_columns(photos, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        align_files(photo_files(photos, out), photos, out, find_dots, settings(), interrupted)
+        align_files(photo_files(photos, out), photos, out, find_dots, settings(), 0, interrupted)
     with (out / JOURNAL).open("a") as journal:
         journal.write('\n{"photo": "trip/one.png", "sha')  # killed while writing
     first = read_journal(out)
     assert len(first) == 2
-    written = {path: path.stat().st_mtime_ns for path in (out / "images").iterdir()}
+    written = {path: path.stat().st_mtime_ns for path in (out / "train" / "images").iterdir()}
     align(photos, out)
     assert all(path.stat().st_mtime_ns == then for path, then in written.items())
-    rows = [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (out / "train" / "metadata.jsonl").read_text().splitlines()]
     rows[0]["text"] = ["a face"]
-    (out / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (out / "train" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (photos / "broken.jpg").unlink()
     Image.open(photos / "one.png").rotate(8).save(photos / "two.png")
     align(photos, out)
     rows = read_folder(out)
     assert [row["aligned"]["photo"] for row in rows] == ["one.png", "trip/one.png", "two.png"]
     assert rows[0]["text"] == ["a face"]
-    with pytest.raises(InputError, match="was aligned with size 96: use the same settings"):
+    with pytest.raises(InputError, match="was written with size 96, not 64: choose another folder"):
         align(photos, out, size=64)
+
+
+def test_splits(photos, tmp_path):
+    """The first run chooses the held-out photos; later ones are for training."""
+    out = tmp_path / "out"
+    (photos / "broken.jpg").unlink()
+    (photos / "field.jpg").unlink()
+    found = align(photos, out, held_out=1)
+    assert found.splits == {"train": 1, "test": 1}
+    record = json.loads((out / "dataset.json").read_text())
+    assert record["faces"] == {"train": 1, "test": 1}
+    (held,) = record["test"]
+    assert read_folder(out / "test")[0]["aligned"]["photo"] == held
+    for degrees in range(3):
+        Image.open(photos / "one.png").rotate(degrees).save(photos / f"a{degrees}.png")
+    for held_out in (None, 1):
+        assert align(photos, out, held_out=held_out).splits == {"train": 4, "test": 1}
+    assert json.loads((out / "dataset.json").read_text())["test"] == [held]
+    for held_out, said in ((2, "was written with held_out 1, not 2"), (5, "cannot hold out 5 of 5 complete faces")):
+        with pytest.raises(InputError, match=said):
+            align(photos, out if held_out == 2 else tmp_path / "new", held_out=held_out)
+    edited, portrait = tmp_path / "edited.png", read_folder(out / "test")[0]["file_name"]
+    assert paste_file(portrait, out, photos / held, edited) == f"images/{portrait.name}"
 
 
 def read_journal(out: Path) -> list[str]:
     """Return the photos that are done."""
     found = []
-    for line in (out / JOURNAL).read_text().splitlines()[1:]:
+    for line in (out / JOURNAL).read_text().splitlines():
         try:
             found.append(json.loads(line)["photo"])
         except json.JSONDecodeError:
@@ -276,10 +300,10 @@ def test_full_disk_read_only_folder_and_decompression_bomb(photos, tmp_path):
     with read_only(out), pytest.raises(InputError, match="cannot write"):
         align(photos, out)
     wanted = snapshot(tmp_path / "whole")
-    for most in (100, len(wanted["metadata.jsonl"]) - 1, max(map(len, wanted.values())) - 1):
+    for most in (100, len(wanted["train/metadata.jsonl"]) - 1, max(map(len, wanted.values())) - 1):
         with full_disk(most), pytest.raises(InputError, match=f"cannot write {out}"):
             align(photos, out)
-        assert not (out / "metadata.jsonl").exists()
+        assert not (out / "train" / "metadata.jsonl").exists()
     assert "too many pixels" in align(photos, out).unreadable["broken.jpg"]
     found = snapshot(out)
     assert {name: found[name] for name in wanted if name != JOURNAL} == {
@@ -317,7 +341,7 @@ def test_invalid_or_long_names(photos, tmp_path):
     latin = os.fsdecode(b"caf\xe9.png")
     (photos / "one.png").rename(photos / latin)
     (photos / "trip" / "one.png").rename(photos / ("脸" * 82 + ".png"))
-    assert align(photos, tmp_path / "out").portraits == 2
+    assert align(photos, tmp_path / "out").splits.total() == 2
     rows = {row["aligned"]["photo"]: row["file_name"].name for row in read_folder(tmp_path / "out")}
     assert rows[latin].startswith("caf_-")
     annotate_folder(tmp_path / "out")
@@ -414,6 +438,26 @@ def test_profile_transparency_and_mark_of_generated_media(photos, tmp_path):
             assert (COMPOSITE in text) == marked
 
 
+def test_extract(photos, tmp_path, capsys):
+    """A photograph in place of a mask names the command that makes its conditions."""
+    photo = photos / "square.png"
+    face = draw_face(0, 0, 128).image.astype(np.int16) + np.random.default_rng(0).integers(-9, 9, (128, 128, 3))
+    Image.fromarray(face.clip(0, 255).astype(np.uint8)).save(photo)
+    assert run("inspect", photo) == 2
+    assert f"`likeness extract {photo} --out DIR` makes its mask" in capsys.readouterr().err
+    assert run("extract", photo, "--out", tmp_path / "made", "--size", 64) == 0
+    made = [tmp_path / "made" / name for name in ("square.png", "square_mask.png", "square_sketch.png")]
+    assert capsys.readouterr().out.split() == list(map(str, made))
+    assert CONDITIONS["mask"].read(made[1]).raw.shape == (64, 64)
+    for arguments, said in (
+        ((photos / "one.png", "--out", tmp_path / "made"), "is 600x400, not a square portrait: pass --landmarker"),
+        ((photo, "--out", photos), "is the photograph itself: choose another folder"),
+        ((photos / "none.png", "--out", tmp_path), "none.png"),
+    ):
+        assert run("extract", *arguments) == 2
+        assert said in capsys.readouterr().err
+
+
 # MediaPipe, if its model is available
 
 
@@ -430,19 +474,28 @@ def test_photographs_with_the_command(tmp_path, capsys):
         one.save(photos / f"{number}.png")
     canvas.save(photos / "empty.png")
     arguments = ["prepare", "align", str(photos), str(out), "--landmarker", str(MODEL), "--size", "128"]
+    arguments += ["--held-out", "0"]
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 1
     printed = capsys.readouterr()
     assert "3 portraits" in printed.out
-    assert "empty.png: no face was found" in printed.err
-    assert "tilted" not in printed.err
+    assert printed.err == "1 photo without a face: empty.png\n"
     tilts = []
     for row in read_folder(out):
         transform = np.array(row["aligned"]["transform"])
         tilts.append(np.degrees(np.arctan2(transform[1, 0], transform[0, 0])))
         # CelebA-HQ has this framing: the square around the face is the pasted image
         assert 1 / np.hypot(*transform[:, 0]) * 128 == pytest.approx(260, rel=0.12)
+    for name, way in (("0.png", ("--landmarker", MODEL)), ("face.png", ())):
+        Image.open(names[0]).save(photos / "face.png")
+        assert run("extract", photos / name, "--out", tmp_path / "made", "--size", 128, *way) == 0
+        files = [Path(line) for line in capsys.readouterr().out.splitlines()]
+        stem = name.removesuffix(".png")
+        made = [f"{stem}.png", f"{stem}_mask.png", f"{stem}_sketch.png", f"{stem}_keypoints.json"]
+        assert [file.name for file in files] == made[: 4 if way else 3]
+        for condition, file in zip(("mask", "sketch", "keypoints"), files[1:], strict=False):
+            assert CONDITIONS[condition].read(file) is not None
     assert (
         np.abs(np.array(tilts) - [15, 0, -15][: len(tilts)]).max() < 5
         or np.abs(np.array(tilts) - [-15, 0, 15][: len(tilts)]).max() < 5

@@ -12,7 +12,7 @@ from builders import save_components
 from likeness.data.store import IMAGE, write_manifest, write_part
 from likeness.encoders.components import load_components
 from likeness.train import batches, diagnostics, loop
-from likeness.train.diagnostics import PAIRED, USED, pairing, standard_errors
+from likeness.train.diagnostics import PAIRED, USED, pairing, standard_errors, verdict_of
 from runs import metrics, small
 
 STEPS, FACES = 20, 200
@@ -141,6 +141,14 @@ def test_shuffled_pairs(root, tmp_path, monkeypatch):
     real = batches.make_batch
     monkeypatch.setattr(batches, "make_batch", shuffle)
     assert any("no closer to their own mask" in alarm for alarm in alarms(root, tmp_path))
+
+
+def test_verdicts_do_not_alternate():
+    """A verdict holds until the value is clearly on the other side."""
+    verdicts = [0]
+    for gain in (3.9, 4.1, 3.9, 4.1, 2.1, 1.9, 3.9, -3.9, -4.1, -2.1, -1.9, 0.0):
+        verdicts.append(verdict_of(gain, verdicts[-1]))
+    assert verdicts[1:] == [0, 1, 1, 1, 1, 0, 0, 0, -1, -1, 0, 0]
 
 
 def test_pairing():

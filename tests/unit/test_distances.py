@@ -87,12 +87,13 @@ def test_bootstrap_interval_contains_the_mean_and_shrinks():
 
 
 @pytest.mark.parametrize(
-    ("p_values", "significant"),
+    ("p_values", "corrected"),
     [
-        ([0.01, 0.04, 0.03, 0.005], [True, False, False, True]),  # the example of Holm's step-down procedure
-        ([0.03, 0.04], [False, False]),  # 0.03 > 0.05 / 2, which stops the procedure
-        ([0.02, 0.04], [True, True]),
+        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),  # the example of Holm's step-down procedure
+        ([0.03, 0.04], [0.06, 0.06]),  # never less than that of a smaller p
+        ([0.02, 0.04], [0.04, 0.04]),
+        ([0.9, 0.8], [1, 1]),
     ],
 )
-def test_holm(p_values, significant):
-    assert holm(p_values) == significant
+def test_holm(p_values, corrected):
+    assert holm(p_values) == pytest.approx(corrected)

@@ -129,7 +129,7 @@ def test_interrupted_and_run_again(prepared, parts, tmp_path):
     out, encoded, runs = tmp_path / "shards", 0, 0
     plain = encode_folder(prepared / "faces", tmp_path / "whole", parts, size=SIZE)
     assert plain == {"faces": FACES, "encoded": IMAGES} | dict.fromkeys(
-        ("captions", "damaged", "removed", "missing"), 0
+        ("captions", "uncaptioned", "damaged", "removed", "missing"), 0
     )
 
     def stop(*_):
@@ -168,7 +168,7 @@ def test_only_own_files_are_deleted(prepared, faces, parts, tmp_path, capsys):
     for name in mine:
         (out / name).write_text("mine")
     write_rows(faces, read_rows(faces)[:4])
-    encode_folder(faces, out, parts, size=SIZE)
+    encode_folder(faces, out, parts, size=SIZE, replace=True)
     assert all((out / name).read_text() == "mine" for name in mine)
     assert len(Store(out)) == 4
 
@@ -191,8 +191,14 @@ def test_damaged_and_removed_files_are_reported(prepared, faces, tmp_path, capsy
     rows = read_rows(faces)
     change_pixel(faces / "train" / rows[0]["file_name"], 5)
     write_rows(faces, rows[:7])
-    assert run(*command) == 0
+    before = (out / "manifest.json").read_bytes()
+    assert run(*command) == 2
+    printed = capsys.readouterr().err
+    assert f"{out} contains 4 images that {faces / 'train'} does not, such as {rows[0]['file_name']}, " in printed
+    assert (out / "manifest.json").read_bytes() == before
+    assert run(*command, "--replace") == 0
     assert "4 images of the former shards have been removed" in capsys.readouterr().err
+    assert run(*command) == 0
 
 
 def load_keys(file: Path) -> list[bytes]:
@@ -273,7 +279,7 @@ def test_changes_encode_only_what_is_necessary(faces, parts, tmp_path):
     for number in range(2 * len(KINDS)):
         mutate(faces, KINDS[number % len(KINDS)], rng, number)
         after = contents(faces)
-        found = encode_folder(faces, out, parts, size=SIZE, augmentations=2, shard_bytes=3000)
+        found = encode_folder(faces, out, parts, size=SIZE, augmentations=2, shard_bytes=3000, replace=True)
         assert found["encoded"] == 2 * len(after - before), KINDS[number % len(KINDS)]
         assert found["missing"] == 0
         before = after
@@ -393,11 +399,23 @@ def test_command(prepared, tmp_path, capsys):
     out = tmp_path / "s"
     arguments = [str(prepared / "faces"), str(out), "--components", str(prepared / "components"), "--size", str(SIZE)]
     cli.main(["prepare", "encode", *arguments])
-    assert f"{FACES} faces, {IMAGES} images and 0 captions encoded" in capsys.readouterr().out
+    assert f"{FACES} faces, {IMAGES} images and conditions encoded now\n" in capsys.readouterr().out
     assert run("prepare", "encode", *arguments, "--device", "nowhere") == 2
     assert "Device 'nowhere' is not available" in capsys.readouterr().err
-    cli.main(["prepare", "encode", *arguments])
-    assert f"{FACES} faces, 0 images and 0 captions encoded" in capsys.readouterr().out
+    cli.main(["prepare", "encode", *arguments, "--augmentations", "2"])
+    printed = capsys.readouterr()
+    assert f"{FACES} faces x 2 augmentations, {IMAGES} images and conditions encoded now\n" in printed.out
+    assert printed.err == ""
+
+
+def test_faces_without_captions(prepared, faces, tmp_path, capsys):
+    rows = read_rows(faces)
+    for row in rows[:3]:
+        del row["text"]
+    write_rows(faces, rows)
+    assert run("prepare", "encode", faces, tmp_path / "s", "--components", prepared / "components", "--size", SIZE) == 0
+    assert f"3 of {FACES} faces have no captions: they are trained with empty text" in capsys.readouterr().err
+    assert Store(tmp_path / "s").uncaptioned() == 3
 
 
 def test_images_to_shards_in_one_command(prepared, tmp_path, capsys):
@@ -406,15 +424,33 @@ def test_images_to_shards_in_one_command(prepared, tmp_path, capsys):
     command = ["prepare", "shards", *arguments, "--components", prepared / "components"]
     assert run(*command) == 0
     printed = capsys.readouterr()
-    assert [line.split(":")[0] for line in printed.err.splitlines() if line.endswith("images per second")] == [
-        "ingesting", "annotating", "encoding",
+    assert [line.split(":")[0] for line in printed.err.splitlines() if line.endswith("of processor time")] == [
+        "ingesting", "annotating", "checking", "encoding test", "encoding train",
     ]  # fmt: skip
     store = Store(tmp_path / "out" / "shards")
     assert (len(store), store.conditions) == (8, ["mask", "sketch"])
     assert len(store[0].captions) == 10
     assert all({"mask_file_name", "sketch_file_name"} <= row.keys() for row in read_folder(tmp_path / "out/faces/test"))
     assert run(*command) == 0
-    assert "8 faces, 0 images and 0 captions encoded" in capsys.readouterr().out
+    assert "8 faces, 0 images and conditions encoded now" in capsys.readouterr().out
+    assert len(Store(tmp_path / "out" / "test_shards")) == 4
+
+
+def test_photographs_without_captions(tmp_path, capsys):
+    """Captions come from predicted attributes; a second run adds none."""
+    for index in range(3):
+        sample_datasets.put(tmp_path / "source", f"{index}.png", sample_datasets.image(index))
+    command = ["prepare", "shards", tmp_path / "source", tmp_path / "out", "--held-out", 1, "--size", 64]
+    assert run(*command) == 0
+    assert "captioning: " in capsys.readouterr().err
+    rows = [*read_folder(tmp_path / "out/faces/train"), *read_folder(tmp_path / "out/faces/test")]
+    assert all(len(row["text"]) == 10 for row in rows)
+    assert Store(tmp_path / "out" / "shards").uncaptioned() == 0
+    assert run(*command) == 0
+    assert "captioning: " not in capsys.readouterr().err
+    folder = tmp_path / "out" / "faces"
+    assert run("prepare", "caption", folder, "--grammar", "--attributes", "bundled") == 0
+    assert "3 faces, 30 captions" in capsys.readouterr().out
 
 
 def test_only_train_is_encoded_and_reported(prepared, faces, tmp_path, capsys):

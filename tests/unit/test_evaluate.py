@@ -29,7 +29,7 @@ from likeness.evaluate.faces import faces_hash, read_faces
 from likeness.evaluate.features import Extractor, MissingError, cache_key
 from likeness.evaluate.images import work_order
 from likeness.evaluate.protocol import Protocol
-from likeness.evaluate.report import format_number, published_tables, write_report
+from likeness.evaluate.report import comparison_table, format_number, published_tables, write_report
 from likeness.evaluate.results import Evaluation, Measurement, Results, read_evaluation
 from likeness.evaluate.run import evaluate
 from likeness.prepare.synthetic import write_synthetic
@@ -374,6 +374,33 @@ def test_faces_without_a_condition_are_skipped(root, tmp_path):
     assert faces[1].mismatched == faces[2].conditions
 
 
+def test_faces_without_captions(root, tmp_path):
+    """Text metrics are listed as not measured; a comparison carries that over, and withholds verdicts on few faces."""
+    shutil.copytree(root / "faces" / "train", tmp_path / "faces")
+    lines = [json.loads(line) for line in (tmp_path / "faces" / "metadata.jsonl").read_text().splitlines()]
+    lines = [{name: value for name, value in line.items() if name != "text"} for line in lines]
+    (tmp_path / "faces" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    settings = {"given": ("none",), "metrics": ("clip_score", "retrieval", "sharpness", "precision_text_image")}
+    for steps in (1, 2):
+        found = evaluate_model(root, tmp_path / f"{steps}", tmp_path / "faces", **settings, steps=steps)
+        assert found is not None
+        assert found.protocol["n"] == COUNT
+        assert {metric: "have no captions" in why for metric, why in why_missing(found).items()} == {
+            "clip_score": True, "retrieval": True,
+        }  # fmt: skip
+    pair = {name: read_evaluation(tmp_path / name) for name in ("1", "2")}
+    compared = compare_evaluations(pair, allow=("steps",))
+    assert [note for note in compared.notes if note.startswith("Not measured: clip_score: The faces of")]
+    assert [note for note in compared.notes if "precision on the text-image pair of 1, n = 12: too high" in note]
+    by_metric = {found.metric: found for found in compared.differences}
+    assert by_metric["sharpness"].p_corrected == by_metric["sharpness"].p  # the only test
+    assert by_metric["precision_text_image"].p_corrected is None
+    assert not by_metric["precision_text_image"].significant
+    table = comparison_table(compared)
+    assert [row[-1] for row in table.rows if "precision" in row[0]] == ["no verdict: needs 100 faces"]
+    assert table.rows[-1][-1].startswith("no verdict")
+
+
 # --- Comparison
 
 
@@ -570,7 +597,7 @@ def test_command_line(root, tmp_path, capsys):
     assert {"results.json", "report.md", "report.html"} <= {path.name for path in out.iterdir()}
     sources = [out, f"{root}/model@steps=2", *common]
     assert run("compare", *sources, "--faces", root / "faces", "--out", tmp_path / "compared") == 0
-    assert "no significant difference" in capsys.readouterr().out
+    assert "no verdict: needs 10 faces" in capsys.readouterr().out
     compared = json.loads((tmp_path / "compared" / "comparison.json").read_text())
     assert list(compared) == ["names", "values", "differences", "notes"]
     page, text = ((tmp_path / "compared" / f"comparison.{suffix}").read_text() for suffix in ("html", "md"))

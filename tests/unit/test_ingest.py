@@ -390,12 +390,14 @@ def interrupted(done: int, total: int) -> None:
         ("mm_celeba", "needs train/filenames.pickle"),
         ("person", "have no identity"),
         ("random", "cannot hold out 50 of 4 complete faces: reduce --held-out"),
+        ("none", "held_out is 50, but the split none is fixed"),
     ],
 )
 def test_splits_that_the_source_does_not_support(tmp_path, split, message):
     sample_datasets.celebamask(tmp_path / "source")
+    held_out = {"person": 3, "random": 50, "none": 50}
     with pytest.raises(InputError, match=message):
-        ingest(tmp_path / "source", tmp_path / "out", split=split, held_out=3 if split == "person" else 50)
+        ingest(tmp_path / "source", tmp_path / "out", split=split, held_out=held_out.get(split))
     assert not (tmp_path / "out").exists()
 
 

@@ -158,11 +158,11 @@ def test_other_or_damaged_shards(root, tmp_path, capsys):
     loop.train(small(tmp_path, optimizer={"images": 8}), tmp_path / "run")
     path = tmp_path / "faces/train/metadata.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:6]))
-    encode_folder(tmp_path / "faces", shards, parts, size=SIZE)
+    encode_folder(tmp_path / "faces", shards, parts, size=SIZE, replace=True)
     assert "other shards" not in capsys.readouterr().err
     for images in (16, 24):
         loop.train(small(tmp_path, optimizer={"images": images}), tmp_path / "run")
-        said = "was started with other shards: 10 faces then, 6 faces now" in capsys.readouterr().err
+        said = "was started with other shards: 10 samples then, 6 now" in capsys.readouterr().err
         assert said == (images == 16)
     (file,) = shards.glob("latents-*")
     content = bytearray(file.read_bytes())
@@ -265,6 +265,37 @@ def test_new_condition(root, tmp_path):
         images.append(generate(pipeline, request, [3])[0][0].tobytes())
     assert images[0] == images[1]
     assert list(load(new).transformer.config.condition_names) == ["mask", "sketch", "keypoints", "none"]
+
+
+def test_fine_tuning_run(root, tmp_path, capsys):
+    """Measured and previewed before the first step; a finished run says so and cannot become shorter."""
+    old = loop.train(small(root, optimizer={"images": 4}), tmp_path / "old")
+    shutil.copytree(root / "faces", tmp_path / "faces")
+    (tmp_path / "components").symlink_to(root / "components")
+    path = tmp_path / "faces/train/metadata.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text(
+        "".join(json.dumps({**row, "text": row["text"] * (index > 3)}) + "\n" for index, row in enumerate(rows))
+    )
+    encode_folder(tmp_path / "faces", tmp_path / "shards", load_components(root / "components"), size=SIZE)
+    run, previews = tmp_path / "run", [{"prompt": "a face"}]
+
+    def train(images: int) -> str:
+        changes = {"init_from": str(old), "diagnostics_every": 8, "preview": previews, "optimizer": {"images": images}}
+        loop.train(small(tmp_path, **changes), run)
+        return capsys.readouterr().err
+
+    printed = train(10)
+    assert f"4 of {len(rows)} faces have no captions: they are trained with empty text" in printed
+    assert "12/12 images" in printed  # whole steps
+    assert "finished" not in printed
+    assert metrics(run)[0]["seen"] == 0
+    assert metrics(run)[0]["diagnostics/mask_right"] > 0
+    assert (run / "previews" / "000000000000.png").is_file()
+    assert f"{run} is finished: it has seen 12 images" in train(10)
+    with pytest.raises(InputError, match=r"images is 8, but .* has already seen 12: set at least 12"):
+        train(8)
+    assert json.loads((run / "recipe.json").read_text())["optimizer"]["images"] == 10
 
 
 def test_initial_weights_that_do_not_fit(root, tmp_path):

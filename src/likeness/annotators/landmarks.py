@@ -7,6 +7,8 @@ misses faces that are small relative to the image: `find_faces` searches for tho
 from __future__ import annotations
 
 import hashlib
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +52,7 @@ def open_face_finder(model: Path, *, max_faces: int = MAX_FACES) -> Iterator[Fac
         InputError: MediaPipe is not installed, or the file is not one of its models.
     """
     try:
+        os.environ.setdefault("GLOG_minloglevel", "2")  # errors only
         import mediapipe
         from mediapipe.tasks.python import BaseOptions, vision
     except ImportError as error:
@@ -58,9 +61,12 @@ def open_face_finder(model: Path, *, max_faces: int = MAX_FACES) -> Iterator[Fac
         raise InputError(f"{model} does not exist: download MediaPipe's face_landmarker.task")
     base = BaseOptions(model_asset_buffer=model.read_bytes())
     try:
-        detector = vision.FaceLandmarker.create_from_options(
-            vision.FaceLandmarkerOptions(base_options=base, num_faces=max_faces)
-        )
+        with stderr_discarded():
+            detector = vision.FaceLandmarker.create_from_options(
+                vision.FaceLandmarkerOptions(base_options=base, num_faces=max_faces)
+            )
+            blank = np.zeros((WORKING_SIDE, WORKING_SIDE, 3), np.uint8)  # the first image logs, too
+            detector.detect(mediapipe.Image(image_format=mediapipe.ImageFormat.SRGB, data=blank))
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{model} is not a model of MediaPipe's FaceLandmarker: {reason}") from error
@@ -75,6 +81,20 @@ def open_face_finder(model: Path, *, max_faces: int = MAX_FACES) -> Iterator[Fac
 
     with detector:
         yield find
+
+
+@contextmanager
+def stderr_discarded() -> Iterator[None]:
+    """Discard what C++ libraries write to stderr within a `with` block: TensorFlow Lite has no other setting."""
+    sys.stderr.flush()
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
 
 
 def find_faces(find: FaceFinder, photo: np.ndarray, *, every: bool = False) -> list[np.ndarray]:

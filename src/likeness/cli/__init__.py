@@ -43,6 +43,7 @@ COMMANDS: dict[str, Any] = {
             "check": mask.Check,
         },
     ),
+    "extract": prepare.Extract,
     "models": portraits.Models,
     "serve": serve.Serve,
     "train": training.Train,

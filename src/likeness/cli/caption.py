@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from likeness.cli.terminal import PathArgument, print_notes, progress_bar, quiet_libraries
 from likeness.types import InputError
@@ -31,6 +32,9 @@ class Caption:
     """Model that checks the captions against attributes and mask: an address, or a checkpoint such as Qwen/Qwen3-8B."""
     grammar: bool = False
     """Write captions from CelebA's attributes, offline, instead of or in addition to vlm."""
+    attributes: Literal["given", "bundled"] = "given"
+    """Attributes of the grammar: given by the rows, or bundled, which also predicts those of faces with neither
+    attributes nor captions."""
     vlm_name: str | None = None
     """Name of the model at the endpoint; default the only one that it serves."""
     refiner_name: str | None = None
@@ -72,12 +76,19 @@ class Caption:
     """Device of checkpoints, for example cuda or cpu; auto takes an accelerator if present."""
 
     def __call__(self) -> None:
+        if not self.caption():
+            sys.exit(1)
+
+    def caption(self) -> bool:
+        """Caption and report; returns whether every face is captioned."""
         from likeness.chat import Meter
         from likeness.prepare.caption.folder import CaptionSettings, caption_folder
-        from likeness.prepare.caption.models import load_counter, open_model
+        from likeness.prepare.caption.models import load_attributes, load_counter, open_model
         from likeness.prepare.caption.prompts import PROMPTS
 
         quiet_libraries()
+        if self.attributes == "bundled" and not self.grammar:
+            raise InputError("--attributes bundled requires --grammar, which writes the captions")
         limits = read_budget(self.budget)
         for name in ("requests_per_minute", "tries", "timeout"):
             if (value := getattr(self, name)) is not None and not value > 0:
@@ -101,6 +112,7 @@ class Caption:
             vlm=models.get("vlm"),
             refiner=models.get("refiner"),
             grammar=self.grammar,
+            predict=load_attributes() if self.attributes == "bundled" else None,
             prompts=self.prompts or tuple(PROMPTS),
             max_tokens=self.max_tokens,
             pixels=self.pixels,
@@ -122,8 +134,7 @@ class Caption:
             + (f"; dropped: {dropped}" if dropped else "")
             + (f"; {meter.requests} requests, {meter.tokens} tokens" if meter.requests else "")
         )
-        if report.failed or report.incomplete:
-            sys.exit(1)
+        return not (report.failed or report.incomplete)
 
 
 def read_budget(text: str | None) -> dict[str, int]:

@@ -38,7 +38,7 @@ class Measurement:
         base: str | None = None,
         images: Path | None = None,
     ) -> Results | None:
-        """Evaluate with a progress bar, write the report, and print what could not be read or measured to stderr."""
+        """Evaluate with a progress bar and write the report."""
         from likeness.cli.portraits import load_pipeline
         from likeness.device import choose_device
         from likeness.evaluate.report import write_report
@@ -60,9 +60,6 @@ class Measurement:
             )
         if results is not None:
             write_report(results, out)
-            print_notes([f"Not read: {fault.file}: {fault.why}" for fault in results.faults])
-            print_notes([f"Not measured: {entry.metric}: {entry.why}" for entry in results.missing])
-            print_notes(results.notes)
         return results
 
 
@@ -95,6 +92,9 @@ class Evaluate(Measurement):
             from likeness.evaluate.report import numbers_table
             from likeness.pages import markdown_table
 
+            print_notes([f"Not read: {fault.file}: {fault.why}" for fault in results.faults])
+            print_notes([f"Not measured: {entry.metric}: {entry.why}" for entry in results.missing])
+            print_notes(results.notes)
             print(markdown_table(numbers_table(results)))
             print(self.out / "report.html")
 

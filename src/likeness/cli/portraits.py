@@ -136,7 +136,7 @@ class Generate(RequestOptions):
         loras = [parse_lora(text) for text in self.lora]
 
         core_only = self.model in bundled_models() and not (loras or self.quantize)
-        with optional_packages_hidden() if core_only else nullcontext():
+        with progress_bar(f"Loading {self.model}"), optional_packages_hidden() if core_only else nullcontext():
             from likeness.pipelines.adapters import add_loras
             from likeness.pipelines.generate import batches, resolve, work_of
             from likeness.pipelines.generate import generate as generate_images
@@ -150,6 +150,7 @@ class Generate(RequestOptions):
         height, width = requests[0].height, requests[0].width
         assert height
         assert width
+        units = (requests[0].num_inference_steps or 0) + 1  # of an image: its steps, and decoding with saving
         if pipeline._execution_device.type == "cpu":
             choose_threads(work_of(pipeline, height, width))
         fingerprint = pipeline_hash(pipeline) if self.metadata else ""
@@ -167,7 +168,7 @@ class Generate(RequestOptions):
                     batch[0],
                     [one.seed for one in batch],
                     lambda step, steps, done=done, batch=batch: advance(
-                        done * steps + step * len(batch), self.count * steps
+                        done * units + step * len(batch), self.count * units
                     ),
                     encoded,
                 )
@@ -178,6 +179,7 @@ class Generate(RequestOptions):
                         recipe_of(one, pipeline, **pipeline.source, fingerprint=fingerprint) if self.metadata else None
                     )
                     print(f"{save_image(image, recipe, names, overwrite)}  seed {one.seed}", flush=True)
+                advance((done + len(batch)) * units, self.count * units)
 
     def idle_options(self) -> list[str]:
         """One note for each option that has no effect, because another one is missing."""

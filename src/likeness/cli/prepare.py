@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -60,7 +62,7 @@ class Ingest:
     format: Format = "auto"
     """Dataset format of the source; auto detects it and fails if several match."""
     split: Split = "auto"
-    """Split into training and held-out faces; auto takes the usual one of the format."""
+    """Split into training and held-out faces; auto takes the usual one of the format, or random with held_out."""
     size: int | None = None
     """Side length of the images in pixels; unchanged by default. Masks and sketches keep their size."""
     crop: bool = False
@@ -107,7 +109,9 @@ class Export:
 
 @dataclass(frozen=True, kw_only=True)
 class Align:
-    """Cut square portraits out of photos, framed as in CelebA-HQ and FFHQ, and record the transform for `paste`.
+    """Cut square portraits out of photos, framed as in CelebA-HQ and FFHQ, into a prepared folder with splits.
+
+    The folder records the transform of each portrait for `paste`.
 
     Exit code: 1 if a photo cannot be read or has no face, otherwise 0.
     """
@@ -124,24 +128,44 @@ class Align:
     """Align all faces of a photo instead of only the largest."""
     strict: bool = False
     """Skip faces that are turned, tilted, small or cut off instead of only reporting them."""
+    held_out: int | None = None
+    """Photos held out in the split test: 1000 by default, a tenth of smaller sets."""
     follow_links: bool = False
     """Also read links that lead outside the folder of photos."""
 
     def __call__(self) -> None:
+        if not self.align():
+            sys.exit(1)
+
+    def align(self) -> bool:
+        """Align and report; returns whether every photo has a portrait or was skipped for its geometry."""
         from likeness.prepare.align import align_photos
 
         with progress_bar("Aligning") as advance:
             found = align_photos(**vars(self), progress=advance)
-        print_notes([f"{name}: {', '.join(faults)}" for name, faults in found.faults.items()])
-        print_notes([f"{name}: skipped, {', '.join(faults)}" for name, faults in found.skipped.items()])
-        print_notes([f"{name}: no face was found" for name in found.without])
-        print_notes([f"{name}: {reason}" for name, reason in found.unreadable.items()])
+        for kept, faults in ((True, found.faults), (False, found.skipped)):
+            groups: dict[str, list[str]] = {}
+            for name, notes in faults.items():
+                for note in notes:
+                    groups.setdefault(note.kind, []).append(f"{name} {note.text}")
+            what = "portrait" if kept else "skipped portrait"
+            print_notes([summary(what, kind, group) for kind, group in groups.items()])
+        unreadable = [f"{name} ({reason})" for name, reason in found.unreadable.items()]
+        for what, photos in (("without a face", found.without), ("unreadable", unreadable)):
+            print_notes([summary("photo", what, photos)] * bool(photos))
+        splits = ", ".join(f"{number} {split}" for split, number in found.splits.items())
         print(
-            f"{self.out}: {found.portraits} portraits, {len(found.faults)} with a note, {len(found.skipped)} skipped, "
-            f"{len(found.without)} photos without a face, {len(found.unreadable)} unreadable"
+            f"{self.out}: {found.splits.total()} portraits{f' ({splits})' if splits else ''}, {len(found.faults)} with "
+            f"a note, {len(found.skipped)} skipped, {len(found.without)} photos without a face, "
+            f"{len(found.unreadable)} unreadable"
         )
-        if found.without or found.unreadable:
-            sys.exit(1)
+        return not (found.without or found.unreadable)
+
+
+def summary(noun: str, what: str, names: list[str], count: int = 3) -> str:
+    """Return one line on what names have in common, with the first of them."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return f"{len(names)} {noun}{'s' * (len(names) != 1)} {what}: {'; '.join(names[:count])}{more}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +197,34 @@ class Paste:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Extract:
+    """Make the mask, sketch and keypoints of one photograph. It is aligned first unless it is already.
+
+    Writes NAME.png (the portrait), NAME_mask.png, NAME_sketch.png and NAME_keypoints.json.
+    """
+
+    photo: PathArgument
+    """The photograph; its largest face is used."""
+    out: Path
+    """Folder to write."""
+    landmarker: Path | None = None
+    """MediaPipe's face_landmarker.task. Without it there are no keypoints, and the photograph must be aligned."""
+    size: int = 256
+    """Side length in pixels."""
+    parser: str = "bundled"
+    """Face parser: bundled, a folder or a hub id."""
+    device: str = "auto"
+    """Device of the face parser, for example cuda or cpu; auto takes an accelerator if present."""
+
+    def __call__(self) -> None:
+        from likeness.prepare.extract import extract
+
+        quiet_libraries()
+        for file in extract(**vars(self)).values():
+            print(file)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Annotate:
     """Add missing masks, sketches and keypoints to a prepared folder."""
 
@@ -180,7 +232,7 @@ class Annotate:
     """Folder with metadata.jsonl, or the parent of splits. Run again to resume."""
     parser: str = "auto"
     """Face parser: bundled, a folder or a hub id; none adds no masks. Default: bundled for images of up to 256 pixels,
-    jonathandinu/face-parsing from the hub for larger ones."""
+    for larger ones jonathandinu/face-parsing from the hub if it is available, else bundled."""
     swapped_sides: bool = False
     """The parser's left is the viewer's left."""
     sketches: bool = True
@@ -202,7 +254,7 @@ class Annotate:
         quiet_libraries()
         options = vars(self) | {"parser": None if self.parser == "none" else self.parser}
         with progress_bar("Annotating") as advance:
-            added = annotate_folder(**options, progress=advance)
+            added = annotate_folder(**options, progress=advance, report=lambda line: print_notes([line]))
         counts = (f"{CONDITIONS[name].folder} added: {count}" for name, count in added.items())
         print(f"{self.folder}: {', '.join(counts)}")
         rows = (row for split in splits_of(self.folder) for row in each_row(self.folder / split))
@@ -230,6 +282,11 @@ class Check:
     """Maximum number of rows on the sheet."""
 
     def __call__(self) -> None:
+        if not self.check():
+            sys.exit(1)
+
+    def check(self) -> bool:
+        """Check and report; returns whether the folder is clean."""
         from likeness.data.folder import changing, splits_of
         from likeness.prepare.check import check_folder, format_findings
         from likeness.prepare.contact_sheet import check_sheet, write_sheet
@@ -253,8 +310,7 @@ class Check:
         if self.sheet is not None:
             write_sheet(self.folder, checked, self.sheet, self.count)
             print(self.sheet)
-        if checked.findings:
-            sys.exit(1)
+        return not checked.findings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,6 +336,8 @@ class Encode:
     """Also encode the captions, so that training needs no text encoder: useful for large ones."""
     device: str = "auto"
     """Device of autoencoder and text encoders, for example cuda or cpu; auto takes an accelerator if present."""
+    replace: bool = False
+    """Remove images of existing shards in OUT that the folder does not contain."""
 
     def __call__(self) -> None:
         from likeness.data.folder import splits_of
@@ -297,30 +355,46 @@ class Encode:
         options = vars(self) | {"components": components, "share": share}
         with progress_bar("Encoding") as advance:
             found = encode_folder(**options, progress=None if share[0] else advance)
-        summary = f"{found['faces']} faces, {found['encoded']} images and {found['captions']} captions encoded"
+        faces = f"{found['faces']} faces" + (f" x {self.augmentations} augmentations" * (self.augmentations > 1))
+        texts = f", {found['captions']} captions encoded now" * (self.text_features or found["captions"] > 0)
         missing = f", {found['missing']} missing: other processes encode them; otherwise run the command again"
-        print(f"{self.out}: {summary}{missing if found['missing'] else ''}")
+        print(
+            f"{self.out}: {faces}, {found['encoded']} images and conditions encoded now{texts}"
+            f"{missing if found['missing'] else ''}"
+        )
+        if found["uncaptioned"] and not share[0]:
+            print_notes(
+                [
+                    f"{found['uncaptioned']} of {found['faces']} faces have no captions: they are trained with empty "
+                    f"text. `likeness prepare caption {self.folder} --grammar --attributes bundled` writes "
+                    "captions"
+                ]
+            )
         if found["damaged"]:
             print_notes([f"{found['damaged']} files of {self.out} were damaged and have been encoded again"])
         if found["removed"]:
-            print_notes([f"{found['removed']} images of the former shards have been removed: the folder has others"])
+            print_notes([f"{found['removed']} images of the former shards have been removed"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shards:
-    """Convert images in any known dataset format to training shards: ingest, annotate and encode in one command.
+    """Convert images in any known dataset format, or photos of any size, to training shards in one command.
 
-    Writes the prepared folder OUT/faces and OUT/shards, and reports the time of each stage.
+    Stages: ingest or align, annotate, caption faces without captions, check, encode. Writes the prepared folder
+    OUT/faces, the shards of train in OUT/shards and those of other splits next to it, and reports the time of each
+    stage. Finished stages are not repeated.
     """
 
     source: PathArgument
-    """Folder or zip archive with the images."""
+    """Folder or zip archive with the images; with --align a folder of photos."""
     out: PathArgument
     """Folder to write. Run again to resume."""
+    align: bool = False
+    """Cut the faces out of photos of any size (as `align` does, with --landmarker) instead of ingesting them."""
     format: Format = "auto"
     """Dataset format of the source; auto detects it and fails if several match."""
     split: Split = "auto"
-    """Split into training and held-out faces; auto takes the usual one of the format."""
+    """Split into training and held-out faces; auto takes the usual one of the format, or random with held_out."""
     size: int = 128
     """Side length in pixels."""
     crop: bool = False
@@ -335,6 +409,8 @@ class Shards:
     """Face parser, as in `annotate`."""
     landmarker: Path | None = None
     """MediaPipe's face_landmarker.task; no keypoints are added without it."""
+    captioner: Literal["bundled", "none"] = "bundled"
+    """Captions of faces that have none: written from attributes that the bundled model predicts, or none."""
     components: Path | None = None
     """Folder with autoencoder and text encoder; bundled ones by default."""
     augmentations: int = 1
@@ -346,39 +422,43 @@ class Shards:
 
     def __call__(self) -> None:
         from likeness.annotators.landmarks import open_landmarker
-        from likeness.data.folder import metadata_lines, splits_of
+        from likeness.cli.caption import Caption
+        from likeness.data.folder import captions_of, each_row, splits_of
         from likeness.encoders.components import load_components
 
+        if self.align and self.landmarker is None:
+            raise InputError("--align finds faces with MediaPipe: pass its model as --landmarker face_landmarker.task")
         if self.components is not None:  # fail before hours of work
             load_components(self.components)
         if self.landmarker is not None:
             with open_landmarker(self.landmarker):
                 pass
 
-        def run(command: Any, stage: str, splits: tuple[str, ...] = ()) -> None:
-            """Run a command with the options that both have, and report its time."""
+        faces = self.out / "faces"
+
+        def run(stage: str, command: Any, start: Callable[[Any], Any] = operator.call, **values: Any) -> None:
+            """Run a stage with the options that it shares with this command, and report its time."""
             options = {field.name: getattr(self, field.name, field.default) for field in fields(command)}
             started = time.monotonic(), time.process_time()
-            command(**options | places[stage])()
+            start(command(**options | values))
             seconds, processor = time.monotonic() - started[0], time.process_time() - started[1]
-            counts = {name: sum(1 for _ in metadata_lines(faces, name)) for name in splits_of(faces)}
-            if "train" not in counts:
-                found = ", ".join(counts)
-                raise InputError(f"{faces} has {found} but no split train: use another --split, such as none")
-            rate = sum(counts[name] for name in splits or counts) / seconds
-            print_notes(
-                [f"{stage}: {seconds:.0f} s, {processor:.0f} s of processor time, {rate:.1f} images per second"]
-            )
+            print_notes([f"{stage}: {seconds:.0f} s, {processor:.0f} s of processor time"])
 
-        faces = self.out / "faces"
-        places = {
-            "ingesting": {"out": faces},
-            "annotating": {"folder": faces},
-            "encoding": {"folder": faces, "out": self.out / "shards"},
-        }
-        run(Ingest, "ingesting")
-        run(Annotate, "annotating")
-        run(Encode, "encoding", ("train",))
+        if self.align:
+            run("aligning", Align, Align.align, photos=self.source, out=faces)
+        else:
+            run("ingesting", Ingest, out=faces)
+        if "train" not in (splits := splits_of(faces)):
+            raise InputError(f"{faces} has {', '.join(splits)} but no split train: use another --split, such as none")
+        run("annotating", Annotate, folder=faces)
+        if self.captioner == "bundled" and not all(
+            captions_of(row) for split in splits for row in each_row(faces / split)
+        ):
+            run("captioning", Caption, Caption.caption, folder=faces, grammar=True, attributes="bundled")
+        run("checking", Check, Check.check, folder=faces)
+        for split in splits:
+            out = self.out / ("shards" if split == "train" else f"{split}_shards")
+            run(f"encoding {split}", Encode, folder=faces / split, out=out, replace=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 import tyro
 
-from likeness.cli.terminal import PathArgument, print_notes, quiet_libraries
+from likeness.cli.terminal import PathArgument, print_notes, progress_bar, quiet_libraries
 from likeness.config import read_toml
 from likeness.types import InputError
 
@@ -44,15 +45,35 @@ class Train:
         if self.compare_sharding and not self.plan:
             raise InputError("--compare-sharding requires --plan")
         if not self.plan:
-            train_recipe(config, self.out or Path("runs") / file.stem)
+            run = self.out or Path("runs") / file.stem
+            train_recipe(config, run)
+            report_model(config, run)
             return
         if config.kind != "transformer":
             raise InputError(f"the recipe {file} has kind = {config.kind!r}; --plan is for transformers")
         from likeness.train.plan import describe, describe_shardings
 
         check(config)
-        sharding = self.compare_sharding
-        print(describe_shardings(config, self.device) if sharding else describe(config, self.device, self.gpus))
+        with progress_bar("Measuring this machine") as advance:
+            plan = (
+                describe_shardings(config, self.device, advance)
+                if self.compare_sharding
+                else describe(config, self.device, self.gpus, advance)
+            )
+        print(plan)
+
+
+def report_model(recipe: Any, run: Path) -> None:
+    """Print the model of a run, its page, and the command to use it. Only the first of several processes prints."""
+    from likeness.parallel import rank_and_world
+
+    if rank_and_world()[0]:
+        return
+    print(run / "model")
+    if (run / "index.html").is_file():
+        print_notes([f"curves and previews: {run / 'index.html'}"])
+    if recipe.kind in ("transformer", "student") and recipe.data.target == "image":
+        print_notes([f'likeness generate "a smiling woman" --model {shlex.quote(str(run / "model"))} --out sample.png'])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,6 +78,11 @@ class Store:
         columns = self.manifest["columns"]
         return int((self.places["pictures"][:, columns.index(column)] < 0).sum()) if column in columns else len(self)
 
+    def uncaptioned(self) -> int:
+        """Return the number of faces without captions, of `len(self.rows)`."""
+        ends = [(lines.numpy().tobytes(), stops.tolist()) for lines, stops in self.rows.parts]
+        return sum(content.endswith(b"[]]", 0, end) for content, stops in ends for end in stops)
+
     def content_hash(self) -> str:
         """Hash what a training reads: latents, their order, text features, names and captions."""
         digest = hashlib.sha256(json.dumps([self.manifest[key] for key in ("latents", "texts", "places")]).encode())

@@ -12,13 +12,13 @@ import torch
 from likeness.conditions.mask.classes import CLASSES
 from likeness.evaluate import scores
 from likeness.evaluate.features import MissingError
-from likeness.evaluate.metrics import Inputs, Metric, PerImageMetric, SetMetric
+from likeness.evaluate.metrics import MIN_SET, Inputs, Metric, PerImageMetric, SetMetric
 from likeness.evaluate.protocol import CEILING, REAL, TRAIN, Protocol
 from likeness.evaluate.results import ClassScore, Measurement, Neighbor
 from likeness.evaluate.stats import bootstrap_interval, subset_deviations
 
-MIN_IMAGES, MIN_SET = 2, 10
-"""Minimum number of images of a mean and of a distance between sets."""
+MIN_IMAGES = 2
+"""Minimum number of images of a mean."""
 
 Outputs = Mapping[str, Sequence[np.ndarray]]
 """Set of images -> seed -> extractor output [N, ...]."""

@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from likeness.evaluate.aggregate import MIN_SET
-from likeness.evaluate.metrics import METRICS, SetMetric
+from likeness.evaluate.metrics import METRICS, MIN_SET, SetMetric
 from likeness.evaluate.protocol import CEILING, REAL
 from likeness.evaluate.results import Evaluation, Measurement
 from likeness.evaluate.stats import holm, subsets, t_test
 from likeness.types import InputError
 
+LEVEL = 0.05
+"""Level of significance over all differences of a comparison."""
 COMPARED = ("model", "fingerprint", "settings")
 """Facts of a protocol that identify what is compared; they may differ."""
 DERIVED = ("n", "train_n", "extractor")
@@ -54,8 +55,12 @@ class Difference:
     p: float
     n: int
     """Number of faces that both have."""
+    minimum: int
+    """Fewest faces for a verdict."""
+    p_corrected: float | None = None
+    """p corrected for all differences of the comparison with enough faces (Holm 1979); None without a verdict."""
     significant: bool = False
-    """At 5 % over all differences of the comparison (Holm 1979)."""
+    """Whether the corrected p is at most 0.05."""
     better: str | None = None
     """The name of the better one, if significant."""
 
@@ -103,11 +108,18 @@ def compare_evaluations(evaluations: Mapping[str, Evaluation], allow: Sequence[s
         only = sorted({metric for metric, given in numbers if given != CEILING} - {metric for metric, _ in shared})
         if only:
             notes.append(f"Only {name} has {', '.join(only)}")
+    own = {name: evaluation.notes for name, evaluation in evaluations.items()}
+    for note in dict.fromkeys(note for found in own.values() for note in found):
+        having = [name for name in names if note in own[name]]
+        notes.append(note if len(having) == len(names) else f"{' and '.join(having)}: {note}")
     values: dict[tuple[str, str], dict[str, Measurement]] = {}
     differences: list[Difference] = []
     for metric, given in shared:
         values[metric, given] = {name: by_name[metric, given] for name, by_name in zip(names, by_place, strict=True)}
         notes += check_protocols(values[metric, given], allow)
+        for name, number in values[metric, given].items():
+            if number.warning:
+                notes.append(f"{METRICS[metric].title} of {name}, n = {number.n}: {number.warning}")
         for first, second in combinations(names, 2):
             test = difference_test(metric, given, evaluations[first], evaluations[second])
             if test is not None:
@@ -171,7 +183,8 @@ def difference_test(
         if len(differences) < 2:
             return None
         error = float(differences.std(ddof=1)) / math.sqrt(len(differences))
-        return t_test(float(differences.mean()), error, len(differences), int(np.count_nonzero(differences)))
+        test = t_test(float(differences.mean()), error, len(differences), int(np.count_nonzero(differences)))
+        return {**test, "minimum": MIN_SET}
     distance = metric.distance
     key, real_key = f"{metric.extractor}/{given}/features", f"{metric.extractor}/{REAL}/features"
     sets = [(own.scores[key], own.scores[real_key]) for own in (first, second)]  # [R, N, D], [N, D]
@@ -186,14 +199,20 @@ def difference_test(
 
     chosen, factor = subsets(len(both), samples)
     error = factor * np.std([difference(both[rows]) for rows in chosen], ddof=1)
-    return t_test(difference(both), float(error), len(both), len(both))
+    return {
+        **t_test(difference(both), float(error), len(both), len(both)),
+        "minimum": metric.minimum(sets[0][1].shape[1]),
+    }
 
 
 def mark_significant(differences: Sequence[Difference]) -> list[Difference]:
-    """Mark significant differences and who is better."""
-    marked = []
-    for difference, significant in zip(differences, holm([found.p for found in differences]), strict=True):
-        gain = (difference.value > 0) == (METRICS[difference.metric].better == "higher")
-        better = (difference.of if gain else difference.minus) if significant else None
-        marked.append(dataclasses.replace(difference, significant=significant, better=better))
-    return marked
+    """Correct p over the differences with enough faces, mark who is better, and sort: significant ones first, those
+    without a verdict last.
+    """
+    tested = [found for found in differences if found.n >= found.minimum]
+    marked = [found for found in differences if found.n < found.minimum]
+    for found, p in zip(tested, holm([found.p for found in tested]), strict=True):
+        gain = (found.value > 0) == (METRICS[found.metric].better == "higher")
+        better = (found.of if gain else found.minus) if p <= LEVEL else None
+        marked.append(dataclasses.replace(found, p_corrected=p, significant=p <= LEVEL, better=better))
+    return sorted(marked, key=lambda found: (not found.significant, found.p_corrected is None))

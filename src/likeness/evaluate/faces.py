@@ -41,7 +41,7 @@ class Face:
 
 
 def read_faces(folder: Path, protocol: Protocol, photos: Iterable[Path] | None = None) -> tuple[list[Face], list[str]]:
-    """Read the faces of a prepared folder that have a caption and every condition of the protocol.
+    """Read the faces of a prepared folder that have every condition of the protocol, and a caption unless none has.
 
     Args:
         folder: a prepared split.
@@ -58,24 +58,28 @@ def read_faces(folder: Path, protocol: Protocol, photos: Iterable[Path] | None =
     stems = None if photos is None else {path.stem for path in photos}
     faces: list[Face] = []
     skipped = {"caption": 0, **dict.fromkeys(sorted(required), 0)}
-    for number, row in enumerate(read_folder(folder)):
+    rows = read_folder(folder)
+    captioned = any(caption.strip() for row in rows for caption in captions_of(row))
+    for number, row in enumerate(rows):
         name = row["file_name"].stem
         if stems is not None and name not in stems:
             continue
         captions = [caption for caption in captions_of(row) if caption.strip()]
         files = {condition: row[column_of(condition)] for condition in CONDITIONS if column_of(condition) in row}
-        lacking = sorted(required - set(files)) + ([] if captions else ["caption"])
+        lacking = sorted(required - set(files)) + (["caption"] if captioned and not captions else [])
         for column in lacking:
             skipped[column] += 1
         if lacking:
             continue
+        captions = captions or [""]
         caption = captions[0] if protocol.caption == "first" else max(captions, key=lambda text: (len(text), text))
         known = {"conditions": files, "caption": caption, "attributes": row.get("attributes", {})}
         faces.append(Face(number=number, name=name, photo=row["file_name"], **known))
     notes = [f"{count} faces without a {column} were skipped" for column, count in skipped.items() if count]
     if not faces:
         named = "" if stems is None else " named like the images"
-        raise InputError(f"{folder} has no face{named} with a caption and {', '.join(sorted(required)) or 'an image'}")
+        parts = [*(["caption"] if captioned else []), *sorted(required)]
+        raise InputError(f"{folder} has no face{named} with {' and '.join(parts) or 'an image'}")
     faces = faces[: protocol.count]
     if protocol.count and len(faces) < protocol.count:
         notes.append(f"{protocol.count} faces were requested, {len(faces)} are available")

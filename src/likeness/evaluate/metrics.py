@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +44,8 @@ class PerImageMetric:
     """The condition that it measures. The floor is reported for images with this condition."""
     needs_train: bool = False
     """Whether it needs the training photographs."""
+    needs_captions: bool = False
+    """Whether it measures images against their captions."""
     across_seeds: bool = False
     """Whether the score compares the images of a face: it takes [R, N, ...] of R >= 2 seeds."""
 
@@ -63,6 +65,8 @@ class SetMetric:
     """Range of the metric, to which intervals are clipped."""
     bias: Callable[[int, int], str]
     """(number of images, features D) -> a known bias at so few images, or ""."""
+    minimum: Callable[[int], int]
+    """Features D -> the fewest images with which two sets of images can be told apart."""
 
 
 Metric = PerImageMetric | SetMetric
@@ -160,25 +164,31 @@ def neighbor_bias(count: int, width: int) -> str:
 
 
 UNLIMITED = (-np.inf, np.inf)
-DISTANCES: dict[str, tuple[Callable[[Array, Array], float], Better, tuple[float, float], Callable[[int, int], str]]] = {
-    "frechet": (distances.frechet, "lower", UNLIMITED, frechet_bias),
-    "kid": (distances.kernel_distance, "lower", UNLIMITED, unbiased),
-    "cmmd": (distances.clip_mmd, "lower", UNLIMITED, unbiased),
-    "precision": (distances.precision, "higher", (0, 1), neighbor_bias),
-    "recall": (distances.recall, "higher", (0, 1), neighbor_bias),
-    "diversity": (distances.diversity, "higher", UNLIMITED, unbiased),
+MIN_SET = 10
+"""Fewest images of a distance between sets."""
+DISTANCES: dict[str, tuple[Any, ...]] = {
+    "frechet": (distances.frechet, "lower", UNLIMITED, frechet_bias, lambda width: width + 1),
+    "kid": (distances.kernel_distance, "lower", UNLIMITED, unbiased, lambda width: MIN_SET),
+    "cmmd": (distances.clip_mmd, "lower", UNLIMITED, unbiased, lambda width: MIN_SET),
+    "precision": (distances.precision, "higher", (0, 1), neighbor_bias, lambda width: 10 * MIN_SET),
+    "recall": (distances.recall, "higher", (0, 1), neighbor_bias, lambda width: 10 * MIN_SET),
+    "diversity": (distances.diversity, "higher", UNLIMITED, unbiased, lambda width: MIN_SET),
 }
-"""Name -> function, direction, limits and bias."""
+"""Name -> function, direction, limits, bias and minimum."""
 
 
 def mask_metric(title: str, score: Callable[[Array], Array]) -> PerImageMetric:
     return PerImageMetric(f"Mask: {title}", "face_parser", "higher", given_mask(score), swap_columns, "mask")
 
 
+def text_metric(title: str, better: Better, score: Callable[[Array, Inputs], Array]) -> PerImageMetric:
+    return PerImageMetric(f"Text: {title}", "text_image", better, score, next_caption, needs_captions=True)
+
+
 def set_metric(title: str, extractor: str, name: str) -> SetMetric:
-    distance, better, limits, bias = DISTANCES[name]
+    distance, better, *rest = DISTANCES[name]
     features = image_features if extractor == "text_image" else all_features
-    return SetMetric(f"Set: {title}", extractor, better, distance, features, limits, bias)
+    return SetMetric(f"Set: {title}", extractor, better, distance, features, *rest)
 
 
 METRICS: dict[str, Metric] = {
@@ -191,13 +201,13 @@ METRICS: dict[str, Metric] = {
     "keypoint_error": PerImageMetric(
         "Keypoints: error / eye distance", "landmarks", "lower", first_column, swap_columns, "keypoints"
     ),
-    "clip_score": PerImageMetric("Text: CLIP score, 100 cos", "text_image", "higher", clip_score, next_caption),
-    "clip_distance": PerImageMetric("Text: CLIP distance, 1 - cos", "text_image", "lower", clip_distance, next_caption),
-    "retrieval": PerImageMetric("Text: caption retrieval", "text_image", "higher", retrieval, next_caption),
+    "clip_score": text_metric("CLIP score, 100 cos", "higher", clip_score),
+    "clip_distance": text_metric("CLIP distance, 1 - cos", "lower", clip_distance),
+    "retrieval": text_metric("caption retrieval", "higher", retrieval),
     "attribute_recall": PerImageMetric(
         "Text: attribute recall", "attributes", "higher", lambda output, inputs: scores.nan_mean(output)
     ),
-    "llm_score": PerImageMetric("Text: LLM score", "llm", "higher", first_column),
+    "llm_score": PerImageMetric("Text: LLM score", "llm", "higher", first_column, needs_captions=True),
     "ssim": PerImageMetric("Photograph: SSIM", "ssim", "higher", first_column),
     "ms_ssim": PerImageMetric("Photograph: multi-scale SSIM", "ms_ssim", "higher", first_column),
     "lpips": PerImageMetric("Photograph: LPIPS", "lpips", "lower", first_column),

@@ -38,7 +38,8 @@ class Protocol:
     """Condition sets. Each is one condition, several joined by "+", or "none" for text only. The model generates one
     set of images for each."""
     count: int | None = None
-    """Maximum number of faces: the first ones with a caption and every condition in `given`. None: all."""
+    """Maximum number of faces: the first ones with every condition in `given` and, if any has one, a caption. None:
+    all."""
     seeds: int = 1
     """Images per face and condition set. The seed of face k is k + 1,000,000 r for r = 0, ..., seeds - 1."""
     caption: Literal["first", "longest"] = "first"

@@ -37,7 +37,8 @@ INTERVALS = (
 )
 SIGNIFICANCE = (
     "Differences are paired by face (second minus first). Their spread is that of the faces, for sets that of random "
-    "subsets (Student's t). Significant: at 5 % over all differences of this table (Holm)."
+    "subsets (Student's t). p is corrected for all differences of this table with a verdict (Holm); significant: at "
+    "most 0.05."
 )
 
 
@@ -117,6 +118,10 @@ def comparison_table(comparison: Comparison) -> Section:
         numbers = comparison.values[found.metric, found.given]
         pair = "" if len(comparison.names) == 2 else f" ({found.of} - {found.minus})"
         verdict = f"{found.better} is better" if found.significant else "no significant difference"
+        if found.p_corrected is None:
+            verdict = f"no verdict: needs {found.minimum} faces"
+        else:
+            verdict += f" (p = {found.p_corrected:.2g})"
         rows.append(
             [
                 titled(found.metric),
@@ -125,7 +130,7 @@ def comparison_table(comparison: Comparison) -> Section:
                 f"{format_number(found.value, '+')}{pair}",
                 f"{format_number(found.low, '+')} to {format_number(found.high, '+')}",
                 str(found.n),
-                f"{verdict} (p = {found.p:.2g})",
+                verdict,
             ]
         )
     header = ["metric", "from", *comparison.names, "difference", "95 % interval", "n", "verdict"]

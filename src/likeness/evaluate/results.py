@@ -136,6 +136,8 @@ class Evaluation:
     """As in `Results`."""
     images: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """As in `Results`."""
+    notes: list[str] = field(default_factory=list)
+    """What could not be read or measured, and other notes."""
 
 
 def read_evaluation(folder: Path) -> Evaluation:
@@ -144,8 +146,11 @@ def read_evaluation(folder: Path) -> Evaluation:
         content = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         numbers = [Measurement(**entry) for entry in content["numbers"]]
         with np.load(folder / SCORES) as scores:
+            notes = [f"Not read: {fault['file']}: {fault['why']}" for fault in content["faults"]]
+            notes += [f"Not measured: {entry['metric']}: {entry['why']}" for entry in content["missing"]]
+            notes += content["notes"]
             faces = [face["name"] for face in content["faces"]]
-            return Evaluation(numbers, faces, dict(scores), content["portraits"])
+            return Evaluation(numbers, faces, dict(scores), images=content["portraits"], notes=notes)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{folder} does not contain a finished evaluation: run likeness evaluate --out {folder}"

@@ -95,8 +95,13 @@ def evaluate(
         notes=notes,
     )
     faults = dict(sets.faults)
+    measured = list(protocol.metrics)
+    if not any(face.caption for face in faces):
+        measured = [name for name in measured if not needs_captions(METRICS[name])]
+        reason = f"The faces of {folder} have no captions: `likeness prepare caption` writes them"
+        results.missing = [MissingMetric(name, reason) for name in protocol.metrics if name not in measured]
     for name, create in EXTRACTORS.items():
-        if metrics := {key: METRICS[key] for key in protocol.metrics if METRICS[key].extractor == name}:
+        if metrics := {key: METRICS[key] for key in measured if METRICS[key].extractor == name}:
             try:
                 extractor = create(protocol, sets.size, device)
                 try:
@@ -112,6 +117,11 @@ def evaluate(
     results.notes = list(dict.fromkeys(results.notes))
     results.save(out)
     return results
+
+
+def needs_captions(metric: Metric) -> bool:
+    """Return whether a metric needs captions."""
+    return isinstance(metric, PerImageMetric) and metric.needs_captions
 
 
 def needs_train(metric: Metric) -> bool:

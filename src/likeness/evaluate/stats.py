@@ -70,11 +70,12 @@ def t_test(value: float, error: float, count: int, differing: int) -> dict[str, 
     return {"value": value, "low": value - reach, "high": value + reach, "p": p, "n": count}
 
 
-def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
-    """Return which of several tests are significant at a family-wise level (Holm 1979)."""
-    significant = [False] * len(p_values)
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Correct the p-values of several tests (Holm 1979): a corrected value of at most L is significant at the
+    family-wise level L.
+    """
+    corrected, largest = [1.0] * len(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        if p_values[index] > level / (len(p_values) - rank):
-            break
-        significant[index] = True
-    return significant
+        largest = max(largest, min(1.0, p_values[index] * (len(p_values) - rank)))
+        corrected[index] = largest
+    return corrected

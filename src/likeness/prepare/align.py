@@ -1,8 +1,10 @@
-"""Align photos of any size: write a prepared folder of square portraits in the framing of CelebA-HQ and FFHQ.
+"""Align photos of any size: write a prepared folder of square portraits in the framing of CelebA-HQ and FFHQ, with a
+subfolder per split.
 
 Each row records the photo's name and SHA-256 and the similarity transform, so that `paste` can paste an edited portrait
 back. A portrait's name contains the beginning of its photo's hash, so portraits of equally named photos do not collide.
-Progress is recorded per photo in `.aligned.jsonl`; the metadata is written last.
+Progress is recorded per photo in `.aligned.jsonl`; the metadata is written last. `dataset.json` records the settings
+and which photos are held out, so that photos added later do not change the split.
 
 Outside the photo the portrait shows a reflection that fades into blur and grey, as in FFHQ, because models are trained
 on such borders. Unlike in FFHQ, no pixel inside the photo is blurred.
@@ -11,7 +13,9 @@ on such borders. Unlike in FFHQ, no pixel inside the photo is blurred.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,16 +36,28 @@ from likeness.conditions.framing import (
     portrait_transform,
 )
 from likeness.conditions.images import png_bytes
-from likeness.data.folder import METADATA, changing, column_of, line_of, metadata_lines, parse_row, read_photo
+from likeness.data.folder import (
+    METADATA,
+    changing,
+    column_of,
+    line_of,
+    metadata_lines,
+    open_record,
+    parse_row,
+    read_photo,
+    write_record,
+)
 from likeness.files import write_whole, writing_whole
 from likeness.prepare.annotate import keypoints_file, made_by_column
-from likeness.prepare.ingest.faces import plain_name
+from likeness.prepare.ingest.faces import SPLIT_ORDER, plain_name
+from likeness.prepare.ingest.formats import UNKNOWN_TERMS
 from likeness.prepare.ingest.source import IMAGES, walk
-from likeness.types import InputError
+from likeness.prepare.ingest.splits import SPLITS, default_held_out, random_split
+from likeness.types import InputError, Note
 from likeness.weights.hashes import file_hash
 
 JOURNAL = ".aligned.jsonl"
-"""Progress: a line of settings, then one per photo."""
+"""Progress: a line per photo."""
 
 REFINE_SIZE = 384
 """Side length in pixels at which landmarks are detected a second time."""
@@ -54,14 +70,15 @@ BLURRED, GREY = 0.1, 0.3
 class Aligned:
     """Result of `align_photos`."""
 
-    portraits: int = 0
+    splits: Counter[str] = field(default_factory=Counter)
+    """Split -> portraits."""
     without: list[str] = field(default_factory=list)
     """Photos without a detected face."""
     unreadable: dict[str, str] = field(default_factory=dict)
     """Photo -> reason."""
-    faults: dict[str, list[str]] = field(default_factory=dict)
+    faults: dict[str, list[Note]] = field(default_factory=dict)
     """Portrait -> faults of its geometry."""
-    skipped: dict[str, list[str]] = field(default_factory=dict)
+    skipped: dict[str, list[Note]] = field(default_factory=dict)
     """Skipped portrait -> faults of its geometry."""
 
 
@@ -73,10 +90,11 @@ def align_photos(
     size: int = 512,
     all_faces: bool = False,
     strict: bool = False,
+    held_out: int | None = None,
     follow_links: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Aligned:
-    """Write `out/images`, `out/keypoints` and `out/metadata.jsonl` from a folder of photos, or from one photo.
+    """Write the splits `out/train` and `out/test` from a folder of photos, or `out/train` from one photo.
 
     Args:
         photos: a folder, searched recursively, or a file.
@@ -85,6 +103,8 @@ def align_photos(
         size: side length of the portraits in pixels.
         all_faces: whether to align all faces of a photo instead of only the largest.
         strict: whether to skip faces with faulty geometry.
+        held_out: photos whose portraits are the split `test`; default 1000, or a tenth of smaller sets. Photos that are
+            added later are in `train`.
         follow_links: whether to follow links that lead outside the folder.
         progress: called as (photos done, total).
 
@@ -97,7 +117,8 @@ def align_photos(
     files = photo_files(photos, out, follow_links)
     with open_face_finder(landmarker) as find:
         settings = {"size": size, "every": all_faces, "strict": strict, "landmarker": landmarker_name(landmarker)}
-        return align_files(files, photos if photos.is_dir() else photos.parent, out, find, settings, progress)
+        root = photos if photos.is_dir() else photos.parent
+        return align_files(files, root, out, find, settings, held_out, progress)
 
 
 def align_files(
@@ -106,22 +127,41 @@ def align_files(
     out: Path,
     find: FaceFinder,
     settings: dict[str, Any],
+    held_out: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Aligned:
     """Align photos below `root` with a face detector; `settings` has `size`, `every`, `strict` and `landmarker`."""
     aligned = Aligned()
-    rows: dict[str, str] = {}  # as JSON, which takes less memory
-    with changing(out, ["."]):
-        done = open_journal(out, settings)
-        for number, file in enumerate(files, start=1):
-            record = align_photo(file, file.relative_to(root).as_posix(), out, find, done, **settings)
-            rows |= {row["file_name"]: json.dumps(row, ensure_ascii=False) for row in record["rows"]}
-            add_record(aligned, record)
+    rows: dict[str, dict[str, str]] = {}  # split -> file name -> JSON, which takes less memory
+    names = [file.relative_to(root).as_posix() for file in files]
+    arguments = {"kind": "likeness align", **settings} | ({} if held_out is None else {"held_out": held_out})
+    with ExitStack() as locks:
+        locks.enter_context(changing(out, ["."]))
+        record = open_record(out, arguments, "align") or new_record(names, arguments)
+        write_record(out, record)
+        test = set(record["test"])
+        locks.enter_context(changing(out, ["train", *(["test"] if test else [])]))
+        done = open_journal(out)
+        for number, (file, name) in enumerate(zip(files, names, strict=True), start=1):
+            split = "test" if name in test else "train"
+            found = align_photo(file, name, out, split, find, done, **settings)
+            found_rows = {row["file_name"]: json.dumps(row, ensure_ascii=False) for row in found["rows"]}
+            rows.setdefault(split, {}).update(found_rows)
+            add_result(aligned, found, split)
             if progress is not None:
                 progress(number, len(files))
-        if rows:
-            write_metadata(out, rows)
+        faces = {split: write_metadata(out / split, rows[split]) for split in SPLIT_ORDER if rows.get(split)}
+        write_record(out, {**record, "faces": faces})
     return aligned
+
+
+def new_record(names: list[str], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a new `dataset.json`. Raises `InputError` if no photo is left for training."""
+    held_out = arguments.get("held_out", default_held_out(len(names)))
+    splits = random_split("random", [None] * len(names), held_out, 0)
+    test = [name for name, split in zip(names, splits, strict=True) if split == "test"]
+    terms = {"licence": UNKNOWN_TERMS, "licence_source": ""}
+    return {**arguments, "held_out": held_out, "split": "random", "split_is": SPLITS["random"], "test": test, **terms}
 
 
 def photo_files(photos: Path, out: Path, follow_links: bool = False) -> list[Path]:
@@ -139,26 +179,17 @@ def photo_files(photos: Path, out: Path, follow_links: bool = False) -> list[Pat
     return files
 
 
-def open_journal(out: Path, settings: dict[str, Any]) -> dict[tuple[str, str], str]:
+def open_journal(out: Path) -> dict[tuple[str, str], str]:
     """Return (photo, SHA-256) -> record as JSON of the photos that are done. A truncated line is ignored."""
     path = out / JOURNAL
-    first: dict[str, Any] = {}
     done: dict[tuple[str, str], str] = {}
-    if path.is_file():
-        with path.open(encoding="utf-8") as lines:
-            for line in lines:
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
-                    continue
-                if first:
-                    done[record["photo"], record["sha256"]] = line
-                first = first or record
-    if not first:
-        write_whole(path, json.dumps(settings))
-        return {}
-    if other := [f"{name} {first.get(name)}" for name in settings if first.get(name) != settings[name]]:
-        raise InputError(f"{out} was aligned with {', '.join(other)}: use the same settings or choose another folder")
+    with path.open(encoding="utf-8") if path.is_file() else nullcontext(()) as lines:
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            done[record["photo"], record["sha256"]] = line
     return done
 
 
@@ -166,6 +197,7 @@ def align_photo(
     file: Path,
     name: str,
     out: Path,
+    split: str,
     find: FaceFinder,
     done: dict[tuple[str, str], str],
     *,
@@ -178,7 +210,7 @@ def align_photo(
     try:
         sha256 = file_hash(file)
         known = json.loads(done.get((name, sha256), "null"))
-        if known and all((out / row["file_name"]).is_file() for row in known["rows"]):
+        if known and all((out / split / row["file_name"]).is_file() for row in known["rows"]):
             return known
         photo = read_photo(file)
     except (OSError, InputError) as error:  # reported at the end and retried in the next run
@@ -191,14 +223,13 @@ def align_photo(
         stem = f"{plain_name(file.stem)}-{sha256[:8]}" + (f"-{number}" if number else "")
         transform = portrait_transform(points, size)
         own = move(points, transform)  # [478, 2] in pixels of the portrait
-        notes = framing_faults(framing_of(points, width, height, size)) + portrait_faults(own / size)
-        faults = [note.text for note in notes]
+        faults = framing_faults(framing_of(points, width, height, size)) + portrait_faults(own / size)
         record["faces"][stem] = faults
         if strict and faults:
             continue
         portrait = cut_portrait(photo, transform, size)
-        write_whole(out / "images" / f"{stem}.png", png_bytes(Image.fromarray(portrait)))
-        write_whole(out / CONDITIONS["keypoints"].file(stem), keypoints_file(own, size, size, landmarker))
+        write_whole(out / split / "images" / f"{stem}.png", png_bytes(Image.fromarray(portrait)))
+        write_whole(out / split / CONDITIONS["keypoints"].file(stem), keypoints_file(own, size, size, landmarker))
         record["rows"].append(
             {
                 "file_name": f"images/{stem}.png",
@@ -211,7 +242,7 @@ def align_photo(
                     "height": height,
                     "size": size,
                     "transform": transform.tolist(),
-                    "faults": faults,
+                    "faults": [fault.text for fault in faults],
                 },
             }
         )
@@ -231,7 +262,7 @@ def refine_landmarks(find: FaceFinder, photo: np.ndarray, points: np.ndarray) ->
     return next((face for face in again if same(face, points)), points)
 
 
-def add_record(aligned: Aligned, record: dict[str, Any]) -> None:
+def add_result(aligned: Aligned, record: dict[str, Any], split: str) -> None:
     """Add the record of one photo to the result."""
     if "unreadable" in record:
         aligned.unreadable[record["photo"]] = record["unreadable"]
@@ -239,14 +270,18 @@ def add_record(aligned: Aligned, record: dict[str, Any]) -> None:
     if not record["faces"]:
         aligned.without.append(record["photo"])
     kept = {Path(row["file_name"]).stem for row in record["rows"]}
-    aligned.portraits += len(kept)
+    aligned.splits[split] += len(kept)
     for stem, faults in record["faces"].items():
         if faults:
-            (aligned.faults if stem in kept else aligned.skipped)[f"{record['photo']} ({stem})"] = faults
+            (aligned.faults if stem in kept else aligned.skipped)[f"{record['photo']} ({stem})"] = [
+                Note(*fault) for fault in faults
+            ]
 
 
-def write_metadata(out: Path, rows: dict[str, str]) -> None:
-    """Write rows, JSON by `file_name`, after rows of earlier runs. Columns added in the meantime are kept."""
+def write_metadata(out: Path, rows: dict[str, str]) -> int:
+    """Write rows, JSON by `file_name`, after rows of earlier runs. Columns added in the meantime are kept. Returns the
+    number of rows.
+    """
     path = out / METADATA
     before: dict[str, str] = {}
     if path.is_file():
@@ -257,6 +292,7 @@ def write_metadata(out: Path, rows: dict[str, str]) -> None:
         for name in [*(name for name in before if name not in rows), *rows]:
             row = {**json.loads(before.get(name, "{}")), **json.loads(rows.get(name, "{}"))}
             metadata.write(line_of(row))
+    return len({**before, **rows})
 
 
 def cut_portrait(photo: np.ndarray, transform: np.ndarray, size: int) -> np.ndarray:

@@ -39,7 +39,6 @@ from likeness.data.folder import (
 from likeness.device import choose_device
 from likeness.files import write_whole, writing_whole
 from likeness.types import InputError
-from likeness.weights.catalog import checkpoint_file
 from likeness.weights.hashes import network_name
 
 BATCH = 16
@@ -50,6 +49,11 @@ SMALL = 256
 
 HUB_PARSER = "jonathandinu/face-parsing"
 """SegFormer-B5, the default for larger images."""
+
+BUNDLED_PARSER = "bundled"
+
+HUB_SECONDS = 3.0
+"""Longest time to wait for the hub before the bundled parser is taken."""
 
 
 class Annotator(NamedTuple):
@@ -72,13 +76,14 @@ def annotate_folder(
     redo: Sequence[str] = (),
     device: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, int]:
     """Add the missing masks, sketches and keypoints of a prepared folder.
 
     Args:
         folder: a directory with `metadata.jsonl`, or the parent of splits.
-        parser: a face parser, as in `load_face_parser`; `auto` takes the bundled one up to `SMALL` pixels and
-            `HUB_PARSER` for larger images; None adds no masks.
+        parser: a face parser, as in `load_face_parser`; `auto` takes `HUB_PARSER` for images above `SMALL` pixels if
+            it is available, else the bundled one; None adds no masks.
         swapped_sides: whether the parser's left is the viewer's left.
         sketches: whether to add sketches.
         sketcher: weights of U2-Net; None uses the extractor without weights.
@@ -86,6 +91,7 @@ def annotate_folder(
         redo: conditions to regenerate if another annotator made them.
         device: device of face parser and U2-Net, as in `likeness.device.choose_device`.
         progress: called as (faces done, total).
+        report: called with each message for the user.
 
     Returns:
         Condition -> number of files made. A face without detected landmarks gets no keypoints.
@@ -99,7 +105,7 @@ def annotate_folder(
     counts, lacks_mask = zip(*map(scan, roots), strict=True)
     if parser == "auto":
         needed = any(lacks_mask) or "mask" in redo
-        parser = default_parser(next(each_row(roots[0]))["file_name"]) if needed else None
+        parser = default_parser(next(each_row(roots[0]))["file_name"], report) if needed else None
     added: dict[str, int] = {}
     with ExitStack() as stack:
         annotators: dict[str, Annotator] = {}
@@ -146,18 +152,23 @@ def scan(root: Path) -> tuple[int, bool]:
     return count, lacks_mask
 
 
-def default_parser(image: Path) -> str:
-    """Return the default parser for images of this size.
+def default_parser(image: Path, report: Callable[[str], None]) -> str:
+    """Return the default parser for images of this size; without the hub the bundled one, which is reported."""
+    side = max(read_photo(image).shape)
+    if side <= SMALL:
+        return BUNDLED_PARSER
+    from huggingface_hub import HfApi, try_to_load_from_cache
 
-    Raises:
-        InputError: it is on the hub, which cannot be reached.
-    """
-    if max(read_photo(image).shape) <= SMALL:
-        return "bundled"
+    if isinstance(try_to_load_from_cache(HUB_PARSER, "config.json"), str):
+        return HUB_PARSER
     try:
-        checkpoint_file(HUB_PARSER, "config.json")
-    except InputError as error:
-        raise InputError(f"{error}; --parser bundled needs no download, but has an input of 192 pixels only") from error
+        HfApi().model_info(HUB_PARSER, timeout=HUB_SECONDS)
+    except Exception:  # of many types: offline, blocked, slow
+        report(
+            f"masks by the bundled parser, whose input has 192 pixels: {HUB_PARSER}, the default for images of {side} "
+            "pixels, cannot be downloaded. Run again with --redo mask when it can"
+        )
+        return BUNDLED_PARSER
     return HUB_PARSER
 
 

@@ -128,6 +128,7 @@ def encode_folder(
     precision: Literal["fp32", "bf16"] = "fp32",
     text_features: bool = False,
     device: str | None = None,
+    replace: bool = False,
     share: tuple[int, int] = (0, 1),
     shard_bytes: int = 2**26,
     progress: Callable[[int, int], None] | None = None,
@@ -144,18 +145,20 @@ def encode_folder(
         precision: precision of the autoencoder; latents are stored as float16. bf16 is about 3x faster on a CPU.
         text_features: whether to encode captions. Once a store has text features, they are always updated.
         device: device of autoencoder and text encoders, as in `likeness.device.choose_device`.
+        replace: whether to remove images of an existing store that the folder does not contain.
         share: (rank, world size).
         shard_bytes: bytes per file of latents or text features.
         progress: called as (faces done, total), for images and then for captions.
 
     Returns:
-        `faces`: faces in the store, including augmentations; `encoded` and `captions`: images and captions encoded by
-        this process; `damaged`: files that did not have their content any more, which were encoded again; `removed`:
-        images of the former store that the folder no longer contains; `missing`: entries that other processes have yet
-        to write. The store is complete if it is 0.
+        `faces`: faces of the folder; `uncaptioned`: those without captions; `encoded` and `captions`: images and
+        captions encoded by this process; `damaged`: files that did not have their content any more, which were encoded
+        again; `removed`: images of the former store that the folder no longer contains; `missing`: entries that other
+        processes have yet to write. The store is complete if it is 0.
 
     Raises:
-        InputError: a file cannot be read, `out` contains something else, or the device does not exist.
+        InputError: a file cannot be read, `out` contains something else or images that the folder does not contain, or
+            the device does not exist.
     """
     factor = spatial_factor(components.vae)
     if size % factor:
@@ -184,7 +187,12 @@ def encode_folder(
             raise InputError(f"{out} was encoded with another {name}: choose another folder or delete it")
     if augmentations < existing.get("views", 1):
         raise InputError(f"{out} has {existing['views']} augmentations, not {augmentations}: use as many")
-    former = image_hashes(out, existing)
+    removed = removed_images(root, out, existing) if existing else []
+    if removed and not replace:
+        raise InputError(
+            f"{out} contains {len(removed)} images that {root} does not, such as {', '.join(removed[:3])}: choose "
+            "another folder for these faces, or pass --replace to remove those"
+        )
     damaged = delete_damaged(out, share)
     rows = sum(1 for _ in metadata_lines(root, "."))
     report = progress or (lambda done, total: None)
@@ -195,9 +203,9 @@ def encode_folder(
     with locked(out, wait=True):
         missing = finish(root, out, settings)
     report(rows, rows)
-    removed = 0 if missing else len(np.setdiff1d(former, image_hashes(out, read_manifest(out))))
-    counts = {"encoded": encoded, "captions": captions, "damaged": damaged, "removed": removed, "missing": missing}
-    return {"faces": rows * augmentations, **counts}
+    counts = {"encoded": encoded, "captions": captions, "damaged": damaged, "missing": missing}
+    uncaptioned = sum(not captions_of(row) for row in each_row(root))
+    return {"faces": rows, "uncaptioned": uncaptioned, "removed": 0 if missing else len(removed), **counts}
 
 
 # Images and conditions
@@ -351,12 +359,21 @@ def delete_damaged(out: Path, share: tuple[int, int]) -> int:
     return len(damaged)
 
 
-def image_hashes(out: Path, manifest: dict[str, Any]) -> np.ndarray:
-    """Return the hash of each image of a complete store, as [N] void of 16 bytes; empty without a manifest."""
-    parts = dict(parts_of(out, "rows", ("sources",)))
-    found = [parts[name]["sources"].numpy()[:, 0] for name, _ in manifest.get("rows", ()) if name in parts]
-    hashes = np.ascontiguousarray(np.concatenate(found)) if found else np.empty((0, 16), np.uint8)
-    return hashes.view("V16")[:, 0]
+def removed_images(root: Path, out: Path, manifest: dict[str, Any]) -> list[str]:
+    """Return the names of the images of a complete store whose content the folder does not contain."""
+    known, present = read_hashes(out), set()
+    for block in each_block(root):
+        _, sources, _ = hash_files(root, [{"file_name": row["file_name"]} for row in block], known)
+        present.update(split_keys(sources[:, 0]))
+    listed = {name for name, _ in manifest["rows"]}
+    removed = []
+    for file, part in parts_of(out, "rows", ("lines", "ends", "sources")):
+        if file in listed:
+            lines, ends = part["lines"].numpy().tobytes(), [0, *part["ends"].tolist()]
+            for number, source in enumerate(split_keys(part["sources"].numpy()[:, 0])):
+                if source not in present:
+                    removed.append(json.loads(lines[ends[number] : ends[number + 1]])[0])
+    return removed
 
 
 class EntryWriter:

@@ -22,7 +22,7 @@ from likeness.conditions.images import MAX_PIXELS, existing_path, open_image
 from likeness.conditions.mask.classes import CLASS_INDEX
 from likeness.conditions.mask.edits import class_indices
 from likeness.conditions.mask.geometry import INSIDE
-from likeness.data.folder import read_folder, read_photo
+from likeness.data.folder import each_row, read_photo, splits_of
 from likeness.files import write_whole
 from likeness.pipelines.formats import format_of
 from likeness.pipelines.image_recipe import GENERATED, IPTC, RDF, XMP_KEY
@@ -92,7 +92,8 @@ def paste_file(
 def row_of(aligned: Path, photo: Path, portrait: Path, face: str | None) -> dict[str, Any]:
     """Return `transform`, `size` and `file_name` of the face of a portrait."""
     sha256 = file_hash(existing_path(photo))
-    rows = [row for row in read_folder(aligned) if isinstance(row.get("aligned"), dict)]
+    rows = (row for split in splits_of(aligned) for row in each_row(aligned / split))
+    rows = [row for row in rows if isinstance(row.get("aligned"), dict)]
     if not rows:
         raise InputError(f"{aligned} has no transforms: give a folder written by `likeness prepare align`")
     rows = [row for row in rows if row["aligned"].get("sha256") == sha256]

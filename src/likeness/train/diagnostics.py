@@ -31,8 +31,9 @@ MAX_PAIRS, MIN_PAIRS = 256, 128
 """Pairs of condition and image kept from the batches, and how many the test of pairs needs."""
 MIN_PIXELS = 64
 """Smallest latents for the test of pairs, 8 x 8."""
-USED = 4.0
-"""Standard errors above which a condition is reported as used."""
+USED, UNDECIDED = 4.0, 2.0
+"""Standard errors above which a condition is reported as used, and below which it no longer is: a value that varies
+around one limit would alternate between two verdicts. The same below zero for misleading conditions."""
 PAIRED = 4.0
 """Standard errors below which pairs raise an alarm. 128 true pairs had 8.7 or more, shuffled ones 2.7 or less (masks,
 sketches and keypoints of synthetic faces and of photographs, 128 px, 9 sets each, four shuffles)."""
@@ -70,6 +71,7 @@ class Diagnostics:
         self.occurrences = dict.fromkeys(self.ids, 0)
         self.samples, self.steps = 0, 0
         self.unused: set[str] = set()
+        self.verdicts = dict.fromkeys(self.ids, 0)
         self.before = self.some_weights()
 
     def watch(self, batches: Sequence[Batch]) -> None:
@@ -117,7 +119,8 @@ class Diagnostics:
             if self.steps >= MIN_STEPS and torch.equal(losses["right"], losses["shuffled"]):
                 alarms.append(f"the prediction does not depend on the {name}")
             change = f"{values[f'{name}_shuffled'] / values[f'{name}_right'] - 1:+.2%} loss with another face's"
-            verdict = "is used" if gain > USED else "is not used yet" if gain > -USED else "is misleading"
+            self.verdicts[name] = verdict_of(gain, self.verdicts[name])
+            verdict = ("is not used yet", "is used", "is misleading")[self.verdicts[name]]
             messages.append(f"{name} {verdict} ({change}, {gain:.1f} standard errors)")
         model.train()
         reshard(model)
@@ -163,6 +166,17 @@ class Diagnostics:
                 if len(values):  # empty on a rank without a part of it
                     weights[name] = values[:: max(1, len(values) // 64)].clone()
         return weights
+
+
+def verdict_of(gain: float, before: int) -> int:
+    """Return 1 for a condition that is used, -1 for a misleading one, else 0, given the verdict before.
+
+    Args:
+        gain: loss with another face's condition minus the loss with the own one, in standard errors.
+        before: the verdict before.
+    """
+    sign = 1 if gain > 0 else -1
+    return sign if abs(gain) > (UNDECIDED if sign == before else USED) else 0
 
 
 def standard_errors(differences: Tensor) -> float:

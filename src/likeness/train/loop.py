@@ -33,7 +33,7 @@ from likeness.train.networks import (
 )
 from likeness.train.optim import learning_rate, make_optimizers
 from likeness.train.progress import Progress
-from likeness.train.publish import Publication, checkpoint, preview_requests
+from likeness.train.publish import Publication, checkpoint, preview, preview_requests
 from likeness.train.run_folder import open_run, record_data
 from likeness.train.train_state import TrainState
 from likeness.types import PortraitRequest
@@ -119,6 +119,12 @@ def train_in(
     diagnostics = None
     if recipe.diagnostics_every:
         diagnostics = Diagnostics(recipe, state, components, objective, validation or stores)
+    if recipe.init_from and not state.images_seen:  # before the first step, to compare with
+        if diagnostics:
+            found = diagnostics.run()
+            if progress.reporter:
+                progress.reporter.report_diagnostics(0, *found)
+        preview(progress, publication)
     names, micro = list(model.config.condition_names), micro_batch(recipe, world.size)
     batches = read_batches(recipe, stores, names, components.settings, world, progress.starts, micro)
     for start, micro_batches in progress.steps(batches):

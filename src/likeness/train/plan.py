@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -54,6 +54,9 @@ CPU_OVERHEAD = 1.25
 REFERENCES = ((64, 2, 2, 16), (128, 4, 4, 16), (192, 8, 6, 16), (256, 4, 8, 4), (192, 4, 6, 64), (384, 6, 8, 8))
 """(width, blocks, heads, images) of the networks that are measured, at 128 px."""
 REFERENCE_SIZES = ComponentSizes(text_dim=192, pooled_dim=192, text_tokens=32, text_parameters=0)
+
+
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,13 +188,14 @@ def compare_shardings(
     return plans
 
 
-def describe(recipe: TrainRecipe, name: str | None, gpus: int) -> str:
+def describe(recipe: TrainRecipe, name: str | None, gpus: int, progress: Progress = lambda done, total: None) -> str:
     """Return the output of `likeness train --plan`: counts of the recipe, and the settings that were tried.
 
     Args:
         recipe: the run.
         name: a device of `DEVICES`. Default: this machine is measured.
         gpus: number of devices.
+        progress: called as (networks measured, total).
 
     Raises:
         InputError: the device is unknown, or the batch cannot be divided among the devices.
@@ -199,7 +203,7 @@ def describe(recipe: TrainRecipe, name: str | None, gpus: int) -> str:
     if gpus < 1 or recipe.optimizer.batch % gpus:
         raise InputError(f"a batch of {recipe.optimizer.batch} cannot be divided among {gpus} devices")
     micro = micro_batch(recipe, gpus)
-    device, sizes = find_device(name, recipe), component_sizes(recipe)
+    device, sizes = find_device(name, recipe, progress), component_sizes(recipe)
     traced = trace(recipe, micro, sizes, device.accelerator)
     source = "measured" if name is None else "from its data sheet"
     limited = device.bandwidth < (1e13 if device.accelerator else 1e12)  # else the fit found no effect of memory
@@ -214,15 +218,29 @@ def describe(recipe: TrainRecipe, name: str | None, gpus: int) -> str:
     ]
     for setting, plan, fits in search(recipe, device, gpus, sizes):
         lines.append(f"{plan}  {setting}{'' if fits else '  (does not fit)'}")
+        if fits:
+            seconds = recipe.optimizer.images / plan.images_per_second
+            lines.append(f"{recipe.optimizer.images:,} images, about {format_duration(seconds)} without previews")
     return "\n".join(lines)
 
 
-def describe_shardings(recipe: TrainRecipe, name: str | None) -> str:
+def format_duration(seconds: float) -> str:
+    """Format a duration: "40 s", "3 min", "7.5 h"."""
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{seconds / 60:.0f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def describe_shardings(recipe: TrainRecipe, name: str | None, progress: Progress = lambda done, total: None) -> str:
     """Return the output of `likeness train --plan --compare-sharding`, a Markdown table. Raises `InputError` if the
     device is unknown, or `micro_batch` does not divide the batch.
     """
     micro_batch(recipe, 1)
-    device = find_device(name, recipe)
+    device = find_device(name, recipe, progress)
     plans = compare_shardings(recipe, device, component_sizes(recipe))
     lines = [
         f"{name or 'this machine'}, {recipe.optimizer.batch} images per device, {device.per_machine} devices per "
@@ -238,10 +256,10 @@ def describe_shardings(recipe: TrainRecipe, name: str | None) -> str:
     return "\n".join(lines)
 
 
-def find_device(name: str | None, recipe: TrainRecipe) -> Device:
+def find_device(name: str | None, recipe: TrainRecipe, progress: Progress) -> Device:
     """Return a device of `DEVICES`; None measures this machine. Raises `InputError` if the device is unknown."""
     if name is None:
-        return measure_device(recipe.precision)
+        return measure_device(recipe.precision, progress)
     if name not in DEVICES:
         raise InputError(f"Unknown device {name!r}. Available: {', '.join(DEVICES)}; omit it to measure this machine")
     return DEVICES[name]
@@ -275,10 +293,13 @@ def reference_recipe(width: int, depth: int, heads: int, precision: Any = "bf16"
     )
 
 
-def measure_device(precision: str = "bf16") -> Device:
-    """Measure steps of the reference networks, about a minute on two cores, and fit the rates of this machine."""
+def measure_device(precision: str = "bf16", progress: Progress = lambda done, total: None) -> Device:
+    """Measure steps of the reference networks, about a minute on two cores, and fit the rates of this machine;
+    `progress` is called as (networks done, total).
+    """
     counts, seconds, cuda = [], [], torch.cuda.is_available()
-    for width, depth, heads, images in REFERENCES:
+    for number, (width, depth, heads, images) in enumerate(REFERENCES):
+        progress(number, len(REFERENCES))
         recipe = reference_recipe(width, depth, heads, precision)
         traced = trace(recipe, images, REFERENCE_SIZES, accelerator=cuda)
         counts.append([traced.flops, traced.moved + 28 * traced.trainable, traced.operations])

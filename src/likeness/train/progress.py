@@ -54,7 +54,11 @@ class Progress:
         self.starts = [start for start in range(state.images_seen, images, batch) if start not in skipped]
         """First image of each step."""
         with state.world.joint_errors():
-            self.reporter = Reporter(run, images, state.images_seen, recipe) if state.world.main else None
+            total = -(-images // batch) * batch
+            self.reporter = Reporter(run, total, state.images_seen, recipe) if state.world.main else None
+        if self.reporter and not self.starts:
+            message = f"{run} is finished: it has seen {state.images_seen:,} images. More images continue the training"
+            print(message, file=sys.stderr, flush=True)
         self.recent: list[tuple[int, Mapping[str, Tensor]]] = []
         self.previous, self.last, self.stopping = state.images_seen, False, False
 

@@ -95,6 +95,17 @@ def checkpoint(progress: Progress, publication: Publication, recipe: RunRecipe, 
             write_report(run)
 
 
+def preview(progress: Progress, publication: Publication) -> None:
+    """Generate previews and write the report before the first step. Call on every rank."""
+    state, run = progress.state, progress.run
+    published = ema_pipeline(state, publication)
+    with published as (pipeline, _), progress.tolerated_write_errors(), state.world.joint_errors():
+        if pipeline is not None:
+            write_previews(publication, pipeline, run, state.images_seen, state.world)
+        if state.world.main:
+            write_report(run)
+
+
 @contextmanager
 def ema_pipeline(state: TrainState, publication: Publication) -> Iterator[tuple[Any, dict[str, Tensor]]]:
     """The pipeline with the EMA weights, within a `with` block, and the unsharded weights. Enter on every rank.

@@ -76,9 +76,17 @@ def collected_sigterms() -> Iterator[list[int]]:
 
 
 def store_recipe(recipe: Any, run: Path) -> None:
-    """Write `run/recipe.json`, the resolved recipe. Raises `InputError` if the run has checkpoints of another one."""
+    """Write `run/recipe.json`, the resolved recipe. Raises `InputError` if the run has checkpoints of another one, or
+    has seen more images.
+    """
     path, values = run / "recipe.json", to_dict(recipe)
-    if path.is_file() and newest(run):
+    if path.is_file() and (checkpoint := newest(run)):
+        length, seen = getattr(recipe, "optimizer", recipe), int(checkpoint.name)
+        if seen >= length.images + length.batch:
+            raise InputError(
+                f"images is {length.images}, but {run} has already seen {seen}: set at least {seen}, or choose another "
+                "folder"
+            )
         changes = RESUMABLE_CHANGES.get(recipe.kind, RESUMABLE_CHANGES["component"]).split()
         stored = build(type(recipe), rename_keys(read_json(path), RENAMED_KEYS), where=str(path))
         before, after = fixed_values(to_dict(stored), changes), fixed_values(values, changes)
@@ -90,13 +98,22 @@ def store_recipe(recipe: Any, run: Path) -> None:
 
 
 def record_data(stores: Sequence[Store], run: Path) -> None:
-    """Write `run/data.json`, the hashes of the shards. Report on stderr if a run is resumed with other shards."""
+    """Write `run/data.json`, the hashes of the shards. Report on stderr if a run is resumed with other shards, or faces
+    have no captions.
+    """
     path = run / "data.json"
     now: list[dict[str, Any]] = [{"faces": len(store), "hash": store.content_hash()} for store in stores]
     before = read_json(path)["shards"] if path.is_file() and newest(run) else now
     if before != now:
         then, faces = (sum(store["faces"] for store in shards) for shards in (before, now))
-        message = f"{run} was started with other shards: {then} faces then, {faces} faces now; training continues"
+        message = f"{run} was started with other shards: {then} samples then, {faces} now; training continues"
+        print(message, file=sys.stderr, flush=True)
+    if uncaptioned := sum(store.uncaptioned() for store in stores):
+        total = sum(len(store.rows) for store in stores)
+        message = (
+            f"{uncaptioned} of {total} faces have no captions: they are trained with empty text. `likeness prepare "
+            "caption FOLDER --grammar --attributes bundled` writes captions; encode the folder again afterwards"
+        )
         print(message, file=sys.stderr, flush=True)
     write_whole(path, json.dumps({"shards": now}, indent=2))
 

@@ -337,7 +337,10 @@ def _read_colours(rgb: np.ndarray, mode: str, name: str) -> Reading:
     if not readings or (not readings[0][1] and readings[0][0] > 5):
         count = len(np.unique(rgb.reshape(-1, 3), axis=0))
         if count > 512:
-            raise off_palette(f"{name} looks like a photograph, not a mask ({count} colours): use a mask of it instead")
+            raise off_palette(
+                f"{name} looks like a photograph, not a mask ({count} colours): `likeness extract {name} --out DIR` "
+                "makes its mask, sketch and keypoints"
+            )
         raise off_palette(f"the {count} colours of {name} match no known mask palette: {HOW}")
     return _finish(*readings[0][2:], name)
 

@@ -22,7 +22,16 @@ from PIL import Image
 
 from likeness.chat import Answer, BudgetSpent, Meter, Rejected
 from likeness.conditions.images import read_rgb
-from likeness.data.folder import METADATA, captions_of, changing, each_row, line_of, relative_row, splits_of
+from likeness.data.folder import (
+    METADATA,
+    captions_of,
+    changing,
+    each_row,
+    line_of,
+    read_photo,
+    relative_row,
+    splits_of,
+)
 from likeness.files import writing_whole
 from likeness.prepare.caption.grammar import ATTRIBUTES, write_captions
 from likeness.prepare.caption.prompts import PROMPTS, describe, refine
@@ -52,6 +61,9 @@ class CaptionSettings:
     """Checks captions against attributes and mask; None checks against the masks only."""
     grammar: bool = False
     """Whether to write captions from CelebA's attributes, if rows have them."""
+    predict: Callable[[np.ndarray], dict[str, bool]] | None = None
+    """Image uint8 RGB [H, W, 3] -> its attributes, for the grammar: called for rows with neither attributes nor
+    captions. None: such rows are not captioned."""
     prompts: Sequence[str] = tuple(PROMPTS)
     """Names of `PROMPTS`, one caption each."""
     max_tokens: int = 77
@@ -137,7 +149,10 @@ def check_settings(settings: CaptionSettings, parallel: int) -> None:
     if unknown or not settings.prompts:
         raise InputError(f"unknown prompt {unknown[0] if unknown else ''!r}. Available: {', '.join(PROMPTS)}")
     if settings.vlm is None and not settings.grammar:
-        raise InputError("no source of captions: give --vlm MODEL, or --grammar if rows have CelebA's attributes")
+        raise InputError(
+            "no source of captions: give --vlm MODEL, --grammar if rows have CelebA's attributes, or --grammar "
+            "--attributes bundled to predict them"
+        )
     if settings.vlm is None and settings.refiner is not None:
         raise InputError("--refiner checks the captions of --vlm: give --vlm as well")
     limits = {"max tokens": (settings.max_tokens, 8), "pixels": (settings.pixels, 32), "parallel": (parallel, 1)}
@@ -209,10 +224,15 @@ def caption_face(
     Raises:
         InputError: a model does not respond, or its answer cannot be stored.
     """
-    captions = grammar_captions(row, name, settings.seed) if settings.grammar else []
+    try:
+        captions = grammar_captions(row, name, settings) if settings.grammar else []
+    except InputError as error:
+        return FaceCaptions([], str(error))
     complete = True
     if settings.vlm is None and not captions:
-        return FaceCaptions([], "it has no attributes of CelebA, such as Smiling")
+        if settings.predict is not None:  # captioned by another run
+            return FaceCaptions([])
+        return FaceCaptions([], "it has no attributes of CelebA, such as Smiling: --attributes bundled predicts them")
     if settings.vlm is not None:
         try:
             content, labels = row["file_name"].read_bytes(), read_labels(row)
@@ -310,14 +330,20 @@ def refine_captions(
     return refined
 
 
-def grammar_captions(row: dict[str, Any], name: str, seed: int) -> list[Caption]:
-    """Return ten captions from CelebA's attributes, the same for the same name and seed; [] without attributes."""
+def grammar_captions(row: dict[str, Any], name: str, settings: CaptionSettings) -> list[Caption]:
+    """Return ten captions from CelebA's attributes, the same for the same name and seed; [] without attributes. Raises
+    `InputError` if the image cannot be read.
+    """
     attributes = row.get("attributes")
-    if not isinstance(attributes, dict) or not set(attributes) & set(ATTRIBUTES):
+    if isinstance(attributes, dict) and set(attributes) & set(ATTRIBUTES):
+        known = {key: value is True or value == 1 for key, value in attributes.items() if key in ATTRIBUTES}
+        source = "grammar"
+    elif settings.predict is not None and not captions_of(row):
+        known, source = settings.predict(read_photo(row["file_name"])), "grammar over predicted attributes"
+    else:
         return []
-    known = {key: value is True or value == 1 for key, value in attributes.items() if key in ATTRIBUTES}
-    rng = np.random.default_rng([seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])])
-    return [{"text": text, "source": "grammar"} for text in write_captions(known, rng)]
+    rng = np.random.default_rng([settings.seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])])
+    return [{"text": text, "source": source} for text in write_captions(known, rng)]
 
 
 def change(caption: Caption, text: str, notes: Sequence[Note]) -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from likeness.chat import Answer, Meter, Rejected, image_part, open_endpoint
+from likeness.encoders.text_image import load_attribute_head, load_text_image, name_attributes, resize_images
 from likeness.files import first_line
 from likeness.prepare.caption.checkpoint import open_checkpoint
 from likeness.prepare.caption.questions import ANSWER_TOKENS, Model, Question
@@ -98,3 +102,12 @@ def load_counter(components: Path = BUNDLED / COMMON) -> Callable[[str], int]:
             return len(tokenizer(text, truncation=False, verbose=False)["input_ids"])
 
     return count
+
+
+def load_attributes() -> Callable[[np.ndarray], dict[str, bool]]:
+    """Return a function from an image, uint8 RGB [H, W, 3], to the attributes that the bundled model predicts."""
+    clip, _ = load_text_image(BUNDLED / COMMON)
+    head = load_attribute_head(BUNDLED / COMMON)
+    assert head is not None
+    predict, side = partial(name_attributes, clip, head), clip.config.vision_config.image_size
+    return lambda image: {name: value == "True" for name, value in predict(resize_images([image], side))[0].items()}

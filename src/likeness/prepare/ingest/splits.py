@@ -73,6 +73,11 @@ def assign_splits(
     return [split_of(face) for face in faces]
 
 
+def default_held_out(count: int) -> int:
+    """Return how many of `count` faces are held out by default."""
+    return min(HELD_OUT, max(1, count // 10)) if count > 1 else 0
+
+
 def random_split(split: str, identities: list[str | None], held_out: int, seed: int) -> list[str | None]:
     """Assign the splits `person` and `random`."""
     if identities and len(identities) <= held_out:

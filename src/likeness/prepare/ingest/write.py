@@ -24,7 +24,7 @@ from likeness.prepare.ingest.convert import COPIED, convert_condition, crop_and_
 from likeness.prepare.ingest.faces import SPLIT_ORDER, Entries, Skipped, SourceFace, with_names
 from likeness.prepare.ingest.formats import FORMATS, UNKNOWN_TERMS, detect_format
 from likeness.prepare.ingest.source import Source, SourceFile, join, open_source, parse_json
-from likeness.prepare.ingest.splits import HELD_OUT, SPLITS, assign_splits
+from likeness.prepare.ingest.splits import SPLITS, assign_splits, default_held_out
 from likeness.types import InputError
 
 SKIPPED = "skipped.jsonl"
@@ -95,7 +95,7 @@ def ingest(
         source: a folder or a zip archive.
         out: folder to write. Run again to resume. If it is inside the source, it is ignored there.
         format: one of `FORMATS`, or `auto` to detect it.
-        split: one of `SPLITS`, or `auto` for the default of the format.
+        split: one of `SPLITS`, or `auto` for the default of the format, or with `held_out` for a random split.
         size: side length of the images in pixels, 8 to 8192; None keeps it. Conditions keep their size.
         crop: whether to crop the centre of images that are not square; otherwise they are skipped.
         captions: folder or archive with `<name>.txt`, one caption per line, if captions are stored separately.
@@ -133,15 +133,18 @@ def ingest(
         return (face for face in entries() if isinstance(face, SourceFace))
 
     if split == "auto":
-        split = FORMATS[format].split
+        split = FORMATS[format].split if held_out is None else "random"
         if split == "random" and all(face.identity is not None for face in faces()):
             split = "person"
     randomly = split in ("person", "random")
+    if held_out is not None and not randomly:
+        raise InputError(
+            f"held_out is {held_out}, but the split {split} is fixed: use --split random or omit --held-out"
+        )
     if held_out is None and (out / RECORD).is_file():  # keep the value of the first run
         held_out = SourceFile(RECORD, (out / RECORD).read_bytes).json().get("held_out")
     if held_out is None and randomly:
-        count = sum(1 for _ in faces())
-        held_out = min(HELD_OUT, max(1, count // 10)) if count > 1 else 0
+        held_out = default_held_out(sum(1 for _ in faces()))
     texts = caption_files(captions, follow_links) if captions else {}
     arguments = {
         "kind": "likeness ingest",

@@ -1,0 +1,94 @@
+"""Make the conditions of one photograph: align it unless it is aligned, then annotate the portrait.
+
+The names are those of the dataset format `folder`, so that the output can be ingested.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from likeness.annotators.landmarks import FaceFinder, find_faces, landmarker_name, open_face_finder
+from likeness.conditions.framing import move, portrait_faults, portrait_transform
+from likeness.conditions.images import png_bytes
+from likeness.data.folder import read_photo
+from likeness.files import write_whole
+from likeness.prepare.align import cut_portrait, refine_landmarks
+from likeness.prepare.annotate import keypoints_file, mask_annotator, sketch_annotator
+from likeness.types import InputError
+
+
+def extract(
+    photo: Path,
+    out: Path,
+    *,
+    landmarker: Path | None = None,
+    size: int = 256,
+    parser: str = "bundled",
+    device: str | None = None,
+) -> dict[str, Path]:
+    """Write the portrait, mask, sketch and keypoints of the largest face of a photograph.
+
+    Args:
+        photo: the photograph.
+        out: folder to write to; files of an earlier run are replaced.
+        landmarker: MediaPipe's `face_landmarker.task`; None makes no keypoints and needs an aligned photograph.
+        size: side length in pixels.
+        parser: a face parser, as in `load_face_parser`.
+        device: device of the face parser.
+
+    Returns:
+        `image`, `mask`, `sketch` and, with a landmarker, `keypoints` -> file.
+
+    Raises:
+        InputError: the photograph cannot be read, is not square and cannot be aligned, has no face, or would be
+            overwritten.
+    """
+    if size < 32:
+        raise InputError(f"size must be at least 32 pixels, not {size}")
+    pixels, points = read_photo(photo), None
+    height, width = pixels.shape[:2]
+    if landmarker is None and height != width:
+        raise InputError(
+            f"{photo} is {width}x{height}, not a square portrait: pass --landmarker face_landmarker.task to align it"
+        )
+    suffixes = {"image": ".png", "mask": "_mask.png", "sketch": "_sketch.png", "keypoints": "_keypoints.json"}
+    files = {name: out / f"{photo.stem}{suffix}" for name, suffix in suffixes.items() if landmarker or name[0] != "k"}
+    if files["image"].exists() and files["image"].samefile(photo):
+        raise InputError(f"{files['image']} is the photograph itself: choose another folder than {out}")
+    contents: dict[str, bytes | None] = {}
+    with ExitStack() as stack:
+        if landmarker is not None:
+            find = stack.enter_context(open_face_finder(landmarker))
+            pixels, points = aligned(pixels, find, size, str(photo))
+            contents["keypoints"] = keypoints_file(points, size, size, landmarker_name(landmarker))
+        else:
+            pixels = read_photo(photo, size)
+    contents["image"] = png_bytes(Image.fromarray(pixels))
+    for name, annotator in (("mask", mask_annotator(parser, device=device)), ("sketch", sketch_annotator(None))):
+        (contents[name],) = annotator.annotate([pixels])
+    for name, file in files.items():
+        content = contents[name]
+        assert content is not None
+        write_whole(file, content)
+    return files
+
+
+def aligned(photo: np.ndarray, find: FaceFinder, size: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the portrait of the largest face, uint8 [size, size, 3], and its landmarks [478, 2] in pixels.
+
+    A photo that is aligned already keeps its framing. Raises `InputError` if no face is found.
+    """
+    faces = find_faces(find, photo)
+    if not faces:
+        raise InputError(f"{name} has no face that can be found: use a larger or more frontal photograph")
+    height, width = photo.shape[:2]
+    if height == width and not portrait_faults(faces[0] / width):
+        image = Image.fromarray(photo).resize((size, size), Image.Resampling.LANCZOS)
+        return np.array(image), faces[0] * (size / width)
+    points = refine_landmarks(find, photo, faces[0])
+    transform = portrait_transform(points, size)
+    return cut_portrait(photo, transform, size), move(points, transform)
