@@ -69,7 +69,7 @@ class Serve:
     """Store the matrices of FLUX.1's transformer in 8 bits."""
 
     def __call__(self) -> None:
-        for name, least in {"queue": 1, "keep": 1, "max_steps": 1, "max_side": 8, "max_body": 1}.items():
+        for name, least in {"queue": 10, "keep": 1, "max_steps": 1, "max_side": 8, "max_body": 1}.items():
             if not getattr(self, name) >= least:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
         keys = read_keys(self.api_key_file)
