@@ -52,7 +52,7 @@ def required(command: type, words: tuple[str, ...], name: str, model: Path) -> l
     is_number = typing.get_type_hints(command)[name] in (int, float, int | None, float | None)
     if words[0] in ("generate", "study") and is_number:
         found += ["--model", str(model)]
-    if words == ("mask", "propose") and name != "model":
+    if words in (("mask", "propose"), ("serve",)) and name != "model":
         found += ["--model", "missing"]
     return found
 

@@ -43,10 +43,10 @@ def b64(content: bytes | Path) -> str:
 
 
 @contextmanager
-def serving(folder: Path, **settings):
-    """A server with a tiny model: its address, a client, its store."""
+def serving(folder: Path, pipeline=None, **settings):
+    """A server with a tiny model that has generated its warm-up image: its address, a client, its store."""
     store = Store(folder)
-    app = create_app(Service(tiny_pipeline(), store, Settings(model="tiny", **settings)))
+    app = create_app(Service(pipeline or tiny_pipeline(), store, Settings(model="tiny", **settings)))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False))
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -55,7 +55,8 @@ def serving(folder: Path, **settings):
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
-            if requests.get(f"{url}/readyz", timeout=60).ok:
+            answer = requests.get(f"{url}/readyz", timeout=60)
+            if answer.ok or "warm-up" in answer.text:
                 break
         except requests.ConnectionError:
             pass
@@ -298,6 +299,24 @@ def test_limits_and_keys(tmp_path):
         assert not list(server.store.images.iterdir())
 
 
+def test_damaged_model(tmp_path):
+    pipeline = tiny_pipeline()
+    list(pipeline.transformer.parameters())[-1].data.fill_(float("nan"))
+    with serving(tmp_path, pipeline) as server:
+        assert requests.get(f"{server.url}/readyz", timeout=60).status_code == 503
+        answer = post(server, json={"prompt": "a"})
+        assert answer.status_code == 503
+        assert "not finite" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("origin", ["https://one.example", "https://two.example"])
+def test_web_pages_of_other_origins(tmp_path, origin):
+    with serving(tmp_path, cors=("https://one.example",), keys=("one",)) as server:
+        headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        answer = requests.options(f"{server.url}/v1/images/generations", headers=headers, timeout=60)
+        assert answer.ok == (origin == "https://one.example")
+
+
 # Jobs
 
 
@@ -354,10 +373,12 @@ def test_restart(tmp_path):
         before = requests.get(f"{server.url}/v1/jobs/done/images/0", timeout=60).content
     store = Store(tmp_path)
     store.create("killed", owner="", request="")  # as a process that was killed leaves it
+    (tmp_path / "images" / "killed").mkdir()
     store.close()
     with serving(tmp_path) as server:
         job = lambda id: requests.get(f"{server.url}/v1/jobs/{id}", timeout=60).json()  # noqa: E731
         assert requests.get(job("done")["result"]["data"][0]["url"], timeout=60).content == before
+        assert not (tmp_path / "images" / "killed").exists()
         assert job("killed")["state"] == job("killed")["error"]["code"] == "interrupted"
 
 
@@ -414,7 +435,7 @@ def test_command(tmp_path):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
         body = {"prompt": "a man", "candidates": 1}
         mask = requests.post(f"{url}/v1/masks/propose", json=body, timeout=60).json()
-        more = {"steps": 12, "control_image": {"mask": mask["id"]}}
+        more = {"steps": 6, "control_image": {"mask": mask["id"]}}
         with client.images.generate(prompt="secret", stream=True, partial_images=2, extra_body=more) as events:
             next(events)
             process.send_signal(signal.SIGTERM)

@@ -13,6 +13,9 @@ from likeness.cli.output import exit_on_sigterm
 from likeness.types import DtypeName, InputError
 from likeness.weights.catalog import DEFAULT, MASK_MODEL
 
+LARGEST = 10**9
+"""Bound of all numeric options."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Serve:
@@ -69,9 +72,11 @@ class Serve:
     """Store the matrices of FLUX.1's transformer in 8 bits."""
 
     def __call__(self) -> None:
-        for name, least in {"queue": 1, "keep": 1, "max_steps": 1, "max_side": 8, "max_body": 1}.items():
-            if not getattr(self, name) >= least:
-                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
+        least = {"queue": 10, "keep": 1, "max_steps": 1, "max_side": 8, "max_body": 1, "shutdown_timeout": 0}
+        for name, value in least.items():
+            if not value <= getattr(self, name) < LARGEST:  # also NaN
+                option = f"--{name.replace('_', '-')}"
+                raise InputError(f"{option} is {getattr(self, name)}; it must be at least {value} and below {LARGEST}")
         keys = read_keys(self.api_key_file)
         listener = listen(self.host, self.port)
         try:
@@ -140,5 +145,5 @@ def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens. Raises `InputError` if the address cannot be used."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, TypeError, ValueError) as error:  # also of names that cannot be encoded
         raise InputError(f"Cannot listen on {host}:{port}: {error}; choose another --host or --port") from error

@@ -166,6 +166,7 @@ def recipe_of(
     fingerprint: str,
     base: str | None = None,
     quantize: str | None = None,
+    known: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the recipe of an image: everything that determines its pixels.
 
@@ -176,6 +177,7 @@ def recipe_of(
         fingerprint: hash of its weights (`likeness.weights.hashes.pipeline_hash`).
         base: the base from which an adapter was loaded, if it is not its own.
         quantize: quantization of its weights.
+        known: output of `environment`, if the pipeline does not change. Default: determined.
     """
     options = {"base": base, "quantize": quantize, "adapters": active_adapters(pipeline)}
     return {
@@ -204,7 +206,7 @@ def recipe_of(
         "height": request.height,
         **({"upscale": True} if request.upscale else {}),
         "seed": request.seed,
-        "environment": environment(pipeline),
+        "environment": environment(pipeline) if known is None else dict(known),
     }
 
 

@@ -300,12 +300,12 @@ class PortraitPipeline(DiffusionPipeline):
         texts = list(dict.fromkeys([*prompts, *negatives]))
         text = self.encode_prompts(texts, prompts, encoded, notes)
         condition_latents, condition_ids, latent_indices = self.encode_conditions(
-            conditions, height, width, encoded, notes
+            conditions, height, width, text.tokens.device, encoded, notes
         )
 
         # 3. Draw the noise and set the timesteps
         generators = list(generator) if isinstance(generator, Sequence) else generator
-        latents = self.prepare_latents(latents, len(prompts), tuple(condition_latents.shape[1:]), generators)
+        latents = self.prepare_latents(latents, len(prompts), condition_latents, generators)
         scheduler = copy.deepcopy(self.scheduler)  # its state belongs to this call
         own = type(scheduler) is type(objective.scheduler())
         schedule = objective.schedule(steps) if own else {"num_inference_steps": steps}
@@ -338,7 +338,7 @@ class PortraitPipeline(DiffusionPipeline):
             latents=latents,
             scheduler=scheduler,
             step_options=noise,
-            pass_functions=[self.pass_function(batch, group) for group in self.groups(len(prompts))],
+            pass_functions=[self.pass_function(batch, group) for group in self.groups(len(prompts), latents.device)],
             levels=levels,
             guidance_model=guidance_model,
             guidance_model_scale=auto_scale,
@@ -397,9 +397,9 @@ class PortraitPipeline(DiffusionPipeline):
         """Whether a callback has stopped the current call."""
         return self._interrupt
 
-    def groups(self, count: int) -> list[range]:
+    def groups(self, count: int, device: torch.device) -> list[range]:
         """Return which images are batched: none on a CPU, all on an accelerator."""
-        if self._execution_device.type == "cpu":
+        if device.type == "cpu":
             return [range(item, item + 1) for item in range(count)]
         return [range(count)]
 
@@ -462,6 +462,7 @@ class PortraitPipeline(DiffusionPipeline):
         conditions: Sequence[Mapping[str, ConditionInput]],
         height: int,
         width: int,
+        device: torch.device,
         encoded: dict[Any, Any],
         notes: list[str],
     ) -> tuple[Tensor, Tensor, list[dict[str, int]]]:
@@ -471,7 +472,7 @@ class PortraitPipeline(DiffusionPipeline):
             latents [M + 1, C, h, w], the first of which is an absent condition (zeros); their ids in the condition
             embedding [M + 1], -1 for absent; and for each image, condition name -> index.
         """
-        device, factor = self._execution_device, spatial_factor(self.vae)
+        factor = spatial_factor(self.vae)
         sources = {(name, id(c.image), height, width): c.image for row in conditions for name, c in row.items()}
         new: dict[Any, np.ndarray] = {}
         readings: dict[Any, Reading] = {}
@@ -501,11 +502,13 @@ class PortraitPipeline(DiffusionPipeline):
         self,
         latents: Tensor | None,
         count: int,
-        shape: tuple[int, ...],
+        conditions: Tensor,
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> Tensor:
-        """Draw the initial noise [B, C, h, w], float32; each image on its own, so that batches change nothing."""
-        device = self._execution_device
+        """Draw the initial noise [B, C, h, w], float32, in the shape and on the device of encoded `conditions`; each
+        image on its own, so that batches change nothing.
+        """
+        device, shape = conditions.device, tuple(conditions.shape[1:])
         if latents is not None:
             if tuple(latents.shape) != (count, *shape):
                 raise InputError(f"latents has shape {tuple(latents.shape)}; this call requires {(count, *shape)}")

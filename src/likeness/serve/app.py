@@ -178,9 +178,10 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="likeness", lifespan=lifespan, docs_url=None, redoc_url=None)
     for kind in (HTTPException, RequestValidationError, InputError):
         app.add_exception_handler(kind, handle)
-    if settings.cors:
-        app.add_middleware(CORSMiddleware, allow_origins=settings.cors, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(Frame, service=service, metrics=metrics)
+    if settings.cors:  # around the frame: a browser asks for permission without a key
+        every: dict[str, Any] = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": ["x-request-id"]}
+        app.add_middleware(CORSMiddleware, allow_origins=settings.cors, **every)
 
     async def beside(work: Callable[..., Any], *arguments: Any) -> Any:
         """Run blocking work that is no image, one at a time."""
@@ -205,6 +206,8 @@ def create_app(service: Service) -> FastAPI:
             key = hashlib.sha256(f"{owner}\0{key}".encode()).hexdigest()
             if (known := await earlier(key, digest)) is not None:
                 return await result_of(request, *known)
+        if state["error"]:
+            raise ApiError(503, state["error"], code="not_ready")
         if not engine.open or len(engine.waiting) + body.n > settings.queue:  # checked again when queued
             raise full()
         portrait, notes = await asyncio.to_thread(service.request_of, body)

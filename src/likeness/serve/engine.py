@@ -153,6 +153,9 @@ class Engine:
             self.changed.notify()
         if self.thread.is_alive():
             self.thread.join()
+        for task in self.waiting:  # the thread was never started
+            self._report(task, Event("cancelled"))
+        self.waiting.clear()
 
     def _work(self) -> None:
         while tasks := self._next():

@@ -152,11 +152,12 @@ class Jobs:
             state = "interrupted" if self.closing else "cancelled"
             text = "The service is shutting down: send the request again" if self.closing else "The job was cancelled"
             job.error = ApiError(503 if self.closing else 409, text, code=state)
-        files = [job.files[index] for index in sorted(job.files)]
-        values: dict[str, Any] = {"response": response_of(job), "files": files} if complete else {}
+        values: dict[str, Any] = {}
         try:
-            if not complete:
-                await self.in_pool(self.store.discard, files)
+            if complete:
+                values = {"response": response_of(job), "files": [job.files[index] for index in sorted(job.files)]}
+            else:
+                await self.in_pool(self.store.discard, job.id)
                 assert job.error is not None
                 values = {"error": job.error.error}
             await self.in_pool(lambda: self.store.finish(job.id, state, **values))

@@ -26,7 +26,7 @@ from likeness.conditions.framing import portrait_transform
 from likeness.conditions.images import open_image, png_bytes, read_rgb
 from likeness.conditions.mask import edits
 from likeness.pipelines.generate import resolve
-from likeness.pipelines.image_recipe import recipe_of, write_image
+from likeness.pipelines.image_recipe import environment, recipe_of, write_image
 from likeness.pipelines.load import load
 from likeness.pipelines.propose import propose_mask
 from likeness.pipelines.sizes import parse_size
@@ -91,6 +91,7 @@ class Service:
         self.pipeline, self.store, self.settings = pipeline, store, settings
         self.source = source or {"model": settings.model}
         self.fingerprint = pipeline_hash(pipeline) if settings.metadata else ""
+        self.environment = environment(pipeline)
         self.stack = ExitStack()
         self.find = None
         if settings.landmarker is not None:
@@ -197,11 +198,11 @@ class Service:
         kept.
         """
         body, request = job.body, job.request
-        name = f"{job.id}-{'preview-' * preview}{index}.{body.output_format}"
+        name = f"{job.id}/{'preview-' * preview}{index}.{body.output_format}"
         recipe = None
         if self.settings.metadata and not preview:
             own = replace(request, seed=job.seed(index))
-            recipe = recipe_of(own, self.pipeline, **self.source, fingerprint=self.fingerprint)
+            recipe = recipe_of(own, self.pipeline, **self.source, fingerprint=self.fingerprint, known=self.environment)
         path = self.store.images / name
         write_image(image, path, recipe, quality=body.output_compression)
         content = base64.b64encode(path.read_bytes()).decode()

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 import secrets
+import shutil
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +85,14 @@ class Store:
             raise InputError(f"The data folder {folder} cannot be used: {error.strerror or error}") from error
         except (SQLAlchemyError, ImportError) as error:
             raise InputError(f"The database of the jobs cannot be used: {first_line(error)}") from error
-        error = {"message": "The service was stopped before the job was complete: send the request again"}
-        self._update(
-            JOBS.c.state.in_(UNFINISHED) & (JOBS.c.replica == self.replica),
-            state="interrupted",
-            finished=time.time(),
-            error=error | {"type": "server_error", "param": None, "code": "interrupted"},
-        )
+        own = JOBS.c.state.in_(UNFINISHED) & (JOBS.c.replica == self.replica)
+        text = "The service was stopped before the job was complete: send the request again"
+        error = {"message": text, "type": "server_error", "param": None, "code": "interrupted"}
+        with self.database.connect() as connection:
+            interrupted = connection.scalars(select(JOBS.c.id).where(own)).all()
+        for id in interrupted:
+            self.discard(id)
+        self._update(own, state="interrupted", finished=time.time(), error=error)
 
     def create(self, id: str, *, owner: str, request: str, key: str | None = None) -> None:
         """Add a queued job. Raises `Taken` if one has this id or key."""
@@ -139,19 +140,18 @@ class Store:
         before = time.time() - keep
         old = (JOBS.c.finished < before) & (JOBS.c.state != "expired")
         with self.database.connect() as connection:
-            rows = connection.execute(select(JOBS.c.id, JOBS.c.files).where(old)).all()
-        for id, files in rows:
+            ids = connection.scalars(select(JOBS.c.id).where(old)).all()
+        for id in ids:
             self._update(JOBS.c.id == id, state="expired", key=None, response=None, error=None, files=None)
-            self.discard(files or [])
+            self.discard(id)
         for file in self.uploads.iterdir():
             if file.stat().st_mtime < before:
                 file.unlink(missing_ok=True)
-        return len(rows)
+        return len(ids)
 
-    def discard(self, files: Sequence[str]) -> None:
-        """Delete images."""
-        for name in files:
-            (self.images / name).unlink(missing_ok=True)
+    def discard(self, id: str) -> None:
+        """Delete the images of a job."""
+        shutil.rmtree(self.images / id, ignore_errors=True)
 
     def add_upload(self, content: bytes, suffix: str) -> str:
         """Store a condition file; returns its id."""
