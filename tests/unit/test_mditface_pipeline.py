@@ -224,7 +224,7 @@ def test_a_batch_that_runs_together_gives_the_same_images(face, make, guidance):
     pipeline = make()
 
     class Together(type(pipeline)):
-        def groups(self, count: int) -> list[range]:
+        def groups(self, count: int, device: torch.device) -> list[range]:
             return [range(count)]
 
     given = {

@@ -22,8 +22,8 @@ import pytest
 import requests
 import uvicorn
 from PIL import Image
-from tests.builders import tiny_mditface_pipeline, tiny_pipeline
 
+from builders import tiny_mditface_pipeline, tiny_pipeline
 from likeness.pipelines.generate import generate, resolve
 from likeness.pipelines.image_recipe import read_recipe, request_of
 from likeness.pipelines.sampling import advance

@@ -360,20 +360,25 @@ def delete_damaged(out: Path, share: tuple[int, int]) -> int:
 
 
 def removed_images(root: Path, out: Path, manifest: dict[str, Any]) -> list[str]:
-    """Return the names of the images of a complete store whose content the folder does not contain."""
-    known, present = read_hashes(out), set()
+    """Return the names of the images of a complete store that the folder does not contain.
+
+    An image of the same name is an edited one, unless the folder has no image of the store: then it is another folder.
+    """
+    known, present, names = read_hashes(out), set(), set()
     for block in each_block(root):
-        _, sources, _ = hash_files(root, [{"file_name": row["file_name"]} for row in block], known)
+        rows = [{"file_name": row["file_name"]} for row in block]
+        _, sources, _ = hash_files(root, rows, known)
         present.update(split_keys(sources[:, 0]))
+        names.update(row["file_name"].relative_to(root).as_posix() for row in rows)
     listed = {name for name, _ in manifest["rows"]}
-    removed = []
+    stored = []  # name, whether the folder has the image
     for file, part in parts_of(out, "rows", ("lines", "ends", "sources")):
         if file in listed:
             lines, ends = part["lines"].numpy().tobytes(), [0, *part["ends"].tolist()]
             for number, source in enumerate(split_keys(part["sources"].numpy()[:, 0])):
-                if source not in present:
-                    removed.append(json.loads(lines[ends[number] : ends[number + 1]])[0])
-    return removed
+                stored.append((json.loads(lines[ends[number] : ends[number + 1]])[0], source in present))
+    same_folder = any(kept for _, kept in stored)
+    return [name for name, kept in stored if not kept and not (same_folder and name in names)]
 
 
 class EntryWriter:

@@ -133,7 +133,9 @@ def ingest(
         return (face for face in entries() if isinstance(face, SourceFace))
 
     if split == "auto":
-        split = FORMATS[format].split if held_out is None else "random"
+        split = FORMATS[format].split
+        if held_out is not None and split != "person":
+            split = "random"
         if split == "random" and all(face.identity is not None for face in faces()):
             split = "person"
     randomly = split in ("person", "random")
