@@ -25,7 +25,6 @@ MMFACE = {"name": "mmface", "hidden_size": 32, "depth": 2, "heads": 2}
 WIDE = MMFACE | {"hidden_size": 64}  # large enough for 8-bit states of sharded matrices
 EIGHT_BIT = {"name": "adamw8bit"}
 PREVIEW = [{"prompt": "a face", "seed": 1}]
-MDITFACE = {"name": "mditface", "hidden_size": 32, "depth": 1, "single_depth": 1, "heads": 2}
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +61,7 @@ def runs(root) -> Path:
         "eight_bit_parts again": job(root, WIDE, optimizer=EIGHT_BIT),
         "eight_bit_two_then_one": job(root, WIDE, images=8, optimizer=EIGHT_BIT),
         "eight_bit_one_then_two": job(root, WIDE, optimizer=EIGHT_BIT),
-        "mditface": job(root, MDITFACE),
-        "adapter": job(root, adapter, precision="bf16", diagnostics_every=8, preview=PREVIEW),
+        "adapter": job(root, adapter, precision="bf16", preview=PREVIEW),
         "not_a_number": job(root, optimizer={"learning_rate": 1e30}),
         "indivisible": job(root, micro_batch=3),
         "no_place": job(root),
@@ -114,7 +112,6 @@ def test_split_key_a_batch_add_up(root, plain, tmp_path):
 
 def test_other_networks_and_optimizers(runs, root, tmp_path):
     adapter = {"name": "mditface_adapter", "base": str(root / "flux"), "rank": 2, "alpha": 2}
-    assert_close(load_checkpoint(runs / "mditface"), alone(job(root, MDITFACE), tmp_path / "mditface"))
     assert_close(load_checkpoint(runs / "muon"), alone(job(root, optimizer={"name": "muon"}), tmp_path / "muon"), 2e-4)
     assert_close(
         load_checkpoint(runs / "adapter"), alone(job(root, adapter, precision="bf16"), tmp_path / "adapter"), 2e-4

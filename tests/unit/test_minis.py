@@ -6,13 +6,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from sample_datasets import celeba, celebamask
 
 from builders import run
+from forked_commands import forked_commands
 
 PROJECT = Path(__file__).parents[2]
 SHORT = {
@@ -58,24 +58,25 @@ def test_from_data_sets_to_an_image(tmp_path):
     celebamask(data / "celebamask-hq", 88)
     assert run("prepare", "synthetic", out / "data/synthetic", "--count", 4, "--size", 128) == 0
 
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    given = {
-        "env": os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "HELD_OUT": "8"},
-        "stderr": subprocess.PIPE,
-        "text": True,
-    }
     command = [project / "launch" / "minis.sh", data, out]
-    recipe = project / "recipes" / "text_image_mini.toml"
-    recipe.write_text(recipe.read_text().replace("kind =", "kin ="))  # fails in the middle
-    stopped = subprocess.run(command, **given)
-    assert stopped.returncode == 2
-    assert "kin" in stopped.stderr.splitlines()[-1], stopped.stderr[-3000:]
-    recipe.write_text(recipe.read_text().replace("kin =", "kind ="))
-    weights = out / "runs/autoencoder_mini/model/diffusion_pytorch_model.safetensors"
-    before = weights.read_bytes()
-    done = subprocess.run(command, **given)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert weights.read_bytes() == before
+    with forked_commands(tmp_path) as programs:
+        path = f"{programs}:{os.environ['PATH']}"
+        given = {
+            "env": os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "HELD_OUT": "8"},
+            "stderr": subprocess.PIPE,
+            "text": True,
+        }
+        recipe = project / "recipes" / "text_image_mini.toml"
+        recipe.write_text(recipe.read_text().replace("kind =", "kin ="))  # fails in the middle
+        stopped = subprocess.run(command, **given)
+        assert stopped.returncode == 2
+        assert "kin" in stopped.stderr.splitlines()[-1], stopped.stderr[-3000:]
+        recipe.write_text(recipe.read_text().replace("kin =", "kind ="))
+        weights = out / "runs/autoencoder_mini/model/diffusion_pytorch_model.safetensors"
+        before = weights.read_bytes()
+        done = subprocess.run(command, **given)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert weights.read_bytes() == before
     for name in ("mmface-mini", "mditface-mini", "mmface-mini-fast"):
         portrait = tmp_path / f"{name}.png"
         assert run("generate", "a woman", "--model", out / "data" / name, "--out", portrait) == 0

@@ -49,8 +49,7 @@ def required(command: type, words: tuple[str, ...], name: str, model: Path) -> l
         found += [*option, "missing"]
     if words == ("prepare", "synthetic"):
         found += ["--count", "1"]  # of two, the last one applies
-    is_number = typing.get_type_hints(command)[name] in (int, float, int | None, float | None)
-    if words[0] in ("generate", "study") and is_number:
+    if words[0] in ("generate", "study") and name != "model":
         found += ["--model", str(model)]
     if words in (("mask", "propose"), ("serve",)) and name != "model":
         found += ["--model", "missing"]
