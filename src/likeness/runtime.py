@@ -29,10 +29,12 @@ NOISE = (
     ("torchao", r"Failed to load \S*_C\w*\."),
     ("torch.utils._pytree", r"<enum '(KernelPreference|ScaleCalculationMode)'> is an Enum subclass"),
     ("diffusers.quantizers.torchao.torchao_quantizer", r"Unable to import `torchao` Tensor objects"),
+    ("diffusers.pipelines.pipeline_utils", r"Expected types for vae: .*LabelDecoder"),
     ("diffusers.models.modeling_utils", r".* should be kept in float32: \[\]"),
 )
 """Logger and beginning of each message that is dropped. diffusers and transformers import torchao if it is installed,
-and torchao logs which of its GPU kernels do not load; the last message lists no modules.
+and torchao logs which of its GPU kernels do not load. A model of masks decodes with a `LabelDecoder`. The last message
+lists no modules.
 """
 
 
