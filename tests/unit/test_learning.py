@@ -292,7 +292,10 @@ def test_fine_tuning_run(root, tmp_path, capsys):
     assert metrics(run)[0]["seen"] == 0
     assert metrics(run)[0]["diagnostics/mask_right"] > 0
     assert (run / "previews" / "000000000000.png").is_file()
+    left = run / "previews" / ".000000000012.png.0123abcd.partial"  # by a killed process
+    left.touch()
     assert f"{run} is finished: it has seen 12 images" in train(10)
+    assert not left.exists()
     with pytest.raises(InputError, match=r"images is 8, but .* has already seen 12: set at least 12"):
         train(8)
     assert json.loads((run / "recipe.json").read_text())["optimizer"]["images"] == 10

@@ -38,7 +38,7 @@ def open_run(recipe: Any, run: Path, world: World = SINGLE_PROCESS) -> Iterator[
         with world.joint_errors():
             if world.main:
                 stack.enter_context(locked(run))
-                delete_partials(run)
+                delete_partials(run, ("previews",))
                 store_recipe(recipe, run)
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
