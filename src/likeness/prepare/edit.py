@@ -202,20 +202,21 @@ def plan_edit(
     if change.mask is not None:
         after = in_portrait(CONDITIONS["mask"].read(change.mask).raw, photo, transform, side, "mask")
     after = apply_commands(after, change.mask_edit, lambda file: CONDITIONS["mask"].read(Path(file)).raw)
-    region = before != after
+    wanted = before != after
     if change.region:
-        region |= np.isin(before, class_indices(change.region, background=True))
-        region |= np.isin(after, class_indices(change.region, background=True))
-    if region.any():
-        region = near(region, MARGIN * side)
+        classes = class_indices(change.region, background=True)
+        wanted |= np.isin(before, classes) | np.isin(after, classes)
+    region = near(wanted, MARGIN * side) if wanted.any() else wanted
     if change.region_mask is not None:
         white = np.asarray(read_rgb(change.region_mask).convert("L")) >= 128
-        region |= in_portrait(white, photo, transform, side, "region mask")
+        white = in_portrait(white, photo, transform, side, "region mask")
+        wanted, region = wanted | white, region | white
     if not given:
-        region[:] = True
+        wanted = region = np.ones_like(wanted)
     if change.keep:
-        region &= changeable(change.keep, before, after)
-    if not region.any():
+        allowed = changeable(change.keep, before, after)
+        wanted, region = wanted & allowed, region & allowed
+    if not wanted.any():
         raise InputError(
             "the region is empty: the mask does not change, the face has none of the classes, or the region is outside "
             "the aligned face or kept"
