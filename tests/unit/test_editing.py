@@ -13,6 +13,7 @@ from PIL import Image, ImageCms, ImageOps
 from scipy import ndimage
 
 from builders import run, tiny_mditface_pipeline, tiny_pipeline
+from likeness.annotators.face_parser import load_face_parser
 from likeness.conditions import CONDITIONS
 from likeness.conditions.framing import TRAINED
 from likeness.conditions.keypoints import STROKES
@@ -198,10 +199,10 @@ def test_a_face_in_a_photograph(model, tmp_path, capsys):
             return []
         return [drawn_landmarks(*pasted) / [400, 300] for pasted in (((300, 10), 90), ((20, 60), 200))]
 
-    pipeline = load(model)
+    pipeline, options = load(model), {"parser": load_face_parser(), "find": find}
     request = PortraitRequest(prompt="hair", seed=1)
     large, small = (
-        edit_photo(pipeline, photo, Change(region=["hair"], face=face), request, find=find) for face in (None, 2)
+        edit_photo(pipeline, photo, Change(region=["hair"], face=face), request, **options) for face in (None, 2)
     )
     assert large.notes[0] == "2 faces: face 1, by size, is edited, at (120, 172)"
     for edited, box in ((large, (20, 60, 220, 260)), (small, (300, 10, 390, 100))):
@@ -211,21 +212,21 @@ def test_a_face_in_a_photograph(model, tmp_path, capsys):
         assert (columns.mean() > 250) == (box[0] == 300)
         assert edited.certificate["changed_outside"] == 0 < edited.certificate["changed_inside"]
     with pytest.raises(InputError, match="has 2 faces; there is no face 3"):
-        edit_photo(pipeline, photo, Change(region=["hair"], face=3), request, find=find)
+        edit_photo(pipeline, photo, Change(region=["hair"], face=3), request, **options)
     # a region painted on the photograph
     painted = np.zeros((300, 400), np.uint8)
     painted[100:150, 80:160] = 255
-    edited = edit_photo(pipeline, photo, Change(region_mask=Image.fromarray(painted)), request, find=find)
+    edited = edit_photo(pipeline, photo, Change(region_mask=Image.fromarray(painted)), request, **options)
     changed = (np.array(edited.image) != np.array(canvas)).any(-1)
     assert not changed[(ndimage.maximum_filter(painted, 5) == 0)].any()
     assert changed[painted > 0].mean() > 0.5
     for region in (painted[:, :300][:100], np.rot90(painted)):
         with pytest.raises(InputError, match="it must be 400x300 as the photograph, or square"):
-            edit_photo(pipeline, photo, Change(region_mask=Image.fromarray(region.copy())), request, find=find)
+            edit_photo(pipeline, photo, Change(region_mask=Image.fromarray(region.copy())), request, **options)
     painted[:] = 0
     painted[:20, :20] = 255
     with pytest.raises(InputError, match="outside the aligned face"):
-        edit_photo(pipeline, photo, Change(region_mask=Image.fromarray(painted), face=2), request, find=find)
+        edit_photo(pipeline, photo, Change(region_mask=Image.fromarray(painted), face=2), request, **options)
 
 
 def drawn_landmarks(place: tuple[int, int], side: int) -> np.ndarray:

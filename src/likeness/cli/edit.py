@@ -66,6 +66,7 @@ class Edit:
     """Dtype; auto is fp32 on a CPU, bf16 or fp16 on an accelerator."""
 
     def __call__(self) -> None:
+        from likeness.annotators.face_parser import load_face_parser
         from likeness.annotators.landmarks import open_face_finder
         from likeness.files import write_whole
         from likeness.pipelines.editing import DEFAULT_METHOD
@@ -112,7 +113,7 @@ class Edit:
                 strength=1.0 if self.strength is None else self.strength,
                 method=self.method or DEFAULT_METHOD,
                 find=find,
-                parser=self.parser,
+                parser=load_face_parser(self.parser),
                 fingerprint=pipeline_hash(pipeline),
                 on_step=stack.enter_context(progress_bar("Generating")),
             )

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageCms
 from scipy import ndimage
 
-from likeness.annotators.face_parser import load_face_parser, parse_faces
+from likeness.annotators.face_parser import parse_faces
 from likeness.annotators.landmarks import FaceFinder, find_faces
 from likeness.conditions import CONDITIONS, Reading, Source
 from likeness.conditions.framing import framing_faults, framing_of, inverse, move, portrait_faults, portrait_transform
@@ -150,8 +150,8 @@ def edit_photo(
     kind: str = "PNG",
     strength: float = 1.0,
     method: str = DEFAULT_METHOD,
+    parser: tuple[Any, int],
     find: FaceFinder | None = None,
-    parser: str | Path = "bundled",
     fingerprint: str = "",
     on_step: Callable[[int, int], None] | None = None,
 ) -> Edited:
@@ -165,8 +165,8 @@ def edit_photo(
         kind: PNG or WEBP.
         strength: fraction of the steps that run (`likeness.pipelines.editing.edit`).
         method: name in `METHODS`.
+        parser: output of `load_face_parser`.
         find: face detector; without it the photograph must be an aligned square face.
-        parser: face parser (`load_face_parser`).
         fingerprint: hash of the pipeline's weights, for the recipe.
         on_step: called as (steps done, total steps).
 
@@ -174,7 +174,7 @@ def edit_photo(
         InputError: no face is found, or the change is invalid or empty.
     """
     side = request.width or pipeline.config.defaults["size"]
-    plan = plan_edit(photo, change, side, find=find, parser=parser)
+    plan = plan_edit(photo, change, side, parser=parser, find=find)
     return carry_out(
         pipeline, photo, plan, request, kind=kind, strength=strength, method=method, fingerprint=fingerprint,
         on_step=on_step,
@@ -182,7 +182,7 @@ def edit_photo(
 
 
 def plan_edit(
-    photo: Photo, change: Change, side: int, *, find: FaceFinder | None = None, parser: str | Path = "bundled"
+    photo: Photo, change: Change, side: int, *, parser: tuple[Any, int], find: FaceFinder | None = None
 ) -> Plan:
     """Find the face of a photograph, parse it, and apply the change to its mask; `side` is that of the model's images.
 
@@ -192,7 +192,7 @@ def plan_edit(
     given = change.mask_edit or change.mask is not None or change.region or change.region_mask is not None
     if not given and not change.whole:
         raise InputError("there is nothing to edit: pass a mask edit, a mask, a region or a strength")
-    network, size = load_face_parser(parser)
+    network, size = parser
     side = max(side, size)
     transform, notes = face_transform(photo, find, side, change.face)
     (before,) = parse_faces(network, [cut_portrait(photo.pixels, transform, side)], size=size)
