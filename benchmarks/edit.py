@@ -44,7 +44,7 @@ REQUESTS: dict[str, tuple[Change, str]] = {
 
 WAYS = [
     *(("replacement", 1.0), ("replacement", 0.8)),
-    *(("image_to_image", 1.0), ("image_to_image", 0.8), ("image_to_image", 0.6)),
+    *(("image_to_image", 1.0), ("image_to_image", 0.6)),
     *(("flow_edit", 1.0), ("flow_edit", 0.8)),
 ]
 """Method and strength."""

@@ -204,7 +204,7 @@ def test_a_face_in_a_photograph(model, tmp_path, capsys):
     large, small = (
         edit_photo(pipeline, photo, Change(region=["hair"], face=face), request, **options) for face in (None, 2)
     )
-    assert large.notes[0] == "2 faces: face 1, by size, is edited, at (120, 172)"
+    assert large.notes[0].endswith("two.png has 2 faces: face 1 by size is used, at (120, 172)")
     for edited, box in ((large, (20, 60, 220, 260)), (small, (300, 10, 390, 100))):
         changed = (np.array(edited.image) != np.array(canvas)).any(-1)
         columns = np.nonzero(changed)[1]

@@ -22,9 +22,9 @@ from PIL import Image, ImageCms
 from scipy import ndimage
 
 from likeness.annotators.face_parser import parse_faces
-from likeness.annotators.landmarks import FaceFinder, find_faces
+from likeness.annotators.landmarks import FaceFinder
 from likeness.conditions import CONDITIONS, Reading, Source
-from likeness.conditions.framing import framing_faults, framing_of, inverse, move, portrait_faults, portrait_transform
+from likeness.conditions.framing import inverse, move
 from likeness.conditions.images import MAX_PIXELS, open_image, read_rgb
 from likeness.conditions.mask import resize
 from likeness.conditions.mask.classes import CLASS_INDEX
@@ -35,7 +35,7 @@ from likeness.pipelines.editing import DEFAULT_METHOD, METHODS, edit
 from likeness.pipelines.formats import format_of
 from likeness.pipelines.generate import call_options, resolve
 from likeness.pipelines.image_recipe import decode_raw, encode_image, encode_raw, recipe_of
-from likeness.prepare.align import cut_portrait, refine_landmarks
+from likeness.prepare.align import cut_portrait, face_transform
 from likeness.prepare.paste import FEATHER, bands, inward, paste_portrait
 from likeness.types import ConditionInput, InputError, PortraitRequest
 
@@ -141,6 +141,11 @@ def open_photo(source: str | Path | bytes, name: str = "") -> Photo:
     return Photo(image=image.convert(mode), pixels=np.array(read_rgb(image)), profile=profile, name=name)
 
 
+def read_labels(file: str | Path) -> np.ndarray:
+    """Read the mask that an edit names."""
+    return CONDITIONS["mask"].read(Path(file)).raw
+
+
 def edit_photo(
     pipeline: Any,
     photo: Photo,
@@ -152,6 +157,7 @@ def edit_photo(
     method: str = DEFAULT_METHOD,
     parser: tuple[Any, int],
     find: FaceFinder | None = None,
+    read: Callable[[str], np.ndarray] = read_labels,
     fingerprint: str = "",
     on_step: Callable[[int, int], None] | None = None,
 ) -> Edited:
@@ -167,6 +173,7 @@ def edit_photo(
         method: name in `METHODS`.
         parser: output of `load_face_parser`.
         find: face detector; without it the photograph must be an aligned square face.
+        read: returns the mask that a mask edit names. Default: that of the file.
         fingerprint: hash of the pipeline's weights, for the recipe.
         on_step: called as (steps done, total steps).
 
@@ -174,7 +181,7 @@ def edit_photo(
         InputError: no face is found, or the change is invalid or empty.
     """
     side = request.width or pipeline.config.defaults["size"]
-    plan = plan_edit(photo, change, side, parser=parser, find=find)
+    plan = plan_edit(photo, change, side, parser=parser, find=find, read=read)
     return carry_out(
         pipeline, photo, plan, request, kind=kind, strength=strength, method=method, fingerprint=fingerprint,
         on_step=on_step,
@@ -182,7 +189,13 @@ def edit_photo(
 
 
 def plan_edit(
-    photo: Photo, change: Change, side: int, *, parser: tuple[Any, int], find: FaceFinder | None = None
+    photo: Photo,
+    change: Change,
+    side: int,
+    *,
+    parser: tuple[Any, int],
+    find: FaceFinder | None = None,
+    read: Callable[[str], np.ndarray] = read_labels,
 ) -> Plan:
     """Find the face of a photograph, parse it, and apply the change to its mask; `side` is that of the model's images.
 
@@ -194,14 +207,14 @@ def plan_edit(
         raise InputError("there is nothing to edit: pass a mask edit, a mask, a region or a strength")
     network, size = parser
     side = max(side, size)
-    transform, notes = face_transform(photo, find, side, change.face)
+    transform, _, notes = face_transform(photo.pixels, photo.name, find, side, change.face)
     (before,) = parse_faces(network, [cut_portrait(photo.pixels, transform, side)], size=size)
     if not (before == CLASS_INDEX["skin"]).any() or not np.isin(before, class_indices(INSIDE)).any():
         raise InputError(f"{photo.name} shows no face that the parser recognizes: use a frontal photograph")
     after = before
     if change.mask is not None:
         after = in_portrait(CONDITIONS["mask"].read(change.mask).raw, photo, transform, side, "mask")
-    after = apply_commands(after, change.mask_edit, lambda file: CONDITIONS["mask"].read(Path(file)).raw)
+    after = apply_commands(after, change.mask_edit, read)
     wanted = before != after
     if change.region:
         classes = class_indices(change.region, background=True)
@@ -222,44 +235,6 @@ def plan_edit(
             "the aligned face or kept"
         )
     return Plan(transform=transform, region=region, before=before, after=after, notes=notes)
-
-
-def face_transform(
-    photo: Photo, find: FaceFinder | None, side: int, number: int | None = None
-) -> tuple[np.ndarray, list[str]]:
-    """Return the transform [2, 3] from a photograph to the portrait of a face, and notes.
-
-    A photograph that is a portrait already keeps its framing.
-
-    Raises:
-        InputError: there is no such face, or the photograph is not square and there is no detector.
-    """
-    height, width = photo.pixels.shape[:2]
-    own = np.array([[side / width, 0.0, 0.0], [0.0, side / height, 0.0]])
-    if find is None:
-        if width != height:
-            raise InputError(
-                f"{photo.name} is {width}x{height}, not a square portrait: pass --landmarker face_landmarker.task to "
-                "align it"
-            )
-        if number not in (None, 1):
-            raise InputError(f"face {number} cannot be found without --landmarker face_landmarker.task")
-        return own, []
-    faces = find_faces(find, photo.pixels, every=True)
-    if not faces:
-        raise InputError(f"{photo.name} has no face that can be found: use a larger or more frontal photograph")
-    if not 1 <= (number or 1) <= len(faces):
-        raise InputError(f"{photo.name} has {len(faces)} faces; there is no face {number}")
-    points, notes = faces[(number or 1) - 1], []
-    if len(faces) > 1:
-        x, y = points.mean(axis=0)
-        notes.append(f"{len(faces)} faces: face {number or 1}, by size, is edited, at ({x:.0f}, {y:.0f})")
-    if width == height and not portrait_faults(points / width):
-        return own, notes
-    points = refine_landmarks(find, photo.pixels, points)
-    faults = framing_faults(framing_of(points, width, height, side))
-    notes += [f"the face is {fault.text}; expect artifacts" for fault in faults if fault.kind != "small"]
-    return portrait_transform(points, side), notes
 
 
 def in_portrait(values: np.ndarray, photo: Photo, transform: np.ndarray, side: int, what: str) -> np.ndarray:
