@@ -21,7 +21,7 @@ from likeness.data.synthetic import draw_face
 from likeness.encoders.latent import to_tensor
 from likeness.objectives import DDPM, RectifiedFlow
 from likeness.pipelines.editing import METHODS, edit
-from likeness.pipelines.image_recipe import COMPOSITE, XMP_KEY, decode_raw, read_recipe
+from likeness.pipelines.image_recipe import COMPOSITE, XMP_KEY, decode_raw, encode_raw, read_recipe, write_image
 from likeness.pipelines.load import load
 from likeness.prepare.edit import Change, edit_photo, open_photo
 from likeness.types import InputError, PortraitRequest
@@ -288,7 +288,7 @@ REJECTED = {
     "100 megapixels, JPEG": (lambda p: saved(Image.new("L", (10000, 10000)), p / "a.jpg"), (), "has too many pixels"),
     "no file": (lambda p: p / "a.png", (), "does not exist"),
     "JPEG": (None, ("--out", "b.jpg"), "since JPEG is lossy"),
-    "onto itself": (None, ("--out", "a.png"), "would overwrite the photograph"),
+    "onto itself": (None, ("--out", "a.png"), "would overwrite the input"),
     "nothing": (None, ("--region", ""), "there is nothing to edit"),
     "class": (None, ("--region", "hear"), "Unknown class 'hear'"),
     "absent class": (None, ("--region", "necklace"), "the region is empty"),
@@ -331,3 +331,22 @@ def test_recipes_of_other_photographs(model, tmp_path, capsys):
     ):
         assert run("replay", image, "--model", model, "--photo", given) == 2
         assert said in capsys.readouterr().err
+    recipe, pixels = read_recipe(out)
+    for changes, said in (
+        ({"transform": [[1e-9, 0, 0], [0, 1e-9, 0]]}, "its transform or its method is invalid"),
+        ({"transform": [[float("nan")] * 3] * 2}, "its transform or its method is invalid"),
+        ({"transform": [[1.0, 0.0], [1.0]]}, "another shape than [2, 3]"),
+        ({"method": "magic"}, "its transform or its method is invalid"),
+        ({"before": encode_raw(np.zeros((8, 8), np.uint8))}, "its region and its masks do not match"),
+        ({"region": recipe["edit"]["before"]}, "its region and its masks do not match"),
+        ({"region": {"png": "?"}}, "is damaged"),
+        ({"strength": 7.0}, "strength is 7"),
+        ({"width": 7}, "it was edited"),
+    ):
+        damaged = {**recipe, "edit": {**recipe["edit"], **changes}}
+        write_image(Image.fromarray(pixels), tmp_path / "damaged.png", damaged)
+        assert run("replay", tmp_path / "damaged.png", "--model", model, "--photo", photo) == 2, changes
+        assert said in capsys.readouterr().err, changes
+    with pytest.raises(InputError, match="would change every pixel"):
+        write_image(Image.fromarray(pixels), tmp_path / "lossy.jpg", recipe)
+    assert not (tmp_path / "lossy.jpg").exists()

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import tyro
 
-from likeness.cli.output import check_writable, exit_on_sigterm
+from likeness.cli.output import exit_on_sigterm, image_names
 from likeness.cli.portraits import load_pipeline
 from likeness.cli.terminal import PathArgument, print_notes, progress_bar
 from likeness.runtime import choose_threads, optional_packages_hidden
-from likeness.types import DtypeName, InputError, PortraitRequest
+from likeness.types import DtypeName, PortraitRequest
 from likeness.weights.catalog import DEFAULT, bundled_models
 
 
@@ -75,10 +75,8 @@ class Edit:
         from likeness.weights.hashes import pipeline_hash
 
         kind = lossless_format(self.out)
-        check_writable(self.out.parent)
+        image_names(str(self.out), "png", 1, filter(None, (self.photo, self.mask, self.region_mask)))  # may be written
         photo = open_photo(self.photo)
-        if self.out.exists() and self.out.samefile(self.photo):
-            raise InputError(f"--out would overwrite the photograph {self.photo}: choose another name")
         change = Change(
             mask_edit=self.mask_edit,
             mask=self.mask,

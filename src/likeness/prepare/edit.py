@@ -48,6 +48,9 @@ RING = 0.08
 MODES = {"1": "L", "L": "L", "LA": "RGBA", "P": "RGB", "PA": "RGBA", "RGB": "RGB", "RGBA": "RGBA"}
 """Pillow mode of a photograph -> mode of its result, in which the pixels are the same."""
 
+MAX_SIDE = 4096
+"""Largest portrait of a recipe in pixels."""
+
 WEBP_SIDE = 16383
 """Largest side of a WebP in pixels."""
 
@@ -413,6 +416,14 @@ def certify_file(content: bytes, photo: Photo, inside: np.ndarray) -> dict[str, 
         return certify(np.array(photo.image.convert("RGBA")), np.array(written.convert("RGBA")), inside)
 
 
+def is_plausible(transform: np.ndarray, side: int, width: int, height: int) -> bool:
+    """Return whether a portrait of a transform is near a photograph, so that neither is resampled without bound."""
+    if not np.isfinite(transform).all() or not np.linalg.det(transform[:, :2]):
+        return False
+    corners = move(np.array([[0, 0], [side, 0], [0, side], [side, side]]), inverse(transform))
+    return bool((np.abs(corners - [width / 2, height / 2]) < 3 * max(width, height)).all())
+
+
 def replay_edit(
     pipeline: Any,
     recipe: Mapping[str, Any],
@@ -438,14 +449,17 @@ def replay_edit(
     entry = recipe["edit"]
     if photo.sha256 != entry["photo"]:
         raise InputError(f"{photo.name} is not the photograph that was edited, or was changed since: pass the original")
+    if [len(row) for row in entry["transform"]] != [3, 3]:
+        raise InputError("The edit of the recipe is damaged: its transform has another shape than [2, 3]")
     transform = np.array(entry["transform"], dtype=np.float64)
     region, before = (decode_raw(entry[name], raw) for name, raw in (("region", "sketch"), ("before", "mask")))
     after = request.conditions["mask"].image.raw if "mask" in request.conditions else before
-    if transform.shape != (2, 3) or not abs(np.linalg.det(transform[:, :2])) > 0 or entry["method"] not in METHODS:
-        raise InputError("The edit of the recipe is damaged: its transform or its method is invalid")
-    if not region.shape == before.shape == after.shape or region.shape[0] != region.shape[1] or not region.any():
+    region, side = region >= 128, len(region)
+    if not region.shape == before.shape == after.shape == (side, side) or not region.any() or side > MAX_SIDE:
         raise InputError("The edit of the recipe is damaged: its region and its masks do not match")
-    plan = Plan(transform=transform, region=region >= 128, before=before, after=after)
+    if not is_plausible(transform, side, *photo.image.size) or entry["method"] not in METHODS:
+        raise InputError("The edit of the recipe is damaged: its transform or its method is invalid")
+    plan = Plan(transform=transform, region=region, before=before, after=after)
     return carry_out(
         pipeline, photo, plan, request, kind="PNG", strength=entry["strength"], method=entry["method"],
         fingerprint=fingerprint, on_step=on_step,
