@@ -195,9 +195,9 @@ def test_a_face_in_a_photograph(model, tmp_path, capsys):
 
     def find(image: np.ndarray) -> list[np.ndarray]:
         """Landmarks of the pasted faces, in the whole photograph only."""
-        if image.shape[:2] != (300, 400):
+        if image.shape[0] != 300:
             return []
-        return [drawn_landmarks(*pasted) / [400, 300] for pasted in (((300, 10), 90), ((20, 60), 200))]
+        return [drawn_landmarks(*pasted) / image.shape[1::-1] for pasted in (((300, 10), 90), ((20, 60), 200))]
 
     pipeline, options = load(model), {"parser": load_face_parser(), "find": find}
     request = PortraitRequest(prompt="hair", seed=1)
@@ -213,6 +213,12 @@ def test_a_face_in_a_photograph(model, tmp_path, capsys):
         assert edited.certificate["changed_outside"] == 0 < edited.certificate["changed_inside"]
     with pytest.raises(InputError, match="has 2 faces; there is no face 3"):
         edit_photo(pipeline, photo, Change(region=["hair"], face=3), request, **options)
+    # a face at the border
+    cropped = canvas.crop((0, 0, 365, 300))
+    cut = open_photo(saved(cropped, tmp_path / "cut.png"))
+    edited = edit_photo(pipeline, cut, Change(region=["hair"], face=2), request, **options)
+    assert any("% of the portrait is outside the photo; expect artifacts" in note for note in edited.notes)
+    assert edited.certificate["changed_outside"] == 0 < edited.certificate["changed_inside"]
     # a region painted on the photograph
     painted = np.zeros((300, 400), np.uint8)
     painted[100:150, 80:160] = 255
