@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms, ImageOps
 from scipy import ndimage
+from test_images import swap_primaries
 
 from builders import run, tiny_mditface_pipeline, tiny_pipeline
 from likeness.annotators.face_parser import load_face_parser
@@ -356,3 +357,19 @@ def test_recipes_of_other_photographs(model, tmp_path, capsys):
     with pytest.raises(InputError, match="would change every pixel"):
         write_image(Image.fromarray(pixels), tmp_path / "lossy.jpg", recipe)
     assert not (tmp_path / "lossy.jpg").exists()
+
+
+def test_generated_colours_are_converted_to_the_profile(tmp_path):
+    """A photograph whose profile swaps red and blue looks the same, and so does its edit."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = Image.fromarray(np.ascontiguousarray(np.array(face_image())[..., ::-1]))
+    plain = open_photo(saved(face_image(), tmp_path / "a.png"))
+    other = open_photo(saved(swapped, tmp_path / "b.png", icc_profile=swap_primaries(srgb)))
+    pipeline, parser, request = tiny_pipeline(), load_face_parser(), PortraitRequest(seed=1)
+    pipeline.source = {"model": "tiny"}
+    found = [
+        np.array(edit_photo(pipeline, photo, Change(region=["hair"]), request, parser=parser).image).astype(int)
+        for photo in (plain, other)
+    ]
+    inside = (found[0] != np.array(face_image())).any(-1)
+    assert np.abs(found[0] - found[1][..., ::-1])[inside].mean() < 5 < np.abs(found[0] - found[1])[inside].mean()
