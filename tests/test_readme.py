@@ -78,6 +78,14 @@ def test_mask_tools(workplace, capsys):
             assert all(f"`{finding}`" in text for finding in told.out.splitlines())
 
 
+def test_editing(workplace, capsys):
+    lines = commands((ROOT / "docs" / "editing.md").read_text())
+    assert len(lines) >= 6
+    for line in lines:
+        assert run(shlex.split(line)[1:]) == 0, f"{line}: {capsys.readouterr().err}"
+        assert capsys.readouterr().out.rstrip().endswith(("pixels changed outside it: 0", "bit-identical")), line
+
+
 def test_own_photos(workplace, capsys):
     """The way from photographs to a compared model, without alignment and with fewer steps."""
     text = (ROOT / "docs" / "own-photos.md").read_text()

@@ -22,9 +22,10 @@ from likeness.conditions.keypoints import STROKES
 from likeness.conditions.mask.classes import CLASS_INDEX
 from likeness.data.folder import read_folder, read_photo
 from likeness.data.synthetic import draw_face
+from likeness.pipelines.image_recipe import COMPOSITE
 from likeness.prepare.align import JOURNAL, align_files, cut_portrait, photo_files
 from likeness.prepare.annotate import annotate_folder
-from likeness.prepare.paste import COMPOSITE, paste_file, paste_portrait
+from likeness.prepare.paste import paste_file, paste_portrait
 from likeness.types import InputError
 from likeness.weights.hashes import file_hash
 

@@ -18,13 +18,14 @@ from typing import Annotated, Any
 
 import tyro
 
-from likeness.cli import caption, evaluation, mask, portraits, prepare, serve, study, training
+from likeness.cli import caption, edit, evaluation, mask, portraits, prepare, serve, study, training
 from likeness.cli.terminal import print_error
 from likeness.runtime import configure_process
 from likeness.types import InputError, TryAgain
 
 COMMANDS: dict[str, Any] = {
     "generate": portraits.Generate,
+    "edit": edit.Edit,
     "replay": portraits.Replay,
     "inspect": portraits.Inspect,
     "mask": (

@@ -206,7 +206,9 @@ class Replay:
     """
 
     image: PathArgument
-    """An image that likeness generated."""
+    """An image that likeness generated or edited."""
+    photo: Path | None = None
+    """The photograph, if the image is an edited one."""
     model: str | None = None
     """The model of the recipe, if it is not bundled."""
     base: str | None = None
@@ -231,6 +233,7 @@ class Replay:
         request = dataclasses.replace(request, force_size=not request.upscale)  # accepted when the image was generated
         suffix = self.image.suffix.removeprefix(".")
         names, overwrite = (iter(()), False) if self.out is None else image_names(self.out, suffix, 1, [self.image])
+        photo = self.open_photo(edited=bool(recipe.get("edit")))
 
         from likeness.pipelines.adapters import restore_adapters
         from likeness.pipelines.generate import generate, resolve
@@ -245,12 +248,18 @@ class Replay:
         if isinstance(threads, int) and 1 <= threads <= (os.cpu_count() or 1):
             set_threads(threads)  # the rounding of matrix products depends on them
         with exit_on_sigterm(), progress_bar("Generating") as advance:
-            request = resolve(request, pipeline)
-            images, _ = generate(pipeline, request, [request.seed], advance)
-            again, fingerprint = np.asarray(images[0]), pipeline_hash(pipeline)
-            if self.out is not None:
+            request, fingerprint = resolve(request, pipeline), pipeline_hash(pipeline)
+            if photo is not None:
+                from likeness.prepare.edit import replay_edit
+
+                edited = replay_edit(pipeline, recipe, request, photo, fingerprint=fingerprint, on_step=advance)
+                image, own = edited.image, edited.recipe
+            else:
+                (image,), _ = generate(pipeline, request, [request.seed], advance)
                 own = recipe_of(request, pipeline, model=model, base=base, quantize=quantize, fingerprint=fingerprint)
-                print(save_image(images[0], own, names, overwrite))
+            again = np.asarray(image.convert("RGB"))
+            if self.out is not None:
+                print(save_image(image, own, names, overwrite))
         changes = differences(recipe, pipeline, fingerprint)
         print_notes(changes)
         if again.shape == pixels.shape and (again == pixels).all():
@@ -261,6 +270,18 @@ class Replay:
         reason = "JPEG is lossy" if lossy else "see above" if changes else "its pixels were modified"
         fraction = f"{(changed > 0).mean():.1%} of values differ, by at most {changed.max()}"
         raise InputError(f"{self.image} is not reproduced: {fraction} ({reason})")
+
+    def open_photo(self, edited: bool) -> Any:
+        """Open the photograph of an edited image. Raises `InputError` if it is missing or useless."""
+        if edited and self.photo is None:
+            raise InputError(f"{self.image} is an edited photograph: pass the original with --photo FILE")
+        if self.photo is None:
+            return None
+        if not edited:
+            raise InputError(f"{self.image} is not an edited photograph: leave --photo out")
+        from likeness.prepare.edit import open_photo
+
+        return open_photo(self.photo)
 
 
 @dataclass(frozen=True, kw_only=True)

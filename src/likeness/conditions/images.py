@@ -60,7 +60,11 @@ def existing_path(source: str | Path) -> Path:
 
 
 def open_image(
-    source: str | Path | Image.Image | bytes, name: str = "", *, max_pixels: int = MAX_CONDITION_PIXELS
+    source: str | Path | Image.Image | bytes,
+    name: str = "",
+    *,
+    max_pixels: int = MAX_CONDITION_PIXELS,
+    exact: bool = False,
 ) -> Image.Image:
     """Decode an image file completely, in its own mode, and apply its EXIF orientation. See `read_rgb` for photographs.
 
@@ -71,6 +75,8 @@ def open_image(
         source: A path, a PIL image, or the content of a file.
         name: Name for error messages. Default: the path.
         max_pixels: Upper bound of its pixels.
+        exact: Reject files whose pixels would change: a JPEG that would be decoded at a lower resolution, and more than
+            8 bits per value.
 
     Raises:
         InputError: The file is missing, empty, truncated, too large, or not an image in one of `FORMATS`.
@@ -90,7 +96,10 @@ def open_image(
             if not length:
                 raise InputError(f"{name} is empty (0 bytes): save or download it again", kind="corrupt-file")
             with Image.open(file, formats=_formats(name)) as image:
-                if image.format in ("JPEG", "MPO") and image.width * image.height > max_pixels:
+                if exact and (image.mode in WIDE or any(";16" in str(tile[3]) for tile in image.tile)):
+                    text = f"{name} has 16 bits per value, which would be rounded: save it with 8 bits"
+                    raise InputError(text, kind="corrupt-file")
+                if not exact and image.format in ("JPEG", "MPO") and image.width * image.height > max_pixels:
                     scale = next((n for n in (2, 4, 8) if image.width * image.height <= max_pixels * n * n), 8)
                     image.draft(None, (image.width // scale, image.height // scale))
                 check_pixels(image.width, image.height, name, max_pixels)

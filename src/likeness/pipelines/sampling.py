@@ -110,13 +110,16 @@ class Sampling:
 
 
 @torch.no_grad()
-def advance(samplings: Sequence[Sampling], *, together: bool = False) -> None:
-    """Run the next step of several calls of one pipeline.
+def predict(samplings: Sequence[Sampling], *, together: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+    """Run the network at the current step of several calls of one pipeline.
 
     Args:
         samplings: the calls; none is complete.
         together: run passes with arguments of the same shapes in one batch. That is faster on an accelerator, but
             rounding then depends on the batch.
+
+    Returns:
+        Input and guided prediction of each call, [B, C, h, w] each.
     """
     inputs, predictions = [], []
     for sampling in samplings:
@@ -136,6 +139,12 @@ def advance(samplings: Sequence[Sampling], *, together: bool = False) -> None:
         for (i, passes), own in zip(group, outputs.split([len(passes.items) for _, passes in group]), strict=True):
             for item, weight, output in zip(passes.items, passes.weights, own, strict=True):
                 predictions[i][item] += weight * output
+    return inputs, predictions
+
+
+def advance(samplings: Sequence[Sampling], *, together: bool = False) -> None:
+    """Run the next step of several calls: `predict`, then the sampler."""
+    inputs, predictions = predict(samplings, together=together)
     for sampling, scaled, prediction in zip(samplings, inputs, predictions, strict=True):
         timestep = sampling.scheduler.timesteps[sampling.step]
         sampling.last = scaled, prediction

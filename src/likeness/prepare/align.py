@@ -254,6 +254,54 @@ def align_photo(
     return record
 
 
+def face_transform(
+    photo: np.ndarray, name: str, find: FaceFinder | None, size: int, number: int | None = None
+) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
+    """Return the transform [2, 3] from a photo to the portrait of a face, `number` by size (default: the largest, 1).
+
+    A photo that is a portrait already keeps its framing; without a detector it must be one.
+
+    Args:
+        photo: uint8 [H, W, 3].
+        name: its name for messages.
+        find: face detector.
+        size: side length of the portrait in pixels.
+        number: number of the face.
+
+    Returns:
+        The transform, the landmarks [478, 2] in pixels of the photo (None without a detector), and notes.
+
+    Raises:
+        InputError: there is no such face, or the photo is not square and there is no detector.
+    """
+    height, width = photo.shape[:2]
+    own = np.array([[size / width, 0.0, 0.0], [0.0, size / height, 0.0]])
+    if find is None:
+        if width != height:
+            raise InputError(
+                f"{name} is {width}x{height}, not a square portrait: pass --landmarker face_landmarker.task to align it"
+            )
+        if number not in (None, 1):
+            raise InputError(f"face {number} cannot be found without --landmarker face_landmarker.task")
+        return own, None, []
+    faces = find_faces(find, photo, every=True)
+    if not faces:
+        raise InputError(f"{name} has no face that can be found: use a larger or more frontal photograph")
+    number = number or 1
+    if not 1 <= number <= len(faces):
+        raise InputError(f"{name} has {len(faces)} faces; there is no face {number}")
+    points, notes = faces[number - 1], []
+    if len(faces) > 1:
+        x, y = points.mean(axis=0)
+        notes.append(f"{name} has {len(faces)} faces: face {number} by size is used, at ({x:.0f}, {y:.0f})")
+    if width == height and not portrait_faults(points / width):
+        return own, points, notes
+    points = refine_landmarks(find, photo, points)
+    faults = framing_faults(framing_of(points, width, height, size))
+    notes += [f"the face is {fault.text}; expect artifacts" for fault in faults if fault.kind != "small"]
+    return portrait_transform(points, size), points, notes
+
+
 def refine_landmarks(find: FaceFinder, photo: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Detect the landmarks [478, 2] of a face again in the upright, image-filling portrait, where they are accurate."""
     transform = portrait_transform(points, REFINE_SIZE)

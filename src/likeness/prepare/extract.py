@@ -8,15 +8,14 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
-from likeness.annotators.landmarks import FaceFinder, find_faces, landmarker_name, open_face_finder
-from likeness.conditions.framing import move, portrait_faults, portrait_transform
+from likeness.annotators.landmarks import landmarker_name, open_face_finder
+from likeness.conditions.framing import move
 from likeness.conditions.images import png_bytes
 from likeness.data.folder import read_photo
 from likeness.files import write_whole
-from likeness.prepare.align import cut_portrait, refine_landmarks
+from likeness.prepare.align import cut_portrait, face_transform
 from likeness.prepare.annotate import keypoints_file, mask_annotator, sketch_annotator
 from likeness.types import InputError
 
@@ -49,24 +48,18 @@ def extract(
     """
     if size < 32:
         raise InputError(f"size must be at least 32 pixels, not {size}")
-    pixels, points = read_photo(photo), None
-    height, width = pixels.shape[:2]
-    if landmarker is None and height != width:
-        raise InputError(
-            f"{photo} is {width}x{height}, not a square portrait: pass --landmarker face_landmarker.task to align it"
-        )
+    pixels = read_photo(photo)
     suffixes = {"image": ".png", "mask": "_mask.png", "sketch": "_sketch.png", "keypoints": "_keypoints.json"}
     files = {name: out / f"{photo.stem}{suffix}" for name, suffix in suffixes.items() if landmarker or name[0] != "k"}
     if files["image"].exists() and files["image"].samefile(photo):
         raise InputError(f"{files['image']} is the photograph itself: choose another folder than {out}")
     contents: dict[str, bytes | None] = {}
     with ExitStack() as stack:
-        if landmarker is not None:
-            find = stack.enter_context(open_face_finder(landmarker))
-            pixels, points = aligned(pixels, find, size, str(photo))
-            contents["keypoints"] = keypoints_file(points, size, size, landmarker_name(landmarker))
-        else:
-            pixels = read_photo(photo, size)
+        find = None if landmarker is None else stack.enter_context(open_face_finder(landmarker))
+        transform, points, _ = face_transform(pixels, str(photo), find, size)
+    pixels = cut_portrait(pixels, transform, size)
+    if landmarker is not None and points is not None:
+        contents["keypoints"] = keypoints_file(move(points, transform), size, size, landmarker_name(landmarker))
     contents["image"] = png_bytes(Image.fromarray(pixels))
     for name, annotator in (("mask", mask_annotator(parser, device=device)), ("sketch", sketch_annotator(None))):
         (contents[name],) = annotator.annotate([pixels])
@@ -75,20 +68,3 @@ def extract(
         assert content is not None
         write_whole(file, content)
     return files
-
-
-def aligned(photo: np.ndarray, find: FaceFinder, size: int, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the portrait of the largest face, uint8 [size, size, 3], and its landmarks [478, 2] in pixels.
-
-    A photo that is aligned already keeps its framing. Raises `InputError` if no face is found.
-    """
-    faces = find_faces(find, photo)
-    if not faces:
-        raise InputError(f"{name} has no face that can be found: use a larger or more frontal photograph")
-    height, width = photo.shape[:2]
-    if height == width and not portrait_faults(faces[0] / width):
-        image = Image.fromarray(photo).resize((size, size), Image.Resampling.LANCZOS)
-        return np.array(image), faces[0] * (size / width)
-    points = refine_landmarks(find, photo, faces[0])
-    transform = portrait_transform(points, size)
-    return cut_portrait(photo, transform, size), move(points, transform)

@@ -7,13 +7,12 @@ aligned: its SHA-256 is compared.
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from scipy.ndimage import distance_transform_edt
 
 from likeness.annotators.face_parser import load_face_parser, parse_faces
@@ -25,7 +24,7 @@ from likeness.conditions.mask.geometry import INSIDE
 from likeness.data.folder import each_row, read_photo, splits_of
 from likeness.files import write_whole
 from likeness.pipelines.formats import format_of
-from likeness.pipelines.image_recipe import GENERATED, IPTC, RDF, XMP_KEY
+from likeness.pipelines.image_recipe import COMPOSITE, GENERATED, XMP_KEY, encode_image
 from likeness.prepare.align import resample
 from likeness.types import InputError
 from likeness.weights.hashes import file_hash
@@ -38,9 +37,6 @@ ON_SKIN = (*INSIDE, "eye_g")
 
 BAND = 256
 """Rows of the photo that are blended at a time, to bound the memory."""
-
-COMPOSITE = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
-"""IPTC digital source type of a photo that contains generated content."""
 
 
 def paste_file(
@@ -85,7 +81,9 @@ def paste_file(
     image = Image.fromarray(pixels)
     if "A" in original.getbands() and kind != "JPEG":
         image.putalpha(original.getchannel("A"))
-    write_whole(out, encode(image, kind, original.info.get("icc_profile"), generated=is_generated(edited)))
+    mark = COMPOSITE if is_generated(edited) else None
+    image.info["icc_profile"] = original.info.get("icc_profile")
+    write_whole(out, encode_image(image, kind, None, mark=mark))
     return f"images/{row['file_name'].name}"
 
 
@@ -128,8 +126,15 @@ def region_weight(portrait: np.ndarray, only: Sequence[str], parser: str, feathe
     region = np.isin(labels, classes)
     if not region.any():
         raise InputError(f"the portrait shows no {', '.join(only)}: name other classes, or leave --only out")
+    return inward(region, feather)
+
+
+def inward(region: np.ndarray, feather: float) -> np.ndarray:
+    """Return uint8 [S, S]: 0 outside a region, bool [S, S], rising to 255 within `feather` of the side inside it."""
+    if region.all():  # no edge
+        return np.full(region.shape, 255, np.uint8)
     inside = np.asarray(distance_transform_edt(np.pad(region, 1, mode="edge")))[1:-1, 1:-1]
-    return np.rint(255 * smooth(inside / max(feather * len(portrait), 1))).astype(np.uint8)
+    return np.rint(255 * smooth(inside / max(feather * len(region), 1))).astype(np.uint8)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -170,53 +175,38 @@ def paste_portrait(
     if not 0 < feather <= 0.5:
         raise InputError(f"feather must be greater than 0 and at most 0.5, not {feather:g}")
     transform = rescaled(transform, size, side)
-    corners = move(np.array([[0, 0], [side, 0], [0, side], [side, side]]), inverse(transform))
-    left, top = np.clip(np.floor(corners.min(axis=0)).astype(int), 0, [width, height])
-    right, bottom = np.clip(np.ceil(corners.max(axis=0)).astype(int), 0, [width, height])
     rim = 8  # for samples at the portrait's edge
     padded = np.pad(portrait, ((rim, rim), (rim, rim), (0, 0)), mode="edge")
     weights = None if weight is None else np.pad(weight, rim, mode="edge")
     result = photo.copy()
+    for rows, columns, places in bands(transform, side, width, height):
+        inside = np.minimum(places, side - places).min(axis=-1) / (feather * side)
+        share = smooth(inside)[..., None]  # [h, w, 1]
+        offset = move(np.array([columns.start, rows.start]), transform) + rim
+        local = np.concatenate([transform[:, :2], offset[:, None]], axis=1)
+        shape = columns.stop - columns.start, rows.stop - rows.start
+        pasted = resample(padded, local, *shape)
+        if weights is not None:
+            share = share * resample(weights, local, *shape) / 255
+        own = photo[rows, columns]
+        result[rows, columns] = np.rint(own + share * (pasted.astype(np.float64) - own))
+    return result
+
+
+def bands(transform: np.ndarray, side: int, width: int, height: int) -> Iterator[tuple[slice, slice, np.ndarray]]:
+    """Split the part of a photo around a portrait into bands of rows: yields rows, columns, and the place of each pixel
+    in the portrait, float64 [h, w, 2].
+    """
+    corners = move(np.array([[0, 0], [side, 0], [0, side], [side, side]]), inverse(transform))
+    left, top = np.clip(np.floor(corners.min(axis=0)).astype(int), 0, [width, height])
+    right, bottom = np.clip(np.ceil(corners.max(axis=0)).astype(int), 0, [width, height])
     for start in range(top, bottom, BAND):
         stop = min(start + BAND, bottom)
         x, y = np.meshgrid(np.arange(left, right) + 0.5, np.arange(start, stop) + 0.5)
-        places = move(np.stack([x, y], axis=-1), transform)  # [h, w, 2]
-        inside = np.minimum(places, side - places).min(axis=-1) / (feather * side)
-        share = smooth(inside)[..., None]  # [h, w, 1]
-        offset = move(np.array([left, start]), transform) + rim
-        local = np.concatenate([transform[:, :2], offset[:, None]], axis=1)
-        pasted = resample(padded, local, right - left, stop - start)
-        if weights is not None:
-            share = share * resample(weights, local, right - left, stop - start) / 255
-        own = photo[start:stop, left:right]
-        result[start:stop, left:right] = np.rint(own + share * (pasted.astype(np.float64) - own))
-    return result
+        yield slice(start, stop), slice(left, right), move(np.stack([x, y], axis=-1), transform)
 
 
 def is_generated(portrait: Image.Image) -> bool:
     """Return whether a portrait has IPTC's mark of generated media."""
     packet = portrait.info.get(XMP_KEY) or portrait.info.get("xmp") or b""
     return GENERATED in (packet.decode("utf-8", "replace") if isinstance(packet, bytes) else packet)
-
-
-def encode(image: Image.Image, kind: str, profile: bytes | None, *, generated: bool) -> bytes:
-    """Encode an image with its colour profile and, if the portrait had one, a mark of generated media."""
-    options: dict[str, Any] = {
-        "JPEG": {"quality": 95, "subsampling": 0},
-        "WEBP": {"lossless": True, "exact": True},
-    }.get(kind, {})
-    if profile:
-        options["icc_profile"] = profile
-    if generated:
-        packet = (
-            f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="{RDF}"><rdf:Description rdf:about="" '
-            f'xmlns:Iptc4xmpExt="{IPTC}" Iptc4xmpExt:DigitalSourceType="{COMPOSITE}"/></rdf:RDF></x:xmpmeta>'
-        )
-        if kind == "PNG":
-            options["pnginfo"] = PngImagePlugin.PngInfo()
-            options["pnginfo"].add_itxt(XMP_KEY, packet)
-        else:
-            options["xmp"] = packet.encode()
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()

@@ -1,0 +1,34 @@
+"""FlowEdit (arXiv 2412.08629): move the image by the difference between two predictions, without inversion.
+
+At each time both conditions see the image with the same noise. What both predict equally stays as it is, so that an
+edit from one mask to another keeps texture and light; two passes per step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from likeness.objectives.flow import RectifiedFlow
+from likeness.pipelines.editing.base import Editing
+from likeness.pipelines.sampling import predict
+from likeness.types import InputError
+
+
+def flow_edit(editing: Editing) -> Iterator[None]:
+    """Algorithm 1 of the paper with one noise per step (n_avg = 1, n_min = 0)."""
+    target, source = editing.target, editing.source
+    if not isinstance(target.objective, RectifiedFlow):
+        raise InputError("flow_edit requires a rectified flow, and this model is a DDPM: choose the method replacement")
+    assert source is not None, "FlowEdit compares two calls"
+    edited = editing.clean
+    for step in range(editing.start, target.steps):
+        source.latents = editing.noised(editing.draw(), step)
+        target.latents = edited + source.latents - editing.clean
+        source.step = target.step = step
+        _, (wanted, given) = predict([target, source])
+        after = target.times[step + 1] if step + 1 < target.steps else 0.0
+        edited = torch.where(editing.region, edited + (after - target.times[step]) * (wanted - given), editing.clean)
+        yield
+    target.latents, target.step = edited, target.steps

@@ -1,0 +1,466 @@
+"""Edit a photograph: generate one region of a face, and keep every other pixel of the file.
+
+The face is aligned and parsed, its mask edited, the region generated at the size of the model (`pipelines.editing`) and
+pasted with the inverse transform. Pixels outside the region are copied from the photograph, and the encoded file is
+decoded and compared before it is written: the certificate counts the pixels that changed. The feather is inside the
+region, which is therefore a margin larger than what the mask changes.
+
+S pixels is the side of the portrait, W x H the size of the photograph.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageCms
+from scipy import ndimage
+
+from likeness.annotators.face_parser import parse_faces
+from likeness.annotators.landmarks import FaceFinder
+from likeness.conditions import CONDITIONS, Reading, Source
+from likeness.conditions.framing import inverse, move
+from likeness.conditions.images import MAX_PIXELS, open_image, read_rgb
+from likeness.conditions.mask import resize
+from likeness.conditions.mask.classes import CLASS_INDEX
+from likeness.conditions.mask.commands import apply_commands
+from likeness.conditions.mask.edits import class_indices
+from likeness.conditions.mask.geometry import INSIDE
+from likeness.pipelines.editing import DEFAULT_METHOD, METHODS, edit
+from likeness.pipelines.formats import format_of
+from likeness.pipelines.generate import call_options, resolve
+from likeness.pipelines.image_recipe import decode_raw, encode_image, encode_raw, recipe_of
+from likeness.prepare.align import cut_portrait, face_transform
+from likeness.prepare.paste import FEATHER, bands, inward, paste_portrait
+from likeness.types import ConditionInput, InputError, PortraitRequest
+
+MARGIN = 0.05
+"""Distance by which a region is larger than what the mask changes, and width of the feather inside it; of S."""
+
+RING = 0.08
+"""Width of the ring outside the region from which colours are matched, of S."""
+
+MODES = {"1": "L", "L": "L", "LA": "RGBA", "P": "RGB", "PA": "RGBA", "RGB": "RGB", "RGBA": "RGBA"}
+"""Pillow mode of a photograph -> mode of its result, in which the pixels are the same."""
+
+MAX_SIDE = 4096
+"""Largest portrait of a recipe in pixels."""
+
+WEBP_SIDE = 16383
+"""Largest side of a WebP in pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Photo:
+    """A photograph."""
+
+    image: Image.Image
+    """Upright, in its own colours, mode L, RGB or RGBA."""
+    pixels: np.ndarray
+    """In sRGB on white, uint8 [H, W, 3]."""
+    profile: bytes | None
+    """ICC profile of `image`."""
+    name: str
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the decoded pixels."""
+        image = self.image
+        return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What to change in a photograph. Masks have the size of the photograph, or are square: of the aligned face."""
+
+    mask_edit: str = ""
+    """Commands of `likeness.conditions.mask.commands`."""
+    mask: Source | None = None
+    """The wanted mask."""
+    region: Sequence[str] = ()
+    """Classes to generate again."""
+    region_mask: str | Path | Image.Image | bytes | None = None
+    """Image whose white pixels are generated again."""
+    keep: str = ""
+    """Classes whose pixels stay, as "skin, eyes" or "all but hair"."""
+    face: int | None = None
+    """Number of the face, 1 for the largest."""
+    whole: bool = False
+    """Whether to change the whole portrait if nothing else is given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Where and what to generate."""
+
+    transform: np.ndarray
+    """float64 [2, 3], photograph -> portrait of S pixels."""
+    region: np.ndarray
+    """bool [S, S]."""
+    before: np.ndarray
+    """The photograph's mask, uint8 [S, S]."""
+    after: np.ndarray
+    """The wanted mask, uint8 [S, S]."""
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edited:
+    """An edited photograph."""
+
+    image: Image.Image
+    content: bytes
+    """The encoded file."""
+    certificate: dict[str, int]
+    """`photo_pixels`, `region_pixels`, `changed_inside`, and `changed_outside`, which is 0."""
+    recipe: dict[str, Any]
+    notes: list[str]
+
+
+def lossless_format(out: Path) -> str:
+    """Return Pillow's format of the result's file name. Raises `InputError` for lossy formats."""
+    if (kind := format_of(out)) == "JPEG":
+        raise InputError(f"{out} would change every pixel, since JPEG is lossy: write a .png or .webp")
+    return kind
+
+
+def open_photo(source: str | Path | bytes, name: str = "") -> Photo:
+    """Read a photograph without changing a pixel.
+
+    Raises:
+        InputError: it cannot be read, or has values that a PNG of 8 bits cannot store.
+    """
+    image = open_image(source, name, max_pixels=MAX_PIXELS, exact=True)
+    name = name or str(source)
+    if image.mode not in MODES:
+        raise InputError(f"{name} is a {image.mode} image, whose colours would be converted: save it as 8-bit RGB")
+    mode = "RGBA" if image.mode != "RGBA" and "transparency" in image.info else MODES[image.mode]
+    profile = image.info.get("icc_profile")
+    return Photo(image=image.convert(mode), pixels=np.array(read_rgb(image)), profile=profile, name=name)
+
+
+def read_labels(file: str | Path) -> np.ndarray:
+    """Read the mask that an edit names."""
+    return CONDITIONS["mask"].read(Path(file)).raw
+
+
+def edit_photo(
+    pipeline: Any,
+    photo: Photo,
+    change: Change,
+    request: PortraitRequest,
+    *,
+    kind: str = "PNG",
+    strength: float = 1.0,
+    method: str = DEFAULT_METHOD,
+    parser: tuple[Any, int],
+    find: FaceFinder | None = None,
+    read: Callable[[str], np.ndarray] = read_labels,
+    fingerprint: str = "",
+    on_step: Callable[[int, int], None] | None = None,
+) -> Edited:
+    """Edit a photograph.
+
+    Args:
+        pipeline: an `MMFacePipeline` or `MDiTFacePipeline` with masks.
+        photo: output of `open_photo`.
+        change: what to change.
+        request: prompt, seed, steps and guidance.
+        kind: PNG or WEBP.
+        strength: fraction of the steps that run (`likeness.pipelines.editing.edit`).
+        method: name in `METHODS`.
+        parser: output of `load_face_parser`.
+        find: face detector; without it the photograph must be an aligned square face.
+        read: returns the mask that a mask edit names. Default: that of the file.
+        fingerprint: hash of the pipeline's weights, for the recipe.
+        on_step: called as (steps done, total steps).
+
+    Raises:
+        InputError: no face is found, or the change is invalid or empty.
+    """
+    side = request.width or pipeline.config.defaults["size"]
+    plan = plan_edit(photo, change, side, parser=parser, find=find, read=read)
+    return carry_out(
+        pipeline, photo, plan, request, kind=kind, strength=strength, method=method, fingerprint=fingerprint,
+        on_step=on_step,
+    )  # fmt: skip
+
+
+def plan_edit(
+    photo: Photo,
+    change: Change,
+    side: int,
+    *,
+    parser: tuple[Any, int],
+    find: FaceFinder | None = None,
+    read: Callable[[str], np.ndarray] = read_labels,
+) -> Plan:
+    """Find the face of a photograph, parse it, and apply the change to its mask; `side` is that of the model's images.
+
+    Raises:
+        InputError: see `edit_photo`.
+    """
+    given = change.mask_edit or change.mask is not None or change.region or change.region_mask is not None
+    if not given and not change.whole:
+        raise InputError("there is nothing to edit: pass a mask edit, a mask, a region or a strength")
+    network, size = parser
+    side = max(side, size)
+    transform, _, notes = face_transform(photo.pixels, photo.name, find, side, change.face)
+    (before,) = parse_faces(network, [cut_portrait(photo.pixels, transform, side)], size=size)
+    if not (before == CLASS_INDEX["skin"]).any() or not np.isin(before, class_indices(INSIDE)).any():
+        raise InputError(f"{photo.name} shows no face that the parser recognizes: use a frontal photograph")
+    after = before
+    if change.mask is not None:
+        after = in_portrait(CONDITIONS["mask"].read(change.mask).raw, photo, transform, side, "mask")
+    after = apply_commands(after, change.mask_edit, read)
+    wanted = before != after
+    if change.region:
+        classes = class_indices(change.region, background=True)
+        wanted |= np.isin(before, classes) | np.isin(after, classes)
+    region = near(wanted, MARGIN * side) if wanted.any() else wanted
+    if change.region_mask is not None:
+        white = np.asarray(read_rgb(change.region_mask).convert("L")) >= 128
+        white = in_portrait(white, photo, transform, side, "region mask")
+        wanted, region = wanted | white, region | white
+    if not given:
+        wanted = region = np.ones_like(wanted)
+    if change.keep:
+        allowed = changeable(change.keep, before, after)
+        wanted, region = wanted & allowed, region & allowed
+    if not wanted.any():
+        raise InputError(
+            "the region is empty: the mask does not change, the face has none of the classes, or the region is outside "
+            "the aligned face or kept"
+        )
+    return Plan(transform=transform, region=region, before=before, after=after, notes=notes)
+
+
+def in_portrait(values: np.ndarray, photo: Photo, transform: np.ndarray, side: int, what: str) -> np.ndarray:
+    """Move labels or a region [h, w] of the photograph or of the portrait to the portrait, [side, side].
+
+    Raises:
+        InputError: they are of another size.
+    """
+    height, width = photo.pixels.shape[:2]
+    if values.shape != (height, width):
+        if values.shape[0] != values.shape[1]:
+            raise InputError(
+                f"the {what} is {values.shape[1]}x{values.shape[0]}: it must be {width}x{height} as the photograph, or "
+                "square as the aligned face"
+            )
+        return resize(values.astype(np.uint8), side, side).astype(values.dtype)
+    centres = np.arange(side) + 0.5
+    x, y = np.moveaxis(move(np.stack(np.meshgrid(centres, centres), axis=-1), inverse(transform)), -1, 0)
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    found = np.zeros((side, side), values.dtype)
+    found[inside] = values[y[inside].astype(int), x[inside].astype(int)]
+    return found
+
+
+def changeable(keep: str, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Return where a portrait may change, bool [S, S], from "skin, eyes" or "all but hair"."""
+    words = keep.strip().removeprefix("all but ")
+    classes = class_indices([name.strip() for name in words.split(",") if name.strip()], background=True)
+    if words != keep.strip():
+        return np.isin(before, classes) | np.isin(after, classes)
+    return ~np.isin(before, classes)
+
+
+def carry_out(
+    pipeline: Any,
+    photo: Photo,
+    plan: Plan,
+    request: PortraitRequest,
+    *,
+    kind: str,
+    strength: float,
+    method: str,
+    fingerprint: str = "",
+    on_step: Callable[[int, int], None] | None = None,
+) -> Edited:
+    """Generate the region of a plan and paste it, with the arguments of `edit_photo`.
+
+    Raises:
+        InputError: an argument is invalid, or the format cannot store the photograph.
+    """
+    side, (width, height) = len(plan.region), photo.image.size
+    if kind == "WEBP" and max(width, height) > WEBP_SIDE:
+        raise InputError(f"{photo.name} is {width}x{height}, and a WebP is at most {WEBP_SIDE} wide: write a .png")
+    mask = ConditionInput(image=Reading(raw=plan.after, scheme="mask of the edit"))
+    request = resolve(replace(request, conditions={**request.conditions, "mask": mask}), pipeline)
+    portrait = cut_portrait(photo.pixels, plan.transform, side)
+    output = edit(
+        pipeline,
+        image=portrait,
+        mask_image=plan.region,
+        strength=strength,
+        method=method,
+        source_control_image={"mask": Reading(raw=plan.before, scheme="mask of the photograph")},
+        on_step=on_step,
+        **call_options(request, [request.seed]),
+    )
+    made = np.array(output.images[0].resize((side, side), Image.Resampling.LANCZOS))
+    image, inside = paste_region(photo, match_colour(made, portrait, plan.region), plan)
+    before, after = (np.array(one.convert("RGBA")) for one in (photo.image, image))
+    certificate = certify(before, after, inside)
+    recipe = recipe_of(request, pipeline, **pipeline.source, fingerprint=fingerprint)
+    recipe["edit"] = {
+        "method": method,
+        "strength": strength,
+        "photo": photo.sha256,
+        "width": width,
+        "height": height,
+        "transform": plan.transform.tolist(),
+        "region": encode_raw(plan.region.astype(np.uint8) * 255),
+        "before": encode_raw(plan.before),
+        "certificate": certificate,
+    }
+    image.info["icc_profile"] = photo.profile
+    content = encode_image(image, kind, recipe)
+    assert certify_file(content, photo, inside) == certificate, "the file has other pixels"
+    return Edited(
+        image=image, content=content, certificate=certificate, recipe=recipe, notes=[*plan.notes, *output.notes]
+    )
+
+
+def match_colour(made: np.ndarray, portrait: np.ndarray, region: np.ndarray) -> np.ndarray:
+    """Shift the colours of a generated portrait so that it continues the photograph around a region.
+
+    The difference on a ring outside the region, smoothed, is added: normalized convolution (Knutsson and Westin, 1993).
+
+    Args:
+        made: generated, uint8 [S, S, 3].
+        portrait: of the photograph, uint8 [S, S, 3].
+        region: bool [S, S].
+    """
+    side = len(region)
+    if region.all():
+        return made
+    ring = ~region & near(region, RING * side)
+    difference = (portrait.astype(np.float64) - made) * ring[..., None]
+    sigma, least = RING * side, 1e-3  # far from the ring the mean
+    shift = ndimage.gaussian_filter(difference, (sigma, sigma, 0)) + least * difference[ring].mean(axis=0)
+    shift /= (ndimage.gaussian_filter(ring.astype(np.float64), sigma) + least)[..., None]
+    return np.rint(made + shift).clip(0, 255).astype(np.uint8)
+
+
+def near(region: np.ndarray, distance: float) -> np.ndarray:
+    """Return where a region, bool [S, S], is within a distance in pixels; it is not empty."""
+    return np.asarray(ndimage.distance_transform_edt(~region)) <= distance
+
+
+def paste_region(photo: Photo, made: np.ndarray, plan: Plan) -> tuple[Image.Image, np.ndarray]:
+    """Paste the region of a portrait, in sRGB, into a photograph.
+
+    Returns:
+        The image, in the photograph's mode, and where its pixels may differ, bool [H, W].
+    """
+    side, (width, height) = len(plan.region), photo.image.size
+    own = np.array(photo.image.convert("RGB"))
+    corners = move(np.array([[0, 0], [width, height]]), plan.transform)
+    fills = np.allclose(corners, [[0, 0], [side, side]])  # no border between portrait and photograph
+    pasted = paste_portrait(
+        own,
+        from_srgb(made, photo),
+        plan.transform,
+        side,
+        feather=1e-6 if fills else FEATHER,
+        weight=inward(plan.region, MARGIN),
+    )
+    inside = np.zeros((height, width), bool)
+    for rows, columns, places in bands(plan.transform, side, width, height):
+        x, y = np.moveaxis(np.floor(places).astype(int), -1, 0)
+        within = (x >= 0) & (x < side) & (y >= 0) & (y < side)
+        inside[rows, columns] = within & plan.region[y.clip(0, side - 1), x.clip(0, side - 1)]
+    result = Image.fromarray(np.where(inside[..., None], pasted, own))
+    if photo.image.mode == "L":
+        result = Image.fromarray(np.where(inside, np.array(result.convert("L")), own[..., 0]))
+    elif photo.image.mode == "RGBA":
+        result.putalpha(photo.image.getchannel("A"))
+    return result, inside
+
+
+def from_srgb(image: np.ndarray, photo: Photo) -> np.ndarray:
+    """Convert uint8 [S, S, 3] from sRGB to the colours of an RGB photograph. An unusable profile is ignored."""
+    if not photo.profile or photo.image.mode == "L":
+        return image
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(photo.profile))
+        if "sRGB" in ImageCms.getProfileDescription(profile):
+            return image
+        converted = ImageCms.profileToProfile(Image.fromarray(image), ImageCms.createProfile("sRGB"), profile)
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image
+    return np.array(converted)
+
+
+def certify(before: np.ndarray, after: np.ndarray, inside: np.ndarray) -> dict[str, int]:
+    """Count changed pixels of two images [H, W, 4], inside and outside a region [H, W]."""
+    changed = (before != after).any(axis=-1)
+    return {
+        "photo_pixels": inside.size,
+        "region_pixels": int(inside.sum()),
+        "changed_inside": int((changed & inside).sum()),
+        "changed_outside": int((changed & ~inside).sum()),
+    }
+
+
+def certify_file(content: bytes, photo: Photo, inside: np.ndarray) -> dict[str, int]:
+    """Decode a file and count the pixels that differ from a photograph."""
+    with Image.open(io.BytesIO(content)) as written:
+        return certify(np.array(photo.image.convert("RGBA")), np.array(written.convert("RGBA")), inside)
+
+
+def is_plausible(transform: np.ndarray, side: int, width: int, height: int) -> bool:
+    """Return whether a portrait of a transform is near a photograph, so that neither is resampled without bound."""
+    if not np.isfinite(transform).all() or not np.linalg.det(transform[:, :2]):
+        return False
+    corners = move(np.array([[0, 0], [side, 0], [0, side], [side, side]]), inverse(transform))
+    return bool((np.abs(corners - [width / 2, height / 2]) < 3 * max(width, height)).all())
+
+
+def replay_edit(
+    pipeline: Any,
+    recipe: Mapping[str, Any],
+    request: PortraitRequest,
+    photo: Photo,
+    *,
+    fingerprint: str = "",
+    on_step: Callable[[int, int], None] | None = None,
+) -> Edited:
+    """Repeat the edit of a recipe.
+
+    Args:
+        pipeline: the pipeline of the recipe.
+        recipe: checked by `check_recipe`, with `edit`.
+        request: its request.
+        photo: the photograph that was edited.
+        fingerprint: hash of the pipeline's weights.
+        on_step: called as (steps done, total steps).
+
+    Raises:
+        InputError: the photograph is another one, or the recipe is damaged.
+    """
+    entry = recipe["edit"]
+    if photo.sha256 != entry["photo"]:
+        raise InputError(f"{photo.name} is not the photograph that was edited, or was changed since: pass the original")
+    if [len(row) for row in entry["transform"]] != [3, 3]:
+        raise InputError("The edit of the recipe is damaged: its transform has another shape than [2, 3]")
+    transform = np.array(entry["transform"], dtype=np.float64)
+    region, before = (decode_raw(entry[name], raw) for name, raw in (("region", "sketch"), ("before", "mask")))
+    after = request.conditions["mask"].image.raw if "mask" in request.conditions else before
+    region, side = region >= 128, len(region)
+    if not region.shape == before.shape == after.shape == (side, side) or not region.any() or side > MAX_SIDE:
+        raise InputError("The edit of the recipe is damaged: its region and its masks do not match")
+    if not is_plausible(transform, side, *photo.image.size) or entry["method"] not in METHODS:
+        raise InputError("The edit of the recipe is damaged: its transform or its method is invalid")
+    plan = Plan(transform=transform, region=region, before=before, after=after)
+    return carry_out(
+        pipeline, photo, plan, request, kind="PNG", strength=entry["strength"], method=entry["method"],
+        fingerprint=fingerprint, on_step=on_step,
+    )  # fmt: skip

@@ -1,0 +1,375 @@
+"""Editing: methods at the level of latents, and `likeness edit` on photographs."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms, ImageOps
+from scipy import ndimage
+from test_images import swap_primaries
+
+from builders import run, tiny_mditface_pipeline, tiny_pipeline
+from likeness.annotators.face_parser import load_face_parser
+from likeness.conditions import CONDITIONS
+from likeness.conditions.framing import TRAINED
+from likeness.conditions.keypoints import STROKES
+from likeness.data.synthetic import draw_face
+from likeness.encoders.latent import to_tensor
+from likeness.objectives import DDPM, RectifiedFlow
+from likeness.pipelines.editing import METHODS, edit
+from likeness.pipelines.image_recipe import COMPOSITE, XMP_KEY, decode_raw, encode_raw, read_recipe, write_image
+from likeness.pipelines.load import load
+from likeness.prepare.edit import Change, edit_photo, open_photo
+from likeness.types import InputError, PortraitRequest
+
+FACE, OTHER = draw_face(0, 0, 32), draw_face(0, 1, 32)
+
+
+def seeded(seed: int = 3) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def with_objective(pipeline, objective):
+    pipeline.register_to_config(objective=objective.config())
+    pipeline.scheduler = objective.scheduler()
+    return pipeline
+
+
+PIPELINES = {
+    "mmface": tiny_pipeline,
+    "mditface": tiny_mditface_pipeline,
+    "dpm++": lambda: with_objective(tiny_pipeline(), RectifiedFlow(sampler="dpm++")),
+    "renoise": lambda: with_objective(tiny_pipeline(), RectifiedFlow(sampler="renoise")),
+    "ddpm": lambda: with_objective(tiny_pipeline(), DDPM()),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", PIPELINES)
+def test_methods(name, method):
+    """Latents outside the region are those of the image; without a region and with all steps it is plain generation."""
+    pipeline = PIPELINES[name]()
+    region = np.zeros((64, 64), np.uint8)
+    region[:20, 40:] = 255  # of four tokens a side it touches those of row 0 and 1, column 2 and 3
+    options = {"control_image": {"mask": OTHER.mask}, "source_control_image": {"mask": FACE.mask}, "method": method}
+    arguments = {"image": FACE.image, "mask_image": region, "output_type": "latent", **options}
+    if (name, method) == ("ddpm", "flow_edit"):
+        with pytest.raises(InputError, match="requires a rectified flow"):
+            edit(pipeline, "hair", generator=seeded(), **arguments)
+        return
+    steps = []
+    found, again, weaker = (
+        edit(pipeline, "hair", generator=seeded(), strength=strength, on_step=lambda *s: steps.append(s), **arguments)
+        for strength in (1.0, 1.0, 0.5)
+    )
+    assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)] * 2 + [(1, 2), (2, 2)]
+    clean = pipeline.codec.encode(to_tensor([FACE.image]))
+    inside = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+    inside[..., :2, 2:] = True
+    for result in (found, weaker):
+        same = (result.images == clean).all(dim=1, keepdim=True)
+        assert torch.equal(same, ~inside) or method == "image_to_image"
+        assert not same[inside].any()
+    assert torch.equal(found.images, again.images)
+    assert not torch.equal(found.images, weaker.images)
+    if method != "flow_edit":
+        whole = edit(pipeline, "hair", generator=seeded(), **{**arguments, "mask_image": None})
+        plain = pipeline("hair", control_image={"mask": OTHER.mask}, generator=seeded(), output_type="latent")
+        assert torch.equal(whole.images, plain.images)
+
+
+def test_flow_edit_between_equal_descriptions_changes_nothing():
+    pipeline, same = tiny_pipeline(), {"mask": FACE.mask}
+    options = {"image": FACE.image, "method": "flow_edit", "guidance_scale": 1.0, "output_type": "latent"}
+    found = edit(pipeline, "a", source_prompt="a", control_image=same, source_control_image=same, **options)
+    assert torch.allclose(found.images, pipeline.codec.encode(to_tensor([FACE.image])), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"method": "flow"}, "Unknown method 'flow'. Did you mean flow_edit"),
+        ({"strength": 0}, "strength is 0; it must be greater than 0"),
+        ({"strength": float("nan")}, "strength is nan"),
+        ({"mask_image": np.zeros((8, 8), np.uint8)}, "mask_image is all black"),
+        ({"image": FACE.image[:16]}, "the image to edit is 32x16, but the image is 32x32"),
+        ({"num_inference_steps": 0}, "number of steps is 0"),
+    ],
+)
+def test_rejected_arguments(changes, said):
+    with pytest.raises(InputError, match=said):
+        edit(tiny_pipeline(), **{"image": FACE.image, **changes})
+
+
+# Photographs
+
+SIDE = 128
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A tiny model in a folder."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+def face_image(number: int = 0) -> Image.Image:
+    return Image.fromarray(draw_face(0, number, SIDE).image)
+
+
+def saved(image: Image.Image, path: Path, **options) -> Path:
+    image.save(path, **options)
+    return path
+
+
+def orientation(value: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = value
+    return exif
+
+
+PHOTOS = {
+    "rgb.png": lambda path: saved(face_image(), path),
+    "grey.png": lambda path: saved(face_image().convert("L"), path),
+    "palette.png": lambda path: saved(face_image().quantize(64), path),
+    "photo.jpg": lambda path: saved(face_image().resize((320, 320)), path, quality=90),
+    "turned.jpg": lambda path: saved(face_image().rotate(90, expand=True), path, exif=orientation(6)),
+    "mirrored.png": lambda path: saved(face_image().transpose(0), path, exif=orientation(2)),
+}
+
+
+def alpha_photo(path: Path) -> Path:
+    """Colours are hidden under transparent pixels."""
+    image = face_image().convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize((SIDE, SIDE)))
+    return saved(image, path, icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+
+
+PHOTOS["alpha.png"] = alpha_photo
+
+
+@pytest.mark.parametrize("name", PHOTOS)
+def test_every_other_pixel_is_that_of_the_photograph(name, model, tmp_path, capsys):
+    photo, out = PHOTOS[name](tmp_path / name), tmp_path / ("out.webp" if "alpha" in name else "out.png")
+    command = ("edit", photo, "red hair", "--region", "hair", "--keep", "skin", "--model", model, "--seed", 4)
+    assert run(*command, "--out", out) == 0, capsys.readouterr().err
+    assert "pixels changed outside it: 0" in capsys.readouterr().out
+    recipe, _ = read_recipe(out)
+    with Image.open(photo) as given, Image.open(out) as written:
+        before, after = np.array(ImageOps.exif_transpose(given).convert("RGBA")), np.array(written.convert("RGBA"))
+        assert written.info.get("icc_profile") == given.info.get("icc_profile")
+        assert (written.mode == "L") == (given.mode == "L")
+        packet = written.info.get(XMP_KEY) or written.info["xmp"].decode()
+    assert COMPOSITE in packet
+    changed = (before != after).any(-1)
+    region = Image.fromarray(decode_raw(recipe["edit"]["region"], "sketch"))
+    inside = np.array(region.resize(changed.shape[::-1], Image.Resampling.NEAREST)) > 0
+    assert not changed[~inside].any()
+    assert changed[inside].mean() > 0.5
+    counts = recipe["edit"]["certificate"]
+    assert counts == {
+        "photo_pixels": changed.size,
+        "region_pixels": inside.sum(),
+        "changed_inside": changed.sum(),
+        "changed_outside": 0,
+    }
+    # again from the recipe
+    assert run("replay", out, "--model", model) == 2
+    assert "is an edited photograph: pass the original with --photo" in capsys.readouterr().err
+    again = tmp_path / f"again{out.suffix}"
+    assert run("replay", out, "--model", model, "--photo", photo, "--out", again) == 0, capsys.readouterr().err
+    assert again.read_bytes() == out.read_bytes()
+
+
+def test_a_face_in_a_photograph(model, tmp_path, capsys):
+    """Through the alignment, with a rotated face among two; masks of the photograph and of the aligned face."""
+    canvas = Image.fromarray(np.random.default_rng(0).integers(90, 110, (300, 400, 3), np.uint8))
+    canvas.paste(face_image().resize((90, 90)), (300, 10))
+    canvas.paste(face_image(1).rotate(8, Image.Resampling.BICUBIC).resize((200, 200)), (20, 60))
+    photo = open_photo(saved(canvas, tmp_path / "two.png"))
+
+    def find(image: np.ndarray) -> list[np.ndarray]:
+        """Landmarks of the pasted faces, in the whole photograph only."""
+        if image.shape[0] != 300:
+            return []
+        return [drawn_landmarks(*pasted) / image.shape[1::-1] for pasted in (((300, 10), 90), ((20, 60), 200))]
+
+    pipeline, options = load(model), {"parser": load_face_parser(), "find": find}
+    request = PortraitRequest(prompt="hair", seed=1)
+    large, small = (
+        edit_photo(pipeline, photo, Change(region=["hair"], face=face), request, **options) for face in (None, 2)
+    )
+    assert large.notes[0].endswith("two.png has 2 faces: face 1 by size is used, at (120, 172)")
+    for edited, box in ((large, (20, 60, 220, 260)), (small, (300, 10, 390, 100))):
+        changed = (np.array(edited.image) != np.array(canvas)).any(-1)
+        columns = np.nonzero(changed)[1]
+        assert box[0] - 60 <= columns.min() <= columns.max() <= box[2] + 60
+        assert (columns.mean() > 250) == (box[0] == 300)
+        assert edited.certificate["changed_outside"] == 0 < edited.certificate["changed_inside"]
+    with pytest.raises(InputError, match="has 2 faces; there is no face 3"):
+        edit_photo(pipeline, photo, Change(region=["hair"], face=3), request, **options)
+    # a face at the border
+    cropped = canvas.crop((0, 0, 365, 300))
+    cut = open_photo(saved(cropped, tmp_path / "cut.png"))
+    edited = edit_photo(pipeline, cut, Change(region=["hair"], face=2), request, **options)
+    assert any("% of the portrait is outside the photo; expect artifacts" in note for note in edited.notes)
+    assert edited.certificate["changed_outside"] == 0 < edited.certificate["changed_inside"]
+    # a region painted on the photograph
+    painted = np.zeros((300, 400), np.uint8)
+    painted[100:150, 80:160] = 255
+    edited = edit_photo(pipeline, photo, Change(region_mask=Image.fromarray(painted)), request, **options)
+    changed = (np.array(edited.image) != np.array(canvas)).any(-1)
+    assert not changed[(ndimage.maximum_filter(painted, 5) == 0)].any()
+    assert changed[painted > 0].mean() > 0.5
+    for region in (painted[:, :300][:100], np.rot90(painted)):
+        with pytest.raises(InputError, match="it must be 400x300 as the photograph, or square"):
+            edit_photo(pipeline, photo, Change(region_mask=Image.fromarray(region.copy())), request, **options)
+    painted[:] = 0
+    painted[:20, :20] = 255
+    with pytest.raises(InputError, match="outside the aligned face"):
+        edit_photo(pipeline, photo, Change(region_mask=Image.fromarray(painted), face=2), request, **options)
+
+
+def drawn_landmarks(place: tuple[int, int], side: int) -> np.ndarray:
+    """Landmarks [478, 2] in pixels of a portrait that was pasted at a place."""
+    parts = {name: np.array(TRAINED[name]) * side + place for name in TRAINED}
+    points = np.tile(np.mean(list(parts.values()), axis=0), (478, 1))
+    points[list(STROKES["r_eye"][3])], points[list(STROKES["l_eye"][3])] = parts["right eye"], parts["left eye"]
+    points[[61, 291]] = parts["mouth"]
+    points[[234, 454]] += [[-side / 4, 0], [side / 4, 0]]
+    return points
+
+
+def test_masks_and_whole_portraits(model, tmp_path, capsys):
+    """All ways to name a region; the wanted mask is the condition."""
+    photo = saved(face_image(), tmp_path / "a.png")
+    other = tmp_path / "other mask.png"
+    other.write_bytes(CONDITIONS["mask"].encode(draw_face(0, 1, SIDE).mask))
+    command = ("edit", photo, "--model", model, "--seed", 4, "--out", tmp_path / "b.png")
+    sizes = []
+    for changes in (
+        ("--mask-edit", "grow hair 6; shrink hair 2px"),
+        ("--mask-edit", "grow hair 6", "--keep", "all but hair", "--method", "flow_edit"),
+        ("--mask-edit", f"paste hair from '{other}'"),
+        ("--mask", other),
+        ("--strength", 0.5),
+    ):
+        assert run(*command, *changes) == 0, capsys.readouterr().err
+        recipe, _ = read_recipe(tmp_path / "b.png")
+        sizes.append(recipe["edit"]["certificate"]["region_pixels"])
+        assert run("replay", tmp_path / "b.png", "--model", model, "--photo", photo) == 0
+    assert sizes[1] < sizes[0] < SIDE**2
+    assert sizes[-1] == SIDE**2
+    assert recipe["edit"]["strength"] == 0.5
+
+
+def deep(image: Image.Image) -> Image.Image:
+    return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+
+
+def rgb16(path: Path) -> Path:
+    """A PNG of 16-bit RGB, which Pillow reads but does not write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 32, 32, 16, 2, 0, 0, 0)
+    rows = zlib.compress((b"\0" + bytes(32 * 6)) * 32)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
+    return path
+
+
+REJECTED = {
+    "16 bits": (lambda p: saved(deep(face_image()), p / "a.png"), (), "has 16 bits per value"),
+    "16-bit RGB": (lambda p: rgb16(p / "a.png"), (), "has 16 bits per value"),
+    "CMYK": (lambda p: saved(face_image().convert("CMYK"), p / "a.jpg"), (), "is a CMYK image"),
+    "no face": (lambda p: saved(Image.new("RGB", (64, 64), "green"), p / "a.png"), (), "shows no face that the parser"),
+    "not square": (lambda p: saved(face_image().crop((0, 0, 64, 128)), p / "a.png"), (), "not a square portrait: pass"),
+    "100 megapixels": (lambda p: saved(Image.new("1", (10000, 10000)), p / "a.png"), (), "has too many pixels"),
+    "100 megapixels, JPEG": (lambda p: saved(Image.new("L", (10000, 10000)), p / "a.jpg"), (), "has too many pixels"),
+    "no file": (lambda p: p / "a.png", (), "does not exist"),
+    "JPEG": (None, ("--out", "b.jpg"), "since JPEG is lossy"),
+    "onto itself": (None, ("--out", "a.png"), "would overwrite the input"),
+    "nothing": (None, ("--region", ""), "there is nothing to edit"),
+    "class": (None, ("--region", "hear"), "Unknown class 'hear'"),
+    "absent class": (None, ("--region", "necklace"), "the region is empty"),
+    "kept": (None, ("--region", "hair", "--keep", "hair"), "the region is empty"),
+    "edit": (None, ("--mask-edit", "grwo hair 8"), "Unknown edit 'grwo'. Did you mean grow"),
+    "short edit": (None, ("--mask-edit", "grow hair"), "is incomplete: write grow CLASSES BY"),
+    "quote": (None, ("--mask-edit", "paste hat from 'a"), "has an open quote"),
+    "no source": (None, ("--mask-edit", "paste hat"), "is incomplete: write paste CLASSES from FILE"),
+    "black": (None, ("--region-mask", "black.png"), "the region is empty"),
+    "strength": (None, ("--strength", "1.5"), "strength is 1.5"),
+    "face": (None, ("--region", "hair", "--face", "2"), "face 2 cannot be found without"),
+    "method": (None, ("--region", "hair", "--method", "magic"), "Unknown method 'magic'"),
+}
+
+
+@pytest.mark.parametrize("case", REJECTED)
+def test_bad_input(case, model, tmp_path, monkeypatch, capsys):
+    """One sentence, exit code 2, and no file."""
+    monkeypatch.chdir(tmp_path)
+    make, arguments, said = REJECTED[case]
+    saved(Image.new("RGB", (64, 64)), tmp_path / "black.png")
+    photo = (make or (lambda p: saved(face_image(), p / "a.png")))(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    arguments = arguments if "--out" in arguments else (*arguments, "--out", "b.png")
+    arguments = arguments if make is None and arguments[0] != "--out" else (*arguments, "--region", "hair")
+    assert run("edit", photo, "--model", model, *arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_recipes_of_other_photographs(model, tmp_path, capsys):
+    photo, out = saved(face_image(), tmp_path / "a.png"), tmp_path / "b.png"
+    assert run("edit", photo, "--region", "hair", "--model", model, "--out", out) == 0
+    capsys.readouterr()
+    for image, given, said in (
+        (out, saved(face_image(1), tmp_path / "c.png"), "is not the photograph that was edited"),
+        (photo, photo, "has no recipe"),
+    ):
+        assert run("replay", image, "--model", model, "--photo", given) == 2
+        assert said in capsys.readouterr().err
+    recipe, pixels = read_recipe(out)
+    for changes, said in (
+        ({"transform": [[1e-9, 0, 0], [0, 1e-9, 0]]}, "its transform or its method is invalid"),
+        ({"transform": [[float("nan")] * 3] * 2}, "its transform or its method is invalid"),
+        ({"transform": [[1.0, 0.0], [1.0]]}, "another shape than [2, 3]"),
+        ({"method": "magic"}, "its transform or its method is invalid"),
+        ({"before": encode_raw(np.zeros((8, 8), np.uint8))}, "its region and its masks do not match"),
+        ({"region": recipe["edit"]["before"]}, "its region and its masks do not match"),
+        ({"region": {"png": "?"}}, "is damaged"),
+        ({"strength": 7.0}, "strength is 7"),
+        ({"width": 7}, "it was edited"),
+    ):
+        damaged = {**recipe, "edit": {**recipe["edit"], **changes}}
+        write_image(Image.fromarray(pixels), tmp_path / "damaged.png", damaged)
+        assert run("replay", tmp_path / "damaged.png", "--model", model, "--photo", photo) == 2, changes
+        assert said in capsys.readouterr().err, changes
+    with pytest.raises(InputError, match="would change every pixel"):
+        write_image(Image.fromarray(pixels), tmp_path / "lossy.jpg", recipe)
+    assert not (tmp_path / "lossy.jpg").exists()
+
+
+def test_generated_colours_are_converted_to_the_profile(tmp_path):
+    """A photograph whose profile swaps red and blue looks the same, and so does its edit."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = Image.fromarray(np.ascontiguousarray(np.array(face_image())[..., ::-1]))
+    plain = open_photo(saved(face_image(), tmp_path / "a.png"))
+    other = open_photo(saved(swapped, tmp_path / "b.png", icc_profile=swap_primaries(srgb)))
+    pipeline, parser, request = tiny_pipeline(), load_face_parser(), PortraitRequest(seed=1)
+    pipeline.source = {"model": "tiny"}
+    found = [
+        np.array(edit_photo(pipeline, photo, Change(region=["hair"]), request, parser=parser).image).astype(int)
+        for photo in (plain, other)
+    ]
+    inside = (found[0] != np.array(face_image())).any(-1)
+    assert np.abs(found[0] - found[1][..., ::-1])[inside].mean() < 5 < np.abs(found[0] - found[1])[inside].mean()
