@@ -95,7 +95,7 @@ def edit(
         clean=pipeline.codec.encode(pixels).expand(count, -1, -1, -1),
         region=torch.from_numpy(latent_region(mask_image, grid, pipeline.patch_size)).to(target.latents.device),
         start=target.steps - max(1, int(target.steps * strength)),
-        draw=lambda: pipeline.prepare_latents(None, count, tuple(target.latents.shape[1:]), generators),
+        draw=lambda: pipeline.prepare_latents(None, count, target.latents, generators),
     )
     for done, _ in enumerate(METHODS[method](editing), start=1):
         if on_step is not None:
