@@ -35,6 +35,11 @@ def no_sketch(text: str) -> InputError:
     return InputError(text, kind="no-sketch")
 
 
+def extraction(name: str) -> str:
+    """How to get the conditions of a photograph."""
+    return f"`likeness extract {name} --out DIR` makes the sketch of a photograph"
+
+
 def read(source: Source, *, name: str = "") -> Reading:
     """Read a drawing.
 
@@ -144,7 +149,7 @@ def _clean(grey: np.ndarray, colourfulness: np.ndarray, name: str) -> tuple[np.n
 
     if np.median(grey) >= PAPER and (grey >= PAPER).mean() > 0.5 and np.percentile(grey, 0.5) <= 110:
         if np.mean(colourfulness[grey < 200] > 96) > 0.5 and (grey < 200).mean() > 0.3:
-            raise no_sketch(f"{name} is a colour image, not a sketch: extract a sketch from it first")
+            raise no_sketch(f"{name} is a colour image, not a sketch: {extraction(name)}")
         return np.ascontiguousarray(grey), False
     window = max(9, min(grey.shape) // 12)
     # The envelope is smooth and a large closing is slow: close a reduced copy.
@@ -162,8 +167,8 @@ def _clean(grey: np.ndarray, colourfulness: np.ndarray, name: str) -> tuple[np.n
     # A shadow on paper rarely halves the light, and paper grain stays below 0.1. Photographs nearly always exceed one.
     if low < 0.55 * high or noise > 0.18 or inked.mean() > 0.45 or (colourfulness > 60).mean() > 0.15:
         raise no_sketch(
-            f"{name} has continuous tones and is not a sketch: extract a sketch from it first, or run "
-            "`likeness inspect` to see what it is"
+            f"{name} has continuous tones and is not a sketch: {extraction(name)}, and `likeness inspect` reports what "
+            "it is"
         )
     if inked.mean() < 0.0005 or ink.max() < 0.06:
         raise InputError(f"the sketch is blank: {name} has no lines; draw dark lines on white", kind="blank")
