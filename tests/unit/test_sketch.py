@@ -77,7 +77,7 @@ def test_other_images_are_rejected():
         with pytest.raises(InputError, match=message) as caught:
             read(source)
         assert caught.value.kind == kind, message
-    with pytest.raises(InputError, match="continuous tones .* `likeness extract"):
+    with pytest.raises(InputError, match=r"continuous tones .* `likeness extract"):
         read(cases["continuous tones"][1].mean(axis=2).astype(np.uint8))
 
 
