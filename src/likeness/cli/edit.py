@@ -10,9 +10,9 @@ from pathlib import Path
 import tyro
 
 from likeness.cli.output import exit_on_sigterm, image_names
-from likeness.cli.portraits import load_pipeline
-from likeness.cli.terminal import PathArgument, print_notes, progress_bar
-from likeness.runtime import choose_threads, optional_packages_hidden
+from likeness.cli.portraits import adapt_threads, load_pipeline
+from likeness.cli.terminal import PathArgument, listed, print_notes, progress_bar
+from likeness.runtime import optional_packages_hidden
 from likeness.types import DtypeName, PortraitRequest
 from likeness.weights.catalog import DEFAULT, bundled_models
 
@@ -70,7 +70,6 @@ class Edit:
         from likeness.annotators.landmarks import open_face_finder
         from likeness.files import write_whole
         from likeness.pipelines.editing import DEFAULT_METHOD
-        from likeness.pipelines.generate import work_of
         from likeness.prepare.edit import Change, edit_photo, lossless_format, open_photo
         from likeness.weights.hashes import pipeline_hash
 
@@ -80,7 +79,7 @@ class Edit:
         change = Change(
             mask_edit=self.mask_edit,
             mask=self.mask,
-            region=[name for text in self.region for name in text.split(",") if name.strip()],
+            region=listed(self.region),
             region_mask=self.region_mask,
             keep=self.keep,
             face=self.face,
@@ -98,9 +97,7 @@ class Edit:
             find = None if self.landmarker is None else stack.enter_context(open_face_finder(self.landmarker))
             with optional_packages_hidden() if self.model in bundled_models() else nullcontext():
                 pipeline = load_pipeline(self.model, self.dtype, self.device, self.base)
-            if pipeline._execution_device.type == "cpu":
-                size = pipeline.config.defaults["size"]
-                choose_threads(work_of(pipeline, size, size))
+            adapt_threads(pipeline)
             stack.enter_context(exit_on_sigterm())
             edited = edit_photo(
                 pipeline,

@@ -138,7 +138,7 @@ class Generate(RequestOptions):
         core_only = self.model in bundled_models() and not (loras or self.quantize)
         with progress_bar(f"Loading {self.model}"), optional_packages_hidden() if core_only else nullcontext():
             from likeness.pipelines.adapters import add_loras
-            from likeness.pipelines.generate import batches, resolve, work_of
+            from likeness.pipelines.generate import batches, resolve
             from likeness.pipelines.generate import generate as generate_images
             from likeness.pipelines.image_recipe import recipe_of
             from likeness.weights.hashes import pipeline_hash
@@ -151,8 +151,7 @@ class Generate(RequestOptions):
         assert height
         assert width
         units = (requests[0].num_inference_steps or 0) + 1  # of an image: its steps, and decoding with saving
-        if pipeline._execution_device.type == "cpu":
-            choose_threads(work_of(pipeline, height, width))
+        adapt_threads(pipeline, height, width)
         fingerprint = pipeline_hash(pipeline) if self.metadata else ""
         encoded: dict[Any, Any] = {}
         reported: set[str] = set()
@@ -331,6 +330,15 @@ def load_pipeline(
 
     quiet_libraries()
     return load(model, dtype=dtype, device=device, base=base, quantize=quantize, offload=offload)
+
+
+def adapt_threads(pipeline: Any, height: int | None = None, width: int | None = None) -> None:
+    """Choose the number of CPU threads for images of a size. Default: the model's."""
+    from likeness.pipelines.generate import work_of
+
+    if pipeline._execution_device.type == "cpu":
+        size = pipeline.config.defaults["size"]
+        choose_threads(work_of(pipeline, height or size, width or size))
 
 
 def parse_lora(text: str) -> tuple[str, float]:

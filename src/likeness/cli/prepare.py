@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from likeness.cli.terminal import PathArgument, print_counts, print_notes, progress_bar, quiet_libraries
+from likeness.cli.terminal import PathArgument, listed, print_counts, print_notes, progress_bar, quiet_libraries
 from likeness.types import InputError
 
 Format = Literal[
@@ -192,8 +192,7 @@ class Paste:
     def __call__(self) -> None:
         from likeness.prepare.paste import paste_file
 
-        only = [name for text in self.only for name in text.split(",") if name.strip()]
-        print(f"{self.out}: {paste_file(**(vars(self) | {'only': only}))} pasted into {self.photo}")
+        print(f"{self.out}: {paste_file(**(vars(self) | {'only': listed(self.only)}))} pasted into {self.photo}")
 
 
 @dataclass(frozen=True, kw_only=True)

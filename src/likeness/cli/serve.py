@@ -87,10 +87,8 @@ class Serve:
             from likeness.serve.store import Store
         except ImportError as error:
             raise InputError(f"The service requires {error.name}: pip install 'likeness[serve]'") from error
-        from likeness.cli.portraits import load_pipeline
+        from likeness.cli.portraits import adapt_threads, load_pipeline
         from likeness.files import locked
-        from likeness.pipelines.generate import work_of
-        from likeness.runtime import choose_threads
 
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
         settings = Settings(
@@ -111,9 +109,7 @@ class Serve:
             replica = "" if self.database is None else self.replica or f"{socket.gethostname()}:{port}"
             store = Store(self.data, self.database, replica)
             pipeline = load_pipeline(self.model, self.dtype, self.device, self.base, self.quantize)
-            if pipeline._execution_device.type == "cpu":
-                size = pipeline.config.defaults["size"]
-                choose_threads(work_of(pipeline, size, size))
+            adapt_threads(pipeline)
             source = {"model": self.model, "base": self.base, "quantize": self.quantize}
             app = create_app(Service(pipeline, store, settings, source))
             config = uvicorn.Config(

@@ -13,7 +13,7 @@ import numpy as np
 
 from likeness.conditions import CONDITIONS
 from likeness.data.folder import read_photo
-from likeness.evaluate.compare import Comparison
+from likeness.evaluate.compare import Comparison, Difference
 from likeness.evaluate.metrics import METRICS
 from likeness.evaluate.protocol import CEILING, conditions_of
 from likeness.evaluate.results import ClassScore, Evaluation, Measurement, Results
@@ -137,11 +137,18 @@ def comparison_table(comparison: Comparison) -> Section:
     return Section(title="Differences", header=header, rows=rows, text=SIGNIFICANCE)
 
 
+def by_pair(comparison: Comparison) -> dict[tuple[str, str], list[Difference]]:
+    """Group the differences by (first, second) source."""
+    found: dict[tuple[str, str], list[Difference]] = {}
+    for one in comparison.differences:
+        found.setdefault((one.minus, one.of), []).append(one)
+    return found
+
+
 def comparison_verdict(comparison: Comparison) -> list[str]:
     """How many differences are significant, pair by pair."""
     verdict = []
-    for first, second in dict.fromkeys((found.minus, found.of) for found in comparison.differences):
-        found = [one for one in comparison.differences if (one.minus, one.of) == (first, second)]
+    for (first, second), found in by_pair(comparison).items():
         wins = Counter(one.better for one in found if one.better)
         counts = ", ".join(f"{name} is better in {wins[name]}" for name in (first, second))
         verdict.append(f"Of {len(found)} differences, {sum(wins.values())} are significant: {counts}.")
@@ -165,11 +172,11 @@ def compared_samples(evaluations: Mapping[str, Evaluation]) -> list[Section]:
 def difference_charts(comparison: Comparison) -> list[Section]:
     """A chart of the differences of each pair, in units of the half width of their intervals."""
     charts = []
-    for first, second in dict.fromkeys((found.minus, found.of) for found in comparison.differences):
+    for (first, second), differences in by_pair(comparison).items():
         rows = []
-        for found in comparison.differences:
+        for found in differences:
             half = (found.high - found.low) / 2
-            if (found.minus, found.of) == (first, second) and half > 0:
+            if half > 0:
                 value = found.value / half * (1 if METRICS[found.metric].better == "higher" else -1)
                 rows.append((f"{METRICS[found.metric].title}, {found.given}", value, value - 1, value + 1))
         if rows:

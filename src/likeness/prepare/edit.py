@@ -322,7 +322,8 @@ def carry_out(
     }
     image.info["icc_profile"] = photo.profile
     content = encode_image(image, kind, recipe)
-    assert certify_file(content, photo, inside) == certificate, "the file has other pixels"
+    with Image.open(io.BytesIO(content)) as written:
+        assert certify(before, np.array(written.convert("RGBA")), inside) == certificate, "the file has other pixels"
     return Edited(
         image=image, content=content, certificate=certificate, recipe=recipe, notes=[*plan.notes, *output.notes]
     )
@@ -408,12 +409,6 @@ def certify(before: np.ndarray, after: np.ndarray, inside: np.ndarray) -> dict[s
         "changed_inside": int((changed & inside).sum()),
         "changed_outside": int((changed & ~inside).sum()),
     }
-
-
-def certify_file(content: bytes, photo: Photo, inside: np.ndarray) -> dict[str, int]:
-    """Decode a file and count the pixels that differ from a photograph."""
-    with Image.open(io.BytesIO(content)) as written:
-        return certify(np.array(photo.image.convert("RGBA")), np.array(written.convert("RGBA")), inside)
 
 
 def is_plausible(transform: np.ndarray, side: int, width: int, height: int) -> bool:

@@ -32,6 +32,7 @@ from likeness.pipelines.propose import propose_mask
 from likeness.pipelines.sizes import parse_size
 from likeness.prepare.align import cut_portrait, refine_landmarks
 from likeness.prepare.annotate import keypoints_annotator, mask_annotator, sketch_annotator
+from likeness.prepare.ingest.convert import centre_square, crop_and_resize
 from likeness.serve.errors import ApiError, invalid
 from likeness.serve.jobs import Job
 from likeness.serve.schema import Generation, MaskEdit, Proposal
@@ -229,22 +230,18 @@ class Service:
         if annotate is None:
             raise ApiError(501, "Keypoints require the option --landmarker of the service", code="not_available")
         try:
-            image = np.asarray(read_rgb(photo, "image"))
+            image = read_rgb(photo, "image")
         except InputError as error:
             raise invalid(error, "image") from error
         aligned = self.find is not None and align is not False
-        if aligned:
-            image = self.align(image, size)
-        else:
-            side = min(image.shape[:2])
-            top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
-            square = Image.fromarray(image[top : top + side, left : left + side])
-            image = np.asarray(square.resize((size, size), Image.Resampling.LANCZOS))
-        (content,) = annotate([image])
+        if not aligned:
+            image = crop_and_resize(image, centre_square(*image.size), size)
+        pixels = self.align(np.asarray(image), size) if aligned else np.asarray(image)
+        (content,) = annotate([pixels])
         if content is None:
             raise ApiError(400, "image shows no face: use a photograph of a face", param="image", code="no_face")
         reading = CONDITIONS[condition].read(source_of(condition, content, condition))
-        portrait = base64.b64encode(png_bytes(Image.fromarray(image))).decode()
+        portrait = base64.b64encode(png_bytes(Image.fromarray(pixels))).decode()
         return {
             **self.uploaded(condition, reading.raw),
             "size": f"{size}x{size}",

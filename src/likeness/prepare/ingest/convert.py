@@ -59,8 +59,7 @@ def open_face(face: SourceFace, size: int | None, crop: bool) -> tuple[Image.Ima
                 f"{name} is {width}x{height}, not square: crop the centre with --crop or the face with "
                 "`likeness prepare align`"
             )
-        side, left, top = min(width, height), max(0, width - height) // 2, max(0, height - width) // 2
-        box = (left, top, left + side, top + side)
+        box = centre_square(width, height)
     suffix = ""
     if box is None and size in (None, width):
         with Image.open(io.BytesIO(content)) as head:
@@ -68,6 +67,12 @@ def open_face(face: SourceFace, size: int | None, crop: bool) -> tuple[Image.Ima
             plain = plain and head.getexif().get(ORIENTATION, 1) == 1 and getattr(head, "n_frames", 1) == 1
             suffix = COPIED.get(head.format or "", "") if plain else ""
     return image, box, content, suffix
+
+
+def centre_square(width: int, height: int) -> tuple[int, int, int, int]:
+    """Return the largest square in the centre, as (left, top, right, bottom)."""
+    side, left, top = min(width, height), max(0, width - height) // 2, max(0, height - width) // 2
+    return left, top, left + side, top + side
 
 
 def crop_and_resize(image: Image.Image, box: Box, size: int | None) -> Image.Image:
