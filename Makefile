@@ -4,7 +4,7 @@ VENV ?= .venv
 PACKAGE ?= --editable .
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-LOCK := requirements/torch.txt requirements/core.txt requirements/dev.txt
+LOCK := requirements/torch.txt requirements/core.txt requirements/serve.txt requirements/dev.txt
 
 .PHONY: demo test test-newest test-oldest lint check format lock clean
 
@@ -46,6 +46,9 @@ $(VENV):
 $(VENV)/.core: pyproject.toml $(LOCK) | $(VENV)
 	$(call install,requirements/core.txt)
 
+$(VENV)/.serve: pyproject.toml $(LOCK) | $(VENV)  # the service with PostgreSQL, see Dockerfile
+	$(call install,requirements/serve.txt)
+
 $(VENV)/.dev: pyproject.toml $(LOCK) | $(VENV)
 	$(call install,requirements/dev.txt)
 	touch $(VENV)/.core
@@ -56,6 +59,8 @@ UNIVERSAL := --universal --generate-hashes --constraint requirements/torch.txt -
 lock: $(VENV)/.dev  ## Renew the lock files: the newest versions that pyproject.toml allows
 	$(COMPILE) $(UNIVERSAL) --upgrade --extra dev --output-file requirements/dev.txt
 	$(COMPILE) $(UNIVERSAL) --constraint requirements/dev.txt --output-file requirements/core.txt
+	$(COMPILE) $(UNIVERSAL) --constraint requirements/dev.txt --extra serve --extra postgresql \
+		--output-file requirements/serve.txt
 
 test-newest:  ## Run the suite with the newest versions that pyproject.toml allows
 	rm -rf .venv-newest && $(PYTHON) -m venv .venv-newest

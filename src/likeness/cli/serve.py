@@ -7,7 +7,7 @@ import socket
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from likeness.cli.output import exit_on_sigterm
 from likeness.types import DtypeName, InputError
@@ -72,25 +72,50 @@ class Serve:
     """Store the matrices of FLUX.1's transformer in 8 bits."""
 
     def __call__(self) -> None:
+        self.check()
+        listener = listen(self.host, self.port)
+        port = listener.getsockname()[1]
+        from likeness.files import locked
+
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        with locked(self.data) if self.database is None else nullcontext():
+            app = self.application(self.replica or f"{socket.gethostname()}:{port}")
+            import uvicorn
+
+            config = uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=int(self.shutdown_timeout) + 5,
+                server_header=False,
+            )
+            print(f"Serving {self.name or self.model} at http://{self.host}:{port}", flush=True)
+            with exit_on_sigterm():  # the server raises the signal again after its shutdown
+                uvicorn.Server(config).run(sockets=[listener])
+
+    def check(self) -> None:
+        """Check the numbers. Raises `InputError`."""
         least = {"queue": 10, "keep": 1, "max_steps": 1, "max_side": 8, "max_body": 1, "shutdown_timeout": 0}
         for name, value in least.items():
             if not value <= getattr(self, name) < LARGEST:  # also NaN
                 option = f"--{name.replace('_', '-')}"
                 raise InputError(f"{option} is {getattr(self, name)}; it must be at least {value} and below {LARGEST}")
-        keys = read_keys(self.api_key_file)
-        listener = listen(self.host, self.port)
-        try:
-            import uvicorn
 
+    def application(self, replica: str) -> Any:
+        """Load the model and return the ASGI application. `replica` is the name of this replica in a shared database.
+
+        Raises:
+            InputError: the model, the data folder, the database or the keys cannot be read, or a package is missing.
+        """
+        keys = read_keys(self.api_key_file)
+        try:
             from likeness.serve.app import create_app
             from likeness.serve.service import Service, Settings
             from likeness.serve.store import Store
         except ImportError as error:
             raise InputError(f"The service requires {error.name}: pip install 'likeness[serve]'") from error
         from likeness.cli.portraits import adapt_threads, load_pipeline
-        from likeness.files import locked
 
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
         settings = Settings(
             model=self.name or self.model,
             max_bytes=self.max_body * 2**20,
@@ -104,24 +129,12 @@ class Serve:
                 )
             },
         )
-        port = listener.getsockname()[1]
-        with locked(self.data) if self.database is None else nullcontext():
-            replica = "" if self.database is None else self.replica or f"{socket.gethostname()}:{port}"
-            store = Store(self.data, self.database, replica)
-            pipeline = load_pipeline(self.model, self.dtype, self.device, self.base, self.quantize)
-            adapt_threads(pipeline)
-            source = {"model": self.model, "base": self.base, "quantize": self.quantize}
-            app = create_app(Service(pipeline, store, settings, source))
-            config = uvicorn.Config(
-                app,
-                log_config=None,
-                access_log=False,
-                timeout_graceful_shutdown=int(self.shutdown_timeout) + 5,
-                server_header=False,
-            )
-            print(f"Serving {settings.model} at http://{self.host}:{port}", flush=True)
-            with exit_on_sigterm():  # the server raises the signal again after its shutdown
-                uvicorn.Server(config).run(sockets=[listener])
+        store = Store(self.data, self.database, replica if self.database else "")
+        pipeline = load_pipeline(self.model, self.dtype, self.device, self.base, self.quantize)
+        adapt_threads(pipeline)
+        return create_app(
+            Service(pipeline, store, settings, {"model": self.model, "base": self.base, "quantize": self.quantize})
+        )
 
 
 def read_keys(file: Path | None) -> tuple[str, ...]:
