@@ -4,8 +4,8 @@
     serve run --app-dir launch ray_serve:application model=mmface-mini-fast data=/shared/likeness \\
         database=postgresql+psycopg://likeness@HOST/likeness min_replicas=1 max_replicas=8
 
-Each replica loads the model once. Ray starts further replicas when each has more than `target` requests in progress. The
-other arguments are the options of `likeness serve`.
+Each replica loads the model once. Ray starts another when each has more than `target` requests in progress. The other
+arguments are the options of `likeness serve`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def application(arguments: dict[str, str]) -> serve.Application:
             "max_replicas": max(scale.min_replicas, scale.max_replicas),
             "target_ongoing_requests": scale.target,
         },
-        max_ongoing_requests=options.queue + 36,  # beyond the images that wait: requests for states, results and figures
+        max_ongoing_requests=options.queue + 36,  # also requests for states and results
         graceful_shutdown_timeout_s=options.shutdown_timeout + 5,
         ray_actor_options={"num_cpus": scale.num_cpus, "num_gpus": scale.num_gpus},
     )

@@ -180,7 +180,8 @@ class EditPhotograph:
             "image": ("image.png", to_png(photograph), "image/png"),
             "mask": ("mask.png", to_png(photograph, keep), "image/png"),
         }
-        answer = send("images/edits", server=server, api_key=api_key, files=files, data={"prompt": prompt, "seed": seed})
+        fields = {"prompt": prompt, "seed": seed}
+        answer = send("images/edits", server=server, api_key=api_key, files=files, data=fields)
         return (to_image(answer["data"][0]["b64_json"]),)
 
 
