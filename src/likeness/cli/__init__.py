@@ -47,6 +47,7 @@ COMMANDS: dict[str, Any] = {
     "extract": prepare.Extract,
     "models": portraits.Models,
     "serve": serve.Serve,
+    "studio": serve.Studio,
     "train": training.Train,
     "average": training.Average,
     "evaluate": evaluation.Evaluate,

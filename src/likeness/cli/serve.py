@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import socket
+import threading
+import webbrowser
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +72,8 @@ class Serve:
     """Dtype; auto is fp32 on a CPU, bf16 or fp16 on an accelerator."""
     quantize: Literal["int8"] | None = None
     """Store the matrices of FLUX.1's transformer in 8 bits."""
+    studio: bool = False
+    """Also serve the page on which masks are painted, at /studio/ (docs/studio.md)."""
 
     def __call__(self) -> None:
         self.check()
@@ -89,9 +93,13 @@ class Serve:
                 timeout_graceful_shutdown=int(self.shutdown_timeout) + 5,
                 server_header=False,
             )
+            self.started(port)
             print(f"Serving {self.name or self.model} at http://{self.host}:{port}", flush=True)
             with exit_on_sigterm():  # the server raises the signal again after its shutdown
                 uvicorn.Server(config).run(sockets=[listener])
+
+    def started(self, port: int) -> None:
+        """Called before the service runs."""
 
     def check(self) -> None:
         """Check the numbers. Raises `InputError`."""
@@ -128,6 +136,7 @@ class Serve:
                     *("deterministic", "mask_model", "landmarker"),
                 )
             },
+            studio=self.studio,
         )
         store = Store(self.data, self.database, replica if self.database else "")
         pipeline = load_pipeline(self.model, self.dtype, self.device, self.base, self.quantize)
@@ -135,6 +144,21 @@ class Serve:
         return create_app(
             Service(pipeline, store, settings, {"model": self.model, "base": self.base, "quantize": self.quantize})
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Studio(Serve):
+    """Paint a mask or a sketch in the browser and see the face change (docs/studio.md)."""
+
+    studio: bool = True
+    browser: bool = True
+    """Open the page in the default browser."""
+
+    def started(self, port: int) -> None:
+        address = f"http://{'localhost' if self.host in ('0.0.0.0', '::') else self.host}:{port}/studio/"
+        print(f"The studio is at {address}", flush=True)
+        if self.browser:
+            threading.Timer(1, webbrowser.open, [address]).start()
 
 
 def read_keys(file: Path | None) -> tuple[str, ...]:

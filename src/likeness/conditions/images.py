@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO
 
@@ -210,17 +211,18 @@ def _too_large(name: str, max_pixels: int) -> str:
     return f"{name} has too many pixels: at most {max_pixels / 1e6:.0f} million are read, reduce its size"
 
 
-def load_array(path: Path, name: str = "") -> np.ndarray:
-    """Load the single array of a .npy or .npz file, whose size is checked in the header.
+def load_array(source: Path | IO[bytes], name: str = "") -> np.ndarray:
+    """Load the single array of a .npy or .npz file, or of one that is open. Its size is checked in the header.
 
     Raises:
         InputError: The file is invalid, or has several arrays or more than `MAX_VALUES` values.
     """
-    name = name or str(path)
-    path = _regular_file(path, name)
+    name = name or str(source)
+    path = _regular_file(source, name) if isinstance(source, Path) else source
     try:
         if not zipfile.is_zipfile(path):
-            with path.open("rb") as file:
+            with path.open("rb") if isinstance(path, Path) else nullcontext(path) as file:
+                file.seek(0)
                 return _read_array(file, name)
         with zipfile.ZipFile(path) as archive:
             if len(names := archive.namelist()) != 1:

@@ -450,14 +450,15 @@ def write_image(
         file.write(content)
 
 
-def read_recipe(path: Path) -> tuple[dict[str, Any], np.ndarray]:
-    """Read the recipe of an image and its pixels (uint8 [H, W, 3]).
+def read_recipe(source: Path | bytes) -> tuple[dict[str, Any], np.ndarray]:
+    """Read the recipe of an image file, or of its content, and its pixels (uint8 [H, W, 3]).
 
     Raises:
         InputError: the file cannot be read as an image, or has no recipe of this image.
     """
+    path = source if isinstance(source, Path) else "The image"
     try:
-        with Image.open(path) as image:
+        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
             packet = image.info.get(XMP_KEY) or image.info.get("xmp") or ""
             pixels = np.array(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -27,9 +27,10 @@ from likeness.pipelines.sizes import format_sizes, trained_sizes
 from likeness.serve.engine import Closed, Engine, Full, measure_batch, warm_up
 from likeness.serve.errors import ApiError, handle, respond
 from likeness.serve.jobs import Job, Jobs
-from likeness.serve.schema import MAX_PROMPT, ConditionName, Generation, MaskEdit, Proposal
+from likeness.serve.schema import MAX_PROMPT, ConditionName, Generation, MaskCheck, MaskEdit, Proposal
 from likeness.serve.service import Service
 from likeness.serve.store import IDENTIFIER, Taken
+from likeness.serve.studio import add_studio, check_mask, mask_classes, read_image_recipe
 from likeness.types import InputError
 
 SIDE_QUEUE = 16
@@ -97,7 +98,8 @@ class Frame:
             if id and not IDENTIFIER.fullmatch(id):
                 scope["state"]["id"] = own
                 raise ApiError(400, "x-request-id must be 1 to 64 letters, digits, - and _", param="x-request-id")
-            if self.keys and scope["path"] not in OPEN:
+            page = self.service.settings.studio and (scope["path"] == "/" or scope["path"].startswith("/studio/"))
+            if self.keys and not page and scope["path"] not in OPEN:
                 scope["state"]["owner"] = self.owner(headers.get(b"authorization", ""))
             length = headers.get(b"content-length", "0")
             if not length.isdecimal() or int(length) > self.service.settings.max_bytes:
@@ -384,6 +386,15 @@ def create_app(service: Service) -> FastAPI:
     async def edit_mask(body: MaskEdit) -> Any:
         return await beside(service.edit, body)
 
+    @app.post("/v1/masks/check")
+    async def check(body: MaskCheck) -> Any:
+        return await beside(lambda: check_mask(service.read_mask(body.mask, "mask"), body.prompt))
+
+    @app.post("/v1/recipes")
+    async def recipe(request: Request) -> Any:
+        form = await read_form(request, file="image", fields=())
+        return await beside(read_image_recipe, form["image"])
+
     # Models and operations
 
     @app.get("/v1/models")
@@ -408,6 +419,7 @@ def create_app(service: Service) -> FastAPI:
             "output_formats": ["png", "jpeg", "webp"],
             "batch_size": engine.batch,
             "seconds_per_image": round(engine.seconds_per_image, 3),
+            "mask_classes": mask_classes(),
             "edits": False,
             "extract": ["mask", "sketch", *["keypoints"] * (service.find is not None)],
             "align": service.find is not None,
@@ -443,6 +455,8 @@ def create_app(service: Service) -> FastAPI:
         wait = {"Retry-After": str(engine.seconds_until_free())}
         return ApiError(429, f"{settings.queue} images are waiting: try again later", code="queue_full", headers=wait)
 
+    if settings.studio:
+        add_studio(app)
     started = int(time.time())
     return app
 

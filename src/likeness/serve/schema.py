@@ -79,6 +79,13 @@ class Proposal(Body):
     candidates: int = Field(4, ge=1, le=16, description="Masks to generate; the best is returned.")
 
 
+class MaskCheck(Body):
+    """`POST /v1/masks/check`."""
+
+    mask: str = Field(description="Base64, data URL, or id of an uploaded file.")
+    prompt: Prompt = ""
+
+
 OPERATIONS: dict[str, tuple[str, ...]] = {
     "grow": ("classes", "by"),
     "shrink": ("classes", "by"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import io
 import json
 import secrets
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from PIL import Image
 from likeness.annotators.landmarks import find_faces, landmarker_name, open_face_finder
 from likeness.conditions import CONDITIONS, Reading, inspection
 from likeness.conditions.framing import portrait_transform
-from likeness.conditions.images import open_image, png_bytes, read_rgb
+from likeness.conditions.images import load_array, open_image, png_bytes, read_rgb
 from likeness.conditions.mask import edits
 from likeness.pipelines.generate import resolve
 from likeness.pipelines.image_recipe import environment, recipe_of, write_image
@@ -71,6 +72,8 @@ class Settings:
     deterministic: bool = False
     """Generate every image by itself on an accelerator, too."""
     mask_model: str = "mask-mini"
+    studio: bool = False
+    """Whether to serve the page on which masks are painted."""
     landmarker: Path | None = None
     """MediaPipe's `face_landmarker.task`, for alignment and keypoints."""
 
@@ -334,11 +337,13 @@ OPERATIONS: dict[str, Callable[[np.ndarray, np.ndarray, MaskEdit], np.ndarray]] 
 
 
 def source_of(condition: str, content: bytes, name: str) -> Any:
-    """Decode the content of a condition file: an image, or the JSON of keypoints.
+    """Decode the content of a condition file: an image, an array (.npy, .npz), or the JSON of keypoints.
 
     Raises:
-        InputError: it is neither.
+        InputError: it is none of these.
     """
+    if content.startswith((b"\x93NUMPY", b"PK")):
+        return load_array(io.BytesIO(content), name)
     if CONDITIONS[condition].raw != "points":
         return open_image(content, name)
     try:

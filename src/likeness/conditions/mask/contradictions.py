@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -39,6 +40,17 @@ class Claim:
     """Range if it is denied, as in "no hat"."""
     ends: tuple[float, float] | None = None
     """Range of the height of the class's lowest pixel if stated: 0 at the top of the skin, 1 at its lower end."""
+
+
+class Contradiction(NamedTuple):
+    """A claim of a caption that a mask contradicts."""
+
+    text: str
+    """One sentence with the measured fraction."""
+    part: str
+    """The class that it is about."""
+    excess: bool
+    """Whether the mask has more of it than the claim allows."""
 
 
 STYLED = r"(?:(?!(?:man|woman|person|guy|lady|face|faced|neck|nose|beard|stubble|and|with|or|no)\b)[\w'-]+ ){0,3}"
@@ -108,7 +120,12 @@ The group `open` is ambiguous: the glasses in "without hat and glasses"."""
 
 
 def contradictions(labels: np.ndarray, caption: str) -> tuple[str, ...]:
-    """Return one sentence per claim of the caption that the mask contradicts, with the measured fraction.
+    """Return one sentence per claim of the caption that the mask contradicts (`find_contradictions`)."""
+    return tuple(found.text for found in find_contradictions(labels, caption))
+
+
+def find_contradictions(labels: np.ndarray, caption: str) -> tuple[Contradiction, ...]:
+    """Return the claims of the caption that the mask contradicts.
 
     Args:
         labels: uint8 [H, W], canonical.
@@ -121,7 +138,7 @@ def contradictions(labels: np.ndarray, caption: str) -> tuple[str, ...]:
     geometry, text = measure(labels), " ".join(caption.lower().split())
     hidden = SUBJECT.sub(lambda found: ITEM * len(found[0]), text)
     denials = list(DENIAL.finditer(hidden))
-    sentences: dict[str, None] = {}
+    contradicted: dict[Contradiction, None] = {}
     for found in SUBJECT.finditer(text):
         assert found.lastgroup is not None
         claim = CLAIMS[int(found.lastgroup.removeprefix("claim"))]
@@ -130,8 +147,10 @@ def contradictions(labels: np.ndarray, caption: str) -> tuple[str, ...]:
             continue
         phrase = found[0] if denial is None else text[denial.start() : found.end()]
         if wrong := _contradiction(geometry, labels.size, claim, denied=denial is not None):
-            sentences[f'the caption says "{phrase}", but {wrong}'] = None
-    return tuple(sentences)
+            most = (claim.stated if denial is None else claim.denied)[1]
+            excess = bool(geometry.pixels[CLASS_INDEX[claim.part]] > most * labels.size)
+            contradicted[Contradiction(f'the caption says "{phrase}", but {wrong}', claim.part, excess)] = None
+    return tuple(contradicted)
 
 
 def _contradiction(geometry: Geometry, size: int, claim: Claim, denied: bool) -> str:

@@ -1,0 +1,103 @@
+"""The studio: a page on which masks and sketches are painted (docs/studio.md), and the endpoints for it."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI
+from starlette.responses import RedirectResponse
+from starlette.staticfiles import StaticFiles
+from starlette.types import Message, Receive, Scope, Send
+
+from likeness.conditions import CONDITIONS, inspection
+from likeness.conditions.mask.classes import CLASS_INDEX, CLASSES, COUNTERPART, PALETTE
+from likeness.conditions.mask.contradictions import find_contradictions
+from likeness.conditions.mask.geometry import measure, swapped_pairs
+from likeness.pipelines.image_recipe import read_recipe, request_of
+
+POLICY = (
+    b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self' data:; img-src 'self' blob: data:; "
+    b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""What the page may load: nothing from another origin."""
+
+
+class Page(StaticFiles):
+    """The files of the page."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def labelled(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                own = [(b"content-security-policy", POLICY), (b"cache-control", b"no-cache")]
+                message["headers"] = [*message["headers"], *own, (b"x-content-type-options", b"nosniff")]
+            await send(message)
+
+        await super().__call__(scope, receive, labelled)
+
+
+def add_studio(app: FastAPI) -> None:
+    """Serve the page at /studio/; / leads to it."""
+    app.mount("/studio", Page(directory=Path(__file__).parent / "web", html=True))
+
+    @app.get("/", include_in_schema=False)
+    async def root() -> RedirectResponse:
+        return RedirectResponse("/studio/")
+
+
+def mask_classes() -> list[dict[str, Any]]:
+    """Return the classes of masks by number: name, color [r, g, b], and number of the class on the other side."""
+    return [
+        {"name": name, "color": PALETTE[index].tolist(), "pair": COUNTERPART.get(index)}
+        for index, name in enumerate(CLASSES)
+    ]
+
+
+def check_mask(labels: np.ndarray, prompt: str) -> dict[str, Any]:
+    """Return the problems of a mask and its contradictions to a sentence, each with an operation that corrects it, if
+    there is one.
+    """
+    problems = [note._asdict() for note in inspection.inspect(labels, "mask").problems if note.kind != "swapped-sides"]
+    for a, b in swapped_pairs(measure(labels)):
+        names = [CLASSES[a], CLASSES[b]]
+        fix = {"title": "Swap them", "operation": "swap", "fields": {"classes": names}}
+        problems.append({"kind": "swapped-sides", "text": f"{names[0]} and {names[1]} look swapped", "fix": fix})
+    found = [
+        {"kind": "contradiction", "text": text}
+        | ({"fix": removal(part)} if excess and (labels != CLASS_INDEX[part]).any() else {})
+        for text, part, excess in find_contradictions(labels, prompt)
+    ]
+    return {"problems": problems, "contradictions": found}
+
+
+def removal(part: str) -> dict[str, Any]:
+    """Return the operation that removes a class."""
+    return {"title": f"Remove {part}", "operation": "remove", "fields": {"classes": [part]}}
+
+
+def read_image_recipe(content: bytes) -> dict[str, Any]:
+    """Return the request that made an image: fields of `POST /v1/images/generations`.
+
+    Raises:
+        InputError: the image has no recipe, or it is damaged.
+    """
+    request = request_of(read_recipe(content)[0])
+    control = {
+        name: base64.b64encode(CONDITIONS[name].encode(condition.image.raw)).decode()
+        for name, condition in request.conditions.items()
+    }
+    return {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "seed": request.seed,
+        "steps": request.num_inference_steps,
+        "guidance_scale": request.guidance_scale,
+        "size": f"{request.width}x{request.height}",
+        "upscale": request.upscale,
+        "control_image": control,
+        "conditioning_scale": {name: condition.scale for name, condition in request.conditions.items()},
+        "control_guidance_start": {name: condition.start for name, condition in request.conditions.items()},
+        "control_guidance_end": {name: condition.end for name, condition in request.conditions.items()},
+    }

@@ -1,0 +1,58 @@
+// The service (docs/serve.md). Every function throws an Error whose message is for the user.
+
+import { fromBase64 } from "./png.js";
+
+const key = new URLSearchParams(location.hash.slice(1)).get("key");
+
+async function send(path, { json, form, signal, method } = {}) {
+  const headers = key ? { Authorization: `Bearer ${key}` } : {};
+  if (json) headers["Content-Type"] = "application/json";
+  let response;
+  try {
+    response = await fetch(`/v1/${path}`, {
+      method: method ?? (json || form ? "POST" : "GET"), headers, signal, body: json ? JSON.stringify(json) : form,
+    });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw Object.assign(new Error("The service does not answer. Your work is kept in this browser."), { offline: true });
+  }
+  const answer = await response.json().catch(() => null);
+  if (!response.ok) throw new Error(answer?.error?.message ?? `The service answered with status ${response.status}`);
+  return answer;
+}
+
+const formOf = (values) => {
+  const form = new FormData();
+  for (const [name, value] of Object.entries(values)) if (value !== undefined && value !== null) form.append(name, value);
+  return form;
+};
+
+export const capabilities = () => send("capabilities");
+
+/** Generates images; returns [{blob, seed}]. Aborting `signal` cancels the job. */
+export async function generate(body, signal) {
+  const answer = await send("images/generations", { json: body, signal });
+  return answer.data.map((image, i) => ({ blob: fromBase64(image.b64_json), seed: answer.seeds[i] }));
+}
+
+/** Recognizes a condition file of any format: {condition, format, problems, b64_json}. */
+export const inspect = (file, condition) => send("inspect", { form: formOf({ file, condition }) });
+
+/** Extracts a condition of a photograph: {b64_json, image}. */
+export const extract = (condition, image, size) => send(`conditions/${condition}`, { form: formOf({ image, size }) });
+
+export const propose = (prompt, seed) => send("masks/propose", { json: { prompt, seed } });
+
+export const editMask = (mask, operation, fields = {}) => send("masks/edit", { json: { mask, operation, ...fields } });
+
+/** Problems of a mask and its contradictions to a sentence: {problems: [{kind, text}], contradictions: [...]}. */
+export const check = (mask, prompt) => send("masks/check", { json: { mask, prompt } });
+
+/** The request that made an image: fields of `generate`, and `control_image`. */
+export const recipeOf = (image) => send("recipes", { form: formOf({ image }) });
+
+/** Regenerates the area of `image` where `mask` is transparent: {blob, changed}. */
+export async function editPhoto({ image, mask, ...fields }, signal) {
+  const answer = await send("images/edits", { form: formOf({ image, mask, ...fields }), signal });
+  return { blob: fromBase64(answer.data[0].b64_json), answer };
+}

@@ -1,0 +1,73 @@
+// Undo and redo without limit in practice: each step keeps the rectangle that it changed, before and after.
+
+export class History {
+  /** @param layers name -> layer of raster.js; their data is changed in place. */
+  constructor(layers) {
+    this.layers = layers;
+    this.clear();
+  }
+
+  clear() {
+    this.steps = [];
+    this.position = 0;
+    this.begin();
+  }
+
+  /** Remembers the layers before a change. */
+  begin() {
+    this.before = Object.fromEntries(Object.entries(this.layers).map(([name, layer]) => [name, layer.data.slice()]));
+  }
+
+  /** Records what changed since `begin` as one step; returns whether anything did. */
+  commit() {
+    const parts = Object.entries(this.layers)
+      .map(([name, layer]) => difference(name, this.before[name], layer))
+      .filter(Boolean);
+    this.begin();
+    if (!parts.length) return false;
+    this.steps.length = this.position;
+    this.steps.push(parts);
+    this.position++;
+    return true;
+  }
+
+  /** Takes back what changed since `begin`. */
+  revert() {
+    for (const [name, layer] of Object.entries(this.layers)) layer.data.set(this.before[name]);
+  }
+
+  undo() { return this.position > 0 && this.apply(this.steps[--this.position], "before"); }
+
+  redo() { return this.position < this.steps.length && this.apply(this.steps[this.position++], "after"); }
+
+  apply(parts, side) {
+    for (const { name, x, y, width, height, ...content } of parts) {
+      const layer = this.layers[name];
+      for (let row = 0; row < height; row++)
+        layer.data.set(content[side].subarray(row * width, (row + 1) * width), (y + row) * layer.width + x);
+    }
+    this.begin();
+    return true;
+  }
+}
+
+function difference(name, before, { data, width, height }) {
+  let left = width, right = -1, top = height, bottom = -1;
+  for (let i = 0; i < data.length; i++) {
+    if (data[i] === before[i]) continue;
+    const x = i % width, y = Math.floor(i / width);
+    left = Math.min(left, x); right = Math.max(right, x);
+    top = Math.min(top, y); bottom = y;
+  }
+  if (right < 0) return null;
+  const box = { x: left, y: top, width: right - left + 1, height: bottom - top + 1 };
+  const cut = (source) => {
+    const out = new Uint8Array(box.width * box.height);
+    for (let row = 0; row < box.height; row++) {
+      const start = (top + row) * width + left;
+      out.set(source.subarray(start, start + box.width), row * box.width);
+    }
+    return out;
+  };
+  return { name, ...box, before: cut(before), after: cut(data) };
+}

@@ -1,0 +1,52 @@
+// One job in flight: a change starts a preview at once, and the full image when the hand rests. A newer job cancels the
+// older one.
+
+export class Live {
+  /**
+   * @param render async (kind, signal) => result, with kind "preview" or "full"
+   * @param show (kind, result) => void
+   * @param failed (error) => void
+   * @param rest milliseconds after the last change until the full image
+   */
+  constructor({ render, show, failed, rest = 700 }) {
+    Object.assign(this, { render, show, failed, rest, job: null, timer: null, cancelled: 0, kinds: ["preview", "full"] });
+  }
+
+  /** Reports a change. */
+  changed() {
+    this.stop();
+    this.run(this.kinds[0]);
+  }
+
+  /** Starts the full image now. */
+  finish() {
+    this.stop();
+    this.run("full");
+  }
+
+  /** Cancels the job in flight and what would follow. */
+  stop() {
+    clearTimeout(this.timer);
+    if (this.job) {
+      this.cancelled++;
+      this.job.abort();
+      this.job = null;
+    }
+  }
+
+  async run(kind) {
+    const job = (this.job = new AbortController());
+    const started = performance.now();
+    try {
+      const result = await this.render(kind, job.signal);
+      if (this.job !== job) return;
+      this.job = null;
+      this.show(kind, result, started);
+      if (kind === "preview") this.timer = setTimeout(() => this.run("full"), Math.max(0, this.rest - (performance.now() - started)));
+    } catch (error) {
+      if (this.job !== job) return; // cancelled
+      this.job = null;
+      this.failed(error);
+    }
+  }
+}

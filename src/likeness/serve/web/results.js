@@ -1,0 +1,67 @@
+// The generated images: the current one, comparison with an older one, variations, history, animation.
+
+const LONGEST_HISTORY = 40;
+
+export class Results {
+  /** @param elements {image, other, compare, strip, history, save} @param restore (entry) => void */
+  constructor(elements, restore) {
+    Object.assign(this, elements, { restore, current: null, timer: null });
+    this.compare.addEventListener("input", () => this.split());
+  }
+
+  /** Shows an image. `entry`: {blob, seed, values, layers}; `keep`: it enters the history. */
+  show(entry, keep) {
+    this.stopAnimation();
+    this.put(this.image, entry.blob);
+    this.current = entry;
+    this.save.disabled = false;
+    if (!keep) return;
+    this.history.prepend(this.button(entry, `Seed ${entry.seed}`, (event) => (event.shiftKey ? this.against(entry) : this.restore(entry))));
+    while (this.history.children.length > LONGEST_HISTORY) this.history.lastChild.remove();
+  }
+
+  /** Compares the current image with another one. */
+  against(entry) {
+    this.put(this.other, entry.blob);
+    this.compare.hidden = this.other.hidden = false;
+    this.split();
+  }
+
+  split() { this.other.style.clipPath = `inset(0 0 0 ${this.compare.value}%)`; }
+
+  stopComparison() { this.compare.hidden = this.other.hidden = true; }
+
+  variations(entries) {
+    this.strip.replaceChildren(...entries.map((entry) => this.button(entry, `Seed ${entry.seed}`, () => this.restore(entry))));
+  }
+
+  /** Plays images forth and back. */
+  animate(entries) {
+    this.stopAnimation();
+    this.stopComparison();
+    const order = [...entries, ...entries.slice(1, -1).reverse()];
+    let at = 0;
+    this.timer = setInterval(() => this.put(this.image, order[at++ % order.length].blob), 160);
+  }
+
+  stopAnimation() {
+    clearInterval(this.timer);
+    this.timer = null;
+  }
+
+  button(entry, title, clicked) {
+    const button = document.createElement("button"), image = document.createElement("img");
+    this.put(image, entry.blob);
+    image.alt = button.title = title;
+    button.append(image);
+    button.addEventListener("click", clicked);
+    return button;
+  }
+
+  put(image, blob) {
+    const url = URL.createObjectURL(blob);
+    image.onload = () => URL.revokeObjectURL(url);
+    image.src = url;
+    image.hidden = false;
+  }
+}

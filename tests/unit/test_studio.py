@@ -1,0 +1,521 @@
+"""The studio in a real browser, against a reference rasteriser in Python."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import shutil
+import time
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import requests
+from PIL import Image
+
+from likeness.conditions import CONDITIONS
+from likeness.conditions.mask.classes import CLASSES, COUNTERPART, PALETTE
+from likeness.data.synthetic import draw_face
+from serving import serving
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="the studio's tests require chromium (Debian: apt install chromium)"
+)
+SIDE = 256
+FACE = np.asarray(Image.fromarray(draw_face(0, 0, SIDE).mask))
+
+
+# The reference: the same rules, written for clarity
+
+
+def disk(size: int, shape: str = "round") -> list[tuple[int, int]]:
+    """Pixels of a brush, relative to its position."""
+    inside = [
+        (x - size // 2, y - size // 2)
+        for y in range(size)
+        for x in range(size)
+        if shape == "square" or (2 * x - size + 1) ** 2 + (2 * y - size + 1) ** 2 <= size * size - size
+    ]
+    return inside
+
+
+def bresenham(a: tuple[int, int], b: tuple[int, int]) -> list[tuple[int, int]]:
+    (x, y), (dx, dy) = a, (abs(b[0] - a[0]), -abs(b[1] - a[1]))
+    sx, sy, error, points = (1 if a[0] < b[0] else -1), (1 if a[1] < b[1] else -1), dx + dy, []
+    while True:
+        points.append((x, y))
+        if (x, y) == b:
+            return points
+        twice = 2 * error
+        if twice >= dy:
+            error, x = error + dy, x + sx
+        if twice <= dx:
+            error, y = error + dx, y + sy
+
+
+def paint(layer: np.ndarray, pixels, value: int, lock=(), mirror=None) -> None:
+    height, width = layer.shape
+    for x, y in pixels:
+        if 0 <= x < width and 0 <= y < height:
+            if not lock or layer[y, x] in lock:
+                layer[y, x] = value
+            if mirror is not None and (not lock or layer[y, width - 1 - x] in lock):
+                layer[y, width - 1 - x] = mirror.get(value, value)
+
+
+def strokes(points, size: int, shape: str = "round"):
+    """Pixels that a brush covers along a path, in order."""
+    path = [points[0], *(p for a, b in pairwise(points) for p in bresenham(a, b))]
+    return ((x + dx, y + dy) for x, y in path for dx, dy in disk(size, shape))
+
+
+def area_of(points, height: int):
+    """Pixels inside a polygon (even-odd at pixel centres) and of its outline."""
+    edges = list(zip(points, [*points[1:], points[0]], strict=True))
+    for y in range(height):
+        crossings = sorted(
+            x0 + ((y - y0) * (x1 - x0)) / (y1 - y0) for (x0, y0), (x1, y1) in edges if (y0 <= y) != (y1 <= y)
+        )
+        for left, right in zip(crossings[::2], crossings[1::2], strict=False):
+            yield from ((x, y) for x in range(math.ceil(left), math.floor(right) + 1))
+    for a, b in edges:
+        yield from bresenham(a, b)
+
+
+def region(layer: np.ndarray, x: int, y: int):
+    """Connected pixels (4 neighbours) of the value at (x, y)."""
+    found, stack = {(x, y)}, [(x, y)]
+    while stack:
+        x, y = stack.pop()
+        for u, v in ((x - 1, y), (x + 1, y), (x, y - 1), (x, y + 1)):
+            inside = 0 <= u < layer.shape[1] and 0 <= v < layer.shape[0]
+            if inside and (u, v) not in found and layer[v, u] == layer[y, x]:
+                found.add((u, v))
+                stack.append((u, v))
+    return found
+
+
+def smoothed(layer: np.ndarray) -> np.ndarray:
+    out = layer.copy()
+    for y in range(layer.shape[0]):
+        for x in range(layer.shape[1]):
+            counts = Counter(layer[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2].ravel().tolist())
+            most = max(counts.values())
+            if counts[layer[y, x]] < most:
+                out[y, x] = min(value for value, count in counts.items() if count == most)
+    return out
+
+
+# The browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("studio"), studio=True, max_bytes=3_000_000) as found:
+        yield found
+
+
+@pytest.fixture
+def page(browser, server):
+    """The studio, loaded; at the end there is no error, and no request has left the service."""
+    context = browser.new_context(viewport={"width": 1024, "height": 700}, accept_downloads=True)
+    page, errors, addresses = context.new_page(), [], []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("request", lambda request: addresses.append(request.url))
+    page.set_default_timeout(20_000)
+    open_page(page, server)
+    page.uncheck("#live", force=True) if page.locator("#live").is_visible() else page.evaluate("live.checked = false")
+    yield page
+    context.close()
+    allowed = ("Failed to load resource", "ERR_INTERNET_DISCONNECTED")  # logged by the browser for every error status
+    assert [error for error in errors if not error.startswith(allowed)] == []
+    assert [address for address in addresses if not address.startswith((server.url, "blob:", "data:"))] == []
+
+
+def open_page(page, server) -> None:
+    page.goto(f"{server.url}/studio/")
+    page.wait_for_selector("html[data-ready]")
+
+
+def wait(page, condition: str) -> None:
+    """Wait until an expression is true. (`wait_for_function` evaluates text, which the page's policy forbids.)"""
+    deadline = time.monotonic() + 20
+    while not page.evaluate(condition):
+        assert time.monotonic() < deadline, (condition, page.inner_text("#status"))
+        page.wait_for_timeout(20)
+
+
+def layer_of(page, name: str = "mask") -> np.ndarray:
+    return np.array(page.evaluate(f"Array.from(studio.doc.layers.{name}.data)"), dtype=np.uint8).reshape(SIDE, SIDE)
+
+
+def put(page, labels: np.ndarray, name: str = "mask") -> None:
+    """Set a layer, as a file would."""
+    page.evaluate(
+        """([name, data]) => {
+            const {doc, view} = studio;
+            doc.history.begin();
+            doc.layers[name].data.set(data);
+            doc.history.commit();
+            view.draw();
+        }""",
+        [name, labels.ravel().tolist()],
+    )
+
+
+def drag(page, points, *, button: str = "left", modifiers: tuple[str, ...] = ()) -> list[tuple[int, int]]:
+    """Drag the mouse through pixels of the layer; returns the pixels that the page sees."""
+    box = page.locator("#canvas").bounding_box()
+    view = page.evaluate("({x: studio.view.x, y: studio.view.y, zoom: studio.view.zoom})")
+    places = [
+        (round(box["x"] + view["x"] + (x + 0.5) * view["zoom"]), round(box["y"] + view["y"] + (y + 0.5) * view["zoom"]))
+        for x, y in points
+    ]
+    for key in modifiers:
+        page.keyboard.down(key)
+    page.mouse.move(*places[0])
+    page.mouse.down(button=button)
+    for place in places[1:]:
+        page.mouse.move(*place)
+    page.mouse.up(button=button)
+    for key in modifiers:
+        page.keyboard.up(key)
+    return [
+        (math.floor((x - box["x"] - view["x"]) / view["zoom"]), math.floor((y - box["y"] - view["y"]) / view["zoom"]))
+        for x, y in places
+    ]
+
+
+def choose(page, *, tool: str = "brush", value: str = "skin", size: int | None = None) -> None:
+    page.locator(f"input[name=tool][value={tool}]").check(force=True)
+    page.locator(f"input[name=class][value='{CLASSES.index(value)}']").check(force=True)
+    if size is not None:
+        page.evaluate(f"studio.state.sizes.{tool} = {size}")
+
+
+def saved(page, button: str) -> Image.Image:
+    with page.expect_download() as download:
+        page.click(button)
+    return Image.open(Path(download.value.path()))
+
+
+PATH = [(40, 60), (90, 70), (130, 140), (60, 200), (10, 250)]
+
+
+@pytest.mark.parametrize(
+    ("tool", "options"),
+    [
+        ("brush", {"size": 1}),
+        ("brush", {"size": 9}),
+        ("brush", {"size": 14, "shape": "square"}),
+        ("brush", {"size": 10, "mirror": True, "value": "l_eye"}),
+        ("brush", {"size": 12, "lock": ("hair", "skin"), "value": "hat"}),
+        ("eraser", {"size": 11}),
+        ("line", {"size": 5}),
+        ("contour", {}),
+        ("fill", {"value": "cloth"}),
+        ("fill", {"value": "cloth", "whole": True}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value.items())),
+)
+def test_strokes_equal_the_reference(page, tool, options):
+    """Tools change exactly the pixels that the reference changes, also in the saved file; undo takes them back."""
+    put(page, FACE)
+    value, size = options.get("value", "skin"), options.get("size", 1)
+    choose(page, tool=tool, value=value, size=size if "size" in options else None)
+    if "shape" in options:
+        page.check("#square")
+    if "mirror" in options:
+        page.check("#mirror")
+    lock = tuple(CLASSES.index(name) for name in options.get("lock", ()))
+    for index in lock:
+        page.locator(f"input[name=lock][value='{index}']").check()
+    points = drag(page, PATH[:1] if tool == "fill" else PATH, modifiers=("Shift",) if options.get("whole") else ())
+    wanted, index = FACE.copy(), 0 if tool == "eraser" else CLASSES.index(value)
+    if tool == "line":
+        points = [points[0], points[-1]]
+    if tool == "contour":
+        pixels = area_of(points, SIDE)
+    elif tool == "fill" and options.get("whole"):
+        ((x, y),) = points
+        pixels = [(u, v) for v, u in np.argwhere(wanted == wanted[y, x]).tolist()]
+    elif tool == "fill":
+        pixels = region(wanted, *points[0])
+    else:
+        pixels = strokes(points, size, options.get("shape", "round"))
+    paint(wanted, pixels, index, lock, COUNTERPART if "mirror" in options else None)
+    assert (wanted != FACE).any()
+    np.testing.assert_array_equal(layer_of(page), wanted)
+    image = saved(page, "#save-mask")
+    np.testing.assert_array_equal(np.asarray(image), wanted)
+    assert image.mode == "P"
+    assert image.getpalette()[: 3 * len(CLASSES)] == PALETTE.ravel().tolist()
+    np.testing.assert_array_equal(np.asarray(saved(page, "#save-index")), wanted)
+    page.click("#undo")
+    np.testing.assert_array_equal(layer_of(page), FACE)
+    page.keyboard.press("Control+Shift+Z")
+    np.testing.assert_array_equal(layer_of(page), wanted)
+
+
+def test_raster_operations_equal_the_reference(page):
+    """Contours that cross themselves, smoothing, and moves: class pixels at their new place, no hole behind them."""
+    random = np.random.default_rng(0)
+    layer = random.integers(0, 3, (24, 31), dtype=np.uint8)
+    call = """async ([name, data, width, height, given]) => {
+        const raster = await import('/studio/raster.js');
+        const layer = {data: Uint8Array.from(data), width, height};
+        if (name === 'smooth') raster.smooth(layer);
+        if (name === 'contour') raster.contour(layer, given, raster.painter(layer, 7));
+        if (name === 'move') raster.move(layer, raster.pixelsOf(layer, given[0]), given[1], given[2], given[3]);
+        return Array.from(layer.data);
+    }"""
+
+    def result(name: str, source: np.ndarray, given=None) -> np.ndarray:
+        height, width = source.shape
+        found = page.evaluate(call, [name, source.ravel().tolist(), width, height, given])
+        return np.array(found, np.uint8).reshape(source.shape)
+
+    np.testing.assert_array_equal(result("smooth", layer), smoothed(layer))
+    for _ in range(20):
+        points = [(int(x), int(y)) for x, y in random.integers(-4, 34, (6, 2))]
+        wanted = layer.copy()
+        paint(wanted, area_of(points, 24), 7)
+        np.testing.assert_array_equal(result("contour", layer, points), wanted)
+    nose = CLASSES.index("nose")
+    moved = result("move", FACE, [nose, 12, -7, 1])
+    np.testing.assert_array_equal(moved == nose, np.roll(nose == FACE, (-7, 12), (0, 1)))
+    left = (nose == FACE) & (moved != nose)
+    assert set(np.unique(moved[left])) <= set(np.unique(FACE)) - {nose}
+    np.testing.assert_array_equal(moved[(nose != FACE) & (moved != nose)], FACE[(nose != FACE) & (moved != nose)])
+    larger = result("move", FACE, [nose, 0, 0, 2])
+    assert (larger == nose).sum() == pytest.approx(4 * (nose == FACE).sum(), rel=0.1)
+
+
+def test_undo_and_redo_of_200_random_operations(page):
+    """Every state returns exactly, in both directions."""
+    put(page, FACE)
+    states = page.evaluate("""async () => {
+        const raster = await import('/studio/raster.js');
+        const { doc } = studio, layers = Object.values(doc.layers), states = [];
+        let seed = 1;
+        const random = (n) => (seed = (seed * 48271) % 2147483647) % n;
+        const sum = ({data}) => data.reduce((sum, value) => (Math.imul(sum, 31) + value) | 0, 7);
+        const hash = () => layers.map(sum).join();
+        states.push(hash());
+        while (states.length <= 200) {
+            const layer = layers[random(2)], mirror = random(2) ? {4: 5, 5: 4} : null;
+            const put = raster.painter(layer, random(19), {mirror});
+            doc.history.begin();
+            const point = () => [random(256), random(256)];
+            const rows = () => raster.brushRows(1 + random(30), random(2) ? 'round' : 'square');
+            const shift = () => random(40) - 20;
+            [() => raster.stroke(put, point(), point(), rows()),
+             () => raster.fill(layer, ...point(), put, random(2) === 1),
+             () => raster.contour(layer, [point(), point(), point()], put),
+             () => raster.move(layer, raster.pixelsOf(layer, random(19)), shift(), shift())][random(4)]();
+            if (doc.history.commit()) states.push(hash());
+        }
+        const back = [], forth = [];
+        while (back.length < 200) { doc.history.undo(); back.push(hash()); }
+        while (forth.length < 200) { doc.history.redo(); forth.push(hash()); }
+        return {states, back, forth};
+    }""")
+    assert states["back"] == states["states"][-2::-1]
+    assert states["forth"] == states["states"][1:]
+    assert len(set(states["states"])) > 150
+
+
+def test_files_open_in_every_form(page, tmp_path):
+    """Index and palette PNG, an array, a sketch: their content arrives; other files are rejected with a sentence."""
+    indices, colors, array, sketch = (tmp_path / name for name in ("i.png", "p.png", "m.npy", "s.png"))
+    Image.fromarray(FACE).save(indices)
+    Image.fromarray(PALETTE[FACE]).save(colors)
+    np.save(array, FACE)
+    drawing = draw_face(0, 0, SIDE).sketch
+    Image.fromarray(drawing).save(sketch)
+    for file in (indices, colors, array):
+        put(page, np.zeros_like(FACE))
+        open_file(page, file)
+        wait(page, "studio.doc.hasMask")
+        np.testing.assert_array_equal(layer_of(page), FACE)
+    open_file(page, sketch)
+    wait(page, "studio.doc.hasSketch")
+    np.testing.assert_array_equal(layer_of(page, "sketch"), CONDITIONS["sketch"].read(sketch).raw)
+    np.testing.assert_array_equal(np.asarray(saved(page, "#save-sketch")), layer_of(page, "sketch"))
+    page.locator("input[name=layer][value=mask]").check(force=True)
+    (tmp_path / "text.png").write_text("no image")
+    Image.new("L", (12000, 12000)).save(tmp_path / "huge.png")
+    for name, words in (("text.png", "not a readable image"), ("huge.png", "pixels")):
+        open_file(page, tmp_path / name)
+        wait(page, f"document.getElementById('status').textContent.includes({words!r})")
+        np.testing.assert_array_equal(layer_of(page), FACE)
+
+
+def open_file(page, file: Path) -> None:
+    with page.expect_file_chooser() as chooser:
+        page.click("#open")
+    chooser.value.set_files(file)
+
+
+def test_a_dropped_image_restores_its_request(page, server):
+    """Prompt, seed, strength and mask of an image that likeness made."""
+    mask = base64.b64encode(CONDITIONS["mask"].encode(FACE)).decode()
+    answer = server.client.images.generate(
+        prompt="a man with a hat", extra_body={"seed": 77, "control_image": {"mask": mask}, "conditioning_scale": 0.5}
+    )
+    page.evaluate(
+        """content => {
+            const bytes = Uint8Array.from(atob(content), (c) => c.charCodeAt(0)), data = new DataTransfer();
+            data.items.add(new File([bytes], 'face.png', {type: 'image/png'}));
+            window.dispatchEvent(new DragEvent('drop', {dataTransfer: data}));
+        }""",
+        answer.data[0].b64_json,
+    )
+    wait(page, "studio.doc.hasMask")
+    assert page.input_value("#prompt") == "a man with a hat"
+    assert page.input_value("#seed") == "77"
+    assert page.evaluate("studio.doc.values.maskScale") == 0.5
+    np.testing.assert_array_equal(layer_of(page), FACE)
+
+
+def test_keys(page):
+    """Tools, size, mirror, lock, layer, erase while a key is held, Alt picks, panning, help."""
+    put(page, FACE)
+    page.locator("#canvas").focus()
+    for key, tool in (("f", "fill"), ("e", "eraser"), ("b", "brush")):
+        page.keyboard.press(key)
+        assert page.evaluate("studio.state.tool") == tool
+    size = page.evaluate("studio.state.sizes.brush")
+    page.keyboard.press("]")
+    page.keyboard.press("[")
+    assert page.evaluate("studio.state.sizes.brush") == size
+    page.keyboard.press("r")
+    assert page.is_checked("#mirror")
+    page.keyboard.press("r")
+    page.keyboard.press("k")
+    assert page.is_checked("input[name=lock][value='1']")
+    page.keyboard.press("k")
+    x, y = np.argwhere(CLASSES.index("hair") == FACE)[0][::-1].tolist()
+    drag(page, [(x, y)], modifiers=("Alt",))
+    assert page.evaluate("studio.state.value") == CLASSES.index("hair")
+    page.keyboard.down("x")
+    ((x, y),) = drag(page, [(128, 128)])
+    page.keyboard.up("x")
+    assert layer_of(page)[y, x] == 0
+    before = page.evaluate("studio.view.x")
+    page.keyboard.down(" ")
+    drag(page, [(100, 100), (140, 100)])
+    page.keyboard.up(" ")
+    assert page.evaluate("studio.view.x") > before
+    page.keyboard.press("0")
+    assert page.evaluate("studio.view.x") == before
+    page.keyboard.press("Tab")
+    assert page.evaluate("studio.state.layer") == "sketch"
+    page.keyboard.press("?")
+    assert page.locator("#keys").is_visible()
+
+
+def test_a_preview_appears_and_a_newer_one_cancels_it(page, server):
+    """A stroke starts a preview, then the full image; a stroke during a job cancels it in the service, too."""
+    page.evaluate("document.getElementById('live').checked = true")
+    choose(page, tool="brush", value="skin", size=40)
+    drag(page, PATH)
+    page.wait_for_selector("#timing[data-kind=full]")
+    assert page.locator("#image").is_visible()
+    assert page.locator("#history img").count() == 1
+    jobs = page.evaluate("studio.live.cancelled")
+    page.evaluate("document.getElementById('timing').dataset.kind = ''")
+    for shift in range(3):
+        drag(page, [(x, min(255, y + 8 * shift)) for x, y in PATH[:2]])
+    page.wait_for_selector("#timing[data-kind=full]")
+    assert page.evaluate("studio.live.cancelled") > jobs
+    assert page.evaluate("studio.live.job") is None
+    states = Counter(
+        row.split('result="')[1].split('"')[0]
+        for row in requests.get(f"{server.url}/metrics", timeout=9).text.splitlines()
+        if row.startswith("likeness_images_total")
+    )
+    assert set(states) <= {"image", "cancelled"}
+
+
+def test_work_survives_a_lost_service_and_a_reload(page, server):
+    """Without a connection a stroke stays and the page says so; it reconnects; a reload brings the work back."""
+    page.evaluate("document.getElementById('live').checked = true")
+    page.context.set_offline(True)
+    drag(page, PATH)
+    wait(page, "document.getElementById('status').textContent.includes('does not answer')")
+    painted = layer_of(page)
+    assert painted.any()
+    page.context.set_offline(False)
+    page.wait_for_selector("#timing[data-kind=full]")
+    page.fill("#prompt", "a woman")
+    page.reload()
+    page.wait_for_selector("html[data-ready]")
+    np.testing.assert_array_equal(layer_of(page), painted)
+    assert page.input_value("#prompt") == "a woman"
+    other = page.context.new_page()  # another tab has work of its own
+    open_page(other, server)
+    assert not layer_of(other).any()
+    other.close()
+
+
+def test_problems_have_corrections(page):
+    """Swapped eyes are named and corrected by one click; so is a hat that the sentence denies."""
+    swapped = FACE.copy()
+    swapped[FACE == 4], swapped[FACE == 5] = 5, 4
+    swapped[:20] = CLASSES.index("hat")
+    put(page, swapped)
+    page.fill("#prompt", "a woman without a hat")
+    page.click("#problems li[data-kind=contradiction] button")
+    wait(page, "!studio.doc.layers.mask.data.includes(14)")
+    page.click("#problems li[data-kind=swapped-sides] button")
+    page.wait_for_selector("#problems li[data-kind=swapped-sides]", state="detached")
+    labels = layer_of(page)
+    np.testing.assert_array_equal(labels[FACE == 4], 4)
+    np.testing.assert_array_equal(labels[FACE == 5], 5)
+
+
+def test_a_photograph_becomes_a_mask(page, tmp_path):
+    """Opening a photograph parses it in the service."""
+    Image.fromarray(draw_face(0, 1, 64).image).save(tmp_path / "photo.jpg")
+    with page.expect_file_chooser() as chooser:
+        page.click("#photo")
+    chooser.value.set_files(tmp_path / "photo.jpg")
+    wait(page, "studio.doc.hasMask")
+    assert 1 in layer_of(page)
+    assert page.locator("#image").is_visible()
+
+
+def test_the_page_needs_no_key_but_the_service_does(tmp_path, browser):
+    """With API keys the page loads and takes its key from the address; nothing may be loaded from elsewhere."""
+    with serving(tmp_path, studio=True, keys=("secret",)) as server:
+        answer = requests.get(f"{server.url}/", timeout=9)
+        assert answer.url.endswith("/studio/")
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert requests.get(f"{server.url}/studio/../v1/models", timeout=9).status_code == 401
+        page = browser.new_page()
+        page.goto(f"{server.url}/studio/#key=secret")
+        page.wait_for_selector("html[data-ready]", timeout=20_000)
+        page.close()
+    with serving(tmp_path / "plain") as server:
+        assert requests.get(f"{server.url}/studio/", timeout=9).status_code == 404
+        image = io.BytesIO()
+        Image.new("RGB", (32, 32)).save(image, "PNG")
+        answer = requests.post(f"{server.url}/v1/recipes", files={"image": image.getvalue()}, timeout=9)
+        assert answer.status_code == 400
+        assert "has no recipe" in answer.json()["error"]["message"]
