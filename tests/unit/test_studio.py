@@ -118,7 +118,7 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         yield found
         found.close()
 
@@ -161,20 +161,21 @@ def wait(page, condition: str) -> None:
 
 
 def layer_of(page, name: str = "mask") -> np.ndarray:
-    return np.array(page.evaluate(f"Array.from(studio.doc.layers.{name}.data)"), dtype=np.uint8).reshape(SIDE, SIDE)
+    content = page.evaluate(f"studio.doc.layers.{name}.data.reduce((text, v) => text + String.fromCharCode(v), '')")
+    return np.frombuffer(content.encode("latin-1"), np.uint8).reshape(SIDE, SIDE)
 
 
-def put(page, labels: np.ndarray, name: str = "mask") -> None:
-    """Set a layer, as a file would."""
+def put(page, labels: np.ndarray) -> None:
+    """Set the mask, as a file would."""
     page.evaluate(
-        """([name, data]) => {
+        """content => {
             const {doc, view} = studio;
             doc.history.begin();
-            doc.layers[name].data.set(data);
+            doc.layers.mask.data.set(Uint8Array.from(content, (character) => character.charCodeAt(0)));
             doc.history.commit();
             view.draw();
         }""",
-        [name, labels.ravel().tolist()],
+        labels.tobytes().decode("latin-1"),
     )
 
 
@@ -217,59 +218,58 @@ def saved(page, button: str) -> Image.Image:
 PATH = [(40, 60), (90, 70), (130, 140), (60, 200), (10, 250)]
 
 
-@pytest.mark.parametrize(
-    ("tool", "options"),
-    [
-        ("brush", {"size": 1}),
-        ("brush", {"size": 9}),
-        ("brush", {"size": 14, "shape": "square"}),
-        ("brush", {"size": 10, "mirror": True, "value": "l_eye"}),
-        ("brush", {"size": 12, "lock": ("hair", "skin"), "value": "hat"}),
-        ("eraser", {"size": 11}),
-        ("line", {"size": 5}),
-        ("contour", {}),
-        ("fill", {"value": "cloth"}),
-        ("fill", {"value": "cloth", "whole": True}),
-    ],
-    ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value.items())),
-)
-def test_strokes_equal_the_reference(page, tool, options):
-    """Tools change exactly the pixels that the reference changes, also in the saved file; undo takes them back."""
-    put(page, FACE)
-    value, size = options.get("value", "skin"), options.get("size", 1)
-    choose(page, tool=tool, value=value, size=size if "size" in options else None)
-    if "shape" in options:
-        page.check("#square")
-    if "mirror" in options:
-        page.check("#mirror")
-    lock = tuple(CLASSES.index(name) for name in options.get("lock", ()))
-    for index in lock:
-        page.locator(f"input[name=lock][value='{index}']").check()
-    points = drag(page, PATH[:1] if tool == "fill" else PATH, modifiers=("Shift",) if options.get("whole") else ())
-    wanted, index = FACE.copy(), 0 if tool == "eraser" else CLASSES.index(value)
-    if tool == "line":
-        points = [points[0], points[-1]]
-    if tool == "contour":
-        pixels = area_of(points, SIDE)
-    elif tool == "fill" and options.get("whole"):
-        ((x, y),) = points
-        pixels = [(u, v) for v, u in np.argwhere(wanted == wanted[y, x]).tolist()]
-    elif tool == "fill":
-        pixels = region(wanted, *points[0])
-    else:
-        pixels = strokes(points, size, options.get("shape", "round"))
-    paint(wanted, pixels, index, lock, COUNTERPART if "mirror" in options else None)
-    assert (wanted != FACE).any()
-    np.testing.assert_array_equal(layer_of(page), wanted)
+CASES = [
+    ("brush", {"size": 1}),
+    ("brush", {"size": 9}),
+    ("brush", {"size": 14, "shape": "square"}),
+    ("brush", {"size": 10, "mirror": True, "value": "l_eye"}),
+    ("brush", {"size": 12, "lock": ("hair", "skin"), "value": "hat"}),
+    ("eraser", {"size": 11}),
+    ("line", {"size": 5}),
+    ("contour", {}),
+    ("fill", {"value": "cloth"}),
+    ("fill", {"value": "cloth", "whole": True}),
+]
+
+
+def test_strokes_equal_the_reference(page):
+    """Tools change exactly the pixels that the reference changes; undo takes them back. Saved files have them."""
+    for tool, options in CASES:
+        value, size = options.get("value", "skin"), options.get("size", 1)
+        lock = tuple(CLASSES.index(name) for name in options.get("lock", ()))
+        put(page, FACE)
+        choose(page, tool=tool, value=value, size=size if "size" in options else None)
+        page.set_checked("#square", "shape" in options)
+        page.set_checked("#mirror", "mirror" in options)
+        for index in lock:
+            page.locator(f"input[name=lock][value='{index}']").check()
+        points = drag(page, PATH[:1] if tool == "fill" else PATH, modifiers=("Shift",) if options.get("whole") else ())
+        for index in lock:
+            page.locator(f"input[name=lock][value='{index}']").uncheck()
+        wanted, index = FACE.copy(), 0 if tool == "eraser" else CLASSES.index(value)
+        if tool == "line":
+            points = [points[0], points[-1]]
+        if tool == "contour":
+            pixels = area_of(points, SIDE)
+        elif tool == "fill" and options.get("whole"):
+            ((x, y),) = points
+            pixels = [(u, v) for v, u in np.argwhere(wanted == wanted[y, x]).tolist()]
+        elif tool == "fill":
+            pixels = region(wanted, *points[0])
+        else:
+            pixels = strokes(points, size, options.get("shape", "round"))
+        paint(wanted, pixels, index, lock, COUNTERPART if "mirror" in options else None)
+        assert (wanted != FACE).any()
+        np.testing.assert_array_equal(layer_of(page), wanted, err_msg=f"{tool} {options}")
+        page.click("#undo")
+        np.testing.assert_array_equal(layer_of(page), FACE)
+        page.keyboard.press("Control+Shift+Z")
+        np.testing.assert_array_equal(layer_of(page), wanted)
     image = saved(page, "#save-mask")
     np.testing.assert_array_equal(np.asarray(image), wanted)
     assert image.mode == "P"
     assert image.getpalette()[: 3 * len(CLASSES)] == PALETTE.ravel().tolist()
     np.testing.assert_array_equal(np.asarray(saved(page, "#save-index")), wanted)
-    page.click("#undo")
-    np.testing.assert_array_equal(layer_of(page), FACE)
-    page.keyboard.press("Control+Shift+Z")
-    np.testing.assert_array_equal(layer_of(page), wanted)
 
 
 def test_raster_operations_equal_the_reference(page):
@@ -359,7 +359,7 @@ def test_files_open_in_every_form(page, tmp_path):
     np.testing.assert_array_equal(np.asarray(saved(page, "#save-sketch")), layer_of(page, "sketch"))
     page.locator("input[name=layer][value=mask]").check(force=True)
     (tmp_path / "text.png").write_text("no image")
-    Image.new("L", (12000, 12000)).save(tmp_path / "huge.png")
+    Image.new("1", (12000, 12000)).save(tmp_path / "huge.png")
     for name, words in (("text.png", "not a readable image"), ("huge.png", "pixels")):
         open_file(page, tmp_path / name)
         wait(page, f"document.getElementById('status').textContent.includes({words!r})")
@@ -438,12 +438,10 @@ def test_a_preview_appears_and_a_newer_one_cancels_it(page, server):
     page.wait_for_selector("#timing[data-kind=full]")
     assert page.locator("#image").is_visible()
     assert page.locator("#history img").count() == 1
-    jobs = page.evaluate("studio.live.cancelled")
     page.evaluate("document.getElementById('timing').dataset.kind = ''")
-    for shift in range(3):
-        drag(page, [(x, min(255, y + 8 * shift)) for x, y in PATH[:2]])
+    page.evaluate("studio.live.changed(); studio.live.changed()")  # as of two strokes, before the first image arrives
     page.wait_for_selector("#timing[data-kind=full]")
-    assert page.evaluate("studio.live.cancelled") > jobs
+    assert page.evaluate("studio.live.cancelled") == 1
     assert page.evaluate("studio.live.job") is None
     states = Counter(
         row.split('result="')[1].split('"')[0]

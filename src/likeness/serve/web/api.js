@@ -14,7 +14,8 @@ async function send(path, { json, form, signal, method } = {}) {
     });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw Object.assign(new Error("The service does not answer. Your work is kept in this browser."), { offline: true });
+    const offline = new Error("The service does not answer. Your work is kept in this browser.");
+    throw Object.assign(offline, { offline: true });
   }
   const answer = await response.json().catch(() => null);
   if (!response.ok) throw new Error(answer?.error?.message ?? `The service answered with status ${response.status}`);
@@ -23,7 +24,7 @@ async function send(path, { json, form, signal, method } = {}) {
 
 const formOf = (values) => {
   const form = new FormData();
-  for (const [name, value] of Object.entries(values)) if (value !== undefined && value !== null) form.append(name, value);
+  for (const [name, value] of Object.entries(values)) if (value !== undefined) form.append(name, value);
   return form;
 };
 

@@ -37,7 +37,8 @@ export class Document {
   /** Layer of a file in canonical form (the service's answer in base64). */
   async layerOfContent(content, name) {
     const { data, width, height } = await pixelsOfImage(fromBase64(content));
-    const layer = layerOf(width, height), index = new Map(this.palette.map(([r, g, b], i) => [(r << 16) | (g << 8) | b, i]));
+    const layer = layerOf(width, height);
+    const index = new Map(this.palette.map(([r, g, b], i) => [(r << 16) | (g << 8) | b, i]));
     for (let i = 0; i < layer.data.length; i++) {
       const color = (data[4 * i] << 16) | (data[4 * i + 1] << 8) | data[4 * i + 2];
       layer.data[i] = name === "mask" ? (index.get(color) ?? 0) : data[4 * i];

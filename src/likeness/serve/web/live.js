@@ -9,13 +9,13 @@ export class Live {
    * @param rest milliseconds after the last change until the full image
    */
   constructor({ render, show, failed, rest = 700 }) {
-    Object.assign(this, { render, show, failed, rest, job: null, timer: null, cancelled: 0, kinds: ["preview", "full"] });
+    Object.assign(this, { render, show, failed, rest, job: null, timer: null, cancelled: 0 });
   }
 
   /** Reports a change. */
   changed() {
     this.stop();
-    this.run(this.kinds[0]);
+    this.run("preview");
   }
 
   /** Starts the full image now. */
@@ -42,7 +42,8 @@ export class Live {
       if (this.job !== job) return;
       this.job = null;
       this.show(kind, result, started);
-      if (kind === "preview") this.timer = setTimeout(() => this.run("full"), Math.max(0, this.rest - (performance.now() - started)));
+      const wait = Math.max(0, this.rest - (performance.now() - started));
+      if (kind === "preview") this.timer = setTimeout(() => this.run("full"), wait);
     } catch (error) {
       if (this.job !== job) return; // cancelled
       this.job = null;

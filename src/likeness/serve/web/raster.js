@@ -6,7 +6,7 @@ export const layerOf = (width, height, value = 0) => ({
   data: new Uint8Array(width * height).fill(value), width, height,
 });
 
-/** Rows [dy, x0, x1] of a brush of `size` pixels, relative to its pixel in the middle (left above it if size is even). */
+/** Rows [dy, x0, x1] of a brush of `size` pixels, relative to the pixel right below its centre. */
 export function brushRows(size, shape) {
   const rows = [], half = size >> 1;
   for (let y = 0; y < size; y++) {
@@ -21,8 +21,8 @@ export function brushRows(size, shape) {
 }
 
 /**
- * Returns a function that sets one pixel. `lock`: classes that may be painted over (default all). `mirror`: a map from a
- * value to its value on the other side; the mirrored pixel is set, too.
+ * Returns a function that sets one pixel. `lock`: classes that may be painted over (default all). `mirror`: a map from
+ * a value to its value on the other side; the mirrored pixel is set, too.
  */
 export function painter(layer, value, { lock = null, mirror = null } = {}) {
   const { data, width, height } = layer;
@@ -164,7 +164,7 @@ export function move(layer, pixels, dx, dy, scale = 1) {
 export function resized(layer, width, height) {
   const out = layerOf(width, height);
   for (let y = 0; y < height; y++) for (let x = 0; x < width; x++) {
-    const v = Math.floor(((2 * y + 1) * layer.height) / (2 * height)), u = Math.floor(((2 * x + 1) * layer.width) / (2 * width));
+    const v = Math.floor(((y + 0.5) * layer.height) / height), u = Math.floor(((x + 0.5) * layer.width) / width);
     out.data[y * width + x] = layer.data[v * layer.width + u];
   }
   return out;

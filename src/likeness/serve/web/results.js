@@ -16,7 +16,7 @@ export class Results {
     this.current = entry;
     this.save.disabled = false;
     if (!keep) return;
-    this.history.prepend(this.button(entry, `Seed ${entry.seed}`, (event) => (event.shiftKey ? this.against(entry) : this.restore(entry))));
+    this.history.prepend(this.button(entry));
     while (this.history.children.length > LONGEST_HISTORY) this.history.lastChild.remove();
   }
 
@@ -32,7 +32,7 @@ export class Results {
   stopComparison() { this.compare.hidden = this.other.hidden = true; }
 
   variations(entries) {
-    this.strip.replaceChildren(...entries.map((entry) => this.button(entry, `Seed ${entry.seed}`, () => this.restore(entry))));
+    this.strip.replaceChildren(...entries.map((entry) => this.button(entry)));
   }
 
   /** Plays images forth and back. */
@@ -49,12 +49,13 @@ export class Results {
     this.timer = null;
   }
 
-  button(entry, title, clicked) {
+  /** Button with an image: a click returns to it, Shift + click compares it with the current one. */
+  button(entry) {
     const button = document.createElement("button"), image = document.createElement("img");
     this.put(image, entry.blob);
-    image.alt = button.title = title;
+    image.alt = button.title = `Seed ${entry.seed}`;
     button.append(image);
-    button.addEventListener("click", clicked);
+    button.addEventListener("click", ({ shiftKey }) => (shiftKey ? this.against(entry) : this.restore(entry)));
     return button;
   }
 

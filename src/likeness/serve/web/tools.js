@@ -45,7 +45,8 @@ export class Tools {
 
   rows(tool, event) {
     const pressure = event.pointerType === "pen" && event.pressure ? event.pressure : 1;
-    return brushRows(Math.max(1, Math.round(this.state.sizes[tool] * pressure)), this.state.square ? "square" : "round");
+    const size = Math.max(1, Math.round(this.state.sizes[tool] * pressure));
+    return brushRows(size, this.state.square ? "square" : "round");
   }
 
   painter(tool) {
@@ -64,17 +65,16 @@ export class Tools {
     if (this.pointers.size === 2) return this.pinch();
     if (this.space || event.button === 1) { this.action = { kind: "pan" }; return; }
     const tool = this.toolOf(event), at = this.view.pixel(event);
-    const inside = at.every((value, axis) => value >= 0 && value < (axis ? this.layer.height : this.layer.width));
+    const { data, width, height } = this.layer, inside = within([0, 0, width, height], at);
+    const value = data[at[1] * width + at[0]];
     this.doc.history.begin();
     this.action = { kind: tool, start: at, last: at, points: [at] };
-    if (tool === "pick") { if (inside) this.on.picked(this.layer.data[at[1] * this.layer.width + at[0]]); return; }
+    if (tool === "pick") return inside && this.on.picked(value);
     if (tool === "fill" && inside) fill(this.layer, ...at, this.painter(tool), event.shiftKey);
     if (tool === "brush" || tool === "eraser") stamp(this.painter(tool), ...at, this.rows(tool, event));
-    if (tool === "move" && inside) this.action.pixels = pixelsOf(this.layer, this.layer.data[at[1] * this.layer.width + at[0]]);
-    if (tool === "select" && this.area) {
-      const [x, y, width, height] = this.area;
-      if (at[0] >= x && at[1] >= y && at[0] < x + width && at[1] < y + height) this.action.pixels = pixelsOf(this.layer, null, this.area);
-    }
+    if (tool === "move" && inside) this.action.pixels = pixelsOf(this.layer, value);
+    if (tool === "select" && this.area && within(this.area, at))
+      this.action.pixels = pixelsOf(this.layer, null, this.area);
     this.view.draw();
   }
 
@@ -87,7 +87,8 @@ export class Tools {
     if (!action || !previous) return this.view.draw();
     if (action.kind === "pan") return this.view.pan(event.clientX - previous[0], event.clientY - previous[1]);
     if (action.kind === "pinch") return this.pinch(action);
-    for (const part of event.getCoalescedEvents?.().length ? event.getCoalescedEvents() : [event]) this.drag(action, part);
+    const parts = event.getCoalescedEvents?.() ?? [];
+    for (const part of parts.length ? parts : [event]) this.drag(action, part);
     this.view.draw();
   }
 
@@ -116,7 +117,8 @@ export class Tools {
     const { action } = this;
     if (!action || this.pointers.size) return;
     this.action = null;
-    if (action.kind === "contour" && event.type === "pointerup") contour(this.layer, action.points, this.painter("contour"));
+    if (action.kind === "contour" && event.type === "pointerup")
+      contour(this.layer, action.points, this.painter("contour"));
     if (action.kind !== "select" || action.pixels) this.view.path = null;
     if (action.kind === "select" && action.pixels) this.area = null;
     if (event.type === "pointercancel") this.doc.history.revert();
@@ -153,6 +155,9 @@ export class Tools {
   }
 }
 
-const boxOf = ([x0, y0], [x1, y1]) => [Math.min(x0, x1), Math.min(y0, y1), Math.abs(x1 - x0) + 1, Math.abs(y1 - y0) + 1];
+const within = ([x, y, width, height], [u, v]) => u >= x && v >= y && u < x + width && v < y + height;
+
+const boxOf = ([x0, y0], [x1, y1]) =>
+  [Math.min(x0, x1), Math.min(y0, y1), Math.abs(x1 - x0) + 1, Math.abs(y1 - y0) + 1];
 
 const corners = ([x, y, width, height]) => [[x, y], [x + width, y], [x + width, y + height], [x, y + height], [x, y]];

@@ -50,7 +50,8 @@ export class View {
   /** Pixel of the layer under a pointer; it may be outside. */
   pixel(event) {
     const box = this.canvas.getBoundingClientRect();
-    return [Math.floor((event.clientX - box.left - this.x) / this.zoom), Math.floor((event.clientY - box.top - this.y) / this.zoom)];
+    const places = [event.clientX - box.left - this.x, event.clientY - box.top - this.y];
+    return places.map((place) => Math.floor(place / this.zoom));
   }
 
   draw() {
