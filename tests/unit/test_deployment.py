@@ -1,0 +1,175 @@
+"""Clients and replicas of the service: ComfyUI's nodes with a stand-in of its executor, Ray Serve with two replicas."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import io
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import openai
+import pytest
+import requests
+import torch
+from PIL import Image
+
+from builders import save_tiny_model
+from likeness.conditions import CONDITIONS
+from likeness.conditions.mask.classes import PALETTE
+from likeness.data.synthetic import draw_face
+from likeness.types import InputError
+from serving import serving
+
+ROOT = Path(__file__).parents[2]
+
+
+def module(name: str, file: Path):
+    """Import a file that is not part of the package, as the program that uses it does."""
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    sys.modules[name] = found
+    spec.loader.exec_module(found)
+    return found
+
+
+# ComfyUI
+
+TENSORS = {"IMAGE": 4, "MASK": 3}
+WIDGETS = {"STRING": str, "INT": int, "FLOAT": (int, float)}
+
+
+def execute(nodes, workflow: dict, id: str, done: dict | None = None) -> tuple:
+    """Run a node of a workflow in ComfyUI's API format after the nodes that it needs, with ComfyUI's checks of types."""
+    done = {} if done is None else done
+    if id in done:
+        return done[id]
+    kind = nodes.NODE_CLASS_MAPPINGS[workflow[id]["class_type"]]
+    declared = kind.INPUT_TYPES()
+    types = declared["required"] | declared.get("optional", {})
+    given = {}
+    for name, value in workflow[id]["inputs"].items():
+        type_, options = types[name][0], (types[name][1:] or ({},))[0]
+        if isinstance(value, list):  # a link: [node, output]
+            source, output = value
+            value = source if isinstance(source, torch.Tensor) else execute(nodes, workflow, source, done)[output]
+        if isinstance(type_, list):
+            assert value in type_
+        elif type_ in TENSORS:
+            assert value.ndim == TENSORS[type_]
+        else:
+            assert isinstance(value, WIDGETS[type_])
+            assert not isinstance(value, str) or "min" not in options
+            if "min" in options:
+                assert options["min"] <= value <= options["max"]
+        given[name] = value
+    for name, (_, *options) in declared["required"].items():
+        if name not in given and options and "default" in options[0]:
+            given[name] = options[0]["default"]
+    assert set(declared["required"]) <= set(given)
+    results = getattr(kind(), kind.FUNCTION)(**given)
+    assert len(results) == len(kind.RETURN_TYPES)
+    for type_, result in zip(kind.RETURN_TYPES, results, strict=True):
+        if type_ == "IMAGE":
+            assert result.dtype == torch.float32
+            assert result.ndim == 4
+            assert result.shape[-1] == 3
+            assert 0 <= result.min() <= result.max() <= 1
+        else:
+            assert isinstance(result, str)
+    done[id] = results
+    return results
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    return module("likeness_comfyui", ROOT / "integrations/comfyui/__init__.py")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("data")) as found:
+        yield found
+
+
+def test_a_comfyui_workflow_gives_the_image_of_the_api(nodes, server):
+    """Mask and sketch as IMAGEs give the image that the same files give over HTTP."""
+    face = draw_face(0, 0, 64)
+    mask = torch.from_numpy(PALETTE[face.mask].astype(np.float32) / 255)[None]
+    sketch = torch.from_numpy(np.repeat(face.sketch[..., None], 3, -1).astype(np.float32) / 255)[None]
+    given = {"prompt": "a man", "seed": 3, "count": 2, "steps": 2, "server": server.url, "api_key": ""}
+    given |= {"mask": [mask, 0], "sketch": [sketch, 0], "sketch_scale": 0.5}
+    image, notes = execute(nodes, {"1": {"class_type": "LikenessGenerate", "inputs": given}}, "1")
+    contents = {name: CONDITIONS[name].encode(getattr(face, name)) for name in ("mask", "sketch")}
+    answer = server.client.images.generate(
+        prompt="a man",
+        n=2,
+        extra_body={
+            "seed": 3,
+            "steps": 2,
+            "control_image": {name: base64.b64encode(content).decode() for name, content in contents.items()},
+            "conditioning_scale": {"mask": 1.0, "sketch": 0.5},
+        },
+    )
+    for i, wanted in enumerate(answer.data):
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(wanted.b64_json))))
+        np.testing.assert_array_equal((image[i].numpy() * 255).round().astype(np.uint8), pixels)
+    assert "mask" in notes
+
+
+def test_a_comfyui_workflow_extracts_a_mask_and_generates(nodes, server):
+    """A link passes the mask of a photograph on; the service's errors are shown as they are."""
+    photo = torch.from_numpy(draw_face(0, 1, 64).image.astype(np.float32) / 255)[None]
+    shared = {"server": server.url, "api_key": ""}
+    extract = {"photograph": [photo, 0], "condition": "mask", **shared}
+    workflow = {
+        "a": {"class_type": "LikenessExtractCondition", "inputs": extract},
+        "b": {"class_type": "LikenessGenerate", "inputs": {"prompt": "", "mask": ["a", 0], "seed": 1, **shared}},
+    }
+    image, _ = execute(nodes, {**workflow, "b": _with_defaults(nodes, workflow["b"])}, "b")
+    assert image.shape == (1, 32, 32, 3)
+    workflow["b"]["inputs"]["size"] = "9999x9999"
+    with pytest.raises(RuntimeError, match="size is 9999x9999"):
+        execute(nodes, {**workflow, "b": _with_defaults(nodes, workflow["b"])}, "b")
+    with pytest.raises(RuntimeError, match="cannot be reached"):
+        nodes.send("models", server="http://127.0.0.1:9", api_key="", json={})
+
+
+def _with_defaults(nodes, node: dict) -> dict:
+    """A node with the values that ComfyUI's widgets have at first."""
+    declared = nodes.NODE_CLASS_MAPPINGS[node["class_type"]].INPUT_TYPES()["required"]
+    defaults = {name: options[0]["default"] for name, (_, *options) in declared.items() if options}
+    return node | {"inputs": defaults | node["inputs"]}
+
+
+# Ray Serve
+
+
+@pytest.mark.slow
+def test_two_replicas_of_ray_serve(tmp_path, monkeypatch):
+    """Replicas give the images of the pipeline, stream, and know each other's jobs."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'likeness[ray]'")
+    from ray import serve
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.syspath_prepend(ROOT / "launch")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'launch'}")
+    application = module("ray_serve", ROOT / "launch/ray_serve.py").application
+    with pytest.raises(InputError, match="Unknown argument 'host'"):
+        application({"host": "0.0.0.0"})
+    with pytest.raises(InputError, match="share their jobs"):
+        application({"model": "mmface-mini"})
+    model = save_tiny_model(tmp_path / "model")
+    given = {"model": str(model), "data": str(tmp_path / "data"), "database": f"sqlite:///{tmp_path / 'jobs.sqlite'}"}
+    ray.init(num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
+    try:
+        serve.start(http_options={"port": 0})
+        serve.run(application({**given, "min_replicas": "2", "num_cpus": "0.5"}), name="likeness")
+        raise NotImplementedError
+    finally:
+        serve.shutdown()
+        ray.shutdown()
