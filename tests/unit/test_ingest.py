@@ -150,7 +150,7 @@ def test_celeba_skips_and_reports(tmp_path, capsys):
         (lambda root: put(root, "list_attr_celeba.txt", b"\xff\xfe\x00"), "not UTF-8 text"),
         (lambda root: put(root, "identity_CelebA.txt", "000001.jpg\n"), "identity_CelebA.txt, line 1"),
         (lambda root: (root / "identity_CelebA.txt").unlink(), "12 of 12 faces have no identity"),
-        (lambda root: [path.unlink() for path in (root / "img_align_celeba").iterdir()], "has no .jpg"),
+        (lambda root: [path.unlink() for path in (root / "img_align_celeba").iterdir()], "has no faces"),
         (lambda root: put(root, "list_attr_celeba.txt", sample_datasets.attribute_list(["1.jpg"])), "has no faces"),
     ],
 )
@@ -253,7 +253,7 @@ def test_captions_of_images_in_folders(tmp_path):
     ingest(source, tmp_path / "out", captions=tmp_path / "texts", report=messages.append)
     texts = {split: [row["text"] for row in read_folder(tmp_path / "out" / split)] for split in ("train", "test")}
     assert texts == {"train": [["train/a"], ["train/sub/a"]], "test": [["test/a"], ["test/sub/b"]]}
-    assert messages[-1] == f"unused caption files: 1, such as {tmp_path / 'texts/train/other.txt'}"
+    assert messages[-1] == "unused caption files: 1, such as train/other.txt"
 
 
 def test_imagefolder_keeps_other_columns(tmp_path):

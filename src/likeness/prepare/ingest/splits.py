@@ -45,23 +45,12 @@ PICKLES = {
 SplitOf = Callable[[SourceFace], str | None]
 
 
-def assign_splits(
-    split: str, faces: Iterable[SourceFace], source: Source, held_out: int, seed: int
-) -> list[str | None]:
-    """Return the split of each face; None if the named split does not list it.
-
-    Args:
-        split: one of `SPLITS`.
-        faces: all faces, in order.
-        source: the source, with the lists.
-        held_out: faces held out by `person` (at least) and `random`.
-        seed: random seed.
+def named_split(split: str, faces: Iterable[SourceFace], source: Source) -> list[str | None]:
+    """Return the split of each face; None if the named split, one of `SPLITS`, does not list it.
 
     Raises:
-        InputError: the source lacks what the split needs, or has too few faces.
+        InputError: the source lacks what the split needs.
     """
-    if split in ("person", "random"):
-        return random_split(split, [face.identity for face in faces], held_out, seed)
     rules: dict[str, Callable[[Source], SplitOf]] = {
         "given": lambda source: lambda face: face.split or "train",
         "none": lambda source: lambda face: "train",
@@ -69,8 +58,7 @@ def assign_splits(
         "face_mogle": lambda source: by_number,
         "mm_celeba": by_lists,
     }
-    split_of = rules[split](source)
-    return [split_of(face) for face in faces]
+    return [*map(rules[split](source), faces)]
 
 
 def default_held_out(count: int) -> int:
@@ -79,7 +67,11 @@ def default_held_out(count: int) -> int:
 
 
 def random_split(split: str, identities: list[str | None], held_out: int, seed: int) -> list[str | None]:
-    """Assign the splits `person` and `random`."""
+    """Assign the splits `person`, with at least `held_out` faces in test, and `random`.
+
+    Raises:
+        InputError: there are too few faces, or an identity is missing.
+    """
     if identities and len(identities) <= held_out:
         raise InputError(f"cannot hold out {held_out} of {len(identities)} complete faces: reduce --held-out")
     rng = np.random.default_rng(seed)
