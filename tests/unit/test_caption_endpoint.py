@@ -24,9 +24,8 @@ from likeness.cli import main
 from likeness.conditions.mask import mask_image
 from likeness.data.synthetic import draw_face
 from likeness.prepare.caption.folder import CaptionSettings, caption_folder
-from likeness.prepare.caption.models import load_counter, open_model
+from likeness.prepare.caption.models import Question, load_counter, open_model
 from likeness.prepare.caption.prompts import PROMPTS, describe
-from likeness.prepare.caption.questions import Question
 from likeness.prepare.caption.records import open_answers
 from likeness.types import InputError
 

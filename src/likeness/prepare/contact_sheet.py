@@ -27,16 +27,8 @@ COLUMNS = {"file_name": "image", **{column_of(name): name for name in CONDITIONS
 def write_sheet(folder: Path, checked: Checked, out: Path, count: int = 24) -> None:
     """Write a contact sheet of `count` rows: faulty ones first, of every kind in turn, then others, evenly spaced.
 
-    Args:
-        folder: the checked folder.
-        checked: result of the check.
-        out: file to write, .html.
-        count: most rows to show.
-
-    Raises:
-        InputError: another suffix, a count below 1, or the file cannot be written.
+    `out` and `count` must be valid (`check_sheet`). Raises `InputError` if the file cannot be written.
     """
-    check_sheet(out, count)
     folder = folder.resolve()
     figures = [describe_row(folder, row, found) for row, found in choose_rows(folder, checked, count)]
     faults = Counter(found.kind for found in checked.findings)

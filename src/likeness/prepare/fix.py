@@ -7,7 +7,6 @@ The list only selects among the findings of a new check.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from likeness.conditions import CONDITIONS, inspection
-from likeness.data.folder import METADATA, ORIGINALS, column_of, file_inside, line_of, metadata_lines, splits_of
+from likeness.data.folder import METADATA, ORIGINALS, column_of, file_inside, line_of
 from likeness.files import write_whole
 from likeness.prepare.findings import FIXES, Finding, MetadataRow, read_rows
 from likeness.types import InputError
@@ -45,11 +44,7 @@ GARBAGE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffd]")
 
 
 def fix_captions(text: Any, kinds: Collection[str]) -> tuple[Any, list[tuple[str, str]]]:
-    """Fix the faults `kinds` of a row's captions.
-
-    Args:
-        text: the column `text`; valid if it is a string or a list of strings.
-        kinds: kinds of faults to fix.
+    """Fix the faults of a row's captions, the column `text`, that are of some kinds.
 
     Returns:
         The fixed column, None if no caption remains; and (kind, sentence) of every fault.
@@ -98,12 +93,7 @@ def caption_fault(caption: Any) -> tuple[str, str, str | None] | None:
 
 
 def write_fixes(folder: Path, findings: Sequence[Finding], state: str) -> None:
-    """Write the fix list next to the data; without findings, delete an older list.
-
-    Args:
-        folder: the checked folder.
-        findings: what was found.
-        state: hash of the metadata that was checked (`state_of`).
+    """Write the fix list next to the data; without findings, delete an older list. `state` is that of the check.
 
     Raises:
         InputError: it cannot be written.
@@ -114,15 +104,6 @@ def write_fixes(folder: Path, findings: Sequence[Finding], state: str) -> None:
         write_whole(path, "".join(lines).encode(errors="backslashreplace"))
     elif path.is_file():
         path.unlink()
-
-
-def state_of(folder: Path) -> str:
-    """Hash all metadata: a list for another state must not be applied."""
-    hashed = hashlib.sha256()
-    for split in splits_of(folder):
-        for _, line in metadata_lines(folder, split):
-            hashed.update(line)
-    return hashed.hexdigest()[:16]
 
 
 def confirmed_fixes(folder: Path, findings: Sequence[Finding], state: str) -> list[Finding]:
@@ -155,13 +136,10 @@ def key_of(found: Finding) -> tuple[Any, ...]:
 
 
 def apply_fixes(folder: Path, findings: Iterable[Finding]) -> dict[str, int]:
-    """Apply the fixes of findings. Those whose `fix` is null are left alone.
+    """Apply the fixes of a check to the folder, which no other process may change (`likeness.data.folder.changing`).
 
-    After an interruption, check and apply again. The metadata of the splits that change is kept in memory.
-
-    Args:
-        folder: the folder, which no other process may change (`likeness.data.folder.changing`).
-        findings: findings of a check of the folder as it is now.
+    Findings whose `fix` is null are left alone. After an interruption, check and apply again. The metadata of changed
+    splits is kept in memory.
 
     Returns:
         Fix -> number of findings fixed.

@@ -50,19 +50,7 @@ def paste_file(
     only: Sequence[str] = (),
     parser: str = "bundled",
 ) -> str:
-    """Paste a portrait into its photo and write the result.
-
-    Args:
-        portrait: the edited portrait, square, of any size.
-        aligned: the folder that `align_photos` wrote.
-        photo: the photo.
-        out: file to write; .png and .webp are lossless, .jpg is not.
-        face: `file_name` of the aligned portrait; needed if the photo has several faces and the edited portrait has
-            another name than the aligned one.
-        feather: width of the blended border as a fraction of the portrait's side.
-        only: classes of the mask to paste, such as hair and skin, with a quarter of `feather` inside their edge.
-            Default: the whole portrait.
-        parser: face parser that finds them (`load_face_parser`).
+    """Paste a portrait into its photo and write the result. The arguments are the options of `likeness prepare paste`.
 
     Returns:
         `file_name` of the aligned portrait.
@@ -108,17 +96,11 @@ def row_of(aligned: Path, photo: Path, portrait: Path, face: str | None) -> dict
 
 
 def region_weight(portrait: np.ndarray, only: Sequence[str], parser: str, feather: float) -> np.ndarray:
-    """Return the weight of each pixel of a portrait, uint8 [S, S]: 0 outside the classes `only`, rising to 255 inside.
-    Skin includes what is on it: eyes, glasses, nose, mouth.
-
-    Args:
-        portrait: uint8 [S, S, 3].
-        only: names of classes.
-        parser: a face parser.
-        feather: width of the edge as a fraction of the portrait's side.
+    """Return the weight of each pixel of a portrait, uint8 [S, S]: 0 outside the classes `only`, rising to 255 inside
+    within `feather` of the side. Skin includes what is on it: eyes, glasses, nose, mouth.
 
     Raises:
-        InputError: a class is unknown, or the portrait shows none.
+        InputError: a class is unknown, or the portrait, uint8 [S, S, 3], shows none.
     """
     classes = class_indices([*only, *(ON_SKIN if CLASS_INDEX["skin"] in class_indices(only) else ())])
     network, size = load_face_parser(parser)
