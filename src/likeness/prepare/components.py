@@ -37,7 +37,7 @@ def join_components(
     images: int = 1024,
     text_layer: int = -2,
 ) -> None:
-    """Write `out` with packed weights (`likeness.weights.packed`).
+    """Write `out` with packed weights (`likeness.weights.packed`) of published runs.
 
     Args:
         autoencoder: run folder of an autoencoder or of a decoder.
@@ -88,11 +88,6 @@ def join_components(
 def replace_decoder(run: Path, components: Path, out: Path) -> None:
     """Write `out`, a copy of a components folder with the decoder of a decoder run. The encoder and the latent
     statistics are unchanged, so shards and models of `components` remain valid.
-
-    Args:
-        run: run folder of a decoder.
-        components: folder written by `join_components`.
-        out: folder to write.
 
     Raises:
         InputError: `out` exists, the run has not published its model, or its encoder is not that of `components`.

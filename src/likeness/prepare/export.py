@@ -24,7 +24,7 @@ from likeness.prepare.ingest.faces import Skipped, SourceFace, with_names
 from likeness.prepare.ingest.formats import imagefolder, metadata_folders, table_of
 from likeness.prepare.ingest.shards import import_parquet
 from likeness.prepare.ingest.source import Source, join, open_source
-from likeness.types import InputError
+from likeness.types import InputError, Progress
 
 SHARD = 1000
 """Faces per shard."""
@@ -45,16 +45,9 @@ def export(
     format: str,
     *,
     shard: int = SHARD,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Write a prepared folder as `imagefolder`, `webdataset` or `parquet`.
-
-    Args:
-        folder: a directory with `metadata.jsonl`, or the parent of splits.
-        out: folder to write. Run again to resume.
-        format: one of `WRITERS`.
-        shard: faces per shard.
-        progress: called as (faces done, total).
+    """Write a prepared folder in one of the formats `WRITERS`, `shard` faces per file. Run again to resume.
 
     Returns:
         Faces by split, and `skipped`: missing file -> reason.

@@ -31,13 +31,8 @@ def extract(
 ) -> dict[str, Path]:
     """Write the portrait, mask, sketch and keypoints of the largest face of a photograph.
 
-    Args:
-        photo: the photograph.
-        out: folder to write to; files of an earlier run are replaced.
-        landmarker: MediaPipe's `face_landmarker.task`; None makes no keypoints and needs an aligned photograph.
-        size: side length in pixels.
-        parser: a face parser, as in `load_face_parser`.
-        device: device of the face parser.
+    The arguments are the options of `likeness extract`. Without a landmarker there are no keypoints, and the photograph
+    must be aligned.
 
     Returns:
         `image`, `mask`, `sketch` and, with a landmarker, `keypoints` -> file.

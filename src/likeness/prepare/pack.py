@@ -17,11 +17,8 @@ from likeness.weights.packed import PACKED, component_class, save_packed
 def pack_model(model: Path, out: Path, base: Path | None = None, label_decoder: Path | None = None) -> None:
     """Pack a published pipeline into `out`. The folder `common` next to it must contain its components.
 
-    Args:
-        model: the published pipeline.
-        out: folder to write.
-        base: packed pipeline that the model was trained from; only the difference is stored, in 4 bits.
-        label_decoder: run folder of the label decoder with which the packed pipeline decodes latents.
+    With `base`, a packed pipeline that the model was trained from, only the difference is stored, in 4 bits.
+    `label_decoder` is the run folder of the label decoder with which the packed pipeline decodes latents.
 
     Raises:
         InputError: `model` is not a published run, or was trained with other components, or `base` has another network,
