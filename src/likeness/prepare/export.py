@@ -13,12 +13,21 @@ import tarfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from itertools import chain, groupby, islice, repeat
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
 from likeness.conditions import CONDITIONS
-from likeness.data.folder import METADATA, RECORD, changing, column_of, line_of, open_record, write_record
+from likeness.data.folder import (
+    HOW_TO_PREPARE,
+    METADATA,
+    changing,
+    column_of,
+    line_of,
+    open_record,
+    read_record,
+    write_record,
+)
 from likeness.files import write_whole, writing_whole
 from likeness.prepare.ingest.faces import Skipped, SourceFace, with_names
 from likeness.prepare.ingest.formats import imagefolder, metadata_folders, table_of
@@ -57,9 +66,7 @@ def export(
     """
     source = open_source(folder)
     if not metadata_folders(source):
-        raise InputError(
-            f"{folder} has no {METADATA} and no splits: `likeness prepare ingest IMAGES OUT` writes a prepared folder"
-        )
+        raise InputError(f"{folder} has no {METADATA} and no splits: {HOW_TO_PREPARE}")
     skipped: dict[str, str] = {}
     counts: Counter[str] = Counter()
     for entry in imagefolder(source):
@@ -67,8 +74,7 @@ def export(
             skipped[entry.name] = entry.reason
         else:
             counts[entry.split or "train"] += 1
-    found = source.find(RECORD)
-    known = found.json() if found else {}
+    known = read_record(folder)
     arguments = {"kind": "likeness export", "format": format, "shard": shard, "metadata": metadata_hash(source)}
     columns = columns_of(imagefolder(source)) if format == "parquet" else {}
     template, write = WRITERS[format]
@@ -98,13 +104,11 @@ def export(
 def faces_by_split(source: Source, format: str) -> Iterator[tuple[str, Named]]:
     """Yield each split with its faces and their names."""
     faces = (entry for entry in imagefolder(source) if isinstance(entry, SourceFace))
+    faces = (replace(face, split=face.split or "train") for face in faces)
     if format == "webdataset":  # a key ends at the first point
         faces = (replace(face, name=face.name.replace(".", "_")) for face in faces)
-    for split, group in groupby(faces, key=lambda face: face.split or "train"):
-        yield (
-            split,
-            ((face, name) for face, _, name in with_names(group, repeat(split)) if isinstance(face, SourceFace)),
-        )
+    named = ((face, name) for face, name in with_names(faces) if isinstance(face, SourceFace))
+    return groupby(named, key=lambda pair: pair[0].split or "train")
 
 
 def in_groups(faces: Named, size: int) -> Iterator[Named]:
@@ -168,9 +172,7 @@ def write_webdataset(path: Path, faces: Named, columns: Columns) -> None:
         for face, key in faces:
             row = row_of(face)
             images = images_of(face).items()
-            files = {
-                f"{key}.{kind}{suffix}" if kind else f"{key}{suffix}": content for kind, (suffix, content) in images
-            }
+            files = {f"{key}.{kind}".rstrip(".") + suffix: content for kind, (suffix, content) in images}
             files[f"{key}.json"] = json.dumps(row, ensure_ascii=False).encode()
             if "text" in row:
                 files[f"{key}.txt"] = "\n".join(row["text"]).encode()
@@ -213,11 +215,8 @@ def columns_of(entries: Iterable[SourceFace | Skipped]) -> Columns:
         columns |= {key: "image" for key in IMAGES if key in face.conditions}
         for key, value in row_of(face).items():
             kind = own.get(key) or (type(value).__name__ if type(value) in (str, bool, int, float) else "json")
-            if (
-                key == "attributes"
-                and columns.get(key) != "json"
-                and all(type(flag) is bool for flag in value.values())
-            ):
+            flags = key == "attributes" and all(type(flag) is bool for flag in value.values())
+            if flags and columns.get(key) != "json":
                 kind = columns.get(key, {}) | dict.fromkeys(value)
             elif columns.get(key, kind) != kind:
                 kind = "json"

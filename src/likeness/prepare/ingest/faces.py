@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -101,22 +101,17 @@ def with_row(face: SourceFace, row: Mapping[str, Any]) -> SourceFace | Skipped:
     return replace(face, **changes, more=more)
 
 
-def with_names(
-    entries: Iterable[SourceFace | Skipped], splits: Iterable[str | None]
-) -> Iterator[tuple[SourceFace | Skipped, str | None, str]]:
-    """Yield each face with its split and a file name that is unique in the split, also without regard to case."""
+def with_names(entries: Entries) -> Iterator[tuple[SourceFace | Skipped, str]]:
+    """Yield each face with a file name that is unique in its split, also without regard to case."""
     taken: set[tuple[str | None, str]] = set()
-    split_of = iter(splits)
     for entry in entries:
-        if isinstance(entry, Skipped):
-            yield entry, None, ""
-            continue
-        split, plain = next(split_of), plain_name(entry.name)
+        plain = plain_name(entry.name)
         name, number = plain, 2
-        while (split, name.casefold()) in taken:
-            name, number = f"{plain}-{number}", number + 1
-        taken.add((split, name.casefold()))
-        yield entry, split, name
+        if isinstance(entry, SourceFace):
+            while (entry.split, name.casefold()) in taken:
+                name, number = f"{plain}-{number}", number + 1
+            taken.add((entry.split, name.casefold()))
+        yield entry, name
 
 
 def plain_name(name: str) -> str:

@@ -85,10 +85,10 @@ def parquet_rows(reader: Any, path: Path, split: str | None) -> Entries:
     for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
         for column in map(group.column, range(group.num_columns)):
             if column.total_uncompressed_size > min(GROUP_BYTES, MAX_BYTES * group.num_rows):
-                size = f"{column.total_uncompressed_size >> 20} MiB in {group.num_rows} rows"
-                raise InputError(
-                    f"the column {column.path_in_schema} of {path} has {size}, too much for images of faces"
+                size = (
+                    f"{column.total_uncompressed_size >> 20} MiB in {group.num_rows} rows, too much for images of faces"
                 )
+                raise InputError(f"the column {column.path_in_schema} of {path} has {size}")
     is_struct = {  # image columns: {bytes, path}, or bytes
         field.name: types.is_struct(field.type)
         for field in file.schema_arrow

@@ -100,9 +100,8 @@ def ingest(
             split = "person"
     randomly = split in ("person", "random")
     if held_out is not None and not randomly:
-        raise InputError(
-            f"held_out is {held_out}, but the split {split} is fixed: use --split random or omit --held-out"
-        )
+        fixed = f"held_out is {held_out}, but the split {split} is fixed"
+        raise InputError(f"{fixed}: use --split random or omit --held-out")
     if held_out is None and (out / RECORD).is_file():  # keep the value of the first run
         held_out = read_json(out / RECORD).get("held_out")
     if held_out is None and randomly:
@@ -214,12 +213,11 @@ def write_faces(
     faces, parts, repaired, threads = Counter[str](), Counter[str](), 0, os.cpu_count() or 1
     skipped: dict[str, str] = {}
     metadata: dict[str, BinaryIO] = {}
+    split_of = iter(splits)
+    assigned = (replace(face, split=next(split_of)) if isinstance(face, SourceFace) else face for face in entries)
     with ExitStack() as stack:
         results = read_ahead(
-            lambda entry: write_entry(*entry, out, size, crop),
-            with_names(entries, splits),
-            depth=4 * threads,
-            threads=threads,
+            lambda named: write_entry(*named, out, size, crop), with_names(assigned), depth=4 * threads, threads=threads
         )
         for done, (split, row, lost, swapped) in enumerate(results, start=1):
             skipped |= lost
@@ -235,7 +233,7 @@ def write_faces(
 
 
 def write_entry(
-    face: SourceFace | Skipped, split: str | None, name: str, out: Path, size: int | None, crop: bool
+    face: SourceFace | Skipped, name: str, out: Path, size: int | None, crop: bool
 ) -> tuple[str | None, dict[str, Any] | None, dict[str, str], bool]:
     """Write the missing files of a face, its image last. Unreadable files are skipped.
 
@@ -244,9 +242,9 @@ def write_entry(
         mask were swapped.
     """
     if isinstance(face, Skipped):
-        return split, None, {face.name: face.reason}, False
-    if split is None:
-        return split, None, {name: "the split does not list it"}, False
+        return None, None, {face.name: face.reason}, False
+    if (split := face.split) is None:
+        return None, None, {name: "the split does not list it"}, False
     folder, where, skipped, swapped = out / split, f"{split}/{name}", {}, False
     paths = [folder / "images" / f"{name}{suffix}" for suffix in COPIED.values()]
     path = next((path for path in paths if path.is_file()), None)
