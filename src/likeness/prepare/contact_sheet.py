@@ -46,7 +46,7 @@ def check_sheet(out: Path, count: int) -> None:
 
 
 def choose_rows(folder: Path, checked: Checked, count: int) -> list[tuple[MetadataRow, list[Finding]]]:
-    """Return the rows of a sheet with their findings, faulty rows first."""
+    """Return the rows of a sheet with their findings: rows with findings of every kind in turn, then others."""
     seen: Counter[str] = Counter()
     by_row: dict[tuple[str, int], list[Finding]] = {}
     turns: dict[tuple[str, int], int] = {}  # faulty row -> number of earlier findings of its rarest kind
@@ -59,12 +59,12 @@ def choose_rows(folder: Path, checked: Checked, count: int) -> list[tuple[Metada
     faulty = sorted(turns, key=lambda place: turns[place])[:count]
     spread = set(np.linspace(0, checked.rows - 1, count).astype(int).tolist())
     rows = (row for split in splits_of(folder) for row in read_rows(folder, split))
-    chosen = {}
-    for number, row in enumerate(rows):
-        place = row.place[:2]
-        if place in faulty or (number in spread and place not in by_row):
-            chosen[place] = row
-    order = [place for place in faulty if place in chosen] + [place for place in chosen if place not in by_row]
+    chosen = {
+        row.place[:2]: row
+        for number, row in enumerate(rows)
+        if row.place[:2] in faulty or (number in spread and row.place[:2] not in by_row)
+    }
+    order = [*(place for place in faulty if place in chosen), *(place for place in chosen if place not in by_row)]
     return [(chosen[place], by_row.get(place, [])) for place in order[:count]]
 
 

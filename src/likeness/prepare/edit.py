@@ -135,8 +135,7 @@ def open_photo(source: str | Path | bytes, name: str = "") -> Photo:
     Raises:
         InputError: it cannot be read, or has values that a PNG of 8 bits cannot store.
     """
-    image = open_image(source, name, max_pixels=MAX_PIXELS, exact=True)
-    name = name or str(source)
+    image, name = open_image(source, name, max_pixels=MAX_PIXELS, exact=True), name or str(source)
     if image.mode not in MODES:
         raise InputError(f"{name} is a {image.mode} image, whose colours would be converted: save it as 8-bit RGB")
     mode = "RGBA" if image.mode != "RGBA" and "transparency" in image.info else MODES[image.mode]
@@ -222,10 +221,10 @@ def plan_edit(
         allowed = changeable(change.keep, before, after)
         wanted, region = wanted & allowed, region & allowed
     if not wanted.any():
-        raise InputError(
-            "the region is empty: the mask does not change, the face has none of the classes, or the region is outside "
-            "the aligned face or kept"
+        reasons = (
+            "the mask does not change, the face lacks the classes, or the region is outside the aligned face or kept"
         )
+        raise InputError(f"the region is empty: {reasons}")
     return Plan(transform=transform, region=region, before=before, after=after, notes=notes)
 
 
@@ -236,13 +235,11 @@ def in_portrait(values: np.ndarray, photo: Photo, transform: np.ndarray, side: i
         InputError: they are of another size.
     """
     height, width = photo.pixels.shape[:2]
-    if values.shape != (height, width):
-        if values.shape[0] != values.shape[1]:
-            raise InputError(
-                f"the {what} is {values.shape[1]}x{values.shape[0]}: it must be {width}x{height} as the photograph, or "
-                "square as the aligned face"
-            )
+    if values.shape != (height, width) and values.shape[0] == values.shape[1]:
         return resize(values.astype(np.uint8), side, side).astype(values.dtype)
+    if values.shape != (height, width):
+        wanted = f"{width}x{height} as the photograph, or square as the aligned face"
+        raise InputError(f"the {what} is {values.shape[1]}x{values.shape[0]}: it must be {wanted}")
     centres = np.arange(side) + 0.5
     x, y = np.moveaxis(move(np.stack(np.meshgrid(centres, centres), axis=-1), inverse(transform)), -1, 0)
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
@@ -324,9 +321,8 @@ def carry_out(
     content = encode_image(image, kind, recipe)
     with Image.open(io.BytesIO(content)) as written:
         assert certify(before, np.array(written.convert("RGBA")), inside) == certificate, "the file has other pixels"
-    return Edited(
-        image=image, content=content, certificate=certificate, recipe=recipe, notes=[*plan.notes, *output.notes]
-    )
+    notes = [*plan.notes, *output.notes]
+    return Edited(image=image, content=content, certificate=certificate, recipe=recipe, notes=notes)
 
 
 def match_colour(made: np.ndarray, portrait: np.ndarray, region: np.ndarray) -> np.ndarray:
@@ -361,14 +357,9 @@ def paste_region(photo: Photo, made: np.ndarray, plan: Plan) -> tuple[Image.Imag
     own = np.array(photo.image.convert("RGB"))
     corners = move(np.array([[0, 0], [width, height]]), plan.transform)
     fills = np.allclose(corners, [[0, 0], [side, side]])  # no border between portrait and photograph
-    pasted = paste_portrait(
-        own,
-        from_srgb(made, photo),
-        plan.transform,
-        side,
-        feather=1e-6 if fills else FEATHER,
-        weight=inward(plan.region, MARGIN),
-    )
+    feather = 1e-6 if fills else FEATHER
+    weight = inward(plan.region, MARGIN)
+    pasted = paste_portrait(own, from_srgb(made, photo), plan.transform, side, feather=feather, weight=weight)
     inside = np.zeros((height, width), bool)
     for rows, columns, places in bands(plan.transform, side, width, height):
         x, y = np.moveaxis(np.floor(places).astype(int), -1, 0)

@@ -238,7 +238,7 @@ def missing_images(root: Path, out: Path, settings: EncodeSettings, share: tuple
     hashes, known = read_hashes(out), {key for _, keys in stored_keys(out, "latents") for key in keys}
     rank, world = share
     for number, rows in islice(enumerate(each_block(root)), rank, None, world):
-        stamps, sources, _ = hash_files(root, rows, hashes)
+        stamps, sources = hash_files(root, rows, hashes)
         write_rows(out, root, rows, stamps, sources)
         keys = settings.keys(sources)  # [R, A, C, 16]
         for row, augmentation, at in np.argwhere(keys.any(-1)).tolist():
@@ -330,7 +330,7 @@ def removed_images(root: Path, out: Path, manifest: dict[str, Any]) -> list[str]
     known, present, names = read_hashes(out), set(), set()
     for block in each_block(root):
         rows = [{"file_name": row["file_name"]} for row in block]
-        _, sources, _ = hash_files(root, rows, known)
+        _, sources = hash_files(root, rows, known)
         present.update(split_keys(sources[:, 0]))
         names.update(row["file_name"].relative_to(root).as_posix() for row in rows)
     listed = {name for name, _ in manifest["rows"]}
@@ -348,9 +348,8 @@ class EntryWriter:
     """Writes entries to files of about `limit` bytes."""
 
     def __init__(self, out: Path, kind: str, limit: int) -> None:
-        self.out, self.kind, self.limit = out, kind, limit
+        self.out, self.kind, self.limit, self.bytes = out, kind, limit, 0
         self.pending: dict[bytes, dict[str, Tensor]] = {}
-        self.bytes = 0
 
     def add(self, key: bytes, **tensors: Tensor) -> None:
         self.pending[key] = tensors
@@ -405,10 +404,10 @@ def read_hashes(out: Path) -> dict[bytes, bytes]:
 
 def hash_files(
     root: Path, rows: Sequence[dict[str, Any]], known: dict[bytes, bytes], *, read: bool = True
-) -> tuple[np.ndarray, np.ndarray, int]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Return stamps and content hashes of the files of R rows, each uint8 [R, F, 16], 0 if a row lacks the file.
 
-    The third result is the number of files without a stamp in `known`, stamp -> hash. They are hashed if `read` is set.
+    Files without a stamp in `known`, stamp -> hash, are read; if `read` is False, their hash is 0.
 
     Raises:
         InputError: a file cannot be read.
@@ -416,7 +415,7 @@ def hash_files(
     stamps = np.zeros((len(rows), len(FILES), 16), np.uint8)
     hashes = np.zeros_like(stamps)
     files = [(place, path) for place in np.ndindex(stamps.shape[:2]) if (path := rows[place[0]].get(FILES[place[1]]))]
-    newest, unknown = 0.0, 0
+    newest = 0.0
     for place, path in files:
         try:
             state = path.stat()
@@ -429,14 +428,9 @@ def hash_files(
     if time.time() - newest < TICK:
         time.sleep(TICK)  # a change after this read gets another time stamp
     for place, path in files:
-        source = known.get(stamps[place].tobytes())
-        if source is None and read:
-            source = hash_file(path)
-        if source is None:
-            unknown += 1
-        else:
-            hashes[place] = np.frombuffer(source, np.uint8)
-    return stamps, hashes, unknown
+        source = known.get(stamps[place].tobytes()) or (hash_file(path) if read else bytes(16))
+        hashes[place] = np.frombuffer(source, np.uint8)
+    return stamps, hashes
 
 
 def write_rows(out: Path, root: Path, rows: Sequence[dict[str, Any]], stamps: np.ndarray, hashes: np.ndarray) -> str:
@@ -473,8 +467,9 @@ def finish(root: Path, out: Path, settings: EncodeSettings) -> int:
     hashes, missing = read_hashes(out), 0
     rows, image_keys, counts, caption_keys = [], [], [], [settings.caption_key("")] if settings.text else []
     for block in each_block(root):
-        stamps, sources, unknown = hash_files(root, block, hashes, read=False)
-        missing += unknown * settings.augmentations  # another process has not reached these files yet
+        stamps, sources = hash_files(root, block, hashes, read=False)
+        unknown = np.any(stamps, axis=-1) & ~np.any(sources, axis=-1)  # another process has not reached these files yet
+        missing += int(unknown.sum()) * settings.augmentations
         if not missing:
             rows.append((write_rows(out, root, block, stamps, sources), len(block)))
             image_keys.append(settings.keys(sources))  # [R, A, C, 16]

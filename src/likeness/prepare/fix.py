@@ -164,15 +164,13 @@ def apply_fixes(folder: Path, findings: Iterable[Finding]) -> dict[str, int]:
 
 def fix_split(folder: Path, split: str, by_row: dict[tuple[str, int], list[Finding]]) -> Iterator[bytes]:
     """Fix the files of a split and yield the lines of its new metadata."""
-    dropped: set[str] = set()
-    kept: set[str] = set()
-    for row in read_rows(folder, split):
-        gone = dropped_files(folder, row, by_row.get(row.place[:2], []))
-        dropped |= gone
-        kept |= {name for name in row.files.values() if isinstance(name, str)} - gone
-    for row in read_rows(folder, split):
+    rows = list(read_rows(folder, split))
+    dropped = [dropped_files(folder, row, by_row.get(row.place[:2], [])) for row in rows]
+    pairs = [(name, gone) for row, gone in zip(rows, dropped, strict=True) for name in row.files.values()]
+    kept = {name for name, gone in pairs if isinstance(name, str) and name not in gone}
+    for row, gone in zip(rows, dropped, strict=True):
         findings = by_row.get(row.place[:2], [])
-        for name in dropped_files(folder, row, findings) & dropped - kept:
+        for name in gone - kept:
             move_away(folder, split, name)
         if not findings:
             yield row.raw.rstrip(b"\r\n") + b"\n" if row.fault else line_of(row.values)

@@ -134,13 +134,13 @@ def paste_portrait(
     feather: float = FEATHER,
     weight: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Paste a portrait into a photo.
+    """Paste a portrait, uint8 [S, S, 3] of any size S, into a photo, uint8 [H, W, 3].
 
     Args:
-        photo: uint8 [H, W, 3].
-        portrait: uint8 [S, S, 3], of any size S.
+        photo: the photo.
+        portrait: the portrait.
         transform: [2, 3], photo -> portrait of `size` pixels.
-        size: side length of the transform's portrait in pixels.
+        size: side length in pixels of the portrait that `transform` refers to.
         feather: width of the blended border as a fraction of the portrait's side, in (0, 0.5].
         weight: uint8 [S, S], 0 where the photo stays. Default: 255 everywhere.
 
