@@ -25,8 +25,7 @@ from likeness.data.folder import ORIGINALS, read_folder
 from likeness.data.synthetic import draw_face
 from likeness.prepare.check import check_folder
 from likeness.prepare.contact_sheet import COLUMNS
-from likeness.prepare.findings import KINDS
-from likeness.prepare.fix import FIX_LIST, apply_fixes, fix_captions
+from likeness.prepare.fix import FIX_LIST, KINDS, apply_fixes, fix_captions
 from likeness.prepare.near_duplicates import first_duplicates, image_hash
 from likeness.types import InputError
 

@@ -230,7 +230,7 @@ class Extract:
     """Device of the face parser, for example cuda or cpu; auto takes an accelerator if present."""
 
     def __call__(self) -> None:
-        from likeness.prepare.extract import extract
+        from likeness.prepare.align import extract
 
         quiet_libraries()
         for file in extract(**vars(self)).values():
@@ -303,8 +303,7 @@ class Check:
         from likeness.data.folder import changing, splits_of
         from likeness.prepare.check import check_folder, format_findings
         from likeness.prepare.contact_sheet import check_sheet, write_sheet
-        from likeness.prepare.findings import FIXES
-        from likeness.prepare.fix import FIX_LIST, apply_fixes, confirmed_fixes, write_fixes
+        from likeness.prepare.fix import FIX_LIST, FIXES, apply_fixes, confirmed_fixes, write_fixes
 
         if self.sheet is not None:
             check_sheet(self.sheet, self.count)
@@ -487,7 +486,7 @@ class Pack:
     """Run folder of a label decoder: the packed model then generates masks, not images of them."""
 
     def __call__(self) -> None:
-        from likeness.prepare.pack import pack_model
+        from likeness.prepare.components import pack_model
 
         pack_model(**vars(self))
         print(self.out)

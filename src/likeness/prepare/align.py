@@ -6,6 +6,8 @@ back. A portrait's name contains the beginning of its photo's hash, so portraits
 Progress is recorded per photo in `.aligned.jsonl`; the metadata is written last. `dataset.json` records the settings
 and which photos are held out, so that photos added later do not change the split.
 
+`extract` makes the conditions of one photograph under the names of the dataset format `folder`.
+
 Outside the photo the portrait shows a reflection that fades into blur and grey, as in FFHQ, because models are trained
 on such borders. Unlike in FFHQ, no pixel inside the photo is blurred.
 """
@@ -47,7 +49,7 @@ from likeness.data.folder import (
     write_record,
 )
 from likeness.files import write_whole, writing_whole
-from likeness.prepare.annotate import keypoints_file, made_by_column
+from likeness.prepare.annotate import keypoints_file, made_by_column, mask_annotator, sketch_annotator
 from likeness.prepare.ingest.faces import plain_name
 from likeness.prepare.ingest.formats import UNKNOWN_TERMS
 from likeness.prepare.ingest.source import IMAGES, walk
@@ -127,7 +129,13 @@ def align_files(
     arguments = {"kind": "likeness align", **settings} | ({} if held_out is None else {"held_out": held_out})
     with ExitStack() as locks:
         locks.enter_context(changing(out, ["."]))
-        record = open_record(out, arguments, "align") or new_record(names, arguments)
+        record: dict[str, Any] = open_record(out, arguments, "align")
+        if not record:
+            count = default_held_out(len(names)) if held_out is None else held_out
+            splits = random_split("random", [None] * len(names), count, 0)
+            test = [name for name, split in zip(names, splits, strict=True) if split == "test"]
+            record = {**arguments, "held_out": count, "split": "random", "split_is": SPLITS["random"]}
+            record |= {"test": test, "licence": UNKNOWN_TERMS, "licence_source": ""}
         write_record(out, record)
         test = set(record["test"])
         locks.enter_context(changing(out, ["train", *(["test"] if test else [])]))
@@ -141,15 +149,6 @@ def align_files(
         faces = {split: write_metadata(out / split, found) for split, found in rows.items() if found}
         write_record(out, {**record, "faces": faces})
     return aligned
-
-
-def new_record(names: list[str], arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of a new `dataset.json`. Raises `InputError` if no photo is left for training."""
-    held_out = arguments.get("held_out", default_held_out(len(names)))
-    splits = random_split("random", [None] * len(names), held_out, 0)
-    test = [name for name, split in zip(names, splits, strict=True) if split == "test"]
-    terms = {"licence": UNKNOWN_TERMS, "licence_source": ""}
-    return {**arguments, "held_out": held_out, "split": "random", "split_is": SPLITS["random"], "test": test, **terms}
 
 
 def photo_files(photos: Path, out: Path, follow_links: bool = False) -> list[Path]:
@@ -355,3 +354,48 @@ def resample(image: np.ndarray, transform: np.ndarray, width: int, height: int) 
         moved = band.convert("F").transform(size, Image.Transform.AFFINE, data, Image.Resampling.BICUBIC)
         found.append(np.asarray(moved.reduce(samples) if samples > 1 else moved))
     return np.rint(np.stack(found, axis=-1)).clip(0, 255).astype(np.uint8)
+
+
+def extract(
+    photo: Path,
+    out: Path,
+    *,
+    landmarker: Path | None = None,
+    size: int = 256,
+    parser: str = "bundled",
+    device: str | None = None,
+) -> dict[str, Path]:
+    """Write the portrait, mask, sketch and keypoints of the largest face of a photograph.
+
+    The arguments are the options of `likeness extract`. Without a landmarker there are no keypoints, and the photograph
+    must be aligned.
+
+    Returns:
+        `image`, `mask`, `sketch` and, with a landmarker, `keypoints` -> file.
+
+    Raises:
+        InputError: the photograph cannot be read, is not square and cannot be aligned, has no face, or would be
+            overwritten.
+    """
+    if size < 32:
+        raise InputError(f"size must be at least 32 pixels, not {size}")
+    pixels = read_photo(photo)
+    suffixes = {"image": ".png", "mask": "_mask.png", "sketch": "_sketch.png", "keypoints": "_keypoints.json"}
+    files = {name: out / f"{photo.stem}{suffix}" for name, suffix in suffixes.items() if landmarker or name[0] != "k"}
+    if files["image"].exists() and files["image"].samefile(photo):
+        raise InputError(f"{files['image']} is the photograph itself: choose another folder than {out}")
+    contents: dict[str, bytes | None] = {}
+    with ExitStack() as stack:
+        find = None if landmarker is None else stack.enter_context(open_face_finder(landmarker))
+        transform, points, _ = face_transform(pixels, str(photo), find, size)
+    pixels = cut_portrait(pixels, transform, size)
+    if landmarker is not None and points is not None:
+        contents["keypoints"] = keypoints_file(move(points, transform), size, size, landmarker_name(landmarker))
+    contents["image"] = png_bytes(Image.fromarray(pixels))
+    for name, annotator in (("mask", mask_annotator(parser, device=device)), ("sketch", sketch_annotator(None))):
+        (contents[name],) = annotator.annotate([pixels])
+    for name, file in files.items():
+        content = contents[name]
+        assert content is not None
+        write_whole(file, content)
+    return files

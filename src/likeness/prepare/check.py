@@ -24,8 +24,7 @@ from likeness.conditions.mask.classes import CLASS_INDEX
 from likeness.conditions.mask.geometry import measure
 from likeness.data.ahead import read_ahead
 from likeness.data.folder import METADATA, column_of, file_inside, metadata_lines, splits_of
-from likeness.prepare.findings import FIXES, KINDS, Finding, MetadataRow, read_rows
-from likeness.prepare.fix import fix_captions
+from likeness.prepare.fix import FIXES, KINDS, Finding, MetadataRow, fix_captions, read_rows
 from likeness.prepare.near_duplicates import first_duplicates, image_hash
 from likeness.types import InputError, Progress
 

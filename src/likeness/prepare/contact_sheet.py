@@ -17,7 +17,7 @@ from likeness.conditions.images import read_rgb
 from likeness.data.folder import METADATA, column_of, splits_of
 from likeness.pages import SIDE, Figure, Section, embed, write_page
 from likeness.prepare.check import Checked, CheckedRow, existing_files
-from likeness.prepare.findings import Finding, MetadataRow, read_rows
+from likeness.prepare.fix import Finding, MetadataRow, read_rows
 from likeness.types import InputError
 
 COLUMNS = {"file_name": "image", **{column_of(name): name for name in CONDITIONS}}

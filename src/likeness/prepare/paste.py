@@ -69,7 +69,9 @@ def paste_file(
     image = Image.fromarray(pixels)
     if "A" in original.getbands() and kind != "JPEG":
         image.putalpha(original.getchannel("A"))
-    mark = COMPOSITE if is_generated(edited) else None
+    packet = edited.info.get(XMP_KEY) or edited.info.get("xmp") or b""
+    packet = packet.decode("utf-8", "replace") if isinstance(packet, bytes) else packet
+    mark = COMPOSITE if GENERATED in packet else None  # IPTC's mark of generated media
     image.info["icc_profile"] = original.info.get("icc_profile")
     write_whole(out, encode_image(image, kind, None, mark=mark))
     return f"images/{row['file_name'].name}"
@@ -186,9 +188,3 @@ def bands(transform: np.ndarray, side: int, width: int, height: int) -> Iterator
         stop = min(start + BAND, bottom)
         x, y = np.meshgrid(np.arange(left, right) + 0.5, np.arange(start, stop) + 0.5)
         yield slice(start, stop), slice(left, right), move(np.stack([x, y], axis=-1), transform)
-
-
-def is_generated(portrait: Image.Image) -> bool:
-    """Return whether a portrait has IPTC's mark of generated media."""
-    packet = portrait.info.get(XMP_KEY) or portrait.info.get("xmp") or b""
-    return GENERATED in (packet.decode("utf-8", "replace") if isinstance(packet, bytes) else packet)

@@ -14,7 +14,7 @@ from PIL import Image
 from likeness.conditions import CONDITIONS
 from likeness.conditions.images import png_bytes
 from likeness.data.folder import METADATA, changing, column_of, line_of, open_record, write_record
-from likeness.data.synthetic import MAXIMUM_SIZE, MINIMUM_SIZE, SyntheticFace, describe_face, draw_face
+from likeness.data.synthetic import MAXIMUM_SIZE, MINIMUM_SIZE, describe_face, draw_face
 from likeness.files import write_whole, writing_whole
 from likeness.types import InputError, Progress
 
@@ -47,20 +47,16 @@ def write_synthetic(
                     column_of(key): CONDITIONS[key].file(stem) for key in CONDITIONS
                 }
                 if not all((folder / file).is_file() for file in files.values()):
-                    for column, content in contents_of(draw_face(seed, index, size)).items():
+                    face = draw_face(seed, index, size)
+                    points = np.round(face.keypoints.astype(np.float64) * size, 3).tolist()
+                    contents = {
+                        "file_name": png_bytes(Image.fromarray(face.image)),
+                        "mask_file_name": CONDITIONS["mask"].encode(face.mask),
+                        "sketch_file_name": CONDITIONS["sketch"].encode(face.sketch),
+                        "keypoints_file_name": (json.dumps({"points": points, "size": [size, size]}) + "\n").encode(),
+                    }
+                    for column, content in contents.items():
                         write_whole(folder / files[column], content)
                 attributes, captions = describe_face(seed, index)
                 metadata.write(line_of({**files, "text": list(captions), "attributes": attributes}))
                 progress(index + 1, count)
-
-
-def contents_of(face: SyntheticFace) -> dict[str, bytes]:
-    """Return column -> content of a face's file."""
-    height, width = face.mask.shape
-    points = np.round(face.keypoints.astype(np.float64) * (width, height), 3).tolist()
-    return {
-        "file_name": png_bytes(Image.fromarray(face.image)),
-        "mask_file_name": CONDITIONS["mask"].encode(face.mask),
-        "sketch_file_name": CONDITIONS["sketch"].encode(face.sketch),
-        "keypoints_file_name": (json.dumps({"points": points, "size": [width, height]}) + "\n").encode(),
-    }

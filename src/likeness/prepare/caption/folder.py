@@ -244,11 +244,13 @@ def caption_face(
     if vlm is not None:
         try:
             answers = query(vlm, texts, image, name, cache, meter)
-            described = [
-                describe_caption(prompt, vlm, answers[key])
-                for prompt, key in zip(settings.prompts, texts, strict=True)
-                if key in answers
-            ]
+            described = []
+            for prompt, key in zip(settings.prompts, texts, strict=True):
+                if answer := answers.get(key):
+                    described.append(
+                        {"text": "", "source": "vlm", "prompt": prompt, "model": vlm.name, "raw": answer.text}
+                    )
+                    change(described[-1], *filter_answer(answer.text, answer.finished))
             if settings.refiner is not None:
                 described = refine_captions(settings.refiner, row, labels, described, name, cache, meter)
         except Rejected as error:
@@ -279,13 +281,6 @@ def query(
                 cache.add(key, answer, model=model.name, file_name=name)
                 answers[key] = answer
     return answers
-
-
-def describe_caption(prompt: str, model: Model, answer: Answer) -> Caption:
-    """Apply the rules to a model's answer."""
-    caption = {"text": "", "source": "vlm", "prompt": prompt, "model": model.name, "raw": answer.text}
-    change(caption, *filter_answer(answer.text, answer.finished))
-    return caption
 
 
 def refine_captions(

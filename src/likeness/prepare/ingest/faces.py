@@ -101,17 +101,14 @@ def with_row(face: SourceFace, row: Mapping[str, Any]) -> SourceFace | Skipped:
     return replace(face, **changes, more=more)
 
 
-def with_names(entries: Entries) -> Iterator[tuple[SourceFace | Skipped, str]]:
-    """Yield each face with a file name that is unique in its split, also without regard to case."""
-    taken: set[tuple[str | None, str]] = set()
-    for entry in entries:
-        plain = plain_name(entry.name)
-        name, number = plain, 2
-        if isinstance(entry, SourceFace):
-            while (entry.split, name.casefold()) in taken:
-                name, number = f"{plain}-{number}", number + 1
-            taken.add((entry.split, name.casefold()))
-        yield entry, name
+def unique_name(name: str, taken: set[str]) -> str:
+    """Return a file name (`plain_name`) that is not `taken`, also without regard to case, and add it to those."""
+    plain = plain_name(name)
+    name, number = plain, 2
+    while name.casefold() in taken:
+        name, number = f"{plain}-{number}", number + 1
+    taken.add(name.casefold())
+    return name
 
 
 def plain_name(name: str) -> str:

@@ -55,7 +55,7 @@ def named_split(split: str, faces: Iterable[SourceFace], source: Source) -> list
         "given": lambda source: lambda face: face.split or "train",
         "none": lambda source: lambda face: "train",
         "celeba": by_partition,
-        "face_mogle": lambda source: by_number,
+        "face_mogle": by_number,
         "mm_celeba": by_lists,
     }
     return [*map(rules[split](source), faces)]
@@ -119,10 +119,10 @@ def by_partition(source: Source) -> SplitOf:
     return split_of
 
 
-def by_number(face: SourceFace) -> str | None:
+def by_number(source: Source) -> SplitOf:
     """Face-MoGLE's split of CelebA-HQ."""
-    number = number_of(face.name, "face_mogle")
-    return "train" if number < 27000 else "test" if number < 30000 else None
+    part = lambda number: "train" if number < 27000 else "test" if number < 30000 else None  # noqa: E731
+    return lambda face: part(number_of(face.name, "face_mogle"))
 
 
 def by_lists(source: Source) -> SplitOf:

@@ -8,8 +8,8 @@ ingested: the same command resumes, another one is rejected.
 from __future__ import annotations
 
 import os
-from collections import Counter, deque
-from collections.abc import Callable
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from likeness.data.ahead import read_ahead
 from likeness.data.folder import METADATA, RECORD, changing, column_of, line_of, open_record, write_record
 from likeness.files import read_json, write_whole, writing_whole
 from likeness.prepare.ingest.convert import COPIED, convert_condition, crop_and_resize, open_face
-from likeness.prepare.ingest.faces import SPLIT_ORDER, Entries, Skipped, SourceFace, with_names
+from likeness.prepare.ingest.faces import SPLIT_ORDER, Entries, Skipped, SourceFace, unique_name
 from likeness.prepare.ingest.formats import FORMATS, UNKNOWN_TERMS, detect_format
 from likeness.prepare.ingest.source import Source, join, open_source, parse_json
 from likeness.prepare.ingest.splits import SPLITS, default_held_out, named_split, random_split
@@ -85,11 +85,15 @@ def ingest(
     files = caption_files(texts) if texts else {}
 
     def entries() -> Entries:
-        for entry in first_faces(FORMATS[format].read(opened), limit):
-            if texts and isinstance(entry, SourceFace):
+        taken = 0
+        for entry in FORMATS[format].read(opened):
+            if isinstance(entry, SourceFace):
+                taken += 1
                 path = files.get(f"{entry.split}_{entry.name}") or files.get(entry.name)
-                entry = replace(entry, captions=texts.existing_file(path).lines) if path else entry
+                entry = replace(entry, captions=texts.existing_file(path).lines) if texts and path else entry
             yield entry
+            if taken == limit:
+                return
 
     identities = [entry.identity for entry in entries() if isinstance(entry, SourceFace)]
     if split == "auto":
@@ -166,16 +170,6 @@ def ingest(
     return {**written, **({"repaired": repaired} if repaired else {}), "skipped": skipped}
 
 
-def first_faces(entries: Entries, limit: int | None) -> Entries:
-    """Yield the first `limit` faces, and everything skipped before them."""
-    taken = 0
-    for entry in entries:
-        taken += isinstance(entry, SourceFace)
-        yield entry
-        if taken == limit:
-            return
-
-
 def licence_of(source: Source, format: str) -> dict[str, str]:
     """Return the terms of a format's publishers, or those that a prepared folder records."""
     found = source.find(RECORD)
@@ -213,11 +207,19 @@ def write_faces(
     faces, parts, repaired, threads = Counter[str](), Counter[str](), 0, os.cpu_count() or 1
     skipped: dict[str, str] = {}
     metadata: dict[str, BinaryIO] = {}
-    split_of = iter(splits)
-    assigned = (replace(face, split=next(split_of)) if isinstance(face, SourceFace) else face for face in entries)
+    split_of, taken = iter(splits), defaultdict[str | None, set[str]](set)
+
+    def assigned() -> Iterator[tuple[SourceFace | Skipped, str]]:
+        for face in entries:
+            if isinstance(face, SourceFace):
+                face = replace(face, split=next(split_of))
+                yield face, unique_name(face.name, taken[face.split])
+            else:
+                yield face, face.name
+
     with ExitStack() as stack:
         results = read_ahead(
-            lambda named: write_entry(*named, out, size, crop), with_names(assigned), depth=4 * threads, threads=threads
+            lambda named: write_entry(*named, out, size, crop), assigned(), depth=4 * threads, threads=threads
         )
         for done, (split, row, lost, swapped) in enumerate(results, start=1):
             skipped |= lost
@@ -242,7 +244,7 @@ def write_entry(
         mask were swapped.
     """
     if isinstance(face, Skipped):
-        return None, None, {face.name: face.reason}, False
+        return None, None, {name: face.reason}, False
     if (split := face.split) is None:
         return None, None, {name: "the split does not list it"}, False
     folder, where, skipped, swapped = out / split, f"{split}/{name}", {}, False
