@@ -8,12 +8,10 @@ run, so an interrupted run repeats no question, and other limits or rules do not
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +20,7 @@ from PIL import Image
 
 from likeness.chat import Answer, BudgetSpent, Meter, Rejected
 from likeness.conditions.images import read_rgb
+from likeness.data.ahead import read_ahead
 from likeness.data.folder import (
     METADATA,
     captions_of,
@@ -179,18 +178,22 @@ def caption_split(
 
         try:
             with (
-                closing(in_order(caption_row, each_row(root), parallel, meter)) as done,
+                closing(read_ahead(caption_row, each_row(root), depth=4 * parallel, threads=parallel)) as done,
                 writing_whole(root / CAPTIONS) as record,
                 writing_whole(root / METADATA) as metadata,  # renamed first: see `records`
             ):
-                for row, name, face in done:
-                    replace = settings.replace and not face.fault
-                    captions = merge(captions_of(row), previous(name), face.captions, replace)
-                    texts = [caption["text"] for caption in captions if is_used(caption)]
-                    record.write(line_of({"file_name": name, "captions": captions}))
-                    columns = relative_row({key: value for key, value in row.items() if key != "text"}, root)
-                    metadata.write(line_of(columns | ({"text": texts} if texts else {})))
-                    yield name, face, captions
+                try:
+                    for row, name, face in done:
+                        replace = settings.replace and not face.fault
+                        captions = merge(captions_of(row), previous(name), face.captions, replace)
+                        texts = [caption["text"] for caption in captions if is_used(caption)]
+                        record.write(line_of({"file_name": name, "captions": captions}))
+                        columns = relative_row({key: value for key, value in row.items() if key != "text"}, root)
+                        metadata.write(line_of(columns | ({"text": texts} if texts else {})))
+                        yield name, face, captions
+                except BaseException:
+                    meter.stopped.set()  # pending requests are completed, since they are paid for; no new ones are sent
+                    raise
         except InputError as error:
             if not cache.added:
                 raise
@@ -198,24 +201,6 @@ def caption_split(
                 f"{error}; the {cache.added} answers of this run are stored in {cache.path}: run the same command "
                 "again to resume"
             ) from error
-
-
-def in_order(make: Callable[[Any], Any], rows: Iterable[Any], threads: int, meter: Meter) -> Generator[Any]:
-    """Yield `make(row)` of every row in order, computed in parallel.
-
-    If it is closed early, no new requests are sent; pending ones are completed, since they are paid for.
-    """
-    rest = iter(rows)
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            waiting = deque(pool.submit(make, row) for row in islice(rest, 4 * threads))
-            while waiting:
-                yield waiting.popleft().result()
-                waiting.extend(pool.submit(make, row) for row in islice(rest, 1))
-        except BaseException:
-            meter.stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def caption_face(

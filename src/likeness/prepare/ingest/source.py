@@ -70,12 +70,19 @@ def parse_json(text: str | bytes, name: str, **options: Any) -> Any:
         raise InputError(f"{name} is not valid JSON ({str(error)[:80]}): export it again") from error
 
 
-def read_file(path: Path) -> bytes:
+def read_file(path: Path, offset: int = 0, size: int | None = None, name: str = "") -> bytes:
+    """Read a file, or `size` bytes of it that are called `name`."""
     try:
-        check_bytes(path.stat().st_size, str(path))
-        return path.read_bytes()
+        size = path.stat().st_size if size is None else size
+        check_bytes(size, name or str(path))
+        with path.open("rb") as file:
+            file.seek(offset)
+            content = file.read(size)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    if len(content) < size:
+        raise InputError(f"{name or path} is truncated: download it again")
+    return content
 
 
 def read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
