@@ -261,8 +261,7 @@ class Annotate:
 
     def __call__(self) -> None:
         from likeness.conditions import CONDITIONS
-        from likeness.data.folder import each_row, splits_of
-        from likeness.prepare.annotate import annotate_folder, count_annotators
+        from likeness.prepare.annotate import annotate_folder
 
         quiet_libraries()
         options = vars(self) | {"parser": None if self.parser == "none" else self.parser}
@@ -270,11 +269,6 @@ class Annotate:
             added = annotate_folder(**options, progress=advance, report=lambda line: print_notes([line]))
         counts = (f"{CONDITIONS[name].folder} added: {count}" for name, count in added.items())
         print(f"{self.folder}: {', '.join(counts)}")
-        rows = (row for split in splits_of(self.folder) for row in each_row(self.folder / split))
-        for name, annotators in count_annotators(rows).items():
-            if len(annotators.keys() - {"hand"}) > 1:
-                made = ", ".join(f"{count} by {annotator}" for annotator, count in annotators.most_common())
-                print_notes([f"{name}: {made}; --redo {name} regenerates them with one annotator"])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -93,11 +93,11 @@ def annotate_folder(
     """
     splits = splits_of(folder)
     roots = [(folder / split).resolve() for split in splits]
-    counts, lacks_mask = zip(*map(scan, roots), strict=True)
+    totals, lacks_mask = zip(*map(scan, roots), strict=True)
     if parser == "auto":
         needed = any(lacks_mask) or "mask" in redo
         parser = default_parser(next(each_row(roots[0]))["file_name"], report) if needed else None
-    added, done = Counter[str](), 0
+    added, done, makers = Counter[str](), 0, {name: Counter[str]() for name in CONDITIONS}
     with ExitStack() as stack:
         annotators: dict[str, Annotator] = {}
         if parser is not None:
@@ -118,8 +118,15 @@ def annotate_folder(
                         added[name] += add_condition(batch, name, annotator, root, redo=name in redo)
                     for row in batch:
                         metadata.write(line_of(relative_row(row, root)))
+                        for name in CONDITIONS:
+                            if column_of(name) in row:
+                                makers[name][row.get(made_by_column(name), "hand")] += 1
                     done += len(batch)
-                    progress(done, sum(counts))
+                    progress(done, sum(totals))
+    for name, counts in makers.items():
+        if len(counts.keys() - {"hand"}) > 1:
+            made = ", ".join(f"{count} by {maker}" for maker, count in counts.most_common())
+            report(f"{name}: {made}; --redo {name} regenerates them with one annotator")
     return dict(added)
 
 
@@ -152,10 +159,9 @@ def default_parser(image: Path, report: Callable[[str], None]) -> str:
     try:
         HfApi().model_info(HUB_PARSER, timeout=HUB_SECONDS)
     except Exception:  # of many types: offline, blocked, slow
-        report(
-            f"masks by the bundled parser, whose input has 192 pixels: {HUB_PARSER}, the default for images of {side} "
-            "pixels, cannot be downloaded. Run again with --redo mask when it can"
-        )
+        unavailable = f"{HUB_PARSER}, the default for images of {side} pixels, cannot be downloaded"
+        advice = "Run again with --redo mask when it can"
+        report(f"masks by the bundled parser, whose input has 192 pixels: {unavailable}. {advice}")
         return BUNDLED_PARSER
     return HUB_PARSER
 
@@ -201,16 +207,6 @@ def made_by(file: Path) -> str | None:
             return image.info.get(MADE_BY)
     except (OSError, ValueError, SyntaxError):
         return None
-
-
-def count_annotators(rows: Iterable[dict[str, Any]]) -> dict[str, Counter[str]]:
-    """Count condition -> annotator -> files; `hand` if the row names none."""
-    annotators: dict[str, Counter[str]] = {name: Counter() for name in CONDITIONS}
-    for row in rows:
-        for name, counts in annotators.items():
-            if column_of(name) in row:
-                counts[row.get(made_by_column(name), "hand")] += 1
-    return annotators
 
 
 def mask_annotator(source: str | Path, *, swapped_sides: bool = False, device: str | None = None) -> Annotator:
