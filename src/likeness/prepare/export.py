@@ -95,7 +95,7 @@ def export(
 
 
 def faces_of(folder: Path, format: str, skipped: dict[str, str]) -> Iterator[Face]:
-    """Yield the faces of a prepared folder with unique names, `train` first. Missing files are added to `skipped`."""
+    """Yield the faces of a prepared folder with unique names, `train` first; add what is left out to `skipped`."""
     names = {split: SPLIT_NAMES.get(split, "train") for split in splits_of(folder)}
     for split in sorted(names, key=lambda split: SPLIT_ORDER.index(names[split])):
         root, taken = (folder / split).resolve(), set[str]()
@@ -103,6 +103,8 @@ def faces_of(folder: Path, format: str, skipped: dict[str, str]) -> Iterator[Fac
             files = {column: path for column, path in row.items() if is_file_column(column)}
             missing = {column: path for column, path in files.items() if not path.is_file()}
             skipped |= {str(path): f"{column} does not exist" for column, path in missing.items()}
+            unknown = files.keys() - {"file_name", *map(column_of, CONDITIONS)}
+            skipped |= {f"column {column}": "unknown condition" for column in sorted(unknown)}
             if "file_name" in missing:
                 continue
             stem = row["file_name"].relative_to(root).with_suffix("").as_posix().removeprefix("images/")

@@ -46,7 +46,7 @@ class SourceFace:
     """Name -> true or false; other tools may have any value."""
     identity: str | None = None
     split: str | None = None
-    """Split in the source."""
+    """Split in the source, or the assigned one."""
     more: Mapping[str, Any] = field(default_factory=dict)
     """Further columns of its row, such as the licence of the image."""
     image_size: tuple[int, int] | None = None
