@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from likeness.cli import main
+import builders
 from likeness.conditions import CONDITIONS
 from likeness.conditions.keypoints import FLIPS
 from likeness.conditions.mask import swap_classes
@@ -81,11 +81,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def run(*arguments: object) -> int:
-    try:
-        main(["prepare", "check", *map(str, arguments)])
-    except SystemExit as stopped:
-        return int(stopped.code or 0)
-    return 0
+    return builders.run("prepare", "check", *arguments)
 
 
 # Faults. An injection changes the file of its column.
