@@ -33,6 +33,7 @@ from likeness.data.folder import read_folder, read_record
 from likeness.prepare.caption.grammar import ATTRIBUTES
 from likeness.prepare.check import check_folder
 from likeness.prepare.export import WRITERS
+from likeness.prepare.ingest import shards
 from likeness.prepare.ingest.formats import FORMATS
 from likeness.prepare.ingest.splits import SPLITS
 from likeness.prepare.ingest.write import ingest
@@ -810,15 +811,16 @@ def test_hostile_shards(tmp_path, name, size, message):
         ingest(tmp_path / "source", tmp_path / "out")
 
 
-def test_extremely_large_cell(tmp_path):
+def test_extremely_large_cell(tmp_path, monkeypatch):
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
+    monkeypatch.setattr(shards, "MAX_BYTES", 2**20)  # instead of 256 MiB, which take long to write
     (tmp_path / "source").mkdir()
-    table = pa.table({"image": [{"bytes": bytes(2**28 + 1), "path": "a.png"}]})
+    table = pa.table({"image": [{"bytes": bytes(2**20 + 1), "path": "a.png"}]})
     parquet.write_table(table, tmp_path / "source/train.parquet", compression="zstd")
-    assert (tmp_path / "source/train.parquet").stat().st_size < 2**20
-    with pytest.raises(InputError, match=r"the column image.bytes of .* has 256 MiB in 1 rows"):
+    assert (tmp_path / "source/train.parquet").stat().st_size < 2**16
+    with pytest.raises(InputError, match=r"the column image.bytes of .* has 1 MiB in 1 rows"):
         ingest(tmp_path / "source", tmp_path / "out")
 
 

@@ -143,8 +143,18 @@ def align_files(
         for number, (file, name) in enumerate(zip(files, names, strict=True), start=1):
             split = "test" if name in test else "train"
             found = align_photo(file, name, out, split, find, done, **settings)
-            rows[split] |= {row["file_name"]: json.dumps(row, ensure_ascii=False) for row in found["rows"]}
-            add_result(aligned, found, split)
+            found_rows = {row["file_name"]: json.dumps(row, ensure_ascii=False) for row in found["rows"]}
+            rows[split] |= found_rows
+            kept = {Path(file_name).stem for file_name in found_rows}
+            aligned.splits[split] += len(kept)
+            if "unreadable" in found:
+                aligned.unreadable[name] = found["unreadable"]
+            elif not found["faces"]:
+                aligned.without.append(name)
+            for stem, faults in found.get("faces", {}).items():
+                if faults:
+                    notes = aligned.faults if stem in kept else aligned.skipped
+                    notes[f"{name} ({stem})"] = [Note(*fault) for fault in faults]
             progress(number, len(files))
         faces = {split: write_metadata(out / split, found) for split, found in rows.items() if found}
         write_record(out, {**record, "faces": faces})
@@ -274,22 +284,6 @@ def refine_landmarks(find: FaceFinder, photo: np.ndarray, points: np.ndarray) ->
     faces = find(cut_portrait(photo, transform, REFINE_SIZE))
     again = [move(face.astype(np.float64) * REFINE_SIZE, inverse(transform)) for face in faces]
     return next((face for face in again if same(face, points)), points)
-
-
-def add_result(aligned: Aligned, record: dict[str, Any], split: str) -> None:
-    """Add the record of one photo to the result."""
-    if "unreadable" in record:
-        aligned.unreadable[record["photo"]] = record["unreadable"]
-        return
-    if not record["faces"]:
-        aligned.without.append(record["photo"])
-    kept = {Path(row["file_name"]).stem for row in record["rows"]}
-    aligned.splits[split] += len(kept)
-    for stem, faults in record["faces"].items():
-        if faults:
-            (aligned.faults if stem in kept else aligned.skipped)[f"{record['photo']} ({stem})"] = [
-                Note(*fault) for fault in faults
-            ]
 
 
 def write_metadata(out: Path, rows: dict[str, str]) -> int:
