@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from itertools import chain, groupby, islice
 from pathlib import Path
@@ -30,9 +30,10 @@ from likeness.data.folder import (
     splits_of,
     write_record,
 )
-from likeness.files import read_json, write_whole, writing_whole
+from likeness.files import write_whole, writing_whole
 from likeness.prepare.ingest.faces import SPLIT_NAMES, SPLIT_ORDER, unique_name
 from likeness.prepare.ingest.shards import import_parquet
+from likeness.prepare.ingest.source import parse_json, read_file
 from likeness.types import Progress
 
 SHARD = 1000
@@ -97,8 +98,9 @@ def export(
 def faces_of(folder: Path, format: str, skipped: dict[str, str]) -> Iterator[Face]:
     """Yield the faces of a prepared folder with unique names, `train` first; add what is left out to `skipped`."""
     names = {split: SPLIT_NAMES.get(split, "train") for split in splits_of(folder)}
+    taken = defaultdict[str, set[str]](set)
     for split in sorted(names, key=lambda split: SPLIT_ORDER.index(names[split])):
-        root, taken = (folder / split).resolve(), set[str]()
+        root = (folder / split).resolve()
         for row in each_row(root):
             files = {column: path for column, path in row.items() if is_file_column(column)}
             missing = {column: path for column, path in files.items() if not path.is_file()}
@@ -118,7 +120,7 @@ def faces_of(folder: Path, format: str, skipped: dict[str, str]) -> Iterator[Fac
                 columns["identity"] = str(columns["identity"])
             if points is not None and points.is_file():
                 columns["keypoints"] = points_of(points)
-            yield names[split], unique_name(stem, taken), images, columns
+            yield names[split], unique_name(stem, taken[names[split]]), images, columns
 
 
 def in_groups(faces: Iterator[Face], size: int) -> Iterator[Iterator[Face]]:
@@ -129,8 +131,8 @@ def in_groups(faces: Iterator[Face], size: int) -> Iterator[Iterator[Face]]:
 
 def points_of(file: Path) -> dict[str, Any]:
     """Return keypoints as {"points": ..., "size": ...}, unchanged if the file has that form."""
-    document = read_json(file) if file.suffix == ".json" else {}
-    if "points" in document:
+    document = parse_json(read_file(file), str(file)) if file.suffix == ".json" else None
+    if isinstance(document, dict) and "points" in document:
         return {key: document[key] for key in ("points", "size") if document.get(key) is not None}
     return {"points": CONDITIONS["keypoints"].read(file).raw.round(6).tolist()}
 
@@ -144,7 +146,7 @@ def write_imagefolder(path: Path, faces: Iterator[Face], columns: Columns) -> No
                 file = f"images/{name}{source.suffix.lower()}" if key == "image" else CONDITIONS[key].file(name)
                 files["file_name" if key == "image" else column_of(key)] = file
                 if not (path.parent / file).is_file():
-                    write_whole(path.parent / file, source.read_bytes())
+                    write_whole(path.parent / file, read_file(source))
             metadata.write(line_of({**files, **row}))
 
 
@@ -153,7 +155,7 @@ def write_webdataset(path: Path, faces: Iterator[Face], columns: Columns) -> Non
     with writing_whole(path) as file, tarfile.open(fileobj=file, mode="w") as archive:
         for _, key, images, row in faces:
             kinds = {name: "" if name == "image" else f".{name}" for name in images}
-            files = {f"{key}{kinds[name]}{image.suffix.lower()}": image.read_bytes() for name, image in images.items()}
+            files = {f"{key}{kinds[name]}{image.suffix.lower()}": read_file(image) for name, image in images.items()}
             files[f"{key}.json"] = json.dumps(row, ensure_ascii=False).encode()
             if "text" in row:
                 files[f"{key}.txt"] = "\n".join(row["text"]).encode()
@@ -176,7 +178,7 @@ def write_parquet(path: Path, faces: Iterator[Face], columns: Columns) -> None:
             for _, name, images, row in group:
                 as_json = {key: json.dumps(row[key], ensure_ascii=False) for key in row if columns[key] == "json"}
                 cells = {
-                    key: {"bytes": image.read_bytes(), "path": f"{name}{image.suffix.lower()}"}
+                    key: {"bytes": read_file(image), "path": f"{name}{image.suffix.lower()}"}
                     for key, image in images.items()
                 }
                 rows.append(row | as_json | cells)
