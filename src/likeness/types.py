@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 
 DtypeName = Literal["auto", "fp32", "bf16", "fp16"]
 """Dtype of a computation; `auto` depends on the device (`likeness.device.choose_dtype`)."""
+
+
+Progress = Callable[[int, int], None]
+"""Called as (items done, total)."""
 
 
 class InputError(ValueError):

@@ -18,7 +18,7 @@ from likeness.annotators.u2net import PORTRAIT, U2Net
 from likeness.cli import main
 from likeness.data.folder import read_folder
 from likeness.data.synthetic import draw_face
-from likeness.prepare.annotate import annotate_folder, count_annotators, made_by
+from likeness.prepare.annotate import annotate_folder, made_by
 from likeness.train.components.face_parser import FaceParserRecipe, build
 from likeness.types import InputError
 from likeness.weights.hashes import network_name
@@ -132,7 +132,10 @@ def test_annotator_is_recorded(folder, parser):
     assert {row["mask_made_by"] for row in rows[1:]} == {name}
     assert {row["sketch_made_by"] for row in rows} == {"XDoG 1"}
     assert made_by(rows[1]["mask_file_name"]) == name
-    assert count_annotators(rows) == {"mask": {"hand": 1, name: 2}, "sketch": {"XDoG 1": 3}, "keypoints": {}}
+    text, messages = (folder / "metadata.jsonl").read_text(), []
+    (folder / "metadata.jsonl").write_text(text.replace(name, "other 1", 1))
+    annotate_folder(folder, parser=parser, report=messages.append)
+    assert messages == [f"mask: 1 by hand, 1 by other 1, 1 by {name}; --redo mask regenerates them with one annotator"]
 
 
 def test_redo_replaces_files_of_another_annotator(folder, parser, tmp_path):

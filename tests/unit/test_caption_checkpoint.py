@@ -33,9 +33,9 @@ from builders import randomise, save_components
 from likeness.annotators import face_parser
 from likeness.cli import main
 from likeness.data.synthetic import draw_face
-from likeness.prepare.caption import checkpoint
+from likeness.prepare.caption import models as caption_models
+from likeness.prepare.caption.models import Question, open_checkpoint
 from likeness.prepare.caption.prompts import PROMPTS
-from likeness.prepare.caption.questions import Question
 from likeness.types import InputError
 
 SPECIAL = ("<|endoftext|>", "<|im_end|>", "<image>", "<start>", "<end>", "<video>")
@@ -135,7 +135,7 @@ def save(kind: type, config, folder: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _short_answers(monkeypatch):
     """Random weights never end; 12 tokens are enough."""
-    monkeypatch.setattr(checkpoint, "ANSWER_TOKENS", 12)
+    monkeypatch.setattr(caption_models, "ANSWER_TOKENS", 12)
 
 
 def images() -> list[Image.Image]:
@@ -145,7 +145,7 @@ def images() -> list[Image.Image]:
 @pytest.mark.parametrize("save_model", [save_internvl, save_qwen2_vl, save_llava])
 def test_checkpoint_answers_about_images(tmp_path, save_model):
     folder = save_model(tmp_path / "model")
-    model = checkpoint.open_checkpoint(str(folder), vision=True)
+    model = open_checkpoint(str(folder), vision=True)
     first, second = Image.new("RGB", (64, 64), "white"), images()[0]
     alone = [next(model.answer([Question("Who is it?", image)])) for image in (first, second)]
     together = list(
@@ -162,7 +162,7 @@ def test_checkpoint_answers_about_images(tmp_path, save_model):
 
 def test_checkpoint_answers_text(tmp_path):
     folder = save_qwen3(tmp_path / "llm")
-    model = checkpoint.open_checkpoint(str(folder), vision=False)
+    model = open_checkpoint(str(folder), vision=False)
     questions = [Question("Check this."), Question("A longer question than the other one.")]
     tokenizer, network = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     for question, answer in zip(questions, model.answer(questions), strict=True):
@@ -179,7 +179,7 @@ def test_finished_answers(tmp_path):
         network.lm_head.weight.zero_()  # all tokens are equally likely, so it takes the first
     network.generation_config.eos_token_id = [0, 1]  # which is an end token
     network.save_pretrained(folder)
-    (answer,) = checkpoint.open_checkpoint(str(folder), vision=False).answer([Question("Hello")])
+    (answer,) = open_checkpoint(str(folder), vision=False).answer([Question("Hello")])
     assert answer.finished
     assert answer.text == ""
 
@@ -209,20 +209,20 @@ def test_folder_end_to_end(tmp_path, capsys):
 
 def test_rejected_checkpoints(tmp_path):
     with pytest.raises(InputError, match="no chat template"):
-        checkpoint.open_checkpoint(str(save_qwen3(tmp_path / "base", template=None)), vision=False)
+        open_checkpoint(str(save_qwen3(tmp_path / "base", template=None)), vision=False)
     with pytest.raises(InputError, match="not a model for images and text"):
-        checkpoint.open_checkpoint(str(save_qwen3(tmp_path / "blind")), vision=True)
+        open_checkpoint(str(save_qwen3(tmp_path / "blind")), vision=True)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="cannot be loaded"):
-        checkpoint.open_checkpoint(str(tmp_path / "empty"), vision=True)
+        open_checkpoint(str(tmp_path / "empty"), vision=True)
     with pytest.raises(InputError, match="cannot be loaded"):
-        checkpoint.open_checkpoint(str(tmp_path / "empty"), vision=False)
+        open_checkpoint(str(tmp_path / "empty"), vision=False)
     with pytest.raises(InputError, match="Device 'nowhere' is not available"):
-        checkpoint.open_checkpoint(str(save_qwen3(tmp_path / "llm")), vision=False, device="nowhere")
+        open_checkpoint(str(save_qwen3(tmp_path / "llm")), vision=False, device="nowhere")
     broken = save_internvl(tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(InputError, match="cannot be loaded"):
-        checkpoint.open_checkpoint(str(broken), vision=True)
+        open_checkpoint(str(broken), vision=True)
 
 
 def load_parser(folder: Path) -> None:
@@ -233,8 +233,8 @@ def load_parser(folder: Path) -> None:
 @pytest.mark.parametrize(
     "load",
     [
-        lambda folder: checkpoint.open_checkpoint(str(folder), vision=True),
-        lambda folder: checkpoint.open_checkpoint(str(folder), vision=False),
+        lambda folder: open_checkpoint(str(folder), vision=True),
+        lambda folder: open_checkpoint(str(folder), vision=False),
         load_parser,
     ],
     ids=["vision", "language", "face parser"],

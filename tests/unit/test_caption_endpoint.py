@@ -19,14 +19,13 @@ from chat_server import DROP, HANG, chat_server, failed, reply_with
 from drawn import drawn_mask
 from PIL import Image
 
+from builders import run
 from likeness.chat import Answer, Meter
-from likeness.cli import main
 from likeness.conditions.mask import mask_image
 from likeness.data.synthetic import draw_face
 from likeness.prepare.caption.folder import CaptionSettings, caption_folder
-from likeness.prepare.caption.models import load_counter, open_model
+from likeness.prepare.caption.models import Question, load_counter, open_model
 from likeness.prepare.caption.prompts import PROMPTS, describe
-from likeness.prepare.caption.questions import Question
 from likeness.prepare.caption.records import open_answers
 from likeness.types import InputError
 
@@ -76,12 +75,7 @@ def record(folder: Path) -> list[list[dict]]:
 
 def caption(folder: Path, *options: str, code: int = 0) -> None:
     """Run the command and check its exit code."""
-    try:
-        main(["prepare", "caption", str(folder), *options])
-        found = 0
-    except SystemExit as end:
-        found = end.code or 0
-    assert found == code
+    assert run("prepare", "caption", folder, *options) == code
 
 
 def test_ten_captions_per_face_with_origin(folder, capsys):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from likeness.cli import main
+import builders
 from likeness.conditions import CONDITIONS
 from likeness.conditions.keypoints import FLIPS
 from likeness.conditions.mask import swap_classes
@@ -25,8 +25,7 @@ from likeness.data.folder import ORIGINALS, read_folder
 from likeness.data.synthetic import draw_face
 from likeness.prepare.check import check_folder
 from likeness.prepare.contact_sheet import COLUMNS
-from likeness.prepare.findings import KINDS
-from likeness.prepare.fix import FIX_LIST, apply_fixes, fix_captions
+from likeness.prepare.fix import FIX_LIST, KINDS, apply_fixes, fix_captions
 from likeness.prepare.near_duplicates import first_duplicates, image_hash
 from likeness.types import InputError
 
@@ -82,11 +81,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def run(*arguments: object) -> int:
-    try:
-        main(["prepare", "check", *map(str, arguments)])
-    except SystemExit as stopped:
-        return int(stopped.code or 0)
-    return 0
+    return builders.run("prepare", "check", *arguments)
 
 
 # Faults. An injection changes the file of its column.

@@ -18,7 +18,7 @@ from likeness.models.label_decoder import LabelDecoder
 from likeness.pipelines.image_recipe import read_recipe, request_of
 from likeness.pipelines.load import load
 from likeness.pipelines.propose import propose_mask
-from likeness.prepare.pack import pack_model
+from likeness.prepare.components import pack_model
 from likeness.train import loop
 from likeness.train.batches import make_batch
 from likeness.train.components.label_decoder import LabelDecoderRecipe, noisy, train_label_decoder

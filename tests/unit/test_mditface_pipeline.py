@@ -32,7 +32,7 @@ from likeness.models.mditface import MDiTFaceTransformer
 from likeness.objectives.flow import dynamic_shift
 from likeness.pipelines.load import load
 from likeness.pipelines.mditface import MDiTFacePipeline
-from likeness.prepare.pack import pack_model
+from likeness.prepare.components import pack_model
 from likeness.types import InputError, TextFeatures
 from likeness.weights.hashes import pipeline_hash
 

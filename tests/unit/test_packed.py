@@ -28,8 +28,7 @@ from likeness.models.mmface import MMFaceTransformer
 from likeness.objectives import RectifiedFlow
 from likeness.pipelines.load import load
 from likeness.pipelines.mmface import MMFacePipeline
-from likeness.prepare.components import join_components
-from likeness.prepare.pack import pack_model
+from likeness.prepare.components import join_components, pack_model
 from likeness.prepare.synthetic import write_synthetic
 from likeness.types import InputError
 from likeness.weights.hashes import encoder_hash

@@ -6,7 +6,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from likeness.cli.terminal import PathArgument, print_notes, progress_bar, quiet_libraries
 from likeness.types import InputError
@@ -97,7 +97,7 @@ class Caption:
             self.requests_per_minute, limits.get("requests"), limits.get("tokens"), self.tries, timeout=self.timeout
         )
         count = load_counter(self.components) if self.components else load_counter()
-        models = {
+        models: dict[str, Any] = {
             role: open_model(
                 source,
                 vision=role == "vlm",
@@ -108,16 +108,12 @@ class Caption:
             for role in ("vlm", "refiner")
             if (source := getattr(self, role)) is not None
         }
+        shared = {name: getattr(self, name) for name in ("grammar", "max_tokens", "pixels", "replace", "seed")}
         settings = CaptionSettings(
-            vlm=models.get("vlm"),
-            refiner=models.get("refiner"),
-            grammar=self.grammar,
+            **models,
+            **shared,
             predict=load_attributes() if self.attributes == "bundled" else None,
             prompts=self.prompts or tuple(PROMPTS),
-            max_tokens=self.max_tokens,
-            pixels=self.pixels,
-            replace=self.replace,
-            seed=self.seed,
         )
         with progress_bar("Captioning") as advance:
             report = caption_folder(self.folder, settings, count, meter=meter, parallel=self.parallel, progress=advance)
@@ -125,15 +121,13 @@ class Caption:
         if len(report.failed) > MAX_FAILURES:
             print_notes([f"and {len(report.failed) - MAX_FAILURES} more faces were not captioned"])
         if report.incomplete:
-            print_notes(
-                [f"the budget is spent: {report.incomplete} faces lack captions; run the same command again to resume"]
-            )
+            lacking = f"{report.incomplete} faces lack captions"
+            print_notes([f"the budget is spent: {lacking}; run the same command again to resume"])
         dropped = ", ".join(f"{number} {rule}" for rule, number in report.dropped.most_common())
-        print(
-            f"{self.folder}: {report.faces} faces, {report.used} captions"
-            + (f"; dropped: {dropped}" if dropped else "")
-            + (f"; {meter.requests} requests, {meter.tokens} tokens" if meter.requests else "")
-        )
+        counts = [f"{self.folder}: {report.faces} faces, {report.used} captions"]
+        counts += [f"dropped: {dropped}"] if dropped else []
+        counts += [f"{meter.requests} requests, {meter.tokens} tokens"] if meter.requests else []
+        print("; ".join(counts))
         return not (report.failed or report.incomplete)
 
 

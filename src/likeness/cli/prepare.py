@@ -13,21 +13,51 @@ from typing import Any, Literal
 from likeness.cli.terminal import PathArgument, listed, print_counts, print_notes, progress_bar, quiet_libraries
 from likeness.types import InputError
 
+# fmt: off
 Format = Literal[
-    "auto",
-    "celeba",
-    "celebamask",
-    "images_and_masks",
-    "mm_celeba",
-    "ffhq",
-    "face_mogle",
-    "mmface_dit",
-    "imagefolder",
-    "parquet",
-    "webdataset",
-    "folder",
+    "auto", "celeba", "celebamask", "images_and_masks", "mm_celeba", "ffhq", "face_mogle", "mmface_dit", "imagefolder",
+    "parquet", "webdataset", "folder",
 ]
+# fmt: on
 Split = Literal["auto", "given", "none", "person", "random", "celeba", "face_mogle", "mm_celeba"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """Options of `ingest` and `shards`."""
+
+    source: PathArgument
+    """Folder or zip archive with the images."""
+    out: PathArgument
+    """Folder to write. Run again to resume."""
+    format: Format = "auto"
+    """Dataset format of the source; auto detects it and fails if several match."""
+    split: Split = "auto"
+    """Split into training and held-out faces; auto takes the usual one of the format, or random with held_out."""
+    crop: bool = False
+    """Crop the centre of images that are not square instead of skipping them."""
+    held_out: int | None = None
+    """Faces held out by the splits person (at least) and random: 1000 by default, a tenth of smaller sets."""
+    limit: int | None = None
+    """Maximum number of faces."""
+    follow_links: bool = False
+    """Also read links that lead outside the source."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeOptions:
+    """Options of `encode` and `shards`."""
+
+    components: Path | None = None
+    """Folder with autoencoder and text encoder; bundled ones by default."""
+    size: int = 128
+    """Side length in pixels."""
+    augmentations: int = 1
+    """Versions of each face: the original, then alternately mirrored and not, with varied conditions."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the autoencoder; bf16 is about 3x faster on a CPU."""
+    device: str = "auto"
+    """Device of the networks, for example cuda or cpu; auto takes an accelerator if present."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,31 +82,15 @@ class Synthetic:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ingest:
+class Ingest(ImportOptions):
     """Import face images in any known dataset format into a prepared folder (docs/data.md lists formats and splits)."""
 
-    source: PathArgument
-    """Folder or zip archive with the images."""
-    out: PathArgument
-    """Folder to write. Run again to resume."""
-    format: Format = "auto"
-    """Dataset format of the source; auto detects it and fails if several match."""
-    split: Split = "auto"
-    """Split into training and held-out faces; auto takes the usual one of the format, or random with held_out."""
     size: int | None = None
     """Side length of the images in pixels; unchanged by default. Masks and sketches keep their size."""
-    crop: bool = False
-    """Crop the centre of images that are not square instead of skipping them."""
     captions: Path | None = None
     """Folder or archive with NAME.txt, one caption per line, if captions are stored separately."""
-    held_out: int | None = None
-    """Faces held out by the splits person (at least) and random: 1000 by default, a tenth of smaller sets."""
     seed: int = 0
-    """Random seed of these splits."""
-    limit: int | None = None
-    """Maximum number of faces."""
-    follow_links: bool = False
-    """Also read links that lead outside the source."""
+    """Random seed of the splits person and random."""
 
     def __call__(self) -> None:
         from likeness.prepare.ingest.write import ingest
@@ -216,7 +230,7 @@ class Extract:
     """Device of the face parser, for example cuda or cpu; auto takes an accelerator if present."""
 
     def __call__(self) -> None:
-        from likeness.prepare.extract import extract
+        from likeness.prepare.align import extract
 
         quiet_libraries()
         for file in extract(**vars(self)).values():
@@ -247,8 +261,7 @@ class Annotate:
 
     def __call__(self) -> None:
         from likeness.conditions import CONDITIONS
-        from likeness.data.folder import each_row, splits_of
-        from likeness.prepare.annotate import annotate_folder, count_annotators
+        from likeness.prepare.annotate import annotate_folder
 
         quiet_libraries()
         options = vars(self) | {"parser": None if self.parser == "none" else self.parser}
@@ -256,11 +269,6 @@ class Annotate:
             added = annotate_folder(**options, progress=advance, report=lambda line: print_notes([line]))
         counts = (f"{CONDITIONS[name].folder} added: {count}" for name, count in added.items())
         print(f"{self.folder}: {', '.join(counts)}")
-        rows = (row for split in splits_of(self.folder) for row in each_row(self.folder / split))
-        for name, annotators in count_annotators(rows).items():
-            if len(annotators.keys() - {"hand"}) > 1:
-                made = ", ".join(f"{count} by {annotator}" for annotator, count in annotators.most_common())
-                print_notes([f"{name}: {made}; --redo {name} regenerates them with one annotator"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,8 +297,7 @@ class Check:
         from likeness.data.folder import changing, splits_of
         from likeness.prepare.check import check_folder, format_findings
         from likeness.prepare.contact_sheet import check_sheet, write_sheet
-        from likeness.prepare.findings import FIXES
-        from likeness.prepare.fix import FIX_LIST, apply_fixes, confirmed_fixes, write_fixes
+        from likeness.prepare.fix import FIX_LIST, FIXES, apply_fixes, confirmed_fixes, write_fixes
 
         if self.sheet is not None:
             check_sheet(self.sheet, self.count)
@@ -313,7 +320,7 @@ class Check:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encode:
+class Encode(EncodeOptions):
     """Encode a prepared folder into training shards. Run again after a change to encode only what changed.
 
     With torchrun, the processes divide the work: torchrun --nproc-per-node 2 -m likeness.cli prepare encode ...
@@ -323,18 +330,8 @@ class Encode:
     """Folder with metadata.jsonl, or the parent of splits, of which train is encoded."""
     out: PathArgument
     """Folder of the shards. Run again to resume."""
-    components: Path | None = None
-    """Folder with autoencoder and text encoder; bundled ones by default."""
-    size: int = 128
-    """Side length in pixels."""
-    augmentations: int = 1
-    """Versions of each face: the original, then alternately mirrored and not, with varied conditions."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the autoencoder; bf16 is about 3x faster on a CPU."""
     text_features: bool = False
     """Also encode the captions, so that training needs no text encoder: useful for large ones."""
-    device: str = "auto"
-    """Device of autoencoder and text encoders, for example cuda or cpu; auto takes an accelerator if present."""
     replace: bool = False
     """Remove images of existing shards in OUT that the folder does not contain."""
 
@@ -344,31 +341,25 @@ class Encode:
         from likeness.parallel import rank_and_world
         from likeness.prepare.encode import encode_folder
 
+        quiet_libraries()
         share = rank_and_world()
         others = sorted(set(splits := splits_of(self.folder)) - {"train"})
         if "train" in splits and others and not share[0]:
-            print_notes(
-                [f"only train is encoded, not {', '.join(others)}: give the folder of another split to encode it"]
-            )
+            print_notes([f"only train is encoded, not {', '.join(others)}: give the folder of a split to encode it"])
         components = load_components(self.components) if self.components else load_components()
-        options = vars(self) | {"components": components, "share": share}
         with progress_bar("Encoding") as advance:
-            found = encode_folder(**options, progress=None if share[0] else advance)
+            progress = (lambda done, total: None) if share[0] else advance
+            options = vars(self) | {"components": components, "share": share}
+            found = encode_folder(**options, progress=progress)
         faces = f"{found['faces']} faces" + (f" x {self.augmentations} augmentations" * (self.augmentations > 1))
         texts = f", {found['captions']} captions encoded now" * (self.text_features or found["captions"] > 0)
         missing = f", {found['missing']} missing: other processes encode them; otherwise run the command again"
-        print(
-            f"{self.out}: {faces}, {found['encoded']} images and conditions encoded now{texts}"
-            f"{missing if found['missing'] else ''}"
-        )
+        encoded = f"{found['encoded']} images and conditions encoded now"
+        print(f"{self.out}: {faces}, {encoded}{texts}{missing if found['missing'] else ''}")
         if found["uncaptioned"] and not share[0]:
-            print_notes(
-                [
-                    f"{found['uncaptioned']} of {found['faces']} faces have no captions: they are trained with empty "
-                    f"text. `likeness prepare caption {self.folder} --grammar --attributes bundled` writes "
-                    "captions"
-                ]
-            )
+            command = f"likeness prepare caption {self.folder} --grammar --attributes bundled"
+            uncaptioned = f"{found['uncaptioned']} of {found['faces']} faces have no captions"
+            print_notes([f"{uncaptioned}: they are trained with empty text. `{command}` writes captions"])
         if found["damaged"]:
             print_notes([f"{found['damaged']} files of {self.out} were damaged and have been encoded again"])
         if found["removed"]:
@@ -376,7 +367,7 @@ class Encode:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shards:
+class Shards(ImportOptions, EncodeOptions):
     """Convert images in any known dataset format, or photos of any size, to training shards in one command.
 
     Stages: ingest or align, annotate, caption faces without captions, check, encode. Writes the prepared folder
@@ -384,40 +375,14 @@ class Shards:
     stage. Finished stages are not repeated.
     """
 
-    source: PathArgument
-    """Folder or zip archive with the images; with --align a folder of photos."""
-    out: PathArgument
-    """Folder to write. Run again to resume."""
     align: bool = False
-    """Cut the faces out of photos of any size (as `align` does, with --landmarker) instead of ingesting them."""
-    format: Format = "auto"
-    """Dataset format of the source; auto detects it and fails if several match."""
-    split: Split = "auto"
-    """Split into training and held-out faces; auto takes the usual one of the format, or random with held_out."""
-    size: int = 128
-    """Side length in pixels."""
-    crop: bool = False
-    """Crop the centre of images that are not square instead of skipping them."""
-    held_out: int | None = None
-    """Faces held out by the splits person (at least) and random: 1000 by default, a tenth of smaller sets."""
-    limit: int | None = None
-    """Maximum number of faces."""
-    follow_links: bool = False
-    """Also read links that lead outside the source."""
+    """SOURCE is a folder of photos of any size: cut the faces out (as `align` does) instead of ingesting."""
     parser: str = "auto"
     """Face parser, as in `annotate`."""
     landmarker: Path | None = None
     """MediaPipe's face_landmarker.task; no keypoints are added without it."""
     captioner: Literal["bundled", "none"] = "bundled"
     """Captions of faces that have none: written from attributes that the bundled model predicts, or none."""
-    components: Path | None = None
-    """Folder with autoencoder and text encoder; bundled ones by default."""
-    augmentations: int = 1
-    """Versions of each face, as in `encode`."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the autoencoder; bf16 is about 3x faster on a CPU."""
-    device: str = "auto"
-    """Device of face parser and autoencoder, for example cuda or cpu; auto takes an accelerator if present."""
 
     def __call__(self) -> None:
         from likeness.annotators.landmarks import open_landmarker
@@ -450,9 +415,8 @@ class Shards:
         if "train" not in (splits := splits_of(faces)):
             raise InputError(f"{faces} has {', '.join(splits)} but no split train: use another --split, such as none")
         run("annotating", Annotate, folder=faces)
-        if self.captioner == "bundled" and not all(
-            captions_of(row) for split in splits for row in each_row(faces / split)
-        ):
+        rows = (row for split in splits for row in each_row(faces / split))
+        if self.captioner == "bundled" and not all(map(captions_of, rows)):
             run("captioning", Caption, Caption.caption, folder=faces, grammar=True, attributes="bundled")
         run("checking", Check, Check.check, folder=faces)
         for split in splits:
@@ -516,7 +480,7 @@ class Pack:
     """Run folder of a label decoder: the packed model then generates masks, not images of them."""
 
     def __call__(self) -> None:
-        from likeness.prepare.pack import pack_model
+        from likeness.prepare.components import pack_model
 
         pack_model(**vars(self))
         print(self.out)

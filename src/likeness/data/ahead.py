@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
@@ -11,7 +11,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
-def read_ahead(make: Callable[[S], T], starts: Iterable[S], *, depth: int = 3, threads: int = 2) -> Iterator[T]:
+def read_ahead(make: Callable[[S], T], starts: Iterable[S], *, depth: int = 3, threads: int = 2) -> Generator[T]:
     """Yield `make(start)` for every start, in order; up to `depth` results are computed ahead by `threads` threads."""
     waiting = iter(starts)
     with ThreadPoolExecutor(threads) as pool:

@@ -31,16 +31,14 @@ RECORD = "dataset.json"
 ORIGINALS = "before"
 """Folder next to the splits in which `likeness prepare check --apply` keeps the files that it replaces or removes."""
 
+HOW_TO_PREPARE = "`likeness prepare ingest IMAGES OUT` writes a prepared folder"
+
 MAX_LINE = 2**26
 """Most bytes of a line of the metadata."""
 
 
 def read_folder(folder: str | Path) -> list[dict[str, Any]]:
-    """Read the rows of `folder`, with every file column as an absolute `Path`.
-
-    Args:
-        folder: a directory with `metadata.jsonl`, or its parent with a `train` split. A column that is null counts as
-            absent: tools that write tables fill gaps with null.
+    """Read the rows of `folder`, or of its split `train`, with every file column as an absolute `Path`. Null is absent.
 
     Raises:
         InputError: the metadata is missing, or a line is not JSON, lacks `file_name`, names a file outside the folder,
@@ -109,11 +107,7 @@ def is_file_column(column: str) -> bool:
 def file_inside(root: Path, name: Any, folders: dict[str, str], where: str) -> Path:
     """Return the file that a row names as an absolute path with the links of its folder resolved. It need not exist.
 
-    Args:
-        root: folder of the rows, without links.
-        name: value of the column.
-        folders: cache of resolved folders. Resolving each folder once makes a million rows fast.
-        where: position of the column, for messages.
+    `folders` caches resolved folders, which makes a million rows fast; `where` is the position for messages.
 
     Raises:
         InputError: it is not the name of a file below `root`, also through links, or is a pipe, a device or a socket,
@@ -154,9 +148,7 @@ def root_of(folder: str | Path) -> Path:
     for split in (".", "train"):
         if (Path(folder) / split / METADATA).is_file():
             return split_inside(Path(folder), split)
-    raise InputError(
-        f"{folder} has no {METADATA} and no split train: `likeness prepare ingest IMAGES OUT` writes a prepared folder"
-    )
+    raise InputError(f"{folder} has no {METADATA} and no split train: {HOW_TO_PREPARE}")
 
 
 def splits_of(folder: Path) -> list[str]:
@@ -169,9 +161,7 @@ def splits_of(folder: Path) -> list[str]:
         return ["."]
     found = [path.parent.name for path in folder.glob(f"*/{METADATA}") if path.parent.name != ORIGINALS]
     if not found:
-        raise InputError(
-            f"{folder} has no {METADATA} and no splits: `likeness prepare ingest IMAGES OUT` writes a prepared folder"
-        )
+        raise InputError(f"{folder} has no {METADATA} and no splits: {HOW_TO_PREPARE}")
     for split in found:
         split_inside(folder, split)
     return sorted(found, key=lambda split: (split == "train", split))
@@ -229,10 +219,7 @@ def line_of(row: dict[str, Any]) -> bytes:
 
 def relative_row(row: dict[str, Any], root: Path) -> dict[str, Any]:
     """Return a row with its files relative to `root`, as the metadata names them."""
-    return {
-        column: value.relative_to(root).as_posix() if isinstance(value, Path) else value
-        for column, value in row.items()
-    }
+    return {key: value.relative_to(root).as_posix() if isinstance(value, Path) else value for key, value in row.items()}
 
 
 def column_of(condition: str) -> str:
@@ -250,12 +237,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def open_record(out: Path, arguments: dict[str, Any], command: str) -> dict[str, Any]:
-    """Return `dataset.json` of a folder that a command writes; {} if the folder is new.
-
-    Args:
-        out: the folder.
-        arguments: arguments of the command, which the record must have.
-        command: name of the command, for messages.
+    """Return `dataset.json` of a folder that a command writes, with these arguments; {} if the folder is new.
 
     Raises:
         InputError: the folder was written with other arguments, contains something else, or cannot be accessed.
@@ -288,11 +270,7 @@ def captions_of(row: dict[str, Any]) -> Sequence[str]:
 
 
 def read_photo(path: Path, size: int | None = None) -> np.ndarray:
-    """Read an image upright as sRGB, uint8 [H, W, 3]; transparent pixels become white.
-
-    Args:
-        path: the file.
-        size: side length in pixels to resize to; None keeps the size.
+    """Read an image upright as sRGB on white, uint8 [H, W, 3], resized to `size` pixels if it is given.
 
     Raises:
         InputError: it cannot be read, or is not square and must be resized.

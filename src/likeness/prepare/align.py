@@ -6,6 +6,8 @@ back. A portrait's name contains the beginning of its photo's hash, so portraits
 Progress is recorded per photo in `.aligned.jsonl`; the metadata is written last. `dataset.json` records the settings
 and which photos are held out, so that photos added later do not change the split.
 
+`extract` makes the conditions of one photograph under the names of the dataset format `folder`.
+
 Outside the photo the portrait shows a reflection that fades into blur and grey, as in FFHQ, because models are trained
 on such borders. Unlike in FFHQ, no pixel inside the photo is blurred.
 """
@@ -14,8 +16,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,12 +49,12 @@ from likeness.data.folder import (
     write_record,
 )
 from likeness.files import write_whole, writing_whole
-from likeness.prepare.annotate import keypoints_file, made_by_column
-from likeness.prepare.ingest.faces import SPLIT_ORDER, plain_name
+from likeness.prepare.annotate import keypoints_file, made_by_column, mask_annotator, sketch_annotator
+from likeness.prepare.ingest.faces import plain_name
 from likeness.prepare.ingest.formats import UNKNOWN_TERMS
 from likeness.prepare.ingest.source import IMAGES, walk
 from likeness.prepare.ingest.splits import SPLITS, default_held_out, random_split
-from likeness.types import InputError, Note
+from likeness.types import InputError, Note, Progress
 from likeness.weights.hashes import file_hash
 
 JOURNAL = ".aligned.jsonl"
@@ -92,21 +93,12 @@ def align_photos(
     strict: bool = False,
     held_out: int | None = None,
     follow_links: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> Aligned:
     """Write the splits `out/train` and `out/test` from a folder of photos, or `out/train` from one photo.
 
-    Args:
-        photos: a folder, searched recursively, or a file.
-        out: folder to write. Run again to resume or to add photos. Existing rows and columns are kept.
-        landmarker: MediaPipe's `face_landmarker.task`.
-        size: side length of the portraits in pixels.
-        all_faces: whether to align all faces of a photo instead of only the largest.
-        strict: whether to skip faces with faulty geometry.
-        held_out: photos whose portraits are the split `test`; default 1000, or a tenth of smaller sets. Photos that are
-            added later are in `train`.
-        follow_links: whether to follow links that lead outside the folder.
-        progress: called as (photos done, total).
+    The arguments are the options of `likeness prepare align`. Run it again to resume or to add photos, which are in
+    `train`: existing rows and columns are kept.
 
     Raises:
         InputError: there are no photos, the landmarker cannot be used, `out` was written with other settings, or
@@ -128,16 +120,22 @@ def align_files(
     find: FaceFinder,
     settings: dict[str, Any],
     held_out: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> Aligned:
     """Align photos below `root` with a face detector; `settings` has `size`, `every`, `strict` and `landmarker`."""
     aligned = Aligned()
-    rows: dict[str, dict[str, str]] = {}  # split -> file name -> JSON, which takes less memory
+    rows: dict[str, dict[str, str]] = {"train": {}, "test": {}}  # split -> file name -> JSON, which takes less memory
     names = [file.relative_to(root).as_posix() for file in files]
     arguments = {"kind": "likeness align", **settings} | ({} if held_out is None else {"held_out": held_out})
     with ExitStack() as locks:
         locks.enter_context(changing(out, ["."]))
-        record = open_record(out, arguments, "align") or new_record(names, arguments)
+        record: dict[str, Any] = open_record(out, arguments, "align")
+        if not record:
+            count = default_held_out(len(names)) if held_out is None else held_out
+            splits = random_split("random", [None] * len(names), count, 0)
+            test = [name for name, split in zip(names, splits, strict=True) if split == "test"]
+            record = {**arguments, "held_out": count, "split": "random", "split_is": SPLITS["random"]}
+            record |= {"test": test, "licence": UNKNOWN_TERMS, "licence_source": ""}
         write_record(out, record)
         test = set(record["test"])
         locks.enter_context(changing(out, ["train", *(["test"] if test else [])]))
@@ -146,26 +144,25 @@ def align_files(
             split = "test" if name in test else "train"
             found = align_photo(file, name, out, split, find, done, **settings)
             found_rows = {row["file_name"]: json.dumps(row, ensure_ascii=False) for row in found["rows"]}
-            rows.setdefault(split, {}).update(found_rows)
-            add_result(aligned, found, split)
-            if progress is not None:
-                progress(number, len(files))
-        faces = {split: write_metadata(out / split, rows[split]) for split in SPLIT_ORDER if rows.get(split)}
+            rows[split] |= found_rows
+            kept = {Path(file_name).stem for file_name in found_rows}
+            aligned.splits[split] += len(kept)
+            if "unreadable" in found:
+                aligned.unreadable[name] = found["unreadable"]
+            elif not found["faces"]:
+                aligned.without.append(name)
+            for stem, faults in found.get("faces", {}).items():
+                if faults:
+                    notes = aligned.faults if stem in kept else aligned.skipped
+                    notes[f"{name} ({stem})"] = [Note(*fault) for fault in faults]
+            progress(number, len(files))
+        faces = {split: write_metadata(out / split, found) for split, found in rows.items() if found}
         write_record(out, {**record, "faces": faces})
     return aligned
 
 
-def new_record(names: list[str], arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of a new `dataset.json`. Raises `InputError` if no photo is left for training."""
-    held_out = arguments.get("held_out", default_held_out(len(names)))
-    splits = random_split("random", [None] * len(names), held_out, 0)
-    test = [name for name, split in zip(names, splits, strict=True) if split == "test"]
-    terms = {"licence": UNKNOWN_TERMS, "licence_source": ""}
-    return {**arguments, "held_out": held_out, "split": "random", "split_is": SPLITS["random"], "test": test, **terms}
-
-
 def photo_files(photos: Path, out: Path, follow_links: bool = False) -> list[Path]:
-    """Return the photos of a folder, sorted, without `out` and hidden files."""
+    """Return the photos of a folder, sorted, without `out` and hidden files. Raises `InputError` if there are none."""
     if photos.is_file():
         return [photos]
     if not photos.is_dir():
@@ -181,15 +178,12 @@ def photo_files(photos: Path, out: Path, follow_links: bool = False) -> list[Pat
 
 def open_journal(out: Path) -> dict[tuple[str, str], str]:
     """Return (photo, SHA-256) -> record as JSON of the photos that are done. A truncated line is ignored."""
-    path = out / JOURNAL
     done: dict[tuple[str, str], str] = {}
-    with path.open(encoding="utf-8") if path.is_file() else nullcontext(()) as lines:
+    with (out / JOURNAL).open(encoding="utf-8") if (out / JOURNAL).is_file() else nullcontext(()) as lines:
         for line in lines:
-            try:
+            with suppress(json.JSONDecodeError):
                 record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            done[record["photo"], record["sha256"]] = line
+                done[record["photo"], record["sha256"]] = line
     return done
 
 
@@ -230,22 +224,10 @@ def align_photo(
         portrait = cut_portrait(photo, transform, size)
         write_whole(out / split / "images" / f"{stem}.png", png_bytes(Image.fromarray(portrait)))
         write_whole(out / split / CONDITIONS["keypoints"].file(stem), keypoints_file(own, size, size, landmarker))
-        record["rows"].append(
-            {
-                "file_name": f"images/{stem}.png",
-                column_of("keypoints"): CONDITIONS["keypoints"].file(stem),
-                made_by_column("keypoints"): landmarker,
-                "aligned": {
-                    "photo": name,
-                    "sha256": sha256,
-                    "width": width,
-                    "height": height,
-                    "size": size,
-                    "transform": transform.tolist(),
-                    "faults": [fault.text for fault in faults],
-                },
-            }
-        )
+        aligned = {"photo": name, "sha256": sha256, "width": width, "height": height, "size": size}
+        aligned |= {"transform": transform.tolist(), "faults": [fault.text for fault in faults]}
+        files = {"file_name": f"images/{stem}.png", column_of("keypoints"): CONDITIONS["keypoints"].file(stem)}
+        record["rows"].append({**files, made_by_column("keypoints"): landmarker, "aligned": aligned})
     try:
         with (out / JOURNAL).open("a", encoding="utf-8") as journal:  # newline first, to end a truncated line
             journal.write("\n" + json.dumps(record))
@@ -257,19 +239,13 @@ def align_photo(
 def face_transform(
     photo: np.ndarray, name: str, find: FaceFinder | None, size: int, number: int | None = None
 ) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
-    """Return the transform [2, 3] from a photo to the portrait of a face, `number` by size (default: the largest, 1).
+    """Return the transform from a photo, uint8 [H, W, 3], to the portrait of a face, `number` by size (default: the
+    largest, 1).
 
     A photo that is a portrait already keeps its framing; without a detector it must be one.
 
-    Args:
-        photo: uint8 [H, W, 3].
-        name: its name for messages.
-        find: face detector.
-        size: side length of the portrait in pixels.
-        number: number of the face.
-
     Returns:
-        The transform, the landmarks [478, 2] in pixels of the photo (None without a detector), and notes.
+        The transform [2, 3], the landmarks [478, 2] in pixels of the photo (None without a detector), and notes.
 
     Raises:
         InputError: there is no such face, or the photo is not square and there is no detector.
@@ -310,50 +286,22 @@ def refine_landmarks(find: FaceFinder, photo: np.ndarray, points: np.ndarray) ->
     return next((face for face in again if same(face, points)), points)
 
 
-def add_result(aligned: Aligned, record: dict[str, Any], split: str) -> None:
-    """Add the record of one photo to the result."""
-    if "unreadable" in record:
-        aligned.unreadable[record["photo"]] = record["unreadable"]
-        return
-    if not record["faces"]:
-        aligned.without.append(record["photo"])
-    kept = {Path(row["file_name"]).stem for row in record["rows"]}
-    aligned.splits[split] += len(kept)
-    for stem, faults in record["faces"].items():
-        if faults:
-            (aligned.faults if stem in kept else aligned.skipped)[f"{record['photo']} ({stem})"] = [
-                Note(*fault) for fault in faults
-            ]
-
-
 def write_metadata(out: Path, rows: dict[str, str]) -> int:
     """Write rows, JSON by `file_name`, after rows of earlier runs. Columns added in the meantime are kept. Returns the
     number of rows.
     """
-    path = out / METADATA
-    before: dict[str, str] = {}
+    path, known = out / METADATA, {}
     if path.is_file():
-        for number, line in metadata_lines(out, "."):
-            row = parse_row(line, f"{path}, line {number}")
-            before[row["file_name"]] = json.dumps(row)
+        parsed = (parse_row(line, f"{path}, line {number}") for number, line in metadata_lines(out, "."))
+        known = {row["file_name"]: json.dumps(row) for row in parsed}
     with writing_whole(path) as metadata:
-        for name in [*(name for name in before if name not in rows), *rows]:
-            row = {**json.loads(before.get(name, "{}")), **json.loads(rows.get(name, "{}"))}
-            metadata.write(line_of(row))
-    return len({**before, **rows})
+        for name in [*(name for name in known if name not in rows), *rows]:
+            metadata.write(line_of({**json.loads(known.get(name, "{}")), **json.loads(rows.get(name, "{}"))}))
+    return len(known | rows)
 
 
 def cut_portrait(photo: np.ndarray, transform: np.ndarray, size: int) -> np.ndarray:
-    """Cut out the portrait that a transform frames.
-
-    Args:
-        photo: uint8 [H, W, 3].
-        transform: [2, 3], photo -> portrait.
-        size: side length of the portrait in pixels.
-
-    Returns:
-        uint8 [size, size, 3].
-    """
+    """Cut the portrait, uint8 [size, size, 3], out of a photo, uint8 [H, W, 3], by the transform [2, 3] to it."""
     height, width = photo.shape[:2]
     back = inverse(transform)
     corners = move(np.array([[0, 0], [size, 0], [0, size], [size, size]]), back)
@@ -375,21 +323,16 @@ def fade(portrait: np.ndarray, distance: np.ndarray) -> np.ndarray:
     side = len(portrait)
     values = portrait.astype(np.float32)
     fraction = distance[..., None].astype(np.float32) / side
-    values += (ndimage.gaussian_filter(values, (0.02 * side, 0.02 * side, 0)) - values) * np.clip(
-        fraction / BLURRED, 0, 1
-    )
-    values += (np.median(portrait, axis=(0, 1)).astype(np.float32) - values) * np.clip(fraction / GREY, 0, 1)
+    blurred, grey = ndimage.gaussian_filter(values, (0.02 * side, 0.02 * side, 0)), np.median(portrait, axis=(0, 1))
+    values += (blurred - values) * np.clip(fraction / BLURRED, 0, 1)
+    values += (grey.astype(np.float32) - values) * np.clip(fraction / GREY, 0, 1)
     return np.where(fraction > 0, np.rint(values).clip(0, 255), portrait).astype(np.uint8)
 
 
 def resample(image: np.ndarray, transform: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Resample an image: point p of the result shows `image` at transform(p), with antialiasing.
+    """Resample an image, uint8 [H, W, 3] or [H, W], with antialiasing: point p of the result shows it at transform(p).
 
-    Args:
-        image: uint8 [H, W, 3], or [H, W] for a result of one channel.
-        transform: [2, 3], similarity from the result to `image`.
-        width: width of the result.
-        height: height of the result.
+    `transform` is a similarity [2, 3]; `width` and `height` are those of the result in pixels.
     """
     scale = float(np.hypot(*transform[:, 0]))  # pixels of the image per pixel of the result
     source = Image.fromarray(image)
@@ -405,3 +348,48 @@ def resample(image: np.ndarray, transform: np.ndarray, width: int, height: int) 
         moved = band.convert("F").transform(size, Image.Transform.AFFINE, data, Image.Resampling.BICUBIC)
         found.append(np.asarray(moved.reduce(samples) if samples > 1 else moved))
     return np.rint(np.stack(found, axis=-1)).clip(0, 255).astype(np.uint8)
+
+
+def extract(
+    photo: Path,
+    out: Path,
+    *,
+    landmarker: Path | None = None,
+    size: int = 256,
+    parser: str = "bundled",
+    device: str | None = None,
+) -> dict[str, Path]:
+    """Write the portrait, mask, sketch and keypoints of the largest face of a photograph.
+
+    The arguments are the options of `likeness extract`. Without a landmarker there are no keypoints, and the photograph
+    must be aligned.
+
+    Returns:
+        `image`, `mask`, `sketch` and, with a landmarker, `keypoints` -> file.
+
+    Raises:
+        InputError: the photograph cannot be read, is not square and cannot be aligned, has no face, or would be
+            overwritten.
+    """
+    if size < 32:
+        raise InputError(f"size must be at least 32 pixels, not {size}")
+    pixels = read_photo(photo)
+    suffixes = {"image": ".png", "mask": "_mask.png", "sketch": "_sketch.png", "keypoints": "_keypoints.json"}
+    files = {name: out / f"{photo.stem}{suffix}" for name, suffix in suffixes.items() if landmarker or name[0] != "k"}
+    if files["image"].exists() and files["image"].samefile(photo):
+        raise InputError(f"{files['image']} is the photograph itself: choose another folder than {out}")
+    contents: dict[str, bytes | None] = {}
+    with ExitStack() as stack:
+        find = None if landmarker is None else stack.enter_context(open_face_finder(landmarker))
+        transform, points, _ = face_transform(pixels, str(photo), find, size)
+    pixels = cut_portrait(pixels, transform, size)
+    if landmarker is not None and points is not None:
+        contents["keypoints"] = keypoints_file(move(points, transform), size, size, landmarker_name(landmarker))
+    contents["image"] = png_bytes(Image.fromarray(pixels))
+    for name, annotator in (("mask", mask_annotator(parser, device=device)), ("sketch", sketch_annotator(None))):
+        (contents[name],) = annotator.annotate([pixels])
+    for name, file in files.items():
+        content = contents[name]
+        assert content is not None
+        write_whole(file, content)
+    return files

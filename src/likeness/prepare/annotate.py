@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -38,7 +38,7 @@ from likeness.data.folder import (
 )
 from likeness.device import choose_device
 from likeness.files import write_whole, writing_whole
-from likeness.types import InputError
+from likeness.types import InputError, Progress
 from likeness.weights.hashes import network_name
 
 BATCH = 16
@@ -75,23 +75,14 @@ def annotate_folder(
     landmarker: Path | None = None,
     redo: Sequence[str] = (),
     device: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = lambda done, total: None,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, int]:
     """Add the missing masks, sketches and keypoints of a prepared folder.
 
-    Args:
-        folder: a directory with `metadata.jsonl`, or the parent of splits.
-        parser: a face parser, as in `load_face_parser`; `auto` takes `HUB_PARSER` for images above `SMALL` pixels if
-            it is available, else the bundled one; None adds no masks.
-        swapped_sides: whether the parser's left is the viewer's left.
-        sketches: whether to add sketches.
-        sketcher: weights of U2-Net; None uses the extractor without weights.
-        landmarker: MediaPipe's `face_landmarker.task`; None adds no keypoints.
-        redo: conditions to regenerate if another annotator made them.
-        device: device of face parser and U2-Net, as in `likeness.device.choose_device`.
-        progress: called as (faces done, total).
-        report: called with each message for the user.
+    The arguments are the options of `likeness prepare annotate`; `parser` None adds no masks, and `auto` takes
+    `HUB_PARSER` for images above `SMALL` pixels if it is available, else the bundled one. `report` is called with each
+    message for the user.
 
     Returns:
         Condition -> number of files made. A face without detected landmarks gets no keypoints.
@@ -102,11 +93,11 @@ def annotate_folder(
     """
     splits = splits_of(folder)
     roots = [(folder / split).resolve() for split in splits]
-    counts, lacks_mask = zip(*map(scan, roots), strict=True)
+    totals, lacks_mask = zip(*map(scan, roots), strict=True)
     if parser == "auto":
         needed = any(lacks_mask) or "mask" in redo
         parser = default_parser(next(each_row(roots[0]))["file_name"], report) if needed else None
-    added: dict[str, int] = {}
+    added, done, makers = Counter[str](), 0, {name: Counter[str]() for name in CONDITIONS}
     with ExitStack() as stack:
         annotators: dict[str, Annotator] = {}
         if parser is not None:
@@ -118,21 +109,25 @@ def annotate_folder(
             annotators["keypoints"] = keypoints_annotator(find, landmarker_name(landmarker))
         if missing := [name for name in redo if name not in annotators]:
             raise InputError(f"cannot regenerate the {missing[0]} files without an annotator: give one")
-        done = 0
         stack.enter_context(changing(folder, splits))
         for root in roots:
             with writing_whole(root / METADATA) as metadata:
                 rows = each_row(root)
                 while batch := list(islice(rows, BATCH)):
                     for name, annotator in annotators.items():
-                        made = add_condition(batch, name, annotator, root, redo=name in redo)
-                        added[name] = added.get(name, 0) + made
+                        added[name] += add_condition(batch, name, annotator, root, redo=name in redo)
                     for row in batch:
                         metadata.write(line_of(relative_row(row, root)))
+                        for name in CONDITIONS:
+                            if column_of(name) in row:
+                                makers[name][row.get(made_by_column(name), "hand")] += 1
                     done += len(batch)
-                    if progress is not None:
-                        progress(done, sum(counts))
-    return added
+                    progress(done, sum(totals))
+    for name, counts in makers.items():
+        if len(counts.keys() - {"hand"}) > 1:
+            made = ", ".join(f"{count} by {maker}" for maker, count in counts.most_common())
+            report(f"{name}: {made}; --redo {name} regenerates them with one annotator")
+    return dict(added)
 
 
 def scan(root: Path) -> tuple[int, bool]:
@@ -164,10 +159,9 @@ def default_parser(image: Path, report: Callable[[str], None]) -> str:
     try:
         HfApi().model_info(HUB_PARSER, timeout=HUB_SECONDS)
     except Exception:  # of many types: offline, blocked, slow
-        report(
-            f"masks by the bundled parser, whose input has 192 pixels: {HUB_PARSER}, the default for images of {side} "
-            "pixels, cannot be downloaded. Run again with --redo mask when it can"
-        )
+        unavailable = f"{HUB_PARSER}, the default for images of {side} pixels, cannot be downloaded"
+        advice = "Run again with --redo mask when it can"
+        report(f"masks by the bundled parser, whose input has 192 pixels: {unavailable}. {advice}")
         return BUNDLED_PARSER
     return HUB_PARSER
 
@@ -215,31 +209,19 @@ def made_by(file: Path) -> str | None:
         return None
 
 
-def count_annotators(rows: Iterable[dict[str, Any]]) -> dict[str, Counter[str]]:
-    """Count condition -> annotator -> files; `hand` if the row names none."""
-    annotators: dict[str, Counter[str]] = {name: Counter() for name in CONDITIONS}
-    for row in rows:
-        for name, counts in annotators.items():
-            if column_of(name) in row:
-                counts[row.get(made_by_column(name), "hand")] += 1
-    return annotators
-
-
 def mask_annotator(source: str | Path, *, swapped_sides: bool = False, device: str | None = None) -> Annotator:
     """Make palette PNGs with a face parser."""
     network, size = load_face_parser(source, swapped=swapped_sides)
     network.to(choose_device(device))
-    name = network_name(network)
-    batch = max(1, BATCH * 192**2 // size**2)
+    name, batch = network_name(network), max(1, BATCH * 192**2 // size**2)
 
     def annotate(images: list[np.ndarray]) -> list[bytes | None]:
-        masks: list[np.ndarray] = []
-        for start in range(0, len(images), batch):
-            masks += parse_faces(network, images[start : start + batch], size=size)
+        parts = (images[start : start + batch] for start in range(0, len(images), batch))
+        masks = [mask for part in parts for mask in parse_faces(network, part, size=size)]
         if isinstance(network, Translated) and sides_swapped(masks):
+            advice = "remove" if swapped_sides else "use"
             raise InputError(
-                f"left and right of {source} are swapped: {'remove' if swapped_sides else 'use'} --swapped-sides, "
-                "since l_ is the person's left"
+                f"left and right of {source} are swapped: {advice} --swapped-sides, since l_ is the person's left"
             )
         return [png_bytes(mask_image(mask), name) for mask in masks]
 
@@ -266,13 +248,6 @@ def keypoints_annotator(find: Landmarker, name: str) -> Annotator:
 
 
 def keypoints_file(points: np.ndarray, width: int, height: int, name: str) -> bytes:
-    """Return the content of a keypoints file.
-
-    Args:
-        points: [P, 2] in pixels.
-        width: of the image.
-        height: of the image.
-        name: the annotator.
-    """
+    """Return the content of a keypoints file: `points` [P, 2] in pixels of an image, and the annotator's name."""
     document = {"points": points.round(2).tolist(), "size": [width, height], "made_by": name}
     return json.dumps(document).encode()

@@ -1,6 +1,6 @@
 """Check a prepared folder for faults that would spoil a training, in one pass.
 
-Every file is read once and about 200 bytes per row are kept, so that a million faces fit a laptop. Faults of a mask,
+Every file is read once and about 200 bytes per row are stored, so that a million faces fit a laptop. Faults of a mask,
 sketch or keypoints file are those that its reader in `likeness.conditions` reports. `fix` applies the fixes.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -24,10 +24,9 @@ from likeness.conditions.mask.classes import CLASS_INDEX
 from likeness.conditions.mask.geometry import measure
 from likeness.data.ahead import read_ahead
 from likeness.data.folder import METADATA, column_of, file_inside, metadata_lines, splits_of
-from likeness.prepare.findings import FIXES, KINDS, Finding, MetadataRow, read_rows
-from likeness.prepare.fix import fix_captions, state_of
-from likeness.prepare.near_duplicates import NO_HASH, first_duplicates, image_hash
-from likeness.types import InputError
+from likeness.prepare.fix import FIXES, KINDS, Finding, MetadataRow, fix_captions, read_rows
+from likeness.prepare.near_duplicates import first_duplicates, image_hash
+from likeness.types import InputError, Progress
 
 SKIN_GAIN = 0.4
 """Fraction of the face that must gain the colour of skin when red and blue are swapped, to count as BGR.
@@ -42,6 +41,9 @@ MediaPipe's landmarks mostly stay below 0.1. In 20,000 CelebA faces 4 exceed 0.2
 ROWS_PER_TASK = 16
 """Rows that a thread reads at a time."""
 
+HASHES = np.dtype([("side", "u8"), ("image", "u8", 5), *((name, "u8") for name in ("identity", *CONDITIONS))])
+"""What is stored of a row to compare it with others: the side of its image in pixels, and hashes; 0 if unknown."""
+
 
 @dataclass
 class Checked:
@@ -51,7 +53,7 @@ class Checked:
     findings: list[Finding]
     """Sorted by split and line."""
     state: str
-    """Hash of the metadata that was checked (`state_of`)."""
+    """Hash of the metadata that was checked, by which a fix list knows it."""
 
 
 @dataclass
@@ -62,11 +64,7 @@ class CheckedRow:
     findings: list[Finding] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
     """Existing files."""
-    side: int = 0
-    """Side length of the image in pixels; 0 if it is not square or cannot be read."""
-    image_hash: bytes = NO_HASH
-    contents: dict[str, int] = field(default_factory=dict)
-    """Condition -> hash of its raw form."""
+    hashes: np.ndarray = field(default_factory=lambda: np.zeros((), HASHES))
 
     def add(self, column: str, kind: str, sentence: str, fix: str | None) -> None:
         """Add a finding, at most one per column and kind."""
@@ -74,72 +72,40 @@ class CheckedRow:
             self.findings.append(Finding(*self.row.place, column, kind, sentence, fix))
 
 
-@dataclass
-class AllRows:
-    """What is stored of all rows to compare them, in the order of reading: held-out splits first, `train` last."""
-
-    places: list[tuple[str, int, str]] = field(default_factory=list)
-    """(split, line, file_name)."""
-    sides: array[int] = field(default_factory=lambda: array("L"))
-    image_hashes: bytearray = field(default_factory=bytearray)
-    identities: array[int] = field(default_factory=lambda: array("Q"))
-    """Hashes of the identities; 0 if unknown."""
-    contents: dict[str, array[int]] = field(default_factory=lambda: {name: array("Q") for name in CONDITIONS})
-    """Condition -> hashes of the raw forms; 0 if absent."""
-    files: array[int] = field(default_factory=lambda: array("Q"))
-    """Hashes of the paths."""
-    folders: set[tuple[str, Path, str]] = field(default_factory=set)
-    """(split, folder, suffix) of all files."""
-
-    def add(self, checked: CheckedRow) -> None:
-        identity = checked.row.values.get("identity")
-        self.places.append(checked.row.place)
-        self.sides.append(checked.side)
-        self.image_hashes += checked.image_hash
-        self.identities.append(0 if identity in (None, "") else short_hash(str(identity)))
-        for name, hashes in self.contents.items():
-            hashes.append(checked.contents.get(name, 0))
-        self.files.extend(short_hash(path) for path in checked.files)
-        self.folders |= {(checked.row.split, path.parent, path.suffix) for path in checked.files}
-
-    def image(self, row: int) -> str:
-        """Name of the image of row number `row`, for messages."""
-        split, _, name = self.places[row]
-        return name if split == "." else f"{split}/{name}"
-
-
-def check_folder(folder: Path, progress: Callable[[int, int], None] | None = None) -> Checked:
-    """Check every row and file of a prepared folder. Nothing is written.
-
-    Args:
-        folder: a directory with `metadata.jsonl`, or the parent of splits.
-        progress: called as (rows done, total).
+def check_folder(folder: Path, progress: Progress = lambda done, total: None) -> Checked:
+    """Check every row and file of a prepared folder, or of its splits. Nothing is written.
 
     Raises:
         InputError: the metadata is missing, cannot be read, or it has no rows.
     """
     folder = folder.resolve()
-    splits, state = splits_of(folder), state_of(folder)
-    total = sum(1 for split in splits for _ in metadata_lines(folder, split))
+    splits, total, state = splits_of(folder), 0, hashlib.sha256()
+    for split in splits:
+        for _, line in metadata_lines(folder, split):
+            total += 1
+            state.update(line)
     if not total:
         raise InputError(f"{folder} has no rows: its {METADATA} is empty")
     rows = (row for split in splits for row in read_rows(folder, split))
     groups = iter(lambda: list(islice(rows, ROWS_PER_TASK)), [])
-    all_rows, findings, threads = AllRows(), [], os.cpu_count() or 1
+    places: list[tuple[str, int, str]] = []
+    findings, hashes, threads = [], bytearray(), os.cpu_count() or 1
+    files, folders = array("Q"), set[tuple[str, Path, str]]()
     for group in read_ahead(
         lambda group: [check_row(folder, row) for row in group], groups, depth=2 * threads, threads=threads
     ):
         for checked in group:
             findings += checked.findings
-            all_rows.add(checked)
-        if progress is not None:
-            progress(len(all_rows.places), total)
-    first = first_duplicates(all_rows.image_hashes)
-    findings += [*small_images(all_rows), *unlisted_files(all_rows, folder)]
-    for find in (duplicate_images, shared_identities, shared_conditions):
-        findings += find(all_rows, first)
+            places.append(checked.row.place)
+            hashes += checked.hashes.tobytes()
+            files.extend(map(short_hash, checked.files))
+            folders |= {(checked.row.split, path.parent, path.suffix) for path in checked.files}
+        progress(len(places), total)
+    findings += compare_rows(places, np.frombuffer(hashes, HASHES))
+    for split, place, suffix in sorted(folders):
+        findings += unlisted_files(folder / split, split, place, suffix, files)
     findings.sort(key=lambda found: (splits.index(found.split), found.line))
-    return Checked(total, findings, state)
+    return Checked(total, findings, state.hexdigest()[:16])
 
 
 def short_hash(content: bytes | str | Path) -> int:
@@ -172,6 +138,8 @@ def check_row(folder: Path, row: MetadataRow) -> CheckedRow:
         if distance > MAX_DISTANCE:
             sentence = f"the keypoints are {distance:.2f} face widths away from the eyes, nose and lips of the mask"
             checked.add(column_of("keypoints"), "misplaced-keypoints", sentence, None)
+    if (identity := row.values.get("identity")) not in (None, ""):
+        checked.hashes["identity"] = short_hash(str(identity))
     if row.values.get("text") is not None:
         for kind, sentence in fix_captions(row.values["text"], KINDS)[1]:
             checked.add("text", kind, sentence, "captions")
@@ -203,7 +171,7 @@ def check_image(checked: CheckedRow, path: Path) -> tuple[int, int] | None:
         checked.add("file_name", "corrupt-file", str(error), "drop-row")
         return None
     if image.width == image.height:
-        checked.side = image.width
+        checked.hashes["side"] = image.width
     else:
         sentence = f"the image is {image.width}x{image.height}, but training images must be square"
         checked.add("file_name", "wrong-size", sentence, None)
@@ -211,7 +179,7 @@ def check_image(checked: CheckedRow, path: Path) -> tuple[int, int] | None:
     if np.ptp(np.asarray(small), axis=(0, 1)).max() < 16:
         checked.add("file_name", "blank", "the image has one tone only", "drop-row")
         return image.height, image.width
-    checked.image_hash = image_hash(small)
+    checked.hashes["image"] = np.frombuffer(image_hash(small), np.uint64)
     face = np.asarray(small, dtype=np.float32)[10:24, 8:24]  # brows to chin of an aligned face
     if skin_fraction(face[..., ::-1]) - skin_fraction(face) > SKIN_GAIN:
         sentence = "the face has the colour of skin only after red and blue are swapped: BGR, or blue light"
@@ -246,7 +214,7 @@ def check_condition(
         except InputError as error:
             square = image_shape[0] == image_shape[1]  # otherwise the image may be the one that was cropped
             checked.add(column, "wrong-size", str(error), "drop-file" if square else None)
-    checked.contents[name] = short_hash(reading.raw.tobytes())
+    checked.hashes[name] = short_hash(reading.raw.tobytes())
     return reading.raw
 
 
@@ -281,59 +249,52 @@ def distance_of_parts(labels: np.ndarray, points: np.ndarray) -> float:
 # All rows
 
 
-def small_images(rows: AllRows) -> Iterator[Finding]:
-    """Find images that are smaller than the size of the majority."""
-    sides = np.array(rows.sides)
+def compare_rows(places: list[tuple[str, int, str]], rows: np.ndarray) -> Iterator[Finding]:
+    """Find faults between rows: `places` (split, line, file_name) and `HASHES` of each, held-out splits first."""
+
+    def finding(row: int, column: str, kind: str, sentence: str, fix: str | None = None) -> Finding:
+        return Finding(*places[row], column, kind, sentence, fix)
+
+    def image(row: int) -> str:
+        split, _, name = places[row]
+        return name if split == "." else f"{split}/{name}"
+
+    sides = rows["side"]
     values, counts = np.unique(sides[sides > 0], return_counts=True)
     usual = values[counts.argmax()] if len(values) and 2 * counts.max() > counts.sum() else 0
     for row in np.flatnonzero((sides > 0) & (sides < usual)).tolist():
-        sentence = f"its side is {sides[row]} pixels, most have {usual}"
-        yield Finding(*rows.places[row], "file_name", "wrong-size", sentence, None)
-
-
-def duplicate_images(rows: AllRows, first: np.ndarray) -> Iterator[Finding]:
-    """Find duplicates within a split and leaks from an earlier split; the first image is kept."""
-    for row in np.flatnonzero(first < np.arange(len(first))).tolist():
-        other = int(first[row])
-        kind = "duplicate" if rows.places[other][0] == rows.places[row][0] else "leak"
-        yield Finding(*rows.places[row], "file_name", kind, f"it is the same image as {rows.image(other)}", "drop-row")
-
-
-def shared_identities(rows: AllRows, first: np.ndarray) -> Iterator[Finding]:
-    """Find rows whose identity is in an earlier split, unless their image is reported as a leak already."""
-    splits = [split for split, _, _ in rows.places]
-    for row, other in first_equal(rows.identities):
-        if splits[other] != splits[row] and splits[first[row]] == splits[row]:
-            sentence = f"it has the identity of {rows.image(other)}"
-            yield Finding(*rows.places[row], "identity", "leak", sentence, "drop-row")
-
-
-def shared_conditions(rows: AllRows, first: np.ndarray) -> Iterator[Finding]:
-    """Find conditions that are identical to that of an earlier row with another image."""
-    for name, hashes in rows.contents.items():
-        for row, other in first_equal(hashes):
+        yield finding(row, "file_name", "wrong-size", f"its side is {sides[row]} pixels, most have {usual}")
+    splits = [split for split, _, _ in places]
+    first = first_duplicates(rows["image"].tobytes()).tolist()
+    for row, other in enumerate(first):
+        if other < row:
+            kind = "duplicate" if splits[other] == splits[row] else "leak"
+            yield finding(row, "file_name", kind, f"it is the same image as {image(other)}", "drop-row")
+    for row, other in first_equal(rows["identity"]):
+        if splits[other] != splits[row] and splits[first[row]] == splits[row]:  # otherwise reported as a leak already
+            yield finding(row, "identity", "leak", f"it has the identity of {image(other)}", "drop-row")
+    for name in CONDITIONS:
+        for row, other in first_equal(rows[name]):
             if first[row] == row:  # duplicate images may share their mask
-                sentence = f"it has the {name} of {rows.image(other)}: one of the two is wrong"
-                yield Finding(*rows.places[row], column_of(name), "shared-condition", sentence, None)
+                sentence = f"it has the {name} of {image(other)}: one of the two is wrong"
+                yield finding(row, column_of(name), "shared-condition", sentence)
 
 
-def first_equal(hashes: array[int]) -> list[tuple[int, int]]:
+def first_equal(hashes: np.ndarray) -> list[tuple[int, int]]:
     """Return (row, first row with the same hash) of every row that is not the first; 0 means no value."""
-    values = np.array(hashes, dtype=np.uint64)
-    _, firsts, group = np.unique(values, return_index=True, return_inverse=True)
+    _, firsts, group = np.unique(hashes, return_index=True, return_inverse=True)
     first = firsts[group]
-    return [(row, int(first[row])) for row in np.flatnonzero((values > 0) & (first < np.arange(len(values)))).tolist()]
+    return [(row, int(first[row])) for row in np.flatnonzero((hashes > 0) & (first < np.arange(len(hashes)))).tolist()]
 
 
-def unlisted_files(rows: AllRows, folder: Path) -> Iterator[Finding]:
-    """Find files next to listed ones, with the same suffix, that no row names."""
-    listed = np.array(rows.files, dtype=np.uint64)
-    for split, place, suffix in sorted(rows.folders):
-        names = [entry.name for entry in os.scandir(place) if not entry.name.startswith(".")]
-        paths = [place / name for name in sorted(names) if Path(name).suffix == suffix]
-        hashes = np.array([short_hash(path) for path in paths], dtype=np.uint64)
-        for index in np.flatnonzero(~np.isin(hashes, listed)).tolist():
-            name = paths[index].relative_to(folder / split).as_posix()
+def unlisted_files(root: Path, split: str, place: Path, suffix: str, listed: array[int]) -> Iterator[Finding]:
+    """Find files of a folder that contains listed ones (by the hashes of their paths) with the same suffix."""
+    names = sorted(entry.name for entry in os.scandir(place) if not entry.name.startswith("."))
+    paths = [place / name for name in names if Path(name).suffix == suffix]
+    known = np.isin(np.array([short_hash(path) for path in paths], np.uint64), np.array(listed, np.uint64))
+    for path, is_listed in zip(paths, known, strict=True):
+        if not is_listed:
+            name = path.relative_to(root).as_posix()
             yield Finding(split, 0, name, "", "unlisted-file", f"no row names {name}", None)
 
 

@@ -1,7 +1,8 @@
 """Join the components of a transformer into one folder: autoencoder, text encoder, tokenizer and latent statistics, and
 optionally the image encoder and the face parser for annotation and evaluation.
 
-The statistics are measured once on real images. Latents are normalised with them in training and sampling.
+The statistics are measured once on real images. Latents are normalised with them in training and sampling. `pack_model`
+writes a trained model with packed weights, as the bundled ones.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from likeness.data.folder import read_folder, read_photo
 from likeness.encoders.components import load_components
 from likeness.encoders.latent import LatentCodec, to_tensor
 from likeness.encoders.text_image import load_attribute_head, save_attribute_head
-from likeness.files import read_json, write_whole, writing_folder
+from likeness.files import first_line, read_json, write_whole, writing_folder
+from likeness.models.label_decoder import LabelDecoder
 from likeness.types import InputError
-from likeness.weights.catalog import COMPONENTS
+from likeness.weights.catalog import CODEC, COMMON, COMPONENTS
 from likeness.weights.hashes import encoder_hash, weights_hash
 from likeness.weights.packed import PACKED, component_class, load_component, save_packed
 
@@ -37,7 +39,7 @@ def join_components(
     images: int = 1024,
     text_layer: int = -2,
 ) -> None:
-    """Write `out` with packed weights (`likeness.weights.packed`).
+    """Write `out` with packed weights (`likeness.weights.packed`) of published runs.
 
     Args:
         autoencoder: run folder of an autoencoder or of a decoder.
@@ -89,11 +91,6 @@ def replace_decoder(run: Path, components: Path, out: Path) -> None:
     """Write `out`, a copy of a components folder with the decoder of a decoder run. The encoder and the latent
     statistics are unchanged, so shards and models of `components` remain valid.
 
-    Args:
-        run: run folder of a decoder.
-        components: folder written by `join_components`.
-        out: folder to write.
-
     Raises:
         InputError: `out` exists, the run has not published its model, or its encoder is not that of `components`.
     """
@@ -117,3 +114,45 @@ def replace_decoder(run: Path, components: Path, out: Path) -> None:
         encoder_of = sorted({*parts.encoder_of, weights_hash(parts.vae)})
         write_whole(partial / COMPONENTS, json.dumps(index | {"encoder_of": encoder_of}, indent=2))
         assert load_components(partial).codec_hash == parts.codec_hash
+
+
+def pack_model(model: Path, out: Path, base: Path | None = None, label_decoder: Path | None = None) -> None:
+    """Pack a published pipeline into `out`. The folder `common` next to it must contain its components.
+
+    With `base`, a packed pipeline that the model was trained from, only the difference is stored, in 4 bits.
+    `label_decoder` is the run folder of the label decoder with which the packed pipeline decodes latents.
+
+    Raises:
+        InputError: `model` is not a published run, or was trained with other components, or `base` has another network,
+            or `label_decoder` is not the run folder of a label decoder.
+    """
+    index = read_json(model / "model_index.json")
+    common = load_components(out.parent / COMMON)
+    if not common.same_encoder(read_json(model / CODEC)["codec"]):
+        raise InputError(f"{model} was trained on the latents of another encoder than that of {out.parent / COMMON}")
+    transformer = component_class(*index["transformer"]).from_pretrained(model / "transformer")
+    if base is not None:
+        check_base(base, model)
+    save_packed(transformer, out / "transformer", None if base is None else base / "transformer")
+    shutil.copytree(model / "scheduler", out / "scheduler", dirs_exist_ok=True)
+    shutil.copy(model / CODEC, out / CODEC)
+    if label_decoder is not None:
+        index["vae"] = [LabelDecoder.__module__, LabelDecoder.__name__]
+        try:
+            save_packed(LabelDecoder.from_pretrained(label_decoder / "model"), out / "vae")
+        except (OSError, TypeError) as error:
+            raise InputError(
+                f"{label_decoder} is not the run folder of a label decoder: {first_line(error)}"
+            ) from error
+    write_whole(out / "model_index.json", json.dumps(index, indent=2))
+
+
+def check_base(base: Path, model: Path) -> None:
+    """Check that a base is a packed pipeline, no difference itself, and has the network of the model. Raises
+    `InputError`.
+    """
+    if not (base / "transformer" / PACKED).is_file():
+        raise InputError(f"{base} has no {PACKED}: the base must be a packed model that is not a difference itself")
+    found, wanted = (read_json(folder / "transformer" / "config.json") for folder in (base, model))
+    if differing := [name for name in wanted if not name.startswith("_") and found.get(name) != wanted[name]]:
+        raise InputError(f"{base} has another network than {model}: {differing[0]} differs")

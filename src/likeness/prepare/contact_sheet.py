@@ -17,7 +17,7 @@ from likeness.conditions.images import read_rgb
 from likeness.data.folder import METADATA, column_of, splits_of
 from likeness.pages import SIDE, Figure, Section, embed, write_page
 from likeness.prepare.check import Checked, CheckedRow, existing_files
-from likeness.prepare.findings import Finding, MetadataRow, read_rows
+from likeness.prepare.fix import Finding, MetadataRow, read_rows
 from likeness.types import InputError
 
 COLUMNS = {"file_name": "image", **{column_of(name): name for name in CONDITIONS}}
@@ -27,16 +27,8 @@ COLUMNS = {"file_name": "image", **{column_of(name): name for name in CONDITIONS
 def write_sheet(folder: Path, checked: Checked, out: Path, count: int = 24) -> None:
     """Write a contact sheet of `count` rows: faulty ones first, of every kind in turn, then others, evenly spaced.
 
-    Args:
-        folder: the checked folder.
-        checked: result of the check.
-        out: file to write, .html.
-        count: most rows to show.
-
-    Raises:
-        InputError: another suffix, a count below 1, or the file cannot be written.
+    `out` and `count` must be valid (`check_sheet`). Raises `InputError` if the file cannot be written.
     """
-    check_sheet(out, count)
     folder = folder.resolve()
     figures = [describe_row(folder, row, found) for row, found in choose_rows(folder, checked, count)]
     faults = Counter(found.kind for found in checked.findings)
@@ -54,7 +46,7 @@ def check_sheet(out: Path, count: int) -> None:
 
 
 def choose_rows(folder: Path, checked: Checked, count: int) -> list[tuple[MetadataRow, list[Finding]]]:
-    """Return the rows of a sheet with their findings, faulty rows first."""
+    """Return the rows of a sheet with their findings: rows with findings of every kind in turn, then others."""
     seen: Counter[str] = Counter()
     by_row: dict[tuple[str, int], list[Finding]] = {}
     turns: dict[tuple[str, int], int] = {}  # faulty row -> number of earlier findings of its rarest kind
@@ -67,12 +59,12 @@ def choose_rows(folder: Path, checked: Checked, count: int) -> list[tuple[Metada
     faulty = sorted(turns, key=lambda place: turns[place])[:count]
     spread = set(np.linspace(0, checked.rows - 1, count).astype(int).tolist())
     rows = (row for split in splits_of(folder) for row in read_rows(folder, split))
-    chosen = {}
-    for number, row in enumerate(rows):
-        place = row.place[:2]
-        if place in faulty or (number in spread and place not in by_row):
-            chosen[place] = row
-    order = [place for place in faulty if place in chosen] + [place for place in chosen if place not in by_row]
+    chosen = {
+        row.place[:2]: row
+        for number, row in enumerate(rows)
+        if row.place[:2] in faulty or (number in spread and row.place[:2] not in by_row)
+    }
+    order = [*(place for place in faulty if place in chosen), *(place for place in chosen if place not in by_row)]
     return [(chosen[place], by_row.get(place, [])) for place in order[:count]]
 
 

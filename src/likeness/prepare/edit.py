@@ -37,7 +37,7 @@ from likeness.pipelines.generate import call_options, resolve
 from likeness.pipelines.image_recipe import decode_raw, encode_image, encode_raw, recipe_of
 from likeness.prepare.align import cut_portrait, face_transform
 from likeness.prepare.paste import FEATHER, bands, inward, paste_portrait
-from likeness.types import ConditionInput, InputError, PortraitRequest
+from likeness.types import ConditionInput, InputError, PortraitRequest, Progress
 
 MARGIN = 0.05
 """Distance by which a region is larger than what the mask changes, and width of the feather inside it; of S."""
@@ -135,8 +135,7 @@ def open_photo(source: str | Path | bytes, name: str = "") -> Photo:
     Raises:
         InputError: it cannot be read, or has values that a PNG of 8 bits cannot store.
     """
-    image = open_image(source, name, max_pixels=MAX_PIXELS, exact=True)
-    name = name or str(source)
+    image, name = open_image(source, name, max_pixels=MAX_PIXELS, exact=True), name or str(source)
     if image.mode not in MODES:
         raise InputError(f"{name} is a {image.mode} image, whose colours would be converted: save it as 8-bit RGB")
     mode = "RGBA" if image.mode != "RGBA" and "transparency" in image.info else MODES[image.mode]
@@ -155,14 +154,10 @@ def edit_photo(
     change: Change,
     request: PortraitRequest,
     *,
-    kind: str = "PNG",
-    strength: float = 1.0,
-    method: str = DEFAULT_METHOD,
     parser: tuple[Any, int],
     find: FaceFinder | None = None,
     read: Callable[[str], np.ndarray] = read_labels,
-    fingerprint: str = "",
-    on_step: Callable[[int, int], None] | None = None,
+    **options: Any,
 ) -> Edited:
     """Edit a photograph.
 
@@ -171,24 +166,17 @@ def edit_photo(
         photo: output of `open_photo`.
         change: what to change.
         request: prompt, seed, steps and guidance.
-        kind: PNG or WEBP.
-        strength: fraction of the steps that run (`likeness.pipelines.editing.edit`).
-        method: name in `METHODS`.
         parser: output of `load_face_parser`.
         find: face detector; without it the photograph must be an aligned square face.
         read: returns the mask that a mask edit names. Default: that of the file.
-        fingerprint: hash of the pipeline's weights, for the recipe.
-        on_step: called as (steps done, total steps).
+        options: keyword arguments of `carry_out`.
 
     Raises:
         InputError: no face is found, or the change is invalid or empty.
     """
     side = request.width or pipeline.config.defaults["size"]
     plan = plan_edit(photo, change, side, parser=parser, find=find, read=read)
-    return carry_out(
-        pipeline, photo, plan, request, kind=kind, strength=strength, method=method, fingerprint=fingerprint,
-        on_step=on_step,
-    )  # fmt: skip
+    return carry_out(pipeline, photo, plan, request, **options)
 
 
 def plan_edit(
@@ -233,10 +221,10 @@ def plan_edit(
         allowed = changeable(change.keep, before, after)
         wanted, region = wanted & allowed, region & allowed
     if not wanted.any():
-        raise InputError(
-            "the region is empty: the mask does not change, the face has none of the classes, or the region is outside "
-            "the aligned face or kept"
+        reasons = (
+            "the mask does not change, the face lacks the classes, or the region is outside the aligned face or kept"
         )
+        raise InputError(f"the region is empty: {reasons}")
     return Plan(transform=transform, region=region, before=before, after=after, notes=notes)
 
 
@@ -247,13 +235,11 @@ def in_portrait(values: np.ndarray, photo: Photo, transform: np.ndarray, side: i
         InputError: they are of another size.
     """
     height, width = photo.pixels.shape[:2]
-    if values.shape != (height, width):
-        if values.shape[0] != values.shape[1]:
-            raise InputError(
-                f"the {what} is {values.shape[1]}x{values.shape[0]}: it must be {width}x{height} as the photograph, or "
-                "square as the aligned face"
-            )
+    if values.shape != (height, width) and values.shape[0] == values.shape[1]:
         return resize(values.astype(np.uint8), side, side).astype(values.dtype)
+    if values.shape != (height, width):
+        wanted = f"{width}x{height} as the photograph, or square as the aligned face"
+        raise InputError(f"the {what} is {values.shape[1]}x{values.shape[0]}: it must be {wanted}")
     centres = np.arange(side) + 0.5
     x, y = np.moveaxis(move(np.stack(np.meshgrid(centres, centres), axis=-1), inverse(transform)), -1, 0)
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
@@ -277,13 +263,24 @@ def carry_out(
     plan: Plan,
     request: PortraitRequest,
     *,
-    kind: str,
-    strength: float,
-    method: str,
+    kind: str = "PNG",
+    strength: float = 1.0,
+    method: str = DEFAULT_METHOD,
     fingerprint: str = "",
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: Progress | None = None,
 ) -> Edited:
-    """Generate the region of a plan and paste it, with the arguments of `edit_photo`.
+    """Generate the region of a plan and paste it.
+
+    Args:
+        pipeline: as in `edit_photo`; also `photo` and `request`.
+        photo: the photograph.
+        plan: output of `plan_edit`.
+        request: what to generate.
+        kind: PNG or WEBP.
+        strength: fraction of the steps that run (`likeness.pipelines.editing.edit`).
+        method: name in `METHODS`.
+        fingerprint: hash of the pipeline's weights, for the recipe.
+        on_step: called as (steps done, total steps).
 
     Raises:
         InputError: an argument is invalid, or the format cannot store the photograph.
@@ -324,20 +321,15 @@ def carry_out(
     content = encode_image(image, kind, recipe)
     with Image.open(io.BytesIO(content)) as written:
         assert certify(before, np.array(written.convert("RGBA")), inside) == certificate, "the file has other pixels"
-    return Edited(
-        image=image, content=content, certificate=certificate, recipe=recipe, notes=[*plan.notes, *output.notes]
-    )
+    notes = [*plan.notes, *output.notes]
+    return Edited(image=image, content=content, certificate=certificate, recipe=recipe, notes=notes)
 
 
 def match_colour(made: np.ndarray, portrait: np.ndarray, region: np.ndarray) -> np.ndarray:
-    """Shift the colours of a generated portrait so that it continues the photograph around a region.
+    """Shift the colours of a generated portrait, uint8 [S, S, 3], so that it continues that of the photograph around a
+    region, bool [S, S].
 
     The difference on a ring outside the region, smoothed, is added: normalized convolution (Knutsson and Westin, 1993).
-
-    Args:
-        made: generated, uint8 [S, S, 3].
-        portrait: of the photograph, uint8 [S, S, 3].
-        region: bool [S, S].
     """
     side = len(region)
     if region.all():
@@ -365,14 +357,9 @@ def paste_region(photo: Photo, made: np.ndarray, plan: Plan) -> tuple[Image.Imag
     own = np.array(photo.image.convert("RGB"))
     corners = move(np.array([[0, 0], [width, height]]), plan.transform)
     fills = np.allclose(corners, [[0, 0], [side, side]])  # no border between portrait and photograph
-    pasted = paste_portrait(
-        own,
-        from_srgb(made, photo),
-        plan.transform,
-        side,
-        feather=1e-6 if fills else FEATHER,
-        weight=inward(plan.region, MARGIN),
-    )
+    feather = 1e-6 if fills else FEATHER
+    weight = inward(plan.region, MARGIN)
+    pasted = paste_portrait(own, from_srgb(made, photo), plan.transform, side, feather=feather, weight=weight)
     inside = np.zeros((height, width), bool)
     for rows, columns, places in bands(plan.transform, side, width, height):
         x, y = np.moveaxis(np.floor(places).astype(int), -1, 0)
@@ -420,23 +407,9 @@ def is_plausible(transform: np.ndarray, side: int, width: int, height: int) -> b
 
 
 def replay_edit(
-    pipeline: Any,
-    recipe: Mapping[str, Any],
-    request: PortraitRequest,
-    photo: Photo,
-    *,
-    fingerprint: str = "",
-    on_step: Callable[[int, int], None] | None = None,
+    pipeline: Any, recipe: Mapping[str, Any], request: PortraitRequest, photo: Photo, **options: Any
 ) -> Edited:
-    """Repeat the edit of a recipe.
-
-    Args:
-        pipeline: the pipeline of the recipe.
-        recipe: checked by `check_recipe`, with `edit`.
-        request: its request.
-        photo: the photograph that was edited.
-        fingerprint: hash of the pipeline's weights.
-        on_step: called as (steps done, total steps).
+    """Repeat the edit of a recipe that was checked by `check_recipe`; `options` are those of `carry_out`.
 
     Raises:
         InputError: the photograph is another one, or the recipe is damaged.
@@ -455,7 +428,4 @@ def replay_edit(
     if not is_plausible(transform, side, *photo.image.size) or entry["method"] not in METHODS:
         raise InputError("The edit of the recipe is damaged: its transform or its method is invalid")
     plan = Plan(transform=transform, region=region, before=before, after=after)
-    return carry_out(
-        pipeline, photo, plan, request, kind="PNG", strength=entry["strength"], method=entry["method"],
-        fingerprint=fingerprint, on_step=on_step,
-    )  # fmt: skip
+    return carry_out(pipeline, photo, plan, request, strength=entry["strength"], method=entry["method"], **options)

@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from likeness.conditions import CONDITIONS
 from likeness.data.ahead import read_ahead
-from likeness.data.folder import captions_of, column_of, each_row, metadata_lines, read_photo, root_of
+from likeness.data.folder import captions_of, column_of, each_row, read_photo, root_of
 from likeness.data.store import (
     IMAGE,
     LOG_VARIANCE,
@@ -40,7 +40,7 @@ from likeness.device import choose_device
 from likeness.encoders.components import Components
 from likeness.encoders.latent import LatentCodec, spatial_factor, to_tensor
 from likeness.files import ABANDONED, delete_partials, is_unfinished, locked
-from likeness.types import InputError
+from likeness.types import InputError, Progress
 
 TRANSFORM = 1
 """Version of the preprocessing. Increase it if the same file leads to other pixels: this changes every key."""
@@ -69,7 +69,7 @@ class EncodeSettings:
     precision: Literal["fp32", "bf16"]
     """Precision of the autoencoder."""
     augmentations: int
-    """Versions of each face."""
+    """Versions of each face. Version 0 is the original, odd ones are mirrored, conditions of all but 0 are varied."""
     text: str | None
     """Hash of the text encoders (`Components.text_hash`); None if captions are not encoded."""
 
@@ -81,10 +81,8 @@ class EncodeSettings:
     def keys(self, hashes: np.ndarray) -> np.ndarray:
         """Return the keys of R faces in A augmentations, uint8 [R, A, C, 16]; 0 if a face lacks the file.
 
-        A key is the exclusive or of the hashes of the file and of the transform: one operation for all faces.
-
-        Args:
-            hashes: file hashes, uint8 [R, F, 16], in the order of `FILES`.
+        A key is the exclusive or of the hashes of the file, uint8 [R, F, 16] in the order of `FILES`, and of the
+        transform: one operation for all faces.
         """
         file_of = [FILES.index(column_of(name)) if name in CONDITIONS else 0 for name in self.columns]
         files = hashes[:, None, file_of]  # [R, 1, C, 16]
@@ -100,8 +98,8 @@ class EncodeSettings:
 
     def manifest(self) -> dict[str, Any]:
         """Return the settings as the manifest names them."""
-        values = {name: getattr(self, name) for name in ("codec", "moments", "size", "precision", "text")}
-        return values | {"views": self.augmentations}
+        values = asdict(self)
+        return values | {"views": values.pop("augmentations")}
 
 
 class Job(NamedTuple):
@@ -131,24 +129,13 @@ def encode_folder(
     replace: bool = False,
     share: tuple[int, int] = (0, 1),
     shard_bytes: int = 2**26,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> dict[str, int]:
-    """Create or update a latent store.
+    """Create or update a latent store `out` of a prepared folder; if that has splits, of `train`.
 
-    Args:
-        folder: a prepared folder (`likeness.data.folder`); if it has splits, only `train` is encoded.
-        out: folder of the store. Run again to resume or after a change.
-        components: autoencoder, text encoders and their settings.
-        size: side length in pixels.
-        augmentations: versions of each face. Version 0 is the original, odd versions are mirrored, and the conditions
-            of all versions but 0 are varied (`likeness.conditions.augment`).
-        precision: precision of the autoencoder; latents are stored as float16. bf16 is about 3x faster on a CPU.
-        text_features: whether to encode captions. Once a store has text features, they are always updated.
-        device: device of autoencoder and text encoders, as in `likeness.device.choose_device`.
-        replace: whether to remove images of an existing store that the folder does not contain.
-        share: (rank, world size).
-        shard_bytes: bytes per file of latents or text features.
-        progress: called as (faces done, total), for images and then for captions.
+    The other arguments are the options of `likeness prepare encode`. `share` is (rank, world size), `shard_bytes` the
+    bytes per file, `progress` is called for images and then for captions. Once a store has text features, they are
+    always updated.
 
     Returns:
         `faces`: faces of the folder; `uncaptioned`: those without captions; `encoded` and `captions`: images and
@@ -170,7 +157,9 @@ def encode_folder(
     codec = LatentCodec(vae, batched=True)
     trial = torch.zeros(1, 3, 2 * factor, 2 * factor, device=vae.device)
     existing = read_manifest(out) if (out / MANIFEST).is_file() else {}
-    check_contents(out, complete=bool(existing))
+    names = os.listdir(out) if out.is_dir() and not existing else []
+    if other := sorted(name for name in names if not PART.fullmatch(name) and not is_unfinished(name)):
+        raise InputError(f"{out} contains {other[0]}, which is not a file of shards: choose a new folder")
     recorded = existing.get("codec", "")
     settings = EncodeSettings(
         codec=recorded if recorded and components.same_encoder(recorded) else components.codec_hash,
@@ -193,38 +182,39 @@ def encode_folder(
             f"{out} contains {len(removed)} images that {root} does not, such as {', '.join(removed[:3])}: choose "
             "another folder for these faces, or pass --replace to remove those"
         )
-    damaged = delete_damaged(out, share)
-    rows = sum(1 for _ in metadata_lines(root, "."))
-    report = progress or (lambda done, total: None)
-    encoded = encode_images(root, out, codec, settings, share, shard_bytes, lambda done: report(done, rows))
-    captions = 0
+    rank, world = share
+    files = sorted(file for file in out.glob("*-*.safetensors") if PART.fullmatch(file.name))
+    damaged = [file for file in files[rank::world] if not is_intact(file)]
+    for file in damaged:
+        file.unlink(missing_ok=True)
+    captioned = [bool(captions_of(row)) for row in each_row(root)]
+    report = lambda done: progress(done, len(captioned))  # noqa: E731
+    images, captions = missing_images(root, out, settings, share), 0
+    encoded = encode_images(images, codec, settings, EntryWriter(out, "latents", shard_bytes), report)
     if settings.text:
-        captions = encode_captions(root, out, components, settings, share, shard_bytes, lambda done: report(done, rows))
+        texts = missing_captions(root, out, settings, share)
+        captions = encode_captions(texts, components, EntryWriter(out, "text", shard_bytes), report)
     with locked(out, wait=True):
         missing = finish(root, out, settings)
-    report(rows, rows)
-    counts = {"encoded": encoded, "captions": captions, "damaged": damaged, "missing": missing}
-    uncaptioned = sum(not captions_of(row) for row in each_row(root))
-    return {"faces": rows, "uncaptioned": uncaptioned, "removed": 0 if missing else len(removed), **counts}
+    report(len(captioned))
+    counts = {"encoded": encoded, "captions": captions, "damaged": len(damaged), "missing": missing}
+    faces = {"faces": len(captioned), "uncaptioned": captioned.count(False)}
+    return {**faces, "removed": 0 if missing else len(removed), **counts}
 
 
 # Images and conditions
 
 
 def encode_images(
-    root: Path,
-    out: Path,
+    jobs: Iterator[Job],
     codec: LatentCodec,
     settings: EncodeSettings,
-    share: tuple[int, int],
-    limit: int,
-    progress: Callable[[int], None],
+    writer: EntryWriter,
+    report: Callable[[int], None],
 ) -> int:
-    """Encode the missing images and conditions of one rank; returns their number."""
-    jobs, writer = missing_images(root, out, settings, share), EntryWriter(out, "latents", limit)
+    """Encode images and conditions; returns their number."""
     batches = iter(lambda: list(islice(jobs, max(1, PIXELS // settings.size**2))), [])
-    device = codec.vae.device
-    encoded = 0
+    device, encoded = codec.vae.device, 0
     for batch, images in read_ahead(lambda batch: (batch, [image_of(job, settings.size) for job in batch]), batches):
         pixels = to_tensor(images).to(device, memory_format=torch.channels_last)  # [B, 3, S, S]
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
@@ -238,7 +228,7 @@ def encode_images(
             for key, latents in zip(job.keys, (mean, log_variance), strict=False):
                 writer.add(key, latents=latents[number])
         encoded += len(batch)
-        progress(batch[-1].row + 1)
+        report(batch[-1].row + 1)
     writer.flush()
     return encoded
 
@@ -247,10 +237,8 @@ def missing_images(root: Path, out: Path, settings: EncodeSettings, share: tuple
     """Yield the images and conditions of one rank that have no entry yet, each once."""
     hashes, known = read_hashes(out), {key for _, keys in stored_keys(out, "latents") for key in keys}
     rank, world = share
-    for number, rows in enumerate(each_block(root)):
-        if number % world != rank:
-            continue
-        stamps, sources, _ = hash_files(root, rows, hashes)
+    for number, rows in islice(enumerate(each_block(root)), rank, None, world):
+        stamps, sources = hash_files(root, rows, hashes)
         write_rows(out, root, rows, stamps, sources)
         keys = settings.keys(sources)  # [R, A, C, 16]
         for row, augmentation, at in np.argwhere(keys.any(-1)).tolist():
@@ -293,19 +281,14 @@ def image_of(job: Job, size: int) -> np.ndarray:
 
 
 def encode_captions(
-    root: Path,
-    out: Path,
+    captions: Iterator[tuple[int, str, bytes]],
     components: Components,
-    settings: EncodeSettings,
-    share: tuple[int, int],
-    limit: int,
-    progress: Callable[[int], None],
+    writer: EntryWriter,
+    report: Callable[[int], None],
 ) -> int:
-    """Encode the missing captions of one rank, including the empty one; returns their number."""
-    for encoder in (components.text_encoder, components.text_encoder_2):
-        if encoder is not None:
-            encoder.to(components.vae.device)
-    captions, writer = missing_captions(root, out, settings, share), EntryWriter(out, "text", limit)
+    """Encode the output of `missing_captions`; returns the number of captions."""
+    for encoder in filter(None, (components.text_encoder, components.text_encoder_2)):
+        encoder.to(components.vae.device)
     encoded = 0
     for batch in iter(lambda: list(islice(captions, CAPTIONS)), []):
         features = components.text_features([caption for _, caption, _ in batch])
@@ -317,7 +300,7 @@ def encode_captions(
                 )
             writer.add(key, tokens=tokens[number], pooled=pooled[number])
         encoded += len(batch)
-        progress(batch[-1][0])
+        report(batch[-1][0])
     writer.flush()
     return encoded
 
@@ -325,7 +308,7 @@ def encode_captions(
 def missing_captions(
     root: Path, out: Path, settings: EncodeSettings, share: tuple[int, int]
 ) -> Iterator[tuple[int, str, bytes]]:
-    """Yield (rows read, caption, key) of captions without an entry. Captions are assigned to ranks by key."""
+    """Yield (rows read, caption, key) of captions without an entry, also the empty one. Ranks divide them by key."""
     rank, world = share
     known = {key for _, keys in stored_keys(out, "text") for key in keys}
     for number, row in enumerate(each_row(root), start=1):
@@ -339,26 +322,6 @@ def missing_captions(
 # Files of a store
 
 
-def check_contents(out: Path, complete: bool) -> None:
-    """Reject a folder with other files than those of a store, unless there is a complete one. Raises `InputError`."""
-    names = os.listdir(out) if out.is_dir() else []
-    other = sorted(name for name in names if not PART.fullmatch(name) and not is_unfinished(name))
-    if other and not complete:
-        raise InputError(f"{out} contains {other[0]}, which is not a file of shards: choose a new folder")
-
-
-def delete_damaged(out: Path, share: tuple[int, int]) -> int:
-    """Delete the files of one rank's share whose content has changed, so that they are encoded again; returns their
-    number.
-    """
-    rank, world = share
-    files = sorted(file for file in out.glob("*-*.safetensors") if PART.fullmatch(file.name))
-    damaged = [file for file in files[rank::world] if not is_intact(file)]
-    for file in damaged:
-        file.unlink(missing_ok=True)
-    return len(damaged)
-
-
 def removed_images(root: Path, out: Path, manifest: dict[str, Any]) -> list[str]:
     """Return the names of the images of a complete store that the folder does not contain.
 
@@ -367,7 +330,7 @@ def removed_images(root: Path, out: Path, manifest: dict[str, Any]) -> list[str]
     known, present, names = read_hashes(out), set(), set()
     for block in each_block(root):
         rows = [{"file_name": row["file_name"]} for row in block]
-        _, sources, _ = hash_files(root, rows, known)
+        _, sources = hash_files(root, rows, known)
         present.update(split_keys(sources[:, 0]))
         names.update(row["file_name"].relative_to(root).as_posix() for row in rows)
     listed = {name for name, _ in manifest["rows"]}
@@ -385,9 +348,8 @@ class EntryWriter:
     """Writes entries to files of about `limit` bytes."""
 
     def __init__(self, out: Path, kind: str, limit: int) -> None:
-        self.out, self.kind, self.limit = out, kind, limit
+        self.out, self.kind, self.limit, self.bytes = out, kind, limit, 0
         self.pending: dict[bytes, dict[str, Tensor]] = {}
-        self.bytes = 0
 
     def add(self, key: bytes, **tensors: Tensor) -> None:
         self.pending[key] = tensors
@@ -442,17 +404,10 @@ def read_hashes(out: Path) -> dict[bytes, bytes]:
 
 def hash_files(
     root: Path, rows: Sequence[dict[str, Any]], known: dict[bytes, bytes], *, read: bool = True
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return stamps and content hashes of the files of R rows, and the number of unknown files.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return stamps and content hashes of the files of R rows, each uint8 [R, F, 16], 0 if a row lacks the file.
 
-    Args:
-        root: folder of the rows.
-        rows: R rows.
-        known: stamp -> hash of files that need not be read.
-        read: whether to read unknown files; otherwise they are only counted.
-
-    Returns:
-        Stamps and hashes, each uint8 [R, F, 16], 0 if a row lacks the file; and the count.
+    Files without a stamp in `known`, stamp -> hash, are read; if `read` is False, their hash is 0.
 
     Raises:
         InputError: a file cannot be read.
@@ -460,7 +415,7 @@ def hash_files(
     stamps = np.zeros((len(rows), len(FILES), 16), np.uint8)
     hashes = np.zeros_like(stamps)
     files = [(place, path) for place in np.ndindex(stamps.shape[:2]) if (path := rows[place[0]].get(FILES[place[1]]))]
-    newest, unknown = 0.0, 0
+    newest = 0.0
     for place, path in files:
         try:
             state = path.stat()
@@ -473,14 +428,9 @@ def hash_files(
     if time.time() - newest < TICK:
         time.sleep(TICK)  # a change after this read gets another time stamp
     for place, path in files:
-        source = known.get(stamps[place].tobytes())
-        if source is None and read:
-            source = hash_file(path)
-        if source is None:
-            unknown += 1
-        else:
-            hashes[place] = np.frombuffer(source, np.uint8)
-    return stamps, hashes, unknown
+        source = known.get(stamps[place].tobytes()) or (hash_file(path) if read else bytes(16))
+        hashes[place] = np.frombuffer(source, np.uint8)
+    return stamps, hashes
 
 
 def write_rows(out: Path, root: Path, rows: Sequence[dict[str, Any]], stamps: np.ndarray, hashes: np.ndarray) -> str:
@@ -517,8 +467,9 @@ def finish(root: Path, out: Path, settings: EncodeSettings) -> int:
     hashes, missing = read_hashes(out), 0
     rows, image_keys, counts, caption_keys = [], [], [], [settings.caption_key("")] if settings.text else []
     for block in each_block(root):
-        stamps, sources, unknown = hash_files(root, block, hashes, read=False)
-        missing += unknown * settings.augmentations  # another process has not reached these files yet
+        stamps, sources = hash_files(root, block, hashes, read=False)
+        unknown = np.any(stamps, axis=-1) & ~np.any(sources, axis=-1)  # another process has not reached these files yet
+        missing += int(unknown.sum()) * settings.augmentations
         if not missing:
             rows.append((write_rows(out, root, block, stamps, sources), len(block)))
             image_keys.append(settings.keys(sources))  # [R, A, C, 16]
@@ -562,7 +513,7 @@ def finish(root: Path, out: Path, settings: EncodeSettings) -> int:
 
 
 def place_entries(out: Path, kind: str, keys: Sequence[bytes]) -> tuple[list[tuple[str, int]], np.ndarray]:
-    """Find entries by their keys.
+    """Find N entries by their keys.
 
     Returns:
         (name, number of entries) of the files that contain at least one of them; and the place of each entry in these

@@ -10,21 +10,31 @@ import hashlib
 import io
 import json
 import tarfile
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
-from itertools import chain, groupby, islice, repeat
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
 from likeness.conditions import CONDITIONS
-from likeness.data.folder import METADATA, RECORD, changing, column_of, line_of, open_record, write_record
+from likeness.data.folder import (
+    captions_of,
+    changing,
+    column_of,
+    each_row,
+    is_file_column,
+    line_of,
+    metadata_lines,
+    open_record,
+    read_record,
+    splits_of,
+    write_record,
+)
 from likeness.files import write_whole, writing_whole
-from likeness.prepare.ingest.faces import Skipped, SourceFace, with_names
-from likeness.prepare.ingest.formats import imagefolder, metadata_folders, table_of
+from likeness.prepare.ingest.faces import SPLIT_NAMES, SPLIT_ORDER, unique_name
 from likeness.prepare.ingest.shards import import_parquet
-from likeness.prepare.ingest.source import Source, join, open_source
-from likeness.types import InputError
+from likeness.prepare.ingest.source import parse_json, read_file
+from likeness.types import Progress
 
 SHARD = 1000
 """Faces per shard."""
@@ -35,26 +45,17 @@ ROWS = 16
 IMAGES = ("mask", "sketch")
 """Conditions whose files are images."""
 
-Named = Iterator[tuple[SourceFace, str]]
-"""Faces and their names, unique in a split."""
+Face = tuple[str, str, dict[str, Path], dict[str, Any]]
+"""Split, name, image files by condition ("image" is the image itself), and all other columns."""
+
+Columns = dict[str, Any]
+"""Column of Parquet -> its type, a key of `types` in `schema_of`, or the names of attributes."""
 
 
 def export(
-    folder: Path,
-    out: Path,
-    format: str,
-    *,
-    shard: int = SHARD,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    folder: Path, out: Path, format: str, *, shard: int = SHARD, progress: Progress = lambda done, total: None
 ) -> dict[str, Any]:
-    """Write a prepared folder as `imagefolder`, `webdataset` or `parquet`.
-
-    Args:
-        folder: a directory with `metadata.jsonl`, or the parent of splits.
-        out: folder to write. Run again to resume.
-        format: one of `WRITERS`.
-        shard: faces per shard.
-        progress: called as (faces done, total).
+    """Write a prepared folder in one of the formats `WRITERS`, `shard` faces per file. Run again to resume.
 
     Returns:
         Faces by split, and `skipped`: missing file -> reason.
@@ -62,37 +63,29 @@ def export(
     Raises:
         InputError: the metadata is missing, a row is broken, or `out` contains something else or cannot be written.
     """
-    source = open_source(folder)
-    if not metadata_folders(source):
-        raise InputError(
-            f"{folder} has no {METADATA} and no splits: `likeness prepare ingest IMAGES OUT` writes a prepared folder"
-        )
     skipped: dict[str, str] = {}
-    counts: Counter[str] = Counter()
-    for entry in imagefolder(source):
-        if isinstance(entry, Skipped):
-            skipped[entry.name] = entry.reason
-        else:
-            counts[entry.split or "train"] += 1
-    found = source.find(RECORD)
-    known = found.json() if found else {}
-    arguments = {"kind": "likeness export", "format": format, "shard": shard, "metadata": metadata_hash(source)}
-    columns = columns_of(imagefolder(source)) if format == "parquet" else {}
+    counts, metadata = Counter(face[0] for face in faces_of(folder, format, skipped)), hashlib.sha256()
+    for split in splits_of(folder):
+        for _, line in metadata_lines(folder, split):
+            metadata.update(line)
+    arguments = {"kind": "likeness export", "format": format, "shard": shard, "metadata": metadata.hexdigest()}
+    known = read_record(folder)
+    columns = columns_of(faces_of(folder, format, {})) if format == "parquet" else {}
     template, write = WRITERS[format]
     done = 0
 
-    def reported(faces: Named) -> Named:
+    def reported(faces: Iterator[Face]) -> Iterator[Face]:
         nonlocal done
         for face in faces:
             yield face
             done += 1
-            progress(done, sum(counts.values()))
+            progress(done, counts.total())
 
     with changing(out, ["."]):
         open_record(out, arguments, "export")
         kept = {key: known[key] for key in ("licence", "licence_source", "split_is") if key in known}
         write_record(out, {**arguments, **kept, "faces": dict(counts)})
-        for split, faces in faces_by_split(source, format):
+        for split, faces in groupby(faces_of(folder, format, {}), key=lambda face: face[0]):
             size = counts[split] if format == "imagefolder" else shard
             for number, group in enumerate(in_groups(reported(faces), size)):
                 path = out / template.format(split=split, number=number, count=-(-counts[split] // size))
@@ -102,82 +95,67 @@ def export(
     return {**counts, "skipped": skipped}
 
 
-def faces_by_split(source: Source, format: str) -> Iterator[tuple[str, Named]]:
-    """Yield each split with its faces and their names."""
-    faces = (entry for entry in imagefolder(source) if isinstance(entry, SourceFace))
-    if format == "webdataset":  # a key ends at the first point
-        faces = (replace(face, name=face.name.replace(".", "_")) for face in faces)
-    for split, group in groupby(faces, key=lambda face: face.split or "train"):
-        yield (
-            split,
-            ((face, name) for face, _, name in with_names(group, repeat(split)) if isinstance(face, SourceFace)),
-        )
+def faces_of(folder: Path, format: str, skipped: dict[str, str]) -> Iterator[Face]:
+    """Yield the faces of a prepared folder with unique names, `train` first; add what is left out to `skipped`."""
+    names = {split: SPLIT_NAMES.get(split, "train") for split in splits_of(folder)}
+    taken = defaultdict[str, set[str]](set)
+    for split in sorted(names, key=lambda split: SPLIT_ORDER.index(names[split])):
+        root = (folder / split).resolve()
+        for row in each_row(root):
+            files = {column: path for column, path in row.items() if is_file_column(column)}
+            missing = {column: path for column, path in files.items() if not path.is_file()}
+            skipped |= {str(path): f"{column} does not exist" for column, path in missing.items()}
+            unknown = files.keys() - {"file_name", *map(column_of, CONDITIONS)}
+            skipped |= {f"column {column}": "unknown condition" for column in sorted(unknown)}
+            if "file_name" in missing:
+                continue
+            stem = row["file_name"].relative_to(root).with_suffix("").as_posix().removeprefix("images/")
+            stem = stem.replace(".", "_") if format == "webdataset" else stem  # a key ends at the first point
+            images = {"image": row["file_name"]}
+            images |= {key: path for key in IMAGES if (path := files.get(column_of(key))) and path.is_file()}
+            captions, points = list(captions_of(row)), files.get(column_of("keypoints"))
+            columns: dict[str, Any] = {"text": captions} if captions else {}
+            columns |= {key: value for key, value in row.items() if key not in files and key != "text"}
+            if "identity" in columns:
+                columns["identity"] = str(columns["identity"])
+            if points is not None and points.is_file():
+                columns["keypoints"] = points_of(points)
+            yield names[split], unique_name(stem, taken[names[split]]), images, columns
 
 
-def in_groups(faces: Named, size: int) -> Iterator[Named]:
+def in_groups(faces: Iterator[Face], size: int) -> Iterator[Iterator[Face]]:
     """Yield groups of `size` faces; each must be consumed before the next."""
     for first in faces:
         yield chain([first], islice(faces, size - 1))
 
 
-def metadata_hash(source: Source) -> str:
-    """Hash all lines of all metadata."""
-    digest = hashlib.sha256()
-    for place in metadata_folders(source):
-        for line in source.lines(join(place, table_of(source, place))):
-            digest.update(line)
-    return digest.hexdigest()
-
-
-def row_of(face: SourceFace) -> dict[str, Any]:
-    """Return the columns of a face that are not images."""
-    own = {"text": list(face.captions()) or None, "attributes": face.attributes, "identity": face.identity}
-    own["keypoints"] = points_of(face.conditions["keypoints"]) if "keypoints" in face.conditions else None
-    return {**{key: value for key, value in own.items() if value is not None}, **face.more}
-
-
-def points_of(source: Any) -> Mapping[str, Any]:
+def points_of(file: Path) -> dict[str, Any]:
     """Return keypoints as {"points": ..., "size": ...}, unchanged if the file has that form."""
-    if isinstance(source, Mapping):
-        return source
-    document = source.json() if source.suffix == ".json" else None
+    document = parse_json(read_file(file), str(file)) if file.suffix == ".json" else None
     if isinstance(document, dict) and "points" in document:
         return {key: document[key] for key in ("points", "size") if document.get(key) is not None}
-    return {"points": CONDITIONS["keypoints"].read(source.path).raw.round(6).tolist()}
+    return {"points": CONDITIONS["keypoints"].read(file).raw.round(6).tolist()}
 
 
-def images_of(face: SourceFace) -> dict[str, tuple[str, bytes]]:
-    """Return condition ("" for the image itself) -> (suffix, content)."""
-    files = {"": face.image, **{key: face.conditions[key] for key in IMAGES if key in face.conditions}}
-    return {key: (file.suffix, file.content()) for key, file in files.items()}
-
-
-Columns = dict[str, Any]
-"""Column of Parquet -> its type, a key of `types` in `schema_of`, or the names of attributes."""
-
-
-def write_imagefolder(path: Path, faces: Named, columns: Columns) -> None:
+def write_imagefolder(path: Path, faces: Iterator[Face], columns: Columns) -> None:
     """Write `<split>/metadata.jsonl` with `images/`, `masks/` and `sketches/`."""
     with writing_whole(path) as metadata:
-        for face, name in faces:
-            row = {}
-            for key, (suffix, content) in images_of(face).items():
-                file = CONDITIONS[key].file(name) if key else f"images/{name}{suffix}"
-                row[column_of(key) if key else "file_name"] = file
+        for _, name, images, row in faces:
+            files = {}
+            for key, source in images.items():
+                file = f"images/{name}{source.suffix.lower()}" if key == "image" else CONDITIONS[key].file(name)
+                files["file_name" if key == "image" else column_of(key)] = file
                 if not (path.parent / file).is_file():
-                    write_whole(path.parent / file, content)
-            metadata.write(line_of({**row, **row_of(face)}))
+                    write_whole(path.parent / file, read_file(source))
+            metadata.write(line_of({**files, **row}))
 
 
-def write_webdataset(path: Path, faces: Named, columns: Columns) -> None:
+def write_webdataset(path: Path, faces: Iterator[Face], columns: Columns) -> None:
     """Write a tar archive of `key.png`, `key.mask.png`, `key.sketch.png`, `key.json` and `key.txt`."""
     with writing_whole(path) as file, tarfile.open(fileobj=file, mode="w") as archive:
-        for face, key in faces:
-            row = row_of(face)
-            images = images_of(face).items()
-            files = {
-                f"{key}.{kind}{suffix}" if kind else f"{key}{suffix}": content for kind, (suffix, content) in images
-            }
+        for _, key, images, row in faces:
+            kinds = {name: "" if name == "image" else f".{name}" for name in images}
+            files = {f"{key}{kinds[name]}{image.suffix.lower()}": read_file(image) for name, image in images.items()}
             files[f"{key}.json"] = json.dumps(row, ensure_ascii=False).encode()
             if "text" in row:
                 files[f"{key}.txt"] = "\n".join(row["text"]).encode()
@@ -187,7 +165,7 @@ def write_webdataset(path: Path, faces: Named, columns: Columns) -> None:
                 archive.addfile(info, io.BytesIO(content))
 
 
-def write_parquet(path: Path, faces: Named, columns: Columns) -> None:
+def write_parquet(path: Path, faces: Iterator[Face], columns: Columns) -> None:
     """Write a Parquet file with images as {bytes, path}, which `datasets` decodes."""
     import_parquet()
     import pyarrow as pa
@@ -196,35 +174,27 @@ def write_parquet(path: Path, faces: Named, columns: Columns) -> None:
     schema = schema_of(pa, columns)
     with writing_whole(path) as file, pq.ParquetWriter(file, schema) as writer:
         for group in in_groups(faces, ROWS):
-            rows = [parquet_row(face, name, columns) for face, name in group]
+            rows = []
+            for _, name, images, row in group:
+                as_json = {key: json.dumps(row[key], ensure_ascii=False) for key in row if columns[key] == "json"}
+                cells = {
+                    key: {"bytes": read_file(image), "path": f"{name}{image.suffix.lower()}"}
+                    for key, image in images.items()
+                }
+                rows.append(row | as_json | cells)
             writer.write_table(pa.Table.from_pylist(rows, schema))
 
 
-def parquet_row(face: SourceFace, name: str, columns: Columns) -> dict[str, Any]:
-    """Return a row whose values have the types of the schema."""
-    row = {
-        key: json.dumps(value, ensure_ascii=False) if columns[key] == "json" else value
-        for key, value in row_of(face).items()
-    }
-    images = images_of(face).items()
-    return row | {key or "image": {"bytes": content, "path": f"{name}{suffix}"} for key, (suffix, content) in images}
-
-
-def columns_of(entries: Iterable[SourceFace | Skipped]) -> Columns:
+def columns_of(faces: Iterator[Face]) -> Columns:
     """Return the columns of a folder over all its rows."""
     columns: Columns = {"image": "image"}
     own = {"text": "captions", "keypoints": "points", "identity": "str"}
-    for face in entries:
-        if isinstance(face, Skipped):
-            continue
-        columns |= {key: "image" for key in IMAGES if key in face.conditions}
-        for key, value in row_of(face).items():
+    for *_, images, row in faces:
+        columns |= dict.fromkeys(images, "image")
+        for key, value in row.items():
             kind = own.get(key) or (type(value).__name__ if type(value) in (str, bool, int, float) else "json")
-            if (
-                key == "attributes"
-                and columns.get(key) != "json"
-                and all(type(flag) is bool for flag in value.values())
-            ):
+            flags = key == "attributes" and isinstance(value, dict) and all(type(v) is bool for v in value.values())
+            if flags and columns.get(key) != "json":
                 kind = columns.get(key, {}) | dict.fromkeys(value)
             elif columns.get(key, kind) != kind:
                 kind = "json"
@@ -252,7 +222,7 @@ def schema_of(pa: Any, columns: Columns) -> Any:
     return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
 
 
-WRITERS: dict[str, tuple[str, Callable[[Path, Named, Columns], None]]] = {
+WRITERS: dict[str, tuple[str, Callable[[Path, Iterator[Face], Columns], None]]] = {
     "imagefolder": ("{split}/metadata.jsonl", write_imagefolder),
     "webdataset": ("{split}-{number:06d}.tar", write_webdataset),
     "parquet": ("data/{split}-{number:05d}-of-{count:05d}.parquet", write_parquet),

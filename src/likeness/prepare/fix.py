@@ -1,28 +1,68 @@
-"""The fix list that a check writes next to the data, and its application.
+"""Kinds of faults, the fix list that a check writes next to the data, and its application.
 
-Files are fixed one at a time, each atomically, and the metadata is written last. Everything that is replaced or removed
-is kept in `ORIGINALS`. Findings whose `fix` is null need a human decision and are left alone.
-The list only selects among the findings of a new check.
+All rows are read one at a time, valid or not, so that every fault can be reported. Files are fixed one at a time, each
+atomically, and the metadata is written last. Everything that is replaced or removed is kept in `ORIGINALS`. Findings
+whose `fix` is null need a human decision. The list only selects among the findings of a new check.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from likeness.conditions import CONDITIONS, inspection
-from likeness.data.folder import METADATA, ORIGINALS, column_of, file_inside, line_of, metadata_lines, splits_of
+from likeness.data.folder import (
+    METADATA,
+    ORIGINALS,
+    column_of,
+    file_inside,
+    is_file_column,
+    line_of,
+    metadata_lines,
+    parse_row,
+)
 from likeness.files import write_whole
-from likeness.prepare.findings import FIXES, Finding, MetadataRow, read_rows
 from likeness.types import InputError
+
+KINDS: dict[str, str] = {
+    "broken-row": "a line is not JSON, lacks file_name, has a column of the wrong type or points outside the folder",
+    "missing-file": "a row names a file that does not exist",
+    "unlisted-file": "a file is stored among the listed ones, but no row names it",
+    "corrupt-file": "a file cannot be read: empty, truncated, too large to be safe, or not what its name says",
+    "blank": "an image of one tone, a mask without a face or a sketch without lines",
+    "wrong-size": "an image is not square or smaller than most, or a condition has another aspect ratio than its image",
+    "colour-order": "red and blue are swapped (BGR), in an image or in the colours of a mask",
+    "off-palette": "the colours or numbers of a mask belong to no known palette or class order",
+    "class-order": "the class numbers of a mask are in the order of another tool",
+    "blended-labels": "the classes of a mask were blended by a smooth resize or by JPEG",
+    "swapped-sides": "left and right are swapped, in a mask or in keypoints",
+    "inverted-sketch": "a sketch has light lines on a dark background",
+    "no-sketch": "a photograph or a mask in place of a sketch",
+    "misplaced-keypoints": "keypoints and mask disagree about where eyes, nose and lips are: one of them is wrong",
+    "shared-condition": "two different images have an identical mask, sketch or keypoints",
+    "empty-caption": "a caption is empty",
+    "long-caption": "a caption is longer than the 77 tokens that a text encoder reads",
+    "garbled-caption": "a caption has characters of a wrong encoding or control characters",
+    "duplicate": "an image occurs twice in one split, exactly or nearly",
+    "leak": "an image or an identity of one split is also in another split",
+}
+"""Kind of fault -> description."""
+
+FIXES: dict[str, str] = {
+    "drop-row": "the row is removed",
+    "drop-file": "the file is removed from the row",
+    "rewrite": "the file is rewritten in its canonical form",
+    "captions": "the captions are repaired, shortened or removed",
+}
+"""Fix -> what it does."""
+
 
 FIX_LIST = "fixes.jsonl"
 """File next to the data with one finding per line."""
@@ -41,15 +81,66 @@ GARBAGE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffd]")
 """Control characters, lone surrogates and replacement characters."""
 
 
+@dataclass(frozen=True)
+class Finding:
+    """One fault of one row: a line of the fix list."""
+
+    split: str
+    """Folder of the metadata relative to the checked folder; "." if they are the same."""
+    line: int
+    """Line of the metadata, from 1; 0 for a file that no line names."""
+    file_name: str
+    """Image of the row, as the metadata names it, or name of the unlisted file."""
+    column: str
+    """Column with the fault; "" for the whole row."""
+    kind: str
+    """One of `KINDS`."""
+    sentence: str
+    """Description of the fault."""
+    fix: str | None
+    """One of `FIXES`; None if it needs a human decision."""
+
+
+@dataclass(frozen=True)
+class MetadataRow:
+    """One line of a split's metadata."""
+
+    split: str
+    line: int
+    raw: bytes
+    values: dict[str, Any]
+    """The columns; empty if the line cannot be read."""
+    fault: str
+    """Why the line cannot be used; "" if it can."""
+
+    @property
+    def place(self) -> tuple[str, int, str]:
+        """(split, line, file_name): the first three fields of its findings."""
+        name = str(self.values.get("file_name", ""))
+        return self.split, self.line, name.encode(errors="replace").decode()  # a lone surrogate cannot be printed
+
+    @property
+    def files(self) -> dict[str, Any]:
+        """File column -> value."""
+        return {column: value for column, value in self.values.items() if is_file_column(column)}
+
+
+def read_rows(folder: Path, split: str) -> Iterator[MetadataRow]:
+    """Yield the rows of a split, broken ones with their fault."""
+    for number, line in metadata_lines(folder, split):
+        values, fault = {}, ""
+        try:
+            values = parse_row(line, "the line")
+        except InputError as error:
+            fault = str(error)
+        yield MetadataRow(split, number, line, values, fault)
+
+
 # Captions
 
 
 def fix_captions(text: Any, kinds: Collection[str]) -> tuple[Any, list[tuple[str, str]]]:
-    """Fix the faults `kinds` of a row's captions.
-
-    Args:
-        text: the column `text`; valid if it is a string or a list of strings.
-        kinds: kinds of faults to fix.
+    """Fix the faults of a row's captions, the column `text`, that are of some kinds.
 
     Returns:
         The fixed column, None if no caption remains; and (kind, sentence) of every fault.
@@ -98,12 +189,7 @@ def caption_fault(caption: Any) -> tuple[str, str, str | None] | None:
 
 
 def write_fixes(folder: Path, findings: Sequence[Finding], state: str) -> None:
-    """Write the fix list next to the data; without findings, delete an older list.
-
-    Args:
-        folder: the checked folder.
-        findings: what was found.
-        state: hash of the metadata that was checked (`state_of`).
+    """Write the fix list next to the data; without findings, delete an older list. `state` is that of the check.
 
     Raises:
         InputError: it cannot be written.
@@ -114,15 +200,6 @@ def write_fixes(folder: Path, findings: Sequence[Finding], state: str) -> None:
         write_whole(path, "".join(lines).encode(errors="backslashreplace"))
     elif path.is_file():
         path.unlink()
-
-
-def state_of(folder: Path) -> str:
-    """Hash all metadata: a list for another state must not be applied."""
-    hashed = hashlib.sha256()
-    for split in splits_of(folder):
-        for _, line in metadata_lines(folder, split):
-            hashed.update(line)
-    return hashed.hexdigest()[:16]
 
 
 def confirmed_fixes(folder: Path, findings: Sequence[Finding], state: str) -> list[Finding]:
@@ -155,13 +232,10 @@ def key_of(found: Finding) -> tuple[Any, ...]:
 
 
 def apply_fixes(folder: Path, findings: Iterable[Finding]) -> dict[str, int]:
-    """Apply the fixes of findings. Those whose `fix` is null are left alone.
+    """Apply the fixes of a check to the folder, which no other process may change (`likeness.data.folder.changing`).
 
-    After an interruption, check and apply again. The metadata of the splits that change is kept in memory.
-
-    Args:
-        folder: the folder, which no other process may change (`likeness.data.folder.changing`).
-        findings: findings of a check of the folder as it is now.
+    Findings whose `fix` is null are left alone. After an interruption, check and apply again. The metadata of changed
+    splits is kept in memory.
 
     Returns:
         Fix -> number of findings fixed.
@@ -186,15 +260,13 @@ def apply_fixes(folder: Path, findings: Iterable[Finding]) -> dict[str, int]:
 
 def fix_split(folder: Path, split: str, by_row: dict[tuple[str, int], list[Finding]]) -> Iterator[bytes]:
     """Fix the files of a split and yield the lines of its new metadata."""
-    dropped: set[str] = set()
-    kept: set[str] = set()
-    for row in read_rows(folder, split):
-        gone = dropped_files(folder, row, by_row.get(row.place[:2], []))
-        dropped |= gone
-        kept |= {name for name in row.files.values() if isinstance(name, str)} - gone
-    for row in read_rows(folder, split):
+    rows = list(read_rows(folder, split))
+    dropped = [dropped_files(folder, row, by_row.get(row.place[:2], [])) for row in rows]
+    pairs = [(name, gone) for row, gone in zip(rows, dropped, strict=True) for name in row.files.values()]
+    kept = {name for name, gone in pairs if isinstance(name, str) and name not in gone}
+    for row, gone in zip(rows, dropped, strict=True):
         findings = by_row.get(row.place[:2], [])
-        for name in dropped_files(folder, row, findings) & dropped - kept:
+        for name in gone - kept:
             move_away(folder, split, name)
         if not findings:
             yield row.raw.rstrip(b"\r\n") + b"\n" if row.fault else line_of(row.values)

@@ -17,9 +17,6 @@ Among 20,000 CelebA faces (200 million pairs), the most distant duplicates that 
 256, the closest other images in 56. JPEG at quality 30, half the size and 15 % more brightness change up to 22.
 """
 
-NO_HASH = bytes(40)
-"""Hash of a missing image."""
-
 
 def image_hash(image: Image.Image) -> bytes:
     """Return a perceptual hash: 64 bits for the search and 256 for the comparison, as five uint64.
@@ -40,7 +37,7 @@ def first_duplicates(hashes: bytes | bytearray) -> np.ndarray:
     sorting by each band puts every such pair into one group.
 
     Args:
-        hashes: 40 bytes for each of N images, concatenated.
+        hashes: 40 bytes for each of N images, concatenated; zeros for a missing image.
 
     Returns:
         int [N], at most the image's own number.

@@ -50,19 +50,7 @@ def paste_file(
     only: Sequence[str] = (),
     parser: str = "bundled",
 ) -> str:
-    """Paste a portrait into its photo and write the result.
-
-    Args:
-        portrait: the edited portrait, square, of any size.
-        aligned: the folder that `align_photos` wrote.
-        photo: the photo.
-        out: file to write; .png and .webp are lossless, .jpg is not.
-        face: `file_name` of the aligned portrait; needed if the photo has several faces and the edited portrait has
-            another name than the aligned one.
-        feather: width of the blended border as a fraction of the portrait's side.
-        only: classes of the mask to paste, such as hair and skin, with a quarter of `feather` inside their edge.
-            Default: the whole portrait.
-        parser: face parser that finds them (`load_face_parser`).
+    """Paste a portrait into its photo and write the result. The arguments are the options of `likeness prepare paste`.
 
     Returns:
         `file_name` of the aligned portrait.
@@ -81,7 +69,9 @@ def paste_file(
     image = Image.fromarray(pixels)
     if "A" in original.getbands() and kind != "JPEG":
         image.putalpha(original.getchannel("A"))
-    mark = COMPOSITE if is_generated(edited) else None
+    packet = edited.info.get(XMP_KEY) or edited.info.get("xmp") or b""
+    packet = packet.decode("utf-8", "replace") if isinstance(packet, bytes) else packet
+    mark = COMPOSITE if GENERATED in packet else None  # IPTC's mark of generated media
     image.info["icc_profile"] = original.info.get("icc_profile")
     write_whole(out, encode_image(image, kind, None, mark=mark))
     return f"images/{row['file_name'].name}"
@@ -108,17 +98,11 @@ def row_of(aligned: Path, photo: Path, portrait: Path, face: str | None) -> dict
 
 
 def region_weight(portrait: np.ndarray, only: Sequence[str], parser: str, feather: float) -> np.ndarray:
-    """Return the weight of each pixel of a portrait, uint8 [S, S]: 0 outside the classes `only`, rising to 255 inside.
-    Skin includes what is on it: eyes, glasses, nose, mouth.
-
-    Args:
-        portrait: uint8 [S, S, 3].
-        only: names of classes.
-        parser: a face parser.
-        feather: width of the edge as a fraction of the portrait's side.
+    """Return the weight of each pixel of a portrait, uint8 [S, S]: 0 outside the classes `only`, rising to 255 inside
+    within `feather` of the side. Skin includes what is on it: eyes, glasses, nose, mouth.
 
     Raises:
-        InputError: a class is unknown, or the portrait shows none.
+        InputError: a class is unknown, or the portrait, uint8 [S, S, 3], shows none.
     """
     classes = class_indices([*only, *(ON_SKIN if CLASS_INDEX["skin"] in class_indices(only) else ())])
     network, size = load_face_parser(parser)
@@ -152,13 +136,13 @@ def paste_portrait(
     feather: float = FEATHER,
     weight: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Paste a portrait into a photo.
+    """Paste a portrait, uint8 [S, S, 3] of any size S, into a photo, uint8 [H, W, 3].
 
     Args:
-        photo: uint8 [H, W, 3].
-        portrait: uint8 [S, S, 3], of any size S.
+        photo: the photo.
+        portrait: the portrait.
         transform: [2, 3], photo -> portrait of `size` pixels.
-        size: side length of the transform's portrait in pixels.
+        size: side length in pixels of the portrait that `transform` refers to.
         feather: width of the blended border as a fraction of the portrait's side, in (0, 0.5].
         weight: uint8 [S, S], 0 where the photo stays. Default: 255 everywhere.
 
@@ -204,9 +188,3 @@ def bands(transform: np.ndarray, side: int, width: int, height: int) -> Iterator
         stop = min(start + BAND, bottom)
         x, y = np.meshgrid(np.arange(left, right) + 0.5, np.arange(start, stop) + 0.5)
         yield slice(start, stop), slice(left, right), move(np.stack([x, y], axis=-1), transform)
-
-
-def is_generated(portrait: Image.Image) -> bool:
-    """Return whether a portrait has IPTC's mark of generated media."""
-    packet = portrait.info.get(XMP_KEY) or portrait.info.get("xmp") or b""
-    return GENERATED in (packet.decode("utf-8", "replace") if isinstance(packet, bytes) else packet)

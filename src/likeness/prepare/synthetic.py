@@ -6,7 +6,6 @@ Every file is written atomically, `metadata.jsonl` last. An interrupted run resu
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,24 +14,17 @@ from PIL import Image
 from likeness.conditions import CONDITIONS
 from likeness.conditions.images import png_bytes
 from likeness.data.folder import METADATA, changing, column_of, line_of, open_record, write_record
-from likeness.data.synthetic import MAXIMUM_SIZE, MINIMUM_SIZE, SyntheticFace, describe_face, draw_face
+from likeness.data.synthetic import MAXIMUM_SIZE, MINIMUM_SIZE, describe_face, draw_face
 from likeness.files import write_whole, writing_whole
-from likeness.types import InputError
+from likeness.types import InputError, Progress
 
 
 def write_synthetic(
-    out: Path, count: int, size: int = 128, seed: int = 0, progress: Callable[[int, int], None] | None = None
+    out: Path, count: int, size: int = 128, seed: int = 0, progress: Progress = lambda done, total: None
 ) -> None:
     """Write synthetic faces to `out/train/`, with masks, sketches, keypoints in pixels, ten captions and attributes.
 
-    A folder of the same seed and size is completed; a larger `count` extends it.
-
-    Args:
-        out: folder to write.
-        count: number of faces, at least 1.
-        size: side length in pixels, a multiple of 8 from 32 to 2048.
-        seed: random seed, at least 0.
-        progress: called as (faces done, total).
+    A folder of the same seed and size, in pixels, is completed; a larger `count` extends it.
 
     Raises:
         InputError: an argument is out of range, `out` contains anything else, or it cannot be written.
@@ -55,21 +47,16 @@ def write_synthetic(
                     column_of(key): CONDITIONS[key].file(stem) for key in CONDITIONS
                 }
                 if not all((folder / file).is_file() for file in files.values()):
-                    for column, content in contents_of(draw_face(seed, index, size)).items():
+                    face = draw_face(seed, index, size)
+                    points = np.round(face.keypoints.astype(np.float64) * size, 3).tolist()
+                    contents = {
+                        "file_name": png_bytes(Image.fromarray(face.image)),
+                        "mask_file_name": CONDITIONS["mask"].encode(face.mask),
+                        "sketch_file_name": CONDITIONS["sketch"].encode(face.sketch),
+                        "keypoints_file_name": (json.dumps({"points": points, "size": [size, size]}) + "\n").encode(),
+                    }
+                    for column, content in contents.items():
                         write_whole(folder / files[column], content)
                 attributes, captions = describe_face(seed, index)
                 metadata.write(line_of({**files, "text": list(captions), "attributes": attributes}))
-                if progress is not None:
-                    progress(index + 1, count)
-
-
-def contents_of(face: SyntheticFace) -> dict[str, bytes]:
-    """Return column -> content of a face's file."""
-    height, width = face.mask.shape
-    points = np.round(face.keypoints.astype(np.float64) * (width, height), 3).tolist()
-    return {
-        "file_name": png_bytes(Image.fromarray(face.image)),
-        "mask_file_name": CONDITIONS["mask"].encode(face.mask),
-        "sketch_file_name": CONDITIONS["sketch"].encode(face.sketch),
-        "keypoints_file_name": (json.dumps({"points": points, "size": [width, height]}) + "\n").encode(),
-    }
+                progress(index + 1, count)

@@ -8,12 +8,10 @@ run, so an interrupted run repeats no question, and other limits or rules do not
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +20,7 @@ from PIL import Image
 
 from likeness.chat import Answer, BudgetSpent, Meter, Rejected
 from likeness.conditions.images import read_rgb
+from likeness.data.ahead import read_ahead
 from likeness.data.folder import (
     METADATA,
     captions_of,
@@ -34,8 +33,8 @@ from likeness.data.folder import (
 )
 from likeness.files import writing_whole
 from likeness.prepare.caption.grammar import ATTRIBUTES, write_captions
+from likeness.prepare.caption.models import Model, Question
 from likeness.prepare.caption.prompts import PROMPTS, describe, refine
-from likeness.prepare.caption.questions import Model, Question
 from likeness.prepare.caption.records import (
     ANSWERS,
     CAPTIONS,
@@ -48,7 +47,8 @@ from likeness.prepare.caption.records import (
 )
 from likeness.prepare.caption.refine import accept, facts_of, read_labels, without_contradictions
 from likeness.prepare.caption.rules import Count, filter_answer, shorten
-from likeness.types import InputError, Note
+from likeness.types import InputError, Note, Progress
+from likeness.weights.hashes import file_hash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ def caption_folder(
     *,
     meter: Meter | None = None,
     parallel: int = 8,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> Captioned:
     """Caption every row of a prepared folder. A row that cannot be captioned is not changed.
 
@@ -165,7 +165,8 @@ def caption_split(
     root: Path, settings: CaptionSettings, count: Count, meter: Meter, parallel: int
 ) -> Generator[tuple[str, FaceCaptions, list[Caption]]]:
     """Caption the rows of one folder; yields name, captions of this run and all captions of each face."""
-    with open_answers(root / ANSWERS) as cache, open_record(root / CAPTIONS) as previous:
+    previous = open_record(root / CAPTIONS)
+    with open_answers(root / ANSWERS) as cache:
 
         def caption_row(row: dict[str, Any]) -> tuple[dict[str, Any], str, FaceCaptions]:
             name = row["file_name"].relative_to(root).as_posix()
@@ -177,18 +178,22 @@ def caption_split(
 
         try:
             with (
-                closing(in_order(caption_row, each_row(root), parallel, meter)) as done,
+                closing(read_ahead(caption_row, each_row(root), depth=4 * parallel, threads=parallel)) as done,
                 writing_whole(root / CAPTIONS) as record,
                 writing_whole(root / METADATA) as metadata,  # renamed first: see `records`
             ):
-                for row, name, face in done:
-                    replace = settings.replace and not face.fault
-                    captions = merge(captions_of(row), previous(name), face.captions, replace)
-                    texts = [caption["text"] for caption in captions if is_used(caption)]
-                    record.write(line_of({"file_name": name, "captions": captions}))
-                    columns = relative_row({key: value for key, value in row.items() if key != "text"}, root)
-                    metadata.write(line_of(columns | ({"text": texts} if texts else {})))
-                    yield name, face, captions
+                try:
+                    for row, name, face in done:
+                        replace = settings.replace and not face.fault
+                        captions = merge(captions_of(row), previous(name), face.captions, replace)
+                        texts = [caption["text"] for caption in captions if is_used(caption)]
+                        record.write(line_of({"file_name": name, "captions": captions}))
+                        columns = relative_row({key: value for key, value in row.items() if key != "text"}, root)
+                        metadata.write(line_of(columns | ({"text": texts} if texts else {})))
+                        yield name, face, captions
+                except BaseException:
+                    meter.stopped.set()  # pending requests are completed, since they are paid for; no new ones are sent
+                    raise
         except InputError as error:
             if not cache.added:
                 raise
@@ -196,24 +201,6 @@ def caption_split(
                 f"{error}; the {cache.added} answers of this run are stored in {cache.path}: run the same command "
                 "again to resume"
             ) from error
-
-
-def in_order(make: Callable[[Any], Any], rows: Iterable[Any], threads: int, meter: Meter) -> Generator[Any]:
-    """Yield `make(row)` of every row in order, computed in parallel.
-
-    If it is closed early, no new requests are sent; pending ones are completed, since they are paid for.
-    """
-    rest = iter(rows)
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            waiting = deque(pool.submit(make, row) for row in islice(rest, 4 * threads))
-            while waiting:
-                yield waiting.popleft().result()
-                waiting.extend(pool.submit(make, row) for row in islice(rest, 1))
-        except BaseException:
-            meter.stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def caption_face(
@@ -224,33 +211,31 @@ def caption_face(
     Raises:
         InputError: a model does not respond, or its answer cannot be stored.
     """
+    vlm, labels, texts, image = settings.vlm, None, {}, None
     try:
         captions = grammar_captions(row, name, settings) if settings.grammar else []
-    except InputError as error:
+        if vlm is not None:
+            labels = read_labels(row)
+            about = f"{file_hash(row['file_name'])} at most {settings.pixels} pixels"
+            texts = {vlm.key(describe(prompt), about): describe(prompt) for prompt in settings.prompts}
+            if any(cache.find(key) is None for key in texts):
+                image = read_rgb(row["file_name"], name)
+                image.thumbnail((settings.pixels, settings.pixels), Image.Resampling.LANCZOS)
+    except (OSError, InputError) as error:
         return FaceCaptions([], str(error))
-    complete = True
-    if settings.vlm is None and not captions:
-        if settings.predict is not None:  # captioned by another run
-            return FaceCaptions([])
+    if vlm is None and not captions and settings.predict is None:
         return FaceCaptions([], "it has no attributes of CelebA, such as Smiling: --attributes bundled predicts them")
-    if settings.vlm is not None:
+    complete = True
+    if vlm is not None:
         try:
-            content, labels = row["file_name"].read_bytes(), read_labels(row)
-            about = f"{hashlib.sha256(content).hexdigest()} at most {settings.pixels} pixels"
-            texts = {settings.vlm.key(describe(prompt), about): describe(prompt) for prompt in settings.prompts}
-            unanswered = any(cache.find(key) is None for key in texts)
-            image = load_image(content, name, settings.pixels) if unanswered else None
-        except OSError as error:
-            return FaceCaptions([], f"it cannot be read: {error.strerror or error}")
-        except InputError as error:
-            return FaceCaptions([], str(error))
-        try:
-            answers = query(settings.vlm, texts, image, name, cache, meter)
-            described = [
-                describe_caption(prompt, settings.vlm, answers[key])
-                for prompt, key in zip(settings.prompts, texts, strict=True)
-                if key in answers
-            ]
+            answers = query(vlm, texts, image, name, cache, meter)
+            described = []
+            for prompt, key in zip(settings.prompts, texts, strict=True):
+                if answer := answers.get(key):
+                    described.append(
+                        {"text": "", "source": "vlm", "prompt": prompt, "model": vlm.name, "raw": answer.text}
+                    )
+                    change(described[-1], *filter_answer(answer.text, answer.finished))
             if settings.refiner is not None:
                 described = refine_captions(settings.refiner, row, labels, described, name, cache, meter)
         except Rejected as error:
@@ -268,15 +253,9 @@ def caption_face(
 def query(
     model: Model, texts: Mapping[str, str], image: Image.Image | None, name: str, cache: AnswerCache, meter: Meter
 ) -> dict[str, Answer]:
-    """Return answers by key; some are missing if the budget is spent or the run is being stopped.
+    """Return the answers to `texts`, key -> message about an image. New answers are added to the cache.
 
-    Args:
-        model: the model.
-        texts: key -> message.
-        image: the image of all questions.
-        name: name of the face.
-        cache: earlier answers, to which new ones are added.
-        meter: budget of the run.
+    Some are missing if the budget is spent or the run is being stopped.
     """
     answers = {key: answer for key in texts if (answer := cache.find(key)) is not None}
     missing = [key for key in texts if key not in answers]
@@ -289,20 +268,6 @@ def query(
     return answers
 
 
-def load_image(content: bytes, name: str, pixels: int) -> Image.Image:
-    """Decode an image for a model: upright, RGB, its longer side at most `pixels`."""
-    image = read_rgb(content, name)
-    image.thumbnail((pixels, pixels), Image.Resampling.LANCZOS)
-    return image
-
-
-def describe_caption(prompt: str, model: Model, answer: Answer) -> Caption:
-    """Apply the rules to a model's answer."""
-    caption = {"text": "", "source": "vlm", "prompt": prompt, "model": model.name, "raw": answer.text}
-    change(caption, *filter_answer(answer.text, answer.finished))
-    return caption
-
-
 def refine_captions(
     refiner: Model,
     row: dict[str, Any],
@@ -313,21 +278,19 @@ def refine_captions(
     meter: Meter,
 ) -> list[Caption]:
     """Return the captions after refinement, without those whose refinement is missing."""
-    facts = {c["prompt"]: facts_of(row, labels, c["text"]) for c in filter(is_used, captions)}
-    texts = {c["prompt"]: refine(facts[c["prompt"]], c["text"]) for c in filter(is_used, captions)}
-    keys = {prompt: refiner.key(text) for prompt, text in texts.items()}
-    answers = query(refiner, {keys[prompt]: text for prompt, text in texts.items()}, None, name, cache, meter)
-    refined = []
-    for caption in captions:
-        prompt = caption["prompt"]
-        if is_used(caption):
-            if keys[prompt] not in answers:
-                continue
-            answer = answers[keys[prompt]]
+    used = list(filter(is_used, captions))
+    facts = [facts_of(row, labels, caption["text"]) for caption in used]
+    texts = [refine(known, caption["text"]) for known, caption in zip(facts, used, strict=True)]
+    keys = [refiner.key(text) for text in texts]
+    answers = query(refiner, dict(zip(keys, texts, strict=True)), None, name, cache, meter)
+    missing = []
+    for caption, known, key in zip(used, facts, keys, strict=True):
+        if answer := answers.get(key):
             caption |= {"refiner": refiner.name, "refined": answer.text}
-            change(caption, *accept(answer.text, caption["text"], facts[prompt], answer.finished))
-        refined.append(caption)
-    return refined
+            change(caption, *accept(answer.text, caption["text"], known, answer.finished))
+        else:
+            missing.append(caption)
+    return [caption for caption in captions if caption not in missing]
 
 
 def grammar_captions(row: dict[str, Any], name: str, settings: CaptionSettings) -> list[Caption]:

@@ -152,7 +152,8 @@ def compose(traits: Traits, rng: np.random.Generator) -> str:
     expression = traits.expression if traits.expression and rng.random() < 0.6 else ""
     if not (adjectives or has or wears or expression):
         has = traits.has[:1]
-    person = with_article(" ".join([*adjectives, traits.noun]))
+    noun = " ".join([*adjectives, traits.noun])
+    person = f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
     he = traits.noun in ("man", "guy", "male person")
     they_have, they_are = ("They have", "They are")
     if traits.noun != "person":
@@ -161,7 +162,7 @@ def compose(traits: Traits, rng: np.random.Generator) -> str:
     form = int(rng.integers(4))
     if form == 0:  # tags
         facts = [*has, *(f"wearing {worn}" for worn in wears), *([expression] if expression else [])]
-        return ", ".join([" ".join([*adjectives, traits.noun]), *facts])
+        return ", ".join([noun, *facts])
     if form == 1:  # a few sentences
         parts = [f"{capital(KINDS[int(rng.integers(len(KINDS)))])} {person}{', ' + expression if expression else ''}."]
         if has:
@@ -179,11 +180,6 @@ def compose(traits: Traits, rng: np.random.Generator) -> str:
 def listed(facts: Sequence[str]) -> str:
     """Join facts as "a, b and c"."""
     return facts[0] if len(facts) == 1 else f"{', '.join(facts[:-1])} and {facts[-1]}"
-
-
-def with_article(noun: str) -> str:
-    """Prepend a or an."""
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def capital(text: str) -> str:

@@ -16,7 +16,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,37 +35,54 @@ KEY = slice(len(b'{"key": "'), len(b'{"key": "') + 32)
 """Place of the key in every line of the cache."""
 
 
+class Lines:
+    """Offsets of the lines of a file by their key: the captions of a million faces take gigabytes.
+
+    `key_of` returns the key of (number, line), or None for an incomplete last line.
+    """
+
+    def __init__(self, path: Path, key_of: Callable[[int, bytes], str | bytes | None]) -> None:
+        self.path, self.end = path, 0
+        self.offsets: dict[str | bytes, int] = {}
+        with path.open("rb") if path.is_file() else nullcontext(()) as lines:
+            for number, line in enumerate(lines, start=1):
+                if (key := key_of(number, line)) is None:
+                    break
+                self.offsets[key] = self.end
+                self.end += len(line)
+
+    def find(self, key: str | bytes) -> bytes | None:
+        """Return the line with a key, or None."""
+        if (offset := self.offsets.get(key)) is None:
+            return None
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            return file.readline()
+
+
 class AnswerCache:
     """Answers by the key of their question. Thread-safe. Opened by `open_answers`."""
 
     def __init__(self, path: Path, descriptor: int):
-        self.path, self.added, self.end = path, 0, 0
-        self._descriptor, self._lock = descriptor, threading.Lock()
-        self._offsets: dict[bytes, int] = {}
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
-                    os.ftruncate(descriptor, self.end)
-                    break
-                if not line.startswith(b'{"key": "'):
-                    raise InputError(f"{path}, line {number} is not an answer of a model: delete that line")
-                self._offsets[line[KEY]] = self.end
-                self.end += len(line)
+        def key_of(number: int, line: bytes) -> bytes | None:
+            if not line.endswith(b"\n"):
+                return None
+            if not line.startswith(b'{"key": "'):
+                raise InputError(f"{path}, line {number} is not an answer of a model: delete that line")
+            return line[KEY]
+
+        self.path, self.added, self._descriptor, self._lock = path, 0, descriptor, threading.Lock()
+        self._lines = Lines(path, key_of)
+        os.ftruncate(descriptor, self._lines.end)
 
     def find(self, key: str) -> Answer | None:
         """Return the answer to a question, or None."""
-        with self._lock:
-            offset = self._offsets.get(key.encode())
-        if offset is None:
-            return None
-        with self.path.open("rb") as file:
-            file.seek(offset)
-            line = file.readline()
+        line = self._lines.find(key.encode())
         try:
-            record = json.loads(line)
-            return Answer(record["answer"], record["finished"])
+            record = None if line is None else json.loads(line)
+            return None if record is None else Answer(record["answer"], record["finished"])
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self.path}: the line at byte {offset} is not an answer: delete that line") from error
+            raise InputError(f"{self.path}: the answer with the key {key} is invalid: delete that line") from error
 
     def add(self, key: str, answer: Answer, **about: Any) -> None:
         """Store an answer; `about` is information for the user.
@@ -80,10 +97,10 @@ class AnswerCache:
                 if os.write(self._descriptor, line) != len(line):
                     raise OSError("no space left on device")
             except OSError as error:
-                os.ftruncate(self._descriptor, self.end)
+                os.ftruncate(self._descriptor, self._lines.end)
                 raise InputError(f"cannot write {self.path}: {error.strerror or error}") from error
-            self._offsets[line[KEY]] = self.end
-            self.end += len(line)
+            self._lines.offsets[line[KEY]] = self._lines.end
+            self._lines.end += len(line)
             self.added += 1
 
 
@@ -108,13 +125,8 @@ def open_answers(path: Path) -> Iterator[AnswerCache]:
 def merge(
     current: Sequence[str], previous: Sequence[Caption], fresh: Sequence[Caption], replace: bool
 ) -> list[Caption]:
-    """Return all captions of a face after a run.
-
-    Args:
-        current: captions in the metadata.
-        previous: captions in the record.
-        fresh: captions of this run.
-        replace: whether to drop all captions of other runs.
+    """Return all captions of a face after a run: of the metadata, the record and this run, whose captions alone stay if
+    `replace` is set.
     """
     origin = lambda caption: (caption["source"], caption.get("model", ""), caption.get("prompt", ""))  # noqa: E731
     made = {origin(caption) for caption in fresh}
@@ -144,29 +156,10 @@ def is_used(caption: Caption) -> bool:
     return "dropped" not in caption
 
 
-@contextmanager
-def open_record(path: Path) -> Iterator[Callable[[str], list[Caption]]]:
-    """Open the record and return a function from `file_name` to the captions of a face.
-
-    Raises:
-        InputError: a line is invalid.
-    """
-    with ExitStack() as opened:
-        file = opened.enter_context(path.open("rb")) if path.is_file() else None
-        offsets: dict[str, int] = {}
-        end = 0
-        for number, line in enumerate(file or (), start=1):
-            name, _ = read_captions(path, number, line)
-            offsets[name] = end
-            end += len(line)
-
-        def find(name: str) -> list[Caption]:
-            if file is None or name not in offsets:
-                return []
-            file.seek(offsets[name])
-            return read_captions(path, 0, file.readline())[1]
-
-        yield find
+def open_record(path: Path) -> Callable[[str], list[Caption]]:
+    """Return a function from `file_name` to the captions in the record. Raises `InputError` for an invalid line."""
+    lines = Lines(path, lambda number, line: read_captions(path, number, line)[0])
+    return lambda name: read_captions(path, 0, line)[1] if (line := lines.find(name)) else []
 
 
 def read_captions(path: Path, number: int, line: bytes) -> tuple[str, list[Caption]]:

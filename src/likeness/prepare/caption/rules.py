@@ -12,6 +12,7 @@ import unicodedata
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from likeness.types import Note
 
@@ -144,13 +145,18 @@ def mentions_image(text: str, finished: bool) -> tuple[str, str]:
     return join(kept, between), "it refers to the image"
 
 
-def drop_pieces(text: str, pattern: re.Pattern[str]) -> tuple[str, str]:
-    """Remove the pieces in which a pattern is found."""
+def drop_pieces(text: str, fault_of: Callable[[str], str], verb: str = "says") -> tuple[str, str]:
+    """Remove the pieces that have a fault, which is quoted in the reason."""
     pieces, between = pieces_of(text)
-    found = [match[0].strip() for piece in pieces if (match := pattern.search(piece))]
-    if not found:
+    faults = [fault_of(piece) for piece in pieces]
+    if not any(faults):
         return text, ""
-    return join((piece for piece in pieces if not pattern.search(piece)), between), f'it says "{found[0]}"'
+    kept = join((piece for piece, fault in zip(pieces, faults, strict=True) if not fault), between)
+    return kept, f'it {verb} "{next(filter(None, faults))}"'
+
+
+def match_in(pattern: re.Pattern[str], piece: str) -> str:
+    return match[0].strip() if (match := pattern.search(piece)) else ""
 
 
 FIRST_PERSON = re.compile(r"\bI\b|\b(?:[Mm]y|[Mm]e|[Ww]e|[Oo]ur|us)\b")
@@ -174,15 +180,10 @@ PROPER = frozenset((
 
 def name(text: str, finished: bool) -> tuple[str, str]:
     """Remove pieces with names: capitalised words, except for the first word of a piece."""
-    pieces, between = pieces_of(text)
     terms = WORD.findall(text)
     if len(terms) > 4 and sum(word[0].isupper() for word in terms) > len(terms) / 2:
         return "", "capitalised words may be names"
-    found = {piece: names_in(piece) for piece in pieces}
-    if not any(found.values()):
-        return text, ""
-    first = next(names for names in found.values() if names)
-    return join((piece for piece in pieces if not found[piece]), between), f'it names "{first}"'
+    return drop_pieces(text, names_in, "names")
 
 
 def names_in(piece: str) -> str:
@@ -255,8 +256,8 @@ RULES: dict[str, Callable[[str, bool], tuple[str, str]]] = {
     "markup": markup,
     "label": label,
     "picture": mentions_image,
-    "first-person": lambda text, finished: drop_pieces(text, FIRST_PERSON),
-    "unseen": lambda text, finished: drop_pieces(text, UNSEEN),
+    "first-person": lambda text, finished: drop_pieces(text, partial(match_in, FIRST_PERSON)),
+    "unseen": lambda text, finished: drop_pieces(text, partial(match_in, UNSEEN)),
     "english": english,
     "name": name,
     "repeated": repeated,

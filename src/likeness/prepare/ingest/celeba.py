@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 
@@ -40,27 +39,14 @@ def celeba(source: Source) -> Entries:
     listed = source.find("list_attr_celeba.txt")
     if listed is None:
         raise InputError(f"{source.root / 'list_attr_celeba.txt'} does not exist: give CelebA's official folder")
-    names, rows = read_attributes(listed)
-    identities = read_identities(source)
-    images = source.images(source.folder("img_align_celeba"), (".jpg", ".png"))
-    if not images:
-        raise InputError(f"{source.root / 'img_align_celeba'} has no .jpg files: give CelebA's official folder")
-    number = 0
-    for stem, path in images.items():
-        known = f"{stem}.jpg"  # the lists also name .jpg for In-The-Wild and PNG copies
-        if known not in rows or (identities and known not in identities):
-            yield Skipped(path.rpartition("/")[2], "no attributes or no identity")
+    (names, rows), identities, number = read_attributes(listed), read_identities(source), 0
+    for face in matching_faces(source, source.folder("img_align_celeba")):
+        file = f"{face.name}.jpg"  # the lists also name .jpg for In-The-Wild and PNG copies
+        if file not in rows or (identities and file not in identities):
+            yield Skipped(face.image.name.rpartition("/")[2], "no attributes or no identity")
             continue
-        attributes = dict(zip(names, map(bool, rows[known]), strict=True))
-        yield SourceFace(
-            name=stem,
-            image=source.existing_file(path),
-            captions=partial(grammar_captions, attributes, stem, number),
-            attributes=attributes,
-            identity=identities.get(known),
-            image_size=ALIGNED,
-            box=CROP,
-        )
+        face = replace(face, identity=identities.get(file), image_size=ALIGNED, box=CROP)
+        yield with_attributes(face, names, rows[file], number)
         number += 1
 
 
@@ -75,56 +61,50 @@ def celeba_hq(source: Source, captions: Sequence[str] = (), sketches: Sequence[s
         captions: possible folders of captions, one per line (`celeba-caption/0.txt`).
         sketches: possible folders of sketches.
     """
-    images = source.images(source.folder(*HQ_IMAGES))
-    if not images:
-        raise InputError(f"{source.root} has no images in {' or '.join(HQ_IMAGES)}")
-    conditions = {
-        "mask": source.images(source.folder(*HQ_MASKS), (".png",)),
-        "sketch": source.images(source.folder(*sketches)),
-    }
-    texts, parts = source.texts(source.folder(*captions)), read_parts(source)
-    listed = source.find("CelebAMask-HQ-attribute-anno.txt")
+    mask, sketch, text = (source.folder(*names) for names in (HQ_MASKS, sketches, captions))
+    listed, parts = source.find("CelebAMask-HQ-attribute-anno.txt"), read_parts(source)
     names, rows = read_attributes(listed) if listed else ((), {})
     identities, originals = read_identities(source), read_mapping(source)
-    for number, face in enumerate(matching_faces(source, images, conditions, texts)):
+    faces = matching_faces(source, source.folder(*HQ_IMAGES), text, mask=mask, sketch=sketch)
+    written = bool(source.texts(text))
+    for number, face in enumerate(faces):
         key = unpadded(face.name)
-        if f"{key}.jpg" in rows:
-            attributes = dict(zip(names, map(bool, rows[f"{key}.jpg"]), strict=True))
-            face = replace(face, attributes=attributes)
-            if not texts:
-                face = replace(face, captions=partial(grammar_captions, attributes, face.name, number))
         if key in parts:
             face = replace(face, conditions={**face.conditions, "mask": parts[key]})
-        yield replace(face, identity=identities.get(originals.get(key, "")))
+        face = replace(face, identity=identities.get(originals.get(key, "")))
+        values = rows.get(f"{key}.jpg")
+        yield with_attributes(face, names, values, number, written=written) if values else face
 
 
 def matching_faces(
     source: Source,
-    images: Mapping[str, str],
-    conditions: Mapping[str, Mapping[str, str]],
-    captions: Mapping[str, str],
+    images: str | None,
+    captions: str | None = None,
     *,
     split: str | None = None,
     prefix: str = "",
+    **conditions: str | None,
 ) -> Iterator[SourceFace]:
     """Yield a face per image with the conditions and the caption file of the same stem; 1 and 00001 are the same.
 
     Args:
         source: the files.
-        images: stem -> file.
-        conditions: condition -> stem -> file.
-        captions: stem -> text file with one caption per line.
+        images: folder of the images.
+        captions: folder of text files with one caption per line.
         split: split of the faces.
         prefix: prefix of their names.
+        conditions: condition -> folder.
     """
 
     def match(files: Mapping[str, str], stem: str) -> SourceFile | None:
         names = (stem, unpadded(stem), unpadded(stem).zfill(5))
         return next((source.file(files[name]) for name in names if name in files), None)
 
-    for stem, path in images.items():
-        found = {name: match(files, stem) for name, files in conditions.items()}
-        text = match(captions, stem)
+    texts = source.texts(captions)
+    files = {name: source.images(folder) for name, folder in conditions.items()}
+    for stem, path in source.images(images).items():
+        found = {name: match(paths, stem) for name, paths in files.items()}
+        text = match(texts, stem)
         yield SourceFace(
             name=prefix + stem,
             image=source.existing_file(path),
@@ -134,14 +114,19 @@ def matching_faces(
         )
 
 
+def with_attributes(
+    face: SourceFace, names: Sequence[str], values: bytes, number: int, *, written: bool = False
+) -> SourceFace:
+    """Return a face with attributes and, unless it has `written` captions, ten from them, the same in every run."""
+    attributes = dict(zip(names, map(bool, values), strict=True))
+    seed = int(face.name) if face.name.isdigit() else number
+    captions = lambda: write_captions(attributes, np.random.default_rng([SEED, seed]))  # noqa: E731
+    return replace(face, attributes=attributes, captions=face.captions if written else captions)
+
+
 def unpadded(stem: str) -> str:
     """Remove leading zeros of a number."""
     return str(int(stem)) if stem.isdigit() else stem
-
-
-def grammar_captions(attributes: dict[str, bool], stem: str, number: int) -> Sequence[str]:
-    """Write ten captions from the attributes."""
-    return write_captions(attributes, np.random.default_rng([SEED, int(stem) if stem.isdigit() else number]))
 
 
 def read_attributes(file: SourceFile) -> tuple[Sequence[str], dict[str, bytes]]:

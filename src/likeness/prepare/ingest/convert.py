@@ -33,12 +33,7 @@ Box = tuple[int, int, int, int] | None
 
 
 def open_face(face: SourceFace, size: int | None, crop: bool) -> tuple[Image.Image, Box, bytes, str]:
-    """Read the image of a face.
-
-    Args:
-        face: the face.
-        size: side length in pixels that it will have; None keeps the size.
-        crop: whether to crop the centre if it is not square.
+    """Read the image of a face. `size` and `crop` are as in `ingest`.
 
     Returns:
         The image, its crop, its content, and the suffix under which the content can be copied, or "" if it must change.
@@ -55,10 +50,8 @@ def open_face(face: SourceFace, size: int | None, crop: bool) -> tuple[Image.Ima
     box = face.box
     if box is None and width != height:
         if not crop:
-            raise InputError(
-                f"{name} is {width}x{height}, not square: crop the centre with --crop or the face with "
-                "`likeness prepare align`"
-            )
+            way = "crop the centre with --crop or the face with `likeness prepare align`"
+            raise InputError(f"{name} is {width}x{height}, not square: {way}")
         box = centre_square(width, height)
     suffix = ""
     if box is None and size in (None, width):
@@ -86,11 +79,7 @@ def crop_and_resize(image: Image.Image, box: Box, size: int | None) -> Image.Ima
 def convert_condition(name: str, source: Any, box: Box, size: tuple[int, int]) -> tuple[bytes, bool]:
     """Return the canonical file of a condition, and whether the sides of a mask were swapped.
 
-    Args:
-        name: key of `CONDITIONS`.
-        source: as in `SourceFace.conditions`.
-        box: crop of the image.
-        size: (width, height) of the image in pixels.
+    `source` is as in `SourceFace.conditions`; `box` is the crop of the image, `size` its (width, height) in pixels.
 
     Raises:
         InputError: it cannot be read, or has another aspect ratio than the image.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -46,7 +46,7 @@ class SourceFace:
     """Name -> true or false; other tools may have any value."""
     identity: str | None = None
     split: str | None = None
-    """Split in the source."""
+    """Split in the source, or the assigned one."""
     more: Mapping[str, Any] = field(default_factory=dict)
     """Further columns of its row, such as the licence of the image."""
     image_size: tuple[int, int] | None = None
@@ -101,22 +101,14 @@ def with_row(face: SourceFace, row: Mapping[str, Any]) -> SourceFace | Skipped:
     return replace(face, **changes, more=more)
 
 
-def with_names(
-    entries: Iterable[SourceFace | Skipped], splits: Iterable[str | None]
-) -> Iterator[tuple[SourceFace | Skipped, str | None, str]]:
-    """Yield each face with its split and a file name that is unique in the split, also without regard to case."""
-    taken: set[tuple[str | None, str]] = set()
-    split_of = iter(splits)
-    for entry in entries:
-        if isinstance(entry, Skipped):
-            yield entry, None, ""
-            continue
-        split, plain = next(split_of), plain_name(entry.name)
-        name, number = plain, 2
-        while (split, name.casefold()) in taken:
-            name, number = f"{plain}-{number}", number + 1
-        taken.add((split, name.casefold()))
-        yield entry, split, name
+def unique_name(name: str, taken: set[str]) -> str:
+    """Return a file name (`plain_name`) that is not `taken`, also without regard to case, and add it to those."""
+    plain = plain_name(name)
+    name, number = plain, 2
+    while name.casefold() in taken:
+        name, number = f"{plain}-{number}", number + 1
+    taken.add(name.casefold())
+    return name
 
 
 def plain_name(name: str) -> str:

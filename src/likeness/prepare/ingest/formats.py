@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import csv
 import io
+import posixpath
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,15 @@ import numpy as np
 from likeness.conditions import CONDITIONS
 from likeness.data.folder import METADATA, ORIGINALS, clean_row, column_of, parse_row
 from likeness.prepare.ingest import celeba
-from likeness.prepare.ingest.celeba import HQ_CAPTIONS, HQ_IMAGES, HQ_MASKS, HQ_PARTS, HQ_SKETCHES, matching_faces
+from likeness.prepare.ingest.celeba import (
+    HQ_CAPTIONS,
+    HQ_IMAGES,
+    HQ_MASKS,
+    HQ_PARTS,
+    HQ_SKETCHES,
+    matching_faces,
+    unpadded,
+)
 from likeness.prepare.ingest.faces import SPLIT_NAMES, SPLIT_ORDER, Entries, Skipped, SourceFace, with_row
 from likeness.prepare.ingest.shards import parquet, webdataset
 from likeness.prepare.ingest.source import IMAGES, Source, SourceFile, check_inside, join, parse_json
@@ -38,27 +47,15 @@ def ffhq(source: Source) -> Entries:
 
     The 68 landmarks become keypoints; split, origin and licence are kept for each image.
     """
-    folders = ffhq_folders(source)
-    if not folders:
-        raise InputError(f"{source.root} has no folder {' or '.join(FFHQ_FOLDERS)}: give FFHQ's official folder")
     metadata = read_ffhq(source.find("ffhq-dataset-v2.json", "ffhq-dataset-v1.json"))
-    for folder in folders:
-        for stem, path in source.images(folder).items():
-            known = metadata.get(stem.lstrip("0") or "0", {})
-            image = known.get("image", {})
-            points = image.get("face_landmarks")
-            if points is not None:
-                points = {
-                    "points": points.astype(float).round(2).tolist(),
-                    "size": image.get("pixel_size", [1024, 1024]),
-                }
-            yield SourceFace(
-                name=stem,
-                image=source.existing_file(path),
-                conditions={} if points is None else {"keypoints": points},
-                split=SPLIT_NAMES.get(known.get("category", "")),
-                more=known.get("metadata", {}),
-            )
+    for face in (face for folder in ffhq_folders(source) for face in matching_faces(source, folder)):
+        known = metadata.get(unpadded(face.name), {})
+        image = known.get("image", {})
+        if "face_landmarks" in image:
+            points = image["face_landmarks"].astype(float).round(2).tolist()
+            points = {"points": points, "size": image.get("pixel_size", [1024, 1024])}
+            face = replace(face, conditions={"keypoints": points})
+        yield replace(face, split=SPLIT_NAMES.get(known.get("category", "")), more=known.get("metadata", {}))
 
 
 def ffhq_folders(source: Source) -> list[str]:
@@ -75,26 +72,17 @@ def read_ffhq(file: SourceFile | None) -> dict[str, dict[str, Any]]:
             kept["face_landmarks"] = np.array(kept["face_landmarks"], dtype=np.float32).round(2)
         return kept
 
-    try:
-        return parse_json(file.text(), file.name, object_hook=reduce) if file else {}
-    except (ValueError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{file.name if file else ''} is not FFHQ's metadata: download it again") from error
+    return parse_json(file.text(), file.name, object_hook=reduce) if file else {}
 
 
 def face_mogle(source: Source) -> Entries:
     """Face-MoGLE's releases, packed or not: `face/0.jpg`, `mask/0.png`, and `text.json` or `text/0.txt`."""
-    images = source.images(source.folder("face"))
-    if not images:
-        raise InputError(f"{source.root} has no images in a folder face or an archive face.zip")
     listed = source.find("text.json")
     texts = listed.json() if listed else {}
     if not isinstance(texts, dict):
         raise InputError(f"{source.root / 'text.json'} must contain the captions of each image by its file name")
-    masks, captions = source.images(source.folder("mask"), (".png",)), source.texts(source.folder("text"))
-    for face in matching_faces(source, images, {"mask": masks}, captions):
-        own = texts.get(images[face.name].rpartition("/")[2]) or texts.get(face.name)
+    for face in matching_faces(source, source.folder("face"), source.folder("text"), mask=source.folder("mask")):
+        own = texts.get(posixpath.basename(face.image.name)) or texts.get(face.name)
         yield with_row(face, {"text": own}) if own else face
 
 
@@ -104,17 +92,18 @@ def mmface_dit(source: Source) -> Entries:
     FFHQ's part is `images1024x1024`, `FFHQ/Masks_Colored_1024`, `FFHQ/sketches` and `FFHQ_Captions_Final`; the names of
     its faces begin with ffhq_.
     """
-    shared = source.texts(source.folder("Celeb_Captions_Final", "captions", "text"))
+    shared = source.folder("Celeb_Captions_Final", "captions", "text")
     for root in mmface_dit_splits(source):
-        images, masks, sketches = (source.images(join(root, name)) for name in ("images", "masks", "sketches"))
-        captions = source.texts(join(root, "captions")) or source.texts(join(root, "text")) or shared
-        conditions, split = {"mask": masks, "sketch": sketches}, SPLIT_NAMES[root.rpartition("/")[2]]
-        yield from matching_faces(source, images, conditions, captions, split=split)
-    if captions := source.texts(source.folder("FFHQ_Captions_Final")):
-        masks = next((name for name in source.folders if name.split("/")[-1].startswith("Masks_Colored")), None)
-        conditions = {"mask": source.images(masks), "sketch": source.images(source.folder("FFHQ/sketches"))}
+        own = (join(root, name) for name in ("captions", "text"))
+        captions = next((folder for folder in own if folder in source.folders), shared)
+        images, mask, sketch = (join(root, name) for name in ("images", "masks", "sketches"))
+        split = SPLIT_NAMES[root.rpartition("/")[2]]
+        yield from matching_faces(source, images, captions, split=split, mask=mask, sketch=sketch)
+    if captions := source.folder("FFHQ_Captions_Final"):
+        mask = next((name for name in source.folders if name.split("/")[-1].startswith("Masks_Colored")), None)
         for folder in ffhq_folders(source):
-            yield from matching_faces(source, source.images(folder), conditions, captions, prefix="ffhq_")
+            sketch = source.folder("FFHQ/sketches")
+            yield from matching_faces(source, folder, captions, prefix="ffhq_", mask=mask, sketch=sketch)
 
 
 def mmface_dit_splits(source: Source) -> list[str]:
@@ -175,10 +164,7 @@ def imagefolder(source: Source) -> Entries:
     Columns are `file_name`, `mask_file_name`, `sketch_file_name`, `keypoints_file_name` (or `keypoints` as a value),
     `text` (a string or a list), `attributes`, `identity`; other columns are kept, other files are ignored.
     """
-    places = metadata_folders(source)
-    if not places:
-        raise InputError(f"{source.root} has no {METADATA} and no folder with one")
-    for place in places:
+    for place in metadata_folders(source):
         split = SPLIT_NAMES.get(place.split("/")[-1])
         unknown: set[str] = set()  # file columns of unknown conditions, reported once
         for number, where, row in metadata_rows(source, join(place, table_of(source, place))):
@@ -228,9 +214,8 @@ def table_of(source: Source, folder: str) -> str:
         return METADATA if METADATA in names else ""
     used, header = names[TABLE], next(iter(source.lines(join(folder, TABLE))), b"")
     names[TABLE] = used  # looking at it is not reading it
-    return (
-        TABLE if "file_name" in header.decode("utf-8-sig", errors="replace").replace('"', "").strip().split(",") else ""
-    )
+    columns = header.decode("utf-8-sig", errors="replace").replace('"', "").strip().split(",")
+    return TABLE if "file_name" in columns else ""
 
 
 def metadata_folders(source: Source) -> list[str]:
@@ -261,26 +246,21 @@ class Format:
     """Where the publishers state them."""
 
 
-def has_hq(source: Source) -> bool:
-    """Whether there are images in the folders of CelebA-HQ, with masks or captions unless its own name is used."""
-    return source.folder(HQ_IMAGES[0]) is not None or (
-        not table_of(source, "")
-        and any(name in source.folders for name in HQ_IMAGES[1:])
-        and (
-            bool(source.below(HQ_PARTS)) or any(name in source.folders for name in HQ_MASKS) or has_hq_captions(source)
-        )
-    )
+def hq_format(source: Source) -> str | None:
+    """Return the format of a source with the folders of CelebA-HQ, with masks or captions unless its own name is used.
 
-
-def is_named_hq(source: Source) -> bool:
-    """Return whether names prove that the images are CelebA-HQ's; `images`, `masks` and `text` may be anybody's."""
-    names = (source.root.name, *source.folders)
+    Folders named `images`, `masks` and `text` may be anybody's: only a name proves that the images are CelebA-HQ's.
+    """
+    captions = source.folder(HQ_CAPTIONS[0]) is not None or HQ_CAPTIONS[1] in source.folders
+    if source.folder(HQ_IMAGES[0]) is None:
+        masks = source.below(HQ_PARTS) or any(name in source.folders for name in HQ_MASKS)
+        images = any(name in source.folders for name in HQ_IMAGES[1:])
+        if not (images and (masks or captions)) or table_of(source, ""):
+            return None
     words = ("celeba-hq", "celebamask", "celeba_hq", "celebahq", HQ_CAPTIONS[0])
-    return any(word in name.lower() for name in names for word in words)
-
-
-def has_hq_captions(source: Source) -> bool:
-    return source.folder(HQ_CAPTIONS[0]) is not None or HQ_CAPTIONS[1] in source.folders
+    if not any(word in name.lower() for name in (source.root.name, *source.folders) for word in words):
+        return "images_and_masks"
+    return "mm_celeba" if captions else "celebamask"
 
 
 def has_suffix(source: Source, suffix: str | tuple[str, ...]) -> bool:
@@ -303,7 +283,7 @@ FORMATS: dict[str, Format] = {
     ),
     "celebamask": Format(
         read=celeba.celeba_hq,
-        matches=lambda source: has_hq(source) and not has_hq_captions(source) and is_named_hq(source),
+        matches=lambda source: hq_format(source) == "celebamask",
         files="CelebA-HQ-img or images, with part masks or whole masks",
         split="random",
         licence=HQ_TERMS,
@@ -311,13 +291,13 @@ FORMATS: dict[str, Format] = {
     ),
     "images_and_masks": Format(
         read=partial(celeba.celeba_hq, captions=HQ_CAPTIONS, sketches=HQ_SKETCHES),
-        matches=lambda source: has_hq(source) and not is_named_hq(source),
+        matches=lambda source: hq_format(source) == "images_and_masks",
         files="images, with masks or text of the same names",
         split="random",
     ),
     "mm_celeba": Format(
         read=partial(celeba.celeba_hq, captions=HQ_CAPTIONS, sketches=HQ_SKETCHES),
-        matches=lambda source: has_hq(source) and has_hq_captions(source) and is_named_hq(source),
+        matches=lambda source: hq_format(source) == "mm_celeba",
         files="CelebA-HQ-img or images, with celeba-caption or text",
         split="mm_celeba",
         licence=HQ_TERMS,

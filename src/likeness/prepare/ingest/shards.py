@@ -24,6 +24,7 @@ from likeness.prepare.ingest.source import (
     SourceFile,
     check_bytes,
     check_inside,
+    read_file,
 )
 from likeness.types import InputError
 
@@ -86,9 +87,8 @@ def parquet_rows(reader: Any, path: Path, split: str | None) -> Entries:
         for column in map(group.column, range(group.num_columns)):
             if column.total_uncompressed_size > min(GROUP_BYTES, MAX_BYTES * group.num_rows):
                 size = f"{column.total_uncompressed_size >> 20} MiB in {group.num_rows} rows"
-                raise InputError(
-                    f"the column {column.path_in_schema} of {path} has {size}, too much for images of faces"
-                )
+                where = f"the column {column.path_in_schema} of {path}"
+                raise InputError(f"{where} has {size}, too much for images of faces")
     is_struct = {  # image columns: {bytes, path}, or bytes
         field.name: types.is_struct(field.type)
         for field in file.schema_arrow
@@ -172,25 +172,13 @@ def webdataset(source: Source) -> Entries:
                     if kind in sample:
                         yield Skipped(f"{key}.{kind} in {path.name}", f"the sample has two files of this kind: {KEYS}")
                         continue
-                    read = partial(read_part, path, info.name, info.offset_data, info.size)
-                    sample[kind] = SourceFile(f"{key}.{kind} in {path}", read)
+                    name = f"{key}.{kind} in {path}"
+                    sample[kind] = SourceFile(name, partial(read_file, path, info.offset_data, info.size, name))
                 if sample:
                     yield sample_face(path, last, sample, split, source.unread)
         except (tarfile.TarError, OSError, EOFError) as error:
-            raise InputError(
-                f"{path} is not a complete, uncompressed tar archive ({error}): download it again"
-            ) from error
-
-
-def read_part(path: Path, name: str, offset: int, size: int) -> bytes:
-    """Read a file of a tar archive."""
-    check_bytes(size, f"{name} in {path}")
-    with path.open("rb") as archive:
-        archive.seek(offset)
-        content = archive.read(size)
-    if len(content) < size:
-        raise InputError(f"{name} in {path} is truncated: download the archive again")
-    return content
+            message = f"{path} is not a complete, uncompressed tar archive ({error}): download it again"
+            raise InputError(message) from error
 
 
 def sample_face(

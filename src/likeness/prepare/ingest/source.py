@@ -66,16 +66,23 @@ def parse_json(text: str | bytes, name: str, **options: Any) -> Any:
     """Parse JSON. Raises `InputError` if it is not valid."""
     try:
         return json.loads(text, **options)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{name} is not valid JSON ({str(error)[:80]}): export it again") from error
 
 
-def read_file(path: Path) -> bytes:
+def read_file(path: Path, offset: int = 0, size: int | None = None, name: str = "") -> bytes:
+    """Read a file, or `size` bytes of it that are called `name`."""
     try:
-        check_bytes(path.stat().st_size, str(path))
-        return path.read_bytes()
+        size = path.stat().st_size if size is None else size
+        check_bytes(size, name or str(path))
+        with path.open("rb") as file:
+            file.seek(offset)
+            content = file.read(size)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    if len(content) < size:
+        raise InputError(f"{name or path} is truncated: download it again")
+    return content
 
 
 def read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
@@ -190,43 +197,25 @@ def join(folder: str, name: str) -> str:
 
 
 def open_source(path: Path, out: Path | None = None, *, follow_links: bool = False) -> Source:
-    """List the files of a folder or zip archive, without the folder `out`, which is written.
-
-    Args:
-        path: the folder or archive.
-        out: folder to leave out.
-        follow_links: whether to follow links that lead outside the folder.
+    """List the files of a folder or zip archive without the folder `out`. `follow_links` also follows those that lead
+    outside the folder.
 
     Raises:
         InputError: the source does not exist, or an archive is broken, has a password, or names files outside itself.
     """
+    source = Source(path)
     if path.is_file() and zipfile.is_zipfile(path):
-        source = Source(path)
         add_archive(source, path, "")
-        tops = {folder.split("/")[0] for folder in source.folders}
-        if len(tops) == 1 and "" not in tops:  # one folder contains everything
-            (top,) = tops
-            short = lambda name: name[len(top) :].removeprefix("/")  # noqa: E731
-            folders = {short(folder): names for folder, names in source.folders.items()}
-            return Source(
-                path, folders, {short(name): member for name, member in source.members.items()}, source.unlisted
-            )
         return source
     if path.is_file():
         return Source(path.parent, {"": {path.name: False}})
     if not path.is_dir():
         raise InputError(f"{path} does not exist: give the folder or archive with the images")
-    source = Source(path)
     for folder, names in walk(path, out, follow_links=follow_links, unlisted=source.unlisted):
         if names:
             source.folders[folder] = dict.fromkeys(names, False)
-    archives = [
-        join(folder, name)
-        for folder, names in source.folders.items()
-        for name in names
-        if name.lower().endswith(".zip")
-    ]
-    for name in sorted(archives):
+    paths = (join(folder, name) for folder, names in source.folders.items() for name in names)
+    for name in sorted(path for path in paths if path.lower().endswith(".zip")):
         folder = name[: -len(".zip")]
         if not any(f"{known}/".startswith(f"{folder}/") for known in source.folders):
             source.existing_file(name)
@@ -239,11 +228,7 @@ def walk(
 ) -> Iterator[tuple[str, list[str]]]:
     """Yield each folder of `source` ("" is itself) with its regular files, without hidden ones and `out`.
 
-    Args:
-        source: the folder.
-        out: folder to leave out.
-        follow_links: whether to follow links that lead outside `source`; others are always followed.
-        unlisted: counts what is left out, by kind.
+    Links that stay inside are always followed. `unlisted` counts what is left out, by kind.
     """
     root, unlisted = os.path.realpath(source), Counter() if unlisted is None else unlisted
     visited = {os.path.realpath(out)} - {root} if out is not None else set()
@@ -276,25 +261,32 @@ def walk(
 
 
 def add_archive(source: Source, path: Path, place: str) -> None:
-    """Add an archive's files as if it were unpacked to the folder `place`."""
+    """Add an archive's files as if it were unpacked to the folder `place`.
+
+    A folder that contains everything is left out if it has the name of `place`, or if `place` is the root.
+    """
     try:
         archive = zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is not a readable zip archive ({error}): download it again") from error
-    own = posixpath.basename(place)
-    files = [info for info in archive.infolist() if not info.is_dir()]
-    nested = bool(own) and all(info.filename.startswith(f"{own}/") for info in files)  # face.zip contains face/...
-    for info in files:
-        check_inside(info.filename, str(path))
-        name = join(place, info.filename[len(own) + 1 :] if nested else info.filename)
-        folder, _, base = name.rpartition("/")
-        if base.startswith(".") or "__MACOSX" in folder:
+    members = {}
+    for info in archive.infolist():
+        name = check_inside(info.filename, str(path))
+        if info.is_dir():
+            continue
+        if posixpath.basename(name).startswith(".") or "__MACOSX" in name:
             source.unlisted[HIDDEN] += 1
         elif stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG):
-            source.folders.setdefault(folder, {})[base] = False
-            source.members[name] = archive, info
+            members[name] = info
         else:
             source.unlisted[SPECIAL] += 1
+    tops = {name.partition("/")[0] if "/" in name else "" for name in members}
+    top = f"{tops.pop()}/" if len(tops) == 1 else ""
+    for name, info in members.items():
+        inner = name.removeprefix(top) if not place or top == f"{posixpath.basename(place)}/" else name
+        folder, _, base = join(place, inner).rpartition("/")
+        source.folders.setdefault(folder, {})[base] = False
+        source.members[join(folder, base)] = archive, info
 
 
 def check_inside(name: str, where: str) -> str:

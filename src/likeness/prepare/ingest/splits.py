@@ -45,32 +45,20 @@ PICKLES = {
 SplitOf = Callable[[SourceFace], str | None]
 
 
-def assign_splits(
-    split: str, faces: Iterable[SourceFace], source: Source, held_out: int, seed: int
-) -> list[str | None]:
-    """Return the split of each face; None if the named split does not list it.
-
-    Args:
-        split: one of `SPLITS`.
-        faces: all faces, in order.
-        source: the source, with the lists.
-        held_out: faces held out by `person` (at least) and `random`.
-        seed: random seed.
+def named_split(split: str, faces: Iterable[SourceFace], source: Source) -> list[str | None]:
+    """Return the split of each face; None if the named split, one of `SPLITS`, does not list it.
 
     Raises:
-        InputError: the source lacks what the split needs, or has too few faces.
+        InputError: the source lacks what the split needs.
     """
-    if split in ("person", "random"):
-        return random_split(split, [face.identity for face in faces], held_out, seed)
     rules: dict[str, Callable[[Source], SplitOf]] = {
         "given": lambda source: lambda face: face.split or "train",
         "none": lambda source: lambda face: "train",
         "celeba": by_partition,
-        "face_mogle": lambda source: by_number,
+        "face_mogle": by_number,
         "mm_celeba": by_lists,
     }
-    split_of = rules[split](source)
-    return [split_of(face) for face in faces]
+    return [*map(rules[split](source), faces)]
 
 
 def default_held_out(count: int) -> int:
@@ -79,7 +67,11 @@ def default_held_out(count: int) -> int:
 
 
 def random_split(split: str, identities: list[str | None], held_out: int, seed: int) -> list[str | None]:
-    """Assign the splits `person` and `random`."""
+    """Assign the splits `person`, with at least `held_out` faces in test, and `random`.
+
+    Raises:
+        InputError: there are too few faces, or an identity is missing.
+    """
     if identities and len(identities) <= held_out:
         raise InputError(f"cannot hold out {held_out} of {len(identities)} complete faces: reduce --held-out")
     rng = np.random.default_rng(seed)
@@ -127,10 +119,10 @@ def by_partition(source: Source) -> SplitOf:
     return split_of
 
 
-def by_number(face: SourceFace) -> str | None:
+def by_number(source: Source) -> SplitOf:
     """Face-MoGLE's split of CelebA-HQ."""
-    number = number_of(face.name, "face_mogle")
-    return "train" if number < 27000 else "test" if number < 30000 else None
+    part = lambda number: "train" if number < 27000 else "test" if number < 30000 else None  # noqa: E731
+    return lambda face: part(number_of(face.name, "face_mogle"))
 
 
 def by_lists(source: Source) -> SplitOf:

@@ -8,10 +8,10 @@ ingested: the same command resumes, another one is rejected.
 from __future__ import annotations
 
 import os
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,58 +19,26 @@ from likeness.conditions import CONDITIONS
 from likeness.conditions.images import png_bytes
 from likeness.data.ahead import read_ahead
 from likeness.data.folder import METADATA, RECORD, changing, column_of, line_of, open_record, write_record
-from likeness.files import write_whole, writing_whole
+from likeness.files import read_json, write_whole, writing_whole
 from likeness.prepare.ingest.convert import COPIED, convert_condition, crop_and_resize, open_face
-from likeness.prepare.ingest.faces import SPLIT_ORDER, Entries, Skipped, SourceFace, with_names
+from likeness.prepare.ingest.faces import SPLIT_ORDER, Entries, Skipped, SourceFace, unique_name
 from likeness.prepare.ingest.formats import FORMATS, UNKNOWN_TERMS, detect_format
-from likeness.prepare.ingest.source import Source, SourceFile, join, open_source, parse_json
-from likeness.prepare.ingest.splits import SPLITS, assign_splits, default_held_out
-from likeness.types import InputError
+from likeness.prepare.ingest.source import Source, join, open_source, parse_json
+from likeness.prepare.ingest.splits import SPLITS, default_held_out, named_split, random_split
+from likeness.types import InputError, Progress
 
 SKIPPED = "skipped.jsonl"
 """File that lists everything that was skipped, with the reason."""
 
 PARTS = {
-    "a mask": column_of("mask"),
-    "a sketch": column_of("sketch"),
-    "keypoints": column_of("keypoints"),
+    "a mask": "mask_file_name",
+    "a sketch": "sketch_file_name",
+    "keypoints": "keypoints_file_name",
     "captions": "text",
 }
 """What a face may have -> its column."""
 
 Report = Callable[[str], None]
-
-
-@dataclass
-class Written:
-    """Result of one face."""
-
-    split: str
-    row: dict[str, Any] | None = None
-    """None if the face was skipped."""
-    skipped: list[Skipped] = field(default_factory=list)
-    repaired: bool = False
-    captions_file: str = ""
-    """File of its captions, if they are stored separately."""
-
-
-@dataclass
-class Totals:
-    """Results of all faces."""
-
-    splits: Counter[str] = field(default_factory=Counter)
-    parts: Counter[str] = field(default_factory=Counter)
-    skipped: dict[str, str] = field(default_factory=dict)
-    repaired: int = 0
-    captions_files: set[str] = field(default_factory=set)
-
-    def add(self, written: Written) -> None:
-        self.skipped |= {skipped.name: skipped.reason for skipped in written.skipped}
-        if written.row is not None:
-            self.splits[written.split] += 1
-            self.parts.update(part for part, column in PARTS.items() if column in written.row)
-            self.repaired += written.repaired
-            self.captions_files.add(written.captions_file)
 
 
 def ingest(
@@ -86,26 +54,13 @@ def ingest(
     seed: int = 0,
     limit: int | None = None,
     follow_links: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
     report: Report = lambda line: None,
 ) -> dict[str, Any]:
     """Import the faces of `source` into the prepared folder `out`, with a subfolder per split.
 
-    Args:
-        source: a folder or a zip archive.
-        out: folder to write. Run again to resume. If it is inside the source, it is ignored there.
-        format: one of `FORMATS`, or `auto` to detect it.
-        split: one of `SPLITS`, or `auto` for the default of the format, or with `held_out` for a random split.
-        size: side length of the images in pixels, 8 to 8192; None keeps it. Conditions keep their size.
-        crop: whether to crop the centre of images that are not square; otherwise they are skipped.
-        captions: folder or archive with `<name>.txt`, one caption per line, if captions are stored separately.
-        held_out: faces held out by the splits `person` (at least) and `random`; default 1000, or a tenth of a smaller
-            set.
-        seed: random seed of these splits.
-        limit: number of faces to import, the first ones.
-        follow_links: whether to follow links that lead outside the source.
-        progress: called as (faces done, total).
-        report: called with each message for the user.
+    The arguments are the options of `likeness prepare ingest`; `report` is called with each message for the user. Run
+    it again to resume. An `out` inside the source is ignored there.
 
     Returns:
         Faces by split, `repaired` (masks whose sides were swapped) if not 0, and `skipped`: name -> reason.
@@ -126,28 +81,35 @@ def ingest(
         format = detect_format(opened)
         report(f"{source} is in the format {format}: {FORMATS[format].files}")
 
+    texts = open_source(captions, follow_links=follow_links) if captions else None
+    files = caption_files(texts) if texts else {}
+
     def entries() -> Entries:
-        return first_faces(FORMATS[format].read(opened), limit)
+        taken = 0
+        for entry in FORMATS[format].read(opened):
+            if isinstance(entry, SourceFace):
+                taken += 1
+                path = files.get(f"{entry.split}_{entry.name}") or files.get(entry.name)
+                entry = replace(entry, captions=texts.existing_file(path).lines) if texts and path else entry
+            yield entry
+            if taken == limit:
+                return
 
-    def faces() -> Iterator[SourceFace]:
-        return (face for face in entries() if isinstance(face, SourceFace))
-
+    identities = [entry.identity for entry in entries() if isinstance(entry, SourceFace)]
     if split == "auto":
         split = FORMATS[format].split
         if held_out is not None and split != "person":
             split = "random"
-        if split == "random" and all(face.identity is not None for face in faces()):
+        if split == "random" and None not in identities:
             split = "person"
     randomly = split in ("person", "random")
     if held_out is not None and not randomly:
-        raise InputError(
-            f"held_out is {held_out}, but the split {split} is fixed: use --split random or omit --held-out"
-        )
+        fixed = f"held_out is {held_out}, but the split {split} is fixed"
+        raise InputError(f"{fixed}: use --split random or omit --held-out")
     if held_out is None and (out / RECORD).is_file():  # keep the value of the first run
-        held_out = SourceFile(RECORD, (out / RECORD).read_bytes).json().get("held_out")
+        held_out = read_json(out / RECORD).get("held_out")
     if held_out is None and randomly:
-        held_out = default_held_out(sum(1 for _ in faces()))
-    texts = caption_files(captions, follow_links) if captions else {}
+        held_out = default_held_out(len(identities))
     arguments = {
         "kind": "likeness ingest",
         "layout": format,
@@ -166,64 +128,46 @@ def ingest(
         skipped = [parse_json(line, SKIPPED) for line in lines]
         return {**known, "skipped": {entry["name"]: entry["reason"] for entry in skipped}}
 
-    splits = assign_splits(split, faces(), opened, held_out or 0, seed)
-    if not splits:
+    if not identities:
         first = next((entry for entry in entries() if isinstance(entry, Skipped)), None)
-        reason = f" ({first.name} was skipped: {first.reason})" if first else ""
+        reason = f" ({first.name} was skipped: {first.reason})" if first else f", such as {FORMATS[format].files}"
         raise InputError(f"{source} has no faces in the format {format}{reason}")
+    if randomly:
+        splits = random_split(split, identities, held_out or 0, seed)
+    else:
+        splits = named_split(split, (entry for entry in entries() if isinstance(entry, SourceFace)), opened)
     report(f"split {split}: {SPLITS[split]}")
     record = {**arguments, "split_is": SPLITS[split], **licence_of(opened, format)}
-    with ExitStack() as locks:
-        locks.enter_context(changing(out, ["."]))
+    with ExitStack() as stack:
+        stack.enter_context(changing(out, ["."]))
         open_record(out, arguments, "ingest")  # again, now that no other process writes it
         write_record(out, record)  # first, so that a run that is killed from here on can be resumed
-        locks.enter_context(changing(out, sorted({name for name in splits if name})))
-        totals = write_faces(entries(), splits, out, size, crop, texts, progress)
-        written = {name: totals.splits[name] for name in SPLIT_ORDER if totals.splits[name]}
+        stack.enter_context(changing(out, sorted({name for name in splits if name})))
+        faces, parts, skipped, repaired = write_faces(entries(), splits, out, size, crop, progress)
+        written = {name: faces[name] for name in SPLIT_ORDER if faces[name]}
         if not written:
             (out / RECORD).unlink(missing_ok=True)  # allow other arguments
-            name, reason = next(iter(totals.skipped.items()), ("", ""))
+            name, reason = next(iter(skipped.items()), ("", ""))
             raise InputError(f"none of the {len(splits)} faces of {source} can be used; {name}: {reason}")
-        report_totals(totals, texts, report)
-        if totals.skipped or (out / SKIPPED).is_file():
-            lines = ({"name": name, "reason": reason} for name, reason in totals.skipped.items())
-            write_whole(out / SKIPPED, b"".join(line_of(line) for line in lines))
+        report(f"{faces.total()} faces: {', '.join(f'{parts[part]} with {part}' for part in PARTS)}")
+        used = texts.folders.items() if texts else ()
+        unread = [join(folder, name) for folder, names in used for name, was_read in names.items() if not was_read]
+        if unused := sorted(name for name in unread if name.lower().endswith((".txt", ".caption"))):
+            report(f"unused caption files: {len(unused)}, such as {unused[0]}")
+        if skipped or (out / SKIPPED).is_file():
+            lines = (line_of({"name": name, "reason": reason}) for name, reason in skipped.items())
+            write_whole(out / SKIPPED, b"".join(lines))
         if limit is not None:  # what the format would read is not unused
             deque(FORMATS[format].read(opened), maxlen=0)
-        unread = report_unused(opened, report)
-        write_record(out, {**record, "faces": written, "skipped": len(totals.skipped), "not_read": unread})
-    repaired = {"repaired": totals.repaired} if totals.repaired else {}
-    return {**written, **repaired, "skipped": totals.skipped}
-
-
-def report_totals(totals: Totals, texts: dict[str, SourceFile], report: Report) -> None:
-    """Report what the faces have, and unused caption files."""
-    parts = ", ".join(f"{totals.parts[part]} with {part}" for part in PARTS)
-    report(f"{totals.splits.total()} faces: {parts}")
-    if unused := sorted({file.name for file in texts.values()} - totals.captions_files):
-        report(f"unused caption files: {len(unused)}, such as {unused[0]}")
-
-
-def report_unused(source: Source, report: Report) -> dict[str, dict[str, Any]]:
-    """Report in one line, and return, what was not read of a source by its kind (`Source.unused`)."""
-    unused = source.unused()
-    if unused:
-        kinds = (
-            f"{entry['count']} {kind}" + (f" (such as {entry['example']})" if "example" in entry else "")
-            for kind, entry in unused.items()
-        )
-        report(f"not read: {', '.join(kinds)}")
-    return unused
-
-
-def first_faces(entries: Entries, limit: int | None) -> Entries:
-    """Yield the first `limit` faces, and everything skipped before them."""
-    taken = 0
-    for entry in entries:
-        taken += isinstance(entry, SourceFace)
-        yield entry
-        if taken == limit:
-            return
+        not_read = opened.unused()
+        if not_read:
+            kinds = (
+                f"{entry['count']} {kind}" + (f" (such as {entry['example']})" if "example" in entry else "")
+                for kind, entry in not_read.items()
+            )
+            report(f"not read: {', '.join(kinds)}")
+        write_record(out, {**record, "faces": written, "skipped": len(skipped), "not_read": not_read})
+    return {**written, **({"repaired": repaired} if repaired else {}), "skipped": skipped}
 
 
 def licence_of(source: Source, format: str) -> dict[str, str]:
@@ -236,72 +180,74 @@ def licence_of(source: Source, format: str) -> dict[str, str]:
     return {"licence": FORMATS[format].licence, "licence_source": FORMATS[format].licence_source}
 
 
-def caption_files(path: Path, follow_links: bool) -> dict[str, SourceFile]:
+def caption_files(source: Source) -> dict[str, str]:
     """Return face name -> text file: `sub_a` and, unless ambiguous, `a` for sub/a.txt."""
-    source = open_source(path, follow_links=follow_links)
-    full: dict[str, SourceFile] = {}
-    short: dict[str, list[SourceFile]] = {}
+    full: dict[str, str] = {}
+    short: dict[str, list[str]] = {}
     for folder in source.folders:
-        for stem, name in source.texts(folder).items():
-            file, parts = source.existing_file(name), join(folder, stem).split("/")
-            full["_".join(parts)] = file
+        for stem, path in source.texts(folder).items():
+            parts = join(folder, stem).split("/")
+            full["_".join(parts)] = path
             for start in range(1, len(parts)):
-                short.setdefault("_".join(parts[start:]), []).append(file)
+                short.setdefault("_".join(parts[start:]), []).append(path)
     if not full:
-        raise InputError(f"{path} has no text files: captions are <name>.txt, one per line")
-    return {name: files[0] for name, files in short.items() if len(files) == 1} | full
+        raise InputError(f"{source.root} has no text files: captions are <name>.txt, one per line")
+    return {name: paths[0] for name, paths in short.items() if len(paths) == 1} | full
 
 
 def write_faces(
-    entries: Entries,
-    splits: list[str | None],
-    out: Path,
-    size: int | None,
-    crop: bool,
-    texts: dict[str, SourceFile],
-    progress: Callable[[int, int], None],
-) -> Totals:
-    """Write all faces and, at the end, the metadata of each split."""
-    totals = Totals()
-    threads = os.cpu_count() or 1
+    entries: Entries, splits: list[str | None], out: Path, size: int | None, crop: bool, progress: Progress
+) -> tuple[Counter[str], Counter[str], dict[str, str], int]:
+    """Write all faces and, at the end, the metadata of each split.
+
+    Returns:
+        The number of faces by split; by what they have (`PARTS`); what was skipped, with the reason; and the number of
+        masks whose sides were swapped.
+    """
+    faces, parts, repaired, threads = Counter[str](), Counter[str](), 0, os.cpu_count() or 1
+    skipped: dict[str, str] = {}
+    metadata: dict[str, BinaryIO] = {}
+    split_of, taken = iter(splits), defaultdict[str | None, set[str]](set)
+
+    def assigned() -> Iterator[tuple[SourceFace | Skipped, str]]:
+        for face in entries:
+            if isinstance(face, SourceFace):
+                face = replace(face, split=next(split_of))
+                yield face, unique_name(face.name, taken[face.split])
+            else:
+                yield face, face.name
+
     with ExitStack() as stack:
-        metadata: dict[str, BinaryIO] = {}
         results = read_ahead(
-            lambda entry: write_entry(*entry, out, size, crop, texts),
-            with_names(entries, splits),
-            depth=4 * threads,
-            threads=threads,
+            lambda named: write_entry(*named, out, size, crop), assigned(), depth=4 * threads, threads=threads
         )
-        for done, written in enumerate(results, start=1):
-            totals.add(written)
-            if written.row is not None:
-                if written.split not in metadata:
-                    file = stack.enter_context(writing_whole(out / written.split / METADATA))
-                    metadata[written.split] = file
-                metadata[written.split].write(line_of(written.row))
+        for done, (split, row, lost, swapped) in enumerate(results, start=1):
+            skipped |= lost
+            if split and row:
+                if split not in metadata:
+                    metadata[split] = stack.enter_context(writing_whole(out / split / METADATA))
+                metadata[split].write(line_of(row))
+                faces[split] += 1
+                parts.update(part for part, column in PARTS.items() if column in row)
+                repaired += swapped
             progress(min(done, len(splits)), len(splits))
-    return totals
+    return faces, parts, skipped, repaired
 
 
 def write_entry(
-    face: SourceFace | Skipped,
-    split: str | None,
-    name: str,
-    out: Path,
-    size: int | None,
-    crop: bool,
-    texts: dict[str, SourceFile],
-) -> Written:
+    face: SourceFace | Skipped, name: str, out: Path, size: int | None, crop: bool
+) -> tuple[str | None, dict[str, Any] | None, dict[str, str], bool]:
     """Write the missing files of a face, its image last. Unreadable files are skipped.
 
-    Raises:
-        InputError: a file cannot be written.
+    Returns:
+        The split, the row (None if the face is skipped), what was skipped with the reason, and whether the sides of the
+        mask were swapped.
     """
     if isinstance(face, Skipped):
-        return Written("", skipped=[face])
-    if split is None:
-        return Written("", skipped=[Skipped(name, "the split does not list it")])
-    written, folder, where = Written(split), out / split, f"{split}/{name}"
+        return None, None, {name: face.reason}, False
+    if (split := face.split) is None:
+        return None, None, {name: "the split does not list it"}, False
+    folder, where, skipped, swapped = out / split, f"{split}/{name}", {}, False
     paths = [folder / "images" / f"{name}{suffix}" for suffix in COPIED.values()]
     path = next((path for path in paths if path.is_file()), None)
     files = {key: CONDITIONS[key].file(name) for key in CONDITIONS if key in face.conditions}
@@ -310,27 +256,25 @@ def write_entry(
         try:
             image, box, content, suffix = open_face(face, size, crop)
         except InputError as error:
-            return Written(split, skipped=[Skipped(where, str(error))])
+            return split, None, {where: str(error)}, False
         for key in missing:
             try:
-                converted, repaired = convert_condition(key, face.conditions[key], box, image.size)
+                converted, swapped_now = convert_condition(key, face.conditions[key], box, image.size)
             except InputError as error:
-                written.skipped.append(Skipped(f"{column_of(key)} of {where}", str(error)))
+                skipped[f"{column_of(key)} of {where}"] = str(error)
                 del files[key]
                 continue
-            written.repaired |= repaired
+            swapped |= swapped_now
             write_whole(folder / files[key], converted)
         if path is None:
             path = folder / "images" / f"{name}{suffix or '.png'}"
             write_whole(path, content if suffix else png_bytes(crop_and_resize(image, box, size)))
     captions: list[str] = []
     try:
-        file = texts.get(f"{face.split}_{face.name}") or texts.get(face.name)
-        written.captions_file = file.name if file else ""
-        captions = [caption.strip() for caption in (file.lines() if file else face.captions()) if caption.strip()]
+        captions = [caption.strip() for caption in face.captions() if caption.strip()]
     except InputError as error:
-        written.skipped.append(Skipped(f"captions of {where}", str(error)))
+        skipped[f"captions of {where}"] = str(error)
     own = {"text": captions or None, "attributes": face.attributes, "identity": face.identity}
     row = {"file_name": f"images/{path.name}"} | {column_of(key): file for key, file in files.items()}
-    written.row = {**row, **{key: value for key, value in own.items() if value is not None}, **face.more}
-    return written
+    row |= {key: value for key, value in own.items() if value is not None}
+    return split, {**row, **face.more}, skipped, swapped
