@@ -6,13 +6,10 @@ import base64
 import importlib.util
 import io
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import openai
 import pytest
-import requests
 import torch
 from PIL import Image
 
@@ -44,7 +41,7 @@ WIDGETS = {"STRING": str, "INT": int, "FLOAT": (int, float)}
 
 
 def execute(nodes, workflow: dict, id: str, done: dict | None = None) -> tuple:
-    """Run a node of a workflow in ComfyUI's API format after the nodes that it needs, with ComfyUI's checks of types."""
+    """Run a node of a workflow (API format) after the nodes that it needs, with the type checks of ComfyUI."""
     done = {} if done is None else done
     if id in done:
         return done[id]

@@ -72,7 +72,6 @@ def paste_file(
     packet = edited.info.get(XMP_KEY) or edited.info.get("xmp") or b""
     packet = packet.decode("utf-8", "replace") if isinstance(packet, bytes) else packet
     mark = COMPOSITE if GENERATED in packet else None  # IPTC's mark of generated media
-    image.info["icc_profile"] = original.info.get("icc_profile")
     write_whole(out, encode_image(image, kind, None, mark=mark))
     return f"images/{row['file_name'].name}"
 
