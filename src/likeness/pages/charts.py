@@ -38,8 +38,6 @@ WIDTH, HEIGHT = 5.0, 2.5
 """Inches; a column of a page is about as wide."""
 MIN_SPAN = 0.05
 MAX_POINTS, FEW_POINTS = 400, 12
-MAX_LABELS = 24
-"""Largest number of labels of an axis."""
 
 
 class Chart(NamedTuple):
@@ -149,19 +147,3 @@ def interval_chart(title: str, rows: Sequence[tuple[str, float, float, float]], 
         axes.set_xlim(*limits([*low, *high, *marks], margin=0.04))
 
     return draw(title, paint, 0.6 + 0.28 * len(rows))
-
-
-def heat_map(title: str, values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str]) -> Chart:
-    """Draw a matrix of values with a color bar."""
-
-    def paint(figure: Any, axes: Any) -> None:
-        low, high = limits([value for row in values for value in row])
-        image = axes.imshow(values, aspect="auto", interpolation="none", cmap="viridis", vmin=low, vmax=high)
-        for axis, names, most in ((axes.yaxis, rows, MAX_LABELS), (axes.xaxis, columns, 8)):
-            step = -(-len(names) // most)
-            axis.set_ticks(range(0, len(names), step), names[::step])
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-        figure.colorbar(image, ax=axes, pad=0.02, format="%.3g").outline.set_visible(False)
-
-    return draw(title, paint, min(1 + 0.22 * len(values), 6.5))
