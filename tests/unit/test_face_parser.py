@@ -114,5 +114,5 @@ def test_inference_is_flip_equivariant(faces):
 
 def test_no_masks(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n')
-    with pytest.raises(InputError, match="has a mask"):
+    with pytest.raises(InputError, match="mask_file_name"):
         Examples((str(tmp_path),), 64, seed=0)

@@ -18,6 +18,7 @@ from likeness.config import load_toml
 from likeness.data.folder import read_photo
 from likeness.encoders.text import encode_text, token_ids, truncated_text
 from likeness.encoders.text_image import load_attribute_head, name_attributes, resize_images
+from likeness.train.components.steps import rows_with
 from likeness.train.components.text_image import (
     MIN_VOCABULARY,
     Pairs,
@@ -25,7 +26,6 @@ from likeness.train.components.text_image import (
     attribute_classes,
     attribute_loss,
     build,
-    captioned_rows,
     contrastive_loss,
     losses,
     retrieval,
@@ -175,7 +175,7 @@ def test_loss_falls_and_captions_are_retrieved(
     recipe: TextImageRecipe, run: Path, models: tuple[CLIPModel, CLIPTextModel, Any]
 ) -> None:
     clip, _, tokenizer = models
-    rows = captioned_rows(recipe.test)
+    rows = rows_with("text", recipe.test)
     assert len(rows) == 12
     batch = Pairs(recipe, rows, tokenizer).make(0, range(12))
     torch.manual_seed(0)
@@ -200,7 +200,7 @@ def test_resume_is_exact(recipe: TextImageRecipe, tmp_path: Path) -> None:
 def test_pairs_depend_on_their_position_only(
     recipe: TextImageRecipe, models: tuple[CLIPModel, CLIPTextModel, Any]
 ) -> None:
-    pairs = Pairs(recipe, captioned_rows(recipe.train), models[2])
+    pairs = Pairs(recipe, rows_with("text", recipe.train), models[2])
     whole = list(pairs.batches(range(0, 160, 8)))
     for index, batch in enumerate(Pairs(recipe, pairs.rows, models[2]).batches(range(80, 160, 8))):
         assert all(torch.equal(a, b) for a, b in zip(batch, whole[10 + index], strict=True))
@@ -212,7 +212,7 @@ def test_pairs_depend_on_their_position_only(
 def test_identical_captions_are_positives(
     recipe: TextImageRecipe, models: tuple[CLIPModel, CLIPTextModel, Any]
 ) -> None:
-    rows = captioned_rows(recipe.train)[:3]
+    rows = rows_with("text", recipe.train)[:3]
     for row, text in zip(rows, ("a box", "a  BOX", "a square"), strict=True):
         row["text"] = text
     batch = Pairs(recipe, rows, models[2]).make(0, [0, 1, 2, 2])
@@ -228,7 +228,7 @@ def test_identical_captions_are_positives(
 def test_attributes_are_strings_and_booleans(
     recipe: TextImageRecipe, models: tuple[CLIPModel, CLIPTextModel, Any]
 ) -> None:
-    rows = captioned_rows(recipe.train)[:3]
+    rows = rows_with("text", recipe.train)[:3]
     classes = attribute_classes(rows)
     assert classes == {"color": ["green", "red"], "left": ["False", "True"]}  # no numbers, no constants
     del rows[1]["attributes"]
@@ -247,7 +247,7 @@ def test_the_published_head_names_attributes(
     """Color and side of the boxes, predicted by the published head."""
     head = load_attribute_head(run / "model")
     assert head is not None
-    rows = captioned_rows(recipe.train)
+    rows = rows_with("text", recipe.train)
     images = [read_photo(row["file_name"]) for row in rows]
     named = name_attributes(models[0], head, resize_images(images, 16))
     assert set(named[0]) == set(head.classes) == {"color", "left"}
@@ -259,8 +259,8 @@ def test_the_published_head_names_attributes(
 
 def test_folders_without_captions_are_rejected(tmp_path: Path, recipe: TextImageRecipe) -> None:
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n')
-    with pytest.raises(InputError, match="caption"):
-        captioned_rows([str(tmp_path)])
+    with pytest.raises(InputError, match="has 'text'"):
+        rows_with("text", [str(tmp_path)])
 
 
 def test_recipe_parses() -> None:

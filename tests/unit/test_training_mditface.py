@@ -10,13 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from likeness.data.store import Store
 from likeness.models.mditface import MDiTFaceTransformer
 from likeness.pipelines.generate import generate, resolve
 from likeness.pipelines.load import load
 from likeness.train import loop
 from likeness.train.config import TrainRecipe
-from likeness.train.validate import condition_losses
 from likeness.types import ConditionInput, InputError, PortraitRequest
 from runs import check_resume, killed_after_checkpoint, load_checkpoint, prepare, small
 
@@ -50,8 +48,8 @@ def test_from_random_weights(prepared, tmp_path):
     (image,), _ = generate(pipeline, request, [preview.seed])
     path = sorted((tmp_path / "whole" / "previews").iterdir())[-1]
     assert image.tobytes() == Image.open(path).convert("RGB").tobytes()
-    losses = condition_losses(pipeline, Store(prepared / "shards"), "mask", count=6)
-    assert losses["right"] != losses["none"]
+    text_only = resolve(PortraitRequest(prompt=preview.prompt), pipeline)
+    assert image.tobytes() != generate(pipeline, text_only, [preview.seed])[0][0].tobytes()
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +123,9 @@ def test_base_trained_from_scratch(prepared, tmp_path):
         assert json.loads((model / "adapter.json").read_text())["targets"] == targets
         adapted = load(model)
         images[targets] = generate(adapted, request, [1])[0][0].tobytes()
-        losses = condition_losses(adapted, Store(prepared / "shards"), "mask", count=6)
-        assert losses["right"] != losses["none"]
+        mask = {"mask": ConditionInput(image=str(prepared / "faces/train/masks/000000.png"))}
+        with_mask = resolve(PortraitRequest(prompt="a face", conditions=mask), adapted)
+        assert images[targets] != generate(adapted, with_mask, [1])[0][0].tobytes()
     assert images["base"] == images["spatial"] != images["all"]
 
 

@@ -92,8 +92,8 @@ class Evaluate(Measurement):
             from likeness.evaluate.report import numbers_table
             from likeness.pages import markdown_table
 
-            print_notes([f"Not read: {fault.file}: {fault.why}" for fault in results.faults])
-            print_notes([f"Not measured: {entry.metric}: {entry.why}" for entry in results.missing])
+            print_notes([f"Not read: {file}: {why}" for file, why in results.faults.items()])
+            print_notes([f"Not measured: {metric}: {why}" for metric, why in results.missing.items()])
             print_notes(results.notes)
             print(markdown_table(numbers_table(results)))
             print(self.out / "report.html")

@@ -143,17 +143,8 @@ def check_faces(evaluations: Mapping[str, Evaluation]) -> None:
 
 
 def check_protocols(numbers: Mapping[str, Measurement], allow: Sequence[str]) -> list[str]:
-    """Check that measurements of the same metric have the same protocol.
-
-    Args:
-        numbers: name of the evaluation -> measurement.
-        allow: facts that may differ because they are what is compared.
-
-    Returns:
-        Notes on facts that one of them lacks.
-
-    Raises:
-        InputError: a fact differs.
+    """Check that measurements of the same metric, by the name of the evaluation, have the same protocol except for the
+    facts in `allow`; return notes on facts that one of them lacks. Raises `InputError` if a fact differs.
     """
     (first, reference), *others = numbers.items()
     notes = []

@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -54,15 +53,6 @@ class Extractor:
     """Called when it is no longer needed."""
 
 
-class Extracted(NamedTuple):
-    """The output of an extractor for N images."""
-
-    values: np.ndarray
-    """float32 [N, ...], NaN without output; [N, 1] of NaN if no image could be read."""
-    faults: dict[str, str]
-    """File -> why it could not be read."""
-
-
 def extract_cached(
     extractor: Extractor,
     files: Sequence[Path],
@@ -70,7 +60,7 @@ def extract_cached(
     size: int,
     cache: Path,
     progress: Callable[[int, int], None],
-) -> Extracted:
+) -> tuple[np.ndarray, dict[str, str]]:
     """Run an extractor on the images of faces.
 
     Args:
@@ -80,6 +70,10 @@ def extract_cached(
         size: side in pixels to which images are resized (Lanczos).
         cache: folder of the cache. Its files depend on the extractor, the images and the faces (`cache_key`).
         progress: called as (done, total).
+
+    Returns:
+        The output, float32 [N, ...], NaN where there is none ([N, 1] of NaN if no image could be read); and for each
+        file that could not be read, why.
 
     Raises:
         MissingError: a service does not respond.
@@ -101,7 +95,7 @@ def extract_cached(
     for rows, values in chunks:
         if len(rows):
             output[rows] = values
-    return Extracted(output, faults)
+    return output, faults
 
 
 def extract_chunk(

@@ -21,7 +21,7 @@ from likeness.evaluate.features import Extractor, MissingError, extract_cached
 from likeness.evaluate.images import ImageSets, Progress, Task, find_images, generate_images, image_size, user_images
 from likeness.evaluate.metrics import METRICS, Metric, PerImageMetric, SetMetric
 from likeness.evaluate.protocol import BUNDLED, CEILING, REAL, TRAIN, Protocol
-from likeness.evaluate.results import Fault, MissingMetric, Results
+from likeness.evaluate.results import Results
 from likeness.files import ABANDONED, delete_partials
 from likeness.parallel import rank_and_world
 from likeness.types import InputError
@@ -93,13 +93,13 @@ def evaluate(
         faces=[face.to_json() for face in faces],
         images={given: [str(file.resolve()) for file in seeds[0]] for given, seeds in sets.by_condition.items()},
         notes=notes,
+        faults=dict(sets.faults),
     )
-    faults = dict(sets.faults)
     measured = list(protocol.metrics)
     if not any(face.caption for face in faces):
         measured = [name for name in measured if not needs_captions(METRICS[name])]
         reason = f"The faces of {folder} have no captions: `likeness prepare caption` writes them"
-        results.missing = [MissingMetric(name, reason) for name in protocol.metrics if name not in measured]
+        results.missing = {name: reason for name in protocol.metrics if name not in measured}
     for name, create in EXTRACTORS.items():
         if metrics := {key: METRICS[key] for key in measured if METRICS[key].extractor == name}:
             try:
@@ -109,11 +109,10 @@ def evaluate(
                 finally:
                     extractor.close()
             except InputError as error:
-                results.missing += [MissingMetric(metric, str(error)) for metric in metrics]
+                results.missing |= dict.fromkeys(metrics, str(error))
                 continue
-            faults |= unreadable
+            results.faults |= unreadable
             add_measurements(results, extractor, metrics, outputs, train, protocol)
-    results.faults = [Fault(file, why) for file, why in faults.items()]
     results.notes = list(dict.fromkeys(results.notes))
     results.save(out)
     return results
@@ -178,7 +177,7 @@ def add_measurements(
             own = facts | train_facts if needs_train(metric) else facts
             numbers, scores = measure(name, metric, outputs, own, protocol)
         except MissingError as error:
-            results.missing.append(MissingMetric(name, str(error)))
+            results.missing[name] = str(error)
             continue
         results.numbers += numbers
         results.scores |= scores

@@ -73,7 +73,7 @@ class Progress:
     def end_step(self, **values: Tensor) -> None:
         """Count the images of a step, update the EMAs and record scalar values to report."""
         start = self.state.images_seen
-        self.recent.append((start, values))
+        self.recent.append((start, {name: value.detach() for name, value in values.items()}))
         self.state.count(self.batch)
         self.last = start == self.starts[-1]
         self.stopping = not self.state.world.all_true(not self.signals) and not self.last
@@ -133,7 +133,7 @@ class Progress:
         bad: dict[int, dict[str, str]] = {}
         for name in dict.fromkeys(name for _, values in self.recent for name in values):
             starts = [start for start, values in self.recent if name in values]
-            stacked = torch.stack([values[name].detach().float() for _, values in self.recent if name in values])
+            stacked = torch.stack([values[name].float() for _, values in self.recent if name in values])
             stacked = mean_over_ranks(stacked, world)
             means[name] = stacked.mean().item()
             for index in (~stacked.isfinite()).nonzero().flatten().tolist():

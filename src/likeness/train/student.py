@@ -188,14 +188,6 @@ def draw(recipe: DiscriminatorRecipe, seed: int, start: int, shape: tuple[int, .
     )
 
 
-class Result(NamedTuple):
-    """Result of a step."""
-
-    loss: Tensor  # sum of all losses; its backward pass computes the gradients of student and discriminator
-    estimates: Tensor  # the student's x_0, without gradient, [B, C, h, w]
-    report: dict[str, Tensor]  # scalars to report
-
-
 def losses_of(
     student: nn.Module,
     discriminator: nn.Module,
@@ -206,8 +198,8 @@ def losses_of(
     draws: Draws,
     flow: tuple[Tensor, Tensor],
     update_student: bool,
-) -> Result:
-    """Return all losses of a step.
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Compute the losses of a step.
 
     Args:
         student: predicts v at x_t.
@@ -219,6 +211,10 @@ def losses_of(
         draws: random numbers of the step.
         flow: noise [n, C, h, w] and times [n] of the flow-matching loss.
         update_student: whether to compute gradients for the student.
+
+    Returns:
+        The sum of all losses, whose backward pass computes the gradients of student and discriminator; the student's
+        x_0, without gradient, [B, C, h, w]; scalars to report.
     """
     d, n = recipe.discriminator, len(flow[1])
 
@@ -276,7 +272,7 @@ def losses_of(
         "std_last": estimates[-n:].std(),
         "error": (estimates - samples.clean).square().mean(),
     }
-    return Result(loss, estimates, {name: value.detach() for name, value in report.items()})
+    return loss, estimates, report
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -319,16 +315,12 @@ class StudentState:
 
 
 def train_student(recipe: StudentRecipe, run: Path) -> Path:
-    """Train, or resume, in the folder `run`.
-
-    Returns:
-        The published pipeline, `run/model`.
+    """Train, or resume, in the folder `run`; return the published pipeline, `run/model`.
 
     Raises:
-        InputError: the teacher, data or an earlier checkpoint do not fit the recipe, there are several processes, or
-            another process trains in `run`.
+        InputError: the teacher, data or an earlier checkpoint do not fit the recipe, or there are several processes.
         TryAgain: a non-finite loss or gradient, or SIGTERM, after which a checkpoint is saved: the same command
-            resumes.
+            resumes; or another process trains in `run`.
     """
     check_single_process(recipe.kind)
     recipe, network, objective = load_teacher(recipe)
@@ -453,7 +445,7 @@ def train_in(
         states.rollout = None
         if recipe.steps > 1:
             states.rollout = samples.part(continuing)._replace(previous=estimates[continuing])
-        progress.end_step(loss=loss.detach(), **report)
+        progress.end_step(loss=loss, **report)
         states.freeze()
 
         # 4. Report and save

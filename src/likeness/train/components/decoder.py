@@ -27,12 +27,8 @@ from likeness.files import first_line, read_json
 from likeness.models.patch_discriminator import GROUPS, PatchDiscriminator
 from likeness.models.squeezenet import Normalization, SqueezeNetFeatures, perceptual_distance
 from likeness.train.components.autoencoder import TrainingImages, pixel_loss, report_and_publish
+from likeness.train.components.steps import component_run, optimizer_step, resume_steps
 from likeness.train.config import ComponentRecipe, check_minimum, check_values
-from likeness.train.ema import Ema
-from likeness.train.optim import learning_rate
-from likeness.train.progress import Progress
-from likeness.train.run_folder import open_component_run
-from likeness.train.train_state import TrainState
 from likeness.types import InputError
 from likeness.weights.catalog import BUNDLED, COMMON
 from likeness.weights.packed import load_component
@@ -215,14 +211,11 @@ def rendered_loss(vae: Any, latents: Tensor, images: Tensor, detail: float) -> T
 
 def train_decoder(recipe: DecoderRecipe, run: Path) -> None:
     """Train, or resume, in the folder `run`, and publish the autoencoder with EMA weights to `run/model`. Its encoder
-    is bit-identical to that of the recipe.
-
-    Raises:
-        InputError: another process trains in `run`, it was started with another recipe, or a value or file of the
-        recipe is invalid. TryAgain: a non-finite loss or gradient, or SIGTERM, after which a checkpoint is saved.
+    is bit-identical to that of the recipe. Raises as `component_run`, and `TryAgain` after a non-finite loss or
+    gradient, or SIGTERM.
     """
     check(recipe)
-    with open_component_run(recipe, run) as (world, signals):
+    with component_run(recipe, run) as (world, signals):
         # 1. Networks
         vae = load_autoencoder(recipe.autoencoder).to(world.device, memory_format=torch.channels_last)
         if recipe.size % (factor := spatial_factor(vae)):
@@ -238,14 +231,12 @@ def train_decoder(recipe: DecoderRecipe, run: Path) -> None:
             {"params": list(discriminator.parameters()), "rate_factor": recipe.discriminator_rate},
         ]
         optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, weight_decay=0.0)
-        both, ema = nn.ModuleDict({"autoencoder": vae, "discriminator": discriminator}), Ema(vae, recipe.ema)
-        state = TrainState(model=both, optimizers=[optimizer], emas=[ema], world=world)
-        state.resume(run)
+        both = nn.ModuleDict({"autoencoder": vae, "discriminator": discriminator})
+        progress = resume_steps(recipe, run, world, signals, both, [optimizer], published=vae)
         compiled: Any = torch.compile if recipe.compile else lambda function: function
         on_photographs, on_rendered = compiled(photograph_loss), compiled(rendered_loss)
 
         # 2. Train; the discriminator's loss is not compiled, which is faster on a CPU
-        progress = Progress(run, state, recipe.images, recipe.batch, signals)
         batches = read_ahead(DecoderBatches(recipe).__getitem__, progress.starts)
         for start, (photographs, images) in progress.steps(batches):
             generator = torch.Generator().manual_seed(recipe.seed + start)
@@ -269,7 +260,6 @@ def train_decoder(recipe: DecoderRecipe, run: Path) -> None:
                     terms = {"rendered": loss}
             loss.backward()
             norm = nn.utils.clip_grad_norm_(vae.decoder.parameters(), recipe.max_grad_norm)
-            state.step(learning_rate(start, recipe.images, recipe.learning_rate, 0), max_norm=math.inf)
-            progress.end_step(**{name: term.detach() for name, term in terms.items()}, gradient_norm=norm)
-
-            report_and_publish(progress, ema, recipe)
+            optimizer_step(progress, recipe, start, max_norm=math.inf)
+            progress.end_step(**terms, gradient_norm=norm)
+            report_and_publish(progress, recipe)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 from likeness.data.ahead import read_ahead
-from likeness.data.folder import captions_of, read_folder, read_photo
+from likeness.data.folder import captions_of, read_photo
 from likeness.data.sampler import Sampler, stream
 from likeness.encoders.latent import to_tensor
 from likeness.encoders.text import token_ids
@@ -40,12 +40,8 @@ from likeness.encoders.text_image import (
 )
 from likeness.files import writing_folder
 from likeness.train.checkpoint import newest
+from likeness.train.components.steps import component_run, optimizer_step, publish_component, resume_steps, rows_with
 from likeness.train.config import ComponentRecipe
-from likeness.train.ema import Ema
-from likeness.train.optim import learning_rate
-from likeness.train.progress import Progress
-from likeness.train.run_folder import open_component_run
-from likeness.train.train_state import TrainState
 from likeness.types import InputError
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
@@ -88,7 +84,6 @@ class TextImageRecipe(ComponentRecipe):
     batch: int = 128
     """Pairs per step; each is contrasted with all others of its step."""
     warmup: int = 3200
-    """Pairs of linear warm-up."""
     weight_decay: float = 0.1
     """Weight decay of the matrices; embeddings, biases and norms have none."""
     crop: float = 0.9
@@ -206,16 +201,6 @@ def init_positions(clip: CLIPModel) -> None:
     across = wave[None].expand(grid, grid, -1)
     positions.zero_()
     positions[1:, : 4 * count] = 0.5 * torch.cat([down, across], dim=2).flatten(0, 1)  # [grid * grid, width]
-
-
-def captioned_rows(folders: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the rows of the folders that have a caption. Raises `InputError` if a folder cannot be read, or no row has
-    a caption.
-    """
-    rows = [row for folder in folders for row in read_folder(folder) if captions_of(row)]
-    if not rows:
-        raise InputError(f"no row of {', '.join(folders) or 'no folder'} has a caption (the column 'text')")
-    return rows
 
 
 def read_box(path: Path, size: int, box: tuple[float, float, float, float] = (0, 0, 1, 1)) -> np.ndarray:
@@ -378,14 +363,10 @@ def make_optimizers(model: nn.Module, recipe: TextImageRecipe) -> list[torch.opt
 def train_text_image(recipe: TextImageRecipe, run: Path) -> None:
     """Train, or resume, in the folder `run`, and publish the EMA weights to `run/model`: `clip` is the `CLIPModel`,
     `text_encoder` its `CLIPTextModel`, `tokenizer` the `CLIPTokenizer`, and `attributes.safetensors` the attribute
-    head.
-
-    Raises:
-        InputError: another process trains in `run`, it was started with another recipe, or a folder of the recipe
-        cannot be used. TryAgain: a non-finite loss or gradient, or SIGTERM, after which a checkpoint is saved.
+    head. Raises as `component_run`, and `TryAgain` after a non-finite loss or gradient, or SIGTERM.
     """
-    with open_component_run(recipe, run) as (world, signals):
-        rows, test = captioned_rows(recipe.train), captioned_rows(recipe.test)
+    with component_run(recipe, run) as (world, signals):
+        rows, test = (rows_with("text", folders) for folders in (recipe.train, recipe.test))
         stored = run / "tokenizer"
         if newest(run):  # the embeddings belong to the tokenizer; earlier versions stored it in the model
             tokenizer = CLIPTokenizer.from_pretrained(stored if stored.is_dir() else run / "model" / "tokenizer")
@@ -400,35 +381,28 @@ def train_text_image(recipe: TextImageRecipe, run: Path) -> None:
         sizes = [len(values) for values in classes.values()]
         head = nn.Linear(recipe.vision_width, sum(sizes)).to(world.device) if classes else None
         both = nn.ModuleDict({"clip": clip} if head is None else {"clip": clip, "head": head})
-        ema = Ema(clip, recipe.ema)
-        state = TrainState(model=both, optimizers=make_optimizers(both, recipe), emas=[ema], world=world)
-        state.resume(run)
+        progress = resume_steps(recipe, run, world, signals, both, make_optimizers(both, recipe), published=clip)
         if world.device_type == "cpu":
             clip.set_attn_implementation("eager")  # faster for so few tokens, most of all in the backward pass
         loss_of = torch.compile(losses) if recipe.compile else losses
-        progress = Progress(run, state, recipe.images, recipe.batch, signals)
         clip.train()
+
+        def save(published: Any, folder: Path) -> None:
+            tokenizer.save_pretrained(folder / "tokenizer")
+            published.save_pretrained(folder / "clip")
+            published.text_model.save_pretrained(folder / "text_encoder")
+            if head is not None:
+                save_attribute_head(AttributeHead(head.weight, head.bias, classes), folder)
+
+        measure = lambda clip: [retrieval(clip, tokenizer, test, recipe.size, recipe.retrieval_candidates)]  # noqa: E731
         for start, batch in progress.steps(Pairs(recipe, rows, tokenizer, classes).batches(progress.starts)):
             batch = Batch(*(tensor.to(world.device) for tensor in batch))
             with torch.autocast(world.device_type, torch.bfloat16):
                 loss, of_attributes = loss_of(clip, head, sizes, batch)
             (loss + recipe.attribute_weight * of_attributes).backward()
-            rate = learning_rate(start, recipe.images, recipe.learning_rate, recipe.warmup)
-            norm = state.step(rate, max_norm=1.0)
+            norm = optimizer_step(progress, recipe, start)
             with torch.no_grad():
                 clip.logit_scale.clamp_(max=MAX_LOG_SCALE)
-            values = {"loss": loss.detach(), "gradient_norm": norm, "logit_scale": clip.logit_scale.detach().exp()}
-            progress.end_step(**values, **({"attribute_loss": of_attributes.detach()} if classes else {}))
-            if progress.due(50 * recipe.batch):
-                progress.report()
-            if progress.due(recipe.checkpoint_every):
-                progress.check_finite()
-                published = ema.averaged_model()
-                with writing_folder(run / "model") as folder:
-                    tokenizer.save_pretrained(folder / "tokenizer")
-                    published.save_pretrained(folder / "clip")
-                    published.text_model.save_pretrained(folder / "text_encoder")
-                    if head is not None:
-                        save_attribute_head(AttributeHead(head.weight, head.bias, classes), folder)
-                progress.report_values(retrieval(published, tokenizer, test, recipe.size, recipe.retrieval_candidates))
-            progress.save(recipe.checkpoint_every)
+            values = {"loss": loss, "gradient_norm": norm, "logit_scale": clip.logit_scale.exp()}
+            progress.end_step(**values, **({"attribute_loss": of_attributes} if classes else {}))
+            publish_component(progress, recipe, measure, save)
