@@ -151,10 +151,7 @@ class Compare(Measurement):
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Count the operations and memory that a mask adds to MDiTFace on FLUX.1-dev, for every form of attention.
-
-    Runs the full-size network without weights, in half a minute.
-    """
+    """Count the operations and memory that a mask adds to MDiTFace on FLUX.1-dev, for every form of attention."""
 
     network: tyro.conf.Positional[Literal["mditface"]]
     """The network."""
