@@ -26,7 +26,7 @@ from likeness.evaluate.aggregate import class_scores
 from likeness.evaluate.compare import compare_evaluations, difference_test
 from likeness.evaluate.external import parse_score, query_llm
 from likeness.evaluate.faces import faces_hash, read_faces
-from likeness.evaluate.features import Extractor, MissingError, cache_key
+from likeness.evaluate.features import Extractor, MissingError, cache_key, file_digest
 from likeness.evaluate.images import work_order
 from likeness.evaluate.protocol import Protocol
 from likeness.evaluate.report import comparison_table, format_number, published_tables, write_report
@@ -240,7 +240,7 @@ def test_attributes_are_part_of_the_hashes(root):
     extractor = Extractor(name="e", description="", hash="", extract=lambda images, faces: np.zeros((len(images), 1)))
     files = [face.photo for face in faces]
     assert faces_hash(edited) != faces_hash(faces)
-    assert cache_key(extractor, files, edited, 32) != cache_key(extractor, files, faces, 32)
+    assert cache_key(extractor, files, edited, 32, file_digest) != cache_key(extractor, files, faces, 32, file_digest)
 
 
 def test_contents_are_part_of_the_key_of_the_cache(root, tmp_path):
@@ -251,7 +251,7 @@ def test_contents_are_part_of_the_key_of_the_cache(root, tmp_path):
     for content in (b"one", b"two"):  # of equal size, and changed at the same time
         file.write_bytes(content)
         os.utime(file, ns=(0, 0))
-        keys.add(cache_key(extractor, [file], faces[:1], 32))
+        keys.add(cache_key(extractor, [file], faces[:1], 32, file_digest))
     assert len(keys) == 2
 
 

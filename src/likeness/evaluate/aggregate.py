@@ -26,14 +26,8 @@ Outputs = Mapping[str, Sequence[np.ndarray]]
 def measure(
     name: str, metric: Metric, outputs: Outputs, common: Mapping[str, Any], protocol: Protocol
 ) -> tuple[list[Measurement], dict[str, np.ndarray]]:
-    """Measure a metric on each condition set and the ceiling, and its floor if it has one.
-
-    Args:
-        name: name of the metric.
-        metric: the metric.
-        outputs: output of its extractor.
-        common: the part of the protocol that all measurements have in common.
-        protocol: the protocol.
+    """Measure a metric on each condition set and the ceiling, and its floor if it has one, from the output of its
+    extractor. `common` is the part of the protocol that all measurements have in common.
 
     Returns:
         The measurements, and what a comparison needs of them (`Results.scores`).
@@ -161,13 +155,8 @@ def class_scores(by_seed: Sequence[np.ndarray]) -> list[ClassScore]:
 
 
 def nearest_photos(images: np.ndarray, photos: np.ndarray, files: Sequence[str], count: int = 8) -> list[Neighbor]:
-    """Find the images that are nearest to a training photograph, nearest first.
-
-    Args:
-        images: output of the text-image pair for the images, [N, 2, P].
-        photos: the same for the photographs, [M, 2, P].
-        files: the photographs, [M].
-        count: maximum number of images.
+    """Find up to `count` images that are nearest to a training photograph, nearest first, from the output of the
+    text-image pair for the images [N, 2, P] and for the photographs [M, 2, P], whose files are [M].
     """
     rows, known = np.flatnonzero(readable(images)), np.flatnonzero(readable(photos))
     if not len(rows) or not len(known):

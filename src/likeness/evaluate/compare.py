@@ -86,14 +86,9 @@ class Comparison:
 
 
 def compare_evaluations(evaluations: Mapping[str, Evaluation], allow: Sequence[str] = ()) -> Comparison:
-    """Compare every metric and condition set that all evaluations have, pair by pair.
-
-    Args:
-        evaluations: name -> evaluation, at least two.
-        allow: settings, or facts of the protocol, that may differ.
-
-    Raises:
-        InputError: protocols or faces differ, or the evaluations have nothing in common.
+    """Compare every metric and condition set that at least two evaluations, by name, all have, pair by pair. `allow`
+    names settings, or facts of the protocol, that may differ. Raises `InputError` if other protocols or faces differ,
+    or the evaluations have nothing in common.
     """
     names, notes = list(evaluations), []
     allow = [fact for name in allow for fact in SETTING_FACTS.get(name, (name,))]

@@ -73,13 +73,8 @@ def limits(values: Sequence[float], margin: float = 0.0) -> tuple[float, float]:
 def line_chart(
     title: str, curves: Mapping[str, Sequence[tuple[float, float]]], unit: str, *, zero: bool = False
 ) -> Chart | None:
-    """Draw curves of (x, y); None without a finite point.
-
-    Args:
-        title: of the chart.
-        curves: name -> points; a legend above the plot names several curves.
-        unit: label of the x axis.
-        zero: whether the y axis starts at 0.
+    """Draw curves of (x, y) by name, with a legend above the plot if there are several; None without a finite point.
+    `unit` is the label of the x axis; with `zero`, the y axis starts at 0.
     """
     finite = {name: [point for point in points if math.isfinite(point[1])] for name, points in curves.items()}
     finite = {name: points[::-1][:: -(-len(points) // MAX_POINTS)] for name, points in finite.items() if points}
@@ -127,12 +122,8 @@ def bar_chart(title: str, bars: Mapping[str, Sequence[float]], labels: Sequence[
 
 
 def interval_chart(title: str, rows: Sequence[tuple[str, float, float, float]], marks: Sequence[float]) -> Chart:
-    """Draw values with their intervals, one below the other.
-
-    Args:
-        title: of the chart.
-        rows: label, value, low, high.
-        marks: positions of vertical lines.
+    """Draw values with their intervals, one below the other: rows of (label, value, low, high), and vertical lines at
+    `marks`.
     """
 
     def paint(figure: Any, axes: Any) -> None:

@@ -22,9 +22,9 @@ from likeness.data.store import Sample, Store
 from likeness.encoders.components import Components
 from likeness.objectives import Objective
 from likeness.parallel import local_tensor, reshard
-from likeness.train.batches import Batch, latent_statistics
+from likeness.train.batches import Batch, denoising_losses, latent_statistics
 from likeness.train.config import MDiTFaceAdapter, TrainRecipe, condition_names, condition_probability
-from likeness.train.losses import denoising_losses
+from likeness.train.metrics import Reporter
 from likeness.train.train_state import TrainState
 from likeness.types import TextFeatures
 
@@ -101,11 +101,9 @@ class Diagnostics:
             del pairs[next(iter(pairs))]
         self.occurrences[name] += 1
 
-    def run(self) -> tuple[dict[str, float], list[str], list[str]]:
-        """Run the diagnostics. Call on every rank; the test of pairs uses the pairs of its rank.
-
-        Returns:
-            Values to report; alarms; other messages.
+    def report(self, reporter: Reporter | None) -> None:
+        """Run the diagnostics and report them on the main rank. Call on every rank; the test of pairs uses the pairs of
+        its rank.
         """
         values, alarms, messages = {}, self.weight_alarms(), []
         model, world = self.state.model, self.state.world
@@ -140,7 +138,8 @@ class Diagnostics:
             if expected > MIN_PAIRS and not self.occurrences[name]:
                 alarms.append(f"none of {self.samples} samples had a {name}")
         values["alarms"] = len(alarms)
-        return values, alarms, messages
+        if reporter:
+            reporter.report_diagnostics(self.state.images_seen, values, alarms, messages)
 
     def weight_alarms(self) -> list[str]:
         """Return alarms about weights that did not change since the last call."""

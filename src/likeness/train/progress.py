@@ -32,18 +32,11 @@ MAX_NON_FINITE = 3
 
 
 class Progress:
-    """The steps of a training.
+    """The steps of a training in the folder `run`: from a state, after resuming, to `images` images, `batch` each.
 
-    Args:
-        run: run folder.
-        state: the training state, after resuming.
-        images: number of training images.
-        batch: images per step.
-        signals: SIGTERMs received so far; the training stops after the step in which one arrives.
-        recipe: a recipe that may request TensorBoard or Weights & Biases.
-
-    Raises:
-        InputError: there are too many non-finite batches, or the folder cannot be written.
+    `signals` are the SIGTERMs received so far; the training stops after the step in which one arrives. `recipe` may
+    request TensorBoard or Weights & Biases. Raises `InputError` if there are too many non-finite batches, or the folder
+    cannot be written.
     """
 
     def __init__(
@@ -93,13 +86,9 @@ class Progress:
             self.reporter.report(self.state.images_seen, **values)
 
     def save(self, every: int, state: Any = None, keep: int = 2) -> None:
-        """Save a checkpoint if it is due or the training stops. If the disk is full, training continues with a warning
-        and the next checkpoint tries again.
-
-        Args:
-            every: images between checkpoints.
-            state: an object with a method `tensors`, as `TrainState`. Default: the state whose steps these are.
-            keep: number of newest checkpoints to keep.
+        """Save a checkpoint if it is due or the training stops, and keep the newest `keep`. If the disk is full,
+        training continues with a warning and the next checkpoint tries again. `state` has a method `tensors`, as
+        `TrainState`; by default it is the state whose steps these are.
 
         Raises:
             TryAgain: SIGTERM was received; a checkpoint was saved.

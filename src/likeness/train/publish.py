@@ -65,13 +65,8 @@ def preview_requests(recipe: RunRecipe) -> list[PortraitRequest]:
 
 def checkpoint(progress: Progress, publication: Publication, recipe: RunRecipe, saved: Any = None) -> None:
     """Publish, generate previews and save a checkpoint if it is due; on SIGTERM only save a checkpoint. The checkpoint
-    is written last, so that whatever it contains has been published.
-
-    Args:
-        progress: the steps of the training.
-        publication: what to publish.
-        recipe: the recipe.
-        saved: the state to save, if it is more than the state of `progress`.
+    is written last, so that whatever it contains has been published; it contains `saved`, by default the state of
+    `progress`.
 
     Raises:
         TryAgain: SIGTERM was received, or a value is not finite.

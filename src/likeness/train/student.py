@@ -42,20 +42,14 @@ from likeness.models.mmface import MMFaceTransformer
 from likeness.objectives import RectifiedFlow, make_objective
 from likeness.parallel import World
 from likeness.train.batches import Batch, open_stores, read_batches
-from likeness.train.checkpoint import checkpoint_entries, newest
-from likeness.train.config import (
-    DiscriminatorRecipe,
-    StudentRecipe,
-    check,
-    check_single_conditions,
-    condition_names,
-)
+from likeness.train.checkpoint import checkpoint_entries, newest, read_into
+from likeness.train.config import DiscriminatorRecipe, StudentRecipe, check, check_single_conditions, condition_names
 from likeness.train.ema import Ema
 from likeness.train.optim import learning_rate, make_optimizers
 from likeness.train.progress import Progress
 from likeness.train.publish import Publication, checkpoint, preview_requests
 from likeness.train.run_folder import check_single_process, open_run, record_data
-from likeness.train.train_state import TrainState, read_checkpoint
+from likeness.train.train_state import TrainState
 from likeness.types import InputError, TextFeatures
 from likeness.weights.catalog import find_model
 from likeness.weights.packed import load_component
@@ -304,13 +298,13 @@ class StudentState:
             self.student.images_seen = int(path.name)
             self.freeze()
             for part in ("student", "backbone", "heads"):
-                names = {name.removeprefix(f"{part}/"): 0 for name in stored if name.startswith(f"{part}/")}
+                names = [name.removeprefix(f"{part}/") for name in stored if name.startswith(f"{part}/")]
                 getattr(self, part).create_optimizer_states(names)
             if all(f"rollout/{name}" in stored for name in Samples._fields):
                 places = (stored[f"rollout/{name}"] for name in Samples._fields)
                 empty = (torch.empty(place.size, dtype=place.properties.dtype) for place in places)
                 self.rollout = Samples(*(tensor.to(self.student.world.device) for tensor in empty))
-            read_checkpoint(self.tensors(), path, stored, self.student.world)
+            read_into(path, self.tensors(), self.student.world)
         self.freeze()
 
 
@@ -338,13 +332,9 @@ def train_student(recipe: StudentRecipe, run: Path) -> Path:
 
 
 def load_teacher(recipe: StudentRecipe) -> tuple[StudentRecipe, Any, RectifiedFlow]:
-    """Load the teacher and check the recipe.
-
-    Returns:
-        The recipe with all pipeline defaults; the teacher's network, in float32; its objective.
-
-    Raises:
-        InputError: the teacher is not a flow model that was trained with this package, or the recipe does not fit it.
+    """Load the teacher and check the recipe; return the recipe with all pipeline defaults, the teacher's network, in
+    float32, and its objective. Raises `InputError` if the teacher is not a flow model that was trained with this
+    package, or the recipe does not fit it.
     """
     check(recipe)
     folder = find_model(recipe.teacher)

@@ -22,14 +22,7 @@ from likeness.conditions.mask.classes import CLASSES, PALETTE
 from likeness.data.ahead import read_ahead
 from likeness.data.folder import column_of, read_folder, read_photo
 from likeness.encoders.latent import LatentCodec, reconstruct, to_tensor
-from likeness.train.components.steps import (
-    component_run,
-    optimizer_step,
-    publish_component,
-    read_labels,
-    resume_steps,
-    rows_with,
-)
+from likeness.train.components import steps
 from likeness.train.config import ComponentRecipe
 from likeness.train.progress import Progress
 from likeness.types import InputError
@@ -89,7 +82,7 @@ class TrainingImages:
 
     def __init__(self, folders: Sequence[str], probabilities: dict[str, float], size: int, seed: int) -> None:
         columns = {kind: "file_name" if kind == "image" else column_of(kind) for kind in probabilities}
-        self.rows = {kind: rows_with(column, folders) for kind, column in columns.items()}
+        self.rows = {kind: steps.rows_with(column, folders) for kind, column in columns.items()}
         self.kinds = list(probabilities)
         self.cumulative = np.cumsum([probabilities[kind] for kind in self.kinds])
         self.size, self.seed = size, seed
@@ -133,13 +126,8 @@ def reconstruction_loss(model: AutoencoderDC, images: Tensor, noise: Tensor, rec
 
 
 def pixel_loss(output: Tensor, images: Tensor, detail: float) -> Tensor:
-    """Return L1 and squared distance of the pixels, plus `detail` times the L1 distance of their differences along both
-    axes.
-
-    Args:
-        output: reconstructions, [B, 3, S, S].
-        images: originals, [B, 3, S, S].
-        detail: weight of the last term, which preserves edges.
+    """Return L1 and squared distance of reconstructions and originals, [B, 3, S, S] both, plus `detail` times the L1
+    distance of their differences along both axes, which preserves edges.
     """
     error = (output - images).float()
     loss = error.abs().mean() + 2 * error.square().mean()
@@ -147,14 +135,14 @@ def pixel_loss(output: Tensor, images: Tensor, detail: float) -> Tensor:
 
 
 def train_autoencoder(recipe: AutoencoderRecipe, run: Path) -> None:
-    """Train, or resume, in the folder `run`, and publish the EMA weights to `run/model`. Raises as `component_run`, and
-    `TryAgain` after a non-finite loss or gradient, or SIGTERM.
+    """Train, or resume, in the folder `run`, and publish the EMA weights to `run/model`. Raises as
+    `steps.open_component`.
     """
-    with component_run(recipe, run) as (world, signals):
+    with steps.open_component(recipe, run) as (world, signals):
         torch.manual_seed(recipe.seed)
         model: Any = build(recipe).to(world.device, memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-        progress = resume_steps(recipe, run, world, signals, model, [optimizer])
+        progress = steps.resume(recipe, run, world, signals, model, [optimizer])
         loss_of = torch.compile(reconstruction_loss) if recipe.compile else reconstruction_loss
         latent_shape = (recipe.batch, recipe.latent_channels, recipe.size // 8, recipe.size // 8)
         images = TrainingImages(recipe.train, recipe.probabilities, recipe.size, recipe.seed)
@@ -165,26 +153,22 @@ def train_autoencoder(recipe: AutoencoderRecipe, run: Path) -> None:
             with torch.autocast(world.device_type, torch.bfloat16):
                 loss = loss_of(model, batch, noise.to(world.device), recipe)
             loss.backward()
-            progress.end_step(loss=loss, gradient_norm=optimizer_step(progress, recipe, start))
+            progress.end_step(loss=loss, gradient_norm=steps.optimizer_step(progress, recipe, start))
             report_and_publish(progress, recipe)
 
 
 def report_and_publish(progress: Progress, recipe: Any) -> None:
-    """Report, publish and save as `publish_component`; after the last step, measure the autoencoder on the test folders
+    """Report, publish and save as `steps.publish`; after the last step, measure the autoencoder on the test folders
     of the recipe.
     """
     test = recipe.test if progress.last else ()
-    publish_component(progress, recipe, lambda vae: (measure(vae, read_folder(folder), recipe.size) for folder in test))
+    steps.publish(progress, recipe, lambda vae: (measure(vae, read_folder(folder), recipe.size) for folder in test))
 
 
 @torch.no_grad()
 def measure(vae: AutoencoderDC, rows: list[dict[str, Any]], size: int) -> dict[str, float]:
-    """Measure the reconstruction of photographs and labels.
-
-    Args:
-        vae: the autoencoder, on the CPU, in float32.
-        rows: rows of prepared folders; labels are measured on those with masks.
-        size: image size in pixels.
+    """Measure the reconstruction of photographs and, for rows with masks, labels at `size` pixels. The autoencoder is
+    on the CPU, in float32.
 
     Returns:
         `psnr`: mean peak signal-to-noise ratio in dB, on values rounded to 8 bits; `labels`: fraction of mask pixels
@@ -199,7 +183,7 @@ def measure(vae: AutoencoderDC, rows: list[dict[str, Any]], size: int) -> dict[s
         error = reconstruct(codec, image).astype(np.float64) - image
         ratios.append(10 * np.log10(255**2 / max((error**2).mean(), 1e-10)))
         if column_of("mask") in row:
-            labels = read_labels(row, size)
+            labels = steps.read_labels(row, size)
             decoded = reconstruct(codec, mask.render(labels, size, size)).astype(np.int64)
             nearest = ((decoded[:, :, None] - PALETTE.astype(np.int64)) ** 2).sum(-1).argmin(-1)  # [S, S]
             count += np.bincount(labels.ravel(), minlength=len(CLASSES))

@@ -26,8 +26,8 @@ from likeness.encoders.latent import LatentCodec, spatial_factor
 from likeness.files import first_line, read_json
 from likeness.models.patch_discriminator import GROUPS, PatchDiscriminator
 from likeness.models.squeezenet import Normalization, SqueezeNetFeatures, perceptual_distance
+from likeness.train.components import steps
 from likeness.train.components.autoencoder import TrainingImages, pixel_loss, report_and_publish
-from likeness.train.components.steps import component_run, optimizer_step, resume_steps
 from likeness.train.config import ComponentRecipe, check_minimum, check_values
 from likeness.types import InputError
 from likeness.weights.catalog import BUNDLED, COMMON
@@ -156,14 +156,8 @@ def photograph_loss(
     """Return the decoder's loss on photographs: L1, perceptual and adversarial.
 
     The adversarial loss is relativistic (Jolicoeur-Martineau 2018): a reconstruction should score as high as its
-    original. Gradients reach the decoder only.
-
-    Args:
-        vae: the autoencoder.
-        critics: discriminator and perceptual network.
-        latents: raw latents, [B, C, S / f, S / f].
-        images: their photographs, [B, 3, S, S].
-        weights: weights of the terms `perceptual` and `adversarial`, scalars.
+    original. Gradients reach the decoder only. `latents` are raw latents of the images, [B, C, S / f, S / f] and
+    [B, 3, S, S]; `weights` are scalars of the terms `perceptual` and `adversarial`.
 
     Returns:
         The loss; the reconstructions, detached, [B, 3, S, S]; the terms by name, detached.
@@ -184,18 +178,11 @@ def photograph_loss(
 def discriminator_loss(
     discriminator: nn.Module, real: Tensor, fake: Tensor, noise: Tensor, penalty: float, penalty_noise: float
 ) -> Tensor:
-    """Return the discriminator's loss: relativistic, with a gradient penalty.
+    """Return the discriminator's loss on photographs and their reconstructions, [B, 3, S, S] both: relativistic, with a
+    gradient penalty, estimated by `noise`, standard normal [2 B, 3, S, S], times `penalty_noise`.
 
     The penalty is R1 and R2 of Huang et al. 2024 ("The GAN is dead; long live the GAN!") by finite differences, as Lin
     et al. 2025 ("Diffusion Adversarial Post-Training", equation 4) estimate it: no second derivatives are needed.
-
-    Args:
-        discriminator: maps images to logits.
-        real: photographs, [B, 3, S, S].
-        fake: their reconstructions, [B, 3, S, S].
-        noise: standard normal, [2 B, 3, S, S].
-        penalty: weight of the penalty.
-        penalty_noise: standard deviation of the noise that is added to the images.
     """
     both = torch.cat([real, fake.to(real.dtype)])  # [2 B, 3, S, S]
     logits = discriminator(both).float()  # [2 B, 1, S / 4, S / 4]
@@ -211,11 +198,10 @@ def rendered_loss(vae: Any, latents: Tensor, images: Tensor, detail: float) -> T
 
 def train_decoder(recipe: DecoderRecipe, run: Path) -> None:
     """Train, or resume, in the folder `run`, and publish the autoencoder with EMA weights to `run/model`. Its encoder
-    is bit-identical to that of the recipe. Raises as `component_run`, and `TryAgain` after a non-finite loss or
-    gradient, or SIGTERM.
+    is bit-identical to that of the recipe. Raises as `steps.open_component`.
     """
     check(recipe)
-    with component_run(recipe, run) as (world, signals):
+    with steps.open_component(recipe, run) as (world, signals):
         # 1. Networks
         vae = load_autoencoder(recipe.autoencoder).to(world.device, memory_format=torch.channels_last)
         if recipe.size % (factor := spatial_factor(vae)):
@@ -232,7 +218,7 @@ def train_decoder(recipe: DecoderRecipe, run: Path) -> None:
         ]
         optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, weight_decay=0.0)
         both = nn.ModuleDict({"autoencoder": vae, "discriminator": discriminator})
-        progress = resume_steps(recipe, run, world, signals, both, [optimizer], published=vae)
+        progress = steps.resume(recipe, run, world, signals, both, [optimizer], published=vae)
         compiled: Any = torch.compile if recipe.compile else lambda function: function
         on_photographs, on_rendered = compiled(photograph_loss), compiled(rendered_loss)
 
@@ -260,6 +246,6 @@ def train_decoder(recipe: DecoderRecipe, run: Path) -> None:
                     terms = {"rendered": loss}
             loss.backward()
             norm = nn.utils.clip_grad_norm_(vae.decoder.parameters(), recipe.max_grad_norm)
-            optimizer_step(progress, recipe, start, max_norm=math.inf)
+            steps.optimizer_step(progress, recipe, start, max_norm=math.inf)
             progress.end_step(**terms, gradient_norm=norm)
             report_and_publish(progress, recipe)

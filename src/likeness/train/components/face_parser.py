@@ -30,14 +30,7 @@ from likeness.conditions.mask.classes import CLASSES
 from likeness.data.ahead import read_ahead
 from likeness.data.folder import column_of, read_photo
 from likeness.data.sampler import stream
-from likeness.train.components.steps import (
-    component_run,
-    optimizer_step,
-    publish_component,
-    read_labels,
-    resume_steps,
-    rows_with,
-)
+from likeness.train.components import steps
 from likeness.train.config import ComponentRecipe
 
 
@@ -103,8 +96,8 @@ class Examples:
         self.size, self.seed = size, seed
         stored = size * 4 // 3
         self.pairs = [
-            (Image.fromarray(read_photo(row["file_name"], stored)), Image.fromarray(read_labels(row, stored)))
-            for row in rows_with(column_of("mask"), folders)
+            (Image.fromarray(read_photo(row["file_name"], stored)), Image.fromarray(steps.read_labels(row, stored)))
+            for row in steps.rows_with(column_of("mask"), folders)
         ]
 
     def __getitem__(self, position: int) -> tuple[np.ndarray, np.ndarray]:
@@ -196,7 +189,7 @@ def measure(network: Any, rows: list[dict[str, Any]], recipe: FaceParserRecipe) 
     confusion = np.zeros((len(CLASSES), len(CLASSES)), dtype=np.int64)
     occurrences = np.zeros(len(CLASSES), dtype=np.int64)
     for row in rows:
-        labels = read_labels(row, recipe.test_size)
+        labels = steps.read_labels(row, recipe.test_size)
         (predicted,) = parse_faces(network, [read_photo(row["file_name"], recipe.test_size)], size=recipe.size)
         confusion += confusion_of(labels, predicted)
         occurrences[np.unique(labels)] += 1
@@ -208,18 +201,21 @@ def measure(network: Any, rows: list[dict[str, Any]], recipe: FaceParserRecipe) 
 
 
 def train_face_parser(recipe: FaceParserRecipe, run: Path) -> None:
-    """Train, or resume, in the folder `run`, and publish the EMA weights to `run/model`. Raises as `component_run`, and
-    `TryAgain` after a non-finite loss or gradient, or SIGTERM.
+    """Train, or resume, in the folder `run`, and publish the EMA weights to `run/model`. Raises as
+    `steps.open_component`.
     """
-    with component_run(recipe, run) as (world, signals):
-        examples, test = Examples(recipe.train, recipe.size, recipe.seed), rows_with(column_of("mask"), recipe.test)
+    with steps.open_component(recipe, run) as (world, signals):
+        examples, test = (
+            Examples(recipe.train, recipe.size, recipe.seed),
+            steps.rows_with(column_of("mask"), recipe.test),
+        )
         weights = class_weights([np.asarray(mask) for _, mask in examples.pairs], recipe.weight_power).to(world.device)
         torch.manual_seed(recipe.seed)
         network = build(recipe).to(world.device).train()
         network.config.image_size = recipe.size  # recorded for inference
         settings = {"lr": recipe.learning_rate, "betas": (0.9, 0.99), "weight_decay": 0.05}
         optimizer = torch.optim.AdamW(network.parameters(), **settings)
-        progress = resume_steps(recipe, run, world, signals, network, [optimizer])
+        progress = steps.resume(recipe, run, world, signals, network, [optimizer])
         compiled = torch.compile(loss_of) if recipe.compile else loss_of
         batches = read_ahead(lambda start: examples.batch(start, recipe.batch), progress.starts)
         for start, (inputs, labels) in progress.steps(batches):
@@ -227,5 +223,5 @@ def train_face_parser(recipe: FaceParserRecipe, run: Path) -> None:
             with torch.autocast(world.device_type, torch.bfloat16):
                 loss = compiled(network, inputs.to(world.device), labels.to(world.device), weights)
             loss.backward()
-            progress.end_step(loss=loss, gradient_norm=optimizer_step(progress, recipe, start))
-            publish_component(progress, recipe, lambda parser: [measure(parser, test, recipe)], steps=20)
+            progress.end_step(loss=loss, gradient_norm=steps.optimizer_step(progress, recipe, start))
+            steps.publish(progress, recipe, lambda parser: [measure(parser, test, recipe)], steps=20)

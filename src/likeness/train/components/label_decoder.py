@@ -24,15 +24,8 @@ from likeness.data.sampler import stream
 from likeness.encoders.components import load_components
 from likeness.encoders.latent import LatentCodec, spatial_factor, to_tensor
 from likeness.models.label_decoder import GROUPS, LabelDecoder
+from likeness.train.components import steps
 from likeness.train.components.autoencoder import random_crop
-from likeness.train.components.steps import (
-    component_run,
-    optimizer_step,
-    publish_component,
-    read_labels,
-    resume_steps,
-    rows_with,
-)
 from likeness.train.config import ComponentRecipe, check_minimum, check_values
 from likeness.weights.catalog import BUNDLED, COMMON
 
@@ -62,7 +55,7 @@ class Masks:
     """An endless sequence of augmented labels; number p depends only on (seed, p)."""
 
     def __init__(self, folders: Sequence[str], size: int, seed: int) -> None:
-        self.rows, self.size, self.seed = rows_with(column_of("mask"), folders), size, seed
+        self.rows, self.size, self.seed = steps.rows_with(column_of("mask"), folders), size, seed
 
     def __getitem__(self, position: int) -> np.ndarray:
         """Return labels number `position`, uint8 [S, S]."""
@@ -104,7 +97,7 @@ def measure(
     """
     right = np.zeros(2)
     for number, row in enumerate(rows):
-        labels = read_labels(row, recipe.size)
+        labels = steps.read_labels(row, recipe.size)
         latents = codec.encode(to_tensor([PALETTE[labels]]))  # [1, C, h, w]
         t = recipe.latent_noise / 2
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(number))
@@ -114,14 +107,14 @@ def measure(
 
 
 def train_label_decoder(recipe: LabelDecoderRecipe, run: Path) -> None:
-    """Train, or resume, in the folder `run`, and publish the EMA weights to `run/model`. Raises as `component_run`, and
-    `TryAgain` after a non-finite loss or gradient, or SIGTERM.
+    """Train, or resume, in the folder `run`, and publish the EMA weights to `run/model`. Raises as
+    `steps.open_component`.
     """
     check_minimum(recipe, 0, "layers", "latent_noise")
     valid = all(width > 0 and width % GROUPS == 0 for width in recipe.channels)
     check_values(("channels", list(recipe.channels), valid, f"multiples of {GROUPS}"))
-    with component_run(recipe, run) as (world, signals):
-        masks, test = Masks(recipe.train, recipe.size, recipe.seed), rows_with(column_of("mask"), recipe.test)
+    with steps.open_component(recipe, run) as (world, signals):
+        masks, test = Masks(recipe.train, recipe.size, recipe.seed), steps.rows_with(column_of("mask"), recipe.test)
         components = load_components(recipe.components or BUNDLED / COMMON)
         factor = spatial_factor(components.vae)
         right_length = 2 ** (len(recipe.channels) - 1) == factor
@@ -141,7 +134,7 @@ def train_label_decoder(recipe: LabelDecoderRecipe, run: Path) -> None:
         )
         decoder.to(world.device)
         optimizer = torch.optim.AdamW(decoder.parameters(), lr=recipe.learning_rate, weight_decay=1e-4)
-        progress = resume_steps(recipe, run, world, signals, decoder, [optimizer])
+        progress = steps.resume(recipe, run, world, signals, decoder, [optimizer])
         forward = torch.compile(decoder) if recipe.compile else decoder
         batches = read_ahead(lambda start: masks.batch(start, recipe.batch), progress.starts)
         for start, (images, labels) in progress.steps(batches):
@@ -150,5 +143,5 @@ def train_label_decoder(recipe: LabelDecoderRecipe, run: Path) -> None:
                 logits = forward(latents * codec.std.to(world.device) + codec.mean.to(world.device))
             loss = F.cross_entropy(logits.float(), labels.to(world.device))
             loss.backward()
-            progress.end_step(loss=loss, gradient_norm=optimizer_step(progress, recipe, start))
-            publish_component(progress, recipe, lambda published: [measure(published, exact, test, recipe)])
+            progress.end_step(loss=loss, gradient_norm=steps.optimizer_step(progress, recipe, start))
+            steps.publish(progress, recipe, lambda published: [measure(published, exact, test, recipe)])

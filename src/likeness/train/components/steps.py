@@ -26,13 +26,14 @@ from likeness.types import InputError
 
 
 @contextmanager
-def component_run(recipe: Any, run: Path) -> Iterator[tuple[World, list[int]]]:
+def open_component(recipe: Any, run: Path) -> Iterator[tuple[World, list[int]]]:
     """Check the settings that all components have and open their run (`open_run`); yields the device as a `World`, and
     the SIGTERMs received so far.
 
     Raises:
         InputError: a setting is invalid, there are several processes, or the run has another recipe.
-        TryAgain: another process trains in the folder.
+        TryAgain: another process trains in the folder; by the steps of the training, a loss or gradient is not finite,
+            or SIGTERM was received and a checkpoint saved: the same command resumes.
     """
     check_single_process(recipe.kind)
     check_minimum(recipe, 1, "images", "batch", "checkpoint_every")
@@ -41,7 +42,7 @@ def component_run(recipe: Any, run: Path) -> Iterator[tuple[World, list[int]]]:
         yield World(device=choose_device("auto")), signals
 
 
-def resume_steps(
+def resume(
     recipe: ComponentRecipe,
     run: Path,
     world: World,
@@ -65,7 +66,7 @@ def optimizer_step(progress: Progress, recipe: ComponentRecipe, start: int, max_
     return progress.state.step(rate, max_norm)
 
 
-def publish_component(
+def publish(
     progress: Progress,
     recipe: ComponentRecipe,
     measure: Callable[[Any], Iterable[dict[str, float]]],
