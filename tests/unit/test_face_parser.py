@@ -55,7 +55,7 @@ def recipe(faces: Path, **changes) -> FaceParserRecipe:
 @pytest.mark.parametrize("architecture", ["segformer", "upernet"])
 def test_learns(faces, tmp_path, architecture):
     torch.manual_seed(0)
-    config = recipe(faces, architecture=architecture, images=640, checkpoint_every=640)
+    config = recipe(faces, architecture=architecture, images=400, checkpoint_every=400)
     before = measure(build(config).eval(), read_folder(faces), config)
     train_face_parser(config, tmp_path)
     measured = next(line for line in metrics(tmp_path) if "accuracy" in line)

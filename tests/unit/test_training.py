@@ -28,12 +28,12 @@ from likeness.train.config import DataRecipe
 from likeness.train.ema import Ema, exponent
 from likeness.train.optim import learning_rate, make_optimizers
 from likeness.types import ConditionInput, InputError, PortraitRequest
-from runs import check_resume, killed_after_checkpoint, load_checkpoint, metrics, prepare, sigterm_in_step, small
+from runs import check_resume, killed_after_checkpoint, load_checkpoint, metrics, sigterm_in_step, small
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return prepare(tmp_path_factory.mktemp("prepared"), 10)
+def root(prepared_faces) -> Path:
+    return prepared_faces
 
 
 def test_sampler_sees_every_face_once_an_epoch():
