@@ -205,10 +205,8 @@ def train_face_parser(recipe: FaceParserRecipe, run: Path) -> None:
     `steps.open_component`.
     """
     with steps.open_component(recipe, run) as (world, signals):
-        examples, test = (
-            Examples(recipe.train, recipe.size, recipe.seed),
-            steps.rows_with(column_of("mask"), recipe.test),
-        )
+        examples = Examples(recipe.train, recipe.size, recipe.seed)
+        test = steps.rows_with(column_of("mask"), recipe.test)
         weights = class_weights([np.asarray(mask) for _, mask in examples.pairs], recipe.weight_power).to(world.device)
         torch.manual_seed(recipe.seed)
         network = build(recipe).to(world.device).train()
