@@ -23,10 +23,9 @@ from likeness.data.store import Store
 from likeness.encoders.components import load_components
 from likeness.objectives import make_objective
 from likeness.parallel import SINGLE_PROCESS
-from likeness.train.batches import read_batches
+from likeness.train.batches import denoising_losses, read_batches
 from likeness.train.config import TrainRecipe
 from likeness.train.ema import Ema
-from likeness.train.losses import denoising_losses
 from likeness.train.networks import build_network
 from likeness.train.optim import make_optimizers
 from likeness.train.train_state import TrainState

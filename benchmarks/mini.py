@@ -13,6 +13,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from condition_losses import condition_losses
+
 import likeness
 from likeness.data.folder import read_folder
 from likeness.data.store import Store
@@ -21,7 +23,6 @@ from likeness.evaluate.report import numbers_table, write_report
 from likeness.evaluate.run import evaluate
 from likeness.pages import markdown_table
 from likeness.train.components.autoencoder import measure
-from likeness.train.validate import condition_losses
 
 SIZE = 128
 

@@ -4,7 +4,7 @@ python benchmarks/studies.py --shards data/shards/celeba --test data/shards/test
 
 Networks are 128 wide and 6 deep. `own` and `shared` are trained on masks from random weights. For the LoRAs, a base is
 trained without conditions, like a small FLUX, and frozen. The result is the loss on held-out faces with the right mask,
-another face's and none (`likeness.train.validate`). Without --shards, faces are synthetic. Run the same command again
+another face's and none (`condition_losses.py`). Without --shards, faces are synthetic. Run the same command again
 to resume.
 """
 
@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from condition_losses import condition_losses
 from safetensors.torch import load_file
 
 import likeness
@@ -27,7 +28,6 @@ from likeness.files import write_whole
 from likeness.pipelines.adapters import WEIGHTS
 from likeness.train.config import TrainRecipe
 from likeness.train.loop import train
-from likeness.train.validate import condition_losses
 
 NETWORK = {"name": "mditface", "hidden_size": 128, "depth": 2, "single_depth": 4, "heads": 4}
 SIZE = 128

@@ -174,9 +174,7 @@ def open_endpoint(
 
 def read_key(variables: Sequence[str]) -> str:
     """Return the key in the first of these environment variables that is set, without white space around it; or "".
-
-    Raises:
-        InputError: it contains characters that are not allowed in a header. It is not printed.
+    Raises `InputError`, without the key, if it contains characters that are not allowed in a header.
     """
     name = next((name for name in variables if os.environ.get(name)), "")
     key = os.environ.get(name, "").strip()
@@ -294,10 +292,8 @@ def retry_after(header: str) -> float:
 
 
 def tokens_of(reply: dict[str, Any], meter: Meter, url: str) -> int:
-    """Return the tokens of a question and its answer; 0 if the server does not report them.
-
-    Raises:
-        InputError: they are needed for the budget.
+    """Return the tokens of a question and its answer; 0 if the server does not report them. Raises `InputError` if they
+    are needed for the budget.
     """
     usage = reply.get("usage")
     total = usage.get("total_tokens") if isinstance(usage, dict) else None

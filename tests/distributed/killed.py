@@ -2,7 +2,7 @@
 
     killed.py recipe.json RUN MOMENT...      MOMENT: kill when this path below RUN appears
 
-The children are forked after the imports, which take longer than the training.
+The children are forked: imports take longer than the training.
 """
 
 from __future__ import annotations

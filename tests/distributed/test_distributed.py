@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,29 @@ def alone(values: dict[str, Any], run: Path) -> dict[str, torch.Tensor]:
     return load_checkpoint(run)
 
 
+def execute(programs: Path, *words: object, ranks: int = 1) -> list[str]:
+    """Run a script of this folder, as torchrun starts it if there are several ranks; return the output of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    where |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    command = [programs / "python", *map(str, words)]
+    started = [
+        subprocess.Popen(
+            command, env=os.environ | where | {"RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in map(str, range(ranks))
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=900) for process in started]
+    for process, output in zip(started, outputs, strict=True):
+        assert process.returncode == 0, output[0] + output[1][-3000:]
+    return [output for output, _ in outputs]
+
+
 @pytest.fixture(scope="module")
-def runs(root) -> Path:
-    """All runs of two processes, in one launch: starting them takes longer than the training."""
+def runs(root, programs) -> Path:
+    """All runs of two processes, which train one after the other in the same processes."""
     adapter = {"name": "mditface_adapter", "base": str(root / "flux"), "rank": 2, "alpha": 2}
     jobs = {
         "replicate": job(root, sharding="replicate"),
@@ -76,11 +96,7 @@ def runs(root) -> Path:
     encode += ["--components", str(root / "components")]
     trainings = [[values, str(root / name.split()[0])] for name, values in jobs.items()]
     (root / "jobs.json").write_text(json.dumps([encode, trainings]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(HERE / "worker.py"), str(root / "jobs.json")], capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    execute(programs, HERE / "worker.py", root / "jobs.json", ranks=2)
     return root
 
 
@@ -164,21 +180,18 @@ def test_shardings():
         mesh_shape("hybrid", 12, 8)
 
 
-def test_machines_communicate_once_per_step():
+def test_machines_communicate_once_per_step(programs):
     """Hybrid sharding on two machines of two: gradients are reduced within a machine after every pass, and between the
     machines after the last.
     """
-    given = os.environ | {"PYTHONPATH": str(HERE.parent)}
-    command = [sys.executable, str(HERE / "pretended.py")]
-    done = subprocess.run(command, capture_output=True, text=True, env=given, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    (output,) = execute(programs, HERE / "pretended.py")
+    found = json.loads(output.splitlines()[-1])
     (spread, added), (spread_thrice, added_thrice) = found["1"], found["3"]
     assert added > 0
     assert (spread_thrice, added_thrice) == (3 * spread, added)
 
 
-def test_killed_at_any_time(root, plain, tmp_path):
+def test_killed_at_any_time(root, tmp_path, programs):
     """SIGKILL while a checkpoint is written, after it, and while the model is published: bit-identical in the end."""
     values = job(root, checkpoint_every=4, preview=[{"prompt": "a face", "seed": 1}])
     whole = alone(values, tmp_path / "whole")
@@ -189,9 +202,7 @@ def test_killed_at_any_time(root, plain, tmp_path):
         "model.partial",
         "previews/000000000012.png",
     ]
-    command = [sys.executable, str(HERE / "killed.py"), str(tmp_path / "recipe.json"), str(tmp_path / "run"), *moments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    execute(programs, HERE / "killed.py", tmp_path / "recipe.json", tmp_path / "run", *moments)
     found = load_checkpoint(tmp_path / "run")
     assert_identical(found, whole)
     for path in ("model/transformer/diffusion_pytorch_model.safetensors", "previews/000000000016.png"):

@@ -15,7 +15,7 @@ import pytest
 from likeness.train import loop
 from likeness.train.checkpoint import checkpoints
 from likeness.train.config import TrainRecipe, load_recipe
-from runs import SIZE, load_checkpoint, prepare
+from runs import SIZE, load_checkpoint
 
 PROJECT = Path(__file__).parents[2]
 TORCHRUN = PROJECT / "launch" / "torchrun.sh"
@@ -23,8 +23,8 @@ DEBUG = PROJECT / "recipes" / "debug.toml"
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return prepare(tmp_path_factory.mktemp("launch"), 10)
+def root(prepared_faces) -> Path:
+    return prepared_faces
 
 
 def shortened(root: Path) -> list[str]:
@@ -34,20 +34,20 @@ def shortened(root: Path) -> list[str]:
     return [*where, *length, "network.hidden_size=32", "precision=fp32"]
 
 
-def environment(**given: str) -> dict[str, str]:
-    """The environment with the project's commands on the path and one thread per process."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+def environment(programs: Path, **given: str) -> dict[str, str]:
+    """The environment with `likeness` and torchrun on the path and one thread per process."""
+    path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "PROCESSES": "2"} | given
 
 
-def test_two_machines(root, tmp_path):
+def test_two_machines(root, tmp_path, programs):
     """Hybrid sharding between two machines, with two passes per step: the weights are those of one process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     given = shortened(root)
     command = [TORCHRUN, DEBUG, "--out", tmp_path / "run", *given, "sharding=hybrid", "micro_batch=1"]
-    where = environment(PROCESSES="1", MACHINES="2", MASTER=f"127.0.0.1:{port}", RUN_ID="test", RESTARTS="0")
+    where = environment(programs, PROCESSES="1", MACHINES="2", MASTER=f"127.0.0.1:{port}", RUN_ID="test", RESTARTS="0")
     machines = [subprocess.Popen(command, env=where, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [machine.communicate(timeout=900)[1] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said[0][-3000:] + said[1][-3000:]
@@ -60,19 +60,23 @@ def test_two_machines(root, tmp_path):
     assert len(list((tmp_path / "run/checkpoints/000000000016").glob("*.distcp"))) == 2  # one per process
 
 
-def test_invalid_recipes_are_not_restarted(root, tmp_path):
+def test_invalid_recipes_are_not_restarted(root, tmp_path, programs):
     """The error is reported once, and the script has the exit code of the command."""
     command = [TORCHRUN, DEBUG, *shortened(root), "micro_batch=3", "--out", tmp_path / "run"]
-    done = subprocess.run(command, env=environment(PROCESSES="1"), capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        command, env=environment(programs, PROCESSES="1"), capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == 2, done.stderr[-3000:]
     assert done.stderr.count("a batch of 4 cannot be divided into micro-batches") == 1
     assert not (tmp_path / "run").exists()
 
 
-def test_sigterm(root, tmp_path):
+def test_sigterm(root, tmp_path, programs):
     """The script forwards SIGTERM to every process; they save a checkpoint, and the exit code is 75."""
     command = [TORCHRUN, DEBUG, *shortened(root), "optimizer.images=40000", "checkpoint_every=40000"]
-    script = subprocess.Popen([*command, "--out", tmp_path], env=environment(), stderr=subprocess.PIPE, text=True)
+    script = subprocess.Popen(
+        [*command, "--out", tmp_path], env=environment(programs), stderr=subprocess.PIPE, text=True
+    )
     while script.poll() is None and not reported(tmp_path):
         time.sleep(0.05)
     script.terminate()

@@ -1,7 +1,4 @@
-"""One rank of a torchrun: runs the command and trains every job of a JSON file, and records errors per rank.
-
-torchrun --nproc-per-node 2 worker.py jobs.json
-"""
+"""One rank of several: runs the command and trains every job of a JSON file, and records errors per rank."""
 
 from __future__ import annotations
 

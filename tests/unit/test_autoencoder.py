@@ -50,7 +50,7 @@ def recipe(faces: Path, **changes) -> AutoencoderRecipe:
 
 
 def test_learns_and_publishes(faces, tmp_path):
-    train_autoencoder(recipe(faces, images=800), tmp_path)
+    train_autoencoder(recipe(faces, images=480), tmp_path)
     published = AutoencoderDC.from_pretrained(tmp_path / "model").eval()
     trained = measure(published, read_folder(faces), 32)
     torch.manual_seed(0)
@@ -58,7 +58,7 @@ def test_learns_and_publishes(faces, tmp_path):
     assert trained["psnr"] > untrained["psnr"] + 3
     assert trained["labels"] > untrained["labels"]
     assert trained["images"] == 6
-    assert metrics(tmp_path)[-1]["psnr"] == pytest.approx(trained["psnr"], abs=1e-6)
+    assert metrics(tmp_path)[-1]["psnr"] == pytest.approx(trained["psnr"], abs=1e-3)
 
 
 def test_resume_is_exact(faces, tmp_path):

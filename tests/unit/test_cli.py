@@ -52,7 +52,7 @@ def test_help_needs_no_torch():
 
 
 @pytest.mark.parametrize(
-    "command", ["generate", "replay", "inspect", "mask", "train", "evaluate", "compare", "prepare", "study", "convert"]
+    "command", ["generate", "replay", "inspect", "mask", "train", "evaluate", "compare", "prepare", "convert"]
 )
 def test_help_of_every_command(command, capsys):
     assert run(command, "--help") == 0

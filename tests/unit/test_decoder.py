@@ -86,7 +86,8 @@ def recipe(root: Path, **changes) -> DecoderRecipe:
 
 
 def test_only_the_decoder_changes(root, tmp_path):
-    train_decoder(recipe(root), tmp_path)
+    train_decoder(recipe(root, perceptual=None), tmp_path)
+    assert not any("perceptual" in line for line in metrics(tmp_path))
     before = AutoencoderDC.from_pretrained(root / "autoencoder")
     after = AutoencoderDC.from_pretrained(tmp_path / "model")
     old, new = before.state_dict(), after.state_dict()
@@ -97,16 +98,14 @@ def test_only_the_decoder_changes(root, tmp_path):
     assert not any("autoencoder.encoder" in name for name in load_checkpoint(tmp_path))
 
 
-@pytest.mark.parametrize("perceptual", [True, False])
-def test_learns(root, tmp_path, perceptual):
-    given = recipe(root, images=800, batch=8, learning_rate=4e-3, checkpoint_every=800)
-    given = given if perceptual else dataclasses.replace(given, perceptual=None)
+def test_learns(root, tmp_path):
+    given = recipe(root, images=600, batch=8, learning_rate=4e-3, checkpoint_every=600)
     before = measure(load_autoencoder(given.autoencoder), read_folder(root / "faces"), SIZE)
     train_decoder(given, tmp_path)
     lines = metrics(tmp_path)
     assert lines[-1]["psnr"] > before["psnr"] + 3
     assert lines[-1]["labels"] > before["labels"] + 0.1
-    assert ("perceptual" in lines[0]) == perceptual
+    assert "perceptual" in lines[0]
     assert lines[1]["l1"] < 0.9 * lines[0]["l1"]
     assert lines[1]["rendered"] < 0.9 * lines[0]["rendered"]
 

@@ -71,7 +71,7 @@ def test_every_command_chooses_by_itself():
         if option in ("device", "dtype")
     }
     assert defaults.pop(("replay", "device")) is None  # that of the recipe
-    expected = {"generate", "study keys", "evaluate", "compare", "prepare annotate", "prepare encode"}
+    expected = {"generate", "evaluate", "compare", "prepare annotate", "prepare encode"}
     assert {name for name, _ in defaults} >= expected
     assert set(defaults.values()) == {"auto"}
 
@@ -105,7 +105,6 @@ def test_recipes_record_the_format_in_use(tmp_path, capsys):
     [
         ("generate", "--model", "{model}"),
         ("evaluate", "{model}", "{model}", "--out", "{model}/out"),
-        ("study", "attention", "{model}"),
     ],
     ids=" ".join,
 )

@@ -26,7 +26,7 @@ from likeness.evaluate.aggregate import class_scores
 from likeness.evaluate.compare import compare_evaluations, difference_test
 from likeness.evaluate.external import parse_score, query_llm
 from likeness.evaluate.faces import faces_hash, read_faces
-from likeness.evaluate.features import Extractor, MissingError, cache_key
+from likeness.evaluate.features import Extractor, MissingError, cache_key, file_digest
 from likeness.evaluate.images import work_order
 from likeness.evaluate.protocol import Protocol
 from likeness.evaluate.report import comparison_table, format_number, published_tables, write_report
@@ -91,10 +91,6 @@ def number(results: Results, metric: str, given: str, against: str = "own") -> M
     return found
 
 
-def why_missing(results: Results) -> dict[str, str]:
-    return {entry.metric: entry.why for entry in results.missing}
-
-
 # --- Generation
 
 
@@ -153,7 +149,7 @@ def test_changed_inputs_are_regenerated(root, tmp_path):
     shutil.copy(rows[7]["file_name"], rows[6]["file_name"])
     os.utime(rows[6]["file_name"], (1e9, 1e9))  # older than its ceiling
     found = evaluate_model(root, tmp_path / "out", **settings)
-    assert names[3] in {fault.file for fault in found.faults}
+    assert names[3] in found.faults
     assert number(found, "ssim", "mask").n == COUNT - 1  # the outdated image is not measured
     for row, name in enumerate(names):
         if row != 3:
@@ -244,7 +240,7 @@ def test_attributes_are_part_of_the_hashes(root):
     extractor = Extractor(name="e", description="", hash="", extract=lambda images, faces: np.zeros((len(images), 1)))
     files = [face.photo for face in faces]
     assert faces_hash(edited) != faces_hash(faces)
-    assert cache_key(extractor, files, edited, 32) != cache_key(extractor, files, faces, 32)
+    assert cache_key(extractor, files, edited, 32, file_digest) != cache_key(extractor, files, faces, 32, file_digest)
 
 
 def test_contents_are_part_of_the_key_of_the_cache(root, tmp_path):
@@ -255,7 +251,7 @@ def test_contents_are_part_of_the_key_of_the_cache(root, tmp_path):
     for content in (b"one", b"two"):  # of equal size, and changed at the same time
         file.write_bytes(content)
         os.utime(file, ns=(0, 0))
-        keys.add(cache_key(extractor, [file], faces[:1], 32))
+        keys.add(cache_key(extractor, [file], faces[:1], 32, file_digest))
     assert len(keys) == 2
 
 
@@ -275,7 +271,7 @@ def test_missing_metrics_say_what_to_provide(root, tmp_path):
     }
     few = {"given": ("none",), "count": 3}
     found = evaluate_model(root, tmp_path, metrics=(*expected, "clip_score"), face_parser="absent", **few)
-    why = why_missing(found)
+    why = found.missing
     assert why.keys() == expected.keys()
     for metric, text in expected.items():
         assert text in why[metric]
@@ -336,7 +332,7 @@ def test_one_unreadable_image(root, tmp_path):
     broken = sorted(images.iterdir())[5]
     broken.write_bytes(broken.read_bytes()[:200])
     found = evaluate_images(root, tmp_path / "out", images, **FEW)
-    assert [fault.file for fault in found.faults] == [str(broken)]
+    assert list(found.faults) == [str(broken)]
     assert {entry.n for entry in found.numbers} == {COUNT - 1}
     assert number(found, "ssim", "sketch").value == pytest.approx(1, abs=1e-5)
     write_report(found, tmp_path / "out")
@@ -385,7 +381,7 @@ def test_faces_without_captions(root, tmp_path):
         found = evaluate_model(root, tmp_path / f"{steps}", tmp_path / "faces", **settings, steps=steps)
         assert found is not None
         assert found.protocol["n"] == COUNT
-        assert {metric: "have no captions" in why for metric, why in why_missing(found).items()} == {
+        assert {metric: "have no captions" in why for metric, why in found.missing.items()} == {
             "clip_score": True, "retrieval": True,
         }  # fmt: skip
     pair = {name: read_evaluation(tmp_path / name) for name in ("1", "2")}
@@ -513,7 +509,7 @@ def test_llm_score(root, tmp_path):
     cached = evaluate_model(root, tmp_path, count=3, **settings)
     assert number(cached, "llm_score", "none").value == 0.25
     other = evaluate_model(root, tmp_path, count=4, **settings)
-    assert "does not respond" in why_missing(other)["llm_score"]  # the failure is not cached
+    assert "does not respond" in other.missing["llm_score"]  # the failure is not cached
 
 
 @pytest.mark.parametrize(
@@ -546,13 +542,13 @@ def test_published_networks(root, tmp_path):
     images = copy_photos(root, tmp_path / "photos")
     metrics = ("clip_score", "cmmd", "fd_dinov2", "precision", "recall")
     found = evaluate_images(root, tmp_path / "out", images, **settings, metrics=metrics)
-    assert found.missing == []
+    assert found.missing == {}
     for metric, value in (("cmmd", 0), ("fd_dinov2", 0), ("precision", 1), ("recall", 1)):
         assert number(found, metric, "mask").value == pytest.approx(value, abs=1e-6)
     assert -100 <= number(found, "clip_score", "mask").value <= 100
     settings["clip_large"] = str(tmp_path / "absent")
     found = evaluate_images(root, tmp_path / "out", images, **settings, metrics=("cmmd",))
-    assert "not a folder and could not be downloaded" in why_missing(found)["cmmd"]
+    assert "not a folder and could not be downloaded" in found.missing["cmmd"]
 
 
 def test_report(root, results):

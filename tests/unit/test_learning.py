@@ -27,14 +27,14 @@ from likeness.train.metrics import Reporter
 from likeness.train.optim import make_optimizers
 from likeness.train.report import write_report
 from likeness.types import ConditionInput, InputError, PortraitRequest, TryAgain
-from runs import SIZE, assert_identical, load_checkpoint, metrics, prepare, small, weights_of
+from runs import SIZE, assert_identical, load_checkpoint, metrics, small, weights_of
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return prepare(tmp_path_factory.mktemp("learning"), 10)
+def root(prepared_faces) -> Path:
+    return prepared_faces
 
 
 def test_non_finite_batch(root, tmp_path, monkeypatch):

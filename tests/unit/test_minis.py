@@ -12,7 +12,6 @@ import pytest
 from sample_datasets import celeba, celebamask
 
 from builders import run
-from forked_commands import forked_commands
 
 PROJECT = Path(__file__).parents[2]
 SHORT = {
@@ -46,7 +45,7 @@ def shortened(recipe: str) -> str:
 
 
 @pytest.mark.slow
-def test_from_data_sets_to_an_image(tmp_path):
+def test_from_data_sets_to_an_image(tmp_path, programs):
     """The script fails in the middle and is resumed; the models generate images."""
     project, data, out = (tmp_path / name for name in ("project", "data", "out"))
     for folder in ("launch", "examples"):
@@ -59,24 +58,23 @@ def test_from_data_sets_to_an_image(tmp_path):
     assert run("prepare", "synthetic", out / "data/synthetic", "--count", 4, "--size", 128) == 0
 
     command = [project / "launch" / "minis.sh", data, out]
-    with forked_commands(tmp_path) as programs:
-        path = f"{programs}:{os.environ['PATH']}"
-        given = {
-            "env": os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "HELD_OUT": "8"},
-            "stderr": subprocess.PIPE,
-            "text": True,
-        }
-        recipe = project / "recipes" / "text_image_mini.toml"
-        recipe.write_text(recipe.read_text().replace("kind =", "kin ="))  # fails in the middle
-        stopped = subprocess.run(command, **given)
-        assert stopped.returncode == 2
-        assert "kin" in stopped.stderr.splitlines()[-1], stopped.stderr[-3000:]
-        recipe.write_text(recipe.read_text().replace("kin =", "kind ="))
-        weights = out / "runs/autoencoder_mini/model/diffusion_pytorch_model.safetensors"
-        before = weights.read_bytes()
-        done = subprocess.run(command, **given)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert weights.read_bytes() == before
+    path = f"{programs}:{os.environ['PATH']}"
+    given = {
+        "env": os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "HELD_OUT": "8"},
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
+    recipe = project / "recipes" / "text_image_mini.toml"
+    recipe.write_text(recipe.read_text().replace("kind =", "kin ="))  # fails in the middle
+    stopped = subprocess.run(command, **given)
+    assert stopped.returncode == 2
+    assert "kin" in stopped.stderr.splitlines()[-1], stopped.stderr[-3000:]
+    recipe.write_text(recipe.read_text().replace("kin =", "kind ="))
+    weights = out / "runs/autoencoder_mini/model/diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+    done = subprocess.run(command, **given)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert weights.read_bytes() == before
     for name in ("mmface-mini", "mditface-mini", "mmface-mini-fast"):
         portrait = tmp_path / f"{name}.png"
         assert run("generate", "a woman", "--model", out / "data" / name, "--out", portrait) == 0

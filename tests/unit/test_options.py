@@ -49,7 +49,7 @@ def required(command: type, words: tuple[str, ...], name: str, model: Path) -> l
         found += [*option, "missing"]
     if words == ("prepare", "synthetic"):
         found += ["--count", "1"]  # of two, the last one applies
-    if words[0] in ("generate", "study") and name != "model":
+    if words[0] == "generate" and name != "model":
         found += ["--model", str(model)]
     if words in (("mask", "propose"), ("serve",)) and name != "model":
         found += ["--model", "missing"]

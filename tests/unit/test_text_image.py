@@ -18,6 +18,7 @@ from likeness.config import load_toml
 from likeness.data.folder import read_photo
 from likeness.encoders.text import encode_text, token_ids, truncated_text
 from likeness.encoders.text_image import load_attribute_head, name_attributes, resize_images
+from likeness.train.components.steps import rows_with
 from likeness.train.components.text_image import (
     MIN_VOCABULARY,
     Pairs,
@@ -25,7 +26,6 @@ from likeness.train.components.text_image import (
     attribute_classes,
     attribute_loss,
     build,
-    captioned_rows,
     contrastive_loss,
     losses,
     retrieval,
@@ -102,7 +102,7 @@ def models(run: Path) -> tuple[CLIPModel, CLIPTextModel, Any]:
     return clip, text_encoder, CLIPTokenizer.from_pretrained(run / "model" / "tokenizer")
 
 
-def test_tokenizer_follows_clip(models: tuple[CLIPModel, CLIPTextModel, Any]) -> None:
+def test_tokenizer_follows_clip(models):
     tokenizer = models[2]
     assert tokenizer.bos_token == "<|startoftext|>"
     assert tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>"
@@ -115,14 +115,14 @@ def test_tokenizer_follows_clip(models: tuple[CLIPModel, CLIPTextModel, Any]) ->
 
 
 @pytest.mark.parametrize("text", ["flamboyant", "façade", "日本", "😀", "ß", "\u0007", "x" * 30, "3", "naïve é ü."])
-def test_every_character_is_encodable(models: tuple[CLIPModel, CLIPTextModel, Any], text: str) -> None:
+def test_every_character_is_encodable(models, text):
     tokenizer = models[2]
     ids = tokenizer(text).input_ids
     assert tokenizer.eos_token_id not in ids[1:-1]  # CLIP's unknown token is the end token
     assert tokenizer.decode(ids, skip_special_tokens=True).replace(" .", ".") == text
 
 
-def test_truncation_keeps_the_end_token(models: tuple[CLIPModel, CLIPTextModel, Any]) -> None:
+def test_truncation_keeps_the_end_token(models):
     tokenizer = models[2]
     assert tokenizer.model_max_length == 16
     ids = token_ids(tokenizer, [LONG, "red"], 16)
@@ -133,7 +133,7 @@ def test_truncation_keeps_the_end_token(models: tuple[CLIPModel, CLIPTextModel, 
     assert truncated_text(tokenizer, "red box", 16) == ""
 
 
-def test_tokenizer_is_independent_of_order_and_has_its_size() -> None:
+def test_tokenizer_is_independent_of_order_and_has_its_size():
     first, second = (train_tokenizer(captions, 530, 16) for captions in (CAPTIONS, CAPTIONS[::-1]))
     assert first.get_vocab() == second.get_vocab()
     assert len(first) == 530
@@ -142,7 +142,7 @@ def test_tokenizer_is_independent_of_order_and_has_its_size() -> None:
             train_tokenizer(CAPTIONS, vocabulary, max_tokens)
 
 
-def test_pooled_is_at_the_first_end_token(models: tuple[CLIPModel, CLIPTextModel, Any]) -> None:
+def test_pooled_is_at_the_first_end_token(models):
     _, text_encoder, tokenizer = models
     assert text_encoder.config.eos_token_id == tokenizer.eos_token_id != 2
     captions = ["", "red", CAPTIONS[0], LONG]
@@ -158,7 +158,7 @@ def test_pooled_is_at_the_first_end_token(models: tuple[CLIPModel, CLIPTextModel
     assert (output.last_hidden_state[1, 0] - output.pooler_output[1]).abs().max() > 0.1
 
 
-def test_published_parts_agree(models: tuple[CLIPModel, CLIPTextModel, Any]) -> None:
+def test_published_parts_agree(models):
     clip, text_encoder, tokenizer = models
     features = encode_text(tokenizer, text_encoder, CAPTIONS, max_tokens=16)
     assert features.tokens.shape == (12, 16, 32)
@@ -171,11 +171,9 @@ def test_published_parts_agree(models: tuple[CLIPModel, CLIPTextModel, Any]) -> 
     assert torch.isfinite(features.tokens).all()
 
 
-def test_loss_falls_and_captions_are_retrieved(
-    recipe: TextImageRecipe, run: Path, models: tuple[CLIPModel, CLIPTextModel, Any]
-) -> None:
+def test_loss_falls_and_captions_are_retrieved(recipe, run, models):
     clip, _, tokenizer = models
-    rows = captioned_rows(recipe.test)
+    rows = rows_with("text", recipe.test)
     assert len(rows) == 12
     batch = Pairs(recipe, rows, tokenizer).make(0, range(12))
     torch.manual_seed(0)
@@ -192,15 +190,13 @@ def test_loss_falls_and_captions_are_retrieved(
     assert [line["seen"] for line in lines if "find_caption" in line] == [400, 800]
 
 
-def test_resume_is_exact(recipe: TextImageRecipe, tmp_path: Path) -> None:
+def test_resume_is_exact(recipe, tmp_path):
     short = dataclasses.replace(recipe, images=64, checkpoint_every=24, warmup=16)
     check_resume(lambda folder: train_text_image(short, folder), tmp_path, sigterm_in_step(5, 40))
 
 
-def test_pairs_depend_on_their_position_only(
-    recipe: TextImageRecipe, models: tuple[CLIPModel, CLIPTextModel, Any]
-) -> None:
-    pairs = Pairs(recipe, captioned_rows(recipe.train), models[2])
+def test_pairs_depend_on_their_position_only(recipe, models):
+    pairs = Pairs(recipe, rows_with("text", recipe.train), models[2])
     whole = list(pairs.batches(range(0, 160, 8)))
     for index, batch in enumerate(Pairs(recipe, pairs.rows, models[2]).batches(range(80, 160, 8))):
         assert all(torch.equal(a, b) for a, b in zip(batch, whole[10 + index], strict=True))
@@ -209,10 +205,8 @@ def test_pairs_depend_on_their_position_only(
     assert len(images.mean(dim=(1, 2, 3)).unique()) > 12  # crops and brightness differ
 
 
-def test_identical_captions_are_positives(
-    recipe: TextImageRecipe, models: tuple[CLIPModel, CLIPTextModel, Any]
-) -> None:
-    rows = captioned_rows(recipe.train)[:3]
+def test_identical_captions_are_positives(recipe, models):
+    rows = rows_with("text", recipe.train)[:3]
     for row, text in zip(rows, ("a box", "a  BOX", "a square"), strict=True):
         row["text"] = text
     batch = Pairs(recipe, rows, models[2]).make(0, [0, 1, 2, 2])
@@ -225,10 +219,8 @@ def test_identical_captions_are_positives(
     assert contrastive_loss(vectors, vectors, torch.eye(4, dtype=torch.bool), torch.tensor(100.0)) >= loss - 1e-6
 
 
-def test_attributes_are_strings_and_booleans(
-    recipe: TextImageRecipe, models: tuple[CLIPModel, CLIPTextModel, Any]
-) -> None:
-    rows = captioned_rows(recipe.train)[:3]
+def test_attributes_are_strings_and_booleans(recipe, models):
+    rows = rows_with("text", recipe.train)[:3]
     classes = attribute_classes(rows)
     assert classes == {"color": ["green", "red"], "left": ["False", "True"]}  # no numbers, no constants
     del rows[1]["attributes"]
@@ -241,13 +233,11 @@ def test_attributes_are_strings_and_booleans(
     assert attribute_loss(head, torch.randn(3, 5), torch.full_like(labels, -100), (2, 2)) == 0
 
 
-def test_the_published_head_names_attributes(
-    run: Path, recipe: TextImageRecipe, models: tuple[CLIPModel, CLIPTextModel, Any]
-) -> None:
+def test_the_published_head_names_attributes(run, recipe, models):
     """Color and side of the boxes, predicted by the published head."""
     head = load_attribute_head(run / "model")
     assert head is not None
-    rows = captioned_rows(recipe.train)
+    rows = rows_with("text", recipe.train)
     images = [read_photo(row["file_name"]) for row in rows]
     named = name_attributes(models[0], head, resize_images(images, 16))
     assert set(named[0]) == set(head.classes) == {"color", "left"}
@@ -257,13 +247,13 @@ def test_the_published_head_names_attributes(
     assert load_attribute_head(run) is None
 
 
-def test_folders_without_captions_are_rejected(tmp_path: Path, recipe: TextImageRecipe) -> None:
+def test_folders_without_captions_are_rejected(tmp_path, recipe):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n')
-    with pytest.raises(InputError, match="caption"):
-        captioned_rows([str(tmp_path)])
+    with pytest.raises(InputError, match="has 'text'"):
+        rows_with("text", [str(tmp_path)])
 
 
-def test_recipe_parses() -> None:
+def test_recipe_parses():
     path = Path(__file__).parents[2] / "recipes" / "text_image_mini.toml"
     recipe = load_toml(path, TextImageRecipe)
     assert recipe.text_width % recipe.text_heads == recipe.vision_width % recipe.vision_heads == 0

@@ -15,7 +15,7 @@ from PIL import Image
 
 from builders import tiny_transformer
 from likeness.data.sampler import Sampler
-from likeness.data.store import Sample, Store
+from likeness.data.store import Sample
 from likeness.encoders.components import load_components
 from likeness.files import writing_folder
 from likeness.pipelines.generate import generate, resolve
@@ -27,14 +27,13 @@ from likeness.train.checkpoint import checkpoints, save_checkpoint
 from likeness.train.config import DataRecipe
 from likeness.train.ema import Ema, exponent
 from likeness.train.optim import learning_rate, make_optimizers
-from likeness.train.validate import condition_losses
 from likeness.types import ConditionInput, InputError, PortraitRequest
-from runs import check_resume, killed_after_checkpoint, load_checkpoint, metrics, prepare, sigterm_in_step, small
+from runs import check_resume, killed_after_checkpoint, load_checkpoint, metrics, sigterm_in_step, small
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return prepare(tmp_path_factory.mktemp("prepared"), 10)
+def root(prepared_faces) -> Path:
+    return prepared_faces
 
 
 def test_sampler_sees_every_face_once_an_epoch():
@@ -302,17 +301,3 @@ def test_power_law_ema():
     with ema.applied():
         assert model.weight.item() == average
     assert model.weight.item() == values[-1].item()
-
-
-def test_condition_losses(root, tmp_path):
-    """Without its inputs for the condition, a network has the same loss with any condition."""
-    recipe = small(root, optimizer={"images": 240}, checkpoint_every=240)
-    pipeline, store = load(loop.train(recipe, tmp_path)), Store(root / "shards")
-    losses = condition_losses(pipeline, store, "mask", count=6)
-    assert losses == condition_losses(pipeline, store, "mask", count=6)
-    assert len(set(losses.values())) == 3
-    with torch.no_grad():
-        weight = pipeline.transformer.patch_embed.weight
-        weight[:, weight.shape[1] // 2 :] = 0  # the condition's half of a patch
-        pipeline.transformer.condition_embed.weight.zero_()
-    assert len(set(condition_losses(pipeline, store, "mask", count=6).values())) == 1

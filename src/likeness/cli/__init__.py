@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from likeness.cli import caption, edit, evaluation, mask, portraits, prepare, serve, study, training
+from likeness.cli import caption, edit, evaluation, mask, portraits, prepare, serve, training
 from likeness.cli.terminal import print_error
 from likeness.runtime import configure_process
 from likeness.types import InputError, TryAgain
@@ -70,11 +70,7 @@ COMMANDS: dict[str, Any] = {
             "pack": prepare.Pack,
         },
     ),
-    "study": (
-        "Measure keys over time, attention and gates, and positions in a network.",
-        {"keys": study.Keys, "attention": study.Attention, "positions": study.Positions},
-    ),
-    "cost": study.Cost,
+    "cost": evaluation.Cost,
     "convert": ("Convert released weights.", {"mmface-release": training.ConvertMMFace}),
 }
 """Commands: dataclasses whose fields are the options. Groups: their description and commands."""

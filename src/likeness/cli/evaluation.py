@@ -1,4 +1,4 @@
-"""Commands that measure models and compare measurements. The fields of a command are its options."""
+"""Commands that measure models, compare measurements and count costs. The fields of a command are its options."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -92,8 +92,8 @@ class Evaluate(Measurement):
             from likeness.evaluate.report import numbers_table
             from likeness.pages import markdown_table
 
-            print_notes([f"Not read: {fault.file}: {fault.why}" for fault in results.faults])
-            print_notes([f"Not measured: {entry.metric}: {entry.why}" for entry in results.missing])
+            print_notes([f"Not read: {file}: {why}" for file, why in results.faults.items()])
+            print_notes([f"Not measured: {metric}: {why}" for metric, why in results.missing.items()])
             print_notes(results.notes)
             print(markdown_table(numbers_table(results)))
             print(self.out / "report.html")
@@ -147,6 +147,44 @@ class Compare(Measurement):
         print_notes(comparison.notes)
         print(markdown_table(comparison_table(comparison)))
         print(self.out / "comparison.html")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Count the operations and memory that a mask adds to MDiTFace on FLUX.1-dev, for every form of attention."""
+
+    network: tyro.conf.Positional[Literal["mditface"]]
+    """The network."""
+    size: int = 512
+    """Side in pixels."""
+    steps: int = 28
+    """Sampling steps."""
+    text_tokens: int = 512
+    """Tokens of the prompt."""
+    conditions: int = 1
+    """Number of simultaneous conditions."""
+    rank: int = 8
+    """Rank of the adapter's LoRA."""
+
+    def __call__(self) -> None:
+        from likeness.evaluate.cost import mditface_costs
+
+        plain, *forms = mditface_costs(**{name: value for name, value in vars(self).items() if name != "network"})
+        holistic = next(form for form in forms if form.attention == "holistic")
+        print(
+            f"10^12 multiply-accumulates per image: {self.size} px, {self.steps} steps, {self.text_tokens} text tokens"
+            f", {self.conditions} condition{'s' * (self.conditions > 1)}, LoRA rank {self.rank}"
+        )
+        print(f"{'':10}{'Linear, LayerNorm':>30}{'all products':>30}{'cache':>12}{'adapter':>12}")
+        print(f"{'':10}" + f"{'total':>10}{'added':>10}{'saved':>10}" * 2 + f"{'MB, bf16':>12}{'parameters':>12}")
+        for row in (plain, *forms):
+            line = f"{row.attention:10}"
+            for own, none, full in zip(row[1:3], plain[1:3], holistic[1:3], strict=True):
+                line += f"{own / 1e12:10.2f}{(own - none) / 1e12:10.2f}{1 - (own - none) / (full - none):10.1%}"
+            print(f"{line}{row.cache / 1e6:12.0f}{row.adapter:12,}")
+        print(
+            "saved: relative to holistic attention. The left count is that of Table 4 of the paper (docs/mditface.md)"
+        )
 
 
 def split_sources(sources: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:

@@ -55,11 +55,10 @@ class Train:
 
         check(config)
         with progress_bar("Measuring this machine") as advance:
-            plan = (
-                describe_shardings(config, self.device, advance)
-                if self.compare_sharding
-                else describe(config, self.device, self.gpus, advance)
-            )
+            if self.compare_sharding:
+                plan = describe_shardings(config, self.device, advance)
+            else:
+                plan = describe(config, self.device, self.gpus, advance)
         print(plan)
 
 

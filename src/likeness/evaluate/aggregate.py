@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,14 +26,8 @@ Outputs = Mapping[str, Sequence[np.ndarray]]
 def measure(
     name: str, metric: Metric, outputs: Outputs, common: Mapping[str, Any], protocol: Protocol
 ) -> tuple[list[Measurement], dict[str, np.ndarray]]:
-    """Measure a metric on each condition set and the ceiling, and its floor if it has one.
-
-    Args:
-        name: name of the metric.
-        metric: the metric.
-        outputs: output of its extractor.
-        common: the part of the protocol that all measurements have in common.
-        protocol: the protocol.
+    """Measure a metric on each condition set and the ceiling, and its floor if it has one, from the output of its
+    extractor. `common` is the part of the protocol that all measurements have in common.
 
     Returns:
         The measurements, and what a comparison needs of them (`Results.scores`).
@@ -44,14 +37,19 @@ def measure(
     """
     measurements: list[Measurement] = []
     stored: dict[str, np.ndarray] = {}
+    choices = {"choices": protocol.choices} if name == "retrieval" else {}
+
+    def add(given: str, against: str, value: float, interval: Any, n: int, seeds: list[float], bias: str = "") -> None:
+        low, high = map(float, interval)
+        facts = {**common, "given": given, **choices, "n": n}
+        measurements.append(Measurement(name, given, against, value, low, high, n, seeds, bias, facts))
+
     for given, by_seed in outputs.items():
         if given in (REAL, TRAIN):
             continue
-        facts = {**common, "given": given, **({"choices": protocol.choices} if name == "retrieval" else {})}
-        own = partial(new_measurement, name, given, "own", facts)
         if isinstance(metric, SetMetric):
             real = outputs[REAL][0]
-            measurements.append(measure_set(own, metric, by_seed, real, protocol))
+            add(given, "own", *measure_set(metric, by_seed, real, protocol))
             stored[f"{metric.extractor}/{given}/features"] = np.stack([metric.features(output) for output in by_seed])
             stored[f"{metric.extractor}/{REAL}/features"] = metric.features(real)
             continue
@@ -62,31 +60,13 @@ def measure(
         train = outputs[TRAIN][0] if metric.needs_train else None
         inputs = Inputs(protocol.choices, None if train is None else train[readable(train)])
         values = stored[f"{name}/{given}"] = face_values(metric, by_seed, inputs)
-        means = []
-        if len(by_seed) > 1 and not metric.across_seeds:
-            means = [float(np.nanmean(face_values(metric, [output], inputs))) for output in by_seed]
-        measurements.append(measure_mean(own, values, protocol, means))
+        several = by_seed if len(by_seed) > 1 and not metric.across_seeds else ()
+        means = [float(np.nanmean(face_values(metric, [output], inputs))) for output in several]
+        add(given, "own", *measure_mean(values, protocol), means)
         if metric.mismatch and given != CEILING and (not metric.condition or metric.condition in given.split("+")):
             floor = face_values(metric, by_seed, inputs, metric.mismatch)
-            another = partial(new_measurement, name, given, "another", facts)
-            measurements.append(measure_mean(another, floor, protocol))
+            add(given, "another", *measure_mean(floor, protocol), [])
     return measurements, stored
-
-
-def new_measurement(
-    metric: str,
-    given: str,
-    against: str,
-    facts: Mapping[str, Any],
-    value: float,
-    interval: Sequence[float] | np.ndarray,
-    n: int,
-    by_seed: Sequence[float] = (),
-    warning: str = "",
-) -> Measurement:
-    """Add the number of faces to the protocol."""
-    low, high = map(float, interval)
-    return Measurement(metric, given, against, value, low, high, n, list(by_seed), warning, {**facts, "n": n})
 
 
 def face_values(
@@ -95,10 +75,8 @@ def face_values(
     inputs: Inputs,
     mismatch: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> np.ndarray:
-    """Score each face: the mean over seeds, [N]; NaN if it has no value.
-
-    Raises:
-        MissingError: there are too few images.
+    """Return the score of each face, the mean over seeds, [N]; NaN if it has none. Raises `MissingError` if there are
+    too few images.
     """
     if metric.across_seeds:
         if len(by_seed) < 2:
@@ -122,28 +100,25 @@ def readable(output: np.ndarray) -> np.ndarray:
     return np.any(~np.isnan(output.reshape(len(output), -1)), axis=1)
 
 
-def measure_mean(
-    new: Callable[..., Measurement], values: np.ndarray, protocol: Protocol, by_seed: Sequence[float] = ()
-) -> Measurement:
-    """Measure the mean over faces."""
+def measure_mean(values: np.ndarray, protocol: Protocol) -> tuple[float, tuple[float, float], int]:
+    """Return the mean over faces, its interval, and the number of faces with a value. Raises `MissingError` if there
+    are too few.
+    """
     known = values[~np.isnan(values)]
     if len(known) < MIN_IMAGES:
         raise MissingError(
             f"Only {len(known)} of {len(values)} images can be scored, at least {MIN_IMAGES} are needed: the faces "
             "lack what is measured, or are too few"
         )
-    interval = bootstrap_interval(known, samples=protocol.bootstrap_samples)
-    return new(float(known.mean()), interval, len(known), by_seed)
+    return float(known.mean()), bootstrap_interval(known, samples=protocol.bootstrap_samples), len(known)
 
 
 def measure_set(
-    new: Callable[..., Measurement],
-    metric: SetMetric,
-    by_seed: Sequence[np.ndarray],
-    real: np.ndarray,
-    protocol: Protocol,
-) -> Measurement:
-    """Measure a distance between sets, the mean over seeds."""
+    metric: SetMetric, by_seed: Sequence[np.ndarray], real: np.ndarray, protocol: Protocol
+) -> tuple[float, np.ndarray, int, list[float], str]:
+    """Return a distance between sets, the mean over seeds; its interval; the number of images; the value of each seed
+    if there are several; its bias. Raises `MissingError` if there are too few images.
+    """
     values, deviations, counts = [], [], []
     for output in by_seed:
         both = readable(output) & readable(real)
@@ -156,17 +131,13 @@ def measure_set(
         counts.append(int(both.sum()))
     low, high = np.percentile(np.mean(deviations, axis=0), (2.5, 97.5)) + np.mean(values)
     interval = np.clip((low, high), *metric.limits)
-    warning = metric.bias(min(counts), metric.features(real[:1]).shape[1])
-    seeds = values if len(values) > 1 else ()
-    return new(float(np.mean(values)), interval, min(counts), seeds, warning)
+    bias = metric.bias(min(counts), metric.features(real[:1]).shape[1])
+    return float(np.mean(values)), interval, min(counts), values if len(values) > 1 else [], bias
 
 
 def class_scores(by_seed: Sequence[np.ndarray]) -> list[ClassScore]:
-    """Score each class over all images.
-
-    Args:
-        by_seed: face parser output of each seed, [N, 3, 19, 3]. Rows of NaN, and seeds without a readable image, are
-            skipped.
+    """Score each class over all images, from the face parser's output of each seed, [N, 3, 19, 3]. Rows of NaN, and
+    seeds without a readable image, are skipped.
     """
     known = [output[:, 0] for output in by_seed if readable(output).any()]
     if not known:
@@ -184,13 +155,8 @@ def class_scores(by_seed: Sequence[np.ndarray]) -> list[ClassScore]:
 
 
 def nearest_photos(images: np.ndarray, photos: np.ndarray, files: Sequence[str], count: int = 8) -> list[Neighbor]:
-    """Find the images that are nearest to a training photograph, nearest first.
-
-    Args:
-        images: output of the text-image pair for the images, [N, 2, P].
-        photos: the same for the photographs, [M, 2, P].
-        files: the photographs, [M].
-        count: maximum number of images.
+    """Find up to `count` images that are nearest to a training photograph, nearest first, from the output of the
+    text-image pair for the images [N, 2, P] and for the photographs [M, 2, P], whose files are [M].
     """
     rows, known = np.flatnonzero(readable(images)), np.flatnonzero(readable(photos))
     if not len(rows) or not len(known):

@@ -86,14 +86,9 @@ class Comparison:
 
 
 def compare_evaluations(evaluations: Mapping[str, Evaluation], allow: Sequence[str] = ()) -> Comparison:
-    """Compare every metric and condition set that all evaluations have, pair by pair.
-
-    Args:
-        evaluations: name -> evaluation, at least two.
-        allow: settings, or facts of the protocol, that may differ.
-
-    Raises:
-        InputError: protocols or faces differ, or the evaluations have nothing in common.
+    """Compare every metric and condition set that at least two evaluations, by name, all have, pair by pair. `allow`
+    names settings, or facts of the protocol, that may differ. Raises `InputError` if other protocols or faces differ,
+    or the evaluations have nothing in common.
     """
     names, notes = list(evaluations), []
     allow = [fact for name in allow for fact in SETTING_FACTS.get(name, (name,))]
@@ -143,17 +138,8 @@ def check_faces(evaluations: Mapping[str, Evaluation]) -> None:
 
 
 def check_protocols(numbers: Mapping[str, Measurement], allow: Sequence[str]) -> list[str]:
-    """Check that measurements of the same metric have the same protocol.
-
-    Args:
-        numbers: name of the evaluation -> measurement.
-        allow: facts that may differ because they are what is compared.
-
-    Returns:
-        Notes on facts that one of them lacks.
-
-    Raises:
-        InputError: a fact differs.
+    """Check that measurements of the same metric, by the name of the evaluation, have the same protocol except for the
+    facts in `allow`; return notes on facts that one of them lacks. Raises `InputError` if a fact differs.
     """
     (first, reference), *others = numbers.items()
     notes = []

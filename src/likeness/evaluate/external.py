@@ -25,6 +25,8 @@ from likeness.files import first_line
 from likeness.types import InputError
 from likeness.weights.hashes import weights_hash
 
+Images, Faces = Sequence[np.ndarray], Sequence[Face]
+
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Radford et al. 2021."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -60,10 +62,8 @@ def import_library(name: str, purpose: str) -> Any:
 
 
 def from_hub(class_name: str, name: str, device: str | None = None) -> Any:
-    """Load a class of transformers from a folder or the hub; a network is moved to the device.
-
-    Raises:
-        MissingError: it is in neither.
+    """Load a class of transformers from a folder or the hub; a network is moved to the device. Raises `MissingError` if
+    it is in neither.
     """
     import transformers
 
@@ -75,14 +75,12 @@ def from_hub(class_name: str, name: str, device: str | None = None) -> Any:
 # --- Images to tensors
 
 
-def to_tensor(images: Sequence[np.ndarray], device: str) -> Tensor:
+def to_tensor(images: Images, device: str) -> Tensor:
     """Stack uint8 images, [B, 3, S, S] uint8."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().to(device)
 
 
-def normalize(
-    images: Sequence[np.ndarray], side: int, mean: Sequence[float], std: Sequence[float], device: str = "cpu"
-) -> Tensor:
+def normalize(images: Images, side: int, mean: Sequence[float], std: Sequence[float], device: str = "cpu") -> Tensor:
     """Resize images (Pillow's bicubic) and normalize their channels, [B, 3, side, side]."""
     bicubic = Image.Resampling.BICUBIC
     resized = [np.asarray(Image.fromarray(image).resize((side, side), bicubic)) for image in images]
@@ -90,22 +88,19 @@ def normalize(
     return (to_tensor(resized, device).float() / 255 - center) / scale
 
 
-def clip_input(clip: Any, images: Sequence[np.ndarray]) -> Tensor:
+def clip_input(clip: Any, images: Images) -> Tensor:
     """Prepare images for a published CLIP or its image encoder."""
     side = getattr(clip.config, "vision_config", clip.config).image_size
     return normalize(images, side, CLIP_MEAN, CLIP_STD)
 
 
 def network_extractor(
-    name: str,
-    description: str,
-    network: torch.nn.Module,
-    forward: Callable[[Sequence[np.ndarray], Sequence[Face]], Tensor],
+    name: str, description: str, network: torch.nn.Module, forward: Callable[[Images, Faces], Tensor]
 ) -> Extractor:
     """An extractor that runs a network without gradients."""
 
     @torch.no_grad()
-    def extract(images: Sequence[np.ndarray], faces: Sequence[Face]) -> np.ndarray:
+    def extract(images: Images, faces: Faces) -> np.ndarray:
         return forward(images, faces).float().cpu().numpy()
 
     return Extractor(name=name, description=description, hash=weights_hash(network)[:16], extract=extract)
@@ -125,7 +120,7 @@ def dinov2(protocol: Protocol, size: int, device: str) -> Extractor:
     """The class token of a DINOv2 at 224 px (Stein et al. 2023), [B, D]."""
     network = from_hub("Dinov2Model", protocol.dinov2, device)
 
-    def forward(images: Sequence[np.ndarray], faces: Sequence[Face]) -> Tensor:
+    def forward(images: Images, faces: Faces) -> Tensor:
         return network(pixel_values=normalize(images, 224, IMAGENET_MEAN, IMAGENET_STD, device)).pooler_output
 
     return network_extractor("dinov2", protocol.dinov2, network, forward)
@@ -148,7 +143,7 @@ def lpips(protocol: Protocol, size: int, device: str) -> Extractor:
     with required("The network of LPIPS", "it uses weights of torchvision"):
         network = module.LPIPS(net=protocol.lpips, verbose=False).to(device).eval()
 
-    def forward(images: Sequence[np.ndarray], faces: Sequence[Face]) -> Tensor:
+    def forward(images: Images, faces: Faces) -> Tensor:
         photos = [read_photo(face.photo, size) for face in faces]
         generated, real = (to_tensor(x, device).float() / 127.5 - 1 for x in (images, photos))
         return network(generated, real).reshape(-1, 1)
@@ -169,10 +164,8 @@ def topiq(protocol: Protocol, size: int, device: str) -> Extractor:
 
 
 def query_llm(url: str, model: str, image: np.ndarray, caption: str) -> float:
-    """Request a score from an OpenAI-compatible API; NaN if the answer is not a number from 0 to 1.
-
-    Raises:
-        MissingError: the API does not respond.
+    """Request a score from an OpenAI-compatible API; NaN if the answer is not a number from 0 to 1. Raises
+    `MissingError` if the API does not respond.
     """
     content = [{"type": "text", "text": QUESTION + caption}, image_part(Image.fromarray(image), "PNG")]
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,27 +23,21 @@ from likeness.encoders import text_image as pair
 from likeness.encoders.text import token_ids
 from likeness.encoders.text_image import load_text_image
 from likeness.evaluate import external
-from likeness.evaluate.faces import Face, read_condition
+from likeness.evaluate.external import Faces, Images
+from likeness.evaluate.faces import read_condition
 from likeness.evaluate.features import Extractor, MissingError
 from likeness.evaluate.protocol import BUNDLED, Protocol
 from likeness.evaluate.scores import class_counts, edge_f_score, is_complete_face, keypoint_error, sharpness
 from likeness.weights import catalog
 from likeness.weights.hashes import file_hash, network_name, weights_hash
 
-Images, Faces = Sequence[np.ndarray], Sequence[Face]
-
 CreateExtractor = Callable[[Protocol, int, str], Extractor]
 """(protocol, side of the images in pixels, device) -> extractor. Raises `MissingError`."""
 
 
 def component_folder(name: str, file: str) -> Path | None:
-    """Find the local folder of a component: `name` itself, or its `model` if it is a training run.
-
-    Returns:
-        The folder that contains `file`, or None if `name` is a hub id.
-
-    Raises:
-        MissingError: the folder does not exist or does not contain the file.
+    """Return the local folder that contains `file` of a component: `name` itself, or its `model` if it is a training
+    run; None if `name` is a hub id. Raises `MissingError` if the folder does not exist or does not contain the file.
     """
     path = Path(name)
     if not path.is_dir():
@@ -67,15 +62,11 @@ def compare_conditions(
     condition: str, annotations: Sequence[np.ndarray | None], faces: Faces, size: int | None,
     score: Callable[[np.ndarray, np.ndarray], Any], shape: tuple[int, ...] = (),
 ) -> np.ndarray:  # fmt: skip
-    """Score annotations of images against the conditions of their faces.
+    """Score annotations of images, [B], None if nothing was found, against the conditions of their faces, resized to
+    `size` pixels or to the annotation.
 
     Args:
-        condition: name of the condition.
-        annotations: the condition as found in each image, [B]; None if nothing was found.
-        faces: the faces, [B].
-        size: side in pixels to which conditions are resized. None: that of the annotation.
         score: (given, found) -> a score of this shape.
-        shape: shape of a score.
 
     Returns:
         Scores [B, 2, *shape]; NaN without annotation or condition.
@@ -105,14 +96,10 @@ def face_parser(protocol: Protocol, size: int, device: str) -> Extractor:
         complete = [np.full((1, 19, 3), float(is_complete_face(found))) for found in labels]
         return np.concatenate([counts, complete], axis=1)
 
-    class_name = f"{network_name(network).split()[0]} in {source}"
-    return Extractor(
-        name="face_parser",
-        description="bundled face parser" if source == BUNDLED else class_name,
-        hash=weights_hash(network)[:16],
-        extract=extract,
-        form=2,
-    )
+    other = f"{network_name(network).split()[0]} in {source}"
+    description = "bundled face parser" if source == BUNDLED else other
+    weights = weights_hash(network)[:16]
+    return Extractor(name="face_parser", description=description, hash=weights, extract=extract, form=2)
 
 
 def sketch(protocol: Protocol, size: int, device: str) -> Extractor:
@@ -238,17 +225,14 @@ def structural_similarity(name: str, min_size: int) -> CreateExtractor:
             raise MissingError(f"{name} requires images of at least {min_size} px; these have {size}")
         from torchmetrics.functional import image as functional
 
+        measure: Any = functional.structural_similarity_index_measure
+        if name == "ms_ssim":
+            measure = partial(functional.multiscale_structural_similarity_index_measure, normalize="relu")
+
         def extract(images: Images, faces: Faces) -> np.ndarray:
             photos = [read_photo(face.photo, size) for face in faces]
             generated, real = (external.to_tensor(x, "cpu").float() / 255 for x in (images, photos))
-            if name == "ssim":
-                score: Any = functional.structural_similarity_index_measure(
-                    generated, real, data_range=1.0, reduction="none"
-                )
-            else:
-                score = functional.multiscale_structural_similarity_index_measure(
-                    generated, real, data_range=1.0, reduction="none", normalize="relu"
-                )
+            score: Any = measure(generated, real, data_range=1.0, reduction="none")
             return score.reshape(-1, 1).numpy()
 
         description = "torchmetrics, Gaussian window of 11, sigma 1.5"
@@ -259,12 +243,9 @@ def structural_similarity(name: str, min_size: int) -> CreateExtractor:
 
 def laplacian(protocol: Protocol, size: int, device: str) -> Extractor:
     """Sharpness, [B, 1]."""
-    return Extractor(
-        name="laplacian",
-        description=f"standard deviation of the Laplacian at {size} px",
-        hash=hash_of("laplacian"),
-        extract=lambda images, faces: np.array([[sharpness(image)] for image in images]),
-    )
+    extract = lambda images, faces: np.array([[sharpness(image)] for image in images])  # noqa: E731
+    description = f"standard deviation of the Laplacian at {size} px"
+    return Extractor(name="laplacian", description=description, hash=hash_of("laplacian"), extract=extract)
 
 
 EXTRACTORS: dict[str, CreateExtractor] = {

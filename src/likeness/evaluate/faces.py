@@ -41,18 +41,9 @@ class Face:
 
 
 def read_faces(folder: Path, protocol: Protocol, photos: Iterable[Path] | None = None) -> tuple[list[Face], list[str]]:
-    """Read the faces of a prepared folder that have every condition of the protocol, and a caption unless none has.
-
-    Args:
-        folder: a prepared split.
-        protocol: which faces and how many.
-        photos: if given, read only the faces with the stems of these files.
-
-    Returns:
-        The faces, and one sentence for each kind of row that was skipped.
-
-    Raises:
-        InputError: the folder cannot be read, two faces have the same name, or no face is left.
+    """Read the faces of a prepared folder that have every condition of the protocol, and a caption unless none has; if
+    `photos` are given, only those with the stems of these files. Return them, and one sentence for each kind of row
+    that was skipped. Raises `InputError` if the folder cannot be read, two faces have the same name, or none is left.
     """
     required = {name for given in protocol.given for name in conditions_of(given)}
     stems = None if photos is None else {path.stem for path in photos}
@@ -96,10 +87,8 @@ def read_training_faces(folder: Path) -> list[Face]:
 
 
 def read_condition(files: Mapping[str, Path], name: str, size: int) -> np.ndarray | None:
-    """Read a condition and resize it to `size` x `size`. None if the face does not have it.
-
-    Raises:
-        InputError: the file cannot be read.
+    """Read a condition and resize it to `size` x `size`. None if the face does not have it. Raises `InputError` if the
+    file cannot be read.
     """
     if name not in files:
         return None

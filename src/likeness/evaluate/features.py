@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -54,15 +53,6 @@ class Extractor:
     """Called when it is no longer needed."""
 
 
-class Extracted(NamedTuple):
-    """The output of an extractor for N images."""
-
-    values: np.ndarray
-    """float32 [N, ...], NaN without output; [N, 1] of NaN if no image could be read."""
-    faults: dict[str, str]
-    """File -> why it could not be read."""
-
-
 def extract_cached(
     extractor: Extractor,
     files: Sequence[Path],
@@ -70,16 +60,15 @@ def extract_cached(
     size: int,
     cache: Path,
     progress: Callable[[int, int], None],
-) -> Extracted:
-    """Run an extractor on the images of faces.
+    digest: Callable[[Path], str],
+) -> tuple[np.ndarray, dict[str, str]]:
+    """Run an extractor on N images of faces, resized to `size` pixels (Lanczos). The files in the folder `cache` depend
+    on the extractor, the images and the faces (`cache_key`); `progress` is called as (done, total), and `digest` is
+    `file_digest`, which may be cached.
 
-    Args:
-        extractor: the extractor.
-        files: the images, [N].
-        faces: their faces, [N].
-        size: side in pixels to which images are resized (Lanczos).
-        cache: folder of the cache. Its files depend on the extractor, the images and the faces (`cache_key`).
-        progress: called as (done, total).
+    Returns:
+        The output, float32 [N, ...], NaN where there is none ([N, 1] of NaN if no image could be read); and for each
+        file that could not be read, why.
 
     Raises:
         MissingError: a service does not respond.
@@ -88,7 +77,7 @@ def extract_cached(
     faults: dict[str, str] = {}
     for start in range(0, len(files), CHUNK):
         chunk, chunk_faces = files[start : start + CHUNK], faces[start : start + CHUNK]
-        file = cache / f"{extractor.name}-{start:06d}-{cache_key(extractor, chunk, chunk_faces, size)}.npz"
+        file = cache / f"{extractor.name}-{start:06d}-{cache_key(extractor, chunk, chunk_faces, size, digest)}.npz"
         if not file.is_file():
             report = lambda done, start=start: progress(start + done, len(files))  # noqa: E731
             write_whole(file, extract_chunk(extractor, chunk, chunk_faces, size, report))
@@ -101,47 +90,39 @@ def extract_cached(
     for rows, values in chunks:
         if len(rows):
             output[rows] = values
-    return Extracted(output, faults)
+    return output, faults
 
 
 def extract_chunk(
     extractor: Extractor, files: Sequence[Path], faces: Sequence[Face], size: int, progress: Callable[[int], None]
 ) -> bytes:
     """Return the content of a cache file: the rows with output, their values, and the faults."""
-    rows: list[int] = []
-    values: list[np.ndarray] = []
+    outputs: dict[int, np.ndarray] = {}
     faults: dict[str, str] = {}
+
+    def extract(batch: Mapping[int, np.ndarray]) -> None:
+        found = extractor.extract(list(batch.values()), [faces[row] for row in batch]) if batch else ()
+        outputs.update(zip(batch, np.asarray(found, dtype=np.float32), strict=True))
+
     for start, images in read_batches(files, size):
-        batch = [(start + i, image) for i, image in enumerate(images) if not isinstance(image, str)]
+        batch = {start + i: image for i, image in enumerate(images) if not isinstance(image, str)}
         faults |= {str(files[start + i]): image for i, image in enumerate(images) if isinstance(image, str)}
         try:
-            outputs = extract_rows(extractor, batch, faces)
+            extract(batch)
         except MissingError:
             raise
         except InputError:  # an input of one of the faces, such as its photograph: find out which
-            outputs = []
-            for item in batch:
+            for row, image in batch.items():
                 try:
-                    outputs += extract_rows(extractor, [item], faces)
+                    extract({row: image})
                 except InputError as error:
-                    faults[f"{faces[item[0]].name} ({extractor.name})"] = str(error)
-        rows += [row for row, _ in outputs]
-        values += [output for _, output in outputs]
+                    faults[f"{faces[row].name} ({extractor.name})"] = str(error)
         progress(start + len(images))
     buffer = io.BytesIO()
-    stacked = np.stack(values) if values else np.zeros((0, 1), np.float32)
-    np.savez(buffer, rows=np.array(rows, dtype=np.int64), values=stacked, faults=json.dumps(faults))
+    rows = np.array(list(outputs), dtype=np.int64)
+    values = np.stack(list(outputs.values())) if outputs else np.zeros((0, 1), np.float32)
+    np.savez(buffer, rows=rows, values=values, faults=json.dumps(faults))
     return buffer.getvalue()
-
-
-def extract_rows(
-    extractor: Extractor, batch: Sequence[tuple[int, np.ndarray]], faces: Sequence[Face]
-) -> list[tuple[int, np.ndarray]]:
-    """Run an extractor on (row, image) pairs; return (row, output) pairs."""
-    if not batch:
-        return []
-    output = extractor.extract([image for _, image in batch], [faces[row] for row, _ in batch])
-    return [(row, values) for (row, _), values in zip(batch, np.asarray(output, dtype=np.float32), strict=True)]
 
 
 def read_batches(files: Sequence[Path], size: int) -> Iterator[tuple[int, list[np.ndarray | str]]]:
@@ -159,14 +140,21 @@ def read_batches(files: Sequence[Path], size: int) -> Iterator[tuple[int, list[n
     return read_ahead(read, range(0, len(files), BATCH))
 
 
-def cache_key(extractor: Extractor, files: Sequence[Path], faces: Sequence[Face], size: int) -> str:
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, "-" if it does not exist."""
+    return file_hash(path) if path.is_file() else "-"
+
+
+def cache_key(
+    extractor: Extractor, files: Sequence[Path], faces: Sequence[Face], size: int, digest: Callable[[Path], str]
+) -> str:
     """Hash everything that the output depends on: extractor, contents of the files, faces and size."""
-    digest = hashlib.sha256(f"{extractor.hash} {size}".encode())
-    digest.update(f"form {extractor.form}".encode() if extractor.form > 1 else b"")
+    key = hashlib.sha256(f"{extractor.hash} {size}".encode())
+    key.update(f"form {extractor.form}".encode() if extractor.form > 1 else b"")
     for file, face in zip(files, faces, strict=True):
-        digest.update(f"{file.name} {face.name} {face.caption} ".encode())
+        key.update(f"{file.name} {face.name} {face.caption} ".encode())
         if face.attributes:
-            digest.update(json.dumps(face.attributes, sort_keys=True).encode())
+            key.update(json.dumps(face.attributes, sort_keys=True).encode())
         for path in (file, face.photo, *face.conditions.values(), *face.mismatched.values()):
-            digest.update(f"{file_hash(path)} ".encode() if path.is_file() else b"- ")
-    return digest.hexdigest()[:12]
+            key.update(f"{digest(path)} ".encode())
+    return key.hexdigest()[:12]

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -40,8 +39,7 @@ Progress = Callable[[str, int, int], None]
 """Called as (task, done, total)."""
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """The arguments of an evaluation (`run.evaluate`) and its faces."""
 
     folder: Path
@@ -53,30 +51,22 @@ class Task:
     progress: Progress
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImageSets:
+class ImageSets(NamedTuple):
     """The images to measure."""
 
-    by_condition: dict[str, list[list[Path]]]
-    """Given -> seed index -> files, one per face."""
-    ceiling: list[Path]
-    """Photographs through the autoencoder; empty without an autoencoder."""
-    size: int
-    """Side in pixels at which images are compared."""
-    source: dict[str, Any]
-    """How the images were made; part of the protocol of every number."""
-    faults: dict[str, str]
-    """Face -> why an input cannot be read."""
+    by_condition: dict[str, list[list[Path]]]  # given -> seed index -> files, one per face
+    ceiling: list[Path]  # photographs through the autoencoder; empty without an autoencoder
+    size: int  # side in pixels at which images are compared
+    source: dict[str, Any]  # how the images were made; part of the protocol of every number
+    faults: dict[str, str]  # face -> why an input cannot be read
 
 
 # --- Images of a model
 
 
 def generate_images(task: Task) -> ImageSets:
-    """Generate the images of a model that do not exist yet or whose inputs have changed.
-
-    Raises:
-        InputError: the folder contains images that were made in another way.
+    """Generate the images of a model that do not exist yet or whose inputs have changed. Raises `InputError` if the
+    folder contains images that were made in another way.
     """
     pipeline, protocol, faces = task.pipeline, task.protocol, task.faces
     defaults, fingerprint = pipeline.config.defaults, pipeline_hash(pipeline)
@@ -120,13 +110,7 @@ def generate_images(task: Task) -> ImageSets:
                     write_image(images[0], file, recipe)
                 task.progress(f"images from {given}", done + 1, len(faces))
     ceiling, unread = reconstruct_photos(task)
-    return ImageSets(
-        by_condition=by_condition,
-        ceiling=ceiling,
-        size=protocol.size or defaults["size"],
-        source=source,
-        faults=faults | unread,
-    )
+    return ImageSets(by_condition, ceiling, protocol.size or defaults["size"], source, faults | unread)
 
 
 def work_order(count: int, rank: int, world: int) -> list[int]:
@@ -147,9 +131,8 @@ def request_for(face: Face, given: str, seed_index: int, protocol: Protocol) -> 
 
 
 def is_current(file: Path, request: PortraitRequest) -> bool:
-    """Return whether an image exists and was made from this prompt, seed and conditions.
-
-    Model, steps and guidance scale are equal for all images of an evaluation (`check_source`).
+    """Return whether an image exists and was made from this prompt, seed and conditions. Model, steps and guidance
+    scale are equal for all images of an evaluation (`check_source`).
     """
     try:
         recipe, _ = read_recipe(file)
@@ -161,10 +144,8 @@ def is_current(file: Path, request: PortraitRequest) -> bool:
 
 
 def reconstruct_photos(task: Task) -> tuple[list[Path], dict[str, str]]:
-    """Encode and decode the photographs with the pipeline's autoencoder, for the ceiling.
-
-    Returns:
-        The files, and for each face whose photograph cannot be read, why.
+    """Encode and decode the photographs with the pipeline's autoencoder, for the ceiling. Return the files, and for
+    each face whose photograph cannot be read, why.
     """
     codec, faults = LatentCodec(task.pipeline.vae), {}
     files = [task.out / "pictures" / "ceiling" / f"{face.name}.png" for face in task.faces]
@@ -203,10 +184,8 @@ def is_made_by(file: Path, source: str) -> bool:
 
 
 def user_images(task: Task, files: Sequence[Path]) -> ImageSets:
-    """Match existing images (`find_images`) with faces by name.
-
-    Raises:
-        InputError: images and faces do not match, or the folder contains another evaluation.
+    """Match existing images (`find_images`) with faces by name. Raises `InputError` if they do not match, or the folder
+    contains another evaluation.
     """
     check_names(files, task)
     by_name = {file.stem: file for file in files}
@@ -219,8 +198,7 @@ def user_images(task: Task, files: Sequence[Path]) -> ImageSets:
         "file_format": ", ".join(sorted({file.suffix.lower().lstrip(".") for file in matched})),
         **dict.fromkeys(("steps", "guidance_scale", "device", "dtype")),
     }
-    images = {task.protocol.given[0]: [matched]}
-    return ImageSets(by_condition=images, ceiling=ceiling, size=size, source=source, faults=faults)
+    return ImageSets({task.protocol.given[0]: [matched]}, ceiling, size, source, faults)
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -232,11 +210,7 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def check_names(files: Sequence[Path], task: Task) -> None:
-    """Check that images and faces match one to one.
-
-    Raises:
-        InputError: two images have the same name, an image has no face, or a face has no image.
-    """
+    """Raise `InputError` if two images have the same name, an image has no face, or a face has no image."""
     names, images, folder = [file.stem for file in files], files[0].parent, task.folder
     if duplicates := sorted(name for name in set(names) if names.count(name) > 1):
         raise InputError(f"{images} has two images named {duplicates[0]}: remove one of them")
@@ -267,11 +241,7 @@ def image_size(files: Sequence[Path]) -> int:
 
 
 def check_source(out: Path, source: dict[str, Any]) -> None:
-    """Record how the images of `out` are made.
-
-    Raises:
-        InputError: `out` contains images that were made in another way.
-    """
+    """Record how the images of `out` are made. Raises `InputError` if it has images that were made in another way."""
     file = out / SOURCE_FILE
     source = {key: value for key, value in source.items() if value is not None}
     if not file.is_file():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -57,6 +57,8 @@ class SetMetric:
     title: str
     extractor: str
     better: Better
+    needs_train: ClassVar = False
+    needs_captions: ClassVar = False
     distance: Callable[[Array, Array], float]
     """(features of images [N, D], of the photographs of the same faces [N, D]) -> one value."""
     features: Callable[[Array], Array]
@@ -126,11 +128,6 @@ def diversity_of_seeds(output: Array, inputs: Inputs) -> Array:
     return np.array([distances.diversity(output[:, face, 0]) for face in range(output.shape[1])])
 
 
-def all_features(output: Array) -> Array:
-    """The output itself, [N, D]."""
-    return output
-
-
 def swap_columns(output: Array) -> Array:
     """Swap the values for the face's own condition and the next face's: [N, 2 or more, ...] -> [N, 2, ...]."""
     return output[:, [1, 0]]
@@ -149,10 +146,6 @@ def image_features(output: Array) -> Array:
 # --- Known biases
 
 
-def unbiased(count: int, width: int) -> str:
-    return ""
-
-
 def frechet_bias(count: int, width: int) -> str:
     if count <= width:
         return f"{count} images cannot span {width} features: the distance is far too large"
@@ -168,11 +161,11 @@ MIN_SET = 10
 """Fewest images of a distance between sets."""
 DISTANCES: dict[str, tuple[Any, ...]] = {
     "frechet": (distances.frechet, "lower", UNLIMITED, frechet_bias, lambda width: width + 1),
-    "kid": (distances.kernel_distance, "lower", UNLIMITED, unbiased, lambda width: MIN_SET),
-    "cmmd": (distances.clip_mmd, "lower", UNLIMITED, unbiased, lambda width: MIN_SET),
+    "kid": (distances.kernel_distance, "lower", UNLIMITED, lambda count, width: "", lambda width: MIN_SET),
+    "cmmd": (distances.clip_mmd, "lower", UNLIMITED, lambda count, width: "", lambda width: MIN_SET),
     "precision": (distances.precision, "higher", (0, 1), neighbor_bias, lambda width: 10 * MIN_SET),
     "recall": (distances.recall, "higher", (0, 1), neighbor_bias, lambda width: 10 * MIN_SET),
-    "diversity": (distances.diversity, "higher", UNLIMITED, unbiased, lambda width: MIN_SET),
+    "diversity": (distances.diversity, "higher", UNLIMITED, lambda count, width: "", lambda width: MIN_SET),
 }
 """Name -> function, direction, limits, bias and minimum."""
 
@@ -187,7 +180,7 @@ def text_metric(title: str, better: Better, score: Callable[[Array, Inputs], Arr
 
 def set_metric(title: str, extractor: str, name: str) -> SetMetric:
     distance, better, *rest = DISTANCES[name]
-    features = image_features if extractor == "text_image" else all_features
+    features = image_features if extractor == "text_image" else np.asarray
     return SetMetric(f"Set: {title}", extractor, better, distance, features, *rest)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +72,7 @@ def write(stem: Path, title: str, sections: Sequence[Section]) -> None:
 
 
 def format_number(value: float, sign: str = "") -> str:
-    """Format a number: four decimals below 10, two above, scientific below 5e-4 (KID).
-
-    Args:
-        value: the number.
-        sign: "+" for differences.
-    """
+    """Format a number: four decimals below 10, two above, scientific below 5e-4; `sign` is "+" for differences."""
     form = ".1e" if 0 < abs(value) < 5e-4 else ".4f" if abs(value) < 10 else ".2f"
     return f"{value:{sign}{form}}"
 
@@ -155,18 +150,16 @@ def comparison_verdict(comparison: Comparison) -> list[str]:
     return verdict
 
 
-def compared_samples(evaluations: Mapping[str, Evaluation]) -> list[Section]:
+def compared_samples(evaluations: Mapping[str, Evaluation]) -> Iterator[Section]:
     """The first faces that all evaluations have, with the image of each, by condition set."""
     first = next(iter(evaluations.values()))
     shared = [name for name in first.faces if all(name in other.faces for other in evaluations.values())][:SAMPLES]
-    sections = []
     for given in [one for one in first.images if all(one in other.images for other in evaluations.values())]:
         figures = []
         for face in shared:
             files = {name: own.images[given][own.faces.index(face)] for name, own in evaluations.items()}
             figures.append(Figure([(name, embed_file(file)) for name, file in files.items()], [face]))
-        sections.append(Section(title=f"Images from {given}", figures=figures))
-    return sections
+        yield Section(title=f"Images from {given}", figures=figures)
 
 
 def difference_charts(comparison: Comparison) -> list[Section]:
@@ -200,8 +193,8 @@ def evaluation_sections(results: Results) -> list[Section]:
         *chart_sections(results),
         numbers_table(results),
         *optional("Warnings", list(dict.fromkeys(warnings))),
-        *optional("Not measured", [f"{METRICS[entry.metric].title}: {entry.why}" for entry in results.missing]),
-        *optional("Unreadable files", [f"{fault.file}: {fault.why}" for fault in results.faults]),
+        *optional("Not measured", [f"{METRICS[name].title}: {why}" for name, why in results.missing.items()]),
+        *optional("Unreadable files", [f"{file}: {why}" for file, why in results.faults.items()]),
         *optional("Notes", results.notes),
         *failure_sections(results),
         *nearest_sections(results),
@@ -262,18 +255,13 @@ def optional(title: str, lines: Sequence[str]) -> list[Section]:
     return [Section(title=title, lines=lines)] if lines else []
 
 
-def class_sections(classes: Mapping[str, Sequence[ClassScore]]) -> list[Section]:
+def class_sections(classes: Mapping[str, Sequence[ClassScore]]) -> Iterator[Section]:
     """The scores of each class, a table per condition set."""
-    return [
-        Section(
-            title=f"Classes, {given}",
-            text="n: masks that contain the class. IoU: over the pixels of all images. Shown: fraction of images.",
-            header=["class", "n", "IoU", "shown"],
-            rows=[[score.name, str(score.n), format_number(score.iou), format_number(score.shown)] for score in scores],
-        )
-        for given, scores in classes.items()
-        if scores
-    ]
+    text = "n: masks that contain the class. IoU: over the pixels of all images. Shown: fraction of images."
+    for given, scores in classes.items():
+        rows = [[score.name, str(score.n), format_number(score.iou), format_number(score.shown)] for score in scores]
+        if rows:
+            yield Section(title=f"Classes, {given}", text=text, header=["class", "n", "IoU", "shown"], rows=rows)
 
 
 def sample_section(results: Results) -> Section:
@@ -287,9 +275,8 @@ def sample_section(results: Results) -> Section:
     return Section(title="Samples", figures=figures)
 
 
-def failure_sections(results: Results) -> list[Section]:
+def failure_sections(results: Results) -> Iterator[Section]:
     """For each condition set, the images with the lowest scores, worst first."""
-    sections = []
     for given, files in results.images.items():
         for name in main_metrics(given):
             values = results.scores.get(f"{name}/{given}")
@@ -303,32 +290,27 @@ def failure_sections(results: Results) -> list[Section]:
                 images += [("image", embed_file(files[row])), ("photograph", embed_file(face["photo"]))]
                 caption = f"{format_number(float(values[row]))}, {face['name']}: {face['caption']}"
                 figures.append(Figure(images, [caption]))
-            title = f"Worst images from {given}: {METRICS[name].title}"
-            sections.append(Section(title=title, figures=figures))
-    return sections
+            yield Section(title=f"Worst images from {given}: {METRICS[name].title}", figures=figures)
 
 
-def nearest_sections(results: Results) -> list[Section]:
+def nearest_sections(results: Results) -> Iterator[Section]:
     """The images that are nearest to a training photograph, next to it."""
-    sections = []
     for given, neighbors in results.nearest.items():
         figures = []
         for found in neighbors:
             files = {"image": results.images[given][found.row], "training photograph": found.photo}
             images = [(label, embed_file(file)) for label, file in files.items()]
             figures.append(Figure(images, [f"cos {found.cosine:.3f}"]))
-        sections.append(Section(title=f"Nearest training photographs, images from {given}", figures=figures))
-    return sections
+        yield Section(title=f"Nearest training photographs, images from {given}", figures=figures)
 
 
-def published_sections() -> list[Section]:
+def published_sections() -> Iterator[Section]:
     """The tables of papers."""
-    sections = [Section(title="Published numbers, with other protocols: not comparable with the numbers above")]
+    yield Section(title="Published numbers, with other protocols: not comparable with the numbers above")
     for table in published_tables():
         text = f"Source: {table['source']}. Not stated: {table['unknown']}."
         header = ["method", *table["columns"]]
-        sections.append(Section(title=table["title"], level=3, header=header, rows=table["rows"], text=text))
-    return sections
+        yield Section(title=table["title"], level=3, header=header, rows=table["rows"], text=text)
 
 
 def published_tables() -> list[dict[str, Any]]:

@@ -47,22 +47,6 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class MissingMetric:
-    """A metric that could not be measured."""
-
-    metric: str
-    why: str
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A file that could not be read."""
-
-    file: str
-    why: str
-
-
-@dataclass(frozen=True)
 class ClassScore:
     """The scores of one class over all images of a condition set."""
 
@@ -99,12 +83,14 @@ class Results:
     images: dict[str, list[str]]
     """Given -> image files of the first seed, one per face."""
     numbers: list[Measurement] = field(default_factory=list)
-    missing: list[MissingMetric] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
+    """Metric -> why it could not be measured."""
     classes: dict[str, list[ClassScore]] = field(default_factory=dict)
     nearest: dict[str, list[Neighbor]] = field(default_factory=dict)
     extractors: dict[str, dict[str, str]] = field(default_factory=dict)
     """Name -> `what` it is and the `hash` of its weights."""
-    faults: list[Fault] = field(default_factory=list)
+    faults: dict[str, str] = field(default_factory=dict)
+    """File -> why it could not be read."""
     notes: list[str] = field(default_factory=list)
     scores: dict[str, np.ndarray] = field(default_factory=dict)
     """`metric/given` -> one value per face [N]; `extractor/given/features` -> [R, N, D]."""
@@ -113,6 +99,8 @@ class Results:
         """Return the content of `results.json`."""
         content = {name: value for name, value in dataclasses.asdict(self).items() if name != "scores"}
         content["portraits"], content["asked"] = content.pop("images"), content.pop("settings")
+        content["missing"] = [{"metric": metric, "why": why} for metric, why in self.missing.items()]
+        content["faults"] = [{"file": file, "why": why} for file, why in self.faults.items()]
         for score in chain(*content["classes"].values()):
             score["class"] = score.pop("name")
         return {**content, "schema": SCHEMA, "likeness": version("likeness")}

@@ -6,8 +6,8 @@ The folder of an evaluation contains `pictures/`, `seen/` (the cache of extracto
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from likeness.config import to_dict
 from likeness.evaluate.aggregate import class_scores, measure, nearest_photos
 from likeness.evaluate.extractors import EXTRACTORS
 from likeness.evaluate.faces import Face, faces_hash, read_faces, read_training_faces
-from likeness.evaluate.features import Extractor, MissingError, extract_cached
+from likeness.evaluate.features import Extractor, MissingError, extract_cached, file_digest
 from likeness.evaluate.images import ImageSets, Progress, Task, find_images, generate_images, image_size, user_images
-from likeness.evaluate.metrics import METRICS, Metric, PerImageMetric, SetMetric
+from likeness.evaluate.metrics import METRICS, Metric, SetMetric
 from likeness.evaluate.protocol import BUNDLED, CEILING, REAL, TRAIN, Protocol
-from likeness.evaluate.results import Fault, MissingMetric, Results
+from likeness.evaluate.results import Results
 from likeness.files import ABANDONED, delete_partials
 from likeness.parallel import rank_and_world
 from likeness.types import InputError
@@ -93,44 +93,39 @@ def evaluate(
         faces=[face.to_json() for face in faces],
         images={given: [str(file.resolve()) for file in seeds[0]] for given, seeds in sets.by_condition.items()},
         notes=notes,
+        faults=dict(sets.faults),
     )
-    faults = dict(sets.faults)
     measured = list(protocol.metrics)
     if not any(face.caption for face in faces):
-        measured = [name for name in measured if not needs_captions(METRICS[name])]
+        measured = [name for name in measured if not METRICS[name].needs_captions]
         reason = f"The faces of {folder} have no captions: `likeness prepare caption` writes them"
-        results.missing = [MissingMetric(name, reason) for name in protocol.metrics if name not in measured]
+        results.missing = {name: reason for name in protocol.metrics if name not in measured}
+    digest = cache(file_digest)  # of the same faces for all extractors
     for name, create in EXTRACTORS.items():
         if metrics := {key: METRICS[key] for key in measured if METRICS[key].extractor == name}:
             try:
                 extractor = create(protocol, sets.size, device)
                 try:
-                    outputs, unreadable = extract_sets(task, extractor, metrics, sets, train)
+                    outputs, unreadable = extract_sets(task, extractor, metrics, sets, train, digest)
                 finally:
                     extractor.close()
             except InputError as error:
-                results.missing += [MissingMetric(metric, str(error)) for metric in metrics]
+                results.missing |= dict.fromkeys(metrics, str(error))
                 continue
-            faults |= unreadable
+            results.faults |= unreadable
             add_measurements(results, extractor, metrics, outputs, train, protocol)
-    results.faults = [Fault(file, why) for file, why in faults.items()]
     results.notes = list(dict.fromkeys(results.notes))
     results.save(out)
     return results
 
 
-def needs_captions(metric: Metric) -> bool:
-    """Return whether a metric needs captions."""
-    return isinstance(metric, PerImageMetric) and metric.needs_captions
-
-
-def needs_train(metric: Metric) -> bool:
-    """Return whether a metric needs the training photographs."""
-    return isinstance(metric, PerImageMetric) and metric.needs_train
-
-
 def extract_sets(
-    task: Task, extractor: Extractor, metrics: Mapping[str, Metric], sets: ImageSets, train: Sequence[Face]
+    task: Task,
+    extractor: Extractor,
+    metrics: Mapping[str, Metric],
+    sets: ImageSets,
+    train: Sequence[Face],
+    digest: Callable[[Path], str],
 ) -> tuple[dict[str, list[np.ndarray]], dict[str, str]]:
     """Run an extractor on every set of images that its metrics need.
 
@@ -144,16 +139,16 @@ def extract_sets(
         required[CEILING] = [(sets.ceiling, task.faces)]
     if any(isinstance(metric, SetMetric) for metric in metrics.values()):
         required[REAL] = [([face.photo for face in task.faces], task.faces)]
-    if train and any(map(needs_train, metrics.values())):
+    if train and any(metric.needs_train for metric in metrics.values()):
         required[TRAIN] = [([face.photo for face in train], train)]
     outputs: dict[str, list[np.ndarray]] = {}
     faults: dict[str, str] = {}
     for name, seeds in required.items():
         outputs[name] = []
         for seed_index, (files, faces) in enumerate(seeds):
-            cache = task.out / "seen" / name / str(seed_index)
+            folder = task.out / "seen" / name / str(seed_index)
             progress = partial(task.progress, f"{extractor.name} on {name}")
-            values, unreadable = extract_cached(extractor, files, faces, sets.size, cache, progress)
+            values, unreadable = extract_cached(extractor, files, faces, sets.size, folder, progress, digest)
             outputs[name].append(values)
             faults |= unreadable
     return outputs, faults
@@ -175,10 +170,10 @@ def add_measurements(
     train_facts = {"train": faces_hash(train), "train_n": len(train)}
     for name, metric in metrics.items():
         try:
-            own = facts | train_facts if needs_train(metric) else facts
+            own = facts | train_facts if metric.needs_train else facts
             numbers, scores = measure(name, metric, outputs, own, protocol)
         except MissingError as error:
-            results.missing.append(MissingMetric(name, str(error)))
+            results.missing[name] = str(error)
             continue
         results.numbers += numbers
         results.scores |= scores

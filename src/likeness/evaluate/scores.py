@@ -86,15 +86,9 @@ def nan_mean(values: np.ndarray) -> np.ndarray:
 
 
 def edge_f_score(given: np.ndarray, found: np.ndarray, *, tolerance: float = 1.5) -> float:
-    """Return the F-score of strokes. A stroke pixel matches if the other sketch has one within the tolerance.
-
-    Args:
-        given: uint8 [H, W], 0 (stroke) to 255 (background).
-        found: the same.
-        tolerance: in pixels.
-
-    Returns:
-        The harmonic mean of precision and recall; 1 if neither has a stroke, 0 if only one has.
+    """Return the F-score of strokes in two sketches, uint8 [H, W], 0 (stroke) to 255 (background): the harmonic mean of
+    precision and recall; 1 if neither has a stroke, 0 if only one has. A stroke pixel matches if the other sketch has
+    one within the tolerance, in pixels.
     """
     strokes = [lines < 128 for lines in (given, found)]
     if not strokes[0].any() or not strokes[1].any():
@@ -105,14 +99,9 @@ def edge_f_score(given: np.ndarray, found: np.ndarray, *, tolerance: float = 1.5
 
 
 def keypoint_error(given: np.ndarray, found: np.ndarray, strokes: Mapping[str, Any]) -> float:
-    """Return the mean distance of keypoints over the distance between the eye centers (Sagonas et al. 2013).
-
-    Between 68 and 478 points, only the centers of the common parts are compared, without the jaw.
-
-    Args:
-        given: (x, y) in [0, 1], [68 | 478, 2].
-        found: the same.
-        strokes: `conditions.keypoints.STROKES`.
+    """Return the mean distance of keypoints, (x, y) in [0, 1], [68 | 478, 2] both, over the distance between the eye
+    centers (Sagonas et al. 2013). Between 68 and 478 points, only the centers of the common parts are compared, without
+    the jaw. `strokes` is `conditions.keypoints.STROKES`.
     """
 
     def centers(points: np.ndarray) -> dict[str, np.ndarray]:
@@ -151,10 +140,8 @@ def is_complete_face(labels: np.ndarray) -> bool:
 
 
 def sharpness(image: np.ndarray) -> float:
-    """Return the standard deviation of the Laplacian of the gray values, 0 to 255, of the central 62 % of an image.
-
-    Args:
-        image: uint8 [H, W, 3]. The value depends on the resolution.
+    """Return the standard deviation of the Laplacian of the gray values, 0 to 255, of the central 62 % of an image,
+    uint8 [H, W, 3]. It depends on the resolution.
     """
     gray = image.astype(np.float32).mean(axis=-1)
     laplacian = ndimage.laplace(gray)

@@ -38,8 +38,6 @@ WIDTH, HEIGHT = 5.0, 2.5
 """Inches; a column of a page is about as wide."""
 MIN_SPAN = 0.05
 MAX_POINTS, FEW_POINTS = 400, 12
-MAX_LABELS = 24
-"""Largest number of labels of an axis."""
 
 
 class Chart(NamedTuple):
@@ -75,13 +73,8 @@ def limits(values: Sequence[float], margin: float = 0.0) -> tuple[float, float]:
 def line_chart(
     title: str, curves: Mapping[str, Sequence[tuple[float, float]]], unit: str, *, zero: bool = False
 ) -> Chart | None:
-    """Draw curves of (x, y); None without a finite point.
-
-    Args:
-        title: of the chart.
-        curves: name -> points; a legend above the plot names several curves.
-        unit: label of the x axis.
-        zero: whether the y axis starts at 0.
+    """Draw curves of (x, y) by name, with a legend above the plot if there are several; None without a finite point.
+    `unit` is the label of the x axis; with `zero`, the y axis starts at 0.
     """
     finite = {name: [point for point in points if math.isfinite(point[1])] for name, points in curves.items()}
     finite = {name: points[::-1][:: -(-len(points) // MAX_POINTS)] for name, points in finite.items() if points}
@@ -129,12 +122,8 @@ def bar_chart(title: str, bars: Mapping[str, Sequence[float]], labels: Sequence[
 
 
 def interval_chart(title: str, rows: Sequence[tuple[str, float, float, float]], marks: Sequence[float]) -> Chart:
-    """Draw values with their intervals, one below the other.
-
-    Args:
-        title: of the chart.
-        rows: label, value, low, high.
-        marks: positions of vertical lines.
+    """Draw values with their intervals, one below the other: rows of (label, value, low, high), and vertical lines at
+    `marks`.
     """
 
     def paint(figure: Any, axes: Any) -> None:
@@ -149,19 +138,3 @@ def interval_chart(title: str, rows: Sequence[tuple[str, float, float, float]], 
         axes.set_xlim(*limits([*low, *high, *marks], margin=0.04))
 
     return draw(title, paint, 0.6 + 0.28 * len(rows))
-
-
-def heat_map(title: str, values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str]) -> Chart:
-    """Draw a matrix of values with a color bar."""
-
-    def paint(figure: Any, axes: Any) -> None:
-        low, high = limits([value for row in values for value in row])
-        image = axes.imshow(values, aspect="auto", interpolation="none", cmap="viridis", vmin=low, vmax=high)
-        for axis, names, most in ((axes.yaxis, rows, MAX_LABELS), (axes.xaxis, columns, 8)):
-            step = -(-len(names) // most)
-            axis.set_ticks(range(0, len(names), step), names[::step])
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-        figure.colorbar(image, ax=axes, pad=0.02, format="%.3g").outline.set_visible(False)
-
-    return draw(title, paint, min(1 + 0.22 * len(values), 6.5))

@@ -1,4 +1,4 @@
-"""Batches of latents from shards. Every random number is a function of (seed, position) of its sample."""
+"""Batches of latents from shards, and their loss. Random numbers are functions of (seed, position) of the sample."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree
 
 from likeness.data.ahead import read_ahead
@@ -15,6 +15,7 @@ from likeness.data.sampler import Sampler, stream
 from likeness.data.store import IMAGE, Sample, Store
 from likeness.encoders.components import Components
 from likeness.encoders.latent import spatial_factor
+from likeness.objectives import Objective
 from likeness.parallel import World
 from likeness.train.config import DataRecipe, RunRecipe, condition_names, condition_probability, split_key
 from likeness.types import InputError, TextFeatures
@@ -59,16 +60,9 @@ def make_batch(
     std: Tensor,
     seed: int,
 ) -> Batch:
-    """Return the batch of some samples.
-
-    Args:
-        samples: B samples.
-        positions: position of each in the run, on which its random numbers depend.
-        recipe: probabilities of conditions and text dropout.
-        condition_ids: the conditions of the network, in the order of their ids.
-        mean: mean of raw latents, [1, C, 1, 1].
-        std: their standard deviation.
-        seed: seed of the run.
+    """Return the batch of B samples. Random numbers depend on the seed and on the position of each in the run.
+    `condition_ids` are the conditions of the network in the order of their ids; `mean` and `std` are those of raw
+    latents, [1, C, 1, 1].
     """
     kinds = list(recipe.condition_probabilities)
     probabilities = np.array(list(recipe.condition_probabilities.values()), dtype=np.float64)
@@ -108,6 +102,16 @@ def make_batch(
         captions=captions,
         text=TextFeatures(*features) if features else None,
     )
+
+
+def denoising_losses(network: nn.Module, objective: Objective, batch: Batch) -> Tensor:
+    """Return weight(t) times the mean squared error at x_t of each sample of a batch with text, float32 [B]."""
+    time = objective.sample_time(batch.uniform)  # [B]
+    noisy = objective.corrupt(batch.clean, batch.noise, time)  # [B, C, h, w]
+    prediction = network(noisy, objective.model_time(time), batch.text, batch.condition_latents, batch.condition_index)
+    target = objective.target(batch.clean, batch.noise, time)
+    error = (prediction.float() - target).square().mean(dim=(1, 2, 3))  # [B]
+    return objective.weight(time) * error
 
 
 def open_stores(recipe: RunRecipe, folders: Sequence[str], components: Components, patch_size: int) -> list[Store]:
@@ -160,17 +164,9 @@ def read_batches(
     starts: Sequence[int],
     micro: int,
 ) -> Iterator[list[Batch]]:
-    """Yield this process's micro-batches of every step, prefetched by a thread. Position p of a step belongs to
-    micro-batch p // m; micro-batches are assigned to the processes in turn.
-
-    Args:
-        recipe: the run.
-        stores: its shards.
-        condition_ids: the conditions of the network, in the order of their ids.
-        settings: settings of the components.
-        world: the processes.
-        starts: first image of each step.
-        micro: images per micro-batch, m.
+    """Yield this process's micro-batches of every step, prefetched by a thread, given the first image of each step in
+    `starts`. Position p of a step belongs to micro-batch p // `micro`; micro-batches are assigned to the processes in
+    turn. `settings` are those of the components; for `condition_ids` see `make_batch`.
     """
     ends = np.cumsum([len(store) for store in stores])
     sampler = Sampler(int(ends[-1]), recipe.seed)

@@ -106,7 +106,13 @@ def checkpoint_entries(path: Path) -> dict[str, TensorStorageMetadata]:
 
 
 def read_into(path: Path, tensors: Mapping[str, Tensor], world: World = SINGLE_PROCESS) -> None:
-    """Read a checkpoint into `tensors`; each rank reads its part. Raises `InputError` if it cannot be read."""
+    """Read a checkpoint into `tensors`; each rank reads its part. Raises `InputError` if it cannot be read, or
+    contains other names or shapes.
+    """
+    stored = checkpoint_entries(path)
+    if tensors.keys() != stored.keys() or any(tuple(stored[n].size) != tuple(v.shape) for n, v in tensors.items()):
+        differing = sorted(tensors.keys() ^ stored.keys()) or ["a shape"]
+        raise InputError(f"the checkpoint {path} is of another network ({differing[0]}): choose another run folder")
     with world.joint_errors():
         check_digests(path, world)
     try:

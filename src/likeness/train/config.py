@@ -290,6 +290,8 @@ class ComponentRecipe:
     """Images per optimizer step."""
     learning_rate: float = 1e-3
     """Peak learning rate; it decays to 0 along a cosine."""
+    warmup: int = 0
+    """Images of linear warm-up."""
     ema: float = 0.08
     """Relative width of the power-law EMA of the weights, which is published."""
     checkpoint_every: int = 6400
@@ -378,22 +380,17 @@ def check_single_conditions(data: DataRecipe) -> None:
 def check(recipe: RunRecipe) -> None:
     """Check the values of a transformer's or student's recipe. Raises `InputError` if a value is out of range."""
     o, data = recipe.optimizer, recipe.data
-    total = sum(data.condition_probabilities.values())
+    probabilities, widths = data.condition_probabilities, (o.ema, *o.posthoc_emas)
+    total = sum(probabilities.values())
     check_minimum(recipe, 1, "optimizer.batch", "keep_checkpoints", "log_every", "checkpoint_every")
     check_minimum(recipe, 0, "optimizer.warmup", "optimizer.weight_decay", "seed")
     check_minimum(recipe, 0, "optimizer.learning_rate", "optimizer.max_grad_norm", exclusive=True)
     check_values(
         ("optimizer.images", o.images, o.images >= o.batch, f"at least a batch, {o.batch}"),
         ("optimizer.betas", list(o.betas), all(0 <= beta < 1 for beta in o.betas), "from 0 to below 1"),
-        *(
-            ("optimizer.ema", w, 0 < w <= MAX_EMA_WIDTH, f"above 0, at most {MAX_EMA_WIDTH}")
-            for w in (o.ema, *o.posthoc_emas)
-        ),
+        *(("optimizer.ema", w, 0 < w <= MAX_EMA_WIDTH, f"above 0, at most {MAX_EMA_WIDTH}") for w in widths),
         ("data.text_dropout", data.text_dropout, 0 <= data.text_dropout <= 1, "from 0 to 1"),
-        *(
-            (f"data.condition_probabilities.{k}", p, p >= 0, "at least 0")
-            for k, p in data.condition_probabilities.items()
-        ),
+        *((f"data.condition_probabilities.{key}", p, p >= 0, "at least 0") for key, p in probabilities.items()),
         ("the sum of data.condition_probabilities", total, total > 0, "above 0"),
         ("data.shards", list(data.shards), bool(data.shards), "one folder of shards or more"),
     )
@@ -408,24 +405,19 @@ def check(recipe: RunRecipe) -> None:
 
 def check_student(recipe: StudentRecipe) -> None:
     """Check the values that only a student's recipe has. Raises `InputError`."""
-    d, steps = recipe.discriminator, recipe.defaults.get("steps", recipe.steps)
+    d, data, rate = recipe.discriminator, recipe.data, recipe.frozen_learning_rate
+    steps = recipe.defaults.get("steps", recipe.steps)
     check_minimum(recipe, 1, "steps", "discriminator.width")
     check_minimum(recipe, 0, "flow_weight")
     nested = lambda *keys: (f"discriminator.{key}" for key in keys)  # noqa: E731
     check_minimum(recipe, 0, *nested("frozen_images", "warmup", "penalty", "mismatch"))
-    check_minimum(
-        recipe, 0, *nested("learning_rate", "head_learning_rate", "penalty_noise", "time_std"), exclusive=True
-    )
+    positive = nested("learning_rate", "head_learning_rate", "penalty_noise", "time_std")
+    check_minimum(recipe, 0, *positive, exclusive=True)
     check_values(
         ("defaults.steps", steps, isinstance(steps, int) and steps >= 1, "a whole number of at least 1"),
-        ("frozen_learning_rate", recipe.frozen_learning_rate, (recipe.frozen_learning_rate or 1) > 0, "above 0"),
-        (
-            "data.components",
-            recipe.data.components,
-            recipe.data.components is None,
-            "omitted: those of the teacher are used",
-        ),
-        ("data.validation", list(recipe.data.validation), not recipe.data.validation, "omitted: it is not used"),
+        ("frozen_learning_rate", rate, (rate or 1) > 0, "above 0"),
+        ("data.components", data.components, data.components is None, "omitted: those of the teacher are used"),
+        ("data.validation", list(data.validation), not data.validation, "omitted: it is not used"),
         ("discriminator.blocks", list(d.blocks), len(d.blocks) > 0, "one block or more"),
         ("discriminator.blocks", list(d.blocks), len(set(d.blocks)) == len(d.blocks), "different blocks"),
         ("discriminator.clean_fraction", d.clean_fraction, 0 <= d.clean_fraction <= 1, "from 0 to 1"),

@@ -8,25 +8,28 @@ of the pairs, predicts the images of the other half better from their own condit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from likeness.data.store import Store
+from likeness.data.sampler import stream
+from likeness.data.store import Sample, Store
 from likeness.encoders.components import Components
 from likeness.objectives import Objective
 from likeness.parallel import local_tensor, reshard
-from likeness.train.batches import Batch, latent_statistics
+from likeness.train.batches import Batch, denoising_losses, latent_statistics
 from likeness.train.config import MDiTFaceAdapter, TrainRecipe, condition_names, condition_probability
+from likeness.train.metrics import Reporter
 from likeness.train.train_state import TrainState
-from likeness.train.validate import face_losses, faces_with, fixed_faces
+from likeness.types import TextFeatures
 
-FACES = 32
-"""Faces measured with each condition."""
+FACES, PASS = 32, 16
+"""Faces measured with each condition, and per forward pass."""
 MAX_PAIRS, MIN_PAIRS = 256, 128
 """Pairs of condition and image kept from the batches, and how many the test of pairs needs."""
 MIN_PIXELS = 64
@@ -66,7 +69,7 @@ class Diagnostics:
             if len(samples) > 1:
                 text = components.text_features([sample.captions[0] if sample.captions else "" for sample in samples])
                 statistics = latent_statistics(components.settings)
-                self.faces[name] = fixed_faces(samples, name, text, condition_id, *statistics, seed=0)
+                self.faces[name] = fixed_faces(samples, name, text, condition_id, *statistics)
         self.pairs: dict[str, dict[float, tuple[Tensor, Tensor]]] = {name: {} for name in self.ids}
         self.occurrences = dict.fromkeys(self.ids, 0)
         self.samples, self.steps = 0, 0
@@ -98,11 +101,9 @@ class Diagnostics:
             del pairs[next(iter(pairs))]
         self.occurrences[name] += 1
 
-    def run(self) -> tuple[dict[str, float], list[str], list[str]]:
-        """Run the diagnostics. Call on every rank; the test of pairs uses the pairs of its rank.
-
-        Returns:
-            Values to report; alarms; other messages.
+    def report(self, reporter: Reporter | None) -> None:
+        """Run the diagnostics and report them on the main rank. Call on every rank; the test of pairs uses the pairs of
+        its rank.
         """
         values, alarms, messages = {}, self.weight_alarms(), []
         model, world = self.state.model, self.state.world
@@ -137,7 +138,8 @@ class Diagnostics:
             if expected > MIN_PAIRS and not self.occurrences[name]:
                 alarms.append(f"none of {self.samples} samples had a {name}")
         values["alarms"] = len(alarms)
-        return values, alarms, messages
+        if reporter:
+            reporter.report_diagnostics(self.state.images_seen, values, alarms, messages)
 
     def weight_alarms(self) -> list[str]:
         """Return alarms about weights that did not change since the last call."""
@@ -166,6 +168,54 @@ class Diagnostics:
                 if len(values):  # empty on a rank without a part of it
                     weights[name] = values[:: max(1, len(values) // 64)].clone()
         return weights
+
+
+def faces_with(condition: str, samples: Iterable[Sample], count: int) -> list[Sample]:
+    """Return the first `count` samples that have a condition."""
+    return list(islice((sample for sample in samples if condition in sample.conditions), count))
+
+
+def fixed_faces(
+    samples: Sequence[Sample],
+    condition: str,
+    text: TextFeatures,
+    condition_id: int,
+    mean: Tensor,
+    std: Tensor,
+) -> Batch:
+    """Return the batch of N faces with a condition for `face_losses`: the text features of their captions, mean and
+    standard deviation of raw latents [1, C, 1, 1], noise by number, and times at the middles of N equal parts, from
+    data to noise.
+    """
+    clean = torch.stack([sample.latents for sample in samples])  # [N, C, h, w]
+    noise = [stream(0, n).standard_normal(tuple(clean.shape[1:]), dtype="float32") for n in range(len(samples))]
+    conditions = torch.stack([sample.conditions[condition] for sample in samples])  # [N, C, h, w]
+    return Batch(
+        clean=(clean - mean) / std,
+        noise=torch.stack([torch.from_numpy(one) for one in noise]),
+        uniform=(torch.arange(len(samples)) + 0.5) / len(samples),
+        condition_latents=((conditions - mean) / std)[:, None],  # [N, 1, C, h, w]
+        condition_index=torch.full((len(samples), 1), condition_id),
+        captions=[],
+        text=text,
+    )
+
+
+@torch.no_grad()
+def face_losses(network: nn.Module, objective: Objective, faces: Batch, device: str) -> dict[str, Tensor]:
+    """Return the training loss of each face [N] with its own condition (`right`), the next face's (`shuffled`) and
+    none.
+    """
+    variants = {
+        "right": faces,
+        "shuffled": faces._replace(condition_latents=faces.condition_latents.roll(-1, dims=0)),
+        "none": faces._replace(condition_index=torch.full_like(faces.condition_index, -1)),
+    }
+    parts = [slice(start, start + PASS) for start in range(0, len(faces.clean), PASS)]
+    return {
+        name: torch.cat([denoising_losses(network, objective, batch.part(part).to(device)).cpu() for part in parts])
+        for name, batch in variants.items()
+    }
 
 
 def verdict_of(gain: float, before: int) -> int:

@@ -90,15 +90,9 @@ def store_emas(emas: Sequence[Ema], run: Path, seen: int, world: World) -> None:
 
 
 def posthoc_ema(run: Path, width: float, seen: int | None = None) -> Path:
-    """Write the pipeline of `run` with the EMA of a relative width to `run/model-<width>`.
-
-    Args:
-        run: a run with `posthoc_emas`.
-        width: relative width, about 0.02 to 0.25. The result is exact near the stored widths.
-        seen: number of training images at which the EMA ends. Default: the last checkpoint.
-
-    Raises:
-        InputError: there is no EMA of that width, the run stored none, or its model is an adapter.
+    """Write the pipeline of a run with `posthoc_emas` with the EMA of a relative width, about 0.02 to 0.25, that ends
+    after `seen` images, by default at the last checkpoint, to `run/model-<width>`. It is exact near the stored widths.
+    Raises `InputError` if there is no EMA of that width, the run stored none, or its model is an adapter.
     """
     if not 0 < width <= MAX_EMA_WIDTH:
         raise InputError(f"the width is {width}: it must be above 0, at most {MAX_EMA_WIDTH}")

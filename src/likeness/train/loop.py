@@ -18,19 +18,12 @@ from likeness.encoders.components import load_components
 from likeness.models.layers import use_explicit_attention
 from likeness.objectives import make_objective
 from likeness.parallel import World, set_gradient_sync, shard_model
-from likeness.train.batches import open_stores, read_batches
+from likeness.train.batches import denoising_losses, open_stores, read_batches
 from likeness.train.checkpoint import newest
 from likeness.train.config import MDiTFaceAdapter, TrainRecipe, check, micro_batch
 from likeness.train.diagnostics import Diagnostics
 from likeness.train.ema import Ema
-from likeness.train.losses import denoising_losses
-from likeness.train.networks import (
-    adapter_of,
-    build_network,
-    check_same_latents,
-    freeze_others,
-    load_initial_weights,
-)
+from likeness.train.networks import adapter_of, build_network, check_same_latents, freeze_others, load_initial_weights
 from likeness.train.optim import learning_rate, make_optimizers
 from likeness.train.progress import Progress
 from likeness.train.publish import Publication, checkpoint, preview, preview_requests
@@ -41,10 +34,8 @@ from likeness.weights.catalog import BUNDLED, COMMON
 
 
 def train(recipe: TrainRecipe, run: Path) -> Path:
-    """Train, or resume, in the folder `run`; in one process, or as one of the processes that torchrun started.
-
-    Returns:
-        The published pipeline, `run/model`.
+    """Train, or resume, in the folder `run`; in one process, or as one of the processes that torchrun started. Return
+    the published pipeline, `run/model`.
 
     Raises:
         InputError: data, components, processes or an earlier checkpoint do not fit the recipe, or another process
@@ -121,9 +112,7 @@ def train_in(
         diagnostics = Diagnostics(recipe, state, components, objective, validation or stores)
     if recipe.init_from and not state.images_seen:  # before the first step, to compare with
         if diagnostics:
-            found = diagnostics.run()
-            if progress.reporter:
-                progress.reporter.report_diagnostics(0, *found)
+            diagnostics.report(progress.reporter)
         preview(progress, publication)
     names, micro = list(model.config.condition_names), micro_batch(recipe, world.size)
     batches = read_batches(recipe, stores, names, components.settings, world, progress.starts, micro)
@@ -145,9 +134,7 @@ def train_in(
         # 4. Diagnose, report and save
         if diagnostics and progress.due(recipe.diagnostics_every):
             progress.check_finite()
-            found = diagnostics.run()
-            if progress.reporter:
-                progress.reporter.report_diagnostics(state.images_seen, *found)
+            diagnostics.report(progress.reporter)
         if progress.due(recipe.log_every):
             progress.report(learning_rate=rate)
         checkpoint(progress, publication, recipe)

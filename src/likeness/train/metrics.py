@@ -22,16 +22,9 @@ METRICS = "metrics.jsonl"
 
 
 class Reporter:
-    """Write reports.
-
-    Args:
-        run: run folder.
-        total: number of training images.
-        seen: images seen so far; lines of later ones, which a killed run left, are removed.
-        recipe: a recipe that may request TensorBoard or Weights & Biases.
-
-    Raises:
-        InputError: one of those is not installed, or the folder cannot be written.
+    """Write reports to a run folder, for `total` training images; lines after `seen` images, which a killed run left,
+    are removed. `recipe` may request TensorBoard or Weights & Biases. Raises `InputError` if one of those is not
+    installed, or the folder cannot be written.
     """
 
     def __init__(self, run: Path, total: int, seen: int, recipe: Any = None) -> None:

@@ -31,17 +31,9 @@ from likeness.weights.packed import load_component
 def build_network(
     recipe: TrainRecipe, *, channels: int, text_dim: int, pooled_dim: int, text_tokens: int
 ) -> ModelMixin:
-    """Create the network of a recipe. An adapter's base determines its own sizes: the arguments are not used.
-
-    Args:
-        recipe: the run.
-        channels: C of the latents.
-        text_dim: width of the text tokens.
-        pooled_dim: width of the pooled text.
-        text_tokens: largest number of text tokens.
-
-    Raises:
-        InputError: the recipe does not fit the network.
+    """Create the network of a recipe for latents of C `channels`, at most `text_tokens` tokens of width `text_dim` and
+    pooled text of width `pooled_dim`; an adapter's base determines its own sizes. Raises `InputError` if the recipe
+    does not fit the network.
     """
     n, names = recipe.network, condition_names(recipe.data)
     if isinstance(n, MDiTFaceAdapter):

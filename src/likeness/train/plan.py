@@ -11,8 +11,9 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from likeness.encoders.components import load_components
 from likeness.models.layers import use_explicit_attention
 from likeness.objectives import make_objective
 from likeness.parallel import Sharding
+from likeness.train.batches import denoising_losses
 from likeness.train.config import (
     DataRecipe,
     MDiTFaceAdapter,
@@ -30,16 +32,7 @@ from likeness.train.config import (
     TrainRecipe,
     micro_batch,
 )
-from likeness.train.losses import denoising_losses
-from likeness.train.trace import (
-    FLUX_SIZES,
-    ComponentSizes,
-    Trace,
-    block_counts,
-    random_batch,
-    random_network,
-    trace,
-)
+from likeness.train.trace import FLUX_SIZES, ComponentSizes, Trace, block_counts, random_batch, random_network, trace
 from likeness.types import InputError
 from likeness.weights.catalog import BUNDLED, COMMON
 
@@ -54,7 +47,6 @@ CPU_OVERHEAD = 1.25
 REFERENCES = ((64, 2, 2, 16), (128, 4, 4, 16), (192, 8, 6, 16), (256, 4, 8, 4), (192, 4, 6, 64), (384, 6, 8, 8))
 """(width, blocks, heads, images) of the networks that are measured, at 128 px."""
 REFERENCE_SIZES = ComponentSizes(text_dim=192, pooled_dim=192, text_tokens=32, text_parameters=0)
-
 
 Progress = Callable[[int, int], None]
 
@@ -90,8 +82,7 @@ DEVICES = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(NamedTuple):
     """Prediction of an optimizer step, per process."""
 
     memory: float  # peak in bytes
@@ -104,15 +95,8 @@ class Plan:
 
 
 def predict(recipe: TrainRecipe, traced: Trace, device: Device, gpus: int, micro: int, sizes: ComponentSizes) -> Plan:
-    """Predict memory, time and communication of an optimizer step.
-
-    Args:
-        recipe: the run.
-        traced: trace of a micro-batch.
-        device: device of each process.
-        gpus: number of devices, in machines of `device.per_machine`.
-        micro: images per micro-batch.
-        sizes: sizes of the components, for the text encoders.
+    """Predict memory, time and communication of an optimizer step on `gpus` devices, in machines of
+    `device.per_machine`, from the trace of a micro-batch of `micro` images and the sizes of the text encoders.
     """
     shards = {"replicate": 1, "shard": gpus, "hybrid": min(gpus, device.per_machine)}[recipe.sharding]
     passes = max(1, recipe.optimizer.batch // (micro * gpus))
@@ -136,12 +120,7 @@ def predict(recipe: TrainRecipe, traced: Trace, device: Device, gpus: int, micro
         sent = 2 * ring(gpus // shards) * traced.gradients / shards
         within, across = (within + sent, across) if gpus <= device.per_machine else (within, across + sent)
     seconds = passes * compute + update + within / device.link + across / device.network
-    return Plan(
-        memory=memory,
-        seconds=seconds,
-        communicated=within + across,
-        images_per_second=passes * micro * gpus / seconds,
-    )
+    return Plan(memory, seconds, within + across, passes * micro * gpus / seconds)
 
 
 def candidate_settings(recipe: TrainRecipe, gpus: int) -> Iterator[tuple[str, TrainRecipe, int]]:
@@ -189,16 +168,9 @@ def compare_shardings(
 
 
 def describe(recipe: TrainRecipe, name: str | None, gpus: int, progress: Progress = lambda done, total: None) -> str:
-    """Return the output of `likeness train --plan`: counts of the recipe, and the settings that were tried.
-
-    Args:
-        recipe: the run.
-        name: a device of `DEVICES`. Default: this machine is measured.
-        gpus: number of devices.
-        progress: called as (networks measured, total).
-
-    Raises:
-        InputError: the device is unknown, or the batch cannot be divided among the devices.
+    """Return the output of `likeness train --plan`: counts of the recipe, and the settings that were tried, on `gpus`
+    devices: `name` of `DEVICES` or this machine, which is measured; `progress` is called as (networks measured, total).
+    Raises `InputError` if the device is unknown, or the batch cannot be divided among the devices.
     """
     if gpus < 1 or recipe.optimizer.batch % gpus:
         raise InputError(f"a batch of {recipe.optimizer.batch} cannot be divided among {gpus} devices")
@@ -220,19 +192,9 @@ def describe(recipe: TrainRecipe, name: str | None, gpus: int, progress: Progres
         lines.append(f"{plan}  {setting}{'' if fits else '  (does not fit)'}")
         if fits:
             seconds = recipe.optimizer.images / plan.images_per_second
-            lines.append(f"{recipe.optimizer.images:,} images, about {format_duration(seconds)} without previews")
+            duration = timedelta(seconds=round(seconds))
+            lines.append(f"{recipe.optimizer.images:,} images, about {duration} without previews")
     return "\n".join(lines)
-
-
-def format_duration(seconds: float) -> str:
-    """Format a duration: "40 s", "3 min", "7.5 h"."""
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 90
-        else f"{seconds / 60:.0f} min"
-        if seconds < 5400
-        else f"{seconds / 3600:.1f} h"
-    )
 
 
 def describe_shardings(recipe: TrainRecipe, name: str | None, progress: Progress = lambda done, total: None) -> str:

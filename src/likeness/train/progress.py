@@ -32,18 +32,11 @@ MAX_NON_FINITE = 3
 
 
 class Progress:
-    """The steps of a training.
+    """The steps of a training in the folder `run`: from a state, after resuming, to `images` images, `batch` each.
 
-    Args:
-        run: run folder.
-        state: the training state, after resuming.
-        images: number of training images.
-        batch: images per step.
-        signals: SIGTERMs received so far; the training stops after the step in which one arrives.
-        recipe: a recipe that may request TensorBoard or Weights & Biases.
-
-    Raises:
-        InputError: there are too many non-finite batches, or the folder cannot be written.
+    `signals` are the SIGTERMs received so far; the training stops after the step in which one arrives. `recipe` may
+    request TensorBoard or Weights & Biases. Raises `InputError` if there are too many non-finite batches, or the folder
+    cannot be written.
     """
 
     def __init__(
@@ -73,7 +66,7 @@ class Progress:
     def end_step(self, **values: Tensor) -> None:
         """Count the images of a step, update the EMAs and record scalar values to report."""
         start = self.state.images_seen
-        self.recent.append((start, values))
+        self.recent.append((start, {name: value.detach() for name, value in values.items()}))
         self.state.count(self.batch)
         self.last = start == self.starts[-1]
         self.stopping = not self.state.world.all_true(not self.signals) and not self.last
@@ -93,13 +86,9 @@ class Progress:
             self.reporter.report(self.state.images_seen, **values)
 
     def save(self, every: int, state: Any = None, keep: int = 2) -> None:
-        """Save a checkpoint if it is due or the training stops. If the disk is full, training continues with a warning
-        and the next checkpoint tries again.
-
-        Args:
-            every: images between checkpoints.
-            state: an object with a method `tensors`, as `TrainState`. Default: the state whose steps these are.
-            keep: number of newest checkpoints to keep.
+        """Save a checkpoint if it is due or the training stops, and keep the newest `keep`. If the disk is full,
+        training continues with a warning and the next checkpoint tries again. `state` has a method `tensors`, as
+        `TrainState`; by default it is the state whose steps these are.
 
         Raises:
             TryAgain: SIGTERM was received; a checkpoint was saved.
@@ -133,7 +122,7 @@ class Progress:
         bad: dict[int, dict[str, str]] = {}
         for name in dict.fromkeys(name for _, values in self.recent for name in values):
             starts = [start for start, values in self.recent if name in values]
-            stacked = torch.stack([values[name].detach().float() for _, values in self.recent if name in values])
+            stacked = torch.stack([values[name].float() for _, values in self.recent if name in values])
             stacked = mean_over_ranks(stacked, world)
             means[name] = stacked.mean().item()
             for index in (~stacked.isfinite()).nonzero().flatten().tolist():

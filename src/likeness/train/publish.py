@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from likeness.pipelines.generate import generate, resolve
 from likeness.pipelines.mditface import MDiTFacePipeline
 from likeness.pipelines.mmface import MMFacePipeline
 from likeness.train.config import RunRecipe, condition_names
-from likeness.train.ema import Ema, store_emas
+from likeness.train.ema import store_emas
 from likeness.train.progress import Progress
 from likeness.train.report import write_report
 from likeness.train.train_state import TrainState
@@ -65,13 +65,8 @@ def preview_requests(recipe: RunRecipe) -> list[PortraitRequest]:
 
 def checkpoint(progress: Progress, publication: Publication, recipe: RunRecipe, saved: Any = None) -> None:
     """Publish, generate previews and save a checkpoint if it is due; on SIGTERM only save a checkpoint. The checkpoint
-    is written last, so that whatever it contains has been published.
-
-    Args:
-        progress: the steps of the training.
-        publication: what to publish.
-        recipe: the recipe.
-        saved: the state to save, if it is more than the state of `progress`.
+    is written last, so that whatever it contains has been published; it contains `saved`, by default the state of
+    `progress`.
 
     Raises:
         TryAgain: SIGTERM was received, or a value is not finite.
@@ -166,30 +161,6 @@ def publish(publication: Publication, pipeline: Any, weights: dict[str, Tensor],
             write_whole(folder / CODEC, json.dumps({"codec": publication.components.codec_hash}))
     except SafetensorError as error:
         raise InputError(f"cannot write {run / 'model'}: {error}") from error
-
-
-def publish_component(
-    progress: Progress, ema: Ema, recipe: Any, measure: Callable[[Any], Iterable[dict[str, float]]], steps: int = 50
-) -> None:
-    """Report, publish the EMA weights of a component to `run/model`, measure them, and save a checkpoint, each if due.
-
-    Args:
-        progress: the steps of the training.
-        ema: EMA of the component.
-        recipe: a recipe with `batch` and `checkpoint_every`.
-        measure: maps the published component to values to report.
-        steps: steps between reports.
-    """
-    if progress.due(steps * recipe.batch):
-        progress.report()
-    if progress.due(recipe.checkpoint_every):
-        progress.check_finite()
-        published = ema.averaged_model()
-        with writing_folder(progress.run / "model") as folder:
-            published.save_pretrained(folder)
-        for values in measure(published):
-            progress.report_values(values)
-    progress.save(recipe.checkpoint_every)
 
 
 def write_previews(publication: Publication, pipeline: Any, run: Path, seen: int, world: World) -> None:

@@ -15,11 +15,10 @@ import torch
 
 from likeness.config import build, rename_keys, to_dict
 from likeness.data.store import Store
-from likeness.device import choose_device
 from likeness.files import delete_partials, locked, read_json, write_whole
 from likeness.parallel import SINGLE_PROCESS, World, rank_and_world
 from likeness.train.checkpoint import newest
-from likeness.train.config import RENAMED_KEYS, RESUMABLE_CHANGES, check_minimum
+from likeness.train.config import RENAMED_KEYS, RESUMABLE_CHANGES
 from likeness.types import InputError
 
 
@@ -43,16 +42,6 @@ def open_run(recipe: Any, run: Path, world: World = SINGLE_PROCESS) -> Iterator[
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
         yield stack.enter_context(collected_sigterms())
-
-
-@contextmanager
-def open_component_run(recipe: Any, run: Path) -> Iterator[tuple[World, list[int]]]:
-    """Check the settings that all components have and open their run; yields the device as a `World`, and SIGTERMs."""
-    check_single_process(recipe.kind)
-    check_minimum(recipe, 1, "images", "batch", "checkpoint_every")
-    check_minimum(recipe, 0, "seed")
-    with open_run(recipe, run) as signals:
-        yield World(device=choose_device("auto")), signals
 
 
 def check_single_process(kind: str) -> None:

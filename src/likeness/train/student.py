@@ -42,20 +42,14 @@ from likeness.models.mmface import MMFaceTransformer
 from likeness.objectives import RectifiedFlow, make_objective
 from likeness.parallel import World
 from likeness.train.batches import Batch, open_stores, read_batches
-from likeness.train.checkpoint import checkpoint_entries, newest
-from likeness.train.config import (
-    DiscriminatorRecipe,
-    StudentRecipe,
-    check,
-    check_single_conditions,
-    condition_names,
-)
+from likeness.train.checkpoint import checkpoint_entries, newest, read_into
+from likeness.train.config import DiscriminatorRecipe, StudentRecipe, check, check_single_conditions, condition_names
 from likeness.train.ema import Ema
 from likeness.train.optim import learning_rate, make_optimizers
 from likeness.train.progress import Progress
 from likeness.train.publish import Publication, checkpoint, preview_requests
 from likeness.train.run_folder import check_single_process, open_run, record_data
-from likeness.train.train_state import TrainState, read_checkpoint
+from likeness.train.train_state import TrainState
 from likeness.types import InputError, TextFeatures
 from likeness.weights.catalog import find_model
 from likeness.weights.packed import load_component
@@ -188,14 +182,6 @@ def draw(recipe: DiscriminatorRecipe, seed: int, start: int, shape: tuple[int, .
     )
 
 
-class Result(NamedTuple):
-    """Result of a step."""
-
-    loss: Tensor  # sum of all losses; its backward pass computes the gradients of student and discriminator
-    estimates: Tensor  # the student's x_0, without gradient, [B, C, h, w]
-    report: dict[str, Tensor]  # scalars to report
-
-
 def losses_of(
     student: nn.Module,
     discriminator: nn.Module,
@@ -206,8 +192,8 @@ def losses_of(
     draws: Draws,
     flow: tuple[Tensor, Tensor],
     update_student: bool,
-) -> Result:
-    """Return all losses of a step.
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Compute the losses of a step.
 
     Args:
         student: predicts v at x_t.
@@ -219,6 +205,10 @@ def losses_of(
         draws: random numbers of the step.
         flow: noise [n, C, h, w] and times [n] of the flow-matching loss.
         update_student: whether to compute gradients for the student.
+
+    Returns:
+        The sum of all losses, whose backward pass computes the gradients of student and discriminator; the student's
+        x_0, without gradient, [B, C, h, w]; scalars to report.
     """
     d, n = recipe.discriminator, len(flow[1])
 
@@ -276,7 +266,7 @@ def losses_of(
         "std_last": estimates[-n:].std(),
         "error": (estimates - samples.clean).square().mean(),
     }
-    return Result(loss, estimates, {name: value.detach() for name, value in report.items()})
+    return loss, estimates, report
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -308,27 +298,23 @@ class StudentState:
             self.student.images_seen = int(path.name)
             self.freeze()
             for part in ("student", "backbone", "heads"):
-                names = {name.removeprefix(f"{part}/"): 0 for name in stored if name.startswith(f"{part}/")}
+                names = [name.removeprefix(f"{part}/") for name in stored if name.startswith(f"{part}/")]
                 getattr(self, part).create_optimizer_states(names)
             if all(f"rollout/{name}" in stored for name in Samples._fields):
                 places = (stored[f"rollout/{name}"] for name in Samples._fields)
                 empty = (torch.empty(place.size, dtype=place.properties.dtype) for place in places)
                 self.rollout = Samples(*(tensor.to(self.student.world.device) for tensor in empty))
-            read_checkpoint(self.tensors(), path, stored, self.student.world)
+            read_into(path, self.tensors(), self.student.world)
         self.freeze()
 
 
 def train_student(recipe: StudentRecipe, run: Path) -> Path:
-    """Train, or resume, in the folder `run`.
-
-    Returns:
-        The published pipeline, `run/model`.
+    """Train, or resume, in the folder `run`; return the published pipeline, `run/model`.
 
     Raises:
-        InputError: the teacher, data or an earlier checkpoint do not fit the recipe, there are several processes, or
-            another process trains in `run`.
+        InputError: the teacher, data or an earlier checkpoint do not fit the recipe, or there are several processes.
         TryAgain: a non-finite loss or gradient, or SIGTERM, after which a checkpoint is saved: the same command
-            resumes.
+            resumes; or another process trains in `run`.
     """
     check_single_process(recipe.kind)
     recipe, network, objective = load_teacher(recipe)
@@ -346,13 +332,9 @@ def train_student(recipe: StudentRecipe, run: Path) -> Path:
 
 
 def load_teacher(recipe: StudentRecipe) -> tuple[StudentRecipe, Any, RectifiedFlow]:
-    """Load the teacher and check the recipe.
-
-    Returns:
-        The recipe with all pipeline defaults; the teacher's network, in float32; its objective.
-
-    Raises:
-        InputError: the teacher is not a flow model that was trained with this package, or the recipe does not fit it.
+    """Load the teacher and check the recipe; return the recipe with all pipeline defaults, the teacher's network, in
+    float32, and its objective. Raises `InputError` if the teacher is not a flow model that was trained with this
+    package, or the recipe does not fit it.
     """
     check(recipe)
     folder = find_model(recipe.teacher)
@@ -453,7 +435,7 @@ def train_in(
         states.rollout = None
         if recipe.steps > 1:
             states.rollout = samples.part(continuing)._replace(previous=estimates[continuing])
-        progress.end_step(loss=loss.detach(), **report)
+        progress.end_step(loss=loss, **report)
         states.freeze()
 
         # 4. Report and save

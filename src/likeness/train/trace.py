@@ -22,9 +22,8 @@ from likeness.files import read_json
 from likeness.models.layers import use_explicit_attention
 from likeness.models.mditface import MDiTFaceTransformer
 from likeness.objectives import make_objective
-from likeness.train.batches import Batch
+from likeness.train.batches import Batch, denoising_losses
 from likeness.train.config import MDiTFaceAdapter, TrainRecipe, split_key
-from likeness.train.losses import denoising_losses
 from likeness.train.networks import adapter_of, add_new_adapter, build_network, freeze_others
 from likeness.types import TextFeatures
 
@@ -185,10 +184,7 @@ def random_network(recipe: TrainRecipe, sizes: ComponentSizes, depths: Sequence[
     if isinstance(recipe.network, MDiTFaceAdapter):
         config = base_config(recipe.network) | {"condition_names": (), "attention": recipe.network.attention}
         config |= {"num_layers": depths[0], "num_single_layers": depths[1]}
-        with (
-            unset_fake_temporarily(),
-            torch.device("meta"),
-        ):  # PEFT moves new weights, which fake tensors do not support
+        with unset_fake_temporarily(), torch.device("meta"):  # PEFT moves new weights; fake tensors cannot be moved
             base = MDiTFaceTransformer.from_config(config).to(torch.bfloat16)
             network = add_new_adapter(base, adapter_of(recipe))
         from_meta(network)

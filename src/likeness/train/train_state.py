@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from likeness.parallel import SINGLE_PROCESS, World, full_tensor
 from likeness.train.checkpoint import checkpoint_entries, newest, read_into
 from likeness.train.ema import Ema
 from likeness.train.optim import trainable_parameters
-from likeness.types import InputError
 
 
 @dataclass(kw_only=True)
@@ -73,10 +71,10 @@ class TrainState:
         if path := newest(run):
             stored = checkpoint_entries(path)
             self.create_optimizer_states(stored)
-            read_checkpoint(self.tensors(), path, stored, self.world)
+            read_into(path, self.tensors(), self.world)
             self.images_seen = int(path.name)
 
-    def create_optimizer_states(self, stored: Mapping[str, object]) -> None:
+    def create_optimizer_states(self, stored: Collection[str]) -> None:
         """Let the optimizers create states for the parameters that have one in a checkpoint: a step at rate 0."""
         for number, optimizer in enumerate(self.optimizers):
             names = {name.split("/")[2] for name in stored if name.startswith(f"optimizer/{number}/")}
@@ -90,15 +88,3 @@ class TrainState:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
             self.model.zero_grad(set_to_none=True)
-
-
-def read_checkpoint(
-    tensors: Mapping[str, Tensor], path: Path, stored: Mapping[str, TensorStorageMetadata], world: World
-) -> None:
-    """Read the checkpoint `path`, which contains the entries `stored`, into `tensors`. Raises `InputError` if the
-    checkpoint cannot be read, or its names or shapes are not those of `tensors`.
-    """
-    if tensors.keys() != stored.keys() or any(tuple(stored[n].size) != tuple(v.shape) for n, v in tensors.items()):
-        differing = sorted(tensors.keys() ^ stored.keys()) or ["a shape"]
-        raise InputError(f"the checkpoint {path} is of another network ({differing[0]}): choose another run folder")
-    read_into(path, tensors, world)

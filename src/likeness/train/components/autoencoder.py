@@ -22,13 +22,9 @@ from likeness.conditions.mask.classes import CLASSES, PALETTE
 from likeness.data.ahead import read_ahead
 from likeness.data.folder import column_of, read_folder, read_photo
 from likeness.encoders.latent import LatentCodec, reconstruct, to_tensor
+from likeness.train.components import steps
 from likeness.train.config import ComponentRecipe
-from likeness.train.ema import Ema
-from likeness.train.optim import learning_rate
 from likeness.train.progress import Progress
-from likeness.train.publish import publish_component
-from likeness.train.run_folder import open_component_run
-from likeness.train.train_state import TrainState
 from likeness.types import InputError
 
 
@@ -55,7 +51,6 @@ class AutoencoderRecipe(ComponentRecipe):
     batch: int = 32
     learning_rate: float = 2e-3
     warmup: int = 3200
-    """Images of linear warm-up."""
     latent_noise: float = 0.05
     """Standard deviation of the noise added to the latents, relative to theirs."""
     latent_penalty: float = 1e-3
@@ -86,13 +81,8 @@ class TrainingImages:
     """An endless sequence of photographs and rendered conditions; image number p depends only on (seed, p)."""
 
     def __init__(self, folders: Sequence[str], probabilities: dict[str, float], size: int, seed: int) -> None:
-        rows = [row for folder in folders for row in read_folder(folder)]
-        self.rows: dict[str, list[dict[str, Any]]] = {}
-        for kind in probabilities:
-            column = "file_name" if kind == "image" else column_of(kind)
-            self.rows[kind] = [row for row in rows if column in row]
-            if not self.rows[kind]:
-                raise InputError(f"no row of {', '.join(folders)} has {column!r}, which the recipe's {kind!r} requires")
+        columns = {kind: "file_name" if kind == "image" else column_of(kind) for kind in probabilities}
+        self.rows = {kind: steps.rows_with(column, folders) for kind, column in columns.items()}
         self.kinds = list(probabilities)
         self.cumulative = np.cumsum([probabilities[kind] for kind in self.kinds])
         self.size, self.seed = size, seed
@@ -136,13 +126,8 @@ def reconstruction_loss(model: AutoencoderDC, images: Tensor, noise: Tensor, rec
 
 
 def pixel_loss(output: Tensor, images: Tensor, detail: float) -> Tensor:
-    """Return L1 and squared distance of the pixels, plus `detail` times the L1 distance of their differences along both
-    axes.
-
-    Args:
-        output: reconstructions, [B, 3, S, S].
-        images: originals, [B, 3, S, S].
-        detail: weight of the last term, which preserves edges.
+    """Return L1 and squared distance of reconstructions and originals, [B, 3, S, S] both, plus `detail` times the L1
+    distance of their differences along both axes, which preserves edges.
     """
     error = (output - images).float()
     loss = error.abs().mean() + 2 * error.square().mean()
@@ -150,23 +135,17 @@ def pixel_loss(output: Tensor, images: Tensor, detail: float) -> Tensor:
 
 
 def train_autoencoder(recipe: AutoencoderRecipe, run: Path) -> None:
-    """Train, or resume, in the folder `run`, and publish the EMA weights to `run/model`.
-
-    Raises:
-        InputError: another process trains in `run`, it was started with another recipe, or a folder of the recipe
-        cannot be used. TryAgain: a non-finite loss or gradient, or SIGTERM, after which a checkpoint is saved.
+    """Train, or resume, in the folder `run`, and publish the EMA weights to `run/model`. Raises as
+    `steps.open_component`.
     """
-    with open_component_run(recipe, run) as (world, signals):
+    with steps.open_component(recipe, run) as (world, signals):
         torch.manual_seed(recipe.seed)
         model: Any = build(recipe).to(world.device, memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-        ema = Ema(model, recipe.ema)
-        state = TrainState(model=model, optimizers=[optimizer], emas=[ema], world=world)
-        state.resume(run)
+        progress = steps.resume(recipe, run, world, signals, model, [optimizer])
         loss_of = torch.compile(reconstruction_loss) if recipe.compile else reconstruction_loss
         latent_shape = (recipe.batch, recipe.latent_channels, recipe.size // 8, recipe.size // 8)
         images = TrainingImages(recipe.train, recipe.probabilities, recipe.size, recipe.seed)
-        progress = Progress(run, state, recipe.images, recipe.batch, signals)
         batches = read_ahead(lambda start: images.batch(start, recipe.batch), progress.starts)
         for start, batch in progress.steps(batches):
             batch = batch.to(world.device, memory_format=torch.channels_last)
@@ -174,40 +153,27 @@ def train_autoencoder(recipe: AutoencoderRecipe, run: Path) -> None:
             with torch.autocast(world.device_type, torch.bfloat16):
                 loss = loss_of(model, batch, noise.to(world.device), recipe)
             loss.backward()
-            rate = learning_rate(start, recipe.images, recipe.learning_rate, recipe.warmup)
-            progress.end_step(loss=loss.detach(), gradient_norm=state.step(rate, max_norm=1.0))
-            report_and_publish(progress, ema, recipe)
+            progress.end_step(loss=loss, gradient_norm=steps.optimizer_step(progress, recipe, start))
+            report_and_publish(progress, recipe)
 
 
-def report_and_publish(progress: Progress, ema: Ema, recipe: Any) -> None:
-    """Report, publish the EMA weights and save a checkpoint if they are due; after the last step, measure the published
-    autoencoder on the test folders.
-
-    Args:
-        progress: the steps of the training.
-        ema: EMA of the autoencoder.
-        recipe: a recipe with `batch`, `checkpoint_every`, `test` and `size`.
+def report_and_publish(progress: Progress, recipe: Any) -> None:
+    """Report, publish and save as `steps.publish`; after the last step, measure the autoencoder on the test folders
+    of the recipe.
     """
     test = recipe.test if progress.last else ()
-    publish_component(
-        progress, ema, recipe, lambda vae: (measure(vae, read_folder(folder), recipe.size) for folder in test)
-    )
+    steps.publish(progress, recipe, lambda vae: (measure(vae, read_folder(folder), recipe.size) for folder in test))
 
 
 @torch.no_grad()
 def measure(vae: AutoencoderDC, rows: list[dict[str, Any]], size: int) -> dict[str, float]:
-    """Measure the reconstruction of photographs and labels.
-
-    Args:
-        vae: the autoencoder, on the CPU, in float32.
-        rows: rows of prepared folders; labels are measured on those with masks.
-        size: image size in pixels.
+    """Measure the reconstruction of photographs and, for rows with masks, labels at `size` pixels. The autoencoder is
+    on the CPU, in float32.
 
     Returns:
         `psnr`: mean peak signal-to-noise ratio in dB, on values rounded to 8 bits; `labels`: fraction of mask pixels
-            whose
-        nearest palette color after rendering, encoding and decoding is that of their label; `labels_<class>`: the same
-        for each class, pooled over the masks; `images`: number of images.
+        whose nearest palette color after rendering, encoding and decoding is that of their label; `labels_<class>`: the
+        same for each class, pooled over the masks; `images`: number of images.
     """
     codec = LatentCodec(vae)
     correct, count = np.zeros(len(CLASSES)), np.zeros(len(CLASSES))
@@ -217,7 +183,7 @@ def measure(vae: AutoencoderDC, rows: list[dict[str, Any]], size: int) -> dict[s
         error = reconstruct(codec, image).astype(np.float64) - image
         ratios.append(10 * np.log10(255**2 / max((error**2).mean(), 1e-10)))
         if column_of("mask") in row:
-            labels = mask.resize(mask.read(row[column_of("mask")]).raw, size, size)
+            labels = steps.read_labels(row, size)
             decoded = reconstruct(codec, mask.render(labels, size, size)).astype(np.int64)
             nearest = ((decoded[:, :, None] - PALETTE.astype(np.int64)) ** 2).sum(-1).argmin(-1)  # [S, S]
             count += np.bincount(labels.ravel(), minlength=len(CLASSES))

@@ -26,13 +26,9 @@ from likeness.encoders.latent import LatentCodec, spatial_factor
 from likeness.files import first_line, read_json
 from likeness.models.patch_discriminator import GROUPS, PatchDiscriminator
 from likeness.models.squeezenet import Normalization, SqueezeNetFeatures, perceptual_distance
+from likeness.train.components import steps
 from likeness.train.components.autoencoder import TrainingImages, pixel_loss, report_and_publish
 from likeness.train.config import ComponentRecipe, check_minimum, check_values
-from likeness.train.ema import Ema
-from likeness.train.optim import learning_rate
-from likeness.train.progress import Progress
-from likeness.train.run_folder import open_component_run
-from likeness.train.train_state import TrainState
 from likeness.types import InputError
 from likeness.weights.catalog import BUNDLED, COMMON
 from likeness.weights.packed import load_component
@@ -160,14 +156,8 @@ def photograph_loss(
     """Return the decoder's loss on photographs: L1, perceptual and adversarial.
 
     The adversarial loss is relativistic (Jolicoeur-Martineau 2018): a reconstruction should score as high as its
-    original. Gradients reach the decoder only.
-
-    Args:
-        vae: the autoencoder.
-        critics: discriminator and perceptual network.
-        latents: raw latents, [B, C, S / f, S / f].
-        images: their photographs, [B, 3, S, S].
-        weights: weights of the terms `perceptual` and `adversarial`, scalars.
+    original. Gradients reach the decoder only. `latents` are raw latents of the images, [B, C, S / f, S / f] and
+    [B, 3, S, S]; `weights` are scalars of the terms `perceptual` and `adversarial`.
 
     Returns:
         The loss; the reconstructions, detached, [B, 3, S, S]; the terms by name, detached.
@@ -188,18 +178,11 @@ def photograph_loss(
 def discriminator_loss(
     discriminator: nn.Module, real: Tensor, fake: Tensor, noise: Tensor, penalty: float, penalty_noise: float
 ) -> Tensor:
-    """Return the discriminator's loss: relativistic, with a gradient penalty.
+    """Return the discriminator's loss on photographs and their reconstructions, [B, 3, S, S] both: relativistic, with a
+    gradient penalty, estimated by `noise`, standard normal [2 B, 3, S, S], times `penalty_noise`.
 
     The penalty is R1 and R2 of Huang et al. 2024 ("The GAN is dead; long live the GAN!") by finite differences, as Lin
     et al. 2025 ("Diffusion Adversarial Post-Training", equation 4) estimate it: no second derivatives are needed.
-
-    Args:
-        discriminator: maps images to logits.
-        real: photographs, [B, 3, S, S].
-        fake: their reconstructions, [B, 3, S, S].
-        noise: standard normal, [2 B, 3, S, S].
-        penalty: weight of the penalty.
-        penalty_noise: standard deviation of the noise that is added to the images.
     """
     both = torch.cat([real, fake.to(real.dtype)])  # [2 B, 3, S, S]
     logits = discriminator(both).float()  # [2 B, 1, S / 4, S / 4]
@@ -215,14 +198,10 @@ def rendered_loss(vae: Any, latents: Tensor, images: Tensor, detail: float) -> T
 
 def train_decoder(recipe: DecoderRecipe, run: Path) -> None:
     """Train, or resume, in the folder `run`, and publish the autoencoder with EMA weights to `run/model`. Its encoder
-    is bit-identical to that of the recipe.
-
-    Raises:
-        InputError: another process trains in `run`, it was started with another recipe, or a value or file of the
-        recipe is invalid. TryAgain: a non-finite loss or gradient, or SIGTERM, after which a checkpoint is saved.
+    is bit-identical to that of the recipe. Raises as `steps.open_component`.
     """
     check(recipe)
-    with open_component_run(recipe, run) as (world, signals):
+    with steps.open_component(recipe, run) as (world, signals):
         # 1. Networks
         vae = load_autoencoder(recipe.autoencoder).to(world.device, memory_format=torch.channels_last)
         if recipe.size % (factor := spatial_factor(vae)):
@@ -238,14 +217,12 @@ def train_decoder(recipe: DecoderRecipe, run: Path) -> None:
             {"params": list(discriminator.parameters()), "rate_factor": recipe.discriminator_rate},
         ]
         optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, weight_decay=0.0)
-        both, ema = nn.ModuleDict({"autoencoder": vae, "discriminator": discriminator}), Ema(vae, recipe.ema)
-        state = TrainState(model=both, optimizers=[optimizer], emas=[ema], world=world)
-        state.resume(run)
+        both = nn.ModuleDict({"autoencoder": vae, "discriminator": discriminator})
+        progress = steps.resume(recipe, run, world, signals, both, [optimizer], published=vae)
         compiled: Any = torch.compile if recipe.compile else lambda function: function
         on_photographs, on_rendered = compiled(photograph_loss), compiled(rendered_loss)
 
         # 2. Train; the discriminator's loss is not compiled, which is faster on a CPU
-        progress = Progress(run, state, recipe.images, recipe.batch, signals)
         batches = read_ahead(DecoderBatches(recipe).__getitem__, progress.starts)
         for start, (photographs, images) in progress.steps(batches):
             generator = torch.Generator().manual_seed(recipe.seed + start)
@@ -269,7 +246,6 @@ def train_decoder(recipe: DecoderRecipe, run: Path) -> None:
                     terms = {"rendered": loss}
             loss.backward()
             norm = nn.utils.clip_grad_norm_(vae.decoder.parameters(), recipe.max_grad_norm)
-            state.step(learning_rate(start, recipe.images, recipe.learning_rate, 0), max_norm=math.inf)
-            progress.end_step(**{name: term.detach() for name, term in terms.items()}, gradient_norm=norm)
-
-            report_and_publish(progress, ema, recipe)
+            steps.optimizer_step(progress, recipe, start, max_norm=math.inf)
+            progress.end_step(**terms, gradient_norm=norm)
+            report_and_publish(progress, recipe)

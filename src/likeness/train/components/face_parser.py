@@ -28,16 +28,10 @@ from likeness.annotators.face_parser import MEAN, STD, confusion_of, parse_faces
 from likeness.conditions import CONDITIONS
 from likeness.conditions.mask.classes import CLASSES
 from likeness.data.ahead import read_ahead
-from likeness.data.folder import column_of, read_folder, read_photo
+from likeness.data.folder import column_of, read_photo
 from likeness.data.sampler import stream
+from likeness.train.components import steps
 from likeness.train.config import ComponentRecipe
-from likeness.train.ema import Ema
-from likeness.train.optim import learning_rate
-from likeness.train.progress import Progress
-from likeness.train.publish import publish_component
-from likeness.train.run_folder import open_component_run
-from likeness.train.train_state import TrainState
-from likeness.types import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +55,6 @@ class FaceParserRecipe(ComponentRecipe):
     weight_power: float = 0.25
     """The loss weight of a class is the fraction of its pixels to the power of minus this."""
     warmup: int = 1600
-    """Images of linear warm-up."""
     checkpoint_every: int = 3200
     compile: bool = False
     """Use torch.compile. On a CPU it makes the backward pass slower, by half."""
@@ -101,13 +94,10 @@ class Examples:
 
     def __init__(self, folders: Sequence[str], size: int, seed: int) -> None:
         self.size, self.seed = size, seed
-        stored, mask = size * 4 // 3, CONDITIONS["mask"]
+        stored = size * 4 // 3
         self.pairs = [
-            (
-                Image.fromarray(read_photo(row["file_name"], stored)),
-                Image.fromarray(mask.resize(mask.read(row[column_of("mask")]).raw, stored, stored)),
-            )
-            for row in rows_with_masks(folders)
+            (Image.fromarray(read_photo(row["file_name"], stored)), Image.fromarray(steps.read_labels(row, stored)))
+            for row in steps.rows_with(column_of("mask"), folders)
         ]
 
     def __getitem__(self, position: int) -> tuple[np.ndarray, np.ndarray]:
@@ -125,14 +115,6 @@ class Examples:
         images, labels = zip(*(self[position] for position in range(start, start + size)), strict=True)
         inputs = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
         return (inputs - MEAN) / STD, torch.from_numpy(np.stack(labels)).long()
-
-
-def rows_with_masks(folders: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the rows of the folders that have a mask. Raises `InputError` if no row has a mask."""
-    rows = [row for folder in folders for row in read_folder(folder) if column_of("mask") in row]
-    if not rows:
-        raise InputError(f"no row of {', '.join(folders)} has a mask")
-    return rows
 
 
 def random_affine(
@@ -192,9 +174,8 @@ def class_weights(masks: Sequence[np.ndarray], power: float) -> Tensor:
 def loss_of(network: nn.Module, inputs: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """Return the weighted cross-entropy of the logits, resized to the labels."""
     logits = network(pixel_values=inputs).logits.float()  # [B, 19, h, w]
-    logits = F.interpolate(
-        logits, size=labels.shape[-2:], mode="bilinear", align_corners=False
-    )  # [B, 19, S / 2, S / 2]
+    size = labels.shape[-2:]
+    logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)  # [B, 19, S / 2, S / 2]
     return F.cross_entropy(logits, labels, weight=weights)
 
 
@@ -205,13 +186,11 @@ def measure(network: Any, rows: list[dict[str, Any]], recipe: FaceParserRecipe) 
         `accuracy`; `f1_<class>` for every class that occurs; `f1`: their mean over the classes in at least 10 masks (or
         in any, if there are fewer than 20 masks); `n`, the number of images.
     """
-    size = recipe.test_size
     confusion = np.zeros((len(CLASSES), len(CLASSES)), dtype=np.int64)
     occurrences = np.zeros(len(CLASSES), dtype=np.int64)
-    mask = CONDITIONS["mask"]
     for row in rows:
-        labels = mask.resize(mask.read(row[column_of("mask")]).raw, size, size)
-        (predicted,) = parse_faces(network, [read_photo(row["file_name"], size)], size=recipe.size)
+        labels = steps.read_labels(row, recipe.test_size)
+        (predicted,) = parse_faces(network, [read_photo(row["file_name"], recipe.test_size)], size=recipe.size)
         confusion += confusion_of(labels, predicted)
         occurrences[np.unique(labels)] += 1
     hits = confusion.diagonal()
@@ -222,33 +201,25 @@ def measure(network: Any, rows: list[dict[str, Any]], recipe: FaceParserRecipe) 
 
 
 def train_face_parser(recipe: FaceParserRecipe, run: Path) -> None:
-    """Train, or resume, in the folder `run`, and publish the EMA weights to `run/model`.
-
-    Raises:
-        InputError: another process trains in `run`, it was started with another recipe, or a folder of the recipe is
-            missing or has no masks.
-        TryAgain: a non-finite loss or gradient, or SIGTERM, after which a checkpoint is saved.
+    """Train, or resume, in the folder `run`, and publish the EMA weights to `run/model`. Raises as
+    `steps.open_component`.
     """
-    with open_component_run(recipe, run) as (world, signals):
-        examples, test = Examples(recipe.train, recipe.size, recipe.seed), rows_with_masks(recipe.test)
+    with steps.open_component(recipe, run) as (world, signals):
+        examples = Examples(recipe.train, recipe.size, recipe.seed)
+        test = steps.rows_with(column_of("mask"), recipe.test)
         weights = class_weights([np.asarray(mask) for _, mask in examples.pairs], recipe.weight_power).to(world.device)
         torch.manual_seed(recipe.seed)
         network = build(recipe).to(world.device).train()
         network.config.image_size = recipe.size  # recorded for inference
-        optimizer = torch.optim.AdamW(
-            network.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.05
-        )
-        ema = Ema(network, recipe.ema)
-        state = TrainState(model=network, optimizers=[optimizer], emas=[ema], world=world)
-        state.resume(run)
+        settings = {"lr": recipe.learning_rate, "betas": (0.9, 0.99), "weight_decay": 0.05}
+        optimizer = torch.optim.AdamW(network.parameters(), **settings)
+        progress = steps.resume(recipe, run, world, signals, network, [optimizer])
         compiled = torch.compile(loss_of) if recipe.compile else loss_of
-        progress = Progress(run, state, recipe.images, recipe.batch, signals)
         batches = read_ahead(lambda start: examples.batch(start, recipe.batch), progress.starts)
         for start, (inputs, labels) in progress.steps(batches):
             torch.manual_seed(recipe.seed + start)  # for dropout
             with torch.autocast(world.device_type, torch.bfloat16):
                 loss = compiled(network, inputs.to(world.device), labels.to(world.device), weights)
             loss.backward()
-            rate = learning_rate(start, recipe.images, recipe.learning_rate, recipe.warmup)
-            progress.end_step(loss=loss.detach(), gradient_norm=state.step(rate, max_norm=1.0))
-            publish_component(progress, ema, recipe, lambda parser: [measure(parser, test, recipe)], steps=20)
+            progress.end_step(loss=loss, gradient_norm=steps.optimizer_step(progress, recipe, start))
+            steps.publish(progress, recipe, lambda parser: [measure(parser, test, recipe)], steps=20)

@@ -24,15 +24,9 @@ from likeness.data.sampler import stream
 from likeness.encoders.components import load_components
 from likeness.encoders.latent import LatentCodec, spatial_factor, to_tensor
 from likeness.models.label_decoder import GROUPS, LabelDecoder
+from likeness.train.components import steps
 from likeness.train.components.autoencoder import random_crop
-from likeness.train.components.face_parser import rows_with_masks
 from likeness.train.config import ComponentRecipe, check_minimum, check_values
-from likeness.train.ema import Ema
-from likeness.train.optim import learning_rate
-from likeness.train.progress import Progress
-from likeness.train.publish import publish_component
-from likeness.train.run_folder import open_component_run
-from likeness.train.train_state import TrainState
 from likeness.weights.catalog import BUNDLED, COMMON
 
 
@@ -53,7 +47,6 @@ class LabelDecoderRecipe(ComponentRecipe):
     latent_noise: float = 0.6
     """Largest t in (1 - t) z + t noise, of which the decoder sees normalized latents z."""
     warmup: int = 1600
-    """Images of linear warm-up."""
     compile: bool = False
     """Use torch.compile."""
 
@@ -62,7 +55,7 @@ class Masks:
     """An endless sequence of augmented labels; number p depends only on (seed, p)."""
 
     def __init__(self, folders: Sequence[str], size: int, seed: int) -> None:
-        self.rows, self.size, self.seed = rows_with_masks(folders), size, seed
+        self.rows, self.size, self.seed = steps.rows_with(column_of("mask"), folders), size, seed
 
     def __getitem__(self, position: int) -> np.ndarray:
         """Return labels number `position`, uint8 [S, S]."""
@@ -102,9 +95,9 @@ def measure(
     """Return the fraction of correct pixels of masks from their latents (`labels`), and of those with noise of half the
     largest strength (`labels_noisy`).
     """
-    mask, right = CONDITIONS["mask"], np.zeros(2)
+    right = np.zeros(2)
     for number, row in enumerate(rows):
-        labels = mask.resize(mask.read(row[column_of("mask")]).raw, recipe.size, recipe.size)
+        labels = steps.read_labels(row, recipe.size)
         latents = codec.encode(to_tensor([PALETTE[labels]]))  # [1, C, h, w]
         t = recipe.latent_noise / 2
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(number))
@@ -114,28 +107,20 @@ def measure(
 
 
 def train_label_decoder(recipe: LabelDecoderRecipe, run: Path) -> None:
-    """Train, or resume, in the folder `run`, and publish the EMA weights to `run/model`.
-
-    Raises:
-        InputError: another process trains in `run`, it was started with another recipe, or a value or folder of the
-            recipe is invalid.
-        TryAgain: a non-finite loss or gradient, or SIGTERM, after which a checkpoint is saved.
+    """Train, or resume, in the folder `run`, and publish the EMA weights to `run/model`. Raises as
+    `steps.open_component`.
     """
     check_minimum(recipe, 0, "layers", "latent_noise")
     valid = all(width > 0 and width % GROUPS == 0 for width in recipe.channels)
     check_values(("channels", list(recipe.channels), valid, f"multiples of {GROUPS}"))
-    with open_component_run(recipe, run) as (world, signals):
-        masks, test = Masks(recipe.train, recipe.size, recipe.seed), rows_with_masks(recipe.test)
+    with steps.open_component(recipe, run) as (world, signals):
+        masks, test = Masks(recipe.train, recipe.size, recipe.seed), steps.rows_with(column_of("mask"), recipe.test)
         components = load_components(recipe.components or BUNDLED / COMMON)
         factor = spatial_factor(components.vae)
+        right_length = 2 ** (len(recipe.channels) - 1) == factor
         check_values(
             ("size", recipe.size, recipe.size % factor == 0, f"a multiple of {factor}"),
-            (
-                "channels",
-                list(recipe.channels),
-                2 ** (len(recipe.channels) - 1) == factor,
-                f"{factor} = 2^(length - 1)",
-            ),
+            ("channels", list(recipe.channels), right_length, f"{factor} = 2^(length - 1)"),
         )
         settings = components.settings["latent_mean"], components.settings["latent_std"]
         components.vae.to(world.device)
@@ -149,11 +134,8 @@ def train_label_decoder(recipe: LabelDecoderRecipe, run: Path) -> None:
         )
         decoder.to(world.device)
         optimizer = torch.optim.AdamW(decoder.parameters(), lr=recipe.learning_rate, weight_decay=1e-4)
-        ema = Ema(decoder, recipe.ema)
-        state = TrainState(model=decoder, optimizers=[optimizer], emas=[ema], world=world)
-        state.resume(run)
+        progress = steps.resume(recipe, run, world, signals, decoder, [optimizer])
         forward = torch.compile(decoder) if recipe.compile else decoder
-        progress = Progress(run, state, recipe.images, recipe.batch, signals)
         batches = read_ahead(lambda start: masks.batch(start, recipe.batch), progress.starts)
         for start, (images, labels) in progress.steps(batches):
             with torch.autocast(world.device_type, torch.bfloat16):
@@ -161,6 +143,5 @@ def train_label_decoder(recipe: LabelDecoderRecipe, run: Path) -> None:
                 logits = forward(latents * codec.std.to(world.device) + codec.mean.to(world.device))
             loss = F.cross_entropy(logits.float(), labels.to(world.device))
             loss.backward()
-            rate = learning_rate(start, recipe.images, recipe.learning_rate, recipe.warmup)
-            progress.end_step(loss=loss.detach(), gradient_norm=state.step(rate, max_norm=1.0))
-            publish_component(progress, ema, recipe, lambda published: [measure(published, exact, test, recipe)])
+            progress.end_step(loss=loss, gradient_norm=steps.optimizer_step(progress, recipe, start))
+            steps.publish(progress, recipe, lambda published: [measure(published, exact, test, recipe)])

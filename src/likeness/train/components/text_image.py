@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 from likeness.data.ahead import read_ahead
-from likeness.data.folder import captions_of, read_folder, read_photo
+from likeness.data.folder import captions_of, read_photo
 from likeness.data.sampler import Sampler, stream
 from likeness.encoders.latent import to_tensor
 from likeness.encoders.text import token_ids
@@ -40,12 +40,8 @@ from likeness.encoders.text_image import (
 )
 from likeness.files import writing_folder
 from likeness.train.checkpoint import newest
+from likeness.train.components import steps
 from likeness.train.config import ComponentRecipe
-from likeness.train.ema import Ema
-from likeness.train.optim import learning_rate
-from likeness.train.progress import Progress
-from likeness.train.run_folder import open_component_run
-from likeness.train.train_state import TrainState
 from likeness.types import InputError
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
@@ -88,7 +84,6 @@ class TextImageRecipe(ComponentRecipe):
     batch: int = 128
     """Pairs per step; each is contrasted with all others of its step."""
     warmup: int = 3200
-    """Pairs of linear warm-up."""
     weight_decay: float = 0.1
     """Weight decay of the matrices; embeddings, biases and norms have none."""
     crop: float = 0.9
@@ -124,15 +119,9 @@ def attribute_classes(rows: Sequence[dict[str, Any]], max_classes: int = 32) -> 
 
 
 def train_tokenizer(captions: Iterable[str], vocabulary: int, max_tokens: int) -> CLIPTokenizer:
-    """Train CLIP's byte-level BPE tokenizer on captions: lower case, no unknown token, padding with the end token.
-
-    Args:
-        captions: the text, in any order.
-        vocabulary: largest number of tokens, including 514 for bytes, start and end.
-        max_tokens: length of truncated captions.
-
-    Raises:
-        InputError: `vocabulary` is too small for the bytes, or `max_tokens` for a single word.
+    """Train CLIP's byte-level BPE tokenizer on captions in any order: lower case, no unknown token, up to `vocabulary`
+    tokens, including 514 for bytes, start and end; truncation to `max_tokens`, padding with the end token. Raises
+    `InputError` if `vocabulary` is too small for the bytes, or `max_tokens` for a single word.
     """
     if vocabulary < MIN_VOCABULARY or max_tokens < 3:
         raise InputError(
@@ -160,28 +149,22 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int, max_tokens: int) -
 
 def build(recipe: TextImageRecipe, tokenizer: Any, device: torch.device | str = "cpu") -> CLIPModel:
     """Create both encoders of a recipe, with the token ids of the tokenizer."""
+
+    def sizes(width: int, layers: int, heads: int) -> dict[str, Any]:
+        named = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+        return {**named, "num_attention_heads": heads, "projection_dim": recipe.projection}
+
     text = CLIPTextConfig(
+        **sizes(recipe.text_width, recipe.text_layers, recipe.text_heads),
         vocab_size=len(tokenizer),
-        hidden_size=recipe.text_width,
-        intermediate_size=4 * recipe.text_width,
-        num_hidden_layers=recipe.text_layers,
-        num_attention_heads=recipe.text_heads,
         max_position_embeddings=recipe.max_tokens,
-        projection_dim=recipe.projection,
         # The model pools at the first end token if its id is known; the default 2 would select the largest id instead.
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    vision = CLIPVisionConfig(
-        image_size=recipe.size,
-        patch_size=recipe.patch,
-        hidden_size=recipe.vision_width,
-        intermediate_size=4 * recipe.vision_width,
-        num_hidden_layers=recipe.vision_layers,
-        num_attention_heads=recipe.vision_heads,
-        projection_dim=recipe.projection,
-    )
+    vision_sizes = sizes(recipe.vision_width, recipe.vision_layers, recipe.vision_heads)
+    vision = CLIPVisionConfig(**vision_sizes, image_size=recipe.size, patch_size=recipe.patch)
     config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=recipe.projection)
     clip: Any = CLIPModel(config)
     init_positions(clip)
@@ -208,16 +191,6 @@ def init_positions(clip: CLIPModel) -> None:
     positions[1:, : 4 * count] = 0.5 * torch.cat([down, across], dim=2).flatten(0, 1)  # [grid * grid, width]
 
 
-def captioned_rows(folders: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the rows of the folders that have a caption. Raises `InputError` if a folder cannot be read, or no row has
-    a caption.
-    """
-    rows = [row for folder in folders for row in read_folder(folder) if captions_of(row)]
-    if not rows:
-        raise InputError(f"no row of {', '.join(folders) or 'no folder'} has a caption (the column 'text')")
-    return rows
-
-
 def read_box(path: Path, size: int, box: tuple[float, float, float, float] = (0, 0, 1, 1)) -> np.ndarray:
     """Read an image, or the `box` (left, top, right, bottom; in [0, 1]) of it, box-filtered: uint8 [size, size, 3]."""
     image = Image.fromarray(read_photo(path))
@@ -236,9 +209,7 @@ class Pairs:
         classes: Mapping[str, list[str]] = MappingProxyType({}),
     ) -> None:
         self.rows, self.tokenizer, self.recipe = rows, tokenizer, recipe
-        self.numbers = {
-            name: {value: number for number, value in enumerate(values)} for name, values in classes.items()
-        }
+        self.classes = classes
         self.sampler = Sampler(len(rows), recipe.seed)
 
     def augmented_pair(self, position: int, row: dict[str, Any]) -> tuple[np.ndarray, str]:
@@ -259,16 +230,16 @@ class Pairs:
         row = torch.tensor(indices)
         same_row = row[:, None] == row[None]  # [B, B]
         same_caption = (ids[:, None] == ids[None]).all(dim=2)  # [B, B]
-        attributes = [self.rows[index].get("attributes", {}) for index in indices]
-        labels = [
-            [numbers.get(str(values.get(name)), IGNORED) for name, numbers in self.numbers.items()]
-            for values in attributes
+        values = [
+            [(str(self.rows[index].get("attributes", {}).get(name)), known) for name, known in self.classes.items()]
+            for index in indices
         ]
+        labels = [[known.index(value) if value in known else IGNORED for value, known in row] for row in values]
         return Batch(
             images=to_tensor([image for image, _ in pairs]),
             ids=ids,
             positives=same_row | same_caption,
-            labels=torch.tensor(labels, dtype=torch.int64).reshape(len(indices), len(self.numbers)),  # [B, A]
+            labels=torch.tensor(labels, dtype=torch.int64).reshape(len(indices), len(self.classes)),  # [B, A]
         )
 
     def batches(self, starts: Sequence[int]) -> Iterator[Batch]:
@@ -280,14 +251,9 @@ class Pairs:
 
 
 def contrastive_loss(images: Tensor, captions: Tensor, positives: Tensor, scale: Tensor) -> Tensor:
-    """Return the cross-entropy over the captions of each image and the images of each caption (Radford et al. 2021,
-    figure 3). The target probability is divided equally among the positives.
-
-    Args:
-        images: unit vectors, [B, P].
-        captions: unit vectors, [B, P].
-        positives: matching pairs, bool [B, B], symmetric.
-        scale: inverse temperature.
+    """Return the cross-entropy over the captions of each image and the images of each caption, unit vectors [B, P] both
+    (Radford et al. 2021, figure 3), with the inverse temperature `scale`. The target probability is divided equally
+    among the `positives`, bool [B, B], symmetric.
     """
     logits = (scale * images @ captions.T).float()  # [B, B]
     targets = positives / positives.sum(dim=1, keepdim=True)  # [B, B]
@@ -323,12 +289,10 @@ def retrieval(
     that 1 cannot be reached. `longest_*` uses each row's longest caption instead.
 
     Args:
-        clip: the model, in evaluation mode.
-        tokenizer: its tokenizer.
+        clip: the model, in evaluation mode, with its tokenizer.
         rows: rows of `read_folder` with captions.
         size: input size of the image encoder in pixels.
         candidates: size of a group; chance is 1 / candidates.
-        seed: seed of groups and captions.
 
     Returns:
         `find_caption`, `find_picture`, `longest_find_caption`, `longest_find_picture` in [0, 1]; `n`, the number of
@@ -378,14 +342,10 @@ def make_optimizers(model: nn.Module, recipe: TextImageRecipe) -> list[torch.opt
 def train_text_image(recipe: TextImageRecipe, run: Path) -> None:
     """Train, or resume, in the folder `run`, and publish the EMA weights to `run/model`: `clip` is the `CLIPModel`,
     `text_encoder` its `CLIPTextModel`, `tokenizer` the `CLIPTokenizer`, and `attributes.safetensors` the attribute
-    head.
-
-    Raises:
-        InputError: another process trains in `run`, it was started with another recipe, or a folder of the recipe
-        cannot be used. TryAgain: a non-finite loss or gradient, or SIGTERM, after which a checkpoint is saved.
+    head. Raises as `steps.open_component`.
     """
-    with open_component_run(recipe, run) as (world, signals):
-        rows, test = captioned_rows(recipe.train), captioned_rows(recipe.test)
+    with steps.open_component(recipe, run) as (world, signals):
+        rows, test = (steps.rows_with("text", folders) for folders in (recipe.train, recipe.test))
         stored = run / "tokenizer"
         if newest(run):  # the embeddings belong to the tokenizer; earlier versions stored it in the model
             tokenizer = CLIPTokenizer.from_pretrained(stored if stored.is_dir() else run / "model" / "tokenizer")
@@ -400,35 +360,28 @@ def train_text_image(recipe: TextImageRecipe, run: Path) -> None:
         sizes = [len(values) for values in classes.values()]
         head = nn.Linear(recipe.vision_width, sum(sizes)).to(world.device) if classes else None
         both = nn.ModuleDict({"clip": clip} if head is None else {"clip": clip, "head": head})
-        ema = Ema(clip, recipe.ema)
-        state = TrainState(model=both, optimizers=make_optimizers(both, recipe), emas=[ema], world=world)
-        state.resume(run)
+        progress = steps.resume(recipe, run, world, signals, both, make_optimizers(both, recipe), published=clip)
         if world.device_type == "cpu":
             clip.set_attn_implementation("eager")  # faster for so few tokens, most of all in the backward pass
         loss_of = torch.compile(losses) if recipe.compile else losses
-        progress = Progress(run, state, recipe.images, recipe.batch, signals)
         clip.train()
+
+        def save(published: Any, folder: Path) -> None:
+            tokenizer.save_pretrained(folder / "tokenizer")
+            published.save_pretrained(folder / "clip")
+            published.text_model.save_pretrained(folder / "text_encoder")
+            if head is not None:
+                save_attribute_head(AttributeHead(head.weight, head.bias, classes), folder)
+
+        measure = lambda clip: [retrieval(clip, tokenizer, test, recipe.size, recipe.retrieval_candidates)]  # noqa: E731
         for start, batch in progress.steps(Pairs(recipe, rows, tokenizer, classes).batches(progress.starts)):
             batch = Batch(*(tensor.to(world.device) for tensor in batch))
             with torch.autocast(world.device_type, torch.bfloat16):
                 loss, of_attributes = loss_of(clip, head, sizes, batch)
             (loss + recipe.attribute_weight * of_attributes).backward()
-            rate = learning_rate(start, recipe.images, recipe.learning_rate, recipe.warmup)
-            norm = state.step(rate, max_norm=1.0)
+            norm = steps.optimizer_step(progress, recipe, start)
             with torch.no_grad():
                 clip.logit_scale.clamp_(max=MAX_LOG_SCALE)
-            values = {"loss": loss.detach(), "gradient_norm": norm, "logit_scale": clip.logit_scale.detach().exp()}
-            progress.end_step(**values, **({"attribute_loss": of_attributes.detach()} if classes else {}))
-            if progress.due(50 * recipe.batch):
-                progress.report()
-            if progress.due(recipe.checkpoint_every):
-                progress.check_finite()
-                published = ema.averaged_model()
-                with writing_folder(run / "model") as folder:
-                    tokenizer.save_pretrained(folder / "tokenizer")
-                    published.save_pretrained(folder / "clip")
-                    published.text_model.save_pretrained(folder / "text_encoder")
-                    if head is not None:
-                        save_attribute_head(AttributeHead(head.weight, head.bias, classes), folder)
-                progress.report_values(retrieval(published, tokenizer, test, recipe.size, recipe.retrieval_candidates))
-            progress.save(recipe.checkpoint_every)
+            values = {"loss": loss, "gradient_norm": norm, "logit_scale": clip.logit_scale.exp()}
+            progress.end_step(**values, **({"attribute_loss": of_attributes} if classes else {}))
+            steps.publish(progress, recipe, measure, save)

@@ -1,6 +1,9 @@
-"""Studies of how conditions act inside a network (`likeness study`).
+"""Studies of how conditions act inside a network: keys over time, attention and gates, positions.
 
-Hooks and torch's function mode observe the tensors of the network itself, so the generated image is bit-identical. Only
+    python benchmarks/mechanism.py keys|attention|positions MODEL PROMPT --mask FILE
+
+Options are those of `likeness generate`. A study prints a table, and writes the numbers and a page of heat maps. Hooks
+and torch's function mode observe the tensors of the network itself, so that the generated image is bit-identical. Only
 sums are stored, so the studies fit networks of any size. If a step runs several passes, the first one, with the prompt,
 is observed.
 
@@ -9,26 +12,36 @@ n tokens of a modality, H heads, d width of a head, S steps.
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, count
+from pathlib import Path
+from statistics import fmean as mean
 from typing import Any
 
 import numpy as np
 import torch
+import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from likeness.annotators.face_parser import parse_faces
+from likeness.annotators.face_parser import load_face_parser, parse_faces
+from likeness.cli import execute, union
+from likeness.cli.portraits import RequestOptions, load_pipeline
+from likeness.cli.terminal import print_notes, progress_bar
 from likeness.conditions import CONDITIONS
 from likeness.encoders.latent import spatial_factor
 from likeness.evaluate.scores import pixel_accuracy
+from likeness.files import write_whole
 from likeness.models.mditface import PATCH, MDiTFaceTransformer
-from likeness.pipelines.generate import generate
+from likeness.pages import Section, markdown_table, write_page
+from likeness.pages.charts import Chart, draw, limits
+from likeness.pipelines.generate import generate, resolve
 from likeness.types import InputError, PortraitRequest
 
 Progress = Callable[[int, int], None]
@@ -380,3 +393,160 @@ def spatial_transformer(pipeline: Any) -> MDiTFaceTransformer:
     if transformer.config.attention == "concat":
         raise InputError("This checkpoint concatenates conditions to the image, so it has no condition tokens to study")
     return transformer
+
+
+# --- Commands
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study(RequestOptions):
+    """A study of a model; options as in `likeness generate`."""
+
+    model: tyro.conf.Positional[str] = field()  # required
+    """Bundled model, folder of a model or an adapter, or hub id."""
+    seed: int = 0
+    """Seed of the image."""
+    out: Path = Path("studies")
+    """Folder for NAME.json and NAME.html, NAME being that of the study."""
+
+    def prepare(self) -> tuple[Any, PortraitRequest]:
+        """Load the model and resolve the request."""
+        request = self.request(self.seed)
+
+        pipeline = load_pipeline(self.model, self.dtype, self.device, self.base)
+        return pipeline, resolve(request, pipeline)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keys(Study):
+    """Measure how much keys and values change between steps, by layer and modality."""
+
+    def __call__(self) -> None:
+        pipeline, request = self.prepare()
+        with progress_bar("Generating") as advance:
+            found = key_similarity(pipeline, request, advance)
+        trained = found["trained_as"]
+        if trained != "holistic":
+            print_notes([f"This checkpoint was trained with {trained} attention and runs with holistic attention here"])
+        parts = [(part, name) for part in ("keys", "values") for name in found[part]]
+        table = {f"{part} {name}": found[part][name]["pairs"] for part, name in parts}
+        text = "Cosine similarity of a token's keys and values at two steps, mean over all pairs of steps"
+        maps = {f"{part} {name}, similarity to the first step": found[part][name]["to_first"] for part, name in parts}
+        rows = with_mean(found["layers"], table)
+        write(self.out / "keys", self.model, request, found, text, rows, maps, step_names(found))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention(Study):
+    """Measure where the attention of each modality goes, and the gates, by layer and step."""
+
+    def __call__(self) -> None:
+        pipeline, request = self.prepare()
+        with progress_bar("Generating") as advance:
+            found = attention_mass(pipeline, request, advance)
+        mass, gates = found["mass"], found["gates"]
+        tokens = ", ".join(f"{count} {name}" for name, count in found["tokens"].items())
+        text = f"Fraction of the image's attention, and mean absolute gates; means over the steps ({tokens} tokens)"
+        table = {f"to {name}": list(map(mean, layers)) for name, layers in mass["image"].items()}
+        table |= {f"gate {name}": list(map(mean, layers)) for name, layers in gates["attention"].items()}
+        maps = {f"{queries} to {name}": layers for queries, own in mass.items() for name, layers in own.items()}
+        maps |= {f"{kind} gate, {name}": layers for kind, own in gates.items() for name, layers in own.items()}
+        rows = with_mean(found["layers"], table)
+        write(self.out / "attention", self.model, request, found, text, rows, maps, step_names(found))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Positions(Study):
+    """Measure how well images match the mask if the positions of its tokens are shifted to the right."""
+
+    shifts: tuple[int, ...] = (0, 1, 2, 4)
+    """Numbers of tokens."""
+    count: int = 4
+    """Images per shift, with consecutive seeds."""
+    parser: str = "bundled"
+    """Face parser: bundled, a folder, or a hub id."""
+
+    def __call__(self) -> None:
+        if self.count < 1 or not self.shifts:
+            raise InputError(
+                f"count is {self.count} and shifts has {len(self.shifts)} values: both require at least one"
+            )
+        pipeline, request = self.prepare()
+        network = load_face_parser(self.parser)
+        seeds = [request.seed + number for number in range(self.count)]
+        with progress_bar("Generating") as advance:
+            found = shifted_positions(pipeline, request, seeds, self.shifts, network, advance)
+        found |= {"parser": self.parser, "seeds": seeds}
+        text = (
+            f"Pixel accuracy against the mask, mean of {self.count} images parsed by the face parser {self.parser}. "
+            f"Without conditions: {mean(found['without']):.3f}. One token is {found['unit']} pixels"
+        )
+        maps = {"mask": found["accuracy"], "shifted mask": found["moved"]}
+        table = {name: list(map(mean, values)) for name, values in maps.items()}
+        rows = {f"shift {shift}": [values[n] for values in table.values()] for n, shift in enumerate(self.shifts)}
+        columns = [f"seed {seed}" for seed in seeds]
+        write(self.out / "positions", self.model, request, found, text, (list(table), rows), maps, columns)
+
+
+Table = tuple[list[str], dict[str, list[float]]]
+"""Names of the columns, and the values of each row."""
+
+
+def with_mean(layers: Sequence[str], columns: Mapping[str, Sequence[float]]) -> Table:
+    """Arrange columns of one value per layer as a table, with their means."""
+    rows = {layer: [values[index] for values in columns.values()] for index, layer in enumerate(layers)}
+    return list(columns), {**rows, "mean": [mean(values) for values in columns.values()]}
+
+
+def step_names(found: Mapping[str, Any]) -> list[str]:
+    """The steps, starting at 1."""
+    return [f"step {number + 1}" for number in range(len(found["times"]))]
+
+
+def write(
+    stem: Path,
+    model: str,
+    request: PortraitRequest,
+    found: Mapping[str, Any],
+    text: str,
+    table: Table,
+    maps: Mapping[str, Sequence[Sequence[float]]],
+    map_columns: Sequence[str],
+) -> None:
+    """Print a table; write the numbers with the request as JSON, and heat maps and the table as a page."""
+    columns, rows = table
+    cells = [[row, *(f"{value:.3f}" for value in values)] for row, values in rows.items()]
+    section = Section(title="Means", header=["", *columns], rows=cells)
+    charts = [heat_map(title, values, list(rows)[: len(values)], map_columns) for title, values in maps.items()]
+    print(text, markdown_table(section), sep="\n\n")
+    content = {"model": model, "request": {**vars(request), "conditions": sorted(request.conditions)}}
+    write_whole(stem.with_suffix(".json"), json.dumps({**content, **found}, indent=1))
+    page = [Section(verdict=[f"{text}."]), Section(charts=charts), section]
+    write_page(stem.with_suffix(".html"), f"{model}: {stem.name}", page)
+    print(f"{stem}.json  {stem}.html")
+
+
+def heat_map(title: str, values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str]) -> Chart:
+    """Draw a matrix of values with a color bar."""
+
+    def paint(figure: Any, axes: Any) -> None:
+        low, high = limits([value for row in values for value in row])
+        image = axes.imshow(values, aspect="auto", interpolation="none", cmap="viridis", vmin=low, vmax=high)
+        for axis, names, most in ((axes.yaxis, rows, 24), (axes.xaxis, columns, 8)):
+            step = -(-len(names) // most)
+            axis.set_ticks(range(0, len(names), step), names[::step])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        figure.colorbar(image, ax=axes, pad=0.02, format="%.3g").outline.set_visible(False)
+
+    return draw(title, paint, min(1 + 0.22 * len(values), 6.5))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    studies = union({"keys": Keys, "attention": Attention, "positions": Positions})
+    names = (tyro.conf.PositionalMetavarFromFieldName, tyro.conf.OmitSubcommandPrefixes)
+    execute(lambda: tyro.cli(studies, description=__doc__, args=arguments, config=names)())
+
+
+if __name__ == "__main__":
+    main()

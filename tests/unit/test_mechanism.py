@@ -1,8 +1,10 @@
-"""Studies of networks: known values, values computed in another way, and bit-identical images."""
+"""`benchmarks/mechanism.py`: known values, values computed in another way, and bit-identical images."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from itertools import combinations
 from pathlib import Path
 
@@ -12,23 +14,18 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from builders import run, tiny_face_parser, tiny_mditface_pipeline, tiny_pipeline
+from builders import tiny_face_parser, tiny_mditface_pipeline, tiny_pipeline
 from likeness.annotators.face_parser import parse_faces
 from likeness.conditions import CONDITIONS
 from likeness.data.synthetic import draw_face
 from likeness.evaluate.scores import pixel_accuracy
-from likeness.evaluate.study import (
-    ObserveAttention,
-    attention_mass,
-    key_similarity,
-    observed,
-    shifted,
-    shifted_positions,
-    softmax_fractions,
-)
 from likeness.pipelines.generate import generate, resolve
 from likeness.types import ConditionInput, InputError, PortraitRequest
 
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "mechanism.py"
+mechanism = importlib.util.module_from_spec(importlib.util.spec_from_file_location("mechanism", SCRIPT))
+sys.modules["mechanism"] = mechanism  # where dataclasses look for the types of their fields
+mechanism.__spec__.loader.exec_module(mechanism)
 DOUBLE, SINGLE = ("double 0", "double 1"), ("single 0", "single 1")
 
 
@@ -59,7 +56,7 @@ def test_key_similarity_equals_all_pairs(attention):
     last = pipeline.transformer.single_transformer_blocks[1].spatial.attn
     last.norm_k.register_forward_hook(lambda *call: seen["keys"].append(call[2][0]))
     last.to_v.register_forward_hook(lambda *call: seen["values"].append(call[2][0].unflatten(-1, (2, 16))))
-    found = key_similarity(pipeline, request)
+    found = mechanism.key_similarity(pipeline, request)
     assert found["layers"] == [*DOUBLE, *SINGLE]
     assert found["trained_as"] == attention == pipeline.transformer.config.attention
     assert found["times"] == [1000, 750, 500, 250]
@@ -80,7 +77,7 @@ def test_similarity_without_time_is_1():
     with torch.no_grad():
         for norm in (block.spatial.norm1, block.norm1_context, block.norm1):
             norm.linear.weight.zero_()
-    found = key_similarity(pipeline, request_for(pipeline, "mask", "sketch"))
+    found = mechanism.key_similarity(pipeline, request_for(pipeline, "mask", "sketch"))
     assert set(found["keys"]) == {"text", "image", "mask", "sketch"}
     for part in ("keys", "values"):
         pairs = {name: own["pairs"] for name, own in found[part].items()}
@@ -100,7 +97,7 @@ def test_softmax_fractions_equal_the_full_softmax():
     bias = torch.randn(2, 1, 1, 12, generator=g)
     bias[:, :, :, 2] = -torch.inf
     for mask, scale in ((None, None), (bias, None), (bias.expand(2, 1, 7, 12), 0.7), (bias > 0, None)):
-        fractions = np.array(softmax_fractions(query, key, mask, scale, tokens))
+        fractions = np.array(mechanism.softmax_fractions(query, key, mask, scale, tokens))
         values = torch.eye(12).expand(2, 3, 12, 12)  # the output of the attention is its weights
         weights = F.scaled_dot_product_attention(query, key, values, attn_mask=mask, scale=scale)[0].mean(0)
         expected = [
@@ -116,7 +113,7 @@ def test_zero_queries_attend_uniformly(attention):
         for name, parameter in pipeline.transformer.named_parameters():
             if ".to_q." in name or ".add_q_proj." in name:
                 parameter.zero_()
-    found = attention_mass(pipeline, request_for(pipeline, "mask", "sketch"))
+    found = mechanism.attention_mass(pipeline, request_for(pipeline, "mask", "sketch"))
     tokens = found["tokens"]
     assert tokens == {"text": 12, "image": 4} | ({} if attention == "concat" else {"mask": 4, "sketch": 4})
     queries = {"text", "image"} | ({"mask", "sketch"} if attention == "holistic" else set())
@@ -129,7 +126,7 @@ def test_zero_queries_attend_uniformly(attention):
 
 def test_text_does_not_attend_to_conditions():
     pipeline = tiny_mditface_pipeline(text_reads_spatial=False)
-    found = attention_mass(pipeline, request_for(pipeline, "mask"))["mass"]
+    found = mechanism.attention_mass(pipeline, request_for(pipeline, "mask"))["mass"]
     assert np.abs(found["text"]["mask"]).max() == 0
     assert np.min(found["image"]["mask"]) > 0
     for fractions in found.values():
@@ -147,7 +144,7 @@ def test_gates_equal_the_modulation(attention):
             for place, value in values.items():
                 module.linear.weight.zero_()
                 module.linear.bias.unflatten(0, (-1, 32))[place] = value * (2 if "spatial" in name else 1)
-    found = attention_mass(pipeline, request_for(pipeline, "mask"))["gates"]
+    found = mechanism.attention_mass(pipeline, request_for(pipeline, "mask"))["gates"]
     for kind, image, text in (("attention", 0.25, 0.125), ("mlp", 0.5, 1.0)):
         assert np.shape(found[kind]["spatial"]) == (4, 4)
         for name, double, single in (("image", image, 2), ("text", text, 2), ("spatial", 2 * image, 4)):
@@ -162,7 +159,7 @@ def test_mmface_mass_and_gates(names):
             block.attention.image_qkv.weight[:32].zero_()  # the queries
             block.modulation.weight.zero_()
             block.modulation.bias.copy_(torch.arange(12).repeat_interleave(32))
-    found = attention_mass(pipeline, request_for(pipeline, *names))
+    found = mechanism.attention_mass(pipeline, request_for(pipeline, *names))
     assert found["tokens"] == {"image": 4, "text": 12}
     np.testing.assert_allclose(found["mass"]["image"]["text"], [[0.75] * 4] * 2, atol=1e-6)
     assert np.ptp(found["mass"]["text"]["image"]) > 0
@@ -181,7 +178,10 @@ def test_observation_is_bit_identical(make):
     pipeline = make()
     request = request_for(pipeline, "mask")
     before, seen = generate(pipeline, request, [3])[0][0], []
-    with observed(pipeline.transformer) as state, ObserveAttention(lambda *_: seen.append((state.step, state.block))):
+    with (
+        mechanism.observed(pipeline.transformer) as state,
+        mechanism.ObserveAttention(lambda *_: seen.append((state.step, state.block))),
+    ):
         during = generate(pipeline, request, [3])[0][0]
     assert during.tobytes() == before.tobytes()
     blocks = 2 if make is tiny_pipeline else 4
@@ -197,11 +197,13 @@ def test_observation_is_bit_identical(make):
 def test_shifted_positions():
     pipeline, parser = tiny_mditface_pipeline(), tiny_face_parser()
     request, reported = request_for(pipeline, "mask", height=64, width=64, force_size=True), []
-    found = shifted_positions(pipeline, request, [3, 4], [0, 2], (parser, 32), lambda *done: reported.append(done))
+    found = mechanism.shifted_positions(
+        pipeline, request, [3, 4], [0, 2], (parser, 32), lambda *done: reported.append(done)
+    )
     assert reported == [(number, 6) for number in range(1, 7)]
     assert found["unit"] == 16
     given = CONDITIONS["mask"].resize(draw_face(0, 0, 64).mask, 64, 64)
-    with shifted(pipeline.transformer, 2):
+    with mechanism.shifted(pipeline.transformer, 2):
         images = [np.asarray(generate(pipeline, request, [seed])[0][0]) for seed in (3, 4)]
     labels = parse_faces(parser, images, size=32)
     assert found["accuracy"][1] == [pixel_accuracy(given, own) for own in labels]
@@ -244,21 +246,9 @@ def folder(tmp_path_factory) -> Path:
 )
 def test_commands(folder, tmp_path, capsys, monkeypatch, command, model, options, texts):
     monkeypatch.chdir(folder)
-    arguments = (
-        "study",
-        command,
-        model,
-        "a woman",
-        "--mask",
-        "mask.png",
-        "--seed",
-        3,
-        "--out",
-        tmp_path / "out",
-        *options,
-    )
+    arguments = [command, model, "a woman", "--mask", "mask.png", "--seed", 3, "--out", tmp_path / "out", *options]
     shifts = ("--shifts", 0, 1) if command == "positions" else ()
-    assert run(*arguments, *shifts) == 0
+    mechanism.main([str(argument) for argument in (*arguments, *shifts)])
     printed = capsys.readouterr()
     assert all(text in printed.out + printed.err for text in texts)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"{command}.html", f"{command}.json"]
@@ -290,7 +280,8 @@ def test_commands(folder, tmp_path, capsys, monkeypatch, command, model, options
 )
 def test_bad_input(folder, tmp_path, capsys, monkeypatch, arguments, text):
     monkeypatch.chdir(folder)
-    assert run("study", *arguments, "--out", tmp_path / "out") == 2
+    with pytest.raises(SystemExit, match="2"):
+        mechanism.main([*arguments, "--out", str(tmp_path / "out")])
     assert text in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -298,4 +289,4 @@ def test_bad_input(folder, tmp_path, capsys, monkeypatch, arguments, text):
 def test_negative_shift_is_rejected():
     pipeline = tiny_mditface_pipeline()
     with pytest.raises(InputError, match="Cannot shift by -1 tokens"):
-        shifted_positions(pipeline, request_for(pipeline, "mask"), [0], [-1], (tiny_face_parser(), 32))
+        mechanism.shifted_positions(pipeline, request_for(pipeline, "mask"), [0], [-1], (tiny_face_parser(), 32))
