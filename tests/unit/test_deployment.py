@@ -5,15 +5,21 @@ from __future__ import annotations
 import base64
 import importlib.util
 import io
+import os
+import socket
+import sqlite3
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import openai
 import pytest
+import requests
 import torch
 from PIL import Image
 
-from builders import save_tiny_model
+from builders import tiny_pipeline
 from likeness.conditions import CONDITIONS
 from likeness.conditions.mask.classes import PALETTE
 from likeness.data.synthetic import draw_face
@@ -146,27 +152,51 @@ def _with_defaults(nodes, node: dict) -> dict:
 # Ray Serve
 
 
-@pytest.mark.slow
 def test_two_replicas_of_ray_serve(tmp_path, monkeypatch):
-    """Replicas give the images of the pipeline, stream, and know each other's jobs."""
+    """Replicas give the same images, stream, and cancel each other's jobs."""
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'likeness[ray]'")
     from ray import serve
 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.syspath_prepend(ROOT / "launch")
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'launch'}")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "launch"), *sys.path]))
     application = module("ray_serve", ROOT / "launch/ray_serve.py").application
     with pytest.raises(InputError, match="Unknown argument 'host'"):
         application({"host": "0.0.0.0"})
     with pytest.raises(InputError, match="share their jobs"):
         application({"model": "mmface-mini"})
-    model = save_tiny_model(tmp_path / "model")
-    given = {"model": str(model), "data": str(tmp_path / "data"), "database": f"sqlite:///{tmp_path / 'jobs.sqlite'}"}
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    database = tmp_path / "jobs.sqlite"
+    given = {"model": str(tmp_path / "model"), "data": str(tmp_path / "data"), "database": f"sqlite:///{database}"}
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
     ray.init(num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
     try:
-        serve.start(http_options={"port": 0})
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(application({**given, "min_replicas": "2", "num_cpus": "0.5"}), name="likeness")
-        raise NotImplementedError
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0)
+
+        def image(seed: int) -> str:
+            return client.images.generate(prompt="a man", extra_body={"seed": seed}).data[0].b64_json
+
+        with ThreadPoolExecutor(12) as pool:
+            first, second = np.array(list(pool.map(image, [*range(12), *range(12)]))).reshape(2, 12)
+        assert (first == second).all()
+        assert len(set(first)) == 12
+        with sqlite3.connect(database) as connection:
+            assert len(connection.execute("select distinct replica from jobs").fetchall()) == 2
+        events = client.images.generate(prompt="a man", stream=True, partial_images=1, extra_body={"steps": 4})
+        assert [event.type.split(".")[-1] for event in events] == ["partial_image", "completed"]
+        for i in range(4):  # whichever replica is asked
+            url, headers = f"http://127.0.0.1:{port}/v1", {"x-request-id": f"long-{i}"}
+            body = {"prompt": "", "n": 10, "steps": 100}
+            with ThreadPoolExecutor(1) as pool:
+                running = pool.submit(
+                    requests.post, f"{url}/images/generations", json=body, headers=headers, timeout=60
+                )
+                while not requests.get(f"{url}/jobs/long-{i}", timeout=9).json().get("progress"):
+                    assert not running.done()
+                assert requests.delete(f"{url}/jobs/long-{i}", timeout=30).json()["state"] == "cancelled"
+                assert running.result().status_code == 409
     finally:
         serve.shutdown()
         ray.shutdown()
