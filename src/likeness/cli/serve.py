@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,7 @@ class Serve:
                 server_header=False,
             )
             print(f"Serving {settings.model} at http://{self.host}:{port}", flush=True)
+            sys.setswitchinterval(0.0005)  # the engine waits less for threads that run Python
             with exit_on_sigterm():  # the server raises the signal again after its shutdown
                 uvicorn.Server(config).run(sockets=[listener])
 

@@ -26,7 +26,7 @@ from likeness.conditions import CONDITIONS
 from likeness.pipelines.sizes import format_sizes, trained_sizes
 from likeness.serve.engine import Closed, Engine, Full, measure_batch, warm_up
 from likeness.serve.errors import ApiError, handle, respond
-from likeness.serve.jobs import Job, Jobs
+from likeness.serve.jobs import Job, Jobs, response_of
 from likeness.serve.schema import MAX_PROMPT, ConditionName, Generation, MaskEdit, Proposal
 from likeness.serve.service import Service
 from likeness.serve.store import IDENTIFIER, Taken
@@ -210,14 +210,20 @@ def create_app(service: Service) -> FastAPI:
             raise ApiError(503, state["error"], code="not_ready")
         if not engine.open or len(engine.waiting) + body.n > settings.queue:  # checked again when queued
             raise full()
-        portrait, notes = await asyncio.to_thread(service.request_of, body)
-        job = Job(id=id, owner=owner, body=body, request=portrait, notes=notes)
+
+        def accept() -> Job:
+            portrait, notes = service.request_of(body)
+            store.create(id, owner=owner, request=digest, key=key)
+            return Job(id=id, owner=owner, body=body, request=portrait, notes=notes)
+
         try:
-            await jobs.start(job, request=digest, key=key)
+            job = await asyncio.to_thread(accept)
+            jobs.start(job)
         except Taken as error:
             message = f"A request with the id {id} or with this Idempotency-Key exists: choose another"
             raise ApiError(409, message, code="duplicate_request") from error
         except (Full, Closed) as error:
+            await asyncio.to_thread(store.remove, id)
             raise full() from error
         if body.stream:
             return EventSourceResponse(
@@ -228,7 +234,8 @@ def create_app(service: Service) -> FastAPI:
         await ended(request, job, keep=key is not None)
         if job.error is not None:
             raise job.error
-        return await finished(request, await found(id, owner), body.response_format)
+        row = {"id": id, "files": job.files, "response": response_of(job)}
+        return await finished(request, row, body.response_format, job.contents)
 
     async def earlier(key: str, digest: str) -> tuple[dict[str, Any], Job | None] | None:
         """Return the job of an idempotency key, unless it did not complete: then the key is free."""
@@ -292,17 +299,22 @@ def create_app(service: Service) -> FastAPI:
             if not job.ended.is_set() and not keep:
                 jobs.cancel(job)
 
-    async def finished(request: Request, row: dict[str, Any], form: str) -> dict[str, Any]:
-        """Return the response of a completed job."""
+    async def finished(
+        request: Request, row: dict[str, Any], form: str, contents: dict[int, str] | None = None
+    ) -> dict[str, Any]:
+        """Return the response of a completed job. `contents`: of its files in base64. Default: they are read."""
 
-        def images() -> list[dict[str, str]]:
-            if form == "url":
-                url = str(request.base_url)
-                return [{"url": f"{url}v1/jobs/{row['id']}/images/{i}"} for i in range(len(row["files"]))]
-            contents = [(store.images / name).read_bytes() for name in row["files"]]
-            return [{"b64_json": base64.b64encode(content).decode()} for content in contents]
+        def read() -> dict[int, str]:
+            read = [(store.images / name).read_bytes() for name in row["files"]]
+            return dict(enumerate(base64.b64encode(content).decode() for content in read))
 
-        return {**row["response"], "data": await asyncio.to_thread(images)}
+        if form == "url":
+            url = f"{request.base_url}v1/jobs/{row['id']}/images"
+            data = [{"url": f"{url}/{i}"} for i in range(len(row["files"]))]
+        else:
+            contents = contents or await asyncio.to_thread(read)
+            data = [{"b64_json": contents[i]} for i in sorted(contents)]
+        return {**row["response"], "data": data}
 
     @app.post("/v1/images/edits")
     async def edit_image() -> None:

@@ -12,18 +12,22 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from PIL import Image
 
 from likeness.pipelines.generate import call_options, resolve
+from likeness.pipelines.portrait import EncodedCondition
 from likeness.pipelines.sampling import Sampling, advance
-from likeness.types import InputError, PortraitRequest
+from likeness.types import InputError, PortraitRequest, TextFeatures
 
 ACTIVE = 8
 """Smallest number of images in progress at a time: they take turns, so that few steps do not wait for many."""
+
+CACHE = 64 * 2**20
+"""Bytes of encoded texts and conditions that requests share."""
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 """Batch sizes that `measure_batch` tries."""
@@ -61,8 +65,6 @@ class Task:
     """Called in the engine's thread; must return at once."""
     previews: int = 0
     """Number of previews, fewer if there are fewer steps."""
-    encoded: dict[Any, Any] = field(default_factory=dict)
-    """Cache of encoded texts and conditions, which the images of a request share."""
     sampling: Sampling | None = None
     """Its state, from the start until it ends."""
     cancelled: bool = False
@@ -102,6 +104,8 @@ class Engine:
         self.pipeline, self.batch, self.queue, self.on_step = pipeline, batch, queue, on_step
         self.waiting: deque[Task] = deque()
         self.running: deque[Task] = deque()
+        self.encoded: dict[Any, TextFeatures | EncodedCondition] = {}
+        """Encoded texts and conditions of the last requests, oldest first."""
         self.open = True
         self.seconds_per_image = 0.0
         """Time of an image, for estimates; 0 before the first one."""
@@ -194,7 +198,9 @@ class Engine:
     def _begin(self, task: Task) -> None:
         """Encode the request of a task at its first step."""
         if task.sampling is None:
-            task.sampling = sampling_of(self.pipeline, task.request, task.encoded)
+            task.sampling = sampling_of(self.pipeline, task.request, self.encoded)
+            while sum(map(size_of, self.encoded.values())) > CACHE:
+                del self.encoded[next(iter(self.encoded))]
             self._report(task, Event("started"))
 
     def _after(self, task: Task) -> None:
@@ -242,6 +248,13 @@ class Engine:
 def sampling_of(pipeline: Any, request: PortraitRequest, encoded: dict[Any, Any] | None = None) -> Sampling:
     """Return the prepared call for the image of a resolved request."""
     return pipeline(**call_options(request, [request.seed]), encoded=encoded, output_type="sampling")
+
+
+def size_of(entry: TextFeatures | EncodedCondition) -> int:
+    """Return the bytes of an entry of the cache."""
+    if isinstance(entry, TextFeatures):
+        return entry.tokens.nbytes + entry.pooled.nbytes
+    return entry.latent.nbytes + entry.reading.raw.nbytes
 
 
 def warm_up(pipeline: Any) -> float:

@@ -33,6 +33,8 @@ class Job:
     tasks: list[Task] = field(default_factory=list)
     files: dict[int, str] = field(default_factory=dict)
     """Image -> name of its file."""
+    contents: dict[int, str] = field(default_factory=dict)
+    """Image -> base64 of its file."""
     open: int = 0
     """Images that are neither stored nor failed nor cancelled."""
     state: str = "queued"
@@ -76,34 +78,26 @@ class Jobs:
         """Run blocking work in the pool."""
         return await asyncio.get_running_loop().run_in_executor(self.pool, work, *arguments)
 
-    async def start(self, job: Job, **row: Any) -> None:
-        """Queue a job. `row`: further values of `Store.create`.
+    def start(self, job: Job) -> None:
+        """Queue a job that the store has.
 
         Raises:
-            Taken: a job has its id or key.
             Full: the queue has no space.
             Closed: the service is shutting down.
         """
         loop = asyncio.get_running_loop()
-        encoded: dict[Any, Any] = {}
-        await self.in_pool(lambda: self.store.create(job.id, owner=job.owner, **row))
 
         def task(index: int) -> Task:
             def report(event: Event) -> None:
                 loop.call_soon_threadsafe(self._receive, job, index, event)
 
             request = dataclasses.replace(job.request, seed=job.seed(index))
-            return Task(request=request, report=report, previews=job.body.partial_images or 0, encoded=encoded)
+            return Task(request=request, report=report, previews=job.body.partial_images or 0)
 
         job.tasks = [task(index) for index in range(job.body.n)]
         job.open = len(job.tasks)
+        self.engine.submit(job.tasks)
         self.live[job.id] = job
-        try:
-            self.engine.submit(job.tasks)
-        except Exception:
-            del self.live[job.id]
-            await self.in_pool(self.store.remove, job.id)
-            raise
 
     def cancel(self, job: Job) -> None:
         """Stop a job before the next step of its images."""
@@ -112,14 +106,14 @@ class Jobs:
 
     def _receive(self, job: Job, index: int, event: Event) -> None:
         """Handle an event of the engine."""
+        if event.kind == "started":
+            job.state = "running"
+            return
         task = asyncio.get_running_loop().create_task(self._handle(job, index, event))
         self.background.add(task)  # the loop itself keeps weak references only
         task.add_done_callback(self.background.discard)
 
     async def _handle(self, job: Job, index: int, event: Event) -> None:
-        if event.kind == "started":
-            job.state = "running"
-            return
         if event.kind == "preview":
             assert event.image is not None
             _, content = await self.in_pool(self.save, job, index, event.image, True)
@@ -129,7 +123,7 @@ class Jobs:
         if event.kind == "image":
             assert event.image is not None
             try:
-                job.files[index], content = await self.in_pool(self.save, job, index, event.image, False)
+                content = await self.in_pool(self._keep, job, index, event.image)
                 job.events.put_nowait({"kind": "completed", "b64_json": content, "index": index})
             except Exception as error:  # such as a full disk
                 event = Event("failed", error=error)
@@ -141,10 +135,17 @@ class Jobs:
         if not job.open:
             await self._end(job)
 
+    def _keep(self, job: Job, index: int, image: Image.Image) -> str:
+        """Store an image, and with the last one that the job is complete; returns its content. Runs in the pool."""
+        job.files[index], job.contents[index] = self.save(job, index, image, False)
+        if len(job.files) == len(job.tasks):
+            files = [job.files[index] for index in sorted(job.files)]
+            self.store.finish(job.id, "completed", response=response_of(job), files=files)
+        return job.contents[index]
+
     async def _end(self, job: Job) -> None:
         """Record the final state of a job, then report it."""
-        complete = len(job.files) == len(job.tasks)
-        if complete:
+        if job.error is None and len(job.files) == len(job.tasks):
             state = "completed"
         elif job.error is not None:
             state = "failed"
@@ -152,15 +153,11 @@ class Jobs:
             state = "interrupted" if self.closing else "cancelled"
             text = "The service is shutting down: send the request again" if self.closing else "The job was cancelled"
             job.error = ApiError(503 if self.closing else 409, text, code=state)
-        values: dict[str, Any] = {}
         try:
-            if complete:
-                values = {"response": response_of(job), "files": [job.files[index] for index in sorted(job.files)]}
-            else:
+            if job.error is not None:
+                error = job.error.error
                 await self.in_pool(self.store.discard, job.id)
-                assert job.error is not None
-                values = {"error": job.error.error}
-            await self.in_pool(lambda: self.store.finish(job.id, state, **values))
+                await self.in_pool(lambda: self.store.finish(job.id, state, error=error))
             job.state = state
         except Exception:  # the database is gone: never report what is not stored
             job.state, job.error = "failed", ApiError(500, "The job could not be stored", code="internal_error")

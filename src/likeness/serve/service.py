@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import json
 import secrets
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -33,6 +35,7 @@ from likeness.pipelines.sizes import parse_size
 from likeness.prepare.align import cut_portrait, refine_landmarks
 from likeness.prepare.annotate import keypoints_annotator, mask_annotator, sketch_annotator
 from likeness.prepare.ingest.convert import centre_square, crop_and_resize
+from likeness.serve.engine import CACHE
 from likeness.serve.errors import ApiError, invalid
 from likeness.serve.jobs import Job
 from likeness.serve.schema import Generation, MaskEdit, Proposal
@@ -97,6 +100,9 @@ class Service:
         self.find = None
         if settings.landmarker is not None:
             self.find = self.stack.enter_context(open_face_finder(settings.landmarker))
+        self.readings: dict[tuple[str, bytes], Reading] = {}
+        """The last conditions, by name and hash of the content, oldest first."""
+        self.changing = threading.Lock()
         self.pool = ThreadPoolExecutor(1, "likeness-files")
         self.side = ThreadPoolExecutor(1, "likeness-side")
 
@@ -188,11 +194,22 @@ class Service:
             raise ApiError(400, message, param=param, code="invalid_base64") from error
 
     def read_condition(self, name: str, text: str, param: str) -> Reading:
-        """Read a condition of a body. Raises `ApiError`."""
-        try:
-            return CONDITIONS[name].read(source_of(name, self.content(text, param), param), name=param)
-        except InputError as error:
-            raise invalid(error, param) from error
+        """Read a condition of a body; the same object for the same content, so that it is encoded once. Raises
+        `ApiError`.
+        """
+        content = self.content(text, param)
+        key = name, hashlib.sha256(content).digest()
+        reading = self.readings.get(key)
+        if reading is None:
+            try:
+                reading = CONDITIONS[name].read(source_of(name, content, param), name=param)
+            except InputError as error:
+                raise invalid(error, param) from error
+            with self.changing:
+                self.readings[key] = reading
+                while sum(each.raw.nbytes for each in self.readings.values()) > CACHE:
+                    del self.readings[next(iter(self.readings))]
+        return reading
 
     def save(self, job: Job, index: int, image: Image.Image, preview: bool) -> tuple[str, str]:
         """Write an image with its recipe; returns the name of its file and its content in base64. A preview is not
