@@ -177,7 +177,7 @@ def terminated(url: str, process: subprocess.Popen, data: Path, *, steps: int, c
     completed = [i for i, content in enumerate(contents) if content is not None]
     lost = [i for i in completed if states[f"end-{i}"] != "completed" or kept(i).read_bytes() != contents[i]]
     wrong = [id for id, state in states.items() if state in ("queued", "running")]
-    return {"completed": len(completed), "of them lost": len(lost), "jobs without an end": len(wrong)}
+    return {"completed": len(completed), "lost": len(lost), "without an end": len(wrong)}
 
 
 def memory(process: subprocess.Popen) -> float:

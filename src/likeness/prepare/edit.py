@@ -298,7 +298,7 @@ def carry_out(
     how = {"strength": strength, "method": method}
     output = last(region_steps(pipeline, photo, plan, request, **how), on_step)
     recipe = recipe_of(request, pipeline, **pipeline.source, fingerprint=fingerprint)
-    return composed(photo, plan, output, recipe, kind=kind, **how)
+    return composed(photo, plan, output.images[0], recipe, kind=kind, notes=output.notes, **how)
 
 
 def request_for(pipeline: Any, photo: Photo, plan: Plan, request: PortraitRequest, kind: str) -> PortraitRequest:
@@ -328,17 +328,18 @@ def region_steps(
 def composed(
     photo: Photo,
     plan: Plan,
-    output: PortraitOutput,
+    generated: Image.Image,
     recipe: dict[str, Any] | None,
     *,
     kind: str,
     strength: float,
     method: str,
+    notes: Sequence[str] = (),
 ) -> Edited:
     """Paste a generated region into a photograph, and encode it with the recipe, unless that is None."""
     side, (width, height) = len(plan.region), photo.image.size
     portrait = cut_portrait(photo.pixels, plan.transform, side)
-    made = np.array(output.images[0].resize((side, side), Image.Resampling.LANCZOS))
+    made = np.array(generated.resize((side, side), Image.Resampling.LANCZOS))
     image, inside = paste_region(photo, match_colour(made, portrait, plan.region), plan)
     before, after = (np.array(one.convert("RGBA")) for one in (photo.image, image))
     certificate = certify(before, after, inside)
@@ -358,9 +359,7 @@ def composed(
     content = encode_image(image, kind, recipe)
     with Image.open(io.BytesIO(content)) as written:
         assert certify(before, np.array(written.convert("RGBA")), inside) == certificate, "the file has other pixels"
-    return Edited(
-        image=image, content=content, certificate=certificate, recipe=recipe, notes=[*plan.notes, *output.notes]
-    )
+    return Edited(image=image, content=content, certificate=certificate, recipe=recipe, notes=[*plan.notes, *notes])
 
 
 def match_colour(made: np.ndarray, portrait: np.ndarray, region: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from likeness.pipelines.generate import call_options, resolve
-from likeness.pipelines.portrait import EncodedCondition
+from likeness.pipelines.portrait import EncodedCondition, PortraitOutput
 from likeness.pipelines.sampling import Sampling, advance
 from likeness.types import InputError, PortraitRequest, TextFeatures
 
@@ -65,15 +65,19 @@ class Task:
     """Called in the engine's thread; must return at once."""
     previews: int = 0
     """Number of previews, fewer if there are fewer steps."""
+    edit: Generator[tuple[int, int], None, PortraitOutput] | None = None
+    """The steps of an edit (`likeness.prepare.edit.region_steps`); None to generate the image."""
+    progress: tuple[int, int] = (0, 0)
+    """Steps of the edit that are done, and total steps; 0 before the first one."""
     sampling: Sampling | None = None
-    """Its state, from the start until it ends."""
+    """State of a generation, from the start until it ends."""
     cancelled: bool = False
     """Set by `Engine.cancel`."""
 
     @property
     def steps(self) -> tuple[int, int]:
         """Steps done and total steps."""
-        done, total = (0, 0) if self.sampling is None else (self.sampling.step, self.sampling.steps)
+        done, total = self.progress if self.sampling is None else (self.sampling.step, self.sampling.steps)
         return done, total or self.request.num_inference_steps or 1
 
     def preview_at(self, step: int) -> int | None:
@@ -175,14 +179,19 @@ class Engine:
                         self._report(task, Event("cancelled"))
                 while self.waiting and len(self.running) < max(ACTIVE, self.batch):
                     self.running.append(self.waiting.popleft())
+                if self.running and self.running[0].edit is not None:
+                    return [self.running[0]]
                 if self.running:
-                    return [self.running[i] for i in range(min(self.batch, len(self.running)))]
+                    return [task for task in self.running if task.edit is None][: self.batch]
                 if not self.open:
                     return []
                 self.changed.wait()
 
     def _advance(self, tasks: Sequence[Task]) -> None:
-        """Run one step of some tasks, which then wait for their next turn."""
+        """Run one step of some tasks, which then wait for their next turn; an edit is on its own."""
+        if tasks[0].edit is not None:
+            self._attempt(tasks, lambda: self._edit(tasks[0]))
+            return
         ready = [task for task in tasks if self._attempt([task], lambda task=task: self._begin(task))]
         start = time.perf_counter()
         samplings = [task.sampling for task in ready if task.sampling is not None]
@@ -210,16 +219,30 @@ class Engine:
         index = task.preview_at(step)
         if index is not None and not task.cancelled:
             self._report(task, Event("preview", task.sampling.images(preview=True)[0], index))
-        if step == steps:
-            image = task.sampling.images()[0]
-            with self.changed:
-                self.running.remove(task)
-            task.sampling = None
-            self._report(task, Event("image", image))
-        else:
-            with self.changed:
-                self.running.remove(task)
+        self._turn(task, task.sampling.images()[0] if step == steps else None)
+
+    def _edit(self, task: Task) -> None:
+        """Run one step of an edit, or decode its image after the last one."""
+        assert task.edit is not None
+        if task.progress == (0, 0):
+            self._report(task, Event("started"))
+        start, image = time.perf_counter(), None
+        try:
+            task.progress = next(task.edit)
+        except StopIteration as end:
+            image = end.value.images[0]
+        self.on_step(time.perf_counter() - start, 1)
+        self._turn(task, image)
+
+    def _turn(self, task: Task, image: Image.Image | None) -> None:
+        """Report the image of a task that is complete, or let the next task take its turn."""
+        with self.changed:
+            self.running.remove(task)
+            if image is None:
                 self.running.append(task)
+        if image is not None:
+            task.sampling = task.edit = None
+            self._report(task, Event("image", image))
 
     def _attempt(self, tasks: Sequence[Task], work: Callable[[], None]) -> bool:
         """Work on tasks; if that fails, they fail and the engine goes on. Returns whether it succeeded."""
@@ -232,7 +255,7 @@ class Engine:
                 for task in tasks:
                     self.running.remove(task)
             for task in tasks:
-                task.sampling = None
+                task.sampling = task.edit = None
                 self._report(task, Event("failed", error=error))
             return False
         return True
