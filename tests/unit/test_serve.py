@@ -145,6 +145,7 @@ def test_openai_client(server, tmp_path):
         assert np.array_equal(np.asarray(generate(tiny_pipeline(), request, [request.seed])[0][0]), pixels)
     linked = client.images.generate(prompt="x", response_format="url", output_format="webp", output_compression=50)
     assert Image.open(io.BytesIO(requests.get(linked.data[0].url, timeout=60).content)).format == "WEBP"
+    assert "truncated" in client.images.generate(prompt="smile " * 100).notes[0]
     with pytest.raises(openai.BadRequestError) as error:
         client.images.generate(prompt="x", n=11)
     assert error.value.param == "n"

@@ -51,6 +51,8 @@ class Event(NamedTuple):
     """The image, or a preview of it."""
     index: int = 0
     """Number of a preview."""
+    notes: Sequence[str] = ()
+    """Notes on the prompts, with an image."""
     error: Exception | None = None
     """Why the task failed; `InputError` if the request is the reason."""
 
@@ -219,30 +221,31 @@ class Engine:
         index = task.preview_at(step)
         if index is not None and not task.cancelled:
             self._report(task, Event("preview", task.sampling.images(preview=True)[0], index))
-        self._turn(task, task.sampling.images()[0] if step == steps else None)
+        images = task.sampling.images() if step == steps else []
+        self._turn(task, images, task.sampling.notes)
 
     def _edit(self, task: Task) -> None:
         """Run one step of an edit, or decode its image after the last one."""
         assert task.edit is not None
         if task.progress == (0, 0):
             self._report(task, Event("started"))
-        start, image = time.perf_counter(), None
+        start, images, notes = time.perf_counter(), [], []
         try:
             task.progress = next(task.edit)
         except StopIteration as end:
-            image = end.value.images[0]
+            images, notes = end.value.images, end.value.notes
         self.on_step(time.perf_counter() - start, 1)
-        self._turn(task, image)
+        self._turn(task, images, notes)
 
-    def _turn(self, task: Task, image: Image.Image | None) -> None:
+    def _turn(self, task: Task, images: Sequence[Image.Image], notes: Sequence[str]) -> None:
         """Report the image of a task that is complete, or let the next task take its turn."""
         with self.changed:
             self.running.remove(task)
-            if image is None:
+            if not images:
                 self.running.append(task)
-        if image is not None:
+        if images:
             task.sampling = task.edit = None
-            self._report(task, Event("image", image))
+            self._report(task, Event("image", images[0], notes=notes))
 
     def _attempt(self, tasks: Sequence[Task], work: Callable[[], None]) -> bool:
         """Work on tasks; if that fails, they fail and the engine goes on. Returns whether it succeeded."""

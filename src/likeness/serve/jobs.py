@@ -126,6 +126,7 @@ class Jobs:
         self.counted(event.kind)
         if event.kind == "image":
             assert event.image is not None
+            job.notes += [note for note in event.notes if note not in job.notes]
             try:
                 content = await self.in_pool(self._keep, job, index, event.image)
                 job.events.put_nowait({"kind": "completed", "b64_json": content, "index": index})
