@@ -21,9 +21,11 @@ from likeness.serve.store import Store
 
 
 @contextmanager
-def serving(folder: Path, pipeline=None, **settings) -> Iterator[SimpleNamespace]:
+def serving(
+    folder: Path, pipeline=None, database: str | None = None, replica: str = "", **settings
+) -> Iterator[SimpleNamespace]:
     """A server that has generated its warm-up image: its address, a client, its store."""
-    store = Store(folder)
+    store = Store(folder, database, replica)
     app = create_app(Service(pipeline or tiny_pipeline(), store, Settings(model="tiny", **settings)))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False))
     listener = socket.create_server(("127.0.0.1", 0))
@@ -41,7 +43,7 @@ def serving(folder: Path, pipeline=None, **settings) -> Iterator[SimpleNamespace
         time.sleep(0.02)
     key = (settings.get("keys") or ("any",))[0]
     client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
-    yield SimpleNamespace(url=url, client=client, store=store)
+    yield SimpleNamespace(url=url, client=client, store=store, folder=folder)
     server.should_exit = True
     thread.join(60)
     assert not thread.is_alive()

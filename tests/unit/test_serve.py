@@ -3,70 +3,53 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import io
 import json
+import os
+import pwd
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import openai
 import pytest
 import requests
-import uvicorn
 from PIL import Image
 
 from builders import tiny_mditface_pipeline, tiny_pipeline
+from likeness.annotators.face_parser import load_face_parser
+from likeness.conditions.mask import mask_image
+from likeness.data.synthetic import draw_face
 from likeness.pipelines.generate import generate, resolve
 from likeness.pipelines.image_recipe import read_recipe, request_of
 from likeness.pipelines.sampling import advance
-from likeness.serve.app import create_app
+from likeness.prepare.edit import Change, edit_photo, open_photo
 from likeness.serve.engine import sampling_of
-from likeness.serve.service import Service, Settings
-from likeness.serve.store import Store
+from likeness.serve.store import Store, Taken
 from likeness.types import ConditionInput, PortraitRequest
+from serving import serving
 
 ROOT = Path(__file__).parents[2]
 MASK, SKETCH = ROOT / "examples/masks/smile.png", ROOT / "examples/sketches/fringe.png"
 POINTS = ROOT / "examples/keypoints/smile.json"
 
+spec = importlib.util.spec_from_file_location("serve_load", ROOT / "benchmarks" / "serve_load.py")
+assert spec is not None
+assert spec.loader is not None
+LOAD = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(LOAD)
+
 
 def b64(content: bytes | Path) -> str:
     return base64.b64encode(content.read_bytes() if isinstance(content, Path) else content).decode()
-
-
-@contextmanager
-def serving(folder: Path, pipeline=None, **settings):
-    """A server with a tiny model that has generated its warm-up image: its address, a client, its store."""
-    store = Store(folder)
-    app = create_app(Service(pipeline or tiny_pipeline(), store, Settings(model="tiny", **settings)))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False))
-    listener = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        try:
-            answer = requests.get(f"{url}/readyz", timeout=60)
-            if answer.ok or "warm-up" in answer.text:
-                break
-        except requests.ConnectionError:
-            pass
-        time.sleep(0.02)
-    key = (settings.get("keys") or ("any",))[0]
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
-    yield SimpleNamespace(url=url, client=client, store=store)
-    server.should_exit = True
-    thread.join(60)
-    assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -131,13 +114,12 @@ def test_openai_client(server, tmp_path):
         assert np.array_equal(np.asarray(generate(tiny_pipeline(), request, [request.seed])[0][0]), pixels)
     linked = client.images.generate(prompt="x", response_format="url", output_format="webp", output_compression=50)
     assert Image.open(io.BytesIO(requests.get(linked.data[0].url, timeout=60).content)).format == "WEBP"
+    assert "truncated" in client.images.generate(prompt="smile " * 100).notes[0]
     with pytest.raises(openai.BadRequestError) as error:
         client.images.generate(prompt="x", n=11)
     assert error.value.param == "n"
     with pytest.raises(openai.NotFoundError, match="tiny"):
         client.images.generate(prompt="x", model="dall-e-3")
-    with pytest.raises(openai.InternalServerError, match="not supported"):
-        client.images.edit(prompt="x", image=MASK.open("rb"))
 
 
 @pytest.mark.parametrize(("steps", "partial", "previews"), [(4, 3, 3), (4, 0, 0), (1, 2, 0)])
@@ -154,32 +136,106 @@ def test_stream(server, steps, partial, previews):
     assert events[-1].b64_json == server.client.images.generate(**options).data[0].b64_json
 
 
-def reduced(file: Path) -> bytes:
+def encoded(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    Image.open(file).resize((64, 64), Image.Resampling.NEAREST).save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def test_many_at_once_are_as_one_by_one(server):
-    mask, sketch = (b64(reduced(file)) for file in (MASK, SKETCH))
-    controls = [{}, {"mask": mask}, {"sketch": sketch}, {"mask": mask, "sketch": sketch}]
-    bodies = [
-        {
-            "prompt": f"a face {i % 5}",
-            "seed": i,
-            "steps": 1 + i % 2,
-            "control_image": controls[i % 4],
-            "guidance_scale": 1 + (i % 8 == 0),
-        }
-        for i in range(64)
-    ]
-    send = lambda body: post(server, json=body).json()["data"][0]["b64_json"]  # noqa: E731
-    serial = [send(body) for body in bodies]
-    assert len(set(serial)) == len(bodies)
-    order = np.random.default_rng(0).permutation(len(bodies))
-    with ThreadPoolExecutor(len(bodies)) as pool:
-        concurrent = list(pool.map(lambda i: send(bodies[i]), order))
-    assert concurrent == [serial[i] for i in order]
+def photograph(width: int = 200, height: int = 200) -> Image.Image:
+    return Image.fromarray(draw_face(0, 0, 128).image).resize((width, height))
+
+
+def hole(size: int, alpha: int = 0) -> bytes:
+    """A mask whose upper left quarter is to be edited."""
+    image = Image.new("RGBA", (size, size), "white")
+    image.paste((0, 0, 0, alpha), (0, 0, size // 2, size // 2))
+    return encoded(image)
+
+
+def test_edit_with_a_mask(server, tmp_path):
+    """The OpenAI client edits a photograph; every pixel that the mask does not free stays, and the response says so."""
+    photo = photograph()
+    answer = server.client.images.edit(
+        prompt="hair", image=encoded(photo), mask=hole(200), n=2, extra_body={"seed": 5, "steps": 2}
+    )
+    assert answer.size == "200x200"
+    pipeline = tiny_pipeline()
+    pipeline.source = {"model": "tiny"}
+    white = Image.new("L", (200, 200))
+    white.paste(255, (0, 0, 100, 100))
+    for index, image in enumerate(answer.data):
+        (tmp_path / "edited.png").write_bytes(base64.b64decode(image.b64_json))
+        recipe, pixels = read_recipe(tmp_path / "edited.png")
+        changed = (pixels != np.asarray(photo)).any(axis=-1)
+        assert changed[:100, :100].mean() > 0.5
+        counts = answer.certificates[index]
+        assert counts["changed_outside"] == changed[100:].sum() + changed[:, 100:].sum() == 0
+        assert counts["changed_inside"] == changed.sum()
+        assert recipe["edit"]["certificate"] == counts
+        request = PortraitRequest(prompt="hair", seed=5 + index, num_inference_steps=2)
+        change, parser = Change(region_mask=white), load_face_parser()
+        alone = edit_photo(pipeline, open_photo(encoded(photo)), change, request, parser=parser)
+        assert np.array_equal(np.asarray(alone.image), pixels)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mask_edit": "grow hair 8"},
+        {"mask_edit": "paste hair from OTHER"},
+        {"wanted_mask": "OTHER"},
+        {"region": "hair,hat", "keep": "skin, eyes", "method": "flow_edit", "output_format": "webp"},
+        {"strength": 0.5},
+    ],
+)
+def test_edit_with_classes(server, change):
+    other = post(server, "inspect", files={"file": encoded(mask_image(draw_face(0, 1, 128).mask))}).json()["id"]
+    form = {name: value.replace("OTHER", other) if isinstance(value, str) else value for name, value in change.items()}
+    answer = post(server, "images/edits", files={"image": encoded(photograph())}, data={"prompt": "", **form})
+    assert answer.ok, answer.text
+    (counts,) = answer.json()["certificates"]
+    assert (counts["changed_outside"], counts["changed_inside"] > 0) == (0, True)
+
+
+INVALID_EDITS = {
+    "nothing to edit": ({}, {}, None),
+    "opaque mask": ({"mask": hole(200, alpha=1)}, {}, "mask"),
+    "damaged mask": ({"mask": b"text"}, {}, "mask"),
+    "mask of another size": ({"mask": encoded(Image.new("LA", (200, 100)))}, {}, None),
+    "mask and classes": ({"mask": hole(200)}, {"mask_edit": "grow hair 4"}, "mask"),
+    "lossy": ({"mask": hole(200)}, {"output_format": "jpeg"}, "output_format"),
+    "size": ({"mask": hole(200)}, {"size": "1024x1024"}, "size"),
+    "stream": ({"mask": hole(200)}, {"stream": "true"}, "stream"),
+    "count": ({"mask": hole(200)}, {"n": "11"}, "n"),
+    "model": ({"mask": hole(200)}, {"model": "other"}, "model"),
+    "incomplete command": ({}, {"mask_edit": "grow hair"}, None),
+    "path as id": ({}, {"mask_edit": "paste hair from ../../etc/passwd"}, "mask_edit"),
+    "strength": ({}, {"strength": "0"}, "strength"),
+    "not square": ({"image": encoded(photograph(200, 100)), "mask": hole(200)}, {}, "image"),
+    "no face": ({"image": encoded(Image.new("RGB", (64, 64))), "mask": hole(64)}, {}, None),
+    "no image": ({"image": b""}, {}, "image"),
+    "text as image": ({"image": None}, {"image": "x"}, "image"),
+}
+
+
+@pytest.mark.parametrize("case", INVALID_EDITS)
+def test_invalid_edits(server, case):
+    files, form, param = INVALID_EDITS[case]
+    files = {"image": encoded(photograph()), **files}
+    answer = post(server, "images/edits", files=files, data={"prompt": "a", **form})
+    assert 400 <= answer.status_code < 500, answer.text
+    assert answer.json()["error"]["param"] == param, answer.text
+
+
+def test_load(server):
+    """A short version of benchmarks/serve_load.py."""
+    small = [encoded(Image.open(file).resize((64, 64), Image.Resampling.NEAREST)) for file in (MASK, SKETCH)]
+    assert LOAD.same(server.url, [b64(content) for content in small], steps=2)
+    answers = LOAD.mixed(server.url, 60, steps=1)
+    assert len({kind.split(",")[0] for kind in answers}) == 4
+    assert not [kind for kind in answers if "WRONG" in kind]
+    assert set(LOAD.left(server.url, server.folder).values()) == {0}
 
 
 # Invalid input
@@ -320,28 +376,37 @@ def test_web_pages_of_other_origins(tmp_path, origin):
 # Jobs
 
 
-def long_request(server, id: str, **headers) -> threading.Thread:
+def long_request(server, id: str, path: str = "images/generations", **headers) -> threading.Thread:
     """Start a request of 100 steps and wait until it runs."""
     body = {"prompt": "a", "steps": 100, "n": 2}
-    send = lambda: post(server, json=body, headers={"x-request-id": id, **headers})  # noqa: E731
+    files = {"image": encoded(photograph()), "mask": hole(200)}
+    options = {"data": body, "files": files} if path == "images/edits" else {"json": body}
+    send = lambda: post(server, path, **options, headers={"x-request-id": id, **headers})  # noqa: E731
     thread = threading.Thread(target=send)
     thread.start()
     wait_for(lambda: requests.get(f"{server.url}/v1/jobs/{id}", timeout=60).json().get("progress", 0) > 0)
     return thread
 
 
-def test_cancel(server):
-    thread = long_request(server, "long")
-    queued = requests.get(f"{server.url}/v1/jobs/long", timeout=60).json()
-    assert queued["state"] == "running"
-    assert 0 < queued["progress"] < 1
+def figure(server, name: str) -> float:
+    """Return a figure of /metrics, 0 if it is missing."""
+    lines = requests.get(f"{server.url}/metrics", timeout=60).text.splitlines()
+    return next((float(line.split()[1]) for line in lines if line.startswith(f"{name} ")), 0)
+
+
+@pytest.mark.parametrize("path", ["images/generations", "images/edits"])
+def test_cancel(server, path):
+    id, cancelled = path.replace("/", "-"), 'likeness_images_total{result="cancelled"}'
+    before, thread = figure(server, cancelled), long_request(server, id, path)
+    running = requests.get(f"{server.url}/v1/jobs/{id}", timeout=60).json()
+    assert running["state"] == "running"
+    assert 0 < running["progress"] < 1
     assert server.client.images.generate(prompt="a", extra_body={"steps": 1}).data  # enters between its steps
-    assert requests.delete(f"{server.url}/v1/jobs/long", timeout=60).json()["state"] == "cancelled"
+    assert requests.delete(f"{server.url}/v1/jobs/{id}", timeout=60).json()["state"] == "cancelled"
     thread.join(30)
-    figures = requests.get(f"{server.url}/metrics", timeout=60).text
-    assert 'likeness_images_total{result="cancelled"} 2.0' in figures
-    assert "likeness_running_images 0.0" in figures
-    assert not list(server.store.images.glob("long*"))
+    assert figure(server, cancelled) == before + 2
+    assert figure(server, "likeness_running_images") == 0
+    assert not list(server.store.images.glob(f"{id}*"))
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -367,19 +432,59 @@ def test_idempotency_key(server):
     assert post(server, json=body, headers={"Idempotency-Key": "other"}).ok  # a cancelled request does not count
 
 
-def test_restart(tmp_path):
-    with serving(tmp_path) as server:
-        post(server, json={"prompt": "a"}, headers={"x-request-id": "done"})
+@pytest.fixture
+def database(request):
+    """URL of the database: SQLite in the folder, or a PostgreSQL server of its own."""
+    if request.param == "sqlite":
+        yield None
+        return
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not programs or (os.getuid() == 0 and "postgres" not in {user.pw_name for user in pwd.getpwall()}):
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    pytest.importorskip("psycopg", reason="the driver is not installed: pip install 'psycopg[binary]'")
+    user = {"user": "postgres"} if os.getuid() == 0 else {}  # it does not run as root
+    with tempfile.TemporaryDirectory() as folder:  # a short path, for the socket
+        if user:
+            shutil.chown(folder, "postgres")
+        command = [programs[-1].with_name("pg_ctl"), "-D", f"{folder}/data", "-l", f"{folder}/log", "-w"]
+        initdb = [programs[-1], "-D", f"{folder}/data", "-U", "postgres", "--no-sync"]
+        subprocess.run(initdb, check=True, capture_output=True, **user)
+        start = [*command, "-o", f"-k {folder} -c listen_addresses= -c fsync=off", "start"]
+        subprocess.run(start, check=True, stdout=subprocess.DEVNULL, **user)
+        try:
+            yield f"postgresql+psycopg://postgres@/postgres?host={folder}"
+        finally:
+            subprocess.run([*command, "-m", "immediate", "stop"], check=True, stdout=subprocess.DEVNULL, **user)
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
+def test_restart(tmp_path, database):
+    with serving(tmp_path, database=database) as server:
+        headers = {"x-request-id": "done", "Idempotency-Key": "k"}
+        first = post(server, json={"prompt": "a"}, headers=headers).json()
         before = requests.get(f"{server.url}/v1/jobs/done/images/0", timeout=60).content
-    store = Store(tmp_path)
-    store.create("killed", owner="", request="")  # as a process that was killed leaves it
+    store, other = Store(tmp_path, database, "one"), Store(tmp_path, database, "two")
+    store.create("killed", owner="", request="", key="own")  # as a process that was killed leaves it
+    other.create("elsewhere", owner="", request="")
+    for taken in ({"id": "killed"}, {"id": "new", "key": "own"}):
+        with pytest.raises(Taken):
+            other.create(**taken, owner="", request="")
     (tmp_path / "images" / "killed").mkdir()
     store.close()
-    with serving(tmp_path) as server:
+    with serving(tmp_path, database=database, replica="one") as server:
         job = lambda id: requests.get(f"{server.url}/v1/jobs/{id}", timeout=60).json()  # noqa: E731
         assert requests.get(job("done")["result"]["data"][0]["url"], timeout=60).content == before
+        assert post(server, json={"prompt": "a"}, headers=headers).json() == first
         assert not (tmp_path / "images" / "killed").exists()
         assert job("killed")["state"] == job("killed")["error"]["code"] == "interrupted"
+        assert job("elsewhere")["state"] == "queued"
+    other.release("own")
+    other.create("again", owner="", request="", key="own")
+    other.finish("elsewhere", "completed", response={"id": "elsewhere"}, files=[])
+    assert other.find("elsewhere", "")["response"] == {"id": "elsewhere"}
+    assert other.expire(-1) == 3
+    assert other.find("done", "")["state"] == "expired"
+    other.close()
 
 
 # Conditions and masks
@@ -426,8 +531,12 @@ def test_model_information(server):
 
 
 def test_command(tmp_path):
-    """`likeness serve` generates with a bundled model, and on SIGTERM completes the stream in progress."""
-    command = [sys.executable, "-m", "likeness.cli", "serve", "--port", "0", "--data", str(tmp_path / "data")]
+    """`likeness serve` generates with a bundled model; on SIGTERM it completes the stream in progress, and keeps every
+    image that it reported.
+    """
+    data = tmp_path / "data"
+    command = [sys.executable, "-m", "likeness.cli", "serve", "--port", "0", "--data", str(data)]
+    command += ["--shutdown-timeout", "200"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         url = process.stdout.readline().split()[-1]
@@ -435,10 +544,12 @@ def test_command(tmp_path):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
         body = {"prompt": "a man", "candidates": 1}
         mask = requests.post(f"{url}/v1/masks/propose", json=body, timeout=60).json()
-        more = {"steps": 6, "control_image": {"mask": mask["id"]}}
+        more = {"steps": 12, "control_image": {"mask": mask["id"]}}
         with client.images.generate(prompt="secret", stream=True, partial_images=2, extra_body=more) as events:
             next(events)
-            process.send_signal(signal.SIGTERM)
+            found = LOAD.terminated(url, process, data, steps=1, count=24)
+            assert found["completed"] >= 4
+            assert found["lost"] == found["without an end"] == 0
             assert [event.type for event in events][-1] == "image_generation.completed"
         assert process.wait(60) == 128 + signal.SIGTERM
         text = process.stderr.read()

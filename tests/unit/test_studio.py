@@ -19,12 +19,14 @@ from PIL import Image
 from likeness.conditions import CONDITIONS
 from likeness.conditions.mask.classes import CLASSES, COUNTERPART, PALETTE
 from likeness.data.synthetic import draw_face
+from likeness.pipelines.image_recipe import read_recipe
 from serving import serving
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="the studio's tests require chromium (Debian: apt install chromium)"
 )
+ROOT = Path(__file__).parents[2]
 SIDE = 256
 FACE = np.asarray(Image.fromarray(draw_face(0, 0, SIDE).mask))
 
@@ -209,10 +211,14 @@ def choose(page, *, tool: str = "brush", value: str = "skin", size: int | None =
         page.evaluate(f"studio.state.sizes.{tool} = {size}")
 
 
-def saved(page, button: str) -> Image.Image:
+def saved_content(page, button: str) -> bytes:
     with page.expect_download() as download:
         page.click(button)
-    return Image.open(Path(download.value.path()))
+    return Path(download.value.path()).read_bytes()
+
+
+def saved(page, button: str) -> Image.Image:
+    return Image.open(io.BytesIO(saved_content(page, button)))
 
 
 PATH = [(40, 60), (90, 70), (130, 140), (60, 200), (10, 250)]
@@ -488,15 +494,19 @@ def test_problems_have_corrections(page):
     np.testing.assert_array_equal(labels[FACE == 5], 5)
 
 
-def test_a_photograph_becomes_a_mask(page, tmp_path):
-    """Opening a photograph parses it in the service."""
-    Image.fromarray(draw_face(0, 1, 64).image).save(tmp_path / "photo.jpg")
+def test_painting_on_a_photograph_changes_only_what_was_painted(page, server):
+    """A photograph is parsed; a stroke on its mask regenerates that region and no pixel outside it."""
     with page.expect_file_chooser() as chooser:
         page.click("#photo")
-    chooser.value.set_files(tmp_path / "photo.jpg")
+    chooser.value.set_files(ROOT / "examples/faces/images/1.png")
     wait(page, "studio.doc.hasMask")
-    assert 1 in layer_of(page)
-    assert page.locator("#image").is_visible()
+    page.wait_for_selector("#history img")
+    page.evaluate("document.getElementById('live').checked = true")
+    choose(page, tool="brush", value="hat", size=30)
+    drag(page, [(60, 20), (190, 24)])
+    page.wait_for_selector("#timing[data-kind=full]")
+    assert "Pixels changed outside the region: 0" in page.inner_text("#timing")
+    assert read_recipe(saved_content(page, "#save-image"))[0]["edit"]["certificate"]["changed_inside"] > 0
 
 
 def test_the_page_needs_no_key_but_the_service_does(tmp_path, browser):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +20,7 @@ from likeness.weights.catalog import MASK_MODEL, bundled_models
 
 @dataclass(frozen=True, kw_only=True)
 class Edit:
-    """Edit a mask."""
+    """Edit a mask. A subclass has the name and the options of an operation in `likeness.conditions.mask.commands`."""
 
     file: PathArgument
     """Mask in any supported format."""
@@ -29,16 +29,17 @@ class Edit:
 
     def __call__(self) -> None:
         from likeness.conditions.mask import edits
+        from likeness.conditions.mask.commands import OPERATIONS
 
         edits.check_suffix(self.out)
         before = read_mask(self.file)
-        after = self.edit(edits, before)
+        options = {field.name: getattr(self, field.name) for field in fields(self)}
+        del options["file"], options["out"]
+        if "other" in options:
+            options["other"] = read_mask(options["other"])
+        after = OPERATIONS[type(self).__name__.lower()](before, **options)
         edits.save(after, self.out)
         print(f"{self.out}: {edits.changes(before, after)}")
-
-    def edit(self, edits: Any, mask: Any) -> Any:
-        """Return the edited labels, made with the module `likeness.conditions.mask.edits`."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +59,6 @@ class Grow(EditClasses):
     over: tuple[str, ...] = ()
     """Additional classes that may be covered, such as l_brow r_brow by hair."""
 
-    def edit(self, edits: Any, mask: Any) -> Any:
-        return edits.grow(mask, self.classes, edits.radius_of(self.by, mask.shape), self.over)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Shrink(EditClasses):
@@ -69,16 +67,10 @@ class Shrink(EditClasses):
     by: str
     """Distance: 4 for 4 % of the shorter side, or 5px."""
 
-    def edit(self, edits: Any, mask: Any) -> Any:
-        return edits.shrink(mask, self.classes, edits.radius_of(self.by, mask.shape))
-
 
 @dataclass(frozen=True, kw_only=True)
 class Remove(EditClasses):
     """Remove classes and uncover what is beneath: skin under glasses, background or skin under hair."""
-
-    def edit(self, edits: Any, mask: Any) -> Any:
-        return edits.remove(mask, self.classes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +79,6 @@ class Mirror(EditClasses):
 
     classes: Annotated[tuple[str, ...], arg(name="class")] = ()
     """Classes to mirror, such as l_brow."""
-
-    def edit(self, edits: Any, mask: Any) -> Any:
-        return edits.mirror(mask, self.classes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,16 +92,10 @@ class Paste(EditClasses):
     align: bool = False
     """Align the other face with this one instead of keeping positions."""
 
-    def edit(self, edits: Any, mask: Any) -> Any:
-        return edits.paste(mask, read_mask(self.other), self.classes, self.over, self.align)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Fill(EditClasses):
     """Fill holes inside classes."""
-
-    def edit(self, edits: Any, mask: Any) -> Any:
-        return edits.fill_holes(mask, self.classes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +107,6 @@ class Rename(Edit):
     to: str
     """New class."""
 
-    def edit(self, edits: Any, mask: Any) -> Any:
-        return edits.rename(mask, self.old, self.to)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Swap(Edit):
@@ -135,21 +115,15 @@ class Swap(Edit):
     classes: Annotated[tuple[str, str], arg(name="class")]
     """The two classes."""
 
-    def edit(self, edits: Any, mask: Any) -> Any:
-        return edits.swap(mask, *self.classes)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Interpolate(Edit):
     """Interpolate between two masks."""
 
-    second: PathArgument
+    other: PathArgument
     """The other mask, in any supported format."""
     at: float = 0.5
     """Position from 0 (the first mask) to 1 (the second)."""
-
-    def edit(self, edits: Any, mask: Any) -> Any:
-        return edits.interpolate(mask, read_mask(self.second), self.at)
 
 
 MAX_CANDIDATES = 100

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import sys
 import threading
 import webbrowser
 from contextlib import nullcontext
@@ -95,6 +96,7 @@ class Serve:
             )
             self.started(port)
             print(f"Serving {self.name or self.model} at http://{self.host}:{port}", flush=True)
+            sys.setswitchinterval(0.0005)  # the engine waits less for threads that run Python
             with exit_on_sigterm():  # the server raises the signal again after its shutdown
                 uvicorn.Server(config).run(sockets=[listener])
 

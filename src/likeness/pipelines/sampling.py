@@ -130,7 +130,7 @@ def predict(samplings: Sequence[Sampling], *, together: bool = False) -> tuple[l
         predictions.append(torch.zeros_like(scaled))
     runs = [(i, passes_at(s.step)) for i, s in enumerate(samplings) for passes_at in s.pass_functions]
     for group in groups(runs, samplings, inputs) if together else [[run] for run in runs]:
-        dtype = samplings[0].pipeline.transformer.dtype
+        dtype = samplings[0].batch.condition_latents.dtype  # of the network, without a search of its parameters
         latents = torch.cat([inputs[i][passes.items] for i, passes in group]).to(dtype)  # [P, C, h, w]
         times = torch.cat(
             [samplings[i].batch.times[samplings[i].step].expand(len(passes.items)) for i, passes in group]

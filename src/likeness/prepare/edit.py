@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,11 @@ from likeness.conditions.mask.classes import CLASS_INDEX
 from likeness.conditions.mask.commands import apply_commands
 from likeness.conditions.mask.edits import class_indices
 from likeness.conditions.mask.geometry import INSIDE
-from likeness.pipelines.editing import DEFAULT_METHOD, METHODS, edit
+from likeness.pipelines.editing import DEFAULT_METHOD, METHODS, edit_steps, last
 from likeness.pipelines.formats import format_of
 from likeness.pipelines.generate import call_options, resolve
 from likeness.pipelines.image_recipe import decode_raw, encode_image, encode_raw, recipe_of
+from likeness.pipelines.portrait import PortraitOutput
 from likeness.prepare.align import cut_portrait, face_transform
 from likeness.prepare.paste import FEATHER, bands, inward, paste_portrait
 from likeness.types import ConditionInput, InputError, PortraitRequest, Progress
@@ -118,7 +119,7 @@ class Edited:
     """The encoded file."""
     certificate: dict[str, int]
     """`photo_pixels`, `region_pixels`, `changed_inside`, and `changed_outside`, which is 0."""
-    recipe: dict[str, Any]
+    recipe: dict[str, Any] | None
     notes: list[str]
 
 
@@ -213,8 +214,13 @@ def plan_edit(
     region = near(wanted, MARGIN * side) if wanted.any() else wanted
     if change.region_mask is not None:
         white = np.asarray(read_rgb(change.region_mask).convert("L")) >= 128
-        white = in_portrait(white, photo, transform, side, "region mask")
-        wanted, region = wanted | white, region | white
+        inner = in_portrait(white, photo, transform, side, "region mask")
+        if white.shape == photo.pixels.shape[:2]:  # no cell of the portrait that contains the place of a black pixel
+            for rows, columns, places in bands(transform, side, white.shape[1], white.shape[0]):
+                x, y = np.floor(places[~white[rows, columns]]).astype(int).T
+                within = (x >= 0) & (x < side) & (y >= 0) & (y < side)
+                inner[y[within], x[within]] = False
+        wanted, region = wanted | inner, region | inner
     if not given:
         wanted = region = np.ones_like(wanted)
     if change.keep:
@@ -285,28 +291,56 @@ def carry_out(
     Raises:
         InputError: an argument is invalid, or the format cannot store the photograph.
     """
-    side, (width, height) = len(plan.region), photo.image.size
+    request = request_for(pipeline, photo, plan, request, kind)
+    how = {"strength": strength, "method": method}
+    output = last(region_steps(pipeline, photo, plan, request, **how), on_step)
+    recipe = recipe_of(request, pipeline, **pipeline.source, fingerprint=fingerprint)
+    return composed(photo, plan, output.images[0], recipe, kind=kind, notes=output.notes, **how)
+
+
+def request_for(pipeline: Any, photo: Photo, plan: Plan, request: PortraitRequest, kind: str) -> PortraitRequest:
+    """Return the resolved request of a plan. Raises `InputError` if the format cannot store the photograph."""
+    width, height = photo.image.size
     if kind == "WEBP" and max(width, height) > WEBP_SIDE:
         raise InputError(f"{photo.name} is {width}x{height}, and a WebP is at most {WEBP_SIDE} wide: write a .png")
     mask = ConditionInput(image=Reading(raw=plan.after, scheme="mask of the edit"))
-    request = resolve(replace(request, conditions={**request.conditions, "mask": mask}), pipeline)
-    portrait = cut_portrait(photo.pixels, plan.transform, side)
-    output = edit(
+    return resolve(replace(request, conditions={**request.conditions, "mask": mask}), pipeline)
+
+
+def region_steps(
+    pipeline: Any, photo: Photo, plan: Plan, request: PortraitRequest, *, strength: float, method: str
+) -> Generator[tuple[int, int], None, PortraitOutput]:
+    """Generate the region of a plan with the output of `request_for`, as `edit_steps`."""
+    return edit_steps(
         pipeline,
-        image=portrait,
+        image=cut_portrait(photo.pixels, plan.transform, len(plan.region)),
         mask_image=plan.region,
         strength=strength,
         method=method,
         source_control_image={"mask": Reading(raw=plan.before, scheme="mask of the photograph")},
-        on_step=on_step,
         **call_options(request, [request.seed]),
     )
-    made = np.array(output.images[0].resize((side, side), Image.Resampling.LANCZOS))
+
+
+def composed(
+    photo: Photo,
+    plan: Plan,
+    generated: Image.Image,
+    recipe: dict[str, Any] | None,
+    *,
+    kind: str,
+    strength: float,
+    method: str,
+    notes: Sequence[str] = (),
+) -> Edited:
+    """Paste a generated region into a photograph, and encode it with the recipe, unless that is None."""
+    side, (width, height) = len(plan.region), photo.image.size
+    portrait = cut_portrait(photo.pixels, plan.transform, side)
+    made = np.array(generated.resize((side, side), Image.Resampling.LANCZOS))
     image, inside = paste_region(photo, match_colour(made, portrait, plan.region), plan)
     before, after = (np.array(one.convert("RGBA")) for one in (photo.image, image))
     certificate = certify(before, after, inside)
-    recipe = recipe_of(request, pipeline, **pipeline.source, fingerprint=fingerprint)
-    recipe["edit"] = {
+    entry = {
         "method": method,
         "strength": strength,
         "photo": photo.sha256,
@@ -317,12 +351,12 @@ def carry_out(
         "before": encode_raw(plan.before),
         "certificate": certificate,
     }
+    recipe = None if recipe is None else {**recipe, "edit": entry}
     image.info["icc_profile"] = photo.profile
     content = encode_image(image, kind, recipe)
     with Image.open(io.BytesIO(content)) as written:
         assert certify(before, np.array(written.convert("RGBA")), inside) == certificate, "the file has other pixels"
-    notes = [*plan.notes, *output.notes]
-    return Edited(image=image, content=content, certificate=certificate, recipe=recipe, notes=notes)
+    return Edited(image=image, content=content, certificate=certificate, recipe=recipe, notes=[*plan.notes, *notes])
 
 
 def match_colour(made: np.ndarray, portrait: np.ndarray, region: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from pydantic import ValidationError
 from sse_starlette import EventSourceResponse, JSONServerSentEvent
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -26,8 +27,8 @@ from likeness.conditions import CONDITIONS
 from likeness.pipelines.sizes import format_sizes, trained_sizes
 from likeness.serve.engine import Closed, Engine, Full, measure_batch, warm_up
 from likeness.serve.errors import ApiError, handle, respond
-from likeness.serve.jobs import Job, Jobs
-from likeness.serve.schema import MAX_PROMPT, ConditionName, Generation, MaskCheck, MaskEdit, Proposal
+from likeness.serve.jobs import Job, Jobs, response_of
+from likeness.serve.schema import MAX_PROMPT, ConditionName, Generation, MaskCheck, MaskEdit, PhotoEdit, Proposal
 from likeness.serve.service import Service
 from likeness.serve.store import IDENTIFIER, Taken
 from likeness.serve.studio import add_studio, check_mask, mask_classes, read_image_recipe
@@ -145,7 +146,7 @@ def create_app(service: Service) -> FastAPI:
     engine = Engine(service.pipeline, queue=settings.queue, on_step=on_step)
     metrics.queue.set_function(lambda: len(engine.waiting))
     metrics.running.set_function(lambda: len(engine.running))
-    jobs = Jobs(engine, store, service.pool, service.save, lambda kind: metrics.images.labels(kind).inc())
+    jobs = Jobs(engine, service, lambda kind: metrics.images.labels(kind).inc())
     state: dict[str, Any] = {"ready": False, "side": 0, "error": None}
 
     def prepare() -> None:
@@ -199,10 +200,39 @@ def create_app(service: Service) -> FastAPI:
 
     @app.post("/v1/images/generations")
     async def generations(request: Request, body: Generation) -> Any:
+        def accept() -> dict[str, Any]:
+            portrait, notes = service.request_of(body)
+            return {"request": portrait, "notes": notes}
+
+        return await images(request, body, b"", asyncio.to_thread, accept)
+
+    @app.post("/v1/images/edits")
+    async def edit_image(request: Request) -> Any:
+        form = await read_form(
+            request, files=("image", "mask"), fields=tuple(PhotoEdit.model_fields), size=settings.max_bytes
+        )
+        image, mask = form.pop("image"), form.pop("mask", None)
+        try:
+            body = PhotoEdit.model_validate(form)
+        except ValidationError as error:
+            raise RequestValidationError(
+                [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
+            ) from error
+
+        def accept() -> dict[str, Any]:
+            portrait, photo, plan = service.edit_of(body, image, mask)
+            return {"request": portrait, "notes": plan.notes, "edit": (photo, plan)}
+
+        return await images(request, body, image + b"mask" + (mask or b""), beside, accept)
+
+    async def images(
+        request: Request, body: Generation | PhotoEdit, files: bytes, run: Callable[..., Any], accept: Callable[[], Any]
+    ) -> Any:
+        """Generate images as a job; returns the response. `run` calls `accept`, which checks the body, in a thread."""
         id, owner = request.state.id, request.state.owner
         if settings.log_prompts:
             access.info("%s %r", id, body.prompt)
-        digest = hashlib.sha256(body.model_dump_json().encode()).hexdigest()
+        digest = hashlib.sha256(body.model_dump_json().encode() + files).hexdigest()
         key = request.headers.get("idempotency-key")
         if key is not None:
             key = hashlib.sha256(f"{owner}\0{key}".encode()).hexdigest()
@@ -212,16 +242,22 @@ def create_app(service: Service) -> FastAPI:
             raise ApiError(503, state["error"], code="not_ready")
         if not engine.open or len(engine.waiting) + body.n > settings.queue:  # checked again when queued
             raise full()
-        portrait, notes = await asyncio.to_thread(service.request_of, body)
-        job = Job(id=id, owner=owner, body=body, request=portrait, notes=notes)
+
+        def create() -> Job:
+            accepted = accept()
+            store.create(id, owner=owner, request=digest, key=key)
+            return Job(id=id, owner=owner, body=body, **accepted)
+
         try:
-            await jobs.start(job, request=digest, key=key)
+            job = await run(create)
+            jobs.start(job)
         except Taken as error:
             message = f"A request with the id {id} or with this Idempotency-Key exists: choose another"
             raise ApiError(409, message, code="duplicate_request") from error
         except (Full, Closed) as error:
+            await asyncio.to_thread(store.remove, id)
             raise full() from error
-        if body.stream:
+        if isinstance(body, Generation) and body.stream:
             return EventSourceResponse(
                 events_of(job, keep=key is not None),
                 headers={"x-accel-buffering": "no"},
@@ -230,7 +266,8 @@ def create_app(service: Service) -> FastAPI:
         await ended(request, job, keep=key is not None)
         if job.error is not None:
             raise job.error
-        return await finished(request, await found(id, owner), body.response_format)
+        row = {"id": id, "files": job.files, "response": response_of(job)}
+        return await finished(request, row, body.response_format, job.contents)
 
     async def earlier(key: str, digest: str) -> tuple[dict[str, Any], Job | None] | None:
         """Return the job of an idempotency key, unless it did not complete: then the key is free."""
@@ -274,7 +311,7 @@ def create_app(service: Service) -> FastAPI:
         """Yield the events of a stream. If the client disconnects, cancel the job unless `keep`."""
         shared = {
             "created_at": int(job.created),
-            "size": f"{job.request.width}x{job.request.height}",
+            "size": job.size,
             "quality": "auto",
             "background": "opaque",
             "output_format": job.body.output_format,
@@ -294,21 +331,22 @@ def create_app(service: Service) -> FastAPI:
             if not job.ended.is_set() and not keep:
                 jobs.cancel(job)
 
-    async def finished(request: Request, row: dict[str, Any], form: str) -> dict[str, Any]:
-        """Return the response of a completed job."""
+    async def finished(
+        request: Request, row: dict[str, Any], form: str, contents: dict[int, str] | None = None
+    ) -> dict[str, Any]:
+        """Return the response of a completed job. `contents`: of its files in base64. Default: they are read."""
 
-        def images() -> list[dict[str, str]]:
-            if form == "url":
-                url = str(request.base_url)
-                return [{"url": f"{url}v1/jobs/{row['id']}/images/{i}"} for i in range(len(row["files"]))]
-            contents = [(store.images / name).read_bytes() for name in row["files"]]
-            return [{"b64_json": base64.b64encode(content).decode()} for content in contents]
+        def read() -> dict[int, str]:
+            read = [(store.images / name).read_bytes() for name in row["files"]]
+            return dict(enumerate(base64.b64encode(content).decode() for content in read))
 
-        return {**row["response"], "data": await asyncio.to_thread(images)}
-
-    @app.post("/v1/images/edits")
-    async def edit_image() -> None:
-        raise ApiError(501, "Editing photographs is not supported by this version", code="not_supported")
+        if form == "url":
+            url = f"{request.base_url}v1/jobs/{row['id']}/images"
+            data = [{"url": f"{url}/{i}"} for i in range(len(row["files"]))]
+        else:
+            contents = contents or await asyncio.to_thread(read)
+            data = [{"b64_json": contents[i]} for i in sorted(contents)]
+        return {**row["response"], "data": data}
 
     # Jobs
 
@@ -360,7 +398,7 @@ def create_app(service: Service) -> FastAPI:
 
     @app.post("/v1/conditions/{name}")
     async def extract(request: Request, name: ConditionName) -> Any:
-        form = await read_form(request, file="image", fields=("size", "align"))
+        form = await read_form(request, files=("image",), fields=("size", "align"))
         size, align = form.get("size"), form.get("align")
         if size is not None and not (size.isdecimal() and len(size) < 6):
             raise ApiError(400, f"size is {size[:80]!r}; it must be pixels, for example 128", param="size")
@@ -371,7 +409,7 @@ def create_app(service: Service) -> FastAPI:
 
     @app.post("/v1/inspect")
     async def inspect(request: Request) -> Any:
-        form = await read_form(request, file="file", fields=("condition",))
+        form = await read_form(request, files=("file",), fields=("condition",))
         condition = form.get("condition")
         if condition is not None and condition not in CONDITIONS:
             message = f"Unknown condition {condition[:80]!r}. Available: {', '.join(CONDITIONS)}"
@@ -392,7 +430,7 @@ def create_app(service: Service) -> FastAPI:
 
     @app.post("/v1/recipes")
     async def recipe(request: Request) -> Any:
-        form = await read_form(request, file="image", fields=())
+        form = await read_form(request, files=("image",), fields=())
         return await beside(read_image_recipe, form["image"])
 
     # Models and operations
@@ -420,7 +458,7 @@ def create_app(service: Service) -> FastAPI:
             "batch_size": engine.batch,
             "seconds_per_image": round(engine.seconds_per_image, 3),
             "mask_classes": mask_classes(),
-            "edits": False,
+            "edits": "mask" in service.conditions,
             "extract": ["mask", "sketch", *["keypoints"] * (service.find is not None)],
             "align": service.find is not None,
             "limits": {
@@ -467,23 +505,28 @@ async def disconnected(request: Request) -> None:
         pass
 
 
-async def read_form(request: Request, *, file: str, fields: tuple[str, ...]) -> dict[str, Any]:
-    """Read a multipart form: one required file and optional text fields.
+async def read_form(
+    request: Request, *, files: tuple[str, ...], fields: tuple[str, ...], size: int = 1024
+) -> dict[str, Any]:
+    """Read a multipart form: files, of which the first is required, and optional text fields of at most `size` bytes.
 
     Raises:
         ApiError: it is malformed, or has other fields.
     """
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise ApiError(400, f"The body must be multipart/form-data with the file {file}", param=file, code="no_form")
+        message = f"The body must be multipart/form-data with the file {files[0]}"
+        raise ApiError(400, message, param=files[0], code="no_form")
     found: dict[str, Any] = {}
-    async with request.form(max_files=1, max_fields=len(fields), max_part_size=1024) as form:
+    async with request.form(max_files=len(files), max_fields=len(fields), max_part_size=size) as form:
         for name, value in form.multi_items():
-            if name not in (file, *fields):
-                message = f"Unknown field {name[:80]!r}. Available: {', '.join((file, *fields))}"
+            name = name.removesuffix("[]")  # clients send a list of one image so
+            if name not in (*files, *fields):
+                message = f"Unknown field {name[:80]!r}. Available: {', '.join((*files, *fields))}"
                 raise ApiError(400, message, param=name[:80], code="extra_forbidden")
-            if isinstance(value, UploadFile) != (name == file) or name in found:
-                raise ApiError(400, f"{name} must be given once, as a {'file' if name == file else 'text'}", param=name)
+            if isinstance(value, UploadFile) != (name in files) or name in found:
+                kind = "a file" if name in files else "text"
+                raise ApiError(400, f"{name} must be given once, as {kind}", param=name)
             found[name] = await value.read() if isinstance(value, UploadFile) else value
-    if file not in found:
-        raise ApiError(400, f"{file} is required", param=file, code="missing")
+    if files[0] not in found:
+        raise ApiError(400, f"{files[0]} is required", param=files[0], code="missing")
     return found

@@ -11,19 +11,23 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from PIL import Image
 
 from likeness.pipelines.generate import call_options, resolve
+from likeness.pipelines.portrait import EncodedCondition, PortraitOutput
 from likeness.pipelines.sampling import Sampling, advance
-from likeness.types import InputError, PortraitRequest
+from likeness.types import InputError, PortraitRequest, TextFeatures
 
 ACTIVE = 8
 """Smallest number of images in progress at a time: they take turns, so that few steps do not wait for many."""
+
+CACHE = 64 * 2**20
+"""Bytes of encoded texts and conditions that requests share."""
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 """Batch sizes that `measure_batch` tries."""
@@ -47,6 +51,8 @@ class Event(NamedTuple):
     """The image, or a preview of it."""
     index: int = 0
     """Number of a preview."""
+    notes: Sequence[str] = ()
+    """Notes on the prompts, with an image."""
     error: Exception | None = None
     """Why the task failed; `InputError` if the request is the reason."""
 
@@ -61,17 +67,19 @@ class Task:
     """Called in the engine's thread; must return at once."""
     previews: int = 0
     """Number of previews, fewer if there are fewer steps."""
-    encoded: dict[Any, Any] = field(default_factory=dict)
-    """Cache of encoded texts and conditions, which the images of a request share."""
+    edit: Generator[tuple[int, int], None, PortraitOutput] | None = None
+    """The steps of an edit (`likeness.prepare.edit.region_steps`); None to generate the image."""
+    progress: tuple[int, int] = (0, 0)
+    """Steps of the edit that are done, and total steps; 0 before the first one."""
     sampling: Sampling | None = None
-    """Its state, from the start until it ends."""
+    """State of a generation, from the start until it ends."""
     cancelled: bool = False
     """Set by `Engine.cancel`."""
 
     @property
     def steps(self) -> tuple[int, int]:
         """Steps done and total steps."""
-        done, total = (0, 0) if self.sampling is None else (self.sampling.step, self.sampling.steps)
+        done, total = self.progress if self.sampling is None else (self.sampling.step, self.sampling.steps)
         return done, total or self.request.num_inference_steps or 1
 
     def preview_at(self, step: int) -> int | None:
@@ -102,6 +110,8 @@ class Engine:
         self.pipeline, self.batch, self.queue, self.on_step = pipeline, batch, queue, on_step
         self.waiting: deque[Task] = deque()
         self.running: deque[Task] = deque()
+        self.encoded: dict[Any, TextFeatures | EncodedCondition] = {}
+        """Encoded texts and conditions of the last requests, oldest first."""
         self.open = True
         self.seconds_per_image = 0.0
         """Time of an image, for estimates; 0 before the first one."""
@@ -171,14 +181,19 @@ class Engine:
                         self._report(task, Event("cancelled"))
                 while self.waiting and len(self.running) < max(ACTIVE, self.batch):
                     self.running.append(self.waiting.popleft())
+                if self.running and self.running[0].edit is not None:
+                    return [self.running[0]]
                 if self.running:
-                    return [self.running[i] for i in range(min(self.batch, len(self.running)))]
+                    return [task for task in self.running if task.edit is None][: self.batch]
                 if not self.open:
                     return []
                 self.changed.wait()
 
     def _advance(self, tasks: Sequence[Task]) -> None:
-        """Run one step of some tasks, which then wait for their next turn."""
+        """Run one step of some tasks, which then wait for their next turn; an edit is on its own."""
+        if tasks[0].edit is not None:
+            self._attempt(tasks, lambda: self._edit(tasks[0]))
+            return
         ready = [task for task in tasks if self._attempt([task], lambda task=task: self._begin(task))]
         start = time.perf_counter()
         samplings = [task.sampling for task in ready if task.sampling is not None]
@@ -194,7 +209,9 @@ class Engine:
     def _begin(self, task: Task) -> None:
         """Encode the request of a task at its first step."""
         if task.sampling is None:
-            task.sampling = sampling_of(self.pipeline, task.request, task.encoded)
+            task.sampling = sampling_of(self.pipeline, task.request, self.encoded)
+            while sum(map(size_of, self.encoded.values())) > CACHE:
+                del self.encoded[next(iter(self.encoded))]
             self._report(task, Event("started"))
 
     def _after(self, task: Task) -> None:
@@ -204,16 +221,31 @@ class Engine:
         index = task.preview_at(step)
         if index is not None and not task.cancelled:
             self._report(task, Event("preview", task.sampling.images(preview=True)[0], index))
-        if step == steps:
-            image = task.sampling.images()[0]
-            with self.changed:
-                self.running.remove(task)
-            task.sampling = None
-            self._report(task, Event("image", image))
-        else:
-            with self.changed:
-                self.running.remove(task)
+        images = task.sampling.images() if step == steps else []
+        self._turn(task, images, task.sampling.notes)
+
+    def _edit(self, task: Task) -> None:
+        """Run one step of an edit, or decode its image after the last one."""
+        assert task.edit is not None
+        if task.progress == (0, 0):
+            self._report(task, Event("started"))
+        start, images, notes = time.perf_counter(), [], []
+        try:
+            task.progress = next(task.edit)
+        except StopIteration as end:
+            images, notes = end.value.images, end.value.notes
+        self.on_step(time.perf_counter() - start, 1)
+        self._turn(task, images, notes)
+
+    def _turn(self, task: Task, images: Sequence[Image.Image], notes: Sequence[str]) -> None:
+        """Report the image of a task that is complete, or let the next task take its turn."""
+        with self.changed:
+            self.running.remove(task)
+            if not images:
                 self.running.append(task)
+        if images:
+            task.sampling = task.edit = None
+            self._report(task, Event("image", images[0], notes=notes))
 
     def _attempt(self, tasks: Sequence[Task], work: Callable[[], None]) -> bool:
         """Work on tasks; if that fails, they fail and the engine goes on. Returns whether it succeeded."""
@@ -226,7 +258,7 @@ class Engine:
                 for task in tasks:
                     self.running.remove(task)
             for task in tasks:
-                task.sampling = None
+                task.sampling = task.edit = None
                 self._report(task, Event("failed", error=error))
             return False
         return True
@@ -242,6 +274,13 @@ class Engine:
 def sampling_of(pipeline: Any, request: PortraitRequest, encoded: dict[Any, Any] | None = None) -> Sampling:
     """Return the prepared call for the image of a resolved request."""
     return pipeline(**call_options(request, [request.seed]), encoded=encoded, output_type="sampling")
+
+
+def size_of(entry: TextFeatures | EncodedCondition) -> int:
+    """Return the bytes of an entry of the cache."""
+    if isinstance(entry, TextFeatures):
+        return entry.tokens.nbytes + entry.pooled.nbytes
+    return entry.latent.nbytes + entry.reading.raw.nbytes
 
 
 def warm_up(pipeline: Any) -> float:

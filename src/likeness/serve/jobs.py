@@ -6,17 +6,19 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from likeness.serve.engine import Engine, Event, Task
 from likeness.serve.errors import ApiError
-from likeness.serve.schema import Generation
-from likeness.serve.store import Store
+from likeness.serve.schema import Generation, PhotoEdit
 from likeness.types import InputError, PortraitRequest
+
+if TYPE_CHECKING:
+    from likeness.prepare.edit import Photo, Plan
+    from likeness.serve.service import Service
 
 
 @dataclass(eq=False, kw_only=True)
@@ -25,14 +27,20 @@ class Job:
 
     id: str
     owner: str
-    body: Generation
+    body: Generation | PhotoEdit
     request: PortraitRequest
     """Of its first image."""
     notes: list[str]
+    edit: tuple[Photo, Plan] | None = None
+    """What is edited, for a `PhotoEdit`."""
+    certificates: dict[int, dict[str, int]] = field(default_factory=dict)
+    """Image -> changed pixels, for a `PhotoEdit` (`likeness.prepare.edit.Edited`)."""
     created: float = field(default_factory=time.time)
     tasks: list[Task] = field(default_factory=list)
     files: dict[int, str] = field(default_factory=dict)
     """Image -> name of its file."""
+    contents: dict[int, str] = field(default_factory=dict)
+    """Image -> base64 of its file."""
     open: int = 0
     """Images that are neither stored nor failed nor cancelled."""
     state: str = "queued"
@@ -46,64 +54,54 @@ class Job:
         """Return the seed of an image."""
         return self.request.seed + index
 
+    @property
+    def size(self) -> str:
+        """Size of the images."""
+        request = self.request
+        width, height = (request.width, request.height) if self.edit is None else self.edit[0].image.size
+        return f"{width}x{height}"
+
 
 class Jobs:
     """The jobs in progress.
 
     Args:
         engine: generates images.
-        store: keeps jobs and files.
-        pool: one thread, so that files and events stay in order.
-        save: function from (job, number of the image, image, whether it is a preview) to the name and the content of
-            its file; runs in the pool.
+        service: encodes and stores them, in its pool of one thread, so that files and events stay in order.
         counted: called as (kind of event) for metrics.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        store: Store,
-        pool: Executor,
-        save: Callable[[Job, int, Image.Image, bool], tuple[str, str]],
-        counted: Callable[[str], None],
-    ) -> None:
-        self.engine, self.store, self.pool, self.save, self.counted = engine, store, pool, save, counted
+    def __init__(self, engine: Engine, service: Service, counted: Callable[[str], None]) -> None:
+        self.engine, self.service, self.store, self.counted = engine, service, service.store, counted
         self.live: dict[str, Job] = {}
         self.closing = False
         self.background: set[asyncio.Task[None]] = set()
 
     async def in_pool(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """Run blocking work in the pool."""
-        return await asyncio.get_running_loop().run_in_executor(self.pool, work, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(self.service.pool, work, *arguments)
 
-    async def start(self, job: Job, **row: Any) -> None:
-        """Queue a job. `row`: further values of `Store.create`.
+    def start(self, job: Job) -> None:
+        """Queue a job that the store has.
 
         Raises:
-            Taken: a job has its id or key.
             Full: the queue has no space.
             Closed: the service is shutting down.
         """
         loop = asyncio.get_running_loop()
-        encoded: dict[Any, Any] = {}
-        await self.in_pool(lambda: self.store.create(job.id, owner=job.owner, **row))
 
         def task(index: int) -> Task:
             def report(event: Event) -> None:
                 loop.call_soon_threadsafe(self._receive, job, index, event)
 
             request = dataclasses.replace(job.request, seed=job.seed(index))
-            return Task(request=request, report=report, previews=job.body.partial_images or 0, encoded=encoded)
+            edit = self.service.edit_steps(job, request)
+            return Task(request=request, report=report, previews=job.body.partial_images or 0, edit=edit)
 
         job.tasks = [task(index) for index in range(job.body.n)]
         job.open = len(job.tasks)
+        self.engine.submit(job.tasks)
         self.live[job.id] = job
-        try:
-            self.engine.submit(job.tasks)
-        except Exception:
-            del self.live[job.id]
-            await self.in_pool(self.store.remove, job.id)
-            raise
 
     def cancel(self, job: Job) -> None:
         """Stop a job before the next step of its images."""
@@ -112,24 +110,25 @@ class Jobs:
 
     def _receive(self, job: Job, index: int, event: Event) -> None:
         """Handle an event of the engine."""
+        if event.kind == "started":
+            job.state = "running"
+            return
         task = asyncio.get_running_loop().create_task(self._handle(job, index, event))
         self.background.add(task)  # the loop itself keeps weak references only
         task.add_done_callback(self.background.discard)
 
     async def _handle(self, job: Job, index: int, event: Event) -> None:
-        if event.kind == "started":
-            job.state = "running"
-            return
         if event.kind == "preview":
             assert event.image is not None
-            _, content = await self.in_pool(self.save, job, index, event.image, True)
+            _, content = await self.in_pool(self.service.save, job, index, event.image, True)
             job.events.put_nowait({"kind": "partial_image", "b64_json": content, "index": index, "number": event.index})
             return
         self.counted(event.kind)
         if event.kind == "image":
             assert event.image is not None
+            job.notes += [note for note in event.notes if note not in job.notes]
             try:
-                job.files[index], content = await self.in_pool(self.save, job, index, event.image, False)
+                content = await self.in_pool(self._keep, job, index, event.image)
                 job.events.put_nowait({"kind": "completed", "b64_json": content, "index": index})
             except Exception as error:  # such as a full disk
                 event = Event("failed", error=error)
@@ -141,10 +140,17 @@ class Jobs:
         if not job.open:
             await self._end(job)
 
+    def _keep(self, job: Job, index: int, image: Image.Image) -> str:
+        """Store an image, and with the last one that the job is complete; returns its content. Runs in the pool."""
+        job.files[index], job.contents[index] = self.service.save(job, index, image, False)
+        if len(job.files) == len(job.tasks):
+            files = [job.files[index] for index in sorted(job.files)]
+            self.store.finish(job.id, "completed", response=response_of(job), files=files)
+        return job.contents[index]
+
     async def _end(self, job: Job) -> None:
         """Record the final state of a job, then report it."""
-        complete = len(job.files) == len(job.tasks)
-        if complete:
+        if job.error is None and len(job.files) == len(job.tasks):
             state = "completed"
         elif job.error is not None:
             state = "failed"
@@ -152,15 +158,11 @@ class Jobs:
             state = "interrupted" if self.closing else "cancelled"
             text = "The service is shutting down: send the request again" if self.closing else "The job was cancelled"
             job.error = ApiError(503 if self.closing else 409, text, code=state)
-        values: dict[str, Any] = {}
         try:
-            if complete:
-                values = {"response": response_of(job), "files": [job.files[index] for index in sorted(job.files)]}
-            else:
+            if job.error is not None:
+                error = job.error.error
                 await self.in_pool(self.store.discard, job.id)
-                assert job.error is not None
-                values = {"error": job.error.error}
-            await self.in_pool(lambda: self.store.finish(job.id, state, **values))
+                await self.in_pool(lambda: self.store.finish(job.id, state, error=error))
             job.state = state
         except Exception:  # the database is gone: never report what is not stored
             job.state, job.error = "failed", ApiError(500, "The job could not be stored", code="internal_error")
@@ -187,8 +189,9 @@ def response_of(job: Job) -> dict[str, Any]:
         "background": "opaque",
         "quality": "auto",
         "output_format": job.body.output_format,
-        "size": f"{job.request.width}x{job.request.height}",
+        "size": job.size,
         "id": job.id,
         "seeds": [job.seed(index) for index in range(job.body.n)],
         "notes": job.notes,
+        **({"certificates": [job.certificates[index] for index in sorted(job.certificates)]} if job.edit else {}),
     }

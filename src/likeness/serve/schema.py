@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from likeness.conditions.mask.commands import OPERATIONS
 from likeness.pipelines.portrait import MAX_STEPS
 
 MAX_PROMPT = 32_000
@@ -25,27 +27,32 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Generation(Body):
-    """`POST /v1/images/generations`: OpenAI's fields, then ours."""
+class Images(Body):
+    """Fields of both requests for images."""
 
     prompt: Prompt
     model: str | None = None
     n: int = Field(1, ge=1, le=10, description="Number of images. Each further image uses the next seed.")
-    size: str | None = Field(None, description="Width x height, for example 128x128, or auto.")
     response_format: Literal["b64_json", "url"] = "b64_json"
-    output_format: Literal["png", "jpeg", "webp"] = "png"
-    output_compression: int | None = Field(None, ge=0, le=100, description="Quality of jpeg and webp.")
-    stream: bool | None = False
-    partial_images: int | None = Field(None, ge=0, le=3, description="Previews per image; requires stream.")
     user: str | None = Field(None, max_length=256, description="Accepted, not stored.")
     quality: Literal["auto"] | None = None
-    background: Literal["auto", "opaque"] | None = None
-    moderation: Literal["auto"] | None = None
-
     seed: Seed | None = Field(None, description="Default: random.")
     steps: int | None = Field(None, ge=1, le=MAX_STEPS)
     guidance_scale: Scale | None = None
     negative_prompt: Prompt = ""
+
+
+class Generation(Images):
+    """`POST /v1/images/generations`: OpenAI's fields, then ours."""
+
+    size: str | None = Field(None, description="Width x height, for example 128x128, or auto.")
+    output_format: Literal["png", "jpeg", "webp"] = "png"
+    output_compression: int | None = Field(None, ge=0, le=100, description="Quality of jpeg and webp.")
+    stream: bool | None = False
+    partial_images: int | None = Field(None, ge=0, le=3, description="Previews per image; requires stream.")
+    background: Literal["auto", "opaque"] | None = None
+    moderation: Literal["auto"] | None = None
+
     control_image: dict[ConditionName, str] = Field({}, description="Base64, data URL, or id of an uploaded file.")
     conditioning_scale: Scale | dict[ConditionName, Scale] = 1.0
     control_guidance_start: Fraction | dict[ConditionName, Fraction] = 0.0
@@ -71,6 +78,26 @@ class Generation(Body):
         return value.get(condition, default) if isinstance(value, dict) else value
 
 
+class PhotoEdit(Images):
+    """`POST /v1/images/edits`, a form: OpenAI's fields but the files, then ours, which are those of `likeness edit`."""
+
+    model_config = ConfigDict(strict=False)  # the values of a form are text
+
+    size: Literal["auto"] | None = Field(None, description="The result has the size of the photograph.")
+    output_format: Literal["png", "webp"] = Field("png", description="Lossless.")
+    output_compression: None = None
+    partial_images: None = None
+    background: Literal["auto"] | None = None
+
+    mask_edit: str = Field("", max_length=MAX_PROMPT, description="Commands; a FILE is the id of an uploaded file.")
+    wanted_mask: str | None = Field(None, description="The wanted mask: base64, data URL or id of an uploaded file.")
+    region: str = Field("", max_length=MAX_PROMPT, description="Classes to generate again, such as hair,hat.")
+    keep: str = Field("", max_length=MAX_PROMPT, description='Classes whose pixels stay, or "all but hair".')
+    strength: float | None = Field(None, gt=0, le=1, description="Alone: the whole face. Default: 1.")
+    method: Literal["replacement", "image_to_image", "flow_edit"] = "replacement"
+    face: int | None = Field(None, ge=1, description="Number of the face. Default: 1, the largest.")
+
+
 class Proposal(Body):
     """`POST /v1/masks/propose`."""
 
@@ -84,28 +111,6 @@ class MaskCheck(Body):
 
     mask: str = Field(description="Base64, data URL, or id of an uploaded file.")
     prompt: Prompt = ""
-
-
-OPERATIONS: dict[str, tuple[str, ...]] = {
-    "grow": ("classes", "by"),
-    "shrink": ("classes", "by"),
-    "remove": ("classes",),
-    "mirror": (),
-    "paste": ("classes", "other"),
-    "fill": ("classes",),
-    "rename": ("old", "to"),
-    "swap": ("classes",),
-    "interpolate": ("other",),
-}
-"""Operation of `likeness mask` -> required fields."""
-
-OPTIONS: dict[str, tuple[str, ...]] = {
-    "grow": ("over",),
-    "mirror": ("classes",),
-    "paste": ("over", "align"),
-    "interpolate": ("at",),
-}
-"""Operation -> optional fields."""
 
 
 class MaskEdit(Body):
@@ -125,11 +130,10 @@ class MaskEdit(Body):
     @model_validator(mode="after")
     def check(self) -> Self:
         """Check that the fields are those of the operation."""
-        required = OPERATIONS[self.operation]
-        allowed = {"mask", "operation", *required, *OPTIONS.get(self.operation, ())}
-        if missing := [name for name in required if not getattr(self, name)]:
+        _, *options = signature(OPERATIONS[self.operation]).parameters.values()
+        if missing := [each.name for each in options if each.default is each.empty and not getattr(self, each.name)]:
             raise ValueError(f"{self.operation} requires {' and '.join(missing)}")
-        if unused := sorted(self.model_fields_set - allowed):
+        if unused := sorted(self.model_fields_set - {"mask", "operation", *(each.name for each in options)}):
             raise ValueError(f"{self.operation} does not use {unused[0]}")
         if self.operation == "swap" and len(self.classes) != 2:
             raise ValueError("swap requires two classes")

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import io
 import json
 import secrets
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,22 +23,27 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from likeness.annotators.landmarks import find_faces, landmarker_name, open_face_finder
+from likeness.annotators.face_parser import load_face_parser
+from likeness.annotators.landmarks import landmarker_name, open_face_finder
 from likeness.conditions import CONDITIONS, Reading, inspection
-from likeness.conditions.framing import portrait_transform
-from likeness.conditions.images import load_array, open_image, png_bytes, read_rgb
-from likeness.conditions.mask import edits
+from likeness.conditions.images import MAX_PIXELS, load_array, open_image, png_bytes, read_rgb
+from likeness.conditions.mask import edits, mask_image
+from likeness.conditions.mask.commands import OPERATIONS
+from likeness.files import write_whole
 from likeness.pipelines.generate import resolve
-from likeness.pipelines.image_recipe import environment, recipe_of, write_image
+from likeness.pipelines.image_recipe import encode_image, environment, recipe_of
 from likeness.pipelines.load import load
+from likeness.pipelines.portrait import PortraitOutput
 from likeness.pipelines.propose import propose_mask
 from likeness.pipelines.sizes import parse_size
-from likeness.prepare.align import cut_portrait, refine_landmarks
+from likeness.prepare.align import cut_portrait, face_transform
 from likeness.prepare.annotate import keypoints_annotator, mask_annotator, sketch_annotator
+from likeness.prepare.edit import Change, Photo, Plan, composed, open_photo, plan_edit, region_steps, request_for
 from likeness.prepare.ingest.convert import centre_square, crop_and_resize
+from likeness.serve.engine import CACHE
 from likeness.serve.errors import ApiError, invalid
 from likeness.serve.jobs import Job
-from likeness.serve.schema import Generation, MaskEdit, Proposal
+from likeness.serve.schema import Generation, Images, MaskEdit, PhotoEdit, Proposal
 from likeness.serve.store import Store
 from likeness.types import ConditionInput, InputError, PortraitRequest
 from likeness.weights.hashes import pipeline_hash
@@ -100,6 +107,9 @@ class Service:
         self.find = None
         if settings.landmarker is not None:
             self.find = self.stack.enter_context(open_face_finder(settings.landmarker))
+        self.readings: dict[tuple[str, bytes], Reading] = {}
+        """The last conditions, by name and hash of the content, oldest first."""
+        self.changing = threading.Lock()
         self.pool = ThreadPoolExecutor(1, "likeness-files")
         self.side = ThreadPoolExecutor(1, "likeness-side")
 
@@ -119,11 +129,7 @@ class Service:
             ApiError: a field is invalid.
         """
         settings = self.settings
-        if body.model not in (None, settings.model):
-            message = f"Unknown model {body.model!r}. Available: {settings.model}"
-            raise ApiError(404, message, param="model", code="model_not_found")
-        if body.steps is not None and body.steps > settings.max_steps:
-            raise invalid(InputError(f"steps is {body.steps}; this service allows {settings.max_steps}"), "steps")
+        request = self.common_request(body)
         width = height = None
         if body.size not in (None, "auto"):
             try:
@@ -147,25 +153,84 @@ class Service:
         if unknown := [name for name in conditions if name not in trained]:
             message = f"The model was not trained with {unknown[0]}: it takes {', '.join(trained) or 'text only'}"
             raise invalid(InputError(message), f"control_image.{unknown[0]}")
-        request = PortraitRequest(
-            prompt=body.prompt,
-            negative_prompt=body.negative_prompt,
-            conditions=conditions,
-            guidance_scale=body.guidance_scale,
-            num_inference_steps=body.steps,
-            width=width,
-            height=height,
-            upscale=body.upscale,
-            seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
-        )
-        try:
-            resolve(PortraitRequest(seed=request.seed + body.n - 1), self.pipeline)
-        except InputError as error:
-            raise invalid(error, "seed") from error
+        request = replace(request, conditions=conditions, width=width, height=height, upscale=body.upscale)
         try:
             return resolve(request, self.pipeline), notes
         except InputError as error:
             raise invalid(error, "size") from error
+
+    def common_request(self, body: Images) -> PortraitRequest:
+        """Return the request of the fields that generations and edits share. Raises `ApiError`."""
+        settings = self.settings
+        if body.model not in (None, settings.model):
+            message = f"Unknown model {body.model!r}. Available: {settings.model}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        if body.steps is not None and body.steps > settings.max_steps:
+            raise invalid(InputError(f"steps is {body.steps}; this service allows {settings.max_steps}"), "steps")
+        seed = secrets.randbelow(2**31) if body.seed is None else body.seed
+        try:
+            resolve(PortraitRequest(seed=seed + body.n - 1), self.pipeline)
+        except InputError as error:
+            raise invalid(error, "seed") from error
+        return PortraitRequest(
+            prompt=body.prompt,
+            negative_prompt=body.negative_prompt,
+            guidance_scale=body.guidance_scale,
+            num_inference_steps=body.steps,
+            seed=seed,
+        )
+
+    def edit_of(self, body: PhotoEdit, image: bytes, mask: bytes | None) -> tuple[PortraitRequest, Photo, Plan]:
+        """Check an edit, find and parse the face, and apply the change to its mask.
+
+        Raises:
+            ApiError: a field is invalid, or there is nothing to edit.
+        """
+        request = self.common_request(body)
+        if "mask" not in self.conditions:
+            raise ApiError(501, "The model was not trained with masks, which edits require", code="not_supported")
+        if mask is not None and (body.mask_edit or body.wanted_mask or body.region):
+            message = "A mask limits the change to its transparent pixels: leave mask_edit, wanted_mask and region out"
+            raise ApiError(400, message, param="mask", code="invalid_value")
+        wanted = None if body.wanted_mask is None else self.read_mask(body.wanted_mask, "wanted_mask")
+        try:
+            photo = open_photo(image, "image")
+            if self.find is None and photo.image.width != photo.image.height:
+                width, height = photo.image.size
+                raise InputError(f"image is {width}x{height}: without --landmarker the service edits square faces only")
+        except InputError as error:
+            raise invalid(error, "image") from error
+        try:
+            region = None if mask is None else transparent(mask)
+        except InputError as error:
+            raise invalid(error, "mask") from error
+        try:
+            change = Change(
+                mask_edit=body.mask_edit,
+                mask=None if wanted is None else mask_image(wanted),
+                region=[name.strip() for name in body.region.split(",") if name.strip()],
+                region_mask=region,
+                keep=body.keep,
+                face=body.face,
+                whole=body.strength is not None,
+            )
+            read = lambda text: self.read_mask(text, "mask_edit")  # noqa: E731
+            side = self.pipeline.config.defaults["size"]
+            plan = plan_edit(photo, change, side, parser=self.parser, find=self.find, read=read)
+            return request_for(self.pipeline, photo, plan, request, body.output_format.upper()), photo, plan
+        except InputError as error:
+            raise invalid(error) from error
+
+    @cached_property
+    def parser(self) -> tuple[Any, int]:
+        """The face parser, loaded at the first use."""
+        return load_face_parser()
+
+    def edit_steps(self, job: Job, request: PortraitRequest) -> Generator[tuple[int, int], None, PortraitOutput] | None:
+        """Return the steps of an edit before the first one, for one of its images; None for generations."""
+        if job.edit is None:
+            return None
+        return region_steps(self.pipeline, *job.edit, request, **how_of(job.body))
 
     @property
     def conditions(self) -> list[str]:
@@ -191,28 +256,41 @@ class Service:
             raise ApiError(400, message, param=param, code="invalid_base64") from error
 
     def read_condition(self, name: str, text: str, param: str) -> Reading:
-        """Read a condition of a body. Raises `ApiError`."""
-        try:
-            return CONDITIONS[name].read(source_of(name, self.content(text, param), param), name=param)
-        except InputError as error:
-            raise invalid(error, param) from error
+        """Read a condition of a body; the same object for the same content, so that it is encoded once. Raises
+        `ApiError`.
+        """
+        content = self.content(text, param)
+        key = name, hashlib.sha256(content).digest()
+        reading = self.readings.get(key)
+        if reading is None:
+            try:
+                reading = CONDITIONS[name].read(source_of(name, content, param), name=param)
+            except InputError as error:
+                raise invalid(error, param) from error
+            with self.changing:
+                self.readings[key] = reading
+                while sum(each.raw.nbytes for each in self.readings.values()) > CACHE:
+                    del self.readings[next(iter(self.readings))]
+        return reading
 
     def save(self, job: Job, index: int, image: Image.Image, preview: bool) -> tuple[str, str]:
         """Write an image with its recipe; returns the name of its file and its content in base64. A preview is not
         kept.
         """
-        body, request = job.body, job.request
-        name = f"{job.id}/{'preview-' * preview}{index}.{body.output_format}"
-        recipe = None
+        body, recipe = job.body, None
+        kind = body.output_format.upper()
         if self.settings.metadata and not preview:
-            own = replace(request, seed=job.seed(index))
+            own = replace(job.request, seed=job.seed(index))
             recipe = recipe_of(own, self.pipeline, **self.source, fingerprint=self.fingerprint, known=self.environment)
-        path = self.store.images / name
-        write_image(image, path, recipe, quality=body.output_compression)
-        content = base64.b64encode(path.read_bytes()).decode()
-        if preview:
-            path.unlink()
-        return name, content
+        if job.edit is not None:
+            edited = composed(*job.edit, image, recipe, kind=kind, **how_of(body))
+            job.certificates[index], content = edited.certificate, edited.content
+        else:
+            content = encode_image(image, kind, recipe, quality=body.output_compression)
+        name = f"{job.id}/{index}.{body.output_format}"
+        if not preview:
+            write_whole(self.store.images / name, content)
+        return name, base64.b64encode(content).decode()
 
     # Conditions and masks
 
@@ -237,9 +315,14 @@ class Service:
         except InputError as error:
             raise invalid(error, "image") from error
         aligned = self.find is not None and align is not False
-        if not aligned:
-            image = crop_and_resize(image, centre_square(*image.size), size)
-        pixels = self.align(np.asarray(image), size) if aligned else np.asarray(image)
+        if aligned:
+            try:
+                transform, _, _ = face_transform(np.asarray(image), "image", self.find, size)
+            except InputError as error:
+                raise invalid(error, "image") from error
+            pixels = cut_portrait(np.asarray(image), transform, size)
+        else:
+            pixels = np.asarray(crop_and_resize(image, centre_square(*image.size), size))
         (content,) = annotate([pixels])
         if content is None:
             raise ApiError(400, "image shows no face: use a photograph of a face", param="image", code="no_face")
@@ -251,16 +334,6 @@ class Service:
             "aligned": aligned,
             "image": portrait,
         }
-
-    def align(self, photo: np.ndarray, size: int) -> np.ndarray:
-        """Cut the largest face out of a photograph, uint8 [size, size, 3]."""
-        assert self.find is not None
-        faces = find_faces(self.find, photo)
-        if not faces:
-            message = "image shows no face: use another photograph, or align=false for one that is aligned"
-            raise ApiError(400, message, param="image", code="no_face")
-        points = refine_landmarks(self.find, photo, faces[0])
-        return cut_portrait(photo, portrait_transform(points, size), size)
 
     @cached_property
     def annotators(self) -> dict[str, Callable[[list[np.ndarray]], list[bytes | None]]]:
@@ -302,9 +375,11 @@ class Service:
     def edit(self, body: MaskEdit) -> dict[str, Any]:
         """Apply an operation of `likeness mask`."""
         before = self.read_mask(body.mask, "mask")
-        other = self.read_mask(body.other, "other") if body.other else before
+        options = {name: getattr(body, name) for name in body.model_fields_set - {"mask", "operation"}}
+        if body.other:
+            options["other"] = self.read_mask(body.other, "other")
         try:
-            after = OPERATIONS[body.operation](before, other, body)
+            after = OPERATIONS[body.operation](before, **options)
         except InputError as error:
             raise invalid(error) from error
         if not after.any():
@@ -320,20 +395,18 @@ class Service:
         return labels
 
 
-OPERATIONS: dict[str, Callable[[np.ndarray, np.ndarray, MaskEdit], np.ndarray]] = {
-    "grow": lambda mask, _, body: edits.grow(
-        mask, body.classes, edits.radius_of(body.by or "", mask.shape), tuple(body.over)
-    ),
-    "shrink": lambda mask, _, body: edits.shrink(mask, body.classes, edits.radius_of(body.by or "", mask.shape)),
-    "remove": lambda mask, _, body: edits.remove(mask, body.classes),
-    "mirror": lambda mask, _, body: edits.mirror(mask, body.classes),
-    "paste": lambda mask, other, body: edits.paste(mask, other, body.classes, tuple(body.over), body.align),
-    "fill": lambda mask, _, body: edits.fill_holes(mask, body.classes),
-    "rename": lambda mask, _, body: edits.rename(mask, body.old or "", body.to or ""),
-    "swap": lambda mask, _, body: edits.swap(mask, *body.classes),
-    "interpolate": lambda mask, other, body: edits.interpolate(mask, other, body.at),
-}
-"""Operation -> function from mask, other mask and body to the edited mask."""
+def how_of(body: Any) -> dict[str, Any]:
+    """Return the method and the strength of a `PhotoEdit`."""
+    return {"method": body.method, "strength": 1.0 if body.strength is None else body.strength}
+
+
+def transparent(mask: bytes) -> Image.Image:
+    """Return where a mask is completely transparent, white on black. Raises `InputError` without such a pixel."""
+    image = open_image(mask, "mask", max_pixels=MAX_PIXELS)
+    found = np.asarray(image.convert("RGBA").getchannel("A")) == 0
+    if not found.any():
+        raise InputError("mask has no transparent pixels: those to edit have alpha 0")
+    return Image.fromarray(found.astype(np.uint8) * 255)
 
 
 def source_of(condition: str, content: bytes, name: str) -> Any:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +23,8 @@ from likeness.types import InputError, suggestion
 
 Words = Mapping[str, Sequence[str]]
 """The words of a command: "" -> those after its name, `over`, `from` or `to` -> those after this word."""
+
+Fields = Callable[[Words, Callable[[str], np.ndarray]], dict[str, Any]]
 
 KEYWORDS = ("over", "from", "to")
 
@@ -41,37 +45,52 @@ def apply_commands(labels: np.ndarray, text: str, read: Callable[[str], np.ndarr
             name, *rest = shlex.split(command)
         except ValueError as error:
             raise InputError(f"{command.strip()!r} has an open quote: close it") from error
-        if name not in COMMANDS:
-            raise InputError(f"Unknown edit {name!r}. {suggestion(name, COMMANDS)}")
+        if name not in FORMS:
+            raise InputError(f"Unknown edit {name!r}. {suggestion(name, FORMS)}")
         words: dict[str, list[str]] = {"": []}
         key = ""
         for word in rest:
             if word in KEYWORDS:
                 key = word
             words.setdefault(key, []).extend([] if word in KEYWORDS else [word.rstrip(",")])
-        form, edit = COMMANDS[name]
+        form, fields = FORMS[name]
         needed = {word for word in form.split() if word in KEYWORDS}
-        if set(words) - {"", "over"} != needed or len(words[""]) < len(form.split(" ", 1)[0].split("+")):
-            raise InputError(f"{command.strip()!r} is incomplete: write {name} {form.replace('+', ' ')}")
-        labels = edit(labels, words, read)
+        optional = {"over"} & set(signature(OPERATIONS[name]).parameters)
+        more = len(words[""]) - len(form.split(" ", 1)[0].split("+"))
+        if set(words) - {"", *optional} != needed or more < 0 or (more and "CLASSES" not in form):
+            raise InputError(f"{command.strip()!r} cannot be read: write {name} {form.replace('+', ' ')}")
+        over = {"over": words["over"]} if "over" in words else {}
+        labels = OPERATIONS[name](labels, **fields(words, read), **over)
     return labels
 
 
-def _radius(labels: np.ndarray, words: Words) -> float:
-    return edits.radius_of(words[""][-1], labels.shape)
+OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
+    "grow": lambda mask, classes, by, over=(): edits.grow(mask, classes, edits.radius_of(by, mask.shape), over),
+    "shrink": lambda mask, classes, by: edits.shrink(mask, classes, edits.radius_of(by, mask.shape)),
+    "remove": edits.remove,
+    "mirror": edits.mirror,
+    "paste": edits.paste,
+    "fill": edits.fill_holes,
+    "rename": lambda mask, old, to: edits.rename(mask, old, to),
+    "swap": lambda mask, classes: edits.swap(mask, *classes),
+    "interpolate": lambda mask, other, at=0.5: edits.interpolate(mask, other, at),
+}
+"""Name -> operation of `likeness mask`, of commands and of the service: labels and named options to labels."""
 
+CLASSES: Fields = lambda words, read: {"classes": words[""]}  # noqa: E731
+AMOUNT: Fields = lambda words, read: {"classes": words[""][:-1], "by": words[""][-1]}  # noqa: E731
 
-COMMANDS: dict[str, tuple[str, Callable[[np.ndarray, Words, Callable[[str], np.ndarray]], np.ndarray]]] = {
-    "grow": ("CLASSES+BY", lambda m, w, _: edits.grow(m, w[""][:-1], _radius(m, w), w.get("over", ()))),
-    "shrink": ("CLASSES+BY", lambda m, w, _: edits.shrink(m, w[""][:-1], _radius(m, w))),
-    "remove": ("CLASSES", lambda m, w, _: edits.remove(m, w[""])),
-    "fill": ("CLASSES", lambda m, w, _: edits.fill_holes(m, w[""])),
-    "mirror": ("CLASSES", lambda m, w, _: edits.mirror(m, w[""])),
+FORMS: dict[str, tuple[str, Fields]] = {
+    "grow": ("CLASSES+BY", AMOUNT),
+    "shrink": ("CLASSES+BY", AMOUNT),
+    "remove": ("CLASSES", CLASSES),
+    "fill": ("CLASSES", CLASSES),
+    "mirror": ("CLASSES", CLASSES),
     "paste": (
         "CLASSES from FILE",
-        lambda m, w, read: edits.paste(m, read(" ".join(w["from"])), w[""], w.get("over", ()), align=True),
+        lambda words, read: {"classes": words[""], "other": read(" ".join(words["from"])), "align": True},
     ),
-    "rename": ("CLASS to CLASS", lambda m, w, _: edits.rename(m, w[""][0], " ".join(w["to"]))),
-    "swap": ("CLASS+CLASS", lambda m, w, _: edits.swap(m, w[""][0], w[""][1])),
+    "rename": ("CLASS to CLASS", lambda words, read: {"old": words[""][0], "to": " ".join(words["to"])}),
+    "swap": ("CLASS+CLASS", CLASSES),
 }
-"""Name -> form of its arguments, and function."""
+"""Command -> form of its arguments, and function from its words to the options of the operation."""

@@ -6,8 +6,8 @@ the autoencoder changes them all: `likeness.prepare.edit` pastes the region into
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from likeness.pipelines.editing.replacement import image_to_image, replacement
 from likeness.pipelines.portrait import PortraitOutput
 from likeness.types import InputError, suggestion
 
+Result = TypeVar("Result")
+OnStep = Callable[[int, int], None] | None
+
 METHODS: dict[str, Callable[[Editing], Iterator[None]]] = {
     "replacement": replacement,
     "image_to_image": image_to_image,
@@ -33,8 +36,37 @@ DEFAULT_METHOD = "replacement"
 """The method that measures best (`benchmarks/edit.py`)."""
 
 
+def edit(pipeline: Any, prompt: str = "", *, on_step: OnStep = None, **arguments: Any) -> PortraitOutput:
+    """Edit an image.
+
+    Args:
+        pipeline: an `MMFacePipeline` or `MDiTFacePipeline`.
+        prompt: text prompt of the edited image.
+        on_step: called after every step as (steps done, total steps).
+        arguments: those of `edit_steps`.
+
+    Returns:
+        The images and notes; `requests` is empty.
+
+    Raises:
+        InputError: an argument is invalid.
+    """
+    return last(edit_steps(pipeline, prompt, **arguments), on_step)
+
+
+def last(steps: Generator[tuple[int, int], None, Result], on_step: OnStep = None) -> Result:
+    """Run all steps; returns their result."""
+    while True:
+        try:
+            done = next(steps)
+        except StopIteration as end:
+            return end.value
+        if on_step is not None:
+            on_step(*done)
+
+
 @torch.no_grad()
-def edit(
+def edit_steps(
     pipeline: Any,
     prompt: str = "",
     *,
@@ -45,11 +77,10 @@ def edit(
     source_prompt: str = "",
     source_control_image: Any = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    on_step: Callable[[int, int], None] | None = None,
     output_type: str = "pil",
     **arguments: Any,
-) -> PortraitOutput:
-    """Edit an image.
+) -> Generator[tuple[int, int], None, PortraitOutput]:
+    """Edit an image step by step: yields (steps done, total steps) after every step.
 
     Args:
         pipeline: an `MMFacePipeline` or `MDiTFacePipeline`.
@@ -62,7 +93,6 @@ def edit(
         source_prompt: for `flow_edit`, a prompt that describes the given image.
         source_control_image: for `flow_edit`, the conditions of the given image, as `control_image`.
         generator: as in `PortraitPipeline.__call__`.
-        on_step: called after every step as (steps done, total steps).
         output_type: as in `PortraitPipeline.__call__`.
         arguments: further arguments of `PortraitPipeline.__call__`, such as `control_image`.
 
@@ -98,8 +128,7 @@ def edit(
         draw=lambda: pipeline.prepare_latents(None, count, target.latents, generators),
     )
     for done, _ in enumerate(METHODS[method](editing), start=1):
-        if on_step is not None:
-            on_step(done, target.steps - editing.start)
+        yield done, target.steps - editing.start
     images = pipeline.decode(target.latents, output_type, target.size)
     return PortraitOutput(images=images, notes=target.notes, pipeline=pipeline)
 

@@ -52,8 +52,8 @@ export const check = (mask, prompt) => send("masks/check", { json: { mask, promp
 /** The request that made an image: fields of `generate`, and `control_image`. */
 export const recipeOf = (image) => send("recipes", { form: formOf({ image }) });
 
-/** Regenerates the area of `image` where `mask` is transparent: {blob, changed}. */
-export async function editPhoto({ image, mask, ...fields }, signal) {
-  const answer = await send("images/edits", { form: formOf({ image, mask, ...fields }), signal });
-  return { blob: fromBase64(answer.data[0].b64_json), answer };
+/** Edits a photograph (`POST /v1/images/edits`): {blob, certificate}. */
+export async function editPhoto(fields, signal) {
+  const answer = await send("images/edits", { form: formOf(fields), signal });
+  return { blob: fromBase64(answer.data[0].b64_json), certificate: answer.certificates[0] };
 }

@@ -97,7 +97,7 @@ function changed() {
 /** Generates an image; returns what `show` shows, with the time of each stage in ms. */
 async function render(kind, signal) {
   const start = performance.now();
-  const send = photo ? await photo.request(doc, await content("mask")) : await request(kind);
+  const send = photo ? await photo.request(doc, await encodePng(doc.layers.mask, palette)) : await request(kind);
   const encoded = performance.now();
   const image = photo ? await photo.edit(send, signal) : (await api.generate(send, signal))[0];
   const times = { encode: encoded - start, service: performance.now() - encoded };
@@ -195,7 +195,7 @@ async function openFile(file) {
 async function openPhoto(file) {
   const found = await api.extract("mask", file, about.defaults.size), blob = fromBase64(found.image);
   await load("mask", found.b64_json);
-  photo = about.edits ? await Photo.open(blob, doc) : null;
+  photo = about.edits ? new Photo(blob, doc) : null;
   results.show(snapshot({ blob, seed: doc.values.seed }), true);
   $("opacity").value = PHOTO_OPACITY;
   underlay(blob);
