@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from likeness.pipelines.image_recipe import read_recipe, request_of
 from likeness.pipelines.sampling import advance
 from likeness.prepare.edit import Change, edit_photo, open_photo
 from likeness.serve.engine import sampling_of
-from likeness.serve.store import Store, Taken
+from likeness.serve.store import JOBS, LOST, Store, Taken
 from likeness.types import ConditionInput, PortraitRequest
 from serving import serving
 
@@ -485,6 +486,35 @@ def test_restart(tmp_path, database):
     assert other.expire(-1) == 3
     assert other.find("done", "")["state"] == "expired"
     other.close()
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
+def test_two_replicas(tmp_path, database):
+    """Each replica knows the progress of the other's jobs, cancels them, and waits for their results."""
+    shared = {"database": database or f"sqlite:///{tmp_path / 'jobs.sqlite'}"}
+    with ThreadPoolExecutor(8) as pool:  # replicas that start at the same time
+        for store in pool.map(lambda name: Store(tmp_path, shared["database"], name), "abcdefgh"):
+            store.close()
+    with serving(tmp_path, **shared, replica="one") as one, serving(tmp_path, **shared, replica="two") as two:
+        body, headers = {"prompt": "a", "n": 10, "steps": 100}, {"x-request-id": "long"}
+        url, key = f"{two.url}/v1/jobs/long", {"Idempotency-Key": "k"}
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(post, one, json=body, headers=headers)
+            wait_for(lambda: 0 < requests.get(url, timeout=60).json().get("progress", 0) < 1)
+            assert requests.get(url, timeout=60).json()["state"] == "running"
+            assert requests.delete(url, timeout=60).json()["state"] == "cancelled"
+            assert first.result().status_code == 409
+            body, headers = {"prompt": "a", "n": 4, "steps": 20}, key
+            first = pool.submit(post, one, json=body, headers=headers)
+            wait_for(lambda: figure(one, "likeness_running_images"))
+            second = pool.submit(post, two, json=body, headers=headers)
+            assert second.result().json() == first.result().json()
+        store = Store(tmp_path, shared["database"], "three")
+        store.create("lost", owner="", request="")  # its replica has reported nothing for a minute
+        store._update(JOBS.c.id == "lost", seen=time.time() - LOST - 1)
+        one.store.expire(3600)
+        assert requests.get(f"{two.url}/v1/jobs/lost", timeout=60).json()["state"] == "interrupted"
+        store.close()
 
 
 # Conditions and masks

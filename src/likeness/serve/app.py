@@ -27,10 +27,10 @@ from likeness.conditions import CONDITIONS
 from likeness.pipelines.sizes import format_sizes, trained_sizes
 from likeness.serve.engine import Closed, Engine, Full, measure_batch, warm_up
 from likeness.serve.errors import ApiError, handle, respond
-from likeness.serve.jobs import Job, Jobs, response_of
+from likeness.serve.jobs import SHARE, Job, Jobs, response_of
 from likeness.serve.schema import MAX_PROMPT, ConditionName, Generation, MaskCheck, MaskEdit, PhotoEdit, Proposal
 from likeness.serve.service import Service
-from likeness.serve.store import IDENTIFIER, Taken
+from likeness.serve.store import IDENTIFIER, LOST, UNFINISHED, Taken
 from likeness.serve.studio import add_studio, check_mask, mask_classes, read_image_recipe
 from likeness.types import InputError
 
@@ -171,11 +171,14 @@ def create_app(service: Service) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        warming, expiring = asyncio.create_task(asyncio.to_thread(prepare)), asyncio.create_task(expire())
+        warming, regular = asyncio.create_task(asyncio.to_thread(prepare)), [asyncio.create_task(expire())]
+        if store.replica:
+            regular.append(asyncio.create_task(jobs.share()))
         yield
-        expiring.cancel()
+        regular[0].cancel()
         await warming
         await jobs.close(settings.shutdown)
+        regular[-1].cancel()
         await asyncio.to_thread(service.close)
 
     app = FastAPI(title="likeness", lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -275,7 +278,7 @@ def create_app(service: Service) -> FastAPI:
         if row is None:
             return None
         job = jobs.live.get(row["id"])
-        if job is None and row["state"] not in ("completed", "queued"):
+        if job is None and row["state"] not in ("completed", *UNFINISHED):
             await asyncio.to_thread(store.release, key)
             return None
         if row["request"] != digest:
@@ -289,10 +292,19 @@ def create_app(service: Service) -> FastAPI:
             await ended(request, job, keep=True)
             if job.error is not None:
                 raise job.error
-        row = await found(row["id"], request.state.owner)
+        row = await settled(request, row["id"])
         if row["state"] != "completed":
-            raise ApiError(409, "The request with this Idempotency-Key is in progress on another replica", code="busy")
+            message = f"The request with this Idempotency-Key is {row['state']} on another replica: send it again"
+            raise ApiError(409, message, code="not_completed")
         return await finished(request, row, "b64_json")
+
+    async def settled(request: Request, id: str) -> dict[str, Any]:
+        """Wait until a job is finished, here or on another replica, at most `LOST` seconds after its last news."""
+        row = await found(id, request.state.owner)
+        while row["state"] in UNFINISHED and time.time() - row["seen"] < LOST:
+            await asyncio.sleep(SHARE)
+            row = await found(id, request.state.owner)
+        return row
 
     async def ended(request: Request, job: Job, *, keep: bool) -> None:
         """Wait for a job. If the client disconnects, cancel it unless `keep`."""
@@ -362,14 +374,14 @@ def create_app(service: Service) -> FastAPI:
     async def description(request: Request, row: dict[str, Any]) -> dict[str, Any]:
         job = jobs.live.get(row["id"])
         told = {"id": row["id"], "object": "job", "state": row["state"], "created_at": int(row["created"])}
-        if job is not None:
-            steps = [task.steps for task in job.tasks]
-            done = sum(total if i in job.files else step for i, (step, total) in enumerate(steps))
+        if job is None:
+            told["progress"] = row["progress"]
+        else:
             positions = [place for task in job.tasks if (place := engine.position(task)) is not None]
             told |= {
                 "state": job.state,
                 "queue_position": min(positions) if positions and job.state == "queued" else None,
-                "progress": done / max(1, sum(total for _, total in steps)),
+                "progress": job.progress,
             }
         if row["state"] == "completed":
             told |= {"progress": 1.0, "result": await finished(request, row, "url")}
@@ -381,11 +393,13 @@ def create_app(service: Service) -> FastAPI:
 
     @app.delete("/v1/jobs/{id}")
     async def cancel_job(request: Request, id: str) -> dict[str, Any]:
-        await found(id, request.state.owner)
+        row = await found(id, request.state.owner)
         if (job := jobs.live.get(id)) is not None:
             jobs.cancel(job)
             await job.ended.wait()
-        return await description(request, await found(id, request.state.owner))
+        elif row["state"] in UNFINISHED:
+            await asyncio.to_thread(store.cancel, id)
+        return await description(request, await settled(request, id))
 
     @app.get("/v1/jobs/{id}/images/{index}")
     async def read_image(request: Request, id: str, index: int) -> FileResponse:

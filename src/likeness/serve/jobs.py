@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,11 @@ from likeness.types import InputError, PortraitRequest
 if TYPE_CHECKING:
     from likeness.prepare.edit import Photo, Plan
     from likeness.serve.service import Service
+
+log = logging.getLogger(__name__)
+
+SHARE = 0.5
+"""Seconds between the reports of a replica to the others."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -53,6 +59,13 @@ class Job:
     def seed(self, index: int) -> int:
         """Return the seed of an image."""
         return self.request.seed + index
+
+    @property
+    def progress(self) -> float:
+        """Fraction of its steps that are done."""
+        steps = [task.steps for task in self.tasks]
+        done = sum(total if i in self.files else step for i, (step, total) in enumerate(steps))
+        return done / max(1, sum(total for _, total in steps))
 
     @property
     def size(self) -> str:
@@ -107,6 +120,21 @@ class Jobs:
         """Stop a job before the next step of its images."""
         job.cancelled = True
         self.engine.cancel(job.tasks)
+
+    async def share(self) -> None:
+        """Report the jobs to the other replicas, and cancel those that a client asked them to."""
+        while True:
+            await asyncio.sleep(SHARE)
+            if self.live:
+                now = {id: (job.state, job.progress) for id, job in self.live.items()}
+                try:
+                    cancelled = await asyncio.to_thread(self.store.share, now)
+                except Exception:
+                    log.exception("Jobs could not be reported to other replicas")
+                    continue
+                for id in cancelled:
+                    if id in self.live:
+                        self.cancel(self.live[id])
 
     def _receive(self, job: Job, index: int, event: Event) -> None:
         """Handle an event of the engine."""

@@ -11,11 +11,13 @@ import re
 import secrets
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
     JSON,
+    Boolean,
     Column,
     Engine,
     Float,
@@ -26,6 +28,7 @@ from sqlalchemy import (
     delete,
     event,
     insert,
+    inspect,
     select,
     update,
 )
@@ -36,6 +39,9 @@ from likeness.types import InputError
 
 IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 """Form of the ids of requests and files: they become file names."""
+
+LOST = 60
+"""Seconds without news from its replica after which a job is interrupted."""
 
 UNFINISHED = ("queued", "running")
 """States of a job in progress; the others are completed, failed, cancelled, interrupted and expired."""
@@ -50,6 +56,9 @@ JOBS = Table(
     Column("request", String(64), nullable=False),  # hash of the request
     Column("state", String(16), nullable=False),
     Column("created", Float, nullable=False),
+    Column("seen", Float, nullable=False),  # when its replica last reported it
+    Column("progress", Float, nullable=False),
+    Column("cancel", Boolean, nullable=False),  # whether another replica was asked to cancel it
     Column("finished", Float, index=True),
     Column("error", JSON),  # of a failed job, in OpenAI's shape
     Column("response", JSON),  # of a completed job, without the images
@@ -80,28 +89,46 @@ class Store:
             self.uploads.mkdir(exist_ok=True)
             self.replica = replica
             self.database = connect(url or f"sqlite:///{folder / 'jobs.sqlite'}")
-            JOBS.metadata.create_all(self.database)
+            create_table(self.database)
         except OSError as error:
             raise InputError(f"The data folder {folder} cannot be used: {error.strerror or error}") from error
         except (SQLAlchemyError, ImportError) as error:
             raise InputError(f"The database of the jobs cannot be used: {first_line(error)}") from error
-        own = JOBS.c.state.in_(UNFINISHED) & (JOBS.c.replica == self.replica)
-        text = "The service was stopped before the job was complete: send the request again"
-        error = {"message": text, "type": "server_error", "param": None, "code": "interrupted"}
-        with self.database.connect() as connection:
-            interrupted = connection.scalars(select(JOBS.c.id).where(own)).all()
-        for id in interrupted:
-            self.discard(id)
-        self._update(own, state="interrupted", finished=time.time(), error=error)
+        self._interrupt(JOBS.c.replica == self.replica)
 
     def create(self, id: str, *, owner: str, request: str, key: str | None = None) -> None:
         """Add a queued job. Raises `Taken` if one has this id or key."""
         row = {"id": id, "replica": self.replica, "owner": owner, "request": request, "key": key}
         try:
+            new = {"state": "queued", "created": time.time(), "seen": time.time(), "progress": 0.0, "cancel": False}
             with self.database.begin() as connection:
-                connection.execute(insert(JOBS).values(**row, state="queued", created=time.time()))
+                connection.execute(insert(JOBS).values(**row, **new))
         except IntegrityError as error:
             raise Taken from error
+
+    def share(self, jobs: Mapping[str, tuple[str, float]]) -> list[str]:
+        """Report state and progress of this replica's jobs to the others; returns those that they want to cancel."""
+        with self.database.begin() as connection:
+            for id, (state, progress) in jobs.items():
+                row = (JOBS.c.id == id) & JOBS.c.state.in_(UNFINISHED)
+                connection.execute(update(JOBS).where(row).values(state=state, progress=progress, seen=time.time()))
+            wanted = JOBS.c.id.in_(list(jobs)) & JOBS.c.cancel
+            return list(connection.scalars(select(JOBS.c.id).where(wanted)))
+
+    def cancel(self, id: str) -> None:
+        """Ask the replica of a job to cancel it."""
+        self._update(JOBS.c.id == id, cancel=True)
+
+    def _interrupt(self, condition: Any) -> None:
+        """Give up unfinished jobs."""
+        lost = JOBS.c.state.in_(UNFINISHED) & condition
+        text = "The service was stopped before the job was complete: send the request again"
+        error = {"message": text, "type": "server_error", "param": None, "code": "interrupted"}
+        with self.database.connect() as connection:
+            ids = connection.scalars(select(JOBS.c.id).where(lost)).all()
+        for id in ids:
+            self.discard(id)
+        self._update(lost, state="interrupted", finished=time.time(), error=error)
 
     def remove(self, id: str) -> None:
         """Remove a job that was not accepted."""
@@ -135,8 +162,10 @@ class Store:
 
     def expire(self, keep: float) -> int:
         """Delete the files of jobs that finished more than `keep` seconds ago, and old uploads; returns their number.
-        The ids stay known as expired, their idempotency keys are free again.
+        The ids stay known as expired, their idempotency keys are free again. Also interrupts jobs of lost replicas.
         """
+        if self.replica:
+            self._interrupt((JOBS.c.replica != self.replica) & (JOBS.c.seen < time.time() - LOST))
         before = time.time() - keep
         old = (JOBS.c.finished < before) & (JOBS.c.state != "expired")
         with self.database.connect() as connection:
@@ -167,6 +196,15 @@ class Store:
     def close(self) -> None:
         """Close the connections."""
         self.database.dispose()
+
+
+def create_table(database: Engine) -> None:
+    """Create the table unless it exists. Replicas may start at the same time."""
+    try:
+        JOBS.metadata.create_all(database)
+    except SQLAlchemyError:
+        if not inspect(database).has_table(JOBS.name):
+            raise
 
 
 def connect(url: str) -> Engine:
