@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -21,7 +22,8 @@ from likeness.conditions.keypoints import STROKES
 from likeness.data.synthetic import draw_face
 from likeness.encoders.latent import to_tensor
 from likeness.objectives import DDPM, RectifiedFlow
-from likeness.pipelines.editing import METHODS, edit
+from likeness.pipelines.editing import DESCRIBED, METHODS, edit
+from likeness.pipelines.editing.langevin import renoised
 from likeness.pipelines.image_recipe import COMPOSITE, XMP_KEY, decode_raw, encode_raw, read_recipe, write_image
 from likeness.pipelines.load import load
 from likeness.prepare.edit import Change, edit_photo, open_photo
@@ -58,7 +60,7 @@ def test_methods(name, method):
     region[:20, 40:] = 255  # of four tokens a side it touches those of row 0 and 1, column 2 and 3
     options = {"control_image": {"mask": OTHER.mask}, "source_control_image": {"mask": FACE.mask}, "method": method}
     arguments = {"image": FACE.image, "mask_image": region, "output_type": "latent", **options}
-    if (name, method) == ("ddpm", "flow_edit"):
+    if name == "ddpm" and method in DESCRIBED:
         with pytest.raises(InputError, match="requires a rectified flow"):
             edit(pipeline, "hair", generator=seeded(), **arguments)
         return
@@ -77,17 +79,36 @@ def test_methods(name, method):
         assert not same[inside].any()
     assert torch.equal(found.images, again.images)
     assert not torch.equal(found.images, weaker.images)
-    if method != "flow_edit":
+    if method in ("replacement", "image_to_image"):
         whole = edit(pipeline, "hair", generator=seeded(), **{**arguments, "mask_image": None})
         plain = pipeline("hair", control_image={"mask": OTHER.mask}, generator=seeded(), output_type="latent")
         assert torch.equal(whole.images, plain.images)
 
 
-def test_flow_edit_between_equal_descriptions_changes_nothing():
+@pytest.mark.parametrize("method", DESCRIBED)
+def test_equal_descriptions_change_nothing(method):
+    """An inversion reports its error, which is small."""
     pipeline, same = tiny_pipeline(), {"mask": FACE.mask}
-    options = {"image": FACE.image, "method": "flow_edit", "guidance_scale": 1.0, "output_type": "latent"}
+    options = {"image": FACE.image, "method": method, "guidance_scale": 1.0, "output_type": "latent"}
     found = edit(pipeline, "a", source_prompt="a", control_image=same, source_control_image=same, **options)
-    assert torch.allclose(found.images, pipeline.codec.encode(to_tensor([FACE.image])), atol=1e-5)
+    clean = pipeline.codec.encode(to_tensor([FACE.image]))
+    assert torch.allclose(found.images, clean, atol=1e-5 if method == "flow_edit" else 1e-2)
+    reported = [float(number) for note in found.notes for number in re.findall(r"([\d.]+) dB", note)]
+    assert [decibels > 40 for decibels in reported] == [True] * (method == "inversion")
+
+
+@pytest.mark.parametrize("objective", [RectifiedFlow(), DDPM()])
+def test_a_langevin_step_keeps_the_marginal(objective):
+    """With an exact prediction, x_t keeps its mean and variance, and half of the variance of its noise."""
+    clean, time = torch.full((1, 4, 64, 64), 0.3), objective.time_of(torch.tensor([400.0]))
+    noise, fresh = (torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    noisy = objective.corrupt(clean, noise, time)
+    found = renoised(objective, noisy, objective.target(clean, noise, time), time, fresh)
+    signal, level = objective.corrupt(clean, 0 * clean, time), float(objective.noise_level(time))
+    assert float((found - signal).mean()) == pytest.approx(0, abs=0.02)
+    assert float((found - signal).std()) == pytest.approx(level, rel=0.03)
+    kept = float(((found - signal) * (noisy - signal)).mean()) / level**2
+    assert kept == pytest.approx(0.5**0.5, rel=0.03)
 
 
 @pytest.mark.parametrize(

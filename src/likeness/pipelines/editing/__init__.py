@@ -18,6 +18,8 @@ from likeness.encoders.latent import spatial_factor, to_tensor
 from likeness.pipelines.arguments import number
 from likeness.pipelines.editing.base import Editing
 from likeness.pipelines.editing.flow_edit import flow_edit
+from likeness.pipelines.editing.inversion import inversion
+from likeness.pipelines.editing.langevin import langevin
 from likeness.pipelines.editing.replacement import image_to_image, replacement
 from likeness.pipelines.portrait import PortraitOutput
 from likeness.types import InputError, suggestion
@@ -28,9 +30,14 @@ OnStep = Callable[[int, int], None] | None
 METHODS: dict[str, Callable[[Editing], Iterator[None]]] = {
     "replacement": replacement,
     "image_to_image": image_to_image,
+    "langevin": langevin,
     "flow_edit": flow_edit,
+    "inversion": inversion,
 }
 """Name -> method, which advances `Editing.target` to its end and yields after every step."""
+
+DESCRIBED = ("flow_edit", "inversion")
+"""Methods that need a description of the given image: `source_prompt` and `source_control_image`."""
 
 DEFAULT_METHOD = "replacement"
 """The method that measures best (`benchmarks/edit.py`)."""
@@ -90,8 +97,8 @@ def edit_steps(
             It is enlarged to whole tokens of the network. Default: the whole image.
         strength: fraction of the steps that run, in (0, 1]. Below 1 the edit starts from the noised image.
         method: name in `METHODS`.
-        source_prompt: for `flow_edit`, a prompt that describes the given image.
-        source_control_image: for `flow_edit`, the conditions of the given image, as `control_image`.
+        source_prompt: for the methods in `DESCRIBED`, a prompt that describes the given image.
+        source_control_image: for the same methods, the conditions of the given image, as `control_image`.
         generator: as in `PortraitPipeline.__call__`.
         output_type: as in `PortraitPipeline.__call__`.
         arguments: further arguments of `PortraitPipeline.__call__`, such as `control_image`.
@@ -112,7 +119,7 @@ def edit_steps(
         name = type(target.scheduler).__name__
         raise InputError(f"{name} scales the noise, which edits do not support: use the scheduler of the checkpoint")
     source = None
-    if method == "flow_edit":
+    if method in DESCRIBED:
         own = {**arguments, "control_image": source_control_image, "guidance_scale": 1.0, "negative_prompt": None}
         source = pipeline(source_prompt, latents=target.latents, output_type="sampling", **own)
     count, _, *grid = target.latents.shape
