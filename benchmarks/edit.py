@@ -6,29 +6,35 @@ python benchmarks/edit.py PHOTOS --model mditface-mini --out edited/   # also wr
 Every photograph gets every request of `REQUESTS` that applies to it, by every method of `METHODS` with the same seed.
 Columns: requests; pixels changed outside the region, over all edits; accuracy, the fraction of the region's pixels in
 which the bundled parser finds the wanted class, and that of an image generated from scratch with the same mask and
-prompt; seam, the gradient energy next to the region's border, as wide as the
-feather, over that of the photograph, median; distance,
-the mean difference to the photograph inside the region, of 255; seconds per edit without loading and parsing, median.
+prompt; seam, the gradient energy next to the region's border, as wide as the feather, over that of the photograph,
+median; distance, the mean difference to the photograph inside the region, of 255; identity, the fraction of edits whose
+nearest photograph in the bundled image encoder, of all of the run, is their own; dB, how well an inversion reconstructs
+the photograph; seconds per edit without loading and parsing, median.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from scipy import ndimage
 
 from likeness.annotators.face_parser import load_face_parser, parse_faces
 from likeness.annotators.landmarks import open_face_finder
 from likeness.conditions import Reading
+from likeness.encoders.text_image import embed_images, load_text_image, resize_images
 from likeness.pipelines.generate import call_options, resolve
 from likeness.pipelines.load import load
 from likeness.prepare.align import cut_portrait
 from likeness.prepare.edit import MARGIN, Change, Photo, carry_out, open_photo, paste_region, plan_edit
 from likeness.types import ConditionInput, InputError, PortraitRequest
+from likeness.weights.catalog import BUNDLED, COMMON
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "masks"
 
@@ -45,7 +51,9 @@ REQUESTS: dict[str, tuple[Change, str]] = {
 WAYS = [
     *(("replacement", 1.0), ("replacement", 0.8)),
     *(("image_to_image", 1.0), ("image_to_image", 0.6)),
+    ("langevin", 1.0),
     *(("flow_edit", 1.0), ("flow_edit", 0.8)),
+    *(("inversion", 1.0), ("inversion", 0.8)),
 ]
 """Method and strength."""
 
@@ -68,22 +76,28 @@ def main() -> None:
     else:
         with open_face_finder(options.landmarker) as find:
             measure_all(files[: options.count], pipeline, parser_, find, options.out, rows)
-    print(f"{'method':<22}{'edits':>6}{'outside':>9}{'accuracy':>10}{'scratch':>9}{'seam':>7}{'distance':>10}{'s':>7}")
+    print(
+        f"{'method':<22}{'edits':>6}{'outside':>9}{'accuracy':>10}{'scratch':>9}{'seam':>7}{'distance':>10}{'identity':>10}{'dB':>7}{'s':>7}"
+    )
     for name, found in rows.items():
         if name[0] == " " and not options.by_request:
             continue
-        outside, accuracy, scratch, seam, distance, seconds = np.array(found).T
+        outside, accuracy, scratch, seam, distance, identity, quality, seconds = np.array(found).T
         print(
             f"{name:<22}{len(found):>6}{int(outside.sum()):>9}{accuracy.mean():>10.3f}{scratch.mean():>9.3f}"
-            f"{np.median(seam):>7.2f}{distance.mean():>10.1f}{np.median(seconds):>7.2f}"
+            f"{np.median(seam):>7.2f}{distance.mean():>10.1f}{identity.mean():>10.2f}{quality.mean():>7.1f}"
+            f"{np.median(seconds):>7.2f}"
         )
 
 
 def measure_all(files, pipeline, parser, find, out, rows) -> None:
     """Edit photographs and collect a row per edit, by method and by request."""
     network, size = parser
-    for number, file in enumerate(files):
-        photo = open_photo(file)
+    photos = [open_photo(file) for file in files]
+    side = pipeline.config.defaults["size"]
+    faces = [plan_edit(photo, Change(whole=True), side, parser=parser, find=find) for photo in photos]
+    own = embed([cut_portrait(one.pixels, plan.transform, side) for one, plan in zip(photos, faces, strict=True)])
+    for number, (file, photo) in enumerate(zip(files, photos, strict=True)):
         for request_name, (change, prompt) in REQUESTS.items():
             try:
                 plan = plan_edit(photo, change, pipeline.config.defaults["size"], parser=parser, find=find)
@@ -108,9 +122,25 @@ def measure_all(files, pipeline, parser, find, out, rows) -> None:
                 (labels,) = parse_faces(network, [cut_portrait(result, plan.transform, side)], size=size)
                 accuracy = (labels == plan.after)[plan.region].mean()
                 seam, distance = compare(photo, result, plan)
-                row = (edited.certificate["changed_outside"], accuracy, scratch, seam, distance, seconds)
+                nearest = (embed([cut_portrait(result, plan.transform, side)]) @ own.T).argmax()
+                decibels = [float(number) for note in edited.notes for number in re.findall(r"([\d.]+) dB", note)]
+                measured = (accuracy, scratch, seam, distance, float(nearest == number), *(decibels or [np.nan]))
+                row = (edited.certificate["changed_outside"], *measured, seconds)
                 for name in (f"{method} {strength:g}", f"  {request_name}, {method} {strength:g}"):
                     rows.setdefault(name, []).append(row)
+
+
+@cache
+def encoder():
+    """The bundled image encoder."""
+    return load_text_image(BUNDLED / COMMON)[0]
+
+
+def embed(images: list[np.ndarray]) -> np.ndarray:
+    """Unit vectors of images in the bundled image encoder, [N, P]."""
+    clip = encoder()
+    with torch.no_grad():
+        return embed_images(clip, resize_images(images, clip.config.vision_config.image_size)).numpy()
 
 
 def compare(photo: Photo, result: np.ndarray, plan) -> tuple[float, float]:
