@@ -35,19 +35,14 @@ IMPOSSIBLE = -1e4
 
 
 def load_face_parser(source: str | Path = "bundled", *, swapped: bool = False) -> tuple[Any, int]:
-    """Load a face parser with this project's input and 19 classes.
+    """Load a face parser with this project's input and 19 classes, and the side of its input in pixels.
 
-    Args:
-        source: `bundled`, a folder, packed or not, or a Hub id (`owner/name`) of any semantic segmentation network of
-            transformers. Its labels are matched by name, its normalization is read from `preprocessor_config.json`.
-            Without that file it must be a parser trained by this project.
-        swapped: Its left is the viewer's left.
+    `source` is `bundled`, a folder, packed or not, or a Hub id (`owner/name`) of any semantic segmentation network of
+    transformers. Its labels are matched by name, its normalization is read from `preprocessor_config.json`; without
+    that file it must be a parser trained by this project. `swapped`: its left is the viewer's left.
 
-    Returns:
-        The network and the side of its input in pixels.
-
-    Raises:
-        InputError: It cannot be read, its labels are not parts of a face, or its input is not a whole square image.
+    Raises `InputError` if it cannot be read, its labels are not parts of a face, or its input is not a whole square
+    image.
     """
     from transformers import AutoModelForSemanticSegmentation
 
@@ -88,16 +83,10 @@ def flip_scores(scores: Tensor) -> Tensor:
 
 @torch.no_grad()
 def parse_faces(network: Any, images: Sequence[np.ndarray], *, size: int, mirrored: bool = True) -> list[np.ndarray]:
-    """Predict the masks of faces.
+    """Predict the masks of B faces, uint8 RGB [H, W, 3] in any size, framed as the training images: B of uint8 [H, W].
 
-    Args:
-        network: A transformers semantic segmentation network with 19 labels in canonical order, or a `Translated` one.
-        images: B of uint8 RGB [H, W, 3] in any size, framed as the training images.
-        size: Side of the network's training images in pixels.
-        mirrored: Average with the prediction for the mirrored image: slightly better, twice the time.
-
-    Returns:
-        Class indices, B of uint8 [H, W].
+    `network` has 19 labels in canonical order, or is `Translated`; `size` is the side of its training images in pixels.
+    `mirrored` averages with the prediction for the mirrored image: slightly better, twice the time.
     """
     given = torch.cat([to_input(image, size) for image in images]).to(network.device, network.dtype)
     scores = network(pixel_values=given).logits.float()  # [B, 19, h, w]
@@ -150,16 +139,10 @@ class Translated(nn.Module):
 
 
 def translated(network: Any, classes: Sequence[int], settings: Mapping[str, Any], where: str) -> tuple[Translated, int]:
-    """Wrap a third-party network; also return the side of its input in pixels.
+    """Wrap a third-party network with our class of each of its labels and its normalization (`settings`, the content of
+    its `preprocessor_config.json`); also return the side of its input in pixels. `where` is its name in error messages.
 
-    Args:
-        network: A transformers semantic segmentation network.
-        classes: Our class of each of its labels.
-        settings: Content of its `preprocessor_config.json`.
-        where: Name of the network for error messages.
-
-    Raises:
-        InputError: The image processor does not resize to a square or does not define its normalization.
+    Raises `InputError` if its images are not resized to a square, or its normalization is not defined.
     """
     size = settings.get("size")
     if isinstance(size, Mapping):

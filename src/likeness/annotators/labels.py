@@ -22,15 +22,9 @@ CLASS_OF: dict[str, int] = {name: CLASS_INDEX[own] for own, names in PARSER_NAME
 
 
 def classes_of(labels: Sequence[str], where: str, *, swapped: bool = False) -> tuple[int, ...]:
-    """Return the class of each label of a network.
-
-    Args:
-        labels: Names in the order of the network.
-        where: Name of the network for error messages.
-        swapped: Its left is the viewer's left, the person's right.
-
-    Raises:
-        InputError: A name is unknown, or a class of `NEEDED` is missing.
+    """Return the class of each label of a network, by name. `swapped`: its left is the viewer's left, the person's
+    right. Raises `InputError` if a name is unknown, or a class of `NEEDED` is missing; `where` is the name of the
+    network.
     """
     known = [plain_name(name) for name in labels]
     unknown = [label for label, name in zip(labels, known, strict=True) if name not in CLASS_OF]

@@ -20,18 +20,11 @@ REFERENCE = 512
 
 
 def extract_sketch(image: np.ndarray | Image.Image, strength: float = 1.0, thickness: float = 1.0) -> np.ndarray:
-    """Draw a photograph with dark lines on white.
+    """Draw a photograph, uint8 [H, W, 3] or [H, W] or a PIL image, with dark lines on white: uint8 [H, W], 0 (stroke)
+    to 255 (paper).
 
-    Args:
-        image: uint8 [H, W, 3] or [H, W], or a PIL image.
-        strength: Sensitivity to faint edges, 0.2 to 5.
-        thickness: Width of the lines, 0.3 to 4; 1 is about 1/128 of the shorter side.
-
-    Returns:
-        uint8 [H, W], 0 (stroke) to 255 (paper).
-
-    Raises:
-        InputError: Another shape or type, or a value out of range.
+    `strength` is the sensitivity to faint edges, 0.2 to 5; `thickness` the width of the lines, 0.3 to 4, where 1 is
+    about 1/128 of the shorter side. Raises `InputError` for another shape or type, or a value out of range.
     """
     from scipy import ndimage
 

@@ -135,10 +135,8 @@ def enlarged(x: Tensor, like: Tensor) -> Tensor:
 
 
 def load_u2net(path: Path) -> U2Net:
-    """Load official weights, `.pth` or `.safetensors`; the file determines the widths.
-
-    Raises:
-        InputError: The file is missing, does not contain weights, or not those of U2-Net.
+    """Load official weights, `.pth` or `.safetensors`; the file determines the widths. Raises `InputError` if it is
+    missing, does not contain weights, or not those of U2-Net.
     """
     state = read_weights(path)
     names = {name: f"{name}.rebnconvin.conv_s1.weight" for name in PORTRAIT}
@@ -174,14 +172,8 @@ def read_weights(path: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def draw_sketch(network: U2Net, image: np.ndarray) -> np.ndarray:
-    """Draw a portrait with dark lines on white, as the official demo does.
-
-    Args:
-        network: U2-Net with the portrait weights.
-        image: uint8 RGB [H, W, 3], a face that fills the image.
-
-    Returns:
-        uint8 [H, W], 0 (stroke) to 255 (paper), stretched to this range.
+    """Draw a portrait, uint8 RGB [H, W, 3] filled by a face, with dark lines on white, as the official demo does: uint8
+    [H, W], stretched to 0 (stroke) to 255 (paper).
     """
     height, width = image.shape[:2]
     scale = INPUT_SIDE / min(height, width)
@@ -197,17 +189,9 @@ def draw_sketch(network: U2Net, image: np.ndarray) -> np.ndarray:
 
 
 def load_sketcher(weights: Path | None = None, *, device: str | None = None) -> tuple[Sketcher, str]:
-    """Load a sketch extractor.
-
-    Args:
-        weights: Weights of U2-Net. Default: XDoG, which needs none.
-        device: Device of U2-Net, as in `choose_device`.
-
-    Returns:
-        The extractor, and the name by which datasets record it.
-
-    Raises:
-        InputError: The weights cannot be used, or the device is not available.
+    """Return a sketch extractor, and the name by which datasets record it: U2-Net with these weights on a device
+    (`choose_device`), or XDoG, which needs none. Raises `InputError` if the weights cannot be used, or the device is
+    not available.
     """
     device = choose_device(device)
     if weights is None:

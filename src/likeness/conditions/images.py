@@ -76,11 +76,9 @@ def open_image(
         source: A path, a PIL image, or the content of a file.
         name: Name for error messages. Default: the path.
         max_pixels: Upper bound of its pixels.
-        exact: Reject files whose pixels would change: a JPEG that would be decoded at a lower resolution, and more than
-            8 bits per value.
+        exact: Reject files whose pixels would change: a JPEG at a lower resolution, and more than 8 bits per value.
 
-    Raises:
-        InputError: The file is missing, empty, truncated, too large, or not an image in one of `FORMATS`.
+    Raises `InputError` if the file is missing, empty, truncated, too large, or not an image in one of `FORMATS`.
     """
     name = name or describe(source)
     try:
@@ -122,20 +120,11 @@ def open_image(
 
 
 def read_rgb(source: str | Path | Image.Image | bytes, name: str = "") -> Image.Image:
-    """Read a photograph in any supported form as 8-bit sRGB.
+    """Read a photograph (a path, a PIL image, or the content of a file) in any supported form as 8-bit sRGB, mode RGB.
+    Errors are those of `open_image`, with `MAX_PIXELS`; `name` replaces the path in them.
 
     Transparent pixels are composited on white, so colours hidden under them never appear. Embedded ICC profiles are
     converted to sRGB, CMYK and 16-bit or float values to 8 bits per channel (`to_8_bit`).
-
-    Args:
-        source: A path, a PIL image, or the content of a file.
-        name: Name for error messages. Default: the path.
-
-    Returns:
-        An image of mode RGB.
-
-    Raises:
-        InputError: See `open_image`, with `MAX_PIXELS`.
     """
     image = open_image(source, name, max_pixels=MAX_PIXELS)
     profile = image.info.get("icc_profile")
@@ -212,10 +201,8 @@ def _too_large(name: str, max_pixels: int) -> str:
 
 
 def load_array(source: Path | IO[bytes], name: str = "") -> np.ndarray:
-    """Load the single array of a .npy or .npz file, or of one that is open. Its size is checked in the header.
-
-    Raises:
-        InputError: The file is invalid, or has several arrays or more than `MAX_VALUES` values.
+    """Load the single array of a .npy or .npz file, or of one that is open. Its size is checked in the header. Raises
+    `InputError` if the file is invalid, or has several arrays or more than `MAX_VALUES` values.
     """
     name = name or str(source)
     path = _regular_file(source, name) if isinstance(source, Path) else source
@@ -260,10 +247,8 @@ def check_size(width: int, height: int, name: str) -> None:
 
 
 def check_aspect(have: tuple[int, int], want: tuple[int, int], name: str) -> None:
-    """Compare two sizes (height, width).
-
-    Raises:
-        InputError: The aspect ratios differ by more than 1 % and by more than the rounding of one pixel.
+    """Compare two sizes (height, width). Raises `InputError` if the aspect ratios differ by more than 1 % and by more
+    than the rounding of one pixel.
     """
     (height, width), (high, wide) = have, want
     if high < 1 or wide < 1:

@@ -99,15 +99,9 @@ BLOCK_KEYS = {
 
 
 def convert_state(state: Mapping[str, Tensor], kind: Kind, heads: int | None = None) -> MMFaceTransformer:
-    """Convert the weights of a released network to an `MMFaceTransformer`.
-
-    Args:
-        state: tensors under the released names.
-        kind: `flow` folds time direction and sign into the weights; `diffusion` predicts the noise in both.
-        heads: attention heads. Default: heads of width 72.
-
-    Raises:
-        InputError: keys are missing, unknown or of another shape; all of them are listed.
+    """Convert the weights of a released network, under its names, to an `MMFaceTransformer` with `heads` attention
+    heads (default: heads of width 72). `flow` folds time direction and sign into the weights; `diffusion` predicts the
+    noise in both. Raises `InputError` if keys are missing, unknown or of another shape; all of them are listed.
     """
     try:
         embed = state["x_embedder.proj.weight"]
@@ -223,7 +217,8 @@ def convert_release(
     vae: Path | None = None,
     heads: int | None = None,
 ) -> list[str]:
-    """Convert a released checkpoint to a pipeline folder.
+    """Convert a released checkpoint to a pipeline folder. Return the components that are missing to generate images,
+    one sentence each.
 
     Args:
         path: the `checkpoint-<step>` folder or the safetensors file in it.
@@ -233,11 +228,7 @@ def convert_release(
         vae: a folder with FLUX.1's autoencoder.
         heads: attention heads. Default: heads of width 72.
 
-    Returns:
-        The components that are missing to generate images, one sentence each.
-
-    Raises:
-        InputError: the input is not a released checkpoint, or `out` is not empty.
+    Raises `InputError` if the input is not a released checkpoint, or `out` is not empty.
     """
     from likeness.pipelines.mmface import MMFacePipeline
 

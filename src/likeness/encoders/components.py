@@ -70,10 +70,8 @@ class Components:
 
 
 def load_components(source: str | Path = BUNDLED / COMMON) -> Components:
-    """Load the components of a pipeline folder, FLUX.1's included, or of a components folder such as `common/`.
-
-    Raises:
-        InputError: a component is missing or cannot be read.
+    """Load the components of a pipeline folder, FLUX.1's included, or of a components folder such as `common/`. Raises
+    `InputError` if one is missing or cannot be read.
     """
     folder = Path(source) if Path(source).is_dir() else find_model(source)
     index = read_json(folder / (COMPONENTS if (folder / COMPONENTS).is_file() else "model_index.json"))

@@ -78,10 +78,8 @@ class SqueezeNetFeatures(nn.Module):
         return outputs
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Load torchvision's weights; those of later layers are ignored.
-
-        Raises:
-            RuntimeError: a weight is missing or has another shape.
+        """Load torchvision's weights; those of later layers are ignored. Raises `RuntimeError` if one is missing or has
+        another shape.
         """
         names = self.state_dict().keys()
         self.load_state_dict({name: value.float() for name, value in weights.items() if name in names})

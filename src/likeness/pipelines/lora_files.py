@@ -102,19 +102,11 @@ class Lora(NamedTuple):
 
 
 def read_lora(source: str | Path, weight_name: str | None, subfolder: str | None, **hub: Any) -> tuple[dict, dict]:
-    """Read a LoRA from a file, a folder or the Hub.
+    """Return the weights of a LoRA and the `<part>.<option>` of `LoraConfig` that it was saved with.
 
-    Args:
-        source: a file, folder or Hub id.
-        weight_name: the file in the folder or repository, if there are several.
-        subfolder: folder within it.
-        **hub: arguments of `huggingface_hub.hf_hub_download`, such as `revision` and `token`.
-
-    Returns:
-        Its weights, and the `<part>.<option>` of `LoraConfig` that it was saved with.
-
-    Raises:
-        InputError: it does not exist or cannot be read.
+    `source` is a file, folder or Hub id, `weight_name` the file in it if there are several, `subfolder` a folder in it;
+    `hub` are arguments of `huggingface_hub.hf_hub_download`, such as `revision` and `token`. Raises `InputError` if it
+    does not exist or cannot be read.
     """
     path, config = Path(source), {}
     if not path.exists():

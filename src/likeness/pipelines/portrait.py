@@ -81,14 +81,8 @@ class PortraitOutput(BaseOutput):
     def save(self, path: str | Path) -> list[Path]:
         """Write the images with their recipes, as `likeness generate` does; `likeness replay` generates them again.
 
-        Args:
-            path: A .png, .jpg or .webp file. Several images are numbered: `face.png` becomes `face-1.png`, ...
-
-        Returns:
-            The files.
-
-        Raises:
-            InputError: The images are no PIL images or have no recipe, or a file cannot be written.
+        `path` is a .png, .jpg or .webp file. Several images are numbered: `face.png` becomes `face-1.png`, ... Return
+        the files. Raises `InputError` if the images are no PIL images or have no recipe, or a file cannot be written.
         """
         from likeness.pipelines.image_recipe import recipe_of, write_image
         from likeness.weights.hashes import pipeline_hash
@@ -136,10 +130,8 @@ class PortraitPipeline(DiffusionPipeline):
         sizes: Any,
         **settings: Any,
     ) -> None:
-        """Check the settings of a checkpoint and store them; `known` are the `defaults` of the network.
-
-        Raises:
-            InputError: a setting is invalid.
+        """Check the settings of a checkpoint and store them; `known` are the `defaults` of the network. Raises
+        `InputError` if one is invalid.
         """
         if condition_resize not in ("exact", "lanczos"):
             raise InputError(f"condition_resize is {condition_resize!r}; choose exact or lanczos")

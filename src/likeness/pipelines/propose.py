@@ -55,13 +55,11 @@ def propose_mask(
         pipeline: pipeline that generates masks, such as `load("mask-mini")`.
         prompt: description of the face; "" means any face.
         seed: seed of the mask, 0 <= seed < 2**63.
-        candidates: largest number of masks to generate; the first that breaks no rule is returned, or else the one that
-            breaks the fewest.
+        candidates: largest number of masks to generate. The first that breaks no rule is returned, or the best.
         on_step: called after each candidate as (candidates done, `candidates`).
         encoded: cache of encoded texts (`PortraitPipeline.__call__`).
 
-    Raises:
-        InputError: the pipeline does not generate masks, or an argument is invalid.
+    Raises `InputError` if the pipeline does not generate masks, or an argument is invalid.
     """
     if type(pipeline.vae).__name__ != "LabelDecoder":
         raise InputError("this model does not generate masks: use mask-mini, or a model packed with a label decoder")

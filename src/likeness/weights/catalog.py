@@ -36,10 +36,7 @@ def bundled_models() -> list[str]:
 
 def find_model(source: str | Path) -> Path:
     """Return the folder of a pipeline or an adapter, which a training run contains; a model on the Hub is downloaded
-    once.
-
-    Raises:
-        InputError: the model does not exist, or the Hub cannot be reached.
+    once. Raises `InputError` if the model does not exist, or the Hub cannot be reached.
     """
     path = Path(source)
     for folder in (BUNDLED / path, path, path / "model"):  # the last of a training run
@@ -62,11 +59,8 @@ def find_model(source: str | Path) -> Path:
 
 def checkpoint_file(source: str | Path, name: str) -> Path:
     """Return the path of one file of a checkpoint: a local folder, or a Hub repository, whose file is downloaded once.
-
-    The path of a file that the checkpoint does not have does not exist.
-
-    Raises:
-        InputError: the checkpoint does not exist, or the Hub cannot be reached.
+    The path of a file that the checkpoint lacks does not exist. Raises `InputError` if the checkpoint does not exist,
+    or the Hub cannot be reached.
     """
     if Path(source).is_dir():
         return Path(source) / name

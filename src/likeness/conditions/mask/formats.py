@@ -89,7 +89,7 @@ def side_notes(labels: np.ndarray) -> tuple[Note, ...]:
 
 
 def read(source: Source, *, order: str | None = None, name: str = "") -> Reading:
-    """Read a mask.
+    """Read a mask as canonical class numbers 0 to 18, uint8 [H, W].
 
     Args:
         source: A path (image, .npy, .npz, or a folder of part files), a PIL image, or an array: class numbers [H, W],
@@ -97,11 +97,7 @@ def read(source: Source, *, order: str | None = None, name: str = "") -> Reading
         order: Class order, a key of `ORDERS`. Default: recognized.
         name: Name for error messages. Default: the path.
 
-    Returns:
-        raw: uint8 [H, W], canonical class numbers 0 to 18.
-
-    Raises:
-        InputError: The source is not a mask in a known format.
+    Raises `InputError` if the source is not a mask in a known format.
     """
     name = name or describe(source)
     if isinstance(source, np.ndarray):
@@ -385,15 +381,10 @@ def _read_folder(folder: Path) -> Reading:
 def paint_parts(
     files: Mapping[int, Path | Image.Image], name: str, part_names: Mapping[int, str] | None = None
 ) -> Reading:
-    """Paint a mask from images of its parts in canonical order: higher classes overwrite lower ones.
+    """Paint a mask from images of its parts, white (or opaque) on black, in canonical order: higher classes overwrite
+    lower ones. `name` and `part_names` (default: the paths) are those of error messages.
 
-    Args:
-        files: Class -> image of the part, white (or opaque) on black.
-        name: Name of the mask for error messages.
-        part_names: Class -> name of the part for error messages. Default: its path.
-
-    Raises:
-        InputError: A part cannot be read, is empty or has another size, or there is none.
+    Raises `InputError` if a part cannot be read, is empty or has another size, or there is none.
     """
     labels: np.ndarray | None = None
     for index, file in sorted(files.items()):
