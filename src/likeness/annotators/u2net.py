@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from likeness.annotators.sketch import DRAWING, extract_sketch
 from likeness.device import choose_device
 from likeness.types import InputError
+from likeness.weights.files import read_weights
 from likeness.weights.hashes import network_name
 
 Sketcher = Callable[[np.ndarray], np.ndarray]
@@ -138,7 +137,9 @@ def load_u2net(path: Path) -> U2Net:
     """Load official weights, `.pth` or `.safetensors`; the file determines the widths. Raises `InputError` if it is
     missing, does not contain weights, or not those of U2-Net.
     """
-    state = read_weights(path)
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: download the weights of U2-Net, u2net_portrait.pth")
+    state = read_weights(path) if path.suffix == ".safetensors" else read_pickle(path)
     names = {name: f"{name}.rebnconvin.conv_s1.weight" for name in PORTRAIT}
     inner = {name: f"{name}.rebnconv1.conv_s1.weight" for name in PORTRAIT}
     if missing := [name for name in (*names.values(), *inner.values()) if name not in state]:
@@ -153,17 +154,11 @@ def load_u2net(path: Path) -> U2Net:
     return network.eval()
 
 
-def read_weights(path: Path) -> dict[str, Any]:
-    """Load tensors by name without executing code in the file."""
-    if not path.is_file():
-        raise InputError(f"{path} does not exist: download the weights of U2-Net, u2net_portrait.pth")
+def read_pickle(path: Path) -> dict[str, Any]:
+    """Load tensors by name from a `.pth` file without executing code in it."""
     try:
-        state = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
         raise InputError(f"{path} is not a weights file that can be loaded safely ({type(error).__name__})") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path} does not map names to tensors: use u2net_portrait.pth as published")

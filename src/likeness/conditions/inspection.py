@@ -151,7 +151,7 @@ def fix(report: Report, out: Path) -> Path:
     """
     out, condition, raw = Path(out), CONDITIONS[report.condition], report.raw
     if out.suffix.lower() != condition.suffix:
-        raise InputError(f"{out} must end in {condition.suffix}, the canonical form of a {condition.noun}")
+        raise InputError(f"{out} must end in {condition.suffix}, the canonical form of {condition.folder}")
     if condition.name == "mask":
         raw = swap_classes(raw, swapped_pairs(measure(raw)))
     write_whole(out, condition.encode(raw))

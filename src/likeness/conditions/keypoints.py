@@ -285,7 +285,6 @@ def encode(raw: np.ndarray) -> bytes:
 
 KEYPOINTS = Condition(
     name="keypoints",
-    noun="set of keypoints",
     raw="points",
     folder="keypoints",
     suffix=".json",

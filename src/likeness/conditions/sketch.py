@@ -200,7 +200,6 @@ def render(raw: np.ndarray, height: int, width: int) -> np.ndarray:
 
 SKETCH = Condition(
     name="sketch",
-    noun="sketch",
     raw="lines",
     folder="sketches",
     suffix=".png",

@@ -68,7 +68,6 @@ def mask_image(labels: np.ndarray) -> Image.Image:
 
 MASK = Condition(
     name="mask",
-    noun="semantic mask",
     raw="labels",
     folder="masks",
     suffix=".png",
