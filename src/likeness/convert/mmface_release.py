@@ -143,9 +143,10 @@ def released_names(depth: int) -> dict[str, tuple[str, ...]]:
     layers = LAYERS | {
         f"blocks.{n}.{theirs}": f"blocks.{n}.{ours}" for n in range(depth) for theirs, ours in BLOCK_LAYERS.items()
     }
-    names = {f"{ours}.{leaf}": (f"{theirs}.{leaf}",) for theirs, ours in layers.items() for leaf in ("weight", "bias")}
-    names |= {"null_pooled": ("c_embedder.null_feature_pooled",)}
-    names |= {"condition_embed.weight": ("modality_embedder.weight",)}
+    names: dict[str, tuple[str, ...]] = {"null_pooled": ("c_embedder.null_feature_pooled",)}
+    names["condition_embed.weight"] = ("modality_embedder.weight",)
+    for theirs, ours in layers.items():
+        names |= {f"{ours}.{leaf}": (f"{theirs}.{leaf}",) for leaf in ("weight", "bias")}
     for n in range(depth):
         for suffix, stream in (("", "image"), ("_t", "text")):
             theirs, ours = f"blocks.{n}.attn.to_", f"blocks.{n}.attention.{stream}_"
