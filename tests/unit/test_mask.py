@@ -123,13 +123,6 @@ def test_unknown_orders_are_rejected():
     assert rejected >= 38
 
 
-def test_specified_order():
-    numbers = np.argsort(order_table("BiSeNet"))[np.where(np.isin(FACE, (1, 13)), FACE, 0)]
-    np.testing.assert_array_equal(read(numbers, order="BiSeNet").raw, np.where(np.isin(FACE, (1, 13)), FACE, 0))
-    with pytest.raises(InputError, match="Unknown class order"):
-        read(numbers, order="mine")
-
-
 def test_part_files(tmp_path):
     official = {index: alias for alias, name in PART_ALIASES.items() for index in [CLASSES.index(name)]}
     face = FACE.copy()

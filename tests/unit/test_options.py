@@ -51,7 +51,7 @@ def required(command: type, words: tuple[str, ...], name: str, model: Path) -> l
         found += ["--count", "1"]  # of two, the last one applies
     if words[0] == "generate" and name != "model":
         found += ["--model", str(model)]
-    if words in (("mask", "propose"), ("serve",)) and name != "model":
+    if words in (("mask", "propose"), ("serve",), ("studio",)) and name != "model":
         found += ["--model", "missing"]
     return found
 

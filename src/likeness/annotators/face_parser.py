@@ -82,16 +82,15 @@ def flip_scores(scores: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def parse_faces(network: Any, images: Sequence[np.ndarray], *, size: int, mirrored: bool = True) -> list[np.ndarray]:
+def parse_faces(network: Any, images: Sequence[np.ndarray], *, size: int) -> list[np.ndarray]:
     """Predict the masks of B faces, uint8 RGB [H, W, 3] in any size, framed as the training images: B of uint8 [H, W].
 
     `network` has 19 labels in canonical order, or is `Translated`; `size` is the side of its training images in pixels.
-    `mirrored` averages with the prediction for the mirrored image: slightly better, twice the time.
+    Logits are averaged with those of the mirrored image: slightly better, twice the time.
     """
     given = torch.cat([to_input(image, size) for image in images]).to(network.device, network.dtype)
     scores = network(pixel_values=given).logits.float()  # [B, 19, h, w]
-    if mirrored:
-        scores = scores + flip_scores(network(pixel_values=given.flip(-1)).logits.float())
+    scores = scores + flip_scores(network(pixel_values=given.flip(-1)).logits.float())
     masks = []
     for image, logits in zip(images, scores, strict=True):
         enlarged = F.interpolate(logits[None], size=image.shape[:2], mode="bilinear", align_corners=False)
