@@ -463,8 +463,8 @@ def test_rejected_arguments(pipeline, change, message):
     [
         ({"conditioning_scale": -1.0}, "scale of mask"),
         ({"conditioning_scale": [0.5]}, r"conditioning_scale is \[0.5\]"),
-        ({"control_guidance_start": 0.8, "control_guidance_end": 0.2}, "is active from"),
-        ({"control_guidance_end": 1.5}, "is active from"),
+        ({"control_guidance_start": 0.8, "control_guidance_end": 0.2}, "acts from"),
+        ({"control_guidance_end": 1.5}, "acts from"),
     ],
 )
 def test_control_rejected_arguments(pipeline, faces, change, message):

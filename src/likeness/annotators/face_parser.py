@@ -1,7 +1,8 @@
 """Masks by a semantic segmentation network: any class of transformers that predicts parts of a face.
 
 The network runs at its training size. Its logits, not its labels, are enlarged, so that borders are smooth.
-`Translated` wraps third-party networks, so that all parsers have the same input and output.
+`Translated` wraps third-party networks, so that all parsers have the same input and output. Their labels are matched by
+name, never by position: orders differ without notice, names rarely do.
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from likeness.annotators.labels import classes_of
-from likeness.conditions.mask.classes import CLASS_INDEX, CLASSES, COUNTERPART
+from likeness.conditions.mask.classes import CLASS_INDEX, CLASSES, COUNTERPART, NAMES, plain_name
 from likeness.files import first_line, read_json
 from likeness.types import InputError
 from likeness.weights.catalog import BUNDLED, COMMON, checkpoint_file
@@ -32,6 +32,16 @@ MEAN, STD = 0.5, 0.25
 
 IMPOSSIBLE = -1e4
 """Logit of a class that a network lacks: low, but finite after interpolation and addition, also in half precision."""
+
+
+NEEDED = ("background", "skin", "nose", "l_eye", "r_eye", "u_lip", "l_lip", "hair")
+"""Classes that every face parser needs."""
+
+PARSER_NAMES = NAMES | {"skin": (*NAMES["skin"], "beard")}
+"""Class -> names in face parsers; some label a beard, which is skin here."""
+
+CLASS_OF: dict[str, int] = {name: CLASS_INDEX[own] for own, names in PARSER_NAMES.items() for name in names}
+"""Name in other parsers -> class."""
 
 
 def load_face_parser(source: str | Path = "bundled", *, swapped: bool = False) -> tuple[Any, int]:
@@ -64,6 +74,27 @@ def load_face_parser(source: str | Path = "bundled", *, swapped: bool = False) -
     if labels != CLASSES or not isinstance(size, int):
         raise InputError(f"{source} has no {PROCESSOR} with the size and normalization of its input: save it there")
     return network, size
+
+
+def classes_of(labels: Sequence[str], where: str, *, swapped: bool = False) -> tuple[int, ...]:
+    """Return the class of each label of a network, by name. `swapped`: its left is the viewer's left, the person's
+    right. Raises `InputError` if a name is unknown, or a class of `NEEDED` is missing; `where` is the name of the
+    network.
+    """
+    known = [plain_name(name) for name in labels]
+    unknown = [label for label, name in zip(labels, known, strict=True) if name not in CLASS_OF]
+    if unknown:
+        shown = ", ".join(unknown[:8]) + (", ..." if len(unknown) > 8 else "")
+        raise InputError(
+            f"{len(unknown)} of the {len(labels)} labels of {where} are not parts of a face: {shown}. "
+            "Name them in id2label of its config.json, for example skin, l_eye, u_lip, hair"
+        )
+    classes = [CLASS_OF[name] for name in known]
+    if missing := [name for name in NEEDED if CLASS_INDEX[name] not in classes]:
+        raise InputError(f"{where} has no label for {', '.join(missing)}: it is not a face parser")
+    if swapped:
+        classes = [COUNTERPART.get(index, index) for index in classes]
+    return tuple(classes)
 
 
 def to_input(image: np.ndarray, size: int) -> Tensor:
@@ -150,18 +181,14 @@ def translated(network: Any, classes: Sequence[int], settings: Mapping[str, Any]
     if not isinstance(size, int) or not settings.get("do_resize", True):
         raise InputError(f"{where} does not take squares of one size (size of its processor: {settings.get('size')})")
     if settings.get("do_center_crop"):
-        raise InputError(
-            f"{where} crops the centre of an image (do_center_crop), so that its masks would lack the border"
-        )
+        raise InputError(f"{where} crops the centre of an image (do_center_crop): its masks would lack the border")
     # (255 p rescale - mean) / std of a pixel p in [0, 1] equals (p - mean / r) / (std / r) with r = 255 rescale.
     rescale = 255 * settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 255.0
     mean, std = [0.0] * 3, [1.0] * 3
     if settings.get("do_normalize", True):
         mean, std = settings.get("image_mean", []), settings.get("image_std", [])
         if not all(isinstance(values, list) and len(values) == 3 for values in (mean, std)) or min(std) <= 0:
-            raise InputError(
-                f"the processor of {where} has no valid image_mean and image_std: add them or set do_normalize to false"
-            )
+            raise InputError(f"{where} has no valid image_mean and image_std: add them, or set do_normalize to false")
     mean, std = ([value / rescale for value in values] for values in (mean, std))
     return Translated(network, classes, mean, std, bool(settings.get("do_flip_channel_order"))).eval(), size
 

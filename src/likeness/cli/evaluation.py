@@ -129,9 +129,7 @@ class Compare(Measurement):
             folder = Path(name)
             if not (folder / RESULTS).is_file():
                 if self.faces is None:
-                    raise InputError(
-                        f"{name} is not an evaluation (it has no {RESULTS}). To evaluate a model, pass --faces"
-                    )
+                    raise InputError(f"{name} has no {RESULTS}, so it is a model: pass --faces")
                 model, _, text = name.partition("@")
                 own = tuple(text.split(",")) if text else ()
                 keys = {setting.partition("=")[0].strip() for setting in own}

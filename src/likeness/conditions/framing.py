@@ -56,9 +56,7 @@ class Framing(NamedTuple):
 
 
 def anchors_of(points: np.ndarray) -> Anchors:
-    """Compute eyes and mouth of landmarks [68 or 478, 2], in the same coordinates. Raises `InputError` for another
-    number of points.
-    """
+    """Compute eyes and mouth of landmarks [68 or 478, 2]. Raises `InputError` for another number of points."""
     count = len(points)
     if count not in MOUTH_CORNERS:
         raise InputError(f"{count} landmarks are not supported: use the 68 of iBUG or the 478 of MediaPipe")
@@ -112,9 +110,7 @@ def beyond(transform: np.ndarray, size: int, width: int, height: int) -> np.ndar
 
 
 def framing_of(points: np.ndarray, width: int, height: int, size: int) -> Framing:
-    """Measure a face in a photo of `width` x `height` pixels, with landmarks [68 or 478, 2] in its pixels, for a
-    portrait of `size` pixels.
-    """
+    """Measure landmarks [68 or 478, 2] in pixels of a `width` x `height` photo, for a portrait of `size` pixels."""
     transform = portrait_transform(points, size)
     nose, right, left = move(points[NOSE_AND_SIDES[len(points)]], transform)
     # At yaw a, the half width is reduced to cos a, and the nose moves from the middle by its protrusion times sin a.

@@ -248,11 +248,6 @@ def _from_openpose(document: dict[str, Any], name: str) -> Loaded:
     return "OpenPose JSON", points, (float(size[0] or 0), float(size[1] or 0)) if known else None
 
 
-def resize(raw: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Return the points unchanged: fractions do not depend on the size."""
-    return raw
-
-
 def flip(raw: np.ndarray) -> np.ndarray:
     """Mirror points horizontally and renumber them, so that each number keeps its meaning."""
     mirrored = raw[FLIPS[len(raw)]].copy()
@@ -290,7 +285,7 @@ KEYPOINTS = Condition(
     suffix=".json",
     input_suffixes=TEXT_SUFFIXES + ARRAY_SUFFIXES,
     read=read,
-    resize=resize,
+    resize=lambda raw, height, width: raw,  # fractions do not depend on the size
     flip=flip,
     augment=augment_points,
     render=render,

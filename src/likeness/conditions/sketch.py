@@ -157,10 +157,7 @@ def _clean(grey: np.ndarray, colourfulness: np.ndarray, name: str) -> tuple[np.n
     inked = ink > max(noise, 0.04)
     # A shadow on paper rarely halves the light, and paper grain stays below 0.1. Photographs nearly always exceed one.
     if low < 0.55 * high or noise > 0.18 or inked.mean() > 0.45 or (colourfulness > 60).mean() > 0.15:
-        raise no_sketch(
-            f"{name} has continuous tones and is not a sketch: {extraction(name)}, and `likeness inspect` reports what "
-            "it is"
-        )
+        raise no_sketch(f"{name} has continuous tones and is not a sketch: {extraction(name)}")
     if inked.mean() < 0.0005 or ink.max() < 0.06:
         raise InputError(f"the sketch is blank: {name} has no lines; draw dark lines on white", kind="blank")
     dark = float(np.percentile(ink[inked], 95))

@@ -78,9 +78,7 @@ def parse_row(line: bytes, where: str) -> dict[str, Any]:
 
 
 def clean_row(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row without null and non-finite numbers, which tools write into the gaps of tables, and with the slashes
-    of Windows in file names replaced.
-    """
+    """Return a row without null and non-finite numbers, the gaps of tables, and with Windows' slashes replaced."""
 
     def finite(value: Any) -> Any:
         if isinstance(value, dict):
@@ -134,9 +132,7 @@ def file_mode(file: str) -> int:
 
 
 def root_of(folder: str | Path) -> Path:
-    """Return the absolute directory whose `metadata.jsonl` is read: `folder` or its split `train`. Raises `InputError`
-    if it is missing.
-    """
+    """Return the absolute folder of metadata, `folder` or its split `train`. Raises `InputError` if it is missing."""
     for split in (".", "train"):
         if (Path(folder) / split / METADATA).is_file():
             return split_inside(Path(folder), split)

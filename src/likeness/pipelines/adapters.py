@@ -66,9 +66,7 @@ class Adapter:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Read the configuration of an adapter folder. Raises `InputError` if it cannot be read, or has unknown, missing or
-    invalid entries.
-    """
+    """Read the configuration of an adapter folder. Raises `InputError` if it is missing or has invalid entries."""
     path = folder / ADAPTER
     return build(Adapter, read_json(path), where=str(path))
 
@@ -330,9 +328,7 @@ def restore_adapters(pipeline: Any, recorded: Mapping[str, Mapping[str, Any]]) -
         if entry.get("source") is None:
             raise InputError(f"The LoRA {name!r} was loaded from a state dict, not from a file")
         if not hasattr(pipeline, "loras"):
-            raise InputError(
-                f"The recipe has the LoRA {entry['source']}, but {type(pipeline).__name__} does not support LoRAs"
-            )
+            raise InputError(f"{type(pipeline).__name__} does not support LoRAs, but the recipe has {entry['source']}")
         load_lora(pipeline, entry["source"], name, **options)
     if missing := sorted(recorded.keys() - active_adapters(pipeline).keys()):
         raise InputError(f"The model of the recipe has no adapter {missing[0]!r}: it is another model now")

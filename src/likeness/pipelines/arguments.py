@@ -60,10 +60,7 @@ def per_image(arguments: Mapping[str, Any], repeats: int) -> list[dict[str, Any]
             raise InputError(f"The list of {name} is empty: pass one value for all images, or one per image")
         if len(values) not in (1, count):
             longest = next(other for other in columns if len(columns[other]) == count)
-            raise InputError(
-                f"{len(values)} values of {name} do not match {count} of {longest}: "
-                "pass one value for all images, or one per image"
-            )
+            raise InputError(f"{len(values)} values of {name} do not match {count} of {longest}: pass one or {count}")
     rows = [{name: values[i % len(values)] for name, values in columns.items()} for i in range(count)]
     return [{name: value for name, value in row.items() if value is not None} for row in rows for _ in range(repeats)]
 
@@ -139,9 +136,7 @@ def condition_inputs(
         if not math.isfinite(condition.scale) or condition.scale < 0:
             raise InputError(f"The scale of {name} is {condition.scale}; it must be a finite number of at least 0")
         if not 0 <= condition.start <= condition.end <= 1:
-            raise InputError(
-                f"{name} is active from {condition.start} to {condition.end}; these must be in [0, 1], the start first"
-            )
+            raise InputError(f"{name} acts from {condition.start} to {condition.end}: use 0 <= start <= end <= 1")
         return condition
 
     return {

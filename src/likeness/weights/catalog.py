@@ -52,9 +52,7 @@ def find_model(source: str | Path) -> Path:
         # without files next to the pipeline, such as the second copy of FLUX.1's weights
         return Path(snapshot_download(str(source), allow_patterns=["*.json", "*/*", "adapter.safetensors"]))
     except Exception as error:  # of many types: offline, gated, missing
-        raise InputError(
-            f"The model {source} is neither a folder nor available on the Hub: {first_line(error)}"
-        ) from error
+        raise InputError(f"Model {source} is neither a folder nor available on the Hub: {first_line(error)}") from error
 
 
 def checkpoint_file(source: str | Path, name: str) -> Path:

@@ -18,9 +18,7 @@ POINTER = b"version https://git-lfs"
 
 @contextmanager
 def opened_weights(path: Path) -> Iterator[Any]:
-    """Open a safetensors file within a `with` block. Raises `InputError` if it is missing, cut off, damaged, or a
-    pointer of Git LFS.
-    """
+    """Open a safetensors file. Raises `InputError` if it is missing, cut off, damaged, or a pointer of Git LFS."""
     check_pointer(path)
     try:
         with safe_open(path, "pt") as file:
@@ -36,9 +34,7 @@ def read_weights(path: Path) -> dict[str, Any]:
 
 
 def check_files(folder: Path) -> None:
-    """Raise `InputError` if a file of a component is a pointer of Git LFS, or a safetensors or JSON file is incomplete;
-    the message names it.
-    """
+    """Raise `InputError` if a file of a component is a Git LFS pointer, or an incomplete safetensors or JSON file."""
     for path in sorted(folder.rglob("*")):
         if path.suffix == ".safetensors":
             with opened_weights(path):

@@ -114,8 +114,8 @@ def is_packed(folder: Path) -> bool:
 
 
 def read_packed(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Read the state dict of a packed component. Raises `InputError` if it is a difference from weights that are
-    missing or have changed.
+    """Read a packed state dict. Raises `InputError` if it is a difference from weights that are missing or have
+    changed.
     """
     if not (folder / DIFFERENCE).is_file():
         return unpack(read_weights(folder / PACKED), dtype)

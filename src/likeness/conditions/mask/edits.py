@@ -270,14 +270,10 @@ def checked(labels: np.ndarray) -> np.ndarray:
 
 
 def class_index(name: str) -> int:
-    """Return the class of that name, in any case, or of a synonym such as "glasses". Raises `InputError` if it is
-    unknown or names several classes.
-    """
+    """Return the class of a name, in any case, or of a synonym. Raises `InputError` unless it is exactly one."""
     found = _named(name)
     if len(found) > 1:
-        raise InputError(
-            f"{name!r} names several classes: choose one of {', '.join(CLASSES[index] for index in found)}"
-        )
+        raise InputError(f"{name!r} names several classes: choose one of {', '.join(CLASSES[i] for i in found)}")
     return found[0]
 
 
@@ -302,9 +298,7 @@ def class_indices(classes: Names, *, background: bool = False) -> list[int]:
 
 
 def present_classes(labels: np.ndarray, classes: Names, *, background: bool = False) -> list[int]:
-    """As `class_indices`, without the absent classes of a name of several. Raises `InputError` if nothing that a name
-    stands for is in `labels`.
-    """
+    """As `class_indices`, without absent classes. Raises `InputError` if nothing of a name is in `labels`."""
     for name in (classes,) if isinstance(classes, str) else classes:
         if not np.isin(_named(name), labels).any():
             raise InputError(f"the mask has no {name}: name a class that `likeness inspect` lists")
@@ -399,9 +393,7 @@ def _fit(other: np.ndarray, labels: np.ndarray, without: Collection[int] = ()) -
     parts = [CLASS_INDEX[name] for name in INSIDE if CLASS_INDEX[name] not in without]
     parts = [index for index in parts if all(geometry.pixels[index] for geometry in geometries)]
     if len(parts) < 3:
-        raise InputError(
-            "too few parts in common to align the faces: at least three of eyes, brows, nose, mouth and lips are needed"
-        )
+        raise InputError("too few parts in common: three of eyes, brows, nose, mouth and lips are needed to align")
     theirs, ours = (
         (geometry.centre[parts] + 0.5) @ np.array([1, 1j]) / mask.shape[0]
         for geometry, mask in zip(geometries, (other, labels), strict=True)

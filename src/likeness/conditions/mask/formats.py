@@ -22,7 +22,6 @@ from likeness.conditions.mask.classes import (
     FLIP_PAIRS,
     PALETTE,
     PALETTES,
-    PART_ALIASES,
     order_table,
 )
 from likeness.conditions.mask.geometry import broken_rules, measure, rank_orders, swapped_pairs
@@ -34,9 +33,10 @@ UNION = np.unique(np.concatenate(list(PALETTES.values())), axis=0)
 
 PART_NAMES: dict[str, int] = {
     **{name: index for name, index in CLASS_INDEX.items() if index},
-    **{alias: CLASS_INDEX[name] for alias, name in PART_ALIASES.items()},
+    "ear_r": CLASS_INDEX["earring"],
+    "neck_l": CLASS_INDEX["necklace"],
 }
-"""End of a part file's name -> class."""
+"""End of a part file's name, as in CelebAMask-HQ's `<id>_ear_r.png` -> class."""
 
 IGNORE = 255
 """Class number for pixels without a class in many data sets."""
@@ -202,9 +202,7 @@ def _read_numbers(values: np.ndarray, scheme: str, name: str, *, coloured: bool 
     if (ignored := values == IGNORE).any() and not ignored.all():
         fraction = float(ignored.mean())
         if fraction > MAX_IGNORED:
-            raise off_palette(
-                f"{100 * fraction:.0f} % of {name} is {IGNORE}, the number for ignored pixels: give each pixel a class"
-            )
+            raise off_palette(f"{100 * fraction:.0f} % of {name} is {IGNORE} (ignored): give each pixel a class")
         reading = _read_numbers(fill_nearest(values, ignored), scheme, name, coloured=coloured)
         text = f"{100 * fraction:.1f} % of the pixels are {IGNORE} (ignore) and took the class of the nearest pixel"
         return dataclasses.replace(reading, notes=(Note("ignored-pixels", text), *reading.notes))

@@ -45,9 +45,7 @@ def _streams(seed: int, index: int) -> tuple[Traits, np.random.Generator, np.ran
 
 
 def describe_face(seed: int, index: int) -> tuple[dict[str, str | bool | float], tuple[str, ...]]:
-    """Return attributes and captions of `draw_face(seed, index)`, about 100 times as fast. Raises `InputError` for a
-    negative seed or index.
-    """
+    """Return attributes and captions of `draw_face(seed, index)`, about 100 times as fast, with the same errors."""
     traits, _, caption_stream = _streams(seed, index)
     attributes = describe(traits)
     return attributes, write_captions(attributes, caption_stream)
@@ -60,9 +58,7 @@ def draw_face(seed: int, index: int, size: int = 128) -> SyntheticFace:
     `InputError` for a negative seed or index, or a size out of range.
     """
     if not MINIMUM_SIZE <= size <= MAXIMUM_SIZE:
-        raise InputError(
-            f"Size {size} of a synthetic face is not supported: use {MINIMUM_SIZE} to {MAXIMUM_SIZE} pixels"
-        )
+        raise InputError(f"Size {size} is not supported: synthetic faces have {MINIMUM_SIZE} to {MAXIMUM_SIZE} pixels")
     traits, drawing_stream, caption_stream = _streams(seed, index)
     drawing = draw(traits, size, drawing_stream)
     attributes = describe(traits)
