@@ -77,9 +77,8 @@ def load_face_parser(source: str | Path = "bundled", *, swapped: bool = False) -
 
 
 def classes_of(labels: Sequence[str], where: str, *, swapped: bool = False) -> tuple[int, ...]:
-    """Return the class of each label of a network, by name. `swapped`: its left is the viewer's left, the person's
-    right. Raises `InputError` if a name is unknown, or a class of `NEEDED` is missing; `where` is the name of the
-    network.
+    """Return the class of each label of a network, by name. `swapped`: its left is the person's right. Raises
+    `InputError` if a name is unknown, or a class of `NEEDED` is missing; `where` is the network's name.
     """
     known = [plain_name(name) for name in labels]
     unknown = [label for label, name in zip(labels, known, strict=True) if name not in CLASS_OF]

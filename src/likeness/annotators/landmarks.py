@@ -92,8 +92,7 @@ def stderr_discarded() -> Iterator[None]:
 
 
 def find_faces(find: FaceFinder, photo: np.ndarray, *, every: bool = False) -> list[np.ndarray]:
-    """Find the faces of a photo, uint8 RGB [H, W, 3] of any size: landmarks in its pixels, float64 [478, 2], the
-    largest first.
+    """Find the faces of a photo, uint8 RGB [H, W, 3]: landmarks in its pixels, float64 [478, 2], the largest first.
 
     `find` detects faces that are large in its input. It searches the photo, then windows of 1/2 and of 1/4 of its
     longer side, which overlap by half, until one size has a face; with `every`, all of them.

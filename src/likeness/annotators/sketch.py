@@ -20,8 +20,7 @@ REFERENCE = 512
 
 
 def extract_sketch(image: np.ndarray | Image.Image) -> np.ndarray:
-    """Draw a photograph, uint8 [H, W, 3] or [H, W] or a PIL image, with dark lines on white: uint8 [H, W], 0 (stroke)
-    to 255 (paper).
+    """Draw a photograph, uint8 [H, W, 3] or [H, W] or a PIL image: uint8 [H, W], 0 (stroke) to 255 (paper).
 
     Lines are about 1/128 of the shorter side wide. Raises `InputError` for another shape or type, or a side below 32.
     """

@@ -185,8 +185,7 @@ def draw_sketch(network: U2Net, image: np.ndarray) -> np.ndarray:
 
 def load_sketcher(weights: Path | None = None, *, device: str | None = None) -> tuple[Sketcher, str]:
     """Return a sketch extractor, and the name by which datasets record it: U2-Net with these weights on a device
-    (`choose_device`), or XDoG, which needs none. Raises `InputError` if the weights cannot be used, or the device is
-    not available.
+    (`choose_device`), or XDoG. Raises `InputError` if the weights or the device cannot be used.
     """
     device = choose_device(device)
     if weights is None:

@@ -180,9 +180,7 @@ class Cost:
             for own, none, full in zip(row[1:3], plain[1:3], holistic[1:3], strict=True):
                 line += f"{own / 1e12:10.2f}{(own - none) / 1e12:10.2f}{1 - (own - none) / (full - none):10.1%}"
             print(f"{line}{row.cache / 1e6:12.0f}{row.adapter:12,}")
-        print(
-            "saved: relative to holistic attention. The left count is that of Table 4 of the paper (docs/mditface.md)"
-        )
+        print("saved: relative to holistic attention. The left count is that of the paper's Table 4 (docs/mditface.md)")
 
 
 def split_sources(sources: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:

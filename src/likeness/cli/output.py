@@ -28,12 +28,12 @@ def image_names(
     """Choose the names of images before any work is done, so that a wrong `--out` costs no wait.
 
     `out` is a folder (one that exists, or any name with a trailing slash; None is the current one), a file, or for
-    several images its stem. `suffix` is the format in a folder and of a file without a suffix, `inputs` are the files
-    and folders that the command reads, and `stem` is the name of an image in a folder, which a number follows.
+    several images its stem. `suffix` is the default format, `inputs` are the files and folders that the command reads,
+    and `stem` is the name of an image in a folder, which a number follows.
 
     Return the names in order, and whether an existing file is overwritten. In a folder these are all names that are
-    free: more than `count`, since other processes may take some in the meantime. Raises `InputError` if the folder
-    cannot be written, the file format is unknown, or an input would be overwritten.
+    free, since other processes may take some in the meantime. Raises `InputError` if the folder cannot be written, the
+    file format is unknown, or an input would be overwritten.
     """
     if out is None or out.endswith(("/", os.sep)) or Path(out).is_dir():
         folder = Path(out or ".")

@@ -139,6 +139,7 @@ class Generate(ModelOptions):
         print_notes([f"left out of the LoRA: {line}" for line in add_loras(pipeline, loras, strict=self.lora_strict)])
         requests = [resolve(dataclasses.replace(request, seed=first + index), pipeline) for index in range(self.count)]
         units = (requests[0].num_inference_steps or 0) + 1  # of an image: its steps, and decoding with saving
+        total = self.count * units
         adapt_threads(pipeline, requests[0].height, requests[0].width)
         fingerprint = pipeline_hash(pipeline) if self.metadata else ""
         encoded: dict[Any, Any] = {}
@@ -154,9 +155,7 @@ class Generate(ModelOptions):
                     pipeline,
                     batch[0],
                     [one.seed for one in batch],
-                    lambda step, steps, done=done, batch=batch: advance(
-                        done * units + step * len(batch), self.count * units
-                    ),
+                    lambda step, steps, done=done, batch=batch: advance(done * units + step * len(batch), total),
                     encoded,
                 )
                 print_notes([note for note in notes if note not in reported])
@@ -166,7 +165,7 @@ class Generate(ModelOptions):
                     if self.metadata:
                         recipe = recipe_of(one, pipeline, **pipeline.source, fingerprint=fingerprint)
                     print(f"{save_image(image, recipe, names, overwrite)}  seed {one.seed}", flush=True)
-                advance((done + len(batch)) * units, self.count * units)
+                advance((done + len(batch)) * units, total)
 
     def files(self) -> dict[str, Path]:
         """Return the files of the conditions."""

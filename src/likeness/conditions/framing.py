@@ -66,9 +66,8 @@ def anchors_of(points: np.ndarray) -> Anchors:
 
 
 def portrait_transform(points: np.ndarray, size: int) -> np.ndarray:
-    """Compute the similarity transform, float64 [2, 3] without reflection, from a photo to the framing of CelebA-HQ and
-    FFHQ, for landmarks [68 or 478, 2] in pixels of the photo and a portrait of `size` pixels. Raises `InputError` if
-    all points are on one spot.
+    """Compute the similarity transform, float64 [2, 3], from a photo to the framing of CelebA-HQ and FFHQ, for
+    landmarks [68 or 478, 2] in its pixels and a portrait of `size` pixels. Raises `InputError` if all are on one spot.
     """
     left_eye, right_eye, mouth = anchors_of(points)
     middle = (left_eye + right_eye) / 2

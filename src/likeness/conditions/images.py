@@ -143,10 +143,8 @@ def read_rgb(source: str | Path | Image.Image | bytes, name: str = "") -> Image.
 
 
 def to_8_bit(image: Image.Image) -> Image.Image:
-    """Scale 16-bit integers, or float values, to 8-bit gray.
-
-    The range is 65535 for 16 bits, and for other modes the smallest of 1 (float only), 255 and 65535 that contains all
-    values.
+    """Scale 16-bit integers, or float values, to 8-bit gray. The range is 65535 for 16 bits, and for other modes the
+    smallest of 1 (float only), 255 and 65535 that contains all values.
     """
     values = np.nan_to_num(np.asarray(image).astype(np.float32))
     high = float(values.max(initial=0))

@@ -145,9 +145,8 @@ def _mask_problems(labels: np.ndarray) -> list[Note]:
 
 
 def fix(report: Report, out: Path) -> Path:
-    """Write the canonical form to `out` and return it: palette PNG for masks, grey PNG for sketches, JSON for
-    keypoints. Swapped sides of a mask are corrected; specks and missing parts remain. Raises `InputError` if the suffix
-    is another one, or the file cannot be written.
+    """Write the canonical form to `out` and return it: palette PNG, grey PNG or JSON. Swapped sides of a mask are
+    corrected; specks and missing parts remain. Raises `InputError` for another suffix, or if it cannot be written.
     """
     out, condition, raw = Path(out), CONDITIONS[report.condition], report.raw
     if out.suffix.lower() != condition.suffix:

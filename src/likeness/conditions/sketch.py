@@ -44,8 +44,7 @@ def read(source: Source, *, name: str = "") -> Reading:
     """Read a drawing as lines, uint8 [H, W], 0 (stroke) to 255 (paper).
 
     The source is a path (image, .npy, .npz), a PIL image, or an array [H, W] or [H, W, 3 or 4], uint8, bool or float in
-    [0, 1]; `name` replaces the path in error messages. Raises `InputError` if it is a photograph, a mask, blank, or
-    unreadable.
+    [0, 1]; `name` replaces the path in messages. Raises `InputError` for a photograph, a mask, or a blank image.
     """
     name = name or describe(source)
     if not isinstance(source, np.ndarray | Image.Image):
@@ -133,8 +132,7 @@ def _clean(grey: np.ndarray, colourfulness: np.ndarray, name: str) -> tuple[np.n
     """Make the paper white and the strokes dark; also return whether that changed anything.
 
     The paper is estimated as the large-scale upper envelope (a grey closing, then a blur) and divided out. Ink above
-    the noise of the paper is stretched until its darkest percent is black. Raises `InputError` if the envelope is not a
-    sheet of paper, or there is no ink.
+    its noise is stretched until its darkest percent is black. Raises `InputError` without paper or ink.
     """
     from scipy import ndimage
 

@@ -156,10 +156,8 @@ def released_names(depth: int) -> dict[str, tuple[str, ...]]:
 
 
 def reverse_time(weight: Tensor) -> Tensor:
-    """Return the first time layer [D, 256] for the opposite time direction.
-
-    cos(f (s - u)) and sin(f (s - u)) are a rotation of cos(f u) and sin(f u) by the angle f s, which is folded into the
-    columns of the layer.
+    """Return the first time layer [D, 256] for the opposite time direction: cos(f (s - u)) and sin(f (s - u)) are a
+    rotation of cos(f u) and sin(f u) by the angle f s, which is folded into the columns of the layer.
     """
     half = weight.shape[1] // 2
     rotation = time_frequencies(torch.tensor([TIME_SCALE]), weight.shape[1])[0].double()  # [256]

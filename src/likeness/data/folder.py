@@ -39,8 +39,7 @@ MAX_LINE = 2**26
 
 def read_folder(folder: str | Path) -> list[dict[str, Any]]:
     """Read the rows of `folder`, or of its split `train`, with every file column as an absolute `Path`. Null is absent.
-    Raises `InputError` if the metadata is missing, or a line is not JSON, lacks `file_name`, names a file outside the
-    folder, or has captions that are not text.
+    Raises `InputError` if the metadata is missing or a line is invalid.
     """
     return list(each_row(folder))
 
@@ -101,9 +100,8 @@ def is_file_column(column: str) -> bool:
 def file_inside(root: Path, name: Any, folders: dict[str, str], where: str) -> Path:
     """Return the file that a row names as an absolute path with the links of its folder resolved. It need not exist.
 
-    `folders` caches resolved folders, which makes a million rows fast; `where` is the position for messages. Raises
-    `InputError` if it is not the name of a file below `root`, also through links, or is a pipe, a device or a socket,
-    which could block or never end.
+    `folders` caches resolved folders; `where` is the position for messages. Raises `InputError` if it is not a file
+    name below `root`, also through links, or is a pipe, a device or a socket, which could block or never end.
     """
     try:
         folder, base = os.path.split(name)

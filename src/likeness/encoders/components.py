@@ -44,10 +44,7 @@ class Components:
         return recorded in (self.codec_hash, *self.encoder_of) or recorded == weights_hash(self.vae)
 
     def text_hash(self) -> str:
-        """Return the SHA-256 of text encoders, vocabularies and settings. Stored text features record it.
-
-        It reads all weights, so it is computed only if features are stored.
-        """
+        """Return the SHA-256 of text encoders, vocabularies and settings, which stored text features record."""
         encoders = [
             weights_hash(encoder) for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None
         ]

@@ -63,9 +63,8 @@ def text_length(clip: Any) -> int:
 def retrieved(queries: Tensor, candidates: Tensor, choices: int) -> Tensor:
     """Return whether each query's own candidate is the nearest one within its group, bool [n].
 
-    `queries` [N, D] are features of images or captions, of any length, and `candidates` [N, D] those of the captions or
-    images that belong to them. Groups are consecutive and of size `choices`; an incomplete last one is left out, so n
-    <= N. Chance is 1 / choices. Raises `ValueError` if there are fewer than `choices` queries.
+    `queries` and `candidates` [N, D] are features of images and of captions that belong together, of any length. Groups
+    have `choices` members; an incomplete last one is left out. Raises `ValueError` if there is no complete group.
     """
     count = len(queries) // choices * choices
     if not count:

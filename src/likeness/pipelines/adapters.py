@@ -130,11 +130,8 @@ def save_adapter(
 
 
 def load_adapter(pipeline: Any, folder: str | Path) -> None:
-    """Load an adapter folder into an `MDiTFacePipeline` whose network is its base; `pipeline.set_adapters("mditface",
-    0.8)` scales it.
-
-    Raises `InputError` if the folder cannot be read, or the adapter was trained on another network; every weight that
-    does not match is listed.
+    """Load an adapter folder into an `MDiTFacePipeline` whose network is its base. Raises `InputError` if it cannot be
+    read, or was trained on another network; every weight that does not match is listed.
     """
     from peft import set_peft_model_state_dict
 

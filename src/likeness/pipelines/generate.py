@@ -50,9 +50,8 @@ def work_of(pipeline: Any, height: int, width: int) -> float:
 def batches(
     requests: Sequence[PortraitRequest], pipeline: Any, *, single: bool = False
 ) -> Iterator[tuple[int, Sequence[PortraitRequest]]]:
-    """Yield batches of resolved requests, equal but for their seeds, each with the number of images before it, so that
-    images are saved as soon as they are generated. On a CPU, or with `single`, a batch is a single image: there, larger
-    ones take as long per image.
+    """Yield batches of resolved requests, equal but for their seeds, each with the number of images before it. On a
+    CPU, or with `single`, a batch is a single image: there, larger ones take as long per image.
     """
     size = 1 if single or pipeline._execution_device.type == "cpu" else BATCH
     for start in range(0, len(requests), size):

@@ -370,12 +370,8 @@ def encode_image(
     if edited and kind == "JPEG":
         raise InputError("A JPEG would change every pixel of the edited photograph: write a .png or .webp")
     mark = mark or (COMPOSITE if edited else None if recipe is None else GENERATED)
-    options: dict[str, Any] = {
-        "JPEG": {"quality": 95, "subsampling": 0},
-        "WEBP": {"lossless": True, "exact": True},
-    }.get(kind, {})
-    if quality is not None and kind != "PNG":
-        options = {"quality": quality}
+    best = {"PNG": {}, "JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True, "exact": True}}
+    options: dict[str, Any] = best[kind] if quality is None or kind == "PNG" else {"quality": quality}
     if profile := image.info.get("icc_profile"):
         options["icc_profile"] = profile
     packet = xmp_packet(recipe, mark) if mark else None
@@ -390,8 +386,7 @@ def encode_image(
                 conditions = {name: {**entry, "data": None} for name, entry in recipe["conditions"].items()}
                 packet = xmp_packet({**recipe, "conditions": conditions})
             exif = options["exif"] = Image.Exif()
-            comment = b"UNICODE\x00" + parameters_line(recipe).encode("utf-16-be")
-            exif.get_ifd(EXIF_POINTER)[USER_COMMENT] = comment
+            exif.get_ifd(EXIF_POINTER)[USER_COMMENT] = b"UNICODE\0" + parameters_line(recipe).encode("utf-16-be")
         options["xmp"] = packet.encode()
     buffer = io.BytesIO()
     try:

@@ -85,10 +85,8 @@ def grow(labels: np.ndarray, classes: Names, radius: float, over: Names = ()) ->
 
 
 def shrink(labels: np.ndarray, classes: Names, radius: float) -> np.ndarray:
-    """Shrink classes away from what is beneath them, the counterpart of `grow`.
-
-    A pixel within `radius` of a class in `SHOWS` takes the nearest of these classes. A class does not shrink away from
-    what is on top of it: skin leaves no gap around the eyes.
+    """Shrink classes away from what is beneath them, the counterpart of `grow`: a pixel within `radius` of a class in
+    `SHOWS` takes the nearest of these classes. Skin leaves no gap around the eyes, which are on top of it.
     """
     labels, chosen = checked(labels), present_classes(labels, classes)
     _check_radius(radius)

@@ -42,10 +42,7 @@ def nearest_colours(rgb: np.ndarray, *palettes: np.ndarray) -> list[tuple[np.nda
 
 
 def unique_colours(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`np.unique` with inverse for values below 2^24: [H, W] -> [N], [H, W].
-
-    Large images use a lookup table, which is six times as fast as sorting.
-    """
+    """`np.unique` with inverse for values below 2^24, [H, W] -> [N], [H, W]; six times as fast for large images."""
     if packed.size < 1 << 20:
         values, inverse = np.unique(packed, return_inverse=True)
         return values, inverse.reshape(packed.shape)
