@@ -89,12 +89,12 @@ def test_editing(workplace, capsys):
 def test_own_photos(workplace, capsys):
     """The way from photographs to a compared model, without alignment and with fewer steps."""
     text = (ROOT / "docs" / "own-photos.md").read_text()
-    write_synthetic(workplace / "drawn", 24, 64)
+    write_synthetic(workplace / "drawn", 16, 64)
     (workplace / "my").mkdir()
     (workplace / "drawn" / "train" / "images").rename(workplace / "my" / "photos")
     short = {
         "prepare": ("--align --landmarker face_landmarker.task --held-out 20", "--crop --held-out 10"),
-        "train": ("mini.toml", "mini.toml optimizer.images=32 preview=[]"),
+        "train": ("mini.toml", "mini.toml optimizer.images=16 preview=[]"),
         "compare": ("--out", "steps=1 bootstrap_samples=100 --out"),
     }
     lines = commands(text)

@@ -502,7 +502,7 @@ def test_recipes_hold_what_acts(root, mask):
     pipeline.unload_lora_weights()
     assert active_adapters(pipeline) == pipeline.loras == {}
     assert active_adapters(tiny_pipeline()) == {}
-    with pytest.raises(InputError, match=r"has the LoRA a\.safetensors, but MMFacePipeline does not support LoRAs"):
+    with pytest.raises(InputError, match=r"MMFacePipeline does not support LoRAs, but the recipe has a\.safetensors"):
         restore_adapters(tiny_pipeline(), {"x": {"scale": 1.0, "source": "a.safetensors", "strict": True}})
 
 

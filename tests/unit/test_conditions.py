@@ -23,7 +23,6 @@ def test_canonical_files_read_back(face, name, tmp_path):
     path.write_bytes(condition.encode(raw))
     np.testing.assert_allclose(condition.read(path).raw, raw, atol=1e-6)
     assert path.suffix in condition.input_suffixes
-    assert (condition.column, condition.flag) == (f"{name}_file_name", f"--{name}")
 
 
 @pytest.mark.parametrize("name", CONDITIONS)

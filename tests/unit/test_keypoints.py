@@ -10,7 +10,7 @@ from drawn import drawn_points
 from PIL import Image
 
 from builders import tiny_pipeline
-from likeness.conditions.keypoints import FLIPS, STROKES, flip, part_points, read, render, resize
+from likeness.conditions.keypoints import FLIPS, KEYPOINTS, STROKES, flip, part_points, read, render
 from likeness.types import InputError
 
 POINTS = drawn_points()
@@ -172,5 +172,5 @@ def test_swapped_sides_are_noted_and_resize_changes_nothing():
     crossed = POINTS.copy()
     crossed[:, 0] = 1 - crossed[:, 0]
     assert [note.kind for note in read(crossed).notes] == ["swapped-sides"]
-    assert resize(POINTS, 64, 32) is POINTS
+    assert KEYPOINTS.resize(POINTS, 64, 32) is POINTS
     assert render(POINTS, 64, 96).shape == (64, 96, 3)

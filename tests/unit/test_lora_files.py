@@ -199,8 +199,8 @@ def test_keys_that_do_not_match_are_listed(pipeline, tmp_path, name):
         ({"a.safetensors": {}}, "is not a LoRA: it contains no weights"),
         ({"a.safetensors": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"}, "Git LFS"),
         ({"a.safetensors": b"\x10\0\0\0\0\0\0\0{}"}, r"a\.safetensors cannot be read"),
-        ({"a.safetensors": GOOD, "b.safetensors": GOOD}, r"has a\.safetensors, b\.safetensors: pass the file"),
-        ({"a.bin": b"pickle"}, "has none: pass the file"),
+        ({"a.safetensors": GOOD, "b.safetensors": GOOD}, r"has a\.safetensors, b\.safetensors: pass one"),
+        ({"a.bin": b"pickle"}, "has no .safetensors file: pass one"),
         (
             {"adapter_model.safetensors": GOOD, "adapter_config.json": b'{"lora_alpha": NaN}'},
             "lora_alpha of the LoRA .* is nan",

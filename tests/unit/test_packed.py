@@ -246,7 +246,7 @@ def test_incomplete_files_are_named(folder, tmp_path, capsys, file, damage):
     assert not (tmp_path / "a.png").exists()
 
 
-@pytest.mark.parametrize(("part", "message"), [("transformer", "The latents are"), ("vae", "The decoded images are")])
+@pytest.mark.parametrize(("part", "message"), [("transformer", "The latents are"), ("vae", "The images are")])
 def test_weights_that_are_not_finite_are_no_image(folder, tmp_path, capsys, part, message):
     shutil.copytree(folder, tmp_path / "model")
     state = load_file(tmp_path / "model" / part / WEIGHTS)

@@ -21,8 +21,15 @@ from transformers import (
 )
 
 from builders import tiny_face_parser
-from likeness.annotators.face_parser import Translated, load_face_parser, parse_faces, sides_swapped, to_input
-from likeness.annotators.labels import PARSER_NAMES, classes_of
+from likeness.annotators.face_parser import (
+    PARSER_NAMES,
+    Translated,
+    classes_of,
+    load_face_parser,
+    parse_faces,
+    sides_swapped,
+    to_input,
+)
 from likeness.conditions.mask.classes import CLASS_INDEX, CLASSES, FLIP_PAIRS, ORDERS
 from likeness.data.synthetic import draw_face
 from likeness.types import InputError

@@ -463,8 +463,8 @@ def test_rejected_arguments(pipeline, change, message):
     [
         ({"conditioning_scale": -1.0}, "scale of mask"),
         ({"conditioning_scale": [0.5]}, r"conditioning_scale is \[0.5\]"),
-        ({"control_guidance_start": 0.8, "control_guidance_end": 0.2}, "is active from"),
-        ({"control_guidance_end": 1.5}, "is active from"),
+        ({"control_guidance_start": 0.8, "control_guidance_end": 0.2}, "acts from"),
+        ({"control_guidance_end": 1.5}, "acts from"),
     ],
 )
 def test_control_rejected_arguments(pipeline, faces, change, message):
@@ -489,7 +489,7 @@ def test_texts_of_many_threads():
     pipeline, texts = tiny_pipeline(), ["a woman", "a man with a beard", "", "a smiling person " * 8]
     encode = lambda k: pipeline.encode_prompts(texts[k % 4 : k % 4 + 1], [], {}, [])  # noqa: E731
     wanted = [encode(k) for k in range(4)]
-    for k, found in enumerate(concurrently(encode, 2000)):
+    for k, found in enumerate(concurrently(encode, 1000)):
         assert torch.equal(found.tokens, wanted[k % 4].tokens)
         assert torch.equal(found.pooled, wanted[k % 4].pooled)
 
@@ -511,8 +511,8 @@ def test_images_of_many_threads(pipeline, faces):
         )
         return image, steps
 
-    wanted = [call(k) for k in range(48)]
+    wanted = [call(k) for k in range(30)]
     assert [steps for _, steps in wanted[:4]] == [[2], [3, 3, 3], [2, 2], [3]]
-    for (image, steps), (expected, counted) in zip(concurrently(call, 48), wanted, strict=True):
+    for (image, steps), (expected, counted) in zip(concurrently(call, 30), wanted, strict=True):
         assert np.array_equal(image, expected)
         assert steps == counted

@@ -1,7 +1,8 @@
 """Masks by a semantic segmentation network: any class of transformers that predicts parts of a face.
 
 The network runs at its training size. Its logits, not its labels, are enlarged, so that borders are smooth.
-`Translated` wraps third-party networks, so that all parsers have the same input and output.
+`Translated` wraps third-party networks, so that all parsers have the same input and output. Their labels are matched by
+name, never by position: orders differ without notice, names rarely do.
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from likeness.annotators.labels import classes_of
-from likeness.conditions.mask.classes import CLASS_INDEX, CLASSES, COUNTERPART
+from likeness.conditions.mask.classes import CLASS_INDEX, CLASSES, COUNTERPART, NAMES, plain_name
 from likeness.files import first_line, read_json
 from likeness.types import InputError
 from likeness.weights.catalog import BUNDLED, COMMON, checkpoint_file
@@ -34,20 +34,25 @@ IMPOSSIBLE = -1e4
 """Logit of a class that a network lacks: low, but finite after interpolation and addition, also in half precision."""
 
 
+NEEDED = ("background", "skin", "nose", "l_eye", "r_eye", "u_lip", "l_lip", "hair")
+"""Classes that every face parser needs."""
+
+PARSER_NAMES = NAMES | {"skin": (*NAMES["skin"], "beard")}
+"""Class -> names in face parsers; some label a beard, which is skin here."""
+
+CLASS_OF: dict[str, int] = {name: CLASS_INDEX[own] for own, names in PARSER_NAMES.items() for name in names}
+"""Name in other parsers -> class."""
+
+
 def load_face_parser(source: str | Path = "bundled", *, swapped: bool = False) -> tuple[Any, int]:
-    """Load a face parser with this project's input and 19 classes.
+    """Load a face parser with this project's input and 19 classes, and the side of its input in pixels.
 
-    Args:
-        source: `bundled`, a folder, packed or not, or a Hub id (`owner/name`) of any semantic segmentation network of
-            transformers. Its labels are matched by name, its normalization is read from `preprocessor_config.json`.
-            Without that file it must be a parser trained by this project.
-        swapped: Its left is the viewer's left.
+    `source` is `bundled`, a folder, packed or not, or a Hub id (`owner/name`) of any semantic segmentation network of
+    transformers. Its labels are matched by name, its normalization is read from `preprocessor_config.json`; without
+    that file it must be a parser trained by this project. `swapped`: its left is the viewer's left.
 
-    Returns:
-        The network and the side of its input in pixels.
-
-    Raises:
-        InputError: It cannot be read, its labels are not parts of a face, or its input is not a whole square image.
+    Raises `InputError` if it cannot be read, its labels are not parts of a face, or its input is not a whole square
+    image.
     """
     from transformers import AutoModelForSemanticSegmentation
 
@@ -71,6 +76,26 @@ def load_face_parser(source: str | Path = "bundled", *, swapped: bool = False) -
     return network, size
 
 
+def classes_of(labels: Sequence[str], where: str, *, swapped: bool = False) -> tuple[int, ...]:
+    """Return the class of each label of a network, by name. `swapped`: its left is the person's right. Raises
+    `InputError` if a name is unknown, or a class of `NEEDED` is missing; `where` is the network's name.
+    """
+    known = [plain_name(name) for name in labels]
+    unknown = [label for label, name in zip(labels, known, strict=True) if name not in CLASS_OF]
+    if unknown:
+        shown = ", ".join(unknown[:8]) + (", ..." if len(unknown) > 8 else "")
+        raise InputError(
+            f"{len(unknown)} of the {len(labels)} labels of {where} are not parts of a face: {shown}. "
+            "Name them in id2label of its config.json, for example skin, l_eye, u_lip, hair"
+        )
+    classes = [CLASS_OF[name] for name in known]
+    if missing := [name for name in NEEDED if CLASS_INDEX[name] not in classes]:
+        raise InputError(f"{where} has no label for {', '.join(missing)}: it is not a face parser")
+    if swapped:
+        classes = [COUNTERPART.get(index, index) for index in classes]
+    return tuple(classes)
+
+
 def to_input(image: np.ndarray, size: int) -> Tensor:
     """Convert an image, uint8 [H, W, 3], to the network's input, [1, 3, size, size]."""
     resized = Image.fromarray(image)
@@ -87,22 +112,15 @@ def flip_scores(scores: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def parse_faces(network: Any, images: Sequence[np.ndarray], *, size: int, mirrored: bool = True) -> list[np.ndarray]:
-    """Predict the masks of faces.
+def parse_faces(network: Any, images: Sequence[np.ndarray], *, size: int) -> list[np.ndarray]:
+    """Predict the masks of B faces, uint8 RGB [H, W, 3] in any size, framed as the training images: B of uint8 [H, W].
 
-    Args:
-        network: A transformers semantic segmentation network with 19 labels in canonical order, or a `Translated` one.
-        images: B of uint8 RGB [H, W, 3] in any size, framed as the training images.
-        size: Side of the network's training images in pixels.
-        mirrored: Average with the prediction for the mirrored image: slightly better, twice the time.
-
-    Returns:
-        Class indices, B of uint8 [H, W].
+    `network` has 19 labels in canonical order, or is `Translated`; `size` is the side of its training images in pixels.
+    Logits are averaged with those of the mirrored image: slightly better, twice the time.
     """
     given = torch.cat([to_input(image, size) for image in images]).to(network.device, network.dtype)
     scores = network(pixel_values=given).logits.float()  # [B, 19, h, w]
-    if mirrored:
-        scores = scores + flip_scores(network(pixel_values=given.flip(-1)).logits.float())
+    scores = scores + flip_scores(network(pixel_values=given.flip(-1)).logits.float())
     masks = []
     for image, logits in zip(images, scores, strict=True):
         enlarged = F.interpolate(logits[None], size=image.shape[:2], mode="bilinear", align_corners=False)
@@ -150,16 +168,10 @@ class Translated(nn.Module):
 
 
 def translated(network: Any, classes: Sequence[int], settings: Mapping[str, Any], where: str) -> tuple[Translated, int]:
-    """Wrap a third-party network; also return the side of its input in pixels.
+    """Wrap a third-party network with our class of each of its labels and its normalization (`settings`, the content of
+    its `preprocessor_config.json`); also return the side of its input in pixels. `where` is its name in error messages.
 
-    Args:
-        network: A transformers semantic segmentation network.
-        classes: Our class of each of its labels.
-        settings: Content of its `preprocessor_config.json`.
-        where: Name of the network for error messages.
-
-    Raises:
-        InputError: The image processor does not resize to a square or does not define its normalization.
+    Raises `InputError` if its images are not resized to a square, or its normalization is not defined.
     """
     size = settings.get("size")
     if isinstance(size, Mapping):
@@ -168,18 +180,14 @@ def translated(network: Any, classes: Sequence[int], settings: Mapping[str, Any]
     if not isinstance(size, int) or not settings.get("do_resize", True):
         raise InputError(f"{where} does not take squares of one size (size of its processor: {settings.get('size')})")
     if settings.get("do_center_crop"):
-        raise InputError(
-            f"{where} crops the centre of an image (do_center_crop), so that its masks would lack the border"
-        )
+        raise InputError(f"{where} crops the centre of an image (do_center_crop): its masks would lack the border")
     # (255 p rescale - mean) / std of a pixel p in [0, 1] equals (p - mean / r) / (std / r) with r = 255 rescale.
     rescale = 255 * settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 255.0
     mean, std = [0.0] * 3, [1.0] * 3
     if settings.get("do_normalize", True):
         mean, std = settings.get("image_mean", []), settings.get("image_std", [])
         if not all(isinstance(values, list) and len(values) == 3 for values in (mean, std)) or min(std) <= 0:
-            raise InputError(
-                f"the processor of {where} has no valid image_mean and image_std: add them or set do_normalize to false"
-            )
+            raise InputError(f"{where} has no valid image_mean and image_std: add them, or set do_normalize to false")
     mean, std = ([value / rescale for value in values] for values in (mean, std))
     return Translated(network, classes, mean, std, bool(settings.get("do_flip_channel_order"))).eval(), size
 

@@ -33,11 +33,7 @@ FaceFinder = Callable[[np.ndarray], list[np.ndarray]]
 
 @contextmanager
 def open_landmarker(model: Path) -> Iterator[Landmarker]:
-    """Open a `face_landmarker.task` file for images of one face, as a context manager.
-
-    Raises:
-        InputError: MediaPipe is not installed, or the file is not one of its models.
-    """
+    """Open a `face_landmarker.task` file for images of one face, as a context manager (`open_face_finder`)."""
     with open_face_finder(model, max_faces=1) as find:
         yield lambda image: next(iter(find(image)), None)
 
@@ -46,10 +42,8 @@ def open_landmarker(model: Path) -> Iterator[Landmarker]:
 def open_face_finder(model: Path, *, max_faces: int = MAX_FACES) -> Iterator[FaceFinder]:
     """Open a `face_landmarker.task` file for images of up to `max_faces` faces, as a context manager.
 
-    It must be closed explicitly: MediaPipe's finalizer deadlocks when the garbage collector calls it.
-
-    Raises:
-        InputError: MediaPipe is not installed, or the file is not one of its models.
+    It must be closed explicitly: MediaPipe's finalizer deadlocks when the garbage collector calls it. Raises
+    `InputError` if MediaPipe is not installed, or the file is not one of its models.
     """
     try:
         os.environ.setdefault("GLOG_minloglevel", "2")  # errors only
@@ -98,17 +92,10 @@ def stderr_discarded() -> Iterator[None]:
 
 
 def find_faces(find: FaceFinder, photo: np.ndarray, *, every: bool = False) -> list[np.ndarray]:
-    """Find the faces of a photo of any size, the largest first.
+    """Find the faces of a photo, uint8 RGB [H, W, 3]: landmarks in its pixels, float64 [478, 2], the largest first.
 
-    Searches the photo, then windows of 1/2 and of 1/4 of its longer side, which overlap by half.
-
-    Args:
-        find: Detector of faces that are large in its input.
-        photo: uint8 RGB [H, W, 3].
-        every: Search all windows, instead of stopping at the first size with a face.
-
-    Returns:
-        Landmarks of each face, float64 [478, 2], in pixels of the photo.
+    `find` detects faces that are large in its input. It searches the photo, then windows of 1/2 and of 1/4 of its
+    longer side, which overlap by half, until one size has a face; with `every`, all of them.
     """
     height, width = photo.shape[:2]
     faces: list[np.ndarray] = []

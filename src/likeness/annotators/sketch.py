@@ -19,24 +19,13 @@ REFERENCE = 512
 """Shorter side in pixels that the lengths below refer to."""
 
 
-def extract_sketch(image: np.ndarray | Image.Image, strength: float = 1.0, thickness: float = 1.0) -> np.ndarray:
-    """Draw a photograph with dark lines on white.
+def extract_sketch(image: np.ndarray | Image.Image) -> np.ndarray:
+    """Draw a photograph, uint8 [H, W, 3] or [H, W] or a PIL image: uint8 [H, W], 0 (stroke) to 255 (paper).
 
-    Args:
-        image: uint8 [H, W, 3] or [H, W], or a PIL image.
-        strength: Sensitivity to faint edges, 0.2 to 5.
-        thickness: Width of the lines, 0.3 to 4; 1 is about 1/128 of the shorter side.
-
-    Returns:
-        uint8 [H, W], 0 (stroke) to 255 (paper).
-
-    Raises:
-        InputError: Another shape or type, or a value out of range.
+    Lines are about 1/128 of the shorter side wide. Raises `InputError` for another shape or type, or a side below 32.
     """
     from scipy import ndimage
 
-    if not 0.2 <= strength <= 5 or not 0.3 <= thickness <= 4:
-        raise InputError(f"strength ({strength}) must be from 0.2 to 5 and thickness ({thickness}) from 0.3 to 4")
     if isinstance(image, Image.Image):
         image = np.asarray(image.convert("RGB"))
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
@@ -53,10 +42,10 @@ def extract_sketch(image: np.ndarray | Image.Image, strength: float = 1.0, thick
     even = _smooth(even, 2.2 * scale)
     # Equation 1: D = G(sigma) - tau G(k sigma); equation 7 writes it as a sharpened blur, S = (1 + p) G - p G_k.
     # tau = 1 removes the blurred image itself, which would render tones as grey areas.
-    sigma = max(1.9 * thickness * scale, 0.45)
+    sigma = max(1.9 * scale, 0.45)
     edges = ndimage.gaussian_filter(even, sigma) - ndimage.gaussian_filter(even, 1.6 * sigma)
     # Equation 5, the soft threshold: 1 from epsilon on, 1 + tanh(phi (u - epsilon)) below.
-    epsilon, phi = -0.03 / strength, 11.0 * strength
+    epsilon, phi = -0.03, 11.0
     tone = np.where(edges >= epsilon, 1.0, 1.0 + np.tanh(phi * (edges - epsilon)))
     ink = 1 - tone
     return np.rint(255 * (1 - _without_specks(ink, scale))).astype(np.uint8)

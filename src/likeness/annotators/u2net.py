@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from likeness.annotators.sketch import DRAWING, extract_sketch
 from likeness.device import choose_device
 from likeness.types import InputError
+from likeness.weights.files import read_weights
 from likeness.weights.hashes import network_name
 
 Sketcher = Callable[[np.ndarray], np.ndarray]
@@ -135,12 +134,12 @@ def enlarged(x: Tensor, like: Tensor) -> Tensor:
 
 
 def load_u2net(path: Path) -> U2Net:
-    """Load official weights, `.pth` or `.safetensors`; the file determines the widths.
-
-    Raises:
-        InputError: The file is missing, does not contain weights, or not those of U2-Net.
+    """Load official weights, `.pth` or `.safetensors`; the file determines the widths. Raises `InputError` if it is
+    missing, does not contain weights, or not those of U2-Net.
     """
-    state = read_weights(path)
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: download the weights of U2-Net, u2net_portrait.pth")
+    state = read_weights(path) if path.suffix == ".safetensors" else read_pickle(path)
     names = {name: f"{name}.rebnconvin.conv_s1.weight" for name in PORTRAIT}
     inner = {name: f"{name}.rebnconv1.conv_s1.weight" for name in PORTRAIT}
     if missing := [name for name in (*names.values(), *inner.values()) if name not in state]:
@@ -155,17 +154,11 @@ def load_u2net(path: Path) -> U2Net:
     return network.eval()
 
 
-def read_weights(path: Path) -> dict[str, Any]:
-    """Load tensors by name without executing code in the file."""
-    if not path.is_file():
-        raise InputError(f"{path} does not exist: download the weights of U2-Net, u2net_portrait.pth")
+def read_pickle(path: Path) -> dict[str, Any]:
+    """Load tensors by name from a `.pth` file without executing code in it."""
     try:
-        state = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
         raise InputError(f"{path} is not a weights file that can be loaded safely ({type(error).__name__})") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path} does not map names to tensors: use u2net_portrait.pth as published")
@@ -174,14 +167,8 @@ def read_weights(path: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def draw_sketch(network: U2Net, image: np.ndarray) -> np.ndarray:
-    """Draw a portrait with dark lines on white, as the official demo does.
-
-    Args:
-        network: U2-Net with the portrait weights.
-        image: uint8 RGB [H, W, 3], a face that fills the image.
-
-    Returns:
-        uint8 [H, W], 0 (stroke) to 255 (paper), stretched to this range.
+    """Draw a portrait, uint8 RGB [H, W, 3] filled by a face, with dark lines on white, as the official demo does: uint8
+    [H, W], stretched to 0 (stroke) to 255 (paper).
     """
     height, width = image.shape[:2]
     scale = INPUT_SIDE / min(height, width)
@@ -197,17 +184,8 @@ def draw_sketch(network: U2Net, image: np.ndarray) -> np.ndarray:
 
 
 def load_sketcher(weights: Path | None = None, *, device: str | None = None) -> tuple[Sketcher, str]:
-    """Load a sketch extractor.
-
-    Args:
-        weights: Weights of U2-Net. Default: XDoG, which needs none.
-        device: Device of U2-Net, as in `choose_device`.
-
-    Returns:
-        The extractor, and the name by which datasets record it.
-
-    Raises:
-        InputError: The weights cannot be used, or the device is not available.
+    """Return a sketch extractor, and the name by which datasets record it: U2-Net with these weights on a device
+    (`choose_device`), or XDoG. Raises `InputError` if the weights or the device cannot be used.
     """
     device = choose_device(device)
     if weights is None:

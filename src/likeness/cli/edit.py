@@ -10,15 +10,15 @@ from pathlib import Path
 import tyro
 
 from likeness.cli.output import exit_on_sigterm, image_names
-from likeness.cli.portraits import adapt_threads, load_pipeline
+from likeness.cli.portraits import ModelOptions, adapt_threads, load_pipeline
 from likeness.cli.terminal import PathArgument, listed, print_notes, progress_bar
 from likeness.runtime import optional_packages_hidden
-from likeness.types import DtypeName, PortraitRequest
-from likeness.weights.catalog import DEFAULT, bundled_models
+from likeness.types import PortraitRequest
+from likeness.weights.catalog import bundled_models
 
 
 @dataclass(frozen=True, kw_only=True)
-class Edit:
+class Edit(ModelOptions):
     """Change one region of a photograph. All other pixels of the file stay identical."""
 
     photo: PathArgument
@@ -52,18 +52,6 @@ class Edit:
     """What the region should not show."""
     seed: int | None = None
     """Seed. Default: random."""
-    model: str = DEFAULT
-    """Bundled model, folder of a model, an adapter or a training run, or hub id."""
-    base: str | None = None
-    """Base model of an adapter. Default: the one that the adapter names."""
-    steps: int | None = None
-    """Sampling steps. Default: that of the model."""
-    guidance_scale: float | None = None
-    """Classifier-free guidance scale; 1 disables guidance. Default: that of the model."""
-    device: str = "auto"
-    """Device, for example cuda or cpu; auto takes an accelerator if present."""
-    dtype: DtypeName = "auto"
-    """Dtype; auto is fp32 on a CPU, bf16 or fp16 on an accelerator."""
 
     def __call__(self) -> None:
         from likeness.annotators.face_parser import load_face_parser

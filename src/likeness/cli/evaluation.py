@@ -129,9 +129,7 @@ class Compare(Measurement):
             folder = Path(name)
             if not (folder / RESULTS).is_file():
                 if self.faces is None:
-                    raise InputError(
-                        f"{name} is not an evaluation (it has no {RESULTS}). To evaluate a model, pass --faces"
-                    )
+                    raise InputError(f"{name} has no {RESULTS}, so it is a model: pass --faces")
                 model, _, text = name.partition("@")
                 own = tuple(text.split(",")) if text else ()
                 keys = {setting.partition("=")[0].strip() for setting in own}
@@ -182,9 +180,7 @@ class Cost:
             for own, none, full in zip(row[1:3], plain[1:3], holistic[1:3], strict=True):
                 line += f"{own / 1e12:10.2f}{(own - none) / 1e12:10.2f}{1 - (own - none) / (full - none):10.1%}"
             print(f"{line}{row.cache / 1e6:12.0f}{row.adapter:12,}")
-        print(
-            "saved: relative to holistic attention. The left count is that of Table 4 of the paper (docs/mditface.md)"
-        )
+        print("saved: relative to holistic attention. The left count is that of the paper's Table 4 (docs/mditface.md)")
 
 
 def split_sources(sources: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:

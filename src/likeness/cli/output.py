@@ -25,22 +25,15 @@ MAX_COUNT = 1000
 def image_names(
     out: str | None, suffix: str, count: int, inputs: Iterable[Path], stem: str = "portrait"
 ) -> tuple[Iterator[Path], bool]:
-    """Choose the names of images. Called before any work is done, so that a wrong `--out` costs no wait.
+    """Choose the names of images before any work is done, so that a wrong `--out` costs no wait.
 
-    Args:
-        out: a folder (one that exists, or any name with a trailing slash), a file, or for several images its stem. None
-            is the current folder.
-        suffix: file format in a folder, and of a file without a suffix.
-        count: number of images.
-        inputs: files and folders that the command reads.
-        stem: name of an image in a folder, which a number follows.
+    `out` is a folder (one that exists, or any name with a trailing slash; None is the current one), a file, or for
+    several images its stem. `suffix` is the default format, `inputs` are the files and folders that the command reads,
+    and `stem` is the name of an image in a folder, which a number follows.
 
-    Returns:
-        The names in order, and whether an existing file is overwritten. In a folder these are all portrait-001,
-        portrait-002, ... that are free: more than `count`, since other processes may take some in the meantime.
-
-    Raises:
-        InputError: the folder cannot be written, the file format is unknown, or an input would be overwritten.
+    Return the names in order, and whether an existing file is overwritten. In a folder these are all names that are
+    free, since other processes may take some in the meantime. Raises `InputError` if the folder cannot be written, the
+    file format is unknown, or an input would be overwritten.
     """
     if out is None or out.endswith(("/", os.sep)) or Path(out).is_dir():
         folder = Path(out or ".")

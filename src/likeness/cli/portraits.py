@@ -23,11 +23,27 @@ from likeness.weights.catalog import BUNDLED, DEFAULT, MASK_MODEL, bundled_model
 
 
 @dataclass(frozen=True, kw_only=True)
-class RequestOptions:
-    """Options of commands that need a model and a request."""
+class ModelOptions:
+    """Options of commands that generate images with a model."""
 
     model: str = DEFAULT
     """Bundled model, folder of a model, an adapter or a training run, or hub id."""
+    base: str | None = None
+    """Base model of an adapter. Default: the one that the adapter names."""
+    steps: int | None = None
+    """Sampling steps. Default: that of the model."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance scale; 1 disables guidance. Default: that of the model."""
+    device: str = "auto"
+    """Device, for example cuda or cpu; auto takes an accelerator if present."""
+    dtype: DtypeName = "auto"
+    """Dtype; auto is fp32 on a CPU, bf16 or fp16 on an accelerator."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(ModelOptions):
+    """Generate face images from text, a mask, a sketch or keypoints, in any combination."""
+
     prompt: tyro.conf.Positional[str] = ""
     """Text prompt. Without a prompt and a condition: any face."""
     negative_prompt: str = ""
@@ -38,53 +54,12 @@ class RequestOptions:
     """Sketch, dark lines on white."""
     keypoints: Path | None = None
     """68 or 478 points (.json, .npy, .csv, .pts)."""
-    base: str | None = None
-    """Base model of an adapter. Default: the one that the adapter names."""
-    steps: int | None = None
-    """Sampling steps. Default: that of the model."""
-    guidance_scale: float | None = None
-    """Classifier-free guidance scale; 1 disables guidance. Default: that of the model."""
     seed: int | None = None
     """Seed of the first image; each further image uses the next seed. Default: random."""
     size: str | None = None
     """Width x height in pixels, as 128 or 128x160. Default: that of the model, which rejects untrained sizes."""
     force_size: bool = False
     """Generate at SIZE even if the model was not trained at it. Expect artifacts."""
-    device: str = "auto"
-    """Device, for example cuda or cpu; auto takes an accelerator if present."""
-    dtype: DtypeName = "auto"
-    """Dtype; auto is fp32 on a CPU, bf16 or fp16 on an accelerator."""
-
-    def files(self) -> dict[str, Path]:
-        """Return the files of the conditions."""
-        files = {"mask": self.mask, "sketch": self.sketch, "keypoints": self.keypoints}
-        return {name: file for name, file in files.items() if file is not None}
-
-    def request(self, seed: int, **changes: Any) -> PortraitRequest:
-        """Return the request with its conditions read, and print notes. Call it before the model is loaded."""
-        from likeness.conditions import read_conditions
-
-        width, height = (None, None) if self.size is None else parse_size(self.size, "--size")
-        request = PortraitRequest(
-            prompt=self.prompt,
-            negative_prompt=self.negative_prompt,
-            conditions={name: ConditionInput(image=file) for name, file in self.files().items()},
-            guidance_scale=self.guidance_scale,
-            num_inference_steps=self.steps,
-            width=width,
-            height=height,
-            force_size=self.force_size,
-            seed=seed,
-        )
-        request, notes = read_conditions(dataclasses.replace(request, **changes))
-        print_notes(notes)
-        return request
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generate(RequestOptions):
-    """Generate face images from text, a mask, a sketch or keypoints, in any combination."""
-
     mask_scale: float = 1.0
     """Strength of the mask; 0 is the same as no mask."""
     sketch_scale: float = 1.0
@@ -120,19 +95,35 @@ class Generate(RequestOptions):
     """Keep only the active part of the model on the accelerator."""
 
     def __call__(self) -> None:
+        from likeness.conditions import read_conditions
+
         if not 1 <= self.count <= MAX_COUNT:
             raise InputError(f"--count is {self.count}; it must be from 1 to {MAX_COUNT}")
         if self.via_mask and self.mask is not None:
             raise InputError("--via-mask generates a mask: leave --mask out")
-        names, overwrite = image_names(self.out, self.format, self.count, self.files().values())
+        files = self.files()
+        names, overwrite = image_names(self.out, self.format, self.count, files.values())
         first = secrets.randbelow(2**31) if self.seed is None else self.seed
         interval = {"start": self.control_guidance_start, "end": self.control_guidance_end}
         conditions = {
             name: ConditionInput(image=file, scale=getattr(self, f"{name}_scale"), **interval)
-            for name, file in self.files().items()
+            for name, file in files.items()
         }
-        request = self.request(first, conditions=conditions, upscale=self.upscale)
-        print_notes(self.idle_options())
+        width, height = (None, None) if self.size is None else parse_size(self.size, "--size")
+        request = PortraitRequest(
+            prompt=self.prompt,
+            negative_prompt=self.negative_prompt,
+            conditions=conditions,
+            guidance_scale=self.guidance_scale,
+            num_inference_steps=self.steps,
+            width=width,
+            height=height,
+            upscale=self.upscale,
+            force_size=self.force_size,
+            seed=first,
+        )
+        request, notes = read_conditions(request)
+        print_notes([*notes, *self.idle_options()])
         loras = [parse_lora(text) for text in self.lora]
 
         core_only = self.model in bundled_models() and not (loras or self.quantize)
@@ -147,11 +138,9 @@ class Generate(RequestOptions):
             mask_pipeline = load_pipeline(self.mask_model, self.dtype, self.device) if self.via_mask else None
         print_notes([f"left out of the LoRA: {line}" for line in add_loras(pipeline, loras, strict=self.lora_strict)])
         requests = [resolve(dataclasses.replace(request, seed=first + index), pipeline) for index in range(self.count)]
-        height, width = requests[0].height, requests[0].width
-        assert height
-        assert width
         units = (requests[0].num_inference_steps or 0) + 1  # of an image: its steps, and decoding with saving
-        adapt_threads(pipeline, height, width)
+        total = self.count * units
+        adapt_threads(pipeline, requests[0].height, requests[0].width)
         fingerprint = pipeline_hash(pipeline) if self.metadata else ""
         encoded: dict[Any, Any] = {}
         reported: set[str] = set()
@@ -166,34 +155,36 @@ class Generate(RequestOptions):
                     pipeline,
                     batch[0],
                     [one.seed for one in batch],
-                    lambda step, steps, done=done, batch=batch: advance(
-                        done * units + step * len(batch), self.count * units
-                    ),
+                    lambda step, steps, done=done, batch=batch: advance(done * units + step * len(batch), total),
                     encoded,
                 )
                 print_notes([note for note in notes if note not in reported])
                 reported.update(notes)
                 for image, one in zip(images, batch, strict=True):
-                    recipe = (
-                        recipe_of(one, pipeline, **pipeline.source, fingerprint=fingerprint) if self.metadata else None
-                    )
+                    recipe = None
+                    if self.metadata:
+                        recipe = recipe_of(one, pipeline, **pipeline.source, fingerprint=fingerprint)
                     print(f"{save_image(image, recipe, names, overwrite)}  seed {one.seed}", flush=True)
-                advance((done + len(batch)) * units, self.count * units)
+                advance((done + len(batch)) * units, total)
+
+    def files(self) -> dict[str, Path]:
+        """Return the files of the conditions."""
+        files = {"mask": self.mask, "sketch": self.sketch, "keypoints": self.keypoints}
+        return {name: file for name, file in files.items() if file is not None}
 
     def idle_options(self) -> list[str]:
         """One note for each option that has no effect, because another one is missing."""
         given = {*self.files(), *(["mask"] if self.via_mask else [])}
-        idle = {f"--{name}-scale": f"--{name}" for name in ("mask", "sketch", "keypoints") if name not in given}
+        idle = {f"{name}_scale": f"--{name}" for name in ("mask", "sketch", "keypoints") if name not in given}
         if not given:
-            idle |= dict.fromkeys(("--control-guidance-start", "--control-guidance-end"), "a condition")
+            idle |= dict.fromkeys(("control_guidance_start", "control_guidance_end"), "a condition")
         if not self.via_mask:
-            idle["--mask-model"] = "--via-mask"
+            idle["mask_model"] = "--via-mask"
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        names = {option: option.removeprefix("--").replace("-", "_") for option in idle}
         return [
-            f"{option} has no effect without {needed}"
-            for option, needed in idle.items()
-            if getattr(self, names[option]) != defaults[names[option]]
+            f"--{name.replace('_', '-')} has no effect without {needed}"
+            for name, needed in idle.items()
+            if getattr(self, name) != defaults[name]
         ]
 
 
@@ -232,7 +223,16 @@ class Replay:
         request = dataclasses.replace(request, force_size=not request.upscale)  # accepted when the image was generated
         suffix = self.image.suffix.removeprefix(".")
         names, overwrite = (iter(()), False) if self.out is None else image_names(self.out, suffix, 1, [self.image])
-        photo = self.open_photo(edited=bool(recipe.get("edit")))
+        edited = bool(recipe.get("edit"))
+        if edited and self.photo is None:
+            raise InputError(f"{self.image} is an edited photograph: pass the original with --photo FILE")
+        if self.photo is not None and not edited:
+            raise InputError(f"{self.image} is not an edited photograph: leave --photo out")
+        photo = None
+        if self.photo is not None:
+            from likeness.prepare.edit import open_photo
+
+            photo = open_photo(self.photo)
 
         from likeness.pipelines.adapters import restore_adapters
         from likeness.pipelines.generate import generate, resolve
@@ -251,36 +251,24 @@ class Replay:
             if photo is not None:
                 from likeness.prepare.edit import replay_edit
 
-                edited = replay_edit(pipeline, recipe, request, photo, fingerprint=fingerprint, on_step=advance)
-                image, own = edited.image, edited.recipe
+                again = replay_edit(pipeline, recipe, request, photo, fingerprint=fingerprint, on_step=advance)
+                image, own = again.image, again.recipe
             else:
                 (image,), _ = generate(pipeline, request, [request.seed], advance)
                 own = recipe_of(request, pipeline, model=model, base=base, quantize=quantize, fingerprint=fingerprint)
-            again = np.asarray(image.convert("RGB"))
+            values = np.asarray(image.convert("RGB"))
             if self.out is not None:
                 print(save_image(image, own, names, overwrite))
         changes = differences(recipe, pipeline, fingerprint)
         print_notes(changes)
-        if again.shape == pixels.shape and (again == pixels).all():
+        if values.shape == pixels.shape and (values == pixels).all():
             print(f"{self.image}: bit-identical")
             return
         lossy = self.image.suffix.lower() in (".jpg", ".jpeg")
-        changed = np.abs(again.astype(int) - pixels) if again.shape == pixels.shape else np.array([255])
+        changed = np.abs(values.astype(int) - pixels) if values.shape == pixels.shape else np.array([255])
         reason = "JPEG is lossy" if lossy else "see above" if changes else "its pixels were modified"
         fraction = f"{(changed > 0).mean():.1%} of values differ, by at most {changed.max()}"
         raise InputError(f"{self.image} is not reproduced: {fraction} ({reason})")
-
-    def open_photo(self, edited: bool) -> Any:
-        """Open the photograph of an edited image. Raises `InputError` if it is missing or useless."""
-        if edited and self.photo is None:
-            raise InputError(f"{self.image} is an edited photograph: pass the original with --photo FILE")
-        if self.photo is None:
-            return None
-        if not edited:
-            raise InputError(f"{self.image} is not an edited photograph: leave --photo out")
-        from likeness.prepare.edit import open_photo
-
-        return open_photo(self.photo)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -176,10 +176,10 @@ class Align:
         return not (found.without or found.unreadable)
 
 
-def summary(noun: str, what: str, names: list[str], count: int = 3) -> str:
+def summary(noun: str, what: str, names: list[str]) -> str:
     """Return one line on what names have in common, with the first of them."""
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return f"{len(names)} {noun}{'s' * (len(names) != 1)} {what}: {'; '.join(names[:count])}{more}"
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{len(names)} {noun}{'s' * (len(names) != 1)} {what}: {'; '.join(names[:3])}{more}"
 
 
 @dataclass(frozen=True, kw_only=True)

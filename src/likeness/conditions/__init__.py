@@ -17,13 +17,8 @@ __all__ = ["CONDITIONS", "Condition", "Reading", "Source", "read_condition", "re
 
 
 def read_condition(name: str, source: Source | Reading) -> tuple[Reading, list[str]]:
-    """Read a condition, unless it is read already.
-
-    Returns:
-        The condition, and one line per recognized format or note.
-
-    Raises:
-        InputError: The condition is unknown or cannot be read.
+    """Read a condition, unless it is read already; also return one line per recognized format or note. Raises
+    `InputError` if the condition is unknown or cannot be read.
     """
     if name not in CONDITIONS:
         raise InputError(f"Unknown condition {name!r}. Available: {', '.join(CONDITIONS)}")
@@ -34,13 +29,8 @@ def read_condition(name: str, source: Source | Reading) -> tuple[Reading, list[s
 
 
 def read_conditions(request: PortraitRequest) -> tuple[PortraitRequest, list[str]]:
-    """Read the conditions of a request, before anything expensive starts.
-
-    Returns:
-        The request with each image as a `Reading`, and one line per recognized format or note.
-
-    Raises:
-        InputError: A condition is unknown or cannot be read.
+    """Return a request with each image as a `Reading`, and one line per recognized format or note, before anything
+    expensive starts. Raises `InputError` as `read_condition`.
     """
     conditions, lines = {}, []
     for name, condition in request.conditions.items():

@@ -40,9 +40,7 @@ class Condition:
     """One kind of spatial condition: everything that other packages need to know about it."""
 
     name: str
-    """Key of `CONDITIONS` and API field; `column` and `flag` derive from it."""
-    noun: str
-    """What messages call it, for example "semantic mask"."""
+    """Key of `CONDITIONS` and API field."""
     raw: Literal["labels", "lines", "points"]
     """Which form `Reading.raw` has."""
     folder: str
@@ -65,16 +63,6 @@ class Condition:
     """(raw, height, width) -> uint8 RGB [height, width, 3], the image that the autoencoder encodes."""
     encode: Callable[[np.ndarray], bytes]
     """raw -> content of its canonical file."""
-
-    @property
-    def column(self) -> str:
-        """Column of a dataset's metadata."""
-        return f"{self.name}_file_name"
-
-    @property
-    def flag(self) -> str:
-        """Command-line option."""
-        return f"--{self.name}"
 
     def file(self, stem: str) -> str:
         """Path of its file in a dataset, for an image with this stem."""

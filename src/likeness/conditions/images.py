@@ -46,6 +46,11 @@ MAX_HEADER = 4096
 """Bytes in which the header of a .npy file ends."""
 
 
+def unreadable(text: str) -> InputError:
+    """The error for files that cannot be read as images or arrays."""
+    return InputError(text, kind="corrupt-file")
+
+
 def existing_path(source: str | Path) -> Path:
     """Return `source` as a path. Raises `InputError` if it does not exist."""
     try:
@@ -76,11 +81,9 @@ def open_image(
         source: A path, a PIL image, or the content of a file.
         name: Name for error messages. Default: the path.
         max_pixels: Upper bound of its pixels.
-        exact: Reject files whose pixels would change: a JPEG that would be decoded at a lower resolution, and more than
-            8 bits per value.
+        exact: Reject files whose pixels would change: a JPEG at a lower resolution, and more than 8 bits per value.
 
-    Raises:
-        InputError: The file is missing, empty, truncated, too large, or not an image in one of `FORMATS`.
+    Raises `InputError` if the file is missing, empty, truncated, too large, or not an image in one of `FORMATS`.
     """
     name = name or describe(source)
     try:
@@ -95,11 +98,10 @@ def open_image(
                 file = _regular_file(source, name)
                 length = file.stat().st_size
             if not length:
-                raise InputError(f"{name} is empty (0 bytes): save or download it again", kind="corrupt-file")
+                raise unreadable(f"{name} is empty (0 bytes): save or download it again")
             with Image.open(file, formats=_formats(name)) as image:
                 if exact and (image.mode in WIDE or any(";16" in str(tile[3]) for tile in image.tile)):
-                    text = f"{name} has 16 bits per value, which would be rounded: save it with 8 bits"
-                    raise InputError(text, kind="corrupt-file")
+                    raise unreadable(f"{name} has 16 bits per value, which would be rounded: save it with 8 bits")
                 if not exact and image.format in ("JPEG", "MPO") and image.width * image.height > max_pixels:
                     scale = next((n for n in (2, 4, 8) if image.width * image.height <= max_pixels * n * n), 8)
                     image.draft(None, (image.width // scale, image.height // scale))
@@ -108,34 +110,23 @@ def open_image(
         upright = ImageOps.exif_transpose(image)
         upright.format = image.format  # masks in JPEG are repaired
     except UnidentifiedImageError as error:
-        text = f"{name} is not a readable image: save it as PNG (supported: {', '.join(FORMATS)})"
-        raise InputError(text, kind="corrupt-file") from error
+        raise unreadable(f"{name} is not a readable image: save it as PNG (supported: {', '.join(FORMATS)})") from error
     except InputError:
         raise
     except Image.DecompressionBombError as error:  # Pillow's own limit, far above ours
-        raise InputError(_too_large(name, max_pixels), kind="corrupt-file") from error
+        raise unreadable(_too_large(name, max_pixels)) from error
     except Exception as error:  # decoders of damaged files raise nearly anything
-        text = f"{name} cannot be read ({error}): it may be truncated, save or download it again"
-        raise InputError(text, kind="corrupt-file") from error
+        raise unreadable(f"{name} cannot be read ({error}): it may be truncated, save or download it again") from error
     check_size(upright.width, upright.height, name)
     return upright
 
 
 def read_rgb(source: str | Path | Image.Image | bytes, name: str = "") -> Image.Image:
-    """Read a photograph in any supported form as 8-bit sRGB.
+    """Read a photograph (a path, a PIL image, or the content of a file) in any supported form as 8-bit sRGB, mode RGB.
+    Errors are those of `open_image`, with `MAX_PIXELS`; `name` replaces the path in them.
 
     Transparent pixels are composited on white, so colours hidden under them never appear. Embedded ICC profiles are
     converted to sRGB, CMYK and 16-bit or float values to 8 bits per channel (`to_8_bit`).
-
-    Args:
-        source: A path, a PIL image, or the content of a file.
-        name: Name for error messages. Default: the path.
-
-    Returns:
-        An image of mode RGB.
-
-    Raises:
-        InputError: See `open_image`, with `MAX_PIXELS`.
     """
     image = open_image(source, name, max_pixels=MAX_PIXELS)
     profile = image.info.get("icc_profile")
@@ -152,10 +143,8 @@ def read_rgb(source: str | Path | Image.Image | bytes, name: str = "") -> Image.
 
 
 def to_8_bit(image: Image.Image) -> Image.Image:
-    """Scale 16-bit integers, or float values, to 8-bit gray.
-
-    The range is 65535 for 16 bits, and for other modes the smallest of 1 (float only), 255 and 65535 that contains all
-    values.
+    """Scale 16-bit integers, or float values, to 8-bit gray. The range is 65535 for 16 bits, and for other modes the
+    smallest of 1 (float only), 255 and 65535 that contains all values.
     """
     values = np.nan_to_num(np.asarray(image).astype(np.float32))
     high = float(values.max(initial=0))
@@ -182,9 +171,9 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
 def _regular_file(source: str | Path, name: str) -> Path:
     path = existing_path(source)
     if path.is_dir():
-        raise InputError(f"{name} is a folder: name one image in it", kind="corrupt-file")
+        raise unreadable(f"{name} is a folder: name one image in it")
     if not path.is_file():
-        raise InputError(f"{name} is not a regular file: pass an image file", kind="corrupt-file")
+        raise unreadable(f"{name} is not a regular file: pass an image file")
     return path
 
 
@@ -195,8 +184,7 @@ def _formats(name: str) -> tuple[str, ...]:
     try:
         from pillow_heif import register_heif_opener
     except ImportError as error:
-        text = f"{name} is a HEIC image: pip install 'likeness[heic]', or save it as JPEG"
-        raise InputError(text, kind="corrupt-file") from error
+        raise unreadable(f"{name} is a HEIC image: pip install 'likeness[heic]', or save it as JPEG") from error
     register_heif_opener()
     return (*FORMATS, "HEIF")
 
@@ -204,7 +192,7 @@ def _formats(name: str) -> tuple[str, ...]:
 def check_pixels(width: int, height: int, name: str, max_pixels: int) -> None:
     """Raise `InputError` if an image or array has more than `most` pixels."""
     if width * height > max_pixels:
-        raise InputError(_too_large(f"{name} is {width}x{height}, which", max_pixels), kind="corrupt-file")
+        raise unreadable(_too_large(f"{name} is {width}x{height}, which", max_pixels))
 
 
 def _too_large(name: str, max_pixels: int) -> str:
@@ -212,10 +200,8 @@ def _too_large(name: str, max_pixels: int) -> str:
 
 
 def load_array(source: Path | IO[bytes], name: str = "") -> np.ndarray:
-    """Load the single array of a .npy or .npz file, or of one that is open. Its size is checked in the header.
-
-    Raises:
-        InputError: The file is invalid, or has several arrays or more than `MAX_VALUES` values.
+    """Load the single array of a .npy or .npz file, or of one that is open. Its size is checked in the header. Raises
+    `InputError` if the file is invalid, or has several arrays or more than `MAX_VALUES` values.
     """
     name = name or str(source)
     path = _regular_file(source, name) if isinstance(source, Path) else source
@@ -226,15 +212,13 @@ def load_array(source: Path | IO[bytes], name: str = "") -> np.ndarray:
                 return _read_array(file, name)
         with zipfile.ZipFile(path) as archive:
             if len(names := archive.namelist()) != 1:
-                text = f"{name} contains {len(names)} arrays: save exactly one"
-                raise InputError(text, kind="corrupt-file")
+                raise unreadable(f"{name} contains {len(names)} arrays: save exactly one")
             with archive.open(names[0]) as file:
                 return _read_array(file, name)
     except InputError:
         raise
     except Exception as error:  # numpy raises errors of zipfile, zlib, tokenize and others
-        text = f"{name} is not a readable NumPy file ({error}): save it with numpy.save"
-        raise InputError(text, kind="corrupt-file") from error
+        raise unreadable(f"{name} is not a readable NumPy file ({error}): save it with numpy.save") from error
 
 
 def _read_array(file: IO[bytes], name: str) -> np.ndarray:
@@ -244,10 +228,8 @@ def _read_array(file: IO[bytes], name: str) -> np.ndarray:
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read_header(start)
     if math.prod(shape) > MAX_VALUES or dtype.itemsize > 16:
-        text = (
-            f"{name} has shape {list(shape)}: at most {MAX_VALUES / 1e6:.0f} million values are read, reduce its size"
-        )
-        raise InputError(text, kind="corrupt-file")
+        million = f"{MAX_VALUES / 1e6:.0f} million"
+        raise unreadable(f"{name} has shape {list(shape)}: at most {million} values are read, reduce its size")
     content = start.getvalue() + file.read(math.prod(shape) * dtype.itemsize)
     return np.load(io.BytesIO(content), allow_pickle=False)
 
@@ -255,26 +237,19 @@ def _read_array(file: IO[bytes], name: str) -> np.ndarray:
 def check_size(width: int, height: int, name: str) -> None:
     """Raise `InputError` if an image is smaller than `MINIMUM_SIDE`."""
     if min(width, height) < MINIMUM_SIDE:
-        text = f"{name} is {width}x{height} pixels: too small for a face (minimum: {MINIMUM_SIDE}x{MINIMUM_SIDE})"
-        raise InputError(text, kind="corrupt-file")
+        least = f"{MINIMUM_SIDE}x{MINIMUM_SIDE}"
+        raise unreadable(f"{name} is {width}x{height} pixels: too small for a face (minimum: {least})")
 
 
 def check_aspect(have: tuple[int, int], want: tuple[int, int], name: str) -> None:
-    """Compare two sizes (height, width).
-
-    Raises:
-        InputError: The aspect ratios differ by more than 1 % and by more than the rounding of one pixel.
-    """
+    """Raise `InputError` if the aspect ratios of two sizes (height, width) differ by more than 1 % and 1 pixel."""
     (height, width), (high, wide) = have, want
     if high < 1 or wide < 1:
         raise InputError(f"Size {wide}x{high} is invalid: both sides must be at least 1 pixel", kind="wrong-size")
     off = abs(width * high - height * wide)
     if off > ASPECT_TOLERANCE * height * wide and off > max(height, width):
-        raise InputError(
-            f"the {name} is {width}x{height}, but the image is {wide}x{high}: "
-            f"crop or pad the {name} to that aspect ratio",
-            kind="wrong-size",
-        )
+        text = f"the {name} is {width}x{height}, but the image is {wide}x{high}: crop or pad it to that aspect ratio"
+        raise InputError(text, kind="wrong-size")
 
 
 def png_bytes(image: Image.Image, made_by: str = "") -> bytes:

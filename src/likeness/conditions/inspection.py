@@ -44,14 +44,8 @@ class Report:
 
 
 def inspect(source: Source, name: str | None = None) -> Report:
-    """Recognize `source` and find its problems.
-
-    Args:
-        source: Anything that a condition reads.
-        name: Key of `CONDITIONS`. Default: try all that may have this type of source.
-
-    Raises:
-        InputError: `name` is unknown, or `source` is not a condition.
+    """Recognize anything that a condition reads and find its problems. `name` is its condition; by default all that may
+    have this type of source are tried. Raises `InputError` if `name` is unknown, or `source` is not a condition.
     """
     if name is not None and name not in CONDITIONS:
         raise InputError(f"Unknown condition {name!r}. Available: {', '.join(CONDITIONS)}")
@@ -151,23 +145,12 @@ def _mask_problems(labels: np.ndarray) -> list[Note]:
 
 
 def fix(report: Report, out: Path) -> Path:
-    """Write the canonical form: palette PNG for masks, grey PNG for sketches, JSON for keypoints.
-
-    Swapped sides of a mask are corrected. Specks and missing parts remain.
-
-    Args:
-        report: Result of `inspect`.
-        out: File to write: .png (mask, sketch) or .json (keypoints).
-
-    Returns:
-        `out`.
-
-    Raises:
-        InputError: Another suffix, or the file cannot be written.
+    """Write the canonical form to `out` and return it: palette PNG, grey PNG or JSON. Swapped sides of a mask are
+    corrected; specks and missing parts remain. Raises `InputError` for another suffix, or if it cannot be written.
     """
     out, condition, raw = Path(out), CONDITIONS[report.condition], report.raw
     if out.suffix.lower() != condition.suffix:
-        raise InputError(f"{out} must end in {condition.suffix}, the canonical form of a {condition.noun}")
+        raise InputError(f"{out} must end in {condition.suffix}, the canonical form of {condition.folder}")
     if condition.name == "mask":
         raw = swap_classes(raw, swapped_pairs(measure(raw)))
     write_whole(out, condition.encode(raw))

@@ -87,21 +87,17 @@ def bad_points(text: str) -> InputError:
 
 
 def read(source: Source | dict, *, name: str = "") -> Reading:
-    """Read keypoints.
+    """Read keypoints as fractions of the image size, (x, y), float32 [P, 2]. `name` replaces the path in error
+    messages.
 
-    Args:
-        source: A .json file (`{"points": [[x, y], ...], "size": [width, height]}`, a bare list, or the output of
-            OpenPose or DWPose), .npy, .npz, .txt or .csv (two or three numbers per line), .pts (iBUG; the size is read
-            from the image of the same name in the same folder), an array [P, 2] or [P, 3] of which x and y are used, or
-            a dict with the content of a .json file. P is 68 (iBUG), 478 or 468 (MediaPipe with and without irises).
-            Pixels count from 1 in .pts and from 0 elsewhere.
-        name: Name for error messages. Default: the path.
+    P is 68 (iBUG), 478 or 468 (MediaPipe with and without irises). The source is a .json file (`{"points": [[x, y],
+    ...], "size": [width, height]}`, a bare list, or the output of OpenPose or DWPose), .npy, .npz, .txt or .csv (two or
+    three numbers per line), .pts (iBUG; the size is read from the image of the same name in the same folder), an array
+    [P, 2] or [P, 3] of which x and y are used, or a dict with the content of a .json file. Pixels count from 1 in .pts
+    and from 0 elsewhere.
 
-    Returns:
-        raw: float32 [P, 2], (x, y) as fractions of the image size.
-
-    Raises:
-        InputError: Another number of points, undetected points, pixels without a size, or points outside the image.
+    Raises `InputError` for another number of points, undetected points, pixels without a size, or points outside the
+    image.
     """
     name = name or describe(source)
     if isinstance(source, Image.Image):
@@ -252,11 +248,6 @@ def _from_openpose(document: dict[str, Any], name: str) -> Loaded:
     return "OpenPose JSON", points, (float(size[0] or 0), float(size[1] or 0)) if known else None
 
 
-def resize(raw: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Return the points unchanged: fractions do not depend on the size."""
-    return raw
-
-
 def flip(raw: np.ndarray) -> np.ndarray:
     """Mirror points horizontally and renumber them, so that each number keeps its meaning."""
     mirrored = raw[FLIPS[len(raw)]].copy()
@@ -289,13 +280,12 @@ def encode(raw: np.ndarray) -> bytes:
 
 KEYPOINTS = Condition(
     name="keypoints",
-    noun="set of keypoints",
     raw="points",
     folder="keypoints",
     suffix=".json",
     input_suffixes=TEXT_SUFFIXES + ARRAY_SUFFIXES,
     read=read,
-    resize=resize,
+    resize=lambda raw, height, width: raw,  # fractions do not depend on the size
     flip=flip,
     augment=augment_points,
     render=render,

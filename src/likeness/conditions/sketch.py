@@ -41,18 +41,10 @@ def extraction(name: str) -> str:
 
 
 def read(source: Source, *, name: str = "") -> Reading:
-    """Read a drawing.
+    """Read a drawing as lines, uint8 [H, W], 0 (stroke) to 255 (paper).
 
-    Args:
-        source: A path (image, .npy, .npz), a PIL image, or an array [H, W] or [H, W, 3 or 4], uint8, bool or float in
-            [0, 1].
-        name: Name for error messages. Default: the path.
-
-    Returns:
-        raw: uint8 [H, W], 0 (stroke) to 255 (paper).
-
-    Raises:
-        InputError: The source is a photograph, a mask, blank, or unreadable.
+    The source is a path (image, .npy, .npz), a PIL image, or an array [H, W] or [H, W, 3 or 4], uint8, bool or float in
+    [0, 1]; `name` replaces the path in messages. Raises `InputError` for a photograph, a mask, or a blank image.
     """
     name = name or describe(source)
     if not isinstance(source, np.ndarray | Image.Image):
@@ -140,10 +132,7 @@ def _clean(grey: np.ndarray, colourfulness: np.ndarray, name: str) -> tuple[np.n
     """Make the paper white and the strokes dark; also return whether that changed anything.
 
     The paper is estimated as the large-scale upper envelope (a grey closing, then a blur) and divided out. Ink above
-    the noise of the paper is stretched until its darkest percent is black.
-
-    Raises:
-        InputError: The envelope is not a sheet of paper, or there is no ink.
+    its noise is stretched until its darkest percent is black. Raises `InputError` without paper or ink.
     """
     from scipy import ndimage
 
@@ -166,10 +155,7 @@ def _clean(grey: np.ndarray, colourfulness: np.ndarray, name: str) -> tuple[np.n
     inked = ink > max(noise, 0.04)
     # A shadow on paper rarely halves the light, and paper grain stays below 0.1. Photographs nearly always exceed one.
     if low < 0.55 * high or noise > 0.18 or inked.mean() > 0.45 or (colourfulness > 60).mean() > 0.15:
-        raise no_sketch(
-            f"{name} has continuous tones and is not a sketch: {extraction(name)}, and `likeness inspect` reports what "
-            "it is"
-        )
+        raise no_sketch(f"{name} has continuous tones and is not a sketch: {extraction(name)}")
     if inked.mean() < 0.0005 or ink.max() < 0.06:
         raise InputError(f"the sketch is blank: {name} has no lines; draw dark lines on white", kind="blank")
     dark = float(np.percentile(ink[inked], 95))
@@ -178,13 +164,10 @@ def _clean(grey: np.ndarray, colourfulness: np.ndarray, name: str) -> tuple[np.n
 
 
 def resize(raw: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize lines, uint8 [H, W].
+    """Resize lines, uint8 [H, W]. Raises `InputError` if the aspect ratio would change by more than 1 %.
 
     Shrinking averages areas, which fades lines thinner than a cell. The ink is then multiplied by one factor, at most
     the shrinking factor, that restores its 95th percentile over pixels with ink. Enlarging is bicubic.
-
-    Raises:
-        InputError: The aspect ratio would change by more than 1 %.
     """
     check_aspect(raw.shape[:2], (height, width), "sketch")
     if raw.shape == (height, width):
@@ -212,7 +195,6 @@ def render(raw: np.ndarray, height: int, width: int) -> np.ndarray:
 
 SKETCH = Condition(
     name="sketch",
-    noun="sketch",
     raw="lines",
     folder="sketches",
     suffix=".png",

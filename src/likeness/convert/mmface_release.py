@@ -10,9 +10,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,21 +33,19 @@ HEAD_DIM = 72
 """Width of a head in every released checkpoint; weights do not determine the number of heads."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Release:
-    """One published checkpoint."""
+class Release(NamedTuple):
+    """One published checkpoint, in a folder `checkpoint-<step>`."""
 
     kind: Kind
     step: int
     size: int
 
 
-RELEASES: dict[str, Release] = {
-    "ddpm-256": Release(kind="diffusion", step=440_700, size=256),
-    "rfm-256": Release(kind="flow", step=283_517, size=256),
-    "rfm-512": Release(kind="flow", step=44_070, size=512),
+RELEASES = {
+    "ddpm-256": Release("diffusion", 440_700, 256),
+    "rfm-256": Release("flow", 283_517, 256),
+    "rfm-512": Release("flow", 44_070, 512),
 }
-"""The published checkpoints; each is in a folder `checkpoint-<step>`."""
 
 FLUX_SCALE, FLUX_SHIFT = 0.3611, 0.1159
 """FLUX.1's latents are FLUX_SCALE (z - FLUX_SHIFT), where z is the output of its autoencoder."""
@@ -63,51 +60,31 @@ COMPATIBILITY: dict[str, Any] = {
 }
 """Settings the released weights were trained with; fields of `MMFacePipeline`."""
 
-PLAIN_KEYS = {
-    "t_embedder.mlp.0.bias": "time_embed.linear_1.bias",
-    "t_embedder.mlp.2.weight": "time_embed.linear_2.weight",
-    "t_embedder.mlp.2.bias": "time_embed.linear_2.bias",
-    "c_embedder.proj.weight": "pooled_embed.weight",
-    "c_embedder.proj.bias": "pooled_embed.bias",
-    "c_embedder.null_feature_pooled": "null_pooled",
-    "clip_seq_proj.weight": "text_embed.weight",
-    "clip_seq_proj.bias": "text_embed.bias",
-    "modality_embedder.weight": "condition_embed.weight",
-    "x_embedder.proj.bias": "patch_embed.bias",
-    "final_layer.adaLN_modulation.1.weight": "final_modulation.weight",
-    "final_layer.adaLN_modulation.1.bias": "final_modulation.bias",
-    "t_embedder.mlp.0.weight": "time_embed.linear_1.weight",
-    "x_embedder.proj.weight": "patch_embed.weight",
-    "final_layer.linear.weight": "final.weight",
-    "final_layer.linear.bias": "final.bias",
+LAYERS = {
+    "t_embedder.mlp.0": "time_embed.linear_1",
+    "t_embedder.mlp.2": "time_embed.linear_2",
+    "c_embedder.proj": "pooled_embed",
+    "clip_seq_proj": "text_embed",
+    "x_embedder.proj": "patch_embed",
+    "final_layer.adaLN_modulation.1": "final_modulation",
+    "final_layer.linear": "final",
 }
-"""Released name -> ours, outside of blocks."""
+"""Released layer -> ours, outside of blocks. Each has a weight and a bias."""
 
-BLOCK_KEYS = {
-    "adaLN_modulation.1.weight": "modulation.weight",
-    "adaLN_modulation.1.bias": "modulation.bias",
-    "attn.to_out.weight": "attention.image_out.weight",
-    "attn.to_out_t.weight": "attention.text_out.weight",
-    **{
-        f"mlp_{theirs}.{number}.{part}": f"{ours}_mlp.linear_{1 + number // 2}.{part}"
-        for theirs, ours in (("i", "image"), ("t", "text"))
-        for number in (0, 2)
-        for part in ("weight", "bias")
-    },
+BLOCK_LAYERS = {
+    "adaLN_modulation.1": "modulation",
+    "mlp_i.0": "image_mlp.linear_1",
+    "mlp_i.2": "image_mlp.linear_2",
+    "mlp_t.0": "text_mlp.linear_1",
+    "mlp_t.2": "text_mlp.linear_2",
 }
-"""Released name -> ours, inside `blocks.<n>.`."""
+"""The same inside `blocks.<n>.`."""
 
 
 def convert_state(state: Mapping[str, Tensor], kind: Kind, heads: int | None = None) -> MMFaceTransformer:
-    """Convert the weights of a released network to an `MMFaceTransformer`.
-
-    Args:
-        state: tensors under the released names.
-        kind: `flow` folds time direction and sign into the weights; `diffusion` predicts the noise in both.
-        heads: attention heads. Default: heads of width 72.
-
-    Raises:
-        InputError: keys are missing, unknown or of another shape; all of them are listed.
+    """Convert the weights of a released network, under its names, to an `MMFaceTransformer` with `heads` attention
+    heads (default: heads of width 72). `flow` folds time direction and sign into the weights; `diffusion` predicts the
+    noise in both. Raises `InputError` if keys are missing, unknown or of another shape; all of them are listed.
     """
     try:
         embed = state["x_embedder.proj.weight"]
@@ -163,20 +140,24 @@ def convert_state(state: Mapping[str, Tensor], kind: Kind, heads: int | None = N
 
 def released_names(depth: int) -> dict[str, tuple[str, ...]]:
     """Return our name -> released names: one, or those of query, key and value, which we concatenate."""
-    names: dict[str, tuple[str, ...]] = {ours: (theirs,) for theirs, ours in PLAIN_KEYS.items()}
+    layers = LAYERS | {
+        f"blocks.{n}.{theirs}": f"blocks.{n}.{ours}" for n in range(depth) for theirs, ours in BLOCK_LAYERS.items()
+    }
+    names: dict[str, tuple[str, ...]] = {"null_pooled": ("c_embedder.null_feature_pooled",)}
+    names["condition_embed.weight"] = ("modality_embedder.weight",)
+    for theirs, ours in layers.items():
+        names |= {f"{ours}.{leaf}": (f"{theirs}.{leaf}",) for leaf in ("weight", "bias")}
     for n in range(depth):
-        names |= {f"blocks.{n}.{ours}": (f"blocks.{n}.{theirs}",) for theirs, ours in BLOCK_KEYS.items()}
         for suffix, stream in (("", "image"), ("_t", "text")):
-            qkv = tuple(f"blocks.{n}.attn.to_{letter}{suffix}.weight" for letter in "qkv")
-            names[f"blocks.{n}.attention.{stream}_qkv.weight"] = qkv
+            theirs, ours = f"blocks.{n}.attn.to_", f"blocks.{n}.attention.{stream}_"
+            names[f"{ours}qkv.weight"] = tuple(f"{theirs}{letter}{suffix}.weight" for letter in "qkv")
+            names[f"{ours}out.weight"] = (f"{theirs}out{suffix}.weight",)
     return names
 
 
 def reverse_time(weight: Tensor) -> Tensor:
-    """Return the first time layer [D, 256] for the opposite time direction.
-
-    cos(f (s - u)) and sin(f (s - u)) are a rotation of cos(f u) and sin(f u) by the angle f s, which is folded into the
-    columns of the layer.
+    """Return the first time layer [D, 256] for the opposite time direction: cos(f (s - u)) and sin(f (s - u)) are a
+    rotation of cos(f u) and sin(f u) by the angle f s, which is folded into the columns of the layer.
     """
     half = weight.shape[1] // 2
     rotation = time_frequencies(torch.tensor([TIME_SCALE]), weight.shape[1])[0].double()  # [256]
@@ -190,30 +171,6 @@ def halves(weight: Tensor, heads: int) -> Tensor:
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def read_release(path: Path) -> tuple[dict[str, Tensor], Path]:
-    """Read the tensors of a released checkpoint: its folder or its safetensors file.
-
-    Raises:
-        InputError: the file does not exist, or is not safetensors.
-    """
-    file = path / "dit_model_weights_ema.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        raise InputError(f"{file} does not exist: pass a released checkpoint-<step> folder or its safetensors file")
-    return read_weights(file), file
-
-
-def release_of(path: Path, name: str | None) -> Release:
-    """Identify a release by name, or by the step in `checkpoint-<step>`."""
-    if name is not None:
-        if name not in RELEASES:
-            raise InputError(f"Unknown release {name!r}. Available: {', '.join(RELEASES)}")
-        return RELEASES[name]
-    for release in RELEASES.values():
-        if f"checkpoint-{release.step}" in path.resolve().parts:
-            return release
-    raise InputError(f"The release of {path} is unknown: pass --release, one of {', '.join(RELEASES)}")
-
-
 def convert_release(
     path: Path,
     out: Path,
@@ -223,7 +180,8 @@ def convert_release(
     vae: Path | None = None,
     heads: int | None = None,
 ) -> list[str]:
-    """Convert a released checkpoint to a pipeline folder.
+    """Convert a released checkpoint to a pipeline folder. Return the components that are missing to generate images,
+    one sentence each.
 
     Args:
         path: the `checkpoint-<step>` folder or the safetensors file in it.
@@ -233,19 +191,21 @@ def convert_release(
         vae: a folder with FLUX.1's autoencoder.
         heads: attention heads. Default: heads of width 72.
 
-    Returns:
-        The components that are missing to generate images, one sentence each.
-
-    Raises:
-        InputError: the input is not a released checkpoint, or `out` is not empty.
+    Raises `InputError` if the input is not a released checkpoint, or `out` is not empty.
     """
     from likeness.pipelines.mmface import MMFacePipeline
 
-    which = release_of(path, release)
+    steps = {f"checkpoint-{known.step}": name for name, known in RELEASES.items()}
+    name = release or next((steps[part] for part in path.resolve().parts if part in steps), None)
+    if name not in RELEASES:
+        raise InputError(f"The release of {path} is unknown: pass --release, one of {', '.join(RELEASES)}")
+    which = RELEASES[name]
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out} is not empty: choose another folder")
-    state, file = read_release(path)
-    transformer = convert_state(state, which.kind, heads)
+    file = path / "dit_model_weights_ema.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f"{file} does not exist: pass a released checkpoint-<step> folder or its safetensors file")
+    transformer = convert_state(read_weights(file), which.kind, heads)
     objective = RectifiedFlow(time_sampling="uniform", time_scale=TIME_SCALE) if which.kind == "flow" else DDPM()
     encoder, tokenizer = load_text_encoder(text_encoder) if text_encoder else (None, None)
     autoencoder = load_vae(vae) if vae else None
@@ -262,9 +222,8 @@ def convert_release(
         **latent_statistics(autoencoder),
     )
     pipeline.save_pretrained(out)
-    (out / "source.json").write_text(
-        json.dumps({"release": release or file.parent.name, "file": file.name}, indent=2), encoding="utf-8"
-    )
+    source = {"release": release or file.parent.name, "file": file.name}
+    (out / "source.json").write_text(json.dumps(source, indent=2), encoding="utf-8")
     missing = []
     if encoder is None:
         missing.append(
@@ -293,15 +252,18 @@ def load_text_encoder(folder: Path) -> tuple[Any, Any]:
     The network reads the padding, too. It must be that of Stable Diffusion 2.1, "!"; other repositories with the same
     vocabulary pad with the end token.
     """
-    model = folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder
-    tokenizer = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
-    encoder = load_component(model, "transformers", "CLIPTextModel")
-    vocabulary = load_component(tokenizer, "transformers", "CLIPTokenizer")
-    vocabulary.pad_token = PADDING
-    return encoder, vocabulary
+    encoder = load_component(subfolder(folder, "text_encoder"), "transformers", "CLIPTextModel")
+    tokenizer = load_component(subfolder(folder, "tokenizer"), "transformers", "CLIPTokenizer")
+    tokenizer.pad_token = PADDING
+    return encoder, tokenizer
 
 
 def load_vae(folder: Path) -> Any:
     """Load an autoencoder from a folder, or from the `vae` subfolder of a pipeline folder."""
-    where = folder / "vae" if (folder / "vae").is_dir() else folder
-    return load_component(where, "diffusers", read_json(where / "config.json").get("_class_name", "?"))
+    folder = subfolder(folder, "vae")
+    return load_component(folder, "diffusers", read_json(folder / "config.json").get("_class_name", "?"))
+
+
+def subfolder(folder: Path, name: str) -> Path:
+    """Return the folder of a component in a pipeline folder, or the folder itself."""
+    return folder / name if (folder / name).is_dir() else folder

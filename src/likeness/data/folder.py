@@ -39,10 +39,7 @@ MAX_LINE = 2**26
 
 def read_folder(folder: str | Path) -> list[dict[str, Any]]:
     """Read the rows of `folder`, or of its split `train`, with every file column as an absolute `Path`. Null is absent.
-
-    Raises:
-        InputError: the metadata is missing, or a line is not JSON, lacks `file_name`, names a file outside the folder,
-            or has captions that are not text.
+    Raises `InputError` if the metadata is missing or a line is invalid.
     """
     return list(each_row(folder))
 
@@ -67,10 +64,8 @@ def each_row(folder: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def parse_row(line: bytes, where: str) -> dict[str, Any]:
-    """Parse a line of metadata, in UTF-8 with or without byte order mark, as `clean_row`.
-
-    Raises:
-        InputError: it is not a JSON object with a `file_name`; `where` is its position.
+    """Parse a line of metadata, in UTF-8 with or without byte order mark, as `clean_row`. Raises `InputError` if it is
+    not a JSON object with a `file_name`; `where` is its position.
     """
     try:
         row = json.loads(line.decode("utf-8-sig"))
@@ -82,9 +77,7 @@ def parse_row(line: bytes, where: str) -> dict[str, Any]:
 
 
 def clean_row(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row without null and non-finite numbers, which tools write into the gaps of tables, and with the slashes
-    of Windows in file names replaced.
-    """
+    """Return a row without null and non-finite numbers, the gaps of tables, and with Windows' slashes replaced."""
 
     def finite(value: Any) -> Any:
         if isinstance(value, dict):
@@ -107,11 +100,8 @@ def is_file_column(column: str) -> bool:
 def file_inside(root: Path, name: Any, folders: dict[str, str], where: str) -> Path:
     """Return the file that a row names as an absolute path with the links of its folder resolved. It need not exist.
 
-    `folders` caches resolved folders, which makes a million rows fast; `where` is the position for messages.
-
-    Raises:
-        InputError: it is not the name of a file below `root`, also through links, or is a pipe, a device or a socket,
-            which could block or never end.
+    `folders` caches resolved folders; `where` is the position for messages. Raises `InputError` if it is not a file
+    name below `root`, also through links, or is a pipe, a device or a socket, which could block or never end.
     """
     try:
         folder, base = os.path.split(name)
@@ -140,11 +130,7 @@ def file_mode(file: str) -> int:
 
 
 def root_of(folder: str | Path) -> Path:
-    """Return the absolute directory whose `metadata.jsonl` is read: `folder` or its split `train`.
-
-    Raises:
-        InputError: the metadata is missing.
-    """
+    """Return the absolute folder of metadata, `folder` or its split `train`. Raises `InputError` if it is missing."""
     for split in (".", "train"):
         if (Path(folder) / split / METADATA).is_file():
             return split_inside(Path(folder), split)
@@ -152,10 +138,8 @@ def root_of(folder: str | Path) -> Path:
 
 
 def splits_of(folder: Path) -> list[str]:
-    """Return the subfolders of `folder` with metadata, `train` last, or ["."] if `folder` has metadata itself.
-
-    Raises:
-        InputError: the metadata is missing.
+    """Return the subfolders of `folder` with metadata, `train` last, or ["."] if `folder` has metadata itself. Raises
+    `InputError` if there is none.
     """
     if (folder / METADATA).is_file():
         return ["."]
@@ -178,10 +162,7 @@ def split_inside(folder: Path, split: str) -> Path:
 @contextmanager
 def changing(folder: Path, splits: Iterable[str]) -> Iterator[None]:
     """Lock splits of a prepared folder within a `with` block, and delete the unfinished files of killed processes.
-
-    Raises:
-        TryAgain: another process changes one of them.
-        InputError: one cannot be written.
+    Raises `TryAgain` if another process changes one of them, and `InputError` if one cannot be written.
     """
     inner = {"images", *(condition.folder for condition in CONDITIONS.values())}
     with ExitStack() as locks:
@@ -237,10 +218,8 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def open_record(out: Path, arguments: dict[str, Any], command: str) -> dict[str, Any]:
-    """Return `dataset.json` of a folder that a command writes, with these arguments; {} if the folder is new.
-
-    Raises:
-        InputError: the folder was written with other arguments, contains something else, or cannot be accessed.
+    """Return `dataset.json` of a folder that a command writes, with these arguments; {} if the folder is new. Raises
+    `InputError` if it was written with other arguments, contains something else, or cannot be accessed.
     """
     try:
         if (out / RECORD).is_file():
@@ -270,10 +249,8 @@ def captions_of(row: dict[str, Any]) -> Sequence[str]:
 
 
 def read_photo(path: Path, size: int | None = None) -> np.ndarray:
-    """Read an image upright as sRGB on white, uint8 [H, W, 3], resized to `size` pixels if it is given.
-
-    Raises:
-        InputError: it cannot be read, or is not square and must be resized.
+    """Read an image upright as sRGB on white, uint8 [H, W, 3], resized to `size` pixels if it is given. Raises
+    `InputError` if it cannot be read, or is not square and must be resized.
     """
     image = read_rgb(path)
     if size is None or image.size == (size, size):

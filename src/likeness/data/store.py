@@ -53,11 +53,7 @@ class Sample:
 
 
 class Store:
-    """A complete store, open for reading.
-
-    Raises:
-        InputError: the store is missing or incomplete, or one of its files is damaged.
-    """
+    """A complete store, open for reading. Raises `InputError` if it is missing or incomplete, or a file is damaged."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -114,10 +110,8 @@ class Store:
 
 
 class Parts:
-    """Tensors of several files, concatenated along their first axis. They are read when they are needed.
-
-    Raises:
-        InputError: a file is missing, damaged, or has another number of entries than the manifest states.
+    """Tensors of several files, concatenated along their first axis. They are read when they are needed. Raises
+    `InputError` if a file is missing, damaged, or has another number of entries than the manifest states.
     """
 
     def __init__(self, folder: Path, files: Sequence[tuple[str, int]], names: Sequence[str]) -> None:
@@ -155,11 +149,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_part(file: Path, names: Sequence[str] | None = None) -> dict[str, Tensor]:
-    """Return tensors of one file of a store, memory-mapped; `names` None means all.
-
-    Raises:
-        InputError: it cannot be read.
-    """
+    """Return tensors of a file of a store, memory-mapped; None means all. Raises `InputError` if it cannot be read."""
     try:
         with safe_open(file, framework="pt") as opened:
             return {name: opened.get_tensor(name) for name in (names or opened.keys())}

@@ -44,10 +44,7 @@ class Components:
         return recorded in (self.codec_hash, *self.encoder_of) or recorded == weights_hash(self.vae)
 
     def text_hash(self) -> str:
-        """Return the SHA-256 of text encoders, vocabularies and settings. Stored text features record it.
-
-        It reads all weights, so it is computed only if features are stored.
-        """
+        """Return the SHA-256 of text encoders, vocabularies and settings, which stored text features record."""
         encoders = [
             weights_hash(encoder) for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None
         ]
@@ -70,10 +67,8 @@ class Components:
 
 
 def load_components(source: str | Path = BUNDLED / COMMON) -> Components:
-    """Load the components of a pipeline folder, FLUX.1's included, or of a components folder such as `common/`.
-
-    Raises:
-        InputError: a component is missing or cannot be read.
+    """Load the components of a pipeline folder, FLUX.1's included, or of a components folder such as `common/`. Raises
+    `InputError` if one is missing or cannot be read.
     """
     folder = Path(source) if Path(source).is_dir() else find_model(source)
     index = read_json(folder / (COMPONENTS if (folder / COMPONENTS).is_file() else "model_index.json"))

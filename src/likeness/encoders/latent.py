@@ -46,10 +46,8 @@ class LatentCodec:
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Encode images in [-1, 1], [B, 3, H, W], to raw latents, float32 [B, C, H/f, W/f].
-
-        Returns:
-            The mean and the log variance of a latent distribution; otherwise the latent and None.
+        """Encode images in [-1, 1], [B, 3, H, W], to raw latents, float32 [B, C, H/f, W/f]: the mean and the log
+        variance of a latent distribution, or else the latent and None.
         """
         found = [self.vae.encode(chunk, return_dict=False)[0] for chunk in self._chunks(images.to(self.vae.dtype))]
         if isinstance(found[0], Tensor):

@@ -31,21 +31,13 @@ def encode_text(
     text_encoder_2: Any = None,
     batched: bool = False,
 ) -> TextFeatures:
-    """Encode B captions with CLIP, or as FLUX.1 does: tokens from T5's last layer, the pooled vector from CLIP.
+    """Encode B captions with CLIP, or as FLUX.1 does: tokens [B, L, D] from T5's last layer, the pooled vector [B, P]
+    from CLIP, on the models' devices and in their dtypes.
 
-    Args:
-        tokenizer: a CLIP tokenizer.
-        text_encoder: a `CLIPTextModel`.
-        captions: B strings, truncated to `max_tokens`.
-        max_tokens: length L to which captions are padded, start and end tokens included. With T5, captions for CLIP are
-            padded to the maximum length of its tokenizer, 77.
-        layer: index of CLIP's hidden state for tokens; -1 is the last layer, before the final norm.
-        tokenizer_2: a T5 tokenizer.
-        text_encoder_2: a `T5EncoderModel`.
-        batched: one pass for all captions also on a CPU: faster, but rounding then depends on B.
-
-    Returns:
-        tokens [B, L, D] and pooled [B, P], on the models' devices and in their dtypes.
+    `max_tokens` is the length L to which captions are padded or truncated, start and end tokens included; with T5,
+    captions for CLIP are padded to the maximum length of its tokenizer, 77. `layer` is the index of CLIP's hidden state
+    for tokens; -1 is the last layer, before the final norm. `batched`: one pass for all captions also on a CPU, which
+    is faster, but rounding then depends on B.
     """
     clip_length = max_tokens if text_encoder_2 is None else tokenizer.model_max_length
     chunks = token_chunks(tokenizer, text_encoder, captions, clip_length, batched)

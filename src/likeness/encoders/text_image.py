@@ -63,14 +63,8 @@ def text_length(clip: Any) -> int:
 def retrieved(queries: Tensor, candidates: Tensor, choices: int) -> Tensor:
     """Return whether each query's own candidate is the nearest one within its group, bool [n].
 
-    Args:
-        queries: features of images or captions [N, D], of any length.
-        candidates: features of the captions or images that belong to them [N, D].
-        choices: size of the groups, which are consecutive; an incomplete last group is left out, so n <= N. Chance is
-            1 / choices.
-
-    Raises:
-        ValueError: there are fewer than `choices` queries.
+    `queries` and `candidates` [N, D] are features of images and of captions that belong together, of any length. Groups
+    have `choices` members; an incomplete last one is left out. Raises `ValueError` if there is no complete group.
     """
     count = len(queries) // choices * choices
     if not count:
@@ -93,13 +87,8 @@ def name_attributes(clip: Any, head: AttributeHead, images: Tensor) -> list[dict
 
 
 def load_text_image(folder: Path) -> tuple[Any, Any]:
-    """Load a text-image model from a folder with `clip`, packed or not, and `tokenizer`.
-
-    Returns:
-        The `CLIPModel` and its tokenizer.
-
-    Raises:
-        InputError: a part is missing or cannot be read.
+    """Load a `CLIPModel` and its tokenizer from a folder with `clip`, packed or not, and `tokenizer`. Raises
+    `InputError` if a part is missing or cannot be read.
     """
     try:
         clip = load_component(folder / "clip", "transformers", "CLIPModel")

@@ -378,15 +378,9 @@ class MDiTFaceTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     @apply_forward_hook  # offloading then loads the weights before this call, too
     def static_cache(self, text: TextFeatures, condition_latents: Tensor, condition_index: Tensor) -> StaticCache:
-        """Run the static pathway of these prompts and conditions, for all times, guidance values and strengths.
-
-        Args:
-            text: tokens [B, L, T] and pooled [B, P].
-            condition_latents: [B, K, C, h, w], K >= 1.
-            condition_index: [B, K], -1 if absent.
-
-        Raises:
-            InputError: the network has no static pathway.
+        """Run the static pathway of these prompts, tokens [B, L, T] and pooled [B, P], and conditions [B, K, C, h, w],
+        K >= 1, with ids [B, K], -1 if absent, for all times, guidance values and strengths. Raises `InputError` if the
+        network has no static pathway.
         """
         if self.config.attention not in ("hard", "decoupled"):
             raise InputError(f"{self.config.attention} attention has no static pathway")

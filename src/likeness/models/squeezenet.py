@@ -78,23 +78,16 @@ class SqueezeNetFeatures(nn.Module):
         return outputs
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Load torchvision's weights; those of later layers are ignored.
-
-        Raises:
-            RuntimeError: a weight is missing or has another shape.
+        """Load torchvision's weights without later layers. Raises `RuntimeError` if one is missing or has another
+        shape.
         """
         names = self.state_dict().keys()
         self.load_state_dict({name: value.float() for name, value in weights.items() if name in names})
 
 
 def perceptual_distance(features: list[Tensor], others: list[Tensor]) -> Tensor:
-    """Squared distance of features normalized along their channels, summed over layers, averaged over positions.
-
-    This is LPIPS (Zhang et al. 2018, equation 1) with all channel weights equal to 1.
-
-    Args:
-        features: outputs of `SqueezeNetFeatures`, [B, C, h, w] each.
-        others: the same of the images to compare with.
+    """Squared distance of two outputs of `SqueezeNetFeatures`, normalized along their channels, summed over layers,
+    averaged over positions. This is LPIPS (Zhang et al. 2018, equation 1) with all channel weights equal to 1.
     """
     unit = lambda x: F.normalize(x.float(), dim=1)  # noqa: E731
     distances = [(unit(a) - unit(b)).square().sum(dim=1).mean() for a, b in zip(features, others, strict=True)]

@@ -56,10 +56,7 @@ def tie(network: nn.Module) -> None:
 
 def init_missing(network: nn.Module, missing: Sequence[str]) -> None:
     """Initialize the weights that a checkpoint of plain FLUX lacks: the spatial stream's as the image stream's, all
-    others as zero.
-
-    Raises:
-        InputError: the checkpoint lacks a weight of FLUX.
+    others as zero. Raises `InputError` if it lacks a weight of FLUX.
     """
     spatial = spatial_weights(network)
     if absent := sorted(name for name in missing if not (name in spatial or name.startswith(NEW))):

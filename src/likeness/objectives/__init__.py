@@ -16,10 +16,8 @@ __all__ = ["DDPM", "OBJECTIVES", "Objective", "RectifiedFlow", "make_objective"]
 
 
 def make_objective(config: Mapping[str, Any]) -> Objective:
-    """Return the objective of a configuration, `{"name": "rectified_flow" | "ddpm", ...fields}`.
-
-    Raises:
-        InputError: an unknown name or field, or a value out of range.
+    """Return the objective of a configuration, `{"name": "rectified_flow" | "ddpm", ...fields}`. Raises `InputError`
+    for an unknown name or field, or a value out of range.
     """
     fields = dict(config)
     name = fields.pop("name", None)

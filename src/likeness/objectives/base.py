@@ -17,51 +17,39 @@ class Objective(Protocol):
 
     def sample_time(self, uniform: Tensor) -> Tensor:
         """Training times [B] from uniform numbers in [0, 1), [B]."""
-        ...
 
     def corrupt(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """x_t [B, C, h, w] from x_0 and noise of the same shape and times [B]."""
-        ...
 
     def target(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """Target of the network at x_t, [B, C, h, w]."""
-        ...
 
     def denoise(self, noisy: Tensor, prediction: Tensor, time: Tensor) -> Tensor:
         """Estimate x_0 from x_t and the network's output, both [B, C, h, w], at times [B]."""
-        ...
 
     def weight(self, time: Tensor) -> Tensor:
         """Weight of the mean squared error of each sample, [B]."""
-        ...
 
     def noise_level(self, time: Tensor) -> Tensor:
         """sigma(t) in [0, 1], the unit of guidance intervals."""
-        ...
 
     def model_time(self, time: Tensor) -> Tensor:
         """Time input of the network, [B]."""
-        ...
 
     def scheduler(self) -> SchedulerMixin:
         """The diffusers scheduler of this objective."""
-        ...
 
     def check_scheduler(self, scheduler: SchedulerMixin) -> None:
         """Raise `InputError` for a scheduler of another objective, which would only ruin the images."""
-        ...
 
     def schedule(self, steps: int) -> dict[str, Any]:
         """Arguments of the scheduler's `set_timesteps`."""
-        ...
 
     def time_of(self, timesteps: Tensor) -> Tensor:
         """Times of this objective from the scheduler's timesteps, float32."""
-        ...
 
     def config(self) -> dict[str, Any]:
         """Configuration for `make_objective`, stored in pipelines."""
-        ...
 
 
 def column(values: Tensor, like: Tensor) -> Tensor:

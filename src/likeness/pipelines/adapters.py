@@ -66,11 +66,7 @@ class Adapter:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Read the configuration of an adapter folder.
-
-    Raises:
-        InputError: it cannot be read, or has unknown, missing or invalid entries.
-    """
+    """Read the configuration of an adapter folder. Raises `InputError` if it is missing or has invalid entries."""
     path = folder / ADAPTER
     return build(Adapter, read_json(path), where=str(path))
 
@@ -108,9 +104,7 @@ def lora_targets(transformer: Any, targets: Literal["spatial", "all"] = "spatial
 
 def add_adapter(transformer: MDiTFaceTransformer, adapter: Adapter) -> None:
     """Add a new adapter to FLUX.1, as at the start of training: a condition embedding of zeros, a LoRA without effect.
-
-    Raises:
-        InputError: the network has an adapter already, or does not support this one.
+    Raises `InputError` if the network has an adapter already, or does not support this one.
     """
     from peft import LoraConfig
 
@@ -125,16 +119,8 @@ def add_adapter(transformer: MDiTFaceTransformer, adapter: Adapter) -> None:
 def save_adapter(
     transformer: MDiTFaceTransformer, folder: Path, adapter: Adapter, state: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write the adapter of a network.
-
-    Args:
-        transformer: a network with the adapter (`add_adapter`, `load_adapter`).
-        folder: the folder to write.
-        adapter: its configuration.
-        state: its weights, if those of the network are sharded.
-
-    Raises:
-        InputError: the network has no adapter, or the folder cannot be written.
+    """Write the adapter of a network and its configuration to a folder. `state`: its weights, if those of the network
+    are sharded. Raises `InputError` if the network has no adapter, or the folder cannot be written.
     """
     if NAME not in getattr(transformer, "peft_config", {}):
         raise InputError("The network has no MDiTFace adapter to save")
@@ -144,15 +130,8 @@ def save_adapter(
 
 
 def load_adapter(pipeline: Any, folder: str | Path) -> None:
-    """Load an adapter into a pipeline with its base; `pipeline.set_adapters("mditface", 0.8)` scales it.
-
-    Args:
-        pipeline: an `MDiTFacePipeline` whose network is FLUX.1.
-        folder: an adapter folder.
-
-    Raises:
-        InputError: the folder cannot be read, or the adapter was trained on another network: every weight that does not
-            match is listed.
+    """Load an adapter folder into an `MDiTFacePipeline` whose network is its base. Raises `InputError` if it cannot be
+    read, or was trained on another network; every weight that does not match is listed.
     """
     from peft import set_peft_model_state_dict
 
@@ -272,18 +251,10 @@ def load_lora(
 
 
 def add_loras(pipeline: Any, loras: Sequence[tuple[str, float]], *, strict: bool = True) -> list[str]:
-    """Add LoRAs made for FLUX.1 to the active adapters.
+    """Add LoRAs made for FLUX.1 (files, folders or Hub ids, each with its strength) to the active adapters of an
+    `MDiTFacePipeline`. With `strict=False`, return one line per weight that was left out.
 
-    Args:
-        pipeline: an `MDiTFacePipeline`.
-        loras: files, folders or Hub ids, each with its strength.
-        strict: whether to reject a LoRA that matches in part only.
-
-    Returns:
-        With `strict=False`, one line per weight that was left out.
-
-    Raises:
-        InputError: the pipeline does not support LoRAs, or one cannot be read or does not match.
+    Raises `InputError` if the pipeline does not support LoRAs, or one cannot be read or does not match.
     """
     if loras and not hasattr(pipeline, "loras"):
         raise InputError(f"{type(pipeline).__name__} does not support LoRAs: leave {loras[0][0]} out")
@@ -342,10 +313,8 @@ def strength(layers: Sequence[Any], name: str) -> float | None:
 
 
 def restore_adapters(pipeline: Any, recorded: Mapping[str, Mapping[str, Any]]) -> None:
-    """Activate the adapters of a recipe (`active_adapters`); MDiTFace's own is loaded with the model.
-
-    Raises:
-        InputError: a LoRA was not loaded from a file, its strength differed between layers, or it cannot be loaded.
+    """Activate the adapters of a recipe (`active_adapters`); MDiTFace's own is loaded with the model. Raises
+    `InputError` if a LoRA was not loaded from a file, its strength differed between layers, or it cannot be loaded.
     """
     for name, entry in recorded.items():
         options = {key: value for key, value in entry.items() if key not in ("scale", "source")}
@@ -356,9 +325,7 @@ def restore_adapters(pipeline: Any, recorded: Mapping[str, Mapping[str, Any]]) -
         if entry.get("source") is None:
             raise InputError(f"The LoRA {name!r} was loaded from a state dict, not from a file")
         if not hasattr(pipeline, "loras"):
-            raise InputError(
-                f"The recipe has the LoRA {entry['source']}, but {type(pipeline).__name__} does not support LoRAs"
-            )
+            raise InputError(f"{type(pipeline).__name__} does not support LoRAs, but the recipe has {entry['source']}")
         load_lora(pipeline, entry["source"], name, **options)
     if missing := sorted(recorded.keys() - active_adapters(pipeline).keys()):
         raise InputError(f"The model of the recipe has no adapter {missing[0]!r}: it is another model now")

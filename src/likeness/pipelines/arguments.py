@@ -45,17 +45,10 @@ def noise_interval(value: Any, name: str) -> tuple[float, float]:
 
 
 def per_image(arguments: Mapping[str, Any], repeats: int) -> list[dict[str, Any]]:
-    """Distribute arguments over the images of a batch.
+    """Distribute arguments over the images of a batch. A value is one for all images, or a list with one per image;
+    `repeats` images share each. Return name -> value for each image, without names whose value is None.
 
-    Args:
-        arguments: name -> one value for all images, or a list with one value per image.
-        repeats: images per value.
-
-    Returns:
-        For each image: name -> value, without names whose value is None.
-
-    Raises:
-        InputError: lists of different lengths, an empty list, or `repeats` below 1.
+    Raises `InputError` for lists of different lengths, an empty list, or `repeats` below 1.
     """
     repeats = whole_number(repeats, "num_images_per_prompt")
     if repeats < 1:
@@ -67,19 +60,14 @@ def per_image(arguments: Mapping[str, Any], repeats: int) -> list[dict[str, Any]
             raise InputError(f"The list of {name} is empty: pass one value for all images, or one per image")
         if len(values) not in (1, count):
             longest = next(other for other in columns if len(columns[other]) == count)
-            raise InputError(
-                f"{len(values)} values of {name} do not match {count} of {longest}: "
-                "pass one value for all images, or one per image"
-            )
+            raise InputError(f"{len(values)} values of {name} do not match {count} of {longest}: pass one or {count}")
     rows = [{name: values[i % len(values)] for name, values in columns.items()} for i in range(count)]
     return [{name: value for name, value in row.items() if value is not None} for row in rows for _ in range(repeats)]
 
 
 def named_conditions(images: Any) -> Any:
-    """Return `control_image` as a mapping; the kind of a single path, image or array is recognized.
-
-    Raises:
-        InputError: it is not a known condition.
+    """Return `control_image` as a mapping; the kind of a single path, image or array is recognized. Raises `InputError`
+    if it is not a known condition.
     """
     if images is None:
         return {}
@@ -113,21 +101,13 @@ def condition_inputs(
     start: float | Mapping[str, float],
     end: float | Mapping[str, float],
 ) -> dict[str, Any]:
-    """Convert the keyword arguments of a pipeline call to `ConditionInput`.
+    """Convert the keyword arguments of a pipeline call to name -> `ConditionInput`, or a list of them and None.
 
-    Args:
-        images: name -> image, or a list of images with None where an image of the batch has no such condition. A
-            `ConditionInput` instead of an image is returned unchanged.
-        trained: the conditions of the checkpoint.
-        scale: of all conditions, or by name.
-        start: likewise.
-        end: likewise.
+    `images` maps a name to an image, or to a list of images with None where an image of the batch has no such
+    condition; a `ConditionInput` instead of an image is returned unchanged. `trained` are the conditions of the
+    checkpoint; `scale`, `start` and `end` are those of all conditions, or by name.
 
-    Returns:
-        Name -> `ConditionInput` or list of `ConditionInput` and None.
-
-    Raises:
-        InputError: a condition is unknown or was not trained, or a number is invalid.
+    Raises `InputError` if a condition is unknown or was not trained, or a number is invalid.
     """
     if not isinstance(images, Mapping):
         raise InputError(f'control_image is of type {type(images).__name__}; pass a dict such as {{"mask": ...}}')
@@ -156,9 +136,7 @@ def condition_inputs(
         if not math.isfinite(condition.scale) or condition.scale < 0:
             raise InputError(f"The scale of {name} is {condition.scale}; it must be a finite number of at least 0")
         if not 0 <= condition.start <= condition.end <= 1:
-            raise InputError(
-                f"{name} is active from {condition.start} to {condition.end}; these must be in [0, 1], the start first"
-            )
+            raise InputError(f"{name} acts from {condition.start} to {condition.end}: use 0 <= start <= end <= 1")
         return condition
 
     return {

@@ -11,11 +11,7 @@ FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
 
 
 def format_of(path: Path) -> str:
-    """Return Pillow's format of a file name.
-
-    Raises:
-        InputError: the suffix is not png, jpg, jpeg or webp.
-    """
+    """Return Pillow's format of a file name. Raises `InputError` if its suffix is not png, jpg, jpeg or webp."""
     suffix = path.suffix.lower().removeprefix(".")
     if suffix not in FORMATS:
         raise InputError(f"{path} must end in {', '.join('.' + s for s in FORMATS)}")

@@ -21,10 +21,8 @@ BATCH = 4
 
 
 def resolve(request: PortraitRequest, pipeline: Any) -> PortraitRequest:
-    """Complete a request: read its conditions, and set unset fields to the checkpoint's defaults.
-
-    Raises:
-        InputError: a condition cannot be read, the seed is out of range, or the model was not trained at the size.
+    """Complete a request: read its conditions, and set unset fields to the checkpoint's defaults. Raises `InputError`
+    if a condition cannot be read, the seed is out of range, or the model was not trained at the size.
     """
     if not isinstance(request.seed, int) or not 0 <= request.seed < SEED_LIMIT:
         raise InputError(f"The seed is {request.seed}; it must be a whole number from 0 to 2^63 - 1")
@@ -42,15 +40,8 @@ def resolve(request: PortraitRequest, pipeline: Any) -> PortraitRequest:
 
 
 def work_of(pipeline: Any, height: int, width: int) -> float:
-    """Estimate the work of one pass through the network at an image size, for `likeness.runtime.choose_threads`.
-
-    Args:
-        pipeline: the pipeline.
-        height: pixels.
-        width: pixels.
-
-    Returns:
-        Weights of the network times image tokens; about the multiplications of one pass.
+    """Estimate the work of one pass through the network at an image size, for `likeness.runtime.choose_threads`:
+    weights of the network times image tokens, about the multiplications of the pass.
     """
     weights = sum(weight.numel() for weight in pipeline.transformer.parameters())
     return weights * height * width / (spatial_factor(pipeline.vae) * pipeline.patch_size) ** 2
@@ -59,17 +50,8 @@ def work_of(pipeline: Any, height: int, width: int) -> float:
 def batches(
     requests: Sequence[PortraitRequest], pipeline: Any, *, single: bool = False
 ) -> Iterator[tuple[int, Sequence[PortraitRequest]]]:
-    """Split requests into batches, so that images can be saved as soon as they are generated.
-
-    On a CPU a batch is a single image: larger ones take as long per image.
-
-    Args:
-        requests: output of `resolve`, equal but for their seeds.
-        pipeline: the pipeline that generates them.
-        single: whether every batch is a single image on an accelerator, too.
-
-    Yields:
-        The number of images in the earlier batches, and the requests of this one.
+    """Yield batches of resolved requests, equal but for their seeds, each with the number of images before it. On a
+    CPU, or with `single`, a batch is a single image: there, larger ones take as long per image.
     """
     size = 1 if single or pipeline._execution_device.type == "cpu" else BATCH
     for start in range(0, len(requests), size):
@@ -83,17 +65,9 @@ def generate(
     on_step: Callable[[int, int], None] | None = None,
     encoded: dict[Any, Any] | None = None,
 ) -> tuple[list[Image.Image], list[str]]:
-    """Generate one image per seed.
-
-    Args:
-        pipeline: the pipeline.
-        request: output of `resolve`; its own seed is ignored.
-        seeds: seeds of the images.
-        on_step: called after every step as (steps done, total steps).
-        encoded: cache of encoded texts and conditions (`PortraitPipeline.__call__`).
-
-    Returns:
-        The images, and notes on truncated words of the prompts.
+    """Generate one image per seed of a resolved request, whose own seed is ignored. `on_step` is called after every
+    step as (steps done, total steps); `encoded` is the cache of `PortraitPipeline.__call__`. Also return notes on
+    truncated words of the prompts.
     """
 
     def report(pipe: Any, i: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:

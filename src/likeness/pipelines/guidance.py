@@ -25,12 +25,9 @@ class Pass(NamedTuple):
 
 
 def passes(conditions: Mapping[str, ConditionInput], guidance_scale: float, progress: float) -> tuple[Pass, ...]:
-    """Return the passes of one step for one image.
-
-    Args:
-        conditions: the conditions of the image.
-        guidance_scale: g at this step; 1 if guidance is off or prompt and negative prompt are equal.
-        progress: fraction of the steps that are done, 0 <= progress < 1.
+    """Return the passes of one step for an image with these conditions. `guidance_scale` is g at this step, 1 if
+    guidance is off or prompt and negative prompt are equal; `progress` is the fraction of the steps that are done, 0 <=
+    progress < 1.
     """
     scales = {name: condition.scale for name, condition in conditions.items() if condition.is_active(progress)}
     terms: list[tuple[str | None, float]] = [(None, 1 - sum(scales.values())), *scales.items()]

@@ -131,10 +131,8 @@ class Recipe:
 
 
 def check_recipe(recipe: Any, where: str, shape: tuple[int, ...] | None = None) -> None:
-    """Check keys, types and ranges of a recipe, and that it is of an image of this shape, (height, width, ...).
-
-    Raises:
-        InputError: the recipe is damaged, of a newer version, or not of this image.
+    """Check keys, types and ranges of a recipe, and that it is of an image of this shape, (height, width, ...). Raises
+    `InputError` if it is damaged, of a newer version, or not of this image.
     """
     version = recipe.get("schema") if isinstance(recipe, Mapping) else None
     if isinstance(version, int) and version > SCHEMA:
@@ -157,17 +155,10 @@ def check_recipe(recipe: Any, where: str, shape: tuple[int, ...] | None = None) 
 def confirmed(
     recipe: Mapping[str, Any], model: str | None, base: str | None, loras: Sequence[str]
 ) -> tuple[str, str | None, dict[str, Any]]:
-    """Return the model, base and adapters to load for a recipe. A recipe comes from an image of anyone, so that only a
-    bundled model is loaded by name; files and Hub ids must be given by the user.
+    """Return the model, base and adapters to load for a recipe, given what the user passes: a model, a base, and LoRAs
+    in the order of the recipe. A recipe comes from an image of anyone: only bundled models are loaded by its names.
 
-    Args:
-        recipe: the recipe.
-        model: the model that the user gives.
-        base: the base of an adapter that the user gives.
-        loras: the LoRAs that the user gives, in the order of the recipe.
-
-    Raises:
-        InputError: something is missing. The message shows what the recipe names.
+    Raises `InputError` if something is missing; the message shows what the recipe names.
     """
     adapters = dict(recipe.get("adapters", {}))
     names = [name for name, entry in adapters.items() if entry.get("source") is not None]
@@ -195,14 +186,8 @@ def recipe_of(
 ) -> dict[str, Any]:
     """Return the recipe of an image: everything that determines its pixels.
 
-    Args:
-        request: output of `likeness.pipelines.generate.resolve`.
-        pipeline: the pipeline.
-        model: the name from which it was loaded.
-        fingerprint: hash of its weights (`likeness.weights.hashes.pipeline_hash`).
-        base: the base from which an adapter was loaded, if it is not its own.
-        quantize: quantization of its weights.
-        known: output of `environment`, if the pipeline does not change. Default: determined.
+    `request` is the output of `resolve`, `model` and `base` are the names from which the pipeline was loaded,
+    `fingerprint` is its `pipeline_hash`, and `known` its `environment`, if that does not change between images.
     """
     options = {"base": base, "quantize": quantize, "adapters": active_adapters(pipeline)}
     return {
@@ -277,10 +262,8 @@ def processor() -> str:
 
 
 def request_of(recipe: Mapping[str, Any]) -> PortraitRequest:
-    """Return the request of a recipe, with its conditions.
-
-    Raises:
-        InputError: the recipe is damaged, of a newer version, or does not contain its conditions.
+    """Return the request of a recipe, with its conditions. Raises `InputError` if the recipe is damaged, of a newer
+    version, or lacks its conditions.
     """
     check_recipe(recipe, "The recipe")
     conditions = {}
@@ -377,28 +360,18 @@ def encode_image(
     mark: str | None = None,
     quality: int | None = None,
 ) -> bytes:
-    """Encode an image with its ICC profile (`image.info`), its recipe and the mark of generated media.
+    """Encode an image as `kind` (PNG, JPEG or WEBP) with its ICC profile (`image.info`), its recipe and the mark of
+    generated media: `mark`, an IPTC digital source type, or that of the recipe. `quality` of a JPEG or WebP is 0 to
+    100; by default a JPEG has 95, and a WebP is lossless.
 
-    Args:
-        image: the image.
-        kind: PNG, JPEG or WEBP.
-        recipe: its recipe, or None.
-        mark: IPTC digital source type. Default: that of the recipe; none without a recipe.
-        quality: of a JPEG or WebP, 0 to 100. Default: 95, lossless.
-
-    Raises:
-        InputError: the recipe is too long for a JPEG, or an edited photograph would be one.
+    Raises `InputError` if the recipe is too long for a JPEG, or an edited photograph would be one.
     """
     edited = recipe is not None and recipe.get("edit") is not None
     if edited and kind == "JPEG":
         raise InputError("A JPEG would change every pixel of the edited photograph: write a .png or .webp")
     mark = mark or (COMPOSITE if edited else None if recipe is None else GENERATED)
-    options: dict[str, Any] = {
-        "JPEG": {"quality": 95, "subsampling": 0},
-        "WEBP": {"lossless": True, "exact": True},
-    }.get(kind, {})
-    if quality is not None and kind != "PNG":
-        options = {"quality": quality}
+    best = {"PNG": {}, "JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True, "exact": True}}
+    options: dict[str, Any] = best[kind] if quality is None or kind == "PNG" else {"quality": quality}
     if profile := image.info.get("icc_profile"):
         options["icc_profile"] = profile
     packet = xmp_packet(recipe, mark) if mark else None
@@ -413,8 +386,7 @@ def encode_image(
                 conditions = {name: {**entry, "data": None} for name, entry in recipe["conditions"].items()}
                 packet = xmp_packet({**recipe, "conditions": conditions})
             exif = options["exif"] = Image.Exif()
-            comment = b"UNICODE\x00" + parameters_line(recipe).encode("utf-16-be")
-            exif.get_ifd(EXIF_POINTER)[USER_COMMENT] = comment
+            exif.get_ifd(EXIF_POINTER)[USER_COMMENT] = b"UNICODE\0" + parameters_line(recipe).encode("utf-16-be")
         options["xmp"] = packet.encode()
     buffer = io.BytesIO()
     try:
@@ -432,18 +404,11 @@ def write_image(
     overwrite: bool = True,
     quality: int | None = None,
 ) -> None:
-    """Write an image with its recipe atomically; without a recipe, pixels only.
+    """Write an image with its recipe atomically (`encode_image`); without a recipe, pixels only. The suffix of the file
+    selects PNG, JPEG or WebP.
 
-    Args:
-        image: the image.
-        path: the file; its suffix selects PNG, JPEG or WebP.
-        recipe: its recipe, or None.
-        overwrite: whether to replace an existing file.
-        quality: as in `encode_image`.
-
-    Raises:
-        InputError: the suffix is unknown, the recipe too long for the format, or the file cannot be written.
-        FileExistsError: the file exists, and `overwrite` is False.
+    Raises `InputError` if the suffix is unknown, the recipe too long for the format, or the file cannot be written, and
+    `FileExistsError` if it exists and `overwrite` is False.
     """
     content = encode_image(image, format_of(path), recipe, quality=quality)
     with writing_whole(path, overwrite=overwrite) as file:
@@ -451,10 +416,8 @@ def write_image(
 
 
 def read_recipe(source: Path | bytes) -> tuple[dict[str, Any], np.ndarray]:
-    """Read the recipe of an image file, or of its content, and its pixels (uint8 [H, W, 3]).
-
-    Raises:
-        InputError: the file cannot be read as an image, or has no recipe of this image.
+    """Read the recipe of an image file, or of its content, and its pixels (uint8 [H, W, 3]). Raises `InputError` if it
+    cannot be read as an image, or has no recipe of this image.
     """
     path = source if isinstance(source, Path) else "The image"
     try:

@@ -102,19 +102,11 @@ class Lora(NamedTuple):
 
 
 def read_lora(source: str | Path, weight_name: str | None, subfolder: str | None, **hub: Any) -> tuple[dict, dict]:
-    """Read a LoRA from a file, a folder or the Hub.
+    """Return the weights of a LoRA and the `<part>.<option>` of `LoraConfig` that it was saved with.
 
-    Args:
-        source: a file, folder or Hub id.
-        weight_name: the file in the folder or repository, if there are several.
-        subfolder: folder within it.
-        **hub: arguments of `huggingface_hub.hf_hub_download`, such as `revision` and `token`.
-
-    Returns:
-        Its weights, and the `<part>.<option>` of `LoraConfig` that it was saved with.
-
-    Raises:
-        InputError: it does not exist or cannot be read.
+    `source` is a file, folder or Hub id, `weight_name` the file in it if there are several, `subfolder` a folder in it;
+    `hub` are arguments of `huggingface_hub.hf_hub_download`, such as `revision` and `token`. Raises `InputError` if it
+    does not exist or cannot be read.
     """
     path, config = Path(source), {}
     if not path.exists():
@@ -144,9 +136,7 @@ def choose(names: Sequence[str], source: Any) -> str:
     """Return the file of a folder that contains the weights. Raises `InputError` if it is not clear which."""
     found = [name for name in USUAL_NAMES if name in names] or sorted(names)
     if len(found) != 1:
-        raise InputError(
-            f"{source} must contain one .safetensors file, but has {', '.join(found) or 'none'}: pass the file"
-        )
+        raise InputError(f"{source} has {', '.join(found) or 'no .safetensors file'}: pass one .safetensors file")
     return found[0]
 
 
@@ -171,13 +161,7 @@ def download(repository: str, weight_name: str | None, subfolder: str | None, **
 
 
 def match(networks: Mapping[str, nn.Module], weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> Lora:
-    """Match a LoRA with the parts of a pipeline, key by key. The keys of a layer match only together.
-
-    Args:
-        networks: part -> network.
-        weights: the weights of a file, under their own names.
-        config: what `read_lora` returned.
-    """
+    """Match a LoRA (`read_lora`) with the networks of a pipeline's parts. The keys of a layer match only together."""
     names = layer_names(networks)
     modules = {f"{part}.{name}": module for part, net in networks.items() for name, module in net.named_modules()}
     layers: dict[str, dict[str, str]] = {}  # layer -> which of its weights -> key
@@ -217,9 +201,7 @@ def flat(name: str) -> str:
 
 
 def layer_names(networks: Mapping[str, nn.Module]) -> dict[str, list[str]]:
-    """Return the names that files give to layers, with underscores -> the layers `<part>.<name>` whose outputs they
-    concatenate.
-    """
+    """Return the names of layers in files, with underscores -> the layers `<part>.<name>` that they concatenate."""
     found: dict[str, list[str]] = {}
     for part, network in networks.items():
         own = {name: [name] for name, _ in network.named_modules() if name}

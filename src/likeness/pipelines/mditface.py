@@ -31,28 +31,20 @@ DEFAULTS: dict[str, Any] = {"size": 512, "steps": 28, "guidance_scale": 3.5, "gu
 class MDiTFacePipeline(PortraitPipeline, FluxLoraLoaderMixin):
     """Generate face images from any subset of text, mask, sketch and keypoints. LoRAs for FLUX.1 load as in diffusers.
 
+    Arguments are those of `MMFacePipeline`, except:
+
     Args:
         transformer: the network. If it is guidance-distilled (`guidance_embeds`), it embeds `guidance_scale`, and there
             is no negative prompt; otherwise `guidance_scale` is that of classifier-free guidance.
-        vae: the autoencoder that it was trained with.
         text_encoder: a CLIP text model for the pooled vector; if it is the only text encoder, for the tokens, too.
-        tokenizer: its tokenizer.
         scheduler: the sampler of the objective. If its configuration has `use_dynamic_shifting`, timesteps shift
             towards noise with the size of the image (`likeness.objectives.flow.dynamic_shift`).
         text_encoder_2: the T5 encoder for the tokens, or None.
         tokenizer_2: its tokenizer.
-        objective: configuration of the objective (`likeness.objectives.make_objective`).
         latent_mean: mean of the autoencoder's latents, one number or one per channel. Default: its `shift_factor`.
         latent_std: their standard deviation. Default: 1 / `scaling_factor`.
-        text_layer: hidden state of a single text encoder that is used as tokens.
-        max_text_tokens: length to which captions are padded.
-        condition_resize: `exact` never mixes labels; `lanczos` resizes rendered conditions as images.
-        defaults: `size`, `steps`, `guidance_scale`, `guidance_interval` of this checkpoint.
-        sizes: Sizes it was trained at, (width, height) in pixels, for example [[128, 128]], or "any". Default: the
-            square of `defaults["size"]`.
 
-    Raises:
-        InputError: the transformer is not an `MDiTFaceTransformer`, or a T5 encoder has no tokenizer.
+    Raises `InputError` if the transformer is not an `MDiTFaceTransformer`, or a T5 encoder has no tokenizer.
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->vae"

@@ -46,16 +46,6 @@ from likeness.pipelines.sampling import EncodedBatch, Passes, Sampling, advance
 from likeness.pipelines.sizes import format_sizes, generation_size, trained_sizes
 from likeness.types import ConditionInput, InputError, PortraitRequest, TextFeatures
 
-
-def is_unicode(text: str) -> bool:
-    """Return whether a text has no lone surrogates, which undecodable bytes of the command line become."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 SYNTAX = re.compile(r"\([^()]*:\s*\d*\.?\d+\s*\)|<lora:[^>]*>|\bBREAK\b")
 """Syntax of other tools in prompts: weights such as (smiling:1.4), LoRA tags, BREAK."""
 
@@ -81,14 +71,8 @@ class PortraitOutput(BaseOutput):
     def save(self, path: str | Path) -> list[Path]:
         """Write the images with their recipes, as `likeness generate` does; `likeness replay` generates them again.
 
-        Args:
-            path: A .png, .jpg or .webp file. Several images are numbered: `face.png` becomes `face-1.png`, ...
-
-        Returns:
-            The files.
-
-        Raises:
-            InputError: The images are no PIL images or have no recipe, or a file cannot be written.
+        `path` is a .png, .jpg or .webp file. Several images are numbered: `face.png` becomes `face-1.png`, ... Return
+        the files. Raises `InputError` if the images are no PIL images or have no recipe, or a file cannot be written.
         """
         from likeness.pipelines.image_recipe import recipe_of, write_image
         from likeness.weights.hashes import pipeline_hash
@@ -136,11 +120,7 @@ class PortraitPipeline(DiffusionPipeline):
         sizes: Any,
         **settings: Any,
     ) -> None:
-        """Check the settings of a checkpoint and store them; `known` are the `defaults` of the network.
-
-        Raises:
-            InputError: a setting is invalid.
-        """
+        """Check and store the settings of a checkpoint; `known`: `defaults` of the network. Raises `InputError`."""
         if condition_resize not in ("exact", "lanczos"):
             raise InputError(f"condition_resize is {condition_resize!r}; choose exact or lanczos")
         if unknown := sorted(set(defaults or {}) - set(known)):
@@ -265,8 +245,10 @@ class PortraitPipeline(DiffusionPipeline):
         for text in (*prompts, *negatives):
             if not isinstance(text, str):
                 raise InputError(f"A prompt is {text!r}; it must be a string")
-            if not is_unicode(text):
-                raise InputError(f"The prompt {text!r} is not valid UTF-8: check the encoding of the terminal")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:  # lone surrogates: undecodable bytes of the command line
+                raise InputError(f"The prompt {text!r} is not valid UTF-8: check the terminal's encoding") from error
         self.check_network(negatives)
         width, height = generation_size(self.config, size, upscale=upscale, force_size=force_size)
         if (width, height) != size and output_type == "latent":
@@ -434,9 +416,7 @@ class PortraitPipeline(DiffusionPipeline):
             raise InputError(f"guidance_model is a {name}; it must be a {type(self.transformer).__name__}")
         ours, theirs = ({k: v for k, v in m.config.items() if k[0] != "_"} for m in (self.transformer, guidance_model))
         if different := [name for name, value in ours.items() if theirs.get(name) != value]:
-            raise InputError(
-                f"guidance_model has another {different[0]} than the network: use one with the same configuration"
-            )
+            raise InputError(f"guidance_model has another {different[0]} than the network: both must be equal")
 
     def encode_prompts(
         self, texts: Sequence[str], prompts: Sequence[str], encoded: dict[Any, Any], notes: list[str]
@@ -466,11 +446,9 @@ class PortraitPipeline(DiffusionPipeline):
         encoded: dict[Any, Any],
         notes: list[str],
     ) -> tuple[Tensor, Tensor, list[dict[str, int]]]:
-        """Encode the distinct conditions of all images; add notes on how they were read.
-
-        Returns:
-            latents [M + 1, C, h, w], the first of which is an absent condition (zeros); their ids in the condition
-            embedding [M + 1], -1 for absent; and for each image, condition name -> index.
+        """Encode the distinct conditions of all images; add notes on how they were read. Return latents [M + 1, C, h,
+        w], the first of which is an absent condition (zeros); their ids in the condition embedding [M + 1], -1 for
+        absent; and for each image, condition name -> index.
         """
         factor = spatial_factor(self.vae)
         sources = {(name, id(c.image), height, width): c.image for row in conditions for name, c in row.items()}
@@ -536,9 +514,7 @@ class PortraitPipeline(DiffusionPipeline):
             return latents
         images = self.codec.decode(latents)  # [B, 3, H, W]
         if not images.isfinite().all():
-            raise InputError(
-                "The decoded images are not finite (NaN or Inf): the autoencoder is damaged, or needs fp32"
-            )
+            raise InputError("The images are not finite (NaN or Inf): the autoencoder is damaged, or needs fp32")
         if size is not None and size != (images.shape[-1], images.shape[-2]):
             images = resample(images, *size)
         if output_type == "pil":

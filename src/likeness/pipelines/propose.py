@@ -47,27 +47,17 @@ def propose_mask(
     *,
     candidates: int = CANDIDATES,
     on_step: Callable[[int, int], None] | None = None,
-    encoded: dict[Any, Any] | None = None,
 ) -> Proposal:
-    """Generate the mask of a face from text.
+    """Generate the mask of a face from text with a pipeline for masks, such as `load("mask-mini")`.
 
-    Args:
-        pipeline: pipeline that generates masks, such as `load("mask-mini")`.
-        prompt: description of the face; "" means any face.
-        seed: seed of the mask, 0 <= seed < 2**63.
-        candidates: largest number of masks to generate; the first that breaks no rule is returned, or else the one that
-            breaks the fewest.
-        on_step: called after each candidate as (candidates done, `candidates`).
-        encoded: cache of encoded texts (`PortraitPipeline.__call__`).
-
-    Raises:
-        InputError: the pipeline does not generate masks, or an argument is invalid.
+    Of up to `candidates` masks, the first that breaks no rule is returned, or the best. `on_step` is called after each
+    as (candidates done, `candidates`). Raises `InputError` for another pipeline, or invalid arguments.
     """
     if type(pipeline.vae).__name__ != "LabelDecoder":
         raise InputError("this model does not generate masks: use mask-mini, or a model packed with a label decoder")
     if candidates < 1:
         raise InputError(f"the number of candidates is {candidates}; it must be at least 1")
-    generator, encoded = torch.Generator().manual_seed(seed), {} if encoded is None else encoded
+    generator, encoded = torch.Generator().manual_seed(seed), {}
     best: Proposal | None = None
     for number in range(1, candidates + 1):
         (image,) = pipeline(prompt, generator=generator, encoded=encoded).images

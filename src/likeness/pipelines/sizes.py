@@ -22,11 +22,7 @@ LARGEST_SIDE = 4096
 
 
 def parse_size(text: str, name: str = "size") -> tuple[int, int]:
-    """Parse `128` or `128x160` as (width, height) in pixels.
-
-    Raises:
-        InputError: the text has another form.
-    """
+    """Parse `128` or `128x160` as (width, height) in pixels. Raises `InputError` for other forms."""
     sides = str(text).lower().split("x")
     if len(sides) > 2 or not all(re.fullmatch(r"0*[1-9][0-9]{0,8}", side) for side in sides):
         raise InputError(f"{name} is {str(text)[:80]!r}; give pixels as 128 or as 128x160 (width x height)")
@@ -34,14 +30,10 @@ def parse_size(text: str, name: str = "size") -> tuple[int, int]:
 
 
 def trained_sizes(config: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Return the trained sizes of a pipeline as (width, height); an empty list if it generates at any size.
+    """Return the trained sizes in a pipeline's configuration as (width, height); [] if it generates at any size.
 
-    Args:
-        config: configuration of a pipeline. Its `sizes` is a list such as [[128, 128], [128, 160]], or "any". Folders
-            written before that field existed have none: they were trained at their default size, a square.
-
-    Raises:
-        InputError: `sizes` has another form.
+    `sizes` is a list such as [[128, 128], [128, 160]], or "any"; folders written before that field existed were trained
+    at their default size, a square. Raises `InputError` for other forms.
     """
     sizes = config.get("sizes")
     if sizes == ANY:
@@ -65,16 +57,11 @@ def format_sizes(sizes: Sequence[tuple[int, int]]) -> str:
 def generation_size(
     config: Mapping[str, Any], size: tuple[int, int], *, upscale: bool = False, force_size: bool = False
 ) -> tuple[int, int]:
-    """Return the size to generate at for an image of a requested size; both are (width, height) in pixels.
+    """Return the size to generate at for a requested size; both are (width, height) in pixels. With `upscale` it is the
+    nearest trained size of that aspect ratio, and the caller resamples the result; `force_size` generates at any size.
 
-    Args:
-        config: configuration of a pipeline.
-        size: the requested size.
-        upscale: generate at the nearest trained size with that aspect ratio; the caller resamples the result.
-        force_size: generate at the requested size although the model was not trained at it.
-
-    Raises:
-        InputError: the model was not trained at the size and neither option is given, or `upscale` does not apply.
+    Raises `InputError` if the model was not trained at the size and neither option is given, or `upscale` does not
+    apply.
     """
     sizes = trained_sizes(config)
     if upscale and force_size:

@@ -36,10 +36,7 @@ def bundled_models() -> list[str]:
 
 def find_model(source: str | Path) -> Path:
     """Return the folder of a pipeline or an adapter, which a training run contains; a model on the Hub is downloaded
-    once.
-
-    Raises:
-        InputError: the model does not exist, or the Hub cannot be reached.
+    once. Raises `InputError` if the model does not exist, or the Hub cannot be reached.
     """
     path = Path(source)
     for folder in (BUNDLED / path, path, path / "model"):  # the last of a training run
@@ -55,18 +52,13 @@ def find_model(source: str | Path) -> Path:
         # without files next to the pipeline, such as the second copy of FLUX.1's weights
         return Path(snapshot_download(str(source), allow_patterns=["*.json", "*/*", "adapter.safetensors"]))
     except Exception as error:  # of many types: offline, gated, missing
-        raise InputError(
-            f"The model {source} is neither a folder nor available on the Hub: {first_line(error)}"
-        ) from error
+        raise InputError(f"Model {source} is neither a folder nor available on the Hub: {first_line(error)}") from error
 
 
 def checkpoint_file(source: str | Path, name: str) -> Path:
     """Return the path of one file of a checkpoint: a local folder, or a Hub repository, whose file is downloaded once.
-
-    The path of a file that the checkpoint does not have does not exist.
-
-    Raises:
-        InputError: the checkpoint does not exist, or the Hub cannot be reached.
+    The path of a file that the checkpoint lacks does not exist. Raises `InputError` if the checkpoint does not exist,
+    or the Hub cannot be reached.
     """
     if Path(source).is_dir():
         return Path(source) / name

@@ -18,11 +18,7 @@ POINTER = b"version https://git-lfs"
 
 @contextmanager
 def opened_weights(path: Path) -> Iterator[Any]:
-    """Open a safetensors file within a `with` block.
-
-    Raises:
-        InputError: it is missing, cut off, damaged, or a pointer of Git LFS.
-    """
+    """Open a safetensors file. Raises `InputError` if it is missing, cut off, damaged, or a pointer of Git LFS."""
     check_pointer(path)
     try:
         with safe_open(path, "pt") as file:
@@ -38,11 +34,7 @@ def read_weights(path: Path) -> dict[str, Any]:
 
 
 def check_files(folder: Path) -> None:
-    """Check that no file of a component is a pointer of Git LFS, and that its safetensors and JSON files are complete.
-
-    Raises:
-        InputError: one is not; the message names it.
-    """
+    """Raise `InputError` if a file of a component is a Git LFS pointer, or an incomplete safetensors or JSON file."""
     for path in sorted(folder.rglob("*")):
         if path.suffix == ".safetensors":
             with opened_weights(path):

@@ -11,11 +11,8 @@ import torch
 
 
 def weights_hash(model: torch.nn.Module, without: tuple[str, ...] = ()) -> str:
-    """Return the SHA-256 of a model's weights, in the order of their names, as float32.
-
-    Args:
-        model: the model.
-        without: prefixes of the names of weights to leave out.
+    """Return the SHA-256 of a model's weights as float32, in the order of their names; `without`: prefixes to leave
+    out.
     """
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):

@@ -114,10 +114,8 @@ def is_packed(folder: Path) -> bool:
 
 
 def read_packed(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Read the state dict of a packed component.
-
-    Raises:
-        InputError: it is a difference from weights that are missing or have changed.
+    """Read a packed state dict. Raises `InputError` if it is a difference from weights that are missing or have
+    changed.
     """
     if not (folder / DIFFERENCE).is_file():
         return unpack(read_weights(folder / PACKED), dtype)
@@ -130,12 +128,8 @@ def read_packed(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, T
 
 
 def save_packed(model: Any, folder: Path, base: Path | None = None) -> None:
-    """Write a diffusers or transformers model as packed weights and `config.json`.
-
-    Args:
-        model: the model.
-        folder: folder to write.
-        base: folder of a packed model with the same configuration, to store the difference from it.
+    """Write a diffusers or transformers model to a folder, as packed weights and `config.json`. `base`: folder of a
+    packed model with the same configuration, to store the difference from it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if base is None:
@@ -155,16 +149,8 @@ def save_packed(model: Any, folder: Path, base: Path | None = None) -> None:
 
 
 def load_component(folder: Path, library: str, class_name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Load a component from its folder, packed or not.
-
-    Args:
-        folder: its folder, with `config.json`.
-        library: the module of its class, as in `model_index.json`.
-        class_name: its class.
-        dtype: dtype of packed weights.
-
-    Raises:
-        InputError: the class is not in `COMPONENT_CLASSES`, or a file cannot be read.
+    """Load a component from its folder, packed (then in `dtype`) or not; `library` and `class_name` are those of
+    `model_index.json`. Raises `InputError` if the class is not in `COMPONENT_CLASSES`, or a file cannot be read.
     """
     cls = component_class(library, class_name)
     check_files(folder)

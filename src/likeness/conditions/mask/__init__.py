@@ -27,9 +27,7 @@ def resize(raw: np.ndarray, height: int, width: int) -> np.ndarray:
 
     Enlarging takes the nearest pixel. Shrinking gives each cell the class that covers most of it, so that thin parts
     keep their place. On a tie, the class at the cell's centre wins, then the higher class, which is the one on top.
-
-    Raises:
-        InputError: The aspect ratio would change by more than 1 %.
+    Raises `InputError` if the aspect ratio would change by more than 1 %.
     """
     check_aspect(raw.shape[:2], (height, width), "mask")
     if raw.shape == (height, width):
@@ -70,7 +68,6 @@ def mask_image(labels: np.ndarray) -> Image.Image:
 
 MASK = Condition(
     name="mask",
-    noun="semantic mask",
     raw="labels",
     folder="masks",
     suffix=".png",

@@ -125,14 +125,8 @@ def contradictions(labels: np.ndarray, caption: str) -> tuple[str, ...]:
 
 
 def find_contradictions(labels: np.ndarray, caption: str) -> tuple[Contradiction, ...]:
-    """Return the claims of the caption that the mask contradicts.
-
-    Args:
-        labels: uint8 [H, W], canonical.
-        caption: English text; unknown phrases are ignored.
-
-    Raises:
-        InputError: `labels` are not class numbers.
+    """Return the claims of an English caption that labels, uint8 [H, W], contradict; unknown phrases are ignored.
+    Raises `InputError` if `labels` are not class numbers.
     """
     labels = checked(labels)
     geometry, text = measure(labels), " ".join(caption.lower().split())

@@ -69,16 +69,10 @@ FEATURES: tuple[str, ...] = (*INSIDE, "eye_g", "earring", "necklace")
 
 
 def grow(labels: np.ndarray, classes: Names, radius: float, over: Names = ()) -> np.ndarray:
-    """Grow classes over what is beneath them.
+    """Grow classes of labels, uint8 [H, W], over what is beneath them.
 
-    A pixel of a class in `BENEATH` or `over` joins the nearest growing class within `radius`; on a tie, the class with
-    the higher number.
-
-    Args:
-        labels: uint8 [H, W].
-        classes: Classes that grow.
-        radius: Distance between pixel centres, at least 0 pixels.
-        over: Additional classes that may be covered, for example brows by hair.
+    A pixel of a class in `BENEATH` or `over` (for example brows, which hair may cover) joins the nearest growing class
+    within `radius`, a distance of at least 0 between pixel centres; on a tie, the class with the higher number.
     """
     labels, chosen = checked(labels), present_classes(labels, classes)
     _check_radius(radius)
@@ -91,10 +85,8 @@ def grow(labels: np.ndarray, classes: Names, radius: float, over: Names = ()) ->
 
 
 def shrink(labels: np.ndarray, classes: Names, radius: float) -> np.ndarray:
-    """Shrink classes away from what is beneath them, the counterpart of `grow`.
-
-    A pixel within `radius` of a class in `SHOWS` takes the nearest of these classes. A class does not shrink away from
-    what is on top of it: skin leaves no gap around the eyes.
+    """Shrink classes away from what is beneath them, the counterpart of `grow`: a pixel within `radius` of a class in
+    `SHOWS` takes the nearest of these classes. Skin leaves no gap around the eyes, which are on top of it.
     """
     labels, chosen = checked(labels), present_classes(labels, classes)
     _check_radius(radius)
@@ -131,11 +123,9 @@ def remove(labels: np.ndarray, classes: Names) -> np.ndarray:
 def mirror(labels: np.ndarray, classes: Names = ()) -> np.ndarray:
     """Mirror the mask, or mirror classes about the midline of the face.
 
-    Args:
-        labels: uint8 [H, W]; to mirror classes it must show at least three parts of a face.
-        classes: Default: flip the whole mask and swap the person's left and right. Otherwise the mirror image of each
-            class becomes its counterpart: "l_brow" makes the right brow like the left one, "hair" moves a parting to
-            the other side, both brows swap shapes.
+    Without classes, the mask is flipped and the person's left and right are swapped. Otherwise the mirror image of each
+    class becomes its counterpart: "l_brow" makes the right brow like the left one, "hair" moves a parting to the other
+    side, both brows swap shapes. The mask must then show at least three parts of a face.
     """
     labels = checked(labels)
     if not classes:
@@ -150,18 +140,11 @@ def mirror(labels: np.ndarray, classes: Names = ()) -> np.ndarray:
 
 
 def paste(labels: np.ndarray, other: np.ndarray, classes: Names, over: Names = (), align: bool = False) -> np.ndarray:
-    """Replace classes with those of another mask.
+    """Replace classes with those of another mask, of the same aspect ratio unless `align`.
 
-    The classes are removed from `labels` first. The others cover only what is beneath them: a pasted hat leaves the
-    brows and pasted glasses leave the eyes.
-
-    Args:
-        labels: uint8 [H, W].
-        other: uint8 [H', W'], of the same aspect ratio unless `align`.
-        classes: Classes to paste.
-        over: Additional classes that may be covered.
-        align: Align the other face with this one, by the centres of the parts inside both faces (translation, rotation
-            and one scale). At least three of them must be in both masks.
+    The classes are removed from `labels` first. The others cover only what is beneath them, and `over`: a pasted hat
+    leaves the brows and pasted glasses leave the eyes. `align` aligns the other face with this one, by the centres of
+    the parts inside both faces (translation, rotation and one scale), of which at least three must be in both masks.
     """
     labels, other = checked(labels), checked(other)
     chosen = present_classes(other, classes)
@@ -201,7 +184,8 @@ def swap(labels: np.ndarray, first: str, second: str) -> np.ndarray:
 
 
 def interpolate(first: np.ndarray, second: np.ndarray, t: float) -> np.ndarray:
-    """Interpolate the signed distance to each class's border between two masks.
+    """Interpolate the signed distance to each class's border between two masks of the same aspect ratio, at position
+    `t`.
 
     t = 0 returns `first` and t = 1 returns `second`, exactly. Large classes (background, skin, hair ...) come first,
     without what is on top of them: each pixel takes the class with the largest distance, so that a pixel that is equal
@@ -210,11 +194,6 @@ def interpolate(first: np.ndarray, second: np.ndarray, t: float) -> np.ndarray:
     innermost pixels. Thin classes that do not overlap and do not move (necklaces, frames of glasses) vanish midway.
 
     Signed distances as shapes: S. Osher and J. Sethian, "Fronts propagating with curvature-dependent speed" (1988).
-
-    Args:
-        first: uint8 [H, W].
-        second: uint8 [H', W'], of the same aspect ratio.
-        t: Position between the masks, 0 to 1.
     """
     if not 0 <= t <= 1:  # also rejects NaN
         raise InputError(f"the position between the masks is {t}: it must be from 0 (the first) to 1 (the second)")
@@ -289,14 +268,10 @@ def checked(labels: np.ndarray) -> np.ndarray:
 
 
 def class_index(name: str) -> int:
-    """Return the class of that name, in any case, or of a synonym such as "glasses". Raises `InputError` if it is
-    unknown or names several classes.
-    """
+    """Return the class of a name, in any case, or of a synonym. Raises `InputError` unless it is exactly one."""
     found = _named(name)
     if len(found) > 1:
-        raise InputError(
-            f"{name!r} names several classes: choose one of {', '.join(CLASSES[index] for index in found)}"
-        )
+        raise InputError(f"{name!r} names several classes: choose one of {', '.join(CLASSES[i] for i in found)}")
     return found[0]
 
 
@@ -321,9 +296,7 @@ def class_indices(classes: Names, *, background: bool = False) -> list[int]:
 
 
 def present_classes(labels: np.ndarray, classes: Names, *, background: bool = False) -> list[int]:
-    """As `class_indices`, without the absent classes of a name of several. Raises `InputError` if nothing that a name
-    stands for is in `labels`.
-    """
+    """As `class_indices`, without absent classes. Raises `InputError` if nothing of a name is in `labels`."""
     for name in (classes,) if isinstance(classes, str) else classes:
         if not np.isin(_named(name), labels).any():
             raise InputError(f"the mask has no {name}: name a class that `likeness inspect` lists")
@@ -407,22 +380,18 @@ def _same_size(other: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _fit(other: np.ndarray, labels: np.ndarray, without: Collection[int] = ()) -> tuple[complex, complex, complex]:
-    """Compute the rotation and scale that align the face of `other` with that of `labels`, and both centres.
+    """Return the rotation and scale that align the face of `other` with that of `labels`, and both centres: factor,
+    source, target of p -> factor * (p - source) + target.
 
     Least squares over the centres of the parts inside the face that both have. Points are complex numbers x + iy in
-    units of the height of their mask, so that a product rotates and scales; p maps to factor * (p - source) + target.
-
-    Returns:
-        factor, source, target.
+    units of the height of their mask, so that a product rotates and scales.
     """
     # Swapped sides would mirror the face: correct them for measuring.
     geometries = [measure(swap_classes(mask, swapped_pairs(measure(mask)))) for mask in (other, labels)]
     parts = [CLASS_INDEX[name] for name in INSIDE if CLASS_INDEX[name] not in without]
     parts = [index for index in parts if all(geometry.pixels[index] for geometry in geometries)]
     if len(parts) < 3:
-        raise InputError(
-            "too few parts in common to align the faces: at least three of eyes, brows, nose, mouth and lips are needed"
-        )
+        raise InputError("too few parts in common: three of eyes, brows, nose, mouth and lips are needed to align")
     theirs, ours = (
         (geometry.centre[parts] + 0.5) @ np.array([1, 1j]) / mask.shape[0]
         for geometry, mask in zip(geometries, (other, labels), strict=True)

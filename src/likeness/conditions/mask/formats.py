@@ -20,10 +20,8 @@ from likeness.conditions.mask.classes import (
     CLASS_INDEX,
     CLASSES,
     FLIP_PAIRS,
-    ORDERS,
     PALETTE,
     PALETTES,
-    PART_ALIASES,
     order_table,
 )
 from likeness.conditions.mask.geometry import broken_rules, measure, rank_orders, swapped_pairs
@@ -35,9 +33,10 @@ UNION = np.unique(np.concatenate(list(PALETTES.values())), axis=0)
 
 PART_NAMES: dict[str, int] = {
     **{name: index for name, index in CLASS_INDEX.items() if index},
-    **{alias: CLASS_INDEX[name] for alias, name in PART_ALIASES.items()},
+    "ear_r": CLASS_INDEX["earring"],
+    "neck_l": CLASS_INDEX["necklace"],
 }
-"""End of a part file's name -> class."""
+"""End of a part file's name, as in CelebAMask-HQ's `<id>_ear_r.png` -> class."""
 
 IGNORE = 255
 """Class number for pixels without a class in many data sets."""
@@ -88,42 +87,34 @@ def side_notes(labels: np.ndarray) -> tuple[Note, ...]:
     return tuple(notes)
 
 
-def read(source: Source, *, order: str | None = None, name: str = "") -> Reading:
-    """Read a mask.
+def read(source: Source, *, name: str = "") -> Reading:
+    """Read a mask as canonical class numbers 0 to 18, uint8 [H, W].
 
-    Args:
-        source: A path (image, .npy, .npz, or a folder of part files), a PIL image, or an array: class numbers [H, W],
-            colours [H, W, 3 or 4], or one-hot [19, H, W] or [H, W, 19].
-        order: Class order, a key of `ORDERS`. Default: recognized.
-        name: Name for error messages. Default: the path.
-
-    Returns:
-        raw: uint8 [H, W], canonical class numbers 0 to 18.
-
-    Raises:
-        InputError: The source is not a mask in a known format.
+    The source is a path (image, .npy, .npz, or a folder of part files), a PIL image, or an array: class numbers [H, W],
+    colours [H, W, 3 or 4], or one-hot [19, H, W] or [H, W, 19]; `name` replaces the path in error messages. Raises
+    `InputError` if it is not a mask in a known format.
     """
     name = name or describe(source)
     if isinstance(source, np.ndarray):
-        return _read_array(source, name, order)
+        return _read_array(source, name)
     if isinstance(source, Image.Image):
-        return _read_image(open_image(source, name), name, order, jpeg=source.format == "JPEG")
+        return _read_image(open_image(source, name), name, jpeg=source.format == "JPEG")
     path = existing_path(source)
     if path.is_dir():
         return _read_folder(path)
     if path.suffix.lower() in ARRAY_SUFFIXES:
-        return _read_array(load_array(path, name), name, order)
-    return _read_image(open_image(path, name), name, order, jpeg=path.suffix.lower() in (".jpg", ".jpeg", ".jfif"))
+        return _read_array(load_array(path, name), name)
+    return _read_image(open_image(path, name), name, jpeg=path.suffix.lower() in (".jpg", ".jpeg", ".jfif"))
 
 
-def _read_image(image: Image.Image, name: str, order: str | None, jpeg: bool) -> Reading:
+def _read_image(image: Image.Image, name: str, jpeg: bool) -> Reading:
     if (step := max(image.size) // MAX_SIDE) > 1:  # every step-th pixel: classes stay as they are
         image = image.resize((image.width // step, image.height // step), Image.Resampling.NEAREST)
     if image.mode == "P":
         colours = np.zeros((256, 3), dtype=np.uint8)
         used = np.array(image.getpalette("RGB") or [], dtype=np.uint8).reshape(-1, 3)[:256]
         colours[: len(used)] = used
-        return _read_palette(np.asarray(image), colours, name, order)
+        return _read_palette(np.asarray(image), colours, name)
     if image.mode == "1":
         raise off_palette(f"{name} is black and white: a mask needs a class per pixel; pass a sketch as --sketch")
     if image.mode == "LA" and image.getchannel(1).getextrema() == (255, 255):
@@ -132,11 +123,11 @@ def _read_image(image: Image.Image, name: str, order: str | None, jpeg: bool) ->
         values = np.asarray(image)
         if jpeg and 0 < values.max() < 2 * len(CLASSES):
             raise off_palette(f"{name} has class numbers in a JPEG, which changes them: save it as PNG")
-        return _read_array(values, name, order)
-    return _read_array(np.asarray(image.convert("RGBA" if image.mode in TRANSPARENT else "RGB")), name, order)
+        return _read_array(values, name)
+    return _read_array(np.asarray(image.convert("RGBA" if image.mode in TRANSPARENT else "RGB")), name)
 
 
-def _read_array(array: np.ndarray, name: str, order: str | None) -> Reading:
+def _read_array(array: np.ndarray, name: str) -> Reading:
     count = len(CLASSES)
     if array.size == 0 or array.ndim not in (2, 3):
         raise off_palette(f"{name} has shape {list(array.shape)}: a mask is [H, W], [H, W, 3] or one-hot [19, H, W]")
@@ -157,9 +148,9 @@ def _read_array(array: np.ndarray, name: str, order: str | None) -> Reading:
     check_size(width, height, name)
     if array.ndim == 2:
         _reject_sketch(array, name)
-        return _read_numbers(array, "index mask", name, order)
+        return _read_numbers(array, "index mask", name)
     if one_hot:
-        return _read_one_hot(array, name, order)
+        return _read_one_hot(array, name)
     if array.shape[2] not in (3, 4):
         raise off_palette(f"{name} has shape {list(array.shape)}: a mask has 1, 3, 4 or {count} channels")
     if array.min() < 0 or array.max() > 255:
@@ -176,7 +167,7 @@ def _read_array(array: np.ndarray, name: str, order: str | None) -> Reading:
             notes = (Note("transparency", "transparent pixels were read as background"),)
     if np.array_equal(rgb[..., 0], rgb[..., 1]) and np.array_equal(rgb[..., 1], rgb[..., 2]):
         _reject_sketch(rgb[..., 0], name)
-        reading = _read_numbers(rgb[..., 0], f"index mask stored as {mode}", name, order)
+        reading = _read_numbers(rgb[..., 0], f"index mask stored as {mode}", name)
     else:
         reading = _read_colours(rgb, mode, name)
     return dataclasses.replace(reading, notes=notes + reading.notes)
@@ -201,22 +192,18 @@ def _finish(labels: np.ndarray, scheme: str, notes: tuple[Note, ...], name: str)
     return Reading(raw=np.ascontiguousarray(labels, dtype=np.uint8), scheme=scheme, notes=notes)
 
 
-def _read_numbers(
-    values: np.ndarray, scheme: str, name: str, order: str | None = None, *, coloured: bool = False
-) -> Reading:
+def _read_numbers(values: np.ndarray, scheme: str, name: str, *, coloured: bool = False) -> Reading:
     """Read class numbers, integers [H, W], in one of `ORDERS`.
 
-    Without `order`, the geometry decides. The canonical order is accepted if it breaks at most one rule of
-    `mask.geometry`; another order if it breaks none and every other order at least four. Of 800 masks of CelebAMask-HQ,
-    0.5 % break more. `coloured`: a colour table confirms the canonical order.
+    The geometry decides. The canonical order is accepted if it breaks at most one rule of `mask.geometry`; another
+    order if it breaks none and every other order at least four. Of 800 masks of CelebAMask-HQ, 0.5 % break more.
+    `coloured`: a colour table confirms the canonical order.
     """
     if (ignored := values == IGNORE).any() and not ignored.all():
         fraction = float(ignored.mean())
         if fraction > MAX_IGNORED:
-            raise off_palette(
-                f"{100 * fraction:.0f} % of {name} is {IGNORE}, the number for ignored pixels: give each pixel a class"
-            )
-        reading = _read_numbers(fill_nearest(values, ignored), scheme, name, order, coloured=coloured)
+            raise off_palette(f"{100 * fraction:.0f} % of {name} is {IGNORE} (ignored): give each pixel a class")
+        reading = _read_numbers(fill_nearest(values, ignored), scheme, name, coloured=coloured)
         text = f"{100 * fraction:.1f} % of the pixels are {IGNORE} (ignore) and took the class of the nearest pixel"
         return dataclasses.replace(reading, notes=(Note("ignored-pixels", text), *reading.notes))
     low, high = int(values.min()), int(values.max())
@@ -228,11 +215,6 @@ def _read_numbers(
     if not coloured and looks_blended(labels):
         text = f"the class numbers of {name} were blended by a smooth resize: resize with nearest instead"
         raise InputError(text, kind="blended-labels")
-    if order is not None:
-        if order not in ORDERS:
-            raise InputError(f"Unknown class order {order!r}. Available: {', '.join(ORDERS)}")
-        labels = order_table(order)[labels]
-        return _finish(labels, f"{scheme}, {order} order as specified", side_notes(labels), name)
     ranked = rank_orders(measure(labels))
     present = np.unique(labels)
     best = min(ranked, key=lambda key: (len(ranked[key]), key != "canonical"))
@@ -256,20 +238,20 @@ def _read_numbers(
     return _finish(labels, f"{scheme}, canonical order", notes + side_notes(labels), name)
 
 
-def _read_palette(indices: np.ndarray, colours: np.ndarray, name: str, order: str | None) -> Reading:
+def _read_palette(indices: np.ndarray, colours: np.ndarray, name: str) -> Reading:
     """Read an image with a colour table: uint8 [H, W] and uint8 [256, 3].
 
     A known palette, in any arrangement, identifies the classes. With another table, indices below 19 are class numbers.
     """
     used = np.unique(indices)
-    if order is None and len(used) > 1:
+    if len(used) > 1:
         for palette_name, palette in PALETTES.items():
             if used[-1] < len(CLASSES) and np.array_equal(colours[used], palette[used]):
                 return _read_numbers(indices, f"palette PNG, {palette_name} colours", name, coloured=True)
         if (colours[used][:, None] == UNION).all(axis=2).any(axis=1).all():
             return _read_colours(colours[indices], "palette PNG", name)
     if used[-1] < len(CLASSES):
-        return _read_numbers(indices, "palette PNG, class by index", name, order)
+        return _read_numbers(indices, "palette PNG, class by index", name)
     return _read_colours(colours[indices], "palette PNG", name)  # possibly a damaged mask
 
 
@@ -345,7 +327,7 @@ def _read_colours(rgb: np.ndarray, mode: str, name: str) -> Reading:
     return _finish(*readings[0][2:], name)
 
 
-def _read_one_hot(planes: np.ndarray, name: str, order: str | None) -> Reading:
+def _read_one_hot(planes: np.ndarray, name: str) -> Reading:
     """Read one plane per class, [19, H, W] or [H, W, 19], with exactly one 1 (or 255) per pixel."""
     axis, form = (0, "[19, H, W]") if planes.shape[0] == len(CLASSES) else (2, "[H, W, 19]")
     high = planes.max()
@@ -354,7 +336,7 @@ def _read_one_hot(planes: np.ndarray, name: str, order: str | None) -> Reading:
     wrong = 100 * float(((planes == high).sum(axis=axis) != 1).mean())
     if wrong:
         raise off_palette(f"{wrong:.1f} % of the pixels of {name} have no class or several: one-hot needs exactly one")
-    return _read_numbers(planes.argmax(axis=axis), f"one-hot {form}", name, order)
+    return _read_numbers(planes.argmax(axis=axis), f"one-hot {form}", name)
 
 
 def _read_folder(folder: Path) -> Reading:
@@ -385,15 +367,10 @@ def _read_folder(folder: Path) -> Reading:
 def paint_parts(
     files: Mapping[int, Path | Image.Image], name: str, part_names: Mapping[int, str] | None = None
 ) -> Reading:
-    """Paint a mask from images of its parts in canonical order: higher classes overwrite lower ones.
+    """Paint a mask from images of its parts, white (or opaque) on black, in canonical order: higher classes overwrite
+    lower ones. `name` and `part_names` (default: the paths) are those of error messages.
 
-    Args:
-        files: Class -> image of the part, white (or opaque) on black.
-        name: Name of the mask for error messages.
-        part_names: Class -> name of the part for error messages. Default: its path.
-
-    Raises:
-        InputError: A part cannot be read, is empty or has another size, or there is none.
+    Raises `InputError` if a part cannot be read, is empty or has another size, or there is none.
     """
     labels: np.ndarray | None = None
     for index, file in sorted(files.items()):

@@ -23,14 +23,8 @@ UNKNOWN = -1
 
 
 def nearest_colours(rgb: np.ndarray, *palettes: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Find the nearest palette colour of each pixel.
-
-    Args:
-        rgb: uint8 [H, W, 3].
-        palettes: uint8 [P, 3] each.
-
-    Returns:
-        For each palette: int16 [H, W], the row, and int16 [H, W], the largest difference over the channels.
+    """Find the nearest colours of an image, uint8 [H, W, 3], in palettes, uint8 [P, 3]. For each palette: int16 [H, W],
+    the row, and int16 [H, W], the largest difference over the channels.
     """
     packed = (rgb[..., 0].astype(np.int32) << 16) | (rgb[..., 1].astype(np.int32) << 8) | rgb[..., 2]
     values, where = unique_colours(packed)  # [N], [H, W]
@@ -48,10 +42,7 @@ def nearest_colours(rgb: np.ndarray, *palettes: np.ndarray) -> list[tuple[np.nda
 
 
 def unique_colours(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`np.unique` with inverse for values below 2^24: [H, W] -> [N], [H, W].
-
-    Large images use a lookup table, which is six times as fast as sorting.
-    """
+    """`np.unique` with inverse for values below 2^24, [H, W] -> [N], [H, W]; six times as fast for large images."""
     if packed.size < 1 << 20:
         values, inverse = np.unique(packed, return_inverse=True)
         return values, inverse.reshape(packed.shape)
@@ -74,21 +65,12 @@ def _mixtures(colours: np.ndarray) -> np.ndarray:
 
 
 def unblend(near: np.ndarray, colours: np.ndarray, rgb: np.ndarray | None = None) -> np.ndarray:
-    """Label blended pixels from clean pixels nearby.
+    """Label blended pixels from clean pixels nearby: rows of `colours`, uint8 [P, 3], where `near`, int16 [H, W], is
+    `UNKNOWN`.
 
-    With `rgb`, a pixel takes the label of the nearest colour among the labels within two pixels. Without it, or
-    farther from clean pixels, it takes the label of the nearest clean pixel.
-
-    Args:
-        near: int16 [H, W], rows of `colours`, or `UNKNOWN`.
-        colours: uint8 [P, 3].
-        rgb: uint8 [H, W, 3], the image.
-
-    Returns:
-        int16 [H, W], rows of `colours`, without `UNKNOWN`.
-
-    Raises:
-        ValueError: No clean pixel remains.
+    With the image `rgb`, uint8 [H, W, 3], a pixel takes the label of the nearest colour among the labels within two
+    pixels. Without it, or farther from clean pixels, it takes the label of the nearest clean pixel. Raises `ValueError`
+    if no clean pixel remains.
     """
     from scipy import ndimage
 

@@ -45,11 +45,7 @@ def _streams(seed: int, index: int) -> tuple[Traits, np.random.Generator, np.ran
 
 
 def describe_face(seed: int, index: int) -> tuple[dict[str, str | bool | float], tuple[str, ...]]:
-    """Return attributes and captions of `draw_face(seed, index)`, about 100 times as fast.
-
-    Raises:
-        InputError: Negative seed or index.
-    """
+    """Return attributes and captions of `draw_face(seed, index)`, about 100 times as fast, with the same errors."""
     traits, _, caption_stream = _streams(seed, index)
     attributes = describe(traits)
     return attributes, write_captions(attributes, caption_stream)
@@ -58,15 +54,11 @@ def describe_face(seed: int, index: int) -> tuple[dict[str, str | bool | float],
 def draw_face(seed: int, index: int, size: int = 128) -> SyntheticFace:
     """Draw face `index` of the infinite series `seed` at `size` x `size` pixels (32 to 2048).
 
-    The same arguments always give bit-identical results. Another size gives the same face at another resolution.
-
-    Raises:
-        InputError: Negative seed or index, or a size out of range.
+    The same arguments always give bit-identical results. Another size gives the same face at another resolution. Raises
+    `InputError` for a negative seed or index, or a size out of range.
     """
     if not MINIMUM_SIZE <= size <= MAXIMUM_SIZE:
-        raise InputError(
-            f"Size {size} of a synthetic face is not supported: use {MINIMUM_SIZE} to {MAXIMUM_SIZE} pixels"
-        )
+        raise InputError(f"Size {size} is not supported: synthetic faces have {MINIMUM_SIZE} to {MAXIMUM_SIZE} pixels")
     traits, drawing_stream, caption_stream = _streams(seed, index)
     drawing = draw(traits, size, drawing_stream)
     attributes = describe(traits)

@@ -77,7 +77,7 @@ def mix(first: object, second: object, amount: float) -> np.ndarray:
     return np.asarray(first, dtype=np.float32) * (1 - amount) + np.asarray(second, dtype=np.float32) * amount
 
 
-def toned(color: object, light: np.ndarray, depth: float = 1.0) -> np.ndarray:
+def toned(color: object, light: np.ndarray) -> np.ndarray:
     """Shade a colour with a light field in about -1..1: [3], [S, S] -> [S, S, 3].
 
     Shadows are darker and more saturated, highlights paler, rather than black and white.
@@ -85,7 +85,7 @@ def toned(color: object, light: np.ndarray, depth: float = 1.0) -> np.ndarray:
     base = np.asarray(color, dtype=np.float32)
     shadow = base * np.array([0.66, 0.54, 0.56], dtype=np.float32)
     bright = mix(base, (1.0, 0.97, 0.9), 0.42)
-    field = np.clip(light * depth, -1, 1)[..., None]
+    field = np.clip(light, -1, 1)[..., None]
     return base + np.maximum(field, 0) * (bright - base) + np.maximum(-field, 0) * (shadow - base)
 
 

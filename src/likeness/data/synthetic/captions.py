@@ -88,23 +88,12 @@ BACKGROUNDS = {
     "outdoor": ("green hills under a blue sky", "a landscape with hills and clouds"),
 }
 OPENINGS = (
-    "a drawn portrait of",
-    "a portrait of",
-    "an illustration of",
-    "a drawing of",
-    "an illustrated portrait of",
-    "a picture of",
-    "",
-)
+    "a drawn portrait of", "a portrait of", "an illustration of", "a drawing of", "an illustrated portrait of",
+    "a picture of", "",
+)  # fmt: skip
 FACT_WEIGHTS = {
-    "hair": 3.0,
-    "glasses": 3.0,
-    "hat": 3.0,
-    "beard": 2.5,
-    "expression": 1.5,
-    "face shape": 0.6,
-    "skin": 0.8,
-}
+    "hair": 3.0, "glasses": 3.0, "hat": 3.0, "beard": 2.5, "expression": 1.5, "face shape": 0.6, "skin": 0.8,
+}  # fmt: skip
 """Fact -> relative frequency, 1 by default: distinctive facts are stated more often."""
 
 
