@@ -17,13 +17,13 @@ import openai
 import pytest
 import requests
 import torch
+from click import UsageError
 from PIL import Image
 
 from builders import tiny_pipeline
 from likeness.conditions import CONDITIONS
 from likeness.conditions.mask.classes import PALETTE
 from likeness.data.synthetic import draw_face
-from likeness.types import InputError
 from serving import serving
 
 ROOT = Path(__file__).parents[2]
@@ -160,10 +160,14 @@ def test_two_replicas_of_ray_serve(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "launch"), *sys.path]))
     application = module("ray_serve", ROOT / "launch/ray_serve.py").application
-    with pytest.raises(InputError, match="Unknown argument 'host'"):
-        application({"host": "0.0.0.0"})
-    with pytest.raises(InputError, match="share their jobs"):
-        application({"model": "mmface-mini"})
+    wrong = {
+        "host=0.0.0.0": "Unknown argument 'host'",
+        "queue=many": "queue=many: ",
+        "max_replicas=0": "max_replicas=0: ",
+    }
+    for argument, message in {**wrong, "queue=1": "must be at least 10", "model=x": "share their jobs"}.items():
+        with pytest.raises(UsageError, match=message):  # one sentence of `serve run`
+            application(dict([argument.split("=")]))
     tiny_pipeline().save_pretrained(tmp_path / "model")
     database = tmp_path / "jobs.sqlite"
     given = {"model": str(tmp_path / "model"), "data": str(tmp_path / "data"), "database": f"sqlite:///{database}"}

@@ -261,7 +261,10 @@ def test_unwritable_and_unknown(made, tmp_path):
     with pytest.raises(InputError, match="cannot write"):
         write_image(image, tmp_path / "file" / "a.png", recipe)
     (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(InputError, match="cannot be read"):
-        read_recipe(tmp_path / "text.png")
-    with pytest.raises(InputError, match="cannot be read"):
+    (tmp_path / "script.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")  # Pillow would run it
+    Image.new("1", (9000, 9000)).save(tmp_path / "huge.png")
+    for name, message in {"text.png": "not a readable", "script.eps": "not a readable", "huge.png": "pixels"}.items():
+        with pytest.raises(InputError, match=message):
+            read_recipe(tmp_path / name)
+    with pytest.raises(InputError, match="does not exist"):
         read_recipe(tmp_path / "absent.png")

@@ -27,6 +27,7 @@ from PIL import Image, PngImagePlugin
 
 from likeness.conditions import CONDITIONS
 from likeness.conditions.base import Reading
+from likeness.conditions.images import MAX_PIXELS, open_image
 from likeness.conditions.mask.classes import CLASSES
 from likeness.config import build
 from likeness.files import writing_whole
@@ -325,11 +326,10 @@ def decode_raw(data: Mapping[str, Any], name: str) -> np.ndarray:
             raw = np.asarray(data["points"], dtype=np.float32)
             good = raw.ndim == 2 and raw.shape[1] == 2 and bool(np.isfinite(raw).all())
         else:
-            with Image.open(io.BytesIO(base64.b64decode(data["png"])), formats=["PNG"]) as image:
-                raw = np.array(image)
+            raw = np.array(open_image(base64.b64decode(data["png"]), name))
             labels = CONDITIONS[name].raw == "labels"
             good = raw.ndim == 2 and raw.dtype == np.uint8 and not (labels and raw.max() >= len(CLASSES))
-    except (KeyError, TypeError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"The {name} of the recipe is damaged: {error!r}") from error
     if not good:
         raise InputError(f"The {name} of the recipe is damaged: it is not in the form in which recipes contain it")
@@ -457,12 +457,9 @@ def read_recipe(source: Path | bytes) -> tuple[dict[str, Any], np.ndarray]:
         InputError: the file cannot be read as an image, or has no recipe of this image.
     """
     path = source if isinstance(source, Path) else "The image"
-    try:
-        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
-            packet = image.info.get(XMP_KEY) or image.info.get("xmp") or ""
-            pixels = np.array(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be read as an image: {getattr(error, 'strerror', None) or error}") from error
+    image = open_image(source, str(path), max_pixels=MAX_PIXELS)
+    packet = image.info.get(XMP_KEY) or image.info.get("xmp") or ""
+    pixels = np.array(image.convert("RGB"))
     text = packet.decode("utf-8", "replace") if isinstance(packet, bytes) else packet
     body = re.search(r"<x:xmpmeta.*</x:xmpmeta>", text, re.DOTALL)
     try:
