@@ -138,8 +138,12 @@ def test_a_comfyui_workflow_extracts_a_mask_and_generates(nodes, server):
     workflow["b"]["inputs"]["size"] = "9999x9999"
     with pytest.raises(RuntimeError, match="size is 9999x9999"):
         execute(nodes, {**workflow, "b": _with_defaults(nodes, workflow["b"])}, "b")
-    with pytest.raises(RuntimeError, match="cannot be reached"):
-        nodes.send("models", server="http://127.0.0.1:9", api_key="", json={})
+    for address in ("http://127.0.0.1:9", "127.0.0.1:9", ""):
+        with pytest.raises(RuntimeError, match="cannot be reached"):
+            nodes.send("models", server=address, api_key="ключ", json={})
+    edit = {"photograph": [photo, 0], "area": [torch.ones(1, 32, 64), 0], "prompt": "", "seed": 1, **shared}
+    with pytest.raises(ValueError, match="area is 64x32, but the photograph is 64x64"):
+        execute(nodes, {"c": {"class_type": "LikenessEditPhotograph", "inputs": edit}}, "c")
 
 
 def _with_defaults(nodes, node: dict) -> dict:
