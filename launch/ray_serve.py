@@ -13,7 +13,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from pydantic import Field, TypeAdapter
+from click import UsageError
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from ray import serve
 
@@ -40,9 +41,19 @@ def application(arguments: dict[str, str]) -> serve.Application:
     """Return the application for the `key=value` arguments of `serve run`.
 
     Raises:
-        InputError: an argument is unknown, or replicas have no database to share.
-        ValidationError: a value is invalid.
+        UsageError: an argument is unknown or invalid, or replicas have no database to share.
     """
+    try:
+        return deployment_of(arguments)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"{first['loc'][0]}={first['input']}: {first['msg']}") from error
+    except InputError as error:
+        raise UsageError(str(error)) from error
+
+
+def deployment_of(arguments: dict[str, str]) -> serve.Application:
+    """Return the application. Raises `InputError` and `ValidationError`."""
     scale_names = [field.name for field in fields(Scale)]
     option_names = [field.name for field in fields(Serve) if field.name not in MANAGED]
     if unknown := [name for name in arguments if name not in (*scale_names, *option_names)]:

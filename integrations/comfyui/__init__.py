@@ -30,14 +30,18 @@ def send(path: str, *, server: str, api_key: str, timeout: float = 600, **body: 
     Raises:
         RuntimeError: it cannot be reached, or rejects the request; the message is the service's.
     """
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    headers = {"Authorization": f"Bearer {api_key}".encode()} if api_key else {}
     try:
         response = requests.post(f"{server.rstrip('/')}/v1/{path}", headers=headers, timeout=timeout, **body)
+    except requests.RequestException as error:
+        message = (
+            f"The likeness service at {server!r} cannot be reached: start `likeness serve`, and give its http://..."
+        )
+        raise RuntimeError(message) from error
+    try:
         answer = response.json()
     except ValueError as error:
         raise RuntimeError(f"{server} is not a likeness service: status {response.status_code}") from error
-    except requests.RequestException as error:
-        raise RuntimeError(f"The likeness service at {server} cannot be reached: start `likeness serve`") from error
     if not response.ok:
         raise RuntimeError(answer["error"]["message"])
     return answer
@@ -175,6 +179,9 @@ class EditPhotograph:
     def run(
         self, photograph: torch.Tensor, area: torch.Tensor, prompt: str, seed: int, server: str, api_key: str
     ) -> tuple[torch.Tensor]:
+        if area.shape[1:] != photograph.shape[1:3]:
+            (height, width), (own, other) = photograph.shape[1:3], area.shape[1:]
+            raise ValueError(f"area is {other}x{own}, but the photograph is {width}x{height}: both need the same size")
         keep = 1 - area.round()[0]  # the API regenerates where alpha is 0
         files = {
             "image": ("image.png", to_png(photograph), "image/png"),

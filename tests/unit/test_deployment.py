@@ -17,13 +17,13 @@ import openai
 import pytest
 import requests
 import torch
+from click import UsageError
 from PIL import Image
 
 from builders import tiny_pipeline
 from likeness.conditions import CONDITIONS
 from likeness.conditions.mask.classes import PALETTE
 from likeness.data.synthetic import draw_face
-from likeness.types import InputError
 from serving import serving
 
 ROOT = Path(__file__).parents[2]
@@ -138,8 +138,12 @@ def test_a_comfyui_workflow_extracts_a_mask_and_generates(nodes, server):
     workflow["b"]["inputs"]["size"] = "9999x9999"
     with pytest.raises(RuntimeError, match="size is 9999x9999"):
         execute(nodes, {**workflow, "b": _with_defaults(nodes, workflow["b"])}, "b")
-    with pytest.raises(RuntimeError, match="cannot be reached"):
-        nodes.send("models", server="http://127.0.0.1:9", api_key="", json={})
+    for address in ("http://127.0.0.1:9", "127.0.0.1:9", ""):
+        with pytest.raises(RuntimeError, match="cannot be reached"):
+            nodes.send("models", server=address, api_key="ключ", json={})
+    edit = {"photograph": [photo, 0], "area": [torch.ones(1, 32, 64), 0], "prompt": "", "seed": 1, **shared}
+    with pytest.raises(ValueError, match="area is 64x32, but the photograph is 64x64"):
+        execute(nodes, {"c": {"class_type": "LikenessEditPhotograph", "inputs": edit}}, "c")
 
 
 def _with_defaults(nodes, node: dict) -> dict:
@@ -160,10 +164,14 @@ def test_two_replicas_of_ray_serve(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "launch"), *sys.path]))
     application = module("ray_serve", ROOT / "launch/ray_serve.py").application
-    with pytest.raises(InputError, match="Unknown argument 'host'"):
-        application({"host": "0.0.0.0"})
-    with pytest.raises(InputError, match="share their jobs"):
-        application({"model": "mmface-mini"})
+    wrong = {
+        "host=0.0.0.0": "Unknown argument 'host'",
+        "queue=many": "queue=many: ",
+        "max_replicas=0": "max_replicas=0: ",
+    }
+    for argument, message in {**wrong, "queue=1": "must be at least 10", "model=x": "share their jobs"}.items():
+        with pytest.raises(UsageError, match=message):  # one sentence of `serve run`
+            application(dict([argument.split("=")]))
     tiny_pipeline().save_pretrained(tmp_path / "model")
     database = tmp_path / "jobs.sqlite"
     given = {"model": str(tmp_path / "model"), "data": str(tmp_path / "data"), "database": f"sqlite:///{database}"}

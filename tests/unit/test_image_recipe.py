@@ -150,6 +150,7 @@ def test_jpeg_without_room_keeps_the_hashes(made, tmp_path):
         ({"steps": "4"}, "steps is '4', which is not of type int"),
         ({"steps": True}, "steps is True"),
         ({"steps": 10**9}, "1000000000 steps"),
+        ({"steps": 10**9}, "digits"),  # more than Python converts
         ({"width": 4096, "height": 4096}, "of 4096x4096 pixels, the image has 32x32: it was edited"),
         ({"guidance_scale": "high"}, "guidance_scale is 'high'"),
         ({"model": ["owner/name"]}, "model is"),
@@ -157,6 +158,7 @@ def test_jpeg_without_room_keeps_the_hashes(made, tmp_path):
         ({"command": "rm"}, "unknown key 'command'"),
         ({"adapters": {"x": {"scale": 1.0, "source": "a/b", "token": "hf"}}}, "unknown key 'token'"),
         ({"environment": {"dtype": "int8"}}, "dtype is 'int8'"),
+        ({"environment": {"dtype": []}}, "dtype is []"),
         ({"environment": None}, "environment is None"),
     ],
 )
@@ -164,7 +166,8 @@ def test_damaged_recipes(made, tmp_path, capsys, change, message):
     _, _, image, recipe = made
     changed = {key: value for key, value in {**recipe, **change}.items() if value is not ...}
     info = PngInfo()
-    info.add_itxt(XMP_KEY, xmp_packet(changed))
+    packet = xmp_packet(changed)
+    info.add_itxt(XMP_KEY, packet.replace("1000000000", "1" * 5000) if message == "digits" else packet)
     image.save(tmp_path / "a.png", pnginfo=info)
     assert run("replay", tmp_path / "a.png") == 2
     line = capsys.readouterr().err
@@ -181,6 +184,8 @@ def test_damaged_recipes(made, tmp_path, capsys, change, message):
         ("mask", encode_raw(np.zeros((8, 8, 3), np.uint8))),
         ("keypoints", {"points": [[0, None]]}),
         ("keypoints", {"points": [0.5]}),
+        ("keypoints", {"points": [[0, 10**400]]}),
+        ("mask", encode_raw(np.zeros((5000, 5000), np.uint8))),
     ],
 )
 def test_damaged_conditions(made, name, data):
@@ -261,7 +266,10 @@ def test_unwritable_and_unknown(made, tmp_path):
     with pytest.raises(InputError, match="cannot write"):
         write_image(image, tmp_path / "file" / "a.png", recipe)
     (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(InputError, match="cannot be read"):
-        read_recipe(tmp_path / "text.png")
-    with pytest.raises(InputError, match="cannot be read"):
+    (tmp_path / "script.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")  # Pillow would run it
+    Image.new("1", (9000, 9000)).save(tmp_path / "huge.png")
+    for name, message in {"text.png": "not a readable", "script.eps": "not a readable", "huge.png": "pixels"}.items():
+        with pytest.raises(InputError, match=message):
+            read_recipe(tmp_path / name)
+    with pytest.raises(InputError, match="does not exist"):
         read_recipe(tmp_path / "absent.png")

@@ -34,7 +34,7 @@ from likeness.pipelines.image_recipe import read_recipe, request_of
 from likeness.pipelines.sampling import advance
 from likeness.prepare.edit import Change, edit_photo, open_photo
 from likeness.serve.engine import sampling_of
-from likeness.serve.store import JOBS, LOST, Store, Taken
+from likeness.serve.store import FORGOTTEN, JOBS, LOST, Store, Taken
 from likeness.types import ConditionInput, PortraitRequest
 from serving import serving
 
@@ -210,6 +210,8 @@ INVALID_EDITS = {
     "stream": ({"mask": hole(200)}, {"stream": "true"}, "stream"),
     "count": ({"mask": hole(200)}, {"n": "11"}, "n"),
     "model": ({"mask": hole(200)}, {"model": "other"}, "model"),
+    "many commands": ({}, {"mask_edit": "grow hair 4; " * 200}, "mask_edit"),
+    "long class": ({}, {"region": "a" * 30_000}, None),
     "incomplete command": ({}, {"mask_edit": "grow hair"}, None),
     "path as id": ({}, {"mask_edit": "paste hair from ../../etc/passwd"}, "mask_edit"),
     "strength": ({}, {"strength": "0"}, "strength"),
@@ -227,6 +229,7 @@ def test_invalid_edits(server, case):
     answer = post(server, "images/edits", files=files, data={"prompt": "a", **form})
     assert 400 <= answer.status_code < 500, answer.text
     assert answer.json()["error"]["param"] == param, answer.text
+    assert len(answer.json()["error"]["message"]) < 500
 
 
 def test_load(server):
@@ -276,6 +279,11 @@ WRONG = {
     "bomb": ({"prompt": "a", "control_image": {"mask": b64(png(40_000, 40_000))}}, "control_image.mask"),
     "photograph as mask": ({"prompt": "a", "control_image": {"mask": b64(png(64, 20))}}, "control_image.mask"),
     "keypoints of no JSON": ({"prompt": "a", "control_image": {"keypoints": b64(b"[[")}}, "control_image.keypoints"),
+    "huge keypoints": (
+        {"prompt": "a", "control_image": {"keypoints": b64(b"[[" + b"9" * 400 + b", 0]]")}},
+        "control_image.keypoints",
+    ),
+    "long model": ({"prompt": "a", "model": "a" * 1_000_000}, "model"),
     "keypoints of text": ({"prompt": "a", "control_image": {"keypoints": b64(b'["a"]')}}, "control_image.keypoints"),
     "path as id": ({"prompt": "a", "control_image": {"mask": "file-../../etc/passwd"}}, "control_image.mask"),
     "scale of nothing": ({"prompt": "a", "conditioning_scale": {"mask": 1.0}}, None),
@@ -372,6 +380,9 @@ def test_web_pages_of_other_origins(tmp_path, origin):
         headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
         answer = requests.options(f"{server.url}/v1/images/generations", headers=headers, timeout=60)
         assert answer.ok == (origin == "https://one.example")
+        headers |= {"Sec-Fetch-Site": "cross-site", "Authorization": "Bearer one"}
+        answer = post(server, "recipes", files={"image": MASK.read_bytes()}, headers=headers)  # needs no permission
+        assert answer.status_code == (400 if origin == "https://one.example" else 403)
 
 
 # Jobs
@@ -485,6 +496,9 @@ def test_restart(tmp_path, database):
     assert other.find("elsewhere", "")["response"] == {"id": "elsewhere"}
     assert other.expire(-1) == 3
     assert other.find("done", "")["state"] == "expired"
+    other._update(JOBS.c.id == "done", finished=time.time() - FORGOTTEN - 1)
+    other.expire(0)
+    assert other.find("done", "") is None
     other.close()
 
 

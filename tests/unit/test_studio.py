@@ -436,6 +436,66 @@ def test_keys(page):
     assert page.locator("#keys").is_visible()
 
 
+def test_touch_and_pen(page):
+    """Two or three fingers zoom and paint nothing, whichever is lifted first; nor does the hand that holds a pen. Undo
+    during a stroke drops it.
+    """
+    session, box = page.context.new_cdp_session(page), page.locator("#canvas").bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
+    def touch(*fingers: tuple[int, float], kind: str = "touchMove") -> None:
+        points = [{"id": id, "x": x + right, "y": y + 10 * id} for id, right in fingers]
+        session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    def pen(kind: str, right: float) -> None:
+        event = {"type": kind, "x": x + right, "y": y, "button": "left", "pointerType": "pen", "force": 0.5}
+        session.send("Input.dispatchMouseEvent", {**event, "clickCount": 1})
+
+    zoom = page.evaluate("studio.view.zoom")
+    touch((0, 0), kind="touchStart")
+    touch((0, 20))
+    touch((0, 20), (1, -20), kind="touchStart")
+    touch((0, 20), (1, -20), (2, 0), kind="touchStart")
+    touch((0, 60), (1, -60), (2, 0))
+    touch((1, -60), (2, 0), kind="touchEnd")
+    touch((1, -60), (2, 30))
+    touch((2, 30), kind="touchEnd")
+    touch((2, 90))
+    touch(kind="touchEnd")
+    assert page.evaluate("studio.view.zoom") > 1.5 * zoom
+    assert not layer_of(page).any()
+    touch((0, 0), kind="touchStart")
+    touch((0, 20))
+    touch(kind="touchEnd")
+    painted = layer_of(page)
+    assert painted.any()
+    page.click("#undo")
+    pen("mousePressed", 0)
+    touch((0, 100), kind="touchStart")
+    pen("mouseMoved", 20)
+    touch((0, -100))
+    pen("mouseReleased", 20)
+    touch(kind="touchEnd")
+    assert 0 < layer_of(page).sum() < painted.sum()  # thinner: half the pressure
+    before = layer_of(page)
+    put(page, FACE)
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + 50, y)
+    page.keyboard.press("Control+Z")
+    page.mouse.up()
+    np.testing.assert_array_equal(layer_of(page), before)
+
+
+def test_controls_have_names_and_the_keyboard_leaves_the_canvas(page):
+    names = "[...document.querySelectorAll('button, input:not([hidden]), textarea, canvas')].filter((each) =>"
+    names += " !each.labels?.length && !each.ariaLabel && !each.textContent.trim()).map((each) => each.outerHTML)"
+    assert page.evaluate(names) == []
+    page.locator("#canvas").focus()
+    page.keyboard.press("Shift+Tab")
+    assert page.evaluate("document.activeElement.id") != "canvas"
+
+
 def test_a_preview_appears_and_a_newer_one_cancels_it(page, server):
     """A stroke starts a preview, then the full image; a stroke during a job cancels it in the service, too."""
     page.evaluate("document.getElementById('live').checked = true")
@@ -507,13 +567,25 @@ def test_painting_on_a_photograph_changes_only_what_was_painted(page, server):
     page.wait_for_selector("#timing[data-kind=full]")
     assert "Pixels changed outside the region: 0" in page.inner_text("#timing")
     assert read_recipe(saved_content(page, "#save-image"))[0]["edit"]["certificate"]["changed_inside"] > 0
+    timing = "document.getElementById('timing').textContent"
+    open_file(page, ROOT / "examples/masks/smile.png")  # ends the edit
+    wait(page, f"{timing}.startsWith('full') && !{timing}.includes('Pixels')")
+    page.locator("#history button").last.click()  # the photograph
+    drag(page, [(60, 20), (190, 24)])
+    wait(page, f"{timing}.startsWith('full') && {timing}.includes('Pixels')")
+    page.click("#comparison")
+    page.locator("#history button").last.click()
+    assert page.locator("#compare").is_visible()
+    page.click("#comparison")
+    assert page.locator("#compare").is_hidden()
 
 
 def test_the_page_needs_no_key_but_the_service_does(tmp_path, browser):
     """With API keys the page loads and takes its key from the address; nothing may be loaded from elsewhere."""
     with serving(tmp_path, studio=True, keys=("secret",)) as server:
-        answer = requests.get(f"{server.url}/", timeout=9)
-        assert answer.url.endswith("/studio/")
+        for path in ("", "studio"):
+            answer = requests.get(f"{server.url}/{path}", timeout=9)
+            assert answer.url.endswith("/studio/")
         assert "default-src 'none'" in answer.headers["content-security-policy"]
         assert requests.get(f"{server.url}/studio/../v1/models", timeout=9).status_code == 401
         page = browser.new_page()

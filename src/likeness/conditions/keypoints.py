@@ -190,7 +190,7 @@ def _load(path: Path, name: str) -> Loaded:
         raise bad_points(f"{name} cannot be read as text ({error}): export it again") from error
     if suffix == ".json":
         try:
-            document = json.loads(text)
+            document = json.loads(text, parse_int=float)  # integers may be too large for floats
         except (json.JSONDecodeError, RecursionError) as error:
             raise bad_points(f"{name} is not valid JSON ({error}): export it again") from error
         return _from_document(document, name)

@@ -43,6 +43,9 @@ EXPIRY = 30
 OPEN = ("/healthz", "/readyz")
 """Paths that need no API key."""
 
+READING = ("GET", "HEAD", "OPTIONS")
+"""Methods that a link on any web page may use."""
+
 log = logging.getLogger(__name__)
 access = logging.getLogger("likeness.access")
 
@@ -99,9 +102,13 @@ class Frame:
             if id and not IDENTIFIER.fullmatch(id):
                 scope["state"]["id"] = own
                 raise ApiError(400, "x-request-id must be 1 to 64 letters, digits, - and _", param="x-request-id")
-            page = self.service.settings.studio and (scope["path"] == "/" or scope["path"].startswith("/studio/"))
-            if self.keys and not page and scope["path"] not in OPEN:
+            page = scope["path"] in ("/", "/studio") or scope["path"].startswith("/studio/")
+            if self.keys and not (page and self.service.settings.studio) and scope["path"] not in OPEN:
                 scope["state"]["owner"] = self.owner(headers.get(b"authorization", ""))
+            foreign = headers.get(b"sec-fetch-site") == "cross-site" and scope["method"] not in READING
+            if foreign and not {headers.get(b"origin"), "*"} & set(self.service.settings.cors):
+                message = "Web pages of other sites may not send requests: allow them with the option --cors"
+                raise ApiError(403, message, code="cross_site")
             length = headers.get(b"content-length", "0")
             if not length.isdecimal() or int(length) > self.service.settings.max_bytes:
                 raise self.too_large()

@@ -15,13 +15,16 @@ from likeness.types import InputError
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 """Status -> type; others are `invalid_request_error`, or `server_error` from 500."""
 
+LONGEST = 400
+"""Characters of a message."""
+
 
 class ApiError(HTTPException):
     """An error response.
 
     Args:
         status: HTTP status.
-        message: one sentence.
+        message: one sentence; what it repeats of the request may be long and is cut.
         param: the field that is the reason.
         code: short constant for programs.
         headers: of the response.
@@ -30,6 +33,8 @@ class ApiError(HTTPException):
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None, headers: Any = None
     ) -> None:
+        if len(message) > LONGEST:
+            message = f"{message[: LONGEST - 1]}…"
         super().__init__(status, message, headers)
         kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
         self.error = {"message": message, "type": kind, "param": param, "code": code}

@@ -13,6 +13,9 @@ from likeness.pipelines.portrait import MAX_STEPS
 MAX_PROMPT = 32_000
 """Characters of a prompt, as in OpenAI's API."""
 
+MAX_EDIT = 2000
+"""Characters of commands that edit a mask: each takes time."""
+
 Prompt = Annotated[str, Field(max_length=MAX_PROMPT)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 ConditionName = Literal["mask", "sketch", "keypoints"]
@@ -89,7 +92,7 @@ class PhotoEdit(Images):
     partial_images: None = None
     background: Literal["auto"] | None = None
 
-    mask_edit: str = Field("", max_length=MAX_PROMPT, description="Commands; a FILE is the id of an uploaded file.")
+    mask_edit: str = Field("", max_length=MAX_EDIT, description="Commands; a FILE is the id of an uploaded file.")
     wanted_mask: str | None = Field(None, description="The wanted mask: base64, data URL or id of an uploaded file.")
     region: str = Field("", max_length=MAX_PROMPT, description="Classes to generate again, such as hair,hat.")
     keep: str = Field("", max_length=MAX_PROMPT, description='Classes whose pixels stay, or "all but hair".')

@@ -420,7 +420,7 @@ def source_of(condition: str, content: bytes, name: str) -> Any:
     if CONDITIONS[condition].raw != "points":
         return open_image(content, name)
     try:
-        document = json.loads(content)
+        document = json.loads(content, parse_int=float)  # integers may be too large for floats
     except (ValueError, RecursionError) as error:
         raise InputError(f"{name} is not JSON: keypoints are a list of points as JSON") from error
     return document if isinstance(document, dict) else {"points": document}

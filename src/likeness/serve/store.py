@@ -7,6 +7,7 @@ marked `completed` only after its files are on disk. After a restart, jobs that 
 
 from __future__ import annotations
 
+import contextlib
 import re
 import secrets
 import shutil
@@ -42,6 +43,9 @@ IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 LOST = 60
 """Seconds without news from its replica after which a job is interrupted."""
+
+FORGOTTEN = 7 * 86400
+"""Seconds after which the id of a finished job is no longer known as expired."""
 
 UNFINISHED = ("queued", "running")
 """States of a job in progress; the others are completed, failed, cancelled, interrupted and expired."""
@@ -162,7 +166,8 @@ class Store:
 
     def expire(self, keep: float) -> int:
         """Delete the files of jobs that finished more than `keep` seconds ago, and old uploads; returns their number.
-        The ids stay known as expired, their idempotency keys are free again. Also interrupts jobs of lost replicas.
+        The ids stay known as expired for a week, their idempotency keys are free again. Also interrupts jobs of lost
+        replicas.
         """
         if self.replica:
             self._interrupt((JOBS.c.replica != self.replica) & (JOBS.c.seen < time.time() - LOST))
@@ -173,9 +178,12 @@ class Store:
         for id in ids:
             self._update(JOBS.c.id == id, state="expired", key=None, response=None, error=None, files=None)
             self.discard(id)
+        with self.database.begin() as connection:
+            connection.execute(delete(JOBS).where(JOBS.c.state == "expired", JOBS.c.finished < before - FORGOTTEN))
         for file in self.uploads.iterdir():
-            if file.stat().st_mtime < before:
-                file.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another replica deleted it
+                if file.stat().st_mtime < before:
+                    file.unlink()
         return len(ids)
 
     def discard(self, id: str) -> None:

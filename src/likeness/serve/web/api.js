@@ -18,7 +18,10 @@ async function send(path, { json, form, signal, method } = {}) {
     throw Object.assign(offline, { offline: true });
   }
   const answer = await response.json().catch(() => null);
-  if (!response.ok) throw new Error(answer?.error?.message ?? `The service answered with status ${response.status}`);
+  if (!response.ok) {
+    const error = new Error(answer?.error?.message ?? `The service answered with status ${response.status}`);
+    throw Object.assign(error, { offline: [502, 503, 504].includes(response.status) }); // of a proxy, or a restart
+  }
   return answer;
 }
 

@@ -22,7 +22,7 @@ const KEYS = [
   ["0", "Fit the window"],
   ["r", "Mirror"],
   ["k", "Lock: paint only over this class"],
-  ["Tab", "Mask or sketch, on the canvas"],
+  ["Tab", "Mask or sketch, on the canvas; Shift + Tab leaves it"],
   ["g", "Generate"],
   ["n", "New seed"],
   ["?", "Keys"],
@@ -107,7 +107,7 @@ export function wire({ state, doc, view, tools, actions }) {
   addEventListener("keydown", (event) => keyDown(event, { state, doc, view, tools, actions }));
   addEventListener("keyup", (event) => {
     if (event.key === " ") tools.space = false;
-    if (event.key === "x") tools.erase = false;
+    if (event.key.toLowerCase() === "x") tools.erase = false;
   });
   addEventListener("dragover", (event) => { event.preventDefault(); document.body.classList.add("drop"); });
   addEventListener("dragleave", () => document.body.classList.remove("drop"));
@@ -128,7 +128,7 @@ function keyDown(event, { state, doc, view, tools, actions }) {
     return actions[key === "y" || event.shiftKey ? "redo" : "undo"]();
   }
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  if (key === "tab" && document.activeElement !== $("canvas")) return; // elsewhere, Tab moves the focus
+  if (key === "tab" && (event.shiftKey || document.activeElement !== $("canvas"))) return; // moves the focus
   if (key === " " && event.target.matches("button, input, summary")) return;
   const resize = (factor) => {
     const size = state.sizes[state.tool];

@@ -3,7 +3,7 @@
 const $ = (id) => document.getElementById(id);
 
 export function say(text, error = false) {
-  $("status").textContent = $("status").title = text;
+  $("status").textContent = text;
   $("status").classList.toggle("error", error);
 }
 

@@ -31,14 +31,20 @@ export class History {
     return true;
   }
 
-  /** Takes back what changed since `begin`. */
+  /** Takes back what changed since `begin`, such as a stroke that is not complete. */
   revert() {
     for (const [name, layer] of Object.entries(this.layers)) layer.data.set(this.before[name]);
   }
 
-  undo() { return this.position > 0 && this.apply(this.steps[--this.position], "before"); }
+  undo() {
+    this.revert();
+    return this.position > 0 && this.apply(this.steps[--this.position], "before");
+  }
 
-  redo() { return this.position < this.steps.length && this.apply(this.steps[this.position++], "after"); }
+  redo() {
+    this.revert();
+    return this.position < this.steps.length && this.apply(this.steps[this.position++], "after");
+  }
 
   apply(parts, side) {
     for (const { name, x, y, width, height, ...content } of parts) {

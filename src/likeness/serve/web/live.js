@@ -6,10 +6,11 @@ export class Live {
    * @param render async (kind, signal) => result, with kind "preview" or "full"
    * @param show (kind, result) => void
    * @param failed (error) => void
+   * @param busy (boolean) => void, whether a job is in flight
    * @param rest milliseconds after the last change until the full image
    */
-  constructor({ render, show, failed, rest = 700 }) {
-    Object.assign(this, { render, show, failed, rest, job: null, timer: null, cancelled: 0 });
+  constructor({ render, show, failed, busy, rest = 700 }) {
+    Object.assign(this, { render, show, failed, busy, rest, job: null, timer: null, cancelled: 0 });
   }
 
   /** Reports a change. */
@@ -30,24 +31,30 @@ export class Live {
     if (this.job) {
       this.cancelled++;
       this.job.abort();
-      this.job = null;
+      this.end();
     }
   }
 
   async run(kind) {
     const job = (this.job = new AbortController());
     const started = performance.now();
+    this.busy(true);
     try {
       const result = await this.render(kind, job.signal);
       if (this.job !== job) return;
-      this.job = null;
+      this.end();
       this.show(kind, result, started);
       const wait = Math.max(0, this.rest - (performance.now() - started));
       if (kind === "preview") this.timer = setTimeout(() => this.run("full"), wait);
     } catch (error) {
       if (this.job !== job) return; // cancelled
-      this.job = null;
+      this.end();
       this.failed(error);
     }
+  }
+
+  end() {
+    this.job = null;
+    this.busy(false);
   }
 }

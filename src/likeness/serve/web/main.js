@@ -30,9 +30,11 @@ const state = {
   pairs: Object.fromEntries(about.mask_classes.map(({ pair }, value) => [value, pair ?? value])),
 };
 const tools = new Tools(view, doc, state, { changed, picked });
-const shown = Object.fromEntries(["image", "other", "compare", "strip", "history"].map((id) => [id, $(id)]));
+const elements = ["image", "other", "compare", "comparison", "strip", "history"];
+const shown = Object.fromEntries(elements.map((id) => [id, $(id)]));
 const results = new Results({ ...shown, save: $("save-image") }, restore);
-const live = new Live({ render, show, failed });
+const live = new Live({ render, show, failed, busy: (on) => { $("result").ariaBusy = String(on); } });
+const pause = (time) => new Promise((done) => setTimeout(done, time));
 const random = () => Math.floor(Math.random() * 2 ** 31);
 let photo = null; // the photograph that is edited
 
@@ -46,7 +48,7 @@ async function connect() {
     } catch (error) {
       say(error.message, true);
       if (!error.offline) throw error;
-      await new Promise((done) => setTimeout(done, 1000));
+      await pause(1000);
     }
   }
 }
@@ -64,7 +66,10 @@ async function attempt(text, work) {
 
 function failed(error) {
   say(error.message, true);
-  if (error.offline) connect().then(() => { say("Connected again"); changed(); });
+  if (!error.offline || failed.waiting) return;
+  failed.waiting = true;
+  pause(1000).then(connect).then(() => { say("Connected again"); changed(); }).catch(() => {}) // `connect` reports it
+    .finally(() => { failed.waiting = false; });
 }
 
 const content = async (name) => toBase64(await encodePng(doc.layers[name], name === "mask" ? palette : null));
@@ -105,6 +110,7 @@ async function render(kind, signal) {
 }
 
 function show(kind, { entry, times, note }, started) {
+  say("");
   results.show(entry, kind === "full");
   underlay(entry.blob);
   $("image").decode().catch(() => {}).then(() => requestAnimationFrame(() => {
@@ -124,7 +130,7 @@ async function underlay(blob) {
 
 /** An image with the state that made it. */
 const snapshot = ({ blob, seed }) => ({
-  blob, seed, values: { ...doc.values, seed },
+  blob, seed, photo, values: { ...doc.values, seed },
   layers: Object.fromEntries(Object.entries(doc.layers).map(([name, { data }]) => [name, data.slice()])),
 });
 
@@ -132,6 +138,7 @@ function restore(entry) {
   live.stop();
   results.stopComparison();
   doc.values = { ...entry.values };
+  photo = entry.photo;
   for (const [name, data] of Object.entries(entry.layers)) doc.layers[name].data.set(data);
   doc.history.commit();
   doc.save();
@@ -170,8 +177,9 @@ function picked(value) {
 
 /** Replaces a layer by a condition in canonical form, in base64. */
 async function load(name, base64) {
-  doc.history.begin();
-  doc.replace(name, await doc.layerOfContent(base64, name));
+  const layer = await doc.layerOfContent(base64, name);
+  doc.history.commit(); // of a stroke that is not complete
+  doc.replace(name, layer);
   state.layer = name;
   showLayer();
 }
@@ -189,12 +197,14 @@ async function openFile(file) {
     if (!(condition in doc.layers)) throw new Error(`${file.name} contains ${condition}, which cannot be painted`);
     await load(condition, base64);
   }
+  photo = null;
   changed();
 }
 
 async function openPhoto(file) {
   const found = await api.extract("mask", file, about.defaults.size), blob = fromBase64(found.image);
   await load("mask", found.b64_json);
+  results.stopComparison();
   photo = about.edits ? new Photo(blob, doc) : null;
   results.show(snapshot({ blob, seed: doc.values.seed }), true);
   $("opacity").value = PHOTO_OPACITY;
@@ -216,12 +226,19 @@ async function propose() {
   dialog.querySelector("h2").textContent = prompt;
   choices.replaceChildren();
   dialog.showModal();
-  for (let i = 0; i < 4 && dialog.open; i++) {
-    const { b64_json: base64 } = await api.propose(prompt, random());
+  const run = (propose.run = {});
+  for (let i = 0; i < 4; i++) {
+    const { b64_json: base64 } = await api.propose(prompt, random()).catch((error) => { dialog.close(); throw error; });
+    if (!dialog.open || propose.run !== run) return;
     const image = Object.assign(new Image(), { src: `data:image/png;base64,${base64}`, alt: `Mask ${i + 1}` });
     const button = document.createElement("button");
     button.append(image);
-    button.addEventListener("click", async () => { dialog.close(); await load("mask", base64); changed(); });
+    button.addEventListener("click", async () => {
+      dialog.close();
+      await load("mask", base64);
+      photo = null;
+      changed();
+    });
     choices.append(button);
   }
 }
@@ -231,6 +248,7 @@ async function randomFace() {
   doc.values.seed = random();
   const [image] = await api.generate({ prompt: doc.values.prompt, seed: doc.values.seed });
   await load("mask", (await api.extract("mask", image.blob, about.defaults.size)).b64_json);
+  photo = null;
   changed();
 }
 
@@ -290,6 +308,6 @@ build(about.mask_classes, state, doc, actions);
 wire({ state, doc, view, tools, actions });
 const restored = doc.restore();
 showLayer();
-say(restored ? "Your last work is back" : "");
+say(restored ? "Your last work is back" : "Paint, open a file, or start with Masks from text");
 document.documentElement.dataset.ready = "true";
 window.studio = { doc, state, view, live }; // for tests and the curious

@@ -3,10 +3,11 @@
 const LONGEST_HISTORY = 40;
 
 export class Results {
-  /** @param elements {image, other, compare, strip, history, save} @param restore (entry) => void */
+  /** @param elements {image, other, compare, comparison, strip, history, save} @param restore (entry) => void */
   constructor(elements, restore) {
     Object.assign(this, elements, { restore, current: null, timer: null });
     this.compare.addEventListener("input", () => this.split());
+    this.comparison.addEventListener("click", () => (this.comparing ? this.stopComparison() : this.press(true)));
   }
 
   /** Shows an image. `entry`: {blob, seed, values, layers}; `keep`: it enters the history. */
@@ -24,12 +25,21 @@ export class Results {
   against(entry) {
     this.put(this.other, entry.blob);
     this.compare.hidden = this.other.hidden = false;
+    this.press(true);
     this.split();
   }
 
   split() { this.other.style.clipPath = `inset(0 0 0 ${this.compare.value}%)`; }
 
-  stopComparison() { this.compare.hidden = this.other.hidden = true; }
+  stopComparison() {
+    this.compare.hidden = this.other.hidden = true;
+    this.press(false);
+  }
+
+  get comparing() { return this.comparison.ariaPressed === "true"; }
+
+  /** Decides what a click on an image of the history does. */
+  press(on) { this.comparison.ariaPressed = String(on); }
 
   variations(entries) {
     this.strip.replaceChildren(...entries.map((entry) => this.button(entry)));
@@ -49,13 +59,14 @@ export class Results {
     this.timer = null;
   }
 
-  /** Button with an image: a click returns to it, Shift + click compares it with the current one. */
+  /** Button with an image: a click returns to it, or compares it with the current one. */
   button(entry) {
     const button = document.createElement("button"), image = document.createElement("img");
     this.put(image, entry.blob);
     image.alt = button.title = `Seed ${entry.seed}`;
     button.append(image);
-    button.addEventListener("click", ({ shiftKey }) => (shiftKey ? this.against(entry) : this.restore(entry)));
+    button.addEventListener("click", ({ shiftKey }) =>
+      (shiftKey || this.comparing ? this.against(entry) : this.restore(entry)));
     return button;
   }
 

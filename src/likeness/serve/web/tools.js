@@ -59,16 +59,21 @@ export class Tools {
   }
 
   down(event) {
+    if (event.pointerType === "touch" && this.action?.pen) return; // the hand that holds the pen
+    if (event.pointerType === "pen" && this.pointers.size) {
+      this.pointers.clear();
+      this.doc.history.revert();
+    }
     this.view.canvas.setPointerCapture(event.pointerId);
     this.view.canvas.focus();
     this.pointers.set(event.pointerId, [event.clientX, event.clientY]);
-    if (this.pointers.size === 2) return this.pinch();
+    if (this.pointers.size > 1) return this.pinch();
     if (this.space || event.button === 1) { this.action = { kind: "pan" }; return; }
     const tool = this.toolOf(event), at = this.view.pixel(event);
     const { data, width, height } = this.layer, inside = within([0, 0, width, height], at);
     const value = data[at[1] * width + at[0]];
     this.doc.history.begin();
-    this.action = { kind: tool, start: at, last: at, points: [at] };
+    this.action = { kind: tool, pen: event.pointerType === "pen", start: at, last: at, points: [at] };
     if (tool === "pick") return inside && this.on.picked(value);
     if (tool === "fill" && inside) fill(this.layer, ...at, this.painter(tool), event.shiftKey);
     if (tool === "brush" || tool === "eraser") stamp(this.painter(tool), ...at, this.rows(tool, event));
@@ -86,7 +91,7 @@ export class Tools {
     this.view.cursor = tool in this.state.sizes ? { x, y, rows: this.rows(tool, event) } : null;
     if (!action || !previous) return this.view.draw();
     if (action.kind === "pan") return this.view.pan(event.clientX - previous[0], event.clientY - previous[1]);
-    if (action.kind === "pinch") return this.pinch(action);
+    if (action.kind === "pinch") return this.pointers.size > 1 && this.pinch(action);
     const parts = event.getCoalescedEvents?.() ?? [];
     for (const part of parts.length ? parts : [event]) this.drag(action, part);
     this.view.draw();
