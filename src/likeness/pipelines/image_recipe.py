@@ -429,7 +429,7 @@ def read_recipe(source: Path | bytes) -> tuple[dict[str, Any], np.ndarray]:
         root = ElementTree.fromstring(body[0]) if body else ElementTree.Element("empty")
         found = (each.get(f"{{{NAMESPACE}}}recipe") for each in root.iter(f"{{{RDF}}}Description"))
         text = next(filter(None, found), None)
-        recipe = None if text is None else json.loads(text)
+        recipe = json.loads(text or "null")
     except (ElementTree.ParseError, ValueError, RecursionError) as error:
         raise InputError(f"The recipe in {path} is damaged: {error}") from error
     if text is None:
