@@ -27,7 +27,8 @@ from likeness.conditions import CONDITIONS
 from likeness.pipelines.sizes import format_sizes, trained_sizes
 from likeness.serve.engine import Closed, Engine, Full, measure_batch, warm_up
 from likeness.serve.errors import ApiError, handle, respond
-from likeness.serve.jobs import SHARE, Job, Jobs, response_of
+from likeness.serve.job import Job, response_of
+from likeness.serve.jobs import SHARE, Jobs
 from likeness.serve.schema import MAX_PROMPT, ConditionName, Generation, MaskCheck, MaskEdit, PhotoEdit, Proposal
 from likeness.serve.service import Service
 from likeness.serve.store import IDENTIFIER, LOST, UNFINISHED, Taken

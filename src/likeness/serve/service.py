@@ -42,7 +42,7 @@ from likeness.prepare.edit import Change, Photo, Plan, composed, open_photo, pla
 from likeness.prepare.ingest.convert import centre_square, crop_and_resize
 from likeness.serve.engine import CACHE
 from likeness.serve.errors import ApiError, invalid
-from likeness.serve.jobs import Job
+from likeness.serve.job import Job
 from likeness.serve.schema import Generation, Images, MaskEdit, PhotoEdit, Proposal
 from likeness.serve.store import Store
 from likeness.types import ConditionInput, InputError, PortraitRequest
