@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import importlib.util
 import io
+import json
 import os
 import socket
 import sqlite3
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +19,6 @@ import openai
 import pytest
 import requests
 import torch
-from click import UsageError
 from PIL import Image
 
 from builders import tiny_pipeline
@@ -156,31 +157,54 @@ def _with_defaults(nodes, node: dict) -> dict:
 # Ray Serve
 
 
-def test_two_replicas_of_ray_serve(tmp_path, monkeypatch):
-    """Replicas give the same images, stream, and cancel each other's jobs."""
-    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'likeness[ray]'")
-    from ray import serve
+RAY = """
+import json, sys
+import ray
+from click import UsageError
+from ray import serve
+from ray_serve import application
 
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "launch"), *sys.path]))
-    application = module("ray_serve", ROOT / "launch/ray_serve.py").application
+port, given, wrong = json.loads(sys.argv[1])
+for argument, message in wrong.items():
+    try:
+        application(dict([argument.split("=")]))
+    except UsageError as error:  # one sentence of `serve run`
+        assert message in str(error), error
+    else:
+        raise AssertionError(argument)
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+serve.start(http_options={"host": "127.0.0.1", "port": port})
+serve.run(application(given), name="likeness")
+print("ready", flush=True)
+sys.stdin.read()
+serve.shutdown()
+ray.shutdown()
+"""
+"""Ray's driver, in a process of its own: it replaces `print` and the handlers of signals."""
+
+
+def test_two_replicas_of_ray_serve(tmp_path):
+    """Replicas give the same images, stream, and cancel each other's jobs."""
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("Ray is not installed: pip install 'likeness[ray]'")
     wrong = {
         "host=0.0.0.0": "Unknown argument 'host'",
         "queue=many": "queue=many: ",
         "max_replicas=0": "max_replicas=0: ",
+        "queue=1": "must be at least 10",
+        "model=x": "share their jobs",
     }
-    for argument, message in {**wrong, "queue=1": "must be at least 10", "model=x": "share their jobs"}.items():
-        with pytest.raises(UsageError, match=message):  # one sentence of `serve run`
-            application(dict([argument.split("=")]))
     tiny_pipeline().save_pretrained(tmp_path / "model")
     database = tmp_path / "jobs.sqlite"
     given = {"model": str(tmp_path / "model"), "data": str(tmp_path / "data"), "database": f"sqlite:///{database}"}
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    ray.init(num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
-    try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(application({**given, "min_replicas": "2", "num_cpus": "0.5"}), name="likeness")
+    path = os.pathsep.join([str(ROOT / "launch"), *sys.path])
+    command = [sys.executable, "-c", RAY, json.dumps([port, {**given, "min_replicas": "2", "num_cpus": "0.5"}, wrong])]
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    environment = os.environ | {"PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0"}
+    with subprocess.Popen(command, env=environment, **options) as driver:
+        assert any(line.startswith("ready") for line in driver.stdout)
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0)
 
         def image(seed: int) -> str:
@@ -205,6 +229,4 @@ def test_two_replicas_of_ray_serve(tmp_path, monkeypatch):
                     assert not running.done()
                 assert requests.delete(f"{url}/jobs/long-{i}", timeout=30).json()["state"] == "cancelled"
                 assert running.result().status_code == 409
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+        driver.communicate()
