@@ -147,6 +147,23 @@ def test_a_comfyui_workflow_extracts_a_mask_and_generates(nodes, server):
         execute(nodes, {"c": {"class_type": "LikenessEditPhotograph", "inputs": edit}}, "c")
 
 
+def test_a_comfyui_workflow_edits_a_photograph(nodes, server):
+    """The area is generated anew, near pixels may be blended, and all others stay; a proposed mask is in colors."""
+    photo = Image.open(ROOT / "examples/faces/images/1.png").convert("RGB")
+    given = torch.from_numpy(np.asarray(photo).astype(np.float32) / 255)[None]
+    area = torch.zeros(given.shape[:3])
+    area[:, :40] = 1
+    shared = {"prompt": "a hat", "seed": 1, "server": server.url, "api_key": ""}
+    edit = {"photograph": [given, 0], "area": [area, 0], **shared}
+    (image,) = execute(nodes, {"e": {"class_type": "LikenessEditPhotograph", "inputs": edit}}, "e")
+    same = (image == given).all(-1)
+    assert same[:, 40:].all()
+    assert not same[:, :40].all()
+    (mask,) = execute(nodes, {"p": {"class_type": "LikenessProposeMask", "inputs": shared}}, "p")
+    colors = (mask[0].numpy() * 255).round().astype(np.uint8).reshape(-1, 3)
+    assert {tuple(color) for color in colors.tolist()} <= {tuple(color) for color in PALETTE.tolist()}
+
+
 def _with_defaults(nodes, node: dict) -> dict:
     """A node with the values that ComfyUI's widgets have at first."""
     declared = nodes.NODE_CLASS_MAPPINGS[node["class_type"]].INPUT_TYPES()["required"]
