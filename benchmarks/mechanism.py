@@ -32,9 +32,9 @@ from torch.overrides import TorchFunctionMode
 
 from likeness.annotators.face_parser import load_face_parser, parse_faces
 from likeness.cli import execute, union
-from likeness.cli.portraits import ModelOptions, load_pipeline
+from likeness.cli.portraits import RequestOptions, load_pipeline
 from likeness.cli.terminal import print_notes, progress_bar
-from likeness.conditions import CONDITIONS, read_conditions
+from likeness.conditions import CONDITIONS
 from likeness.encoders.latent import spatial_factor
 from likeness.evaluate.scores import pixel_accuracy
 from likeness.files import write_whole
@@ -42,7 +42,6 @@ from likeness.models.mditface import PATCH, MDiTFaceTransformer
 from likeness.pages import Section, markdown_table, write_page
 from likeness.pages.charts import Chart, draw, limits
 from likeness.pipelines.generate import generate, resolve
-from likeness.pipelines.sizes import parse_size
 from likeness.types import ConditionInput, InputError, PortraitRequest
 
 Progress = Callable[[int, int], None]
@@ -400,23 +399,11 @@ def spatial_transformer(pipeline: Any) -> MDiTFaceTransformer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study(ModelOptions):
+class Study(RequestOptions):
     """A study of a model; options as in `likeness generate`."""
 
     model: tyro.conf.Positional[str] = field()  # required
     """Bundled model, folder of a model or an adapter, or hub id."""
-    prompt: tyro.conf.Positional[str] = ""
-    """Text prompt."""
-    mask: Path | None = None
-    """Semantic mask."""
-    sketch: Path | None = None
-    """Sketch."""
-    keypoints: Path | None = None
-    """Keypoints."""
-    size: str | None = None
-    """Width x height in pixels. Default: that of the model."""
-    force_size: bool = False
-    """Generate at SIZE even if the model was not trained at it."""
     seed: int = 0
     """Seed of the image."""
     out: Path = Path("studies")
@@ -424,19 +411,8 @@ class Study(ModelOptions):
 
     def prepare(self) -> tuple[Any, PortraitRequest]:
         """Load the model and resolve the request."""
-        files = {"mask": self.mask, "sketch": self.sketch, "keypoints": self.keypoints}
-        width, height = (None, None) if self.size is None else parse_size(self.size, "--size")
-        request = PortraitRequest(
-            prompt=self.prompt,
-            conditions={name: ConditionInput(image=file) for name, file in files.items() if file is not None},
-            guidance_scale=self.guidance_scale,
-            num_inference_steps=self.steps,
-            width=width,
-            height=height,
-            force_size=self.force_size,
-            seed=self.seed,
-        )
-        request, notes = read_conditions(request)
+        conditions = {name: ConditionInput(image=file) for name, file in self.files().items()}
+        request, notes = self.request(conditions, self.seed)
         print_notes(notes)
         pipeline = load_pipeline(self.model, self.dtype, self.device, self.base)
         return pipeline, resolve(request, pipeline)

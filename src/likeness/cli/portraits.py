@@ -41,8 +41,8 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(ModelOptions):
-    """Generate face images from text, a mask, a sketch or keypoints, in any combination."""
+class RequestOptions(ModelOptions):
+    """Options of commands that generate from a prompt and conditions."""
 
     prompt: tyro.conf.Positional[str] = ""
     """Text prompt. Without a prompt and a condition: any face."""
@@ -54,12 +54,48 @@ class Generate(ModelOptions):
     """Sketch, dark lines on white."""
     keypoints: Path | None = None
     """68 or 478 points (.json, .npy, .csv, .pts)."""
-    seed: int | None = None
-    """Seed of the first image; each further image uses the next seed. Default: random."""
     size: str | None = None
     """Width x height in pixels, as 128 or 128x160. Default: that of the model, which rejects untrained sizes."""
     force_size: bool = False
     """Generate at SIZE even if the model was not trained at it. Expect artifacts."""
+
+    def files(self) -> dict[str, Path]:
+        """Return the files of the conditions."""
+        files = {"mask": self.mask, "sketch": self.sketch, "keypoints": self.keypoints}
+        return {name: file for name, file in files.items() if file is not None}
+
+    def request(
+        self, conditions: dict[str, ConditionInput], seed: int, *, upscale: bool = False
+    ) -> tuple[PortraitRequest, list[str]]:
+        """Return the request with its conditions read, and notes on them. Call it before the model is loaded.
+
+        Raises:
+            InputError: the size or a condition is invalid.
+        """
+        from likeness.conditions import read_conditions
+
+        width, height = (None, None) if self.size is None else parse_size(self.size, "--size")
+        request = PortraitRequest(
+            prompt=self.prompt,
+            negative_prompt=self.negative_prompt,
+            conditions=conditions,
+            guidance_scale=self.guidance_scale,
+            num_inference_steps=self.steps,
+            width=width,
+            height=height,
+            upscale=upscale,
+            force_size=self.force_size,
+            seed=seed,
+        )
+        return read_conditions(request)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(RequestOptions):
+    """Generate face images from text, a mask, a sketch or keypoints, in any combination."""
+
+    seed: int | None = None
+    """Seed of the first image; each further image uses the next seed. Default: random."""
     mask_scale: float = 1.0
     """Strength of the mask; 0 is the same as no mask."""
     sketch_scale: float = 1.0
@@ -95,8 +131,6 @@ class Generate(ModelOptions):
     """Keep only the active part of the model on the accelerator."""
 
     def __call__(self) -> None:
-        from likeness.conditions import read_conditions
-
         if not 1 <= self.count <= MAX_COUNT:
             raise InputError(f"--count is {self.count}; it must be from 1 to {MAX_COUNT}")
         if self.via_mask and self.mask is not None:
@@ -109,20 +143,7 @@ class Generate(ModelOptions):
             name: ConditionInput(image=file, scale=getattr(self, f"{name}_scale"), **interval)
             for name, file in files.items()
         }
-        width, height = (None, None) if self.size is None else parse_size(self.size, "--size")
-        request = PortraitRequest(
-            prompt=self.prompt,
-            negative_prompt=self.negative_prompt,
-            conditions=conditions,
-            guidance_scale=self.guidance_scale,
-            num_inference_steps=self.steps,
-            width=width,
-            height=height,
-            upscale=self.upscale,
-            force_size=self.force_size,
-            seed=first,
-        )
-        request, notes = read_conditions(request)
+        request, notes = self.request(conditions, first, upscale=self.upscale)
         print_notes([*notes, *self.idle_options()])
         loras = [parse_lora(text) for text in self.lora]
 
@@ -166,11 +187,6 @@ class Generate(ModelOptions):
                         recipe = recipe_of(one, pipeline, **pipeline.source, fingerprint=fingerprint)
                     print(f"{save_image(image, recipe, names, overwrite)}  seed {one.seed}", flush=True)
                 advance((done + len(batch)) * units, total)
-
-    def files(self) -> dict[str, Path]:
-        """Return the files of the conditions."""
-        files = {"mask": self.mask, "sketch": self.sketch, "keypoints": self.keypoints}
-        return {name: file for name, file in files.items() if file is not None}
 
     def idle_options(self) -> list[str]:
         """One note for each option that has no effect, because another one is missing."""
