@@ -15,6 +15,7 @@ from PIL import Image
 
 from likeness.conditions.images import check_aspect, read_rgb
 from likeness.encoders.latent import spatial_factor, to_tensor
+from likeness.objectives.flow import RectifiedFlow
 from likeness.pipelines.arguments import number
 from likeness.pipelines.editing.base import Editing
 from likeness.pipelines.editing.flow_edit import flow_edit
@@ -37,7 +38,7 @@ METHODS: dict[str, Callable[[Editing], Iterator[None]]] = {
 """Name -> method, which advances `Editing.target` to its end and yields after every step."""
 
 DESCRIBED = ("flow_edit", "inversion")
-"""Methods that need a description of the given image: `source_prompt` and `source_control_image`."""
+"""Methods that need a rectified flow and a description of the given image: `source_prompt`, `source_control_image`."""
 
 DEFAULT_METHOD = "replacement"
 """The method that measures best (`benchmarks/edit.py`)."""
@@ -120,6 +121,9 @@ def edit_steps(
         raise InputError(f"{name} scales the noise, which edits do not support: use the scheduler of the checkpoint")
     source = None
     if method in DESCRIBED:
+        if not isinstance(target.objective, RectifiedFlow):
+            message = f"{method} requires a rectified flow, and this model is a DDPM: choose the method replacement"
+            raise InputError(message)
         own = {**arguments, "control_image": source_control_image, "guidance_scale": 1.0, "negative_prompt": None}
         source = pipeline(source_prompt, latents=target.latents, output_type="sampling", **own)
     count, _, *grid = target.latents.shape

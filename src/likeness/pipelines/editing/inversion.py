@@ -11,10 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from likeness.objectives.flow import RectifiedFlow
 from likeness.pipelines.editing.base import Editing
 from likeness.pipelines.sampling import Sampling, predict
-from likeness.types import InputError
 
 ITERATIONS = 3
 """Passes per inverted step. The error shrinks with every pass by the network's sensitivity times the step."""
@@ -23,8 +21,6 @@ ITERATIONS = 3
 def inversion(editing: Editing) -> Iterator[None]:
     """Invert with the description of the image, generate with the wanted one; notes the error of the inversion."""
     target, source = editing.target, editing.source
-    if not isinstance(target.objective, RectifiedFlow):
-        raise InputError("inversion requires a rectified flow, and this model is a DDPM: choose the method replacement")
     assert source is not None, "the inversion needs a description of the image"
     times = [*target.times.tolist(), 0.0]
     path = {target.steps: editing.clean}
