@@ -31,7 +31,7 @@ from likeness.conditions import Reading
 from likeness.encoders.text_image import embed_images, load_text_image, resize_images
 from likeness.pipelines.generate import call_options, resolve
 from likeness.pipelines.load import load
-from likeness.prepare.align import cut_portrait
+from likeness.prepare.align import cut_portrait, face_transform
 from likeness.prepare.edit import MARGIN, Change, Photo, carry_out, open_photo, paste_region, plan_edit
 from likeness.types import ConditionInput, InputError, PortraitRequest
 from likeness.weights.catalog import BUNDLED, COMMON
@@ -95,8 +95,8 @@ def measure_all(files, pipeline, parser, find, out, rows) -> None:
     network, size = parser
     photos = [open_photo(file) for file in files]
     side = pipeline.config.defaults["size"]
-    faces = [plan_edit(photo, Change(whole=True), side, parser=parser, find=find) for photo in photos]
-    own = embed([cut_portrait(one.pixels, plan.transform, side) for one, plan in zip(photos, faces, strict=True)])
+    transforms = [face_transform(photo.pixels, photo.name, find, side)[0] for photo in photos]
+    own = embed([cut_portrait(one.pixels, move, side) for one, move in zip(photos, transforms, strict=True)])
     for number, (file, photo) in enumerate(zip(files, photos, strict=True)):
         for request_name, (change, prompt) in REQUESTS.items():
             try:
@@ -119,10 +119,11 @@ def measure_all(files, pipeline, parser, find, out, rows) -> None:
                     name = f"{file.stem}-{request_name.replace(' ', '-')}-{method}-{strength:g}.png"
                     (out / name).write_bytes(edited.content)
                 result = np.array(edited.image.convert("RGB"))
-                (labels,) = parse_faces(network, [cut_portrait(result, plan.transform, side)], size=size)
+                portrait = cut_portrait(result, plan.transform, side)
+                (labels,) = parse_faces(network, [portrait], size=size)
                 accuracy = (labels == plan.after)[plan.region].mean()
                 seam, distance = compare(photo, result, plan)
-                nearest = (embed([cut_portrait(result, plan.transform, side)]) @ own.T).argmax()
+                nearest = (embed([portrait]) @ own.T).argmax()
                 decibels = [float(number) for note in edited.notes for number in re.findall(r"([\d.]+) dB", note)]
                 measured = (accuracy, scratch, seam, distance, float(nearest == number), *(decibels or [np.nan]))
                 row = (edited.certificate["changed_outside"], *measured, seconds)
