@@ -91,12 +91,12 @@ async function request(kind) {
 
 /** Called after every change of the document. */
 function changed() {
+  if ($("live").checked) live.changed(); else live.stop(); // first: the preview does not wait for the rest
   doc.save();
   refresh(state, doc);
   view.draw();
   clearTimeout(changed.timer);
   changed.timer = setTimeout(diagnose, 400);
-  if ($("live").checked) live.changed(); else live.stop();
 }
 
 /** Generates an image; returns what `show` shows, with the time of each stage in ms. */
@@ -220,6 +220,13 @@ const edit = (operation, fields) => attempt(`${operation}…`, async () => {
   changed();
 });
 
+/** Starts from a mask that belongs to no photograph. */
+async function startFrom(base64) {
+  await load("mask", base64);
+  photo = null;
+  changed();
+}
+
 /** Offers four masks for the sentence. */
 async function propose() {
   const dialog = $("choose"), choices = dialog.querySelector(".choices"), prompt = doc.values.prompt || "a person";
@@ -233,11 +240,9 @@ async function propose() {
     const image = Object.assign(new Image(), { src: `data:image/png;base64,${base64}`, alt: `Mask ${i + 1}` });
     const button = document.createElement("button");
     button.append(image);
-    button.addEventListener("click", async () => {
+    button.addEventListener("click", () => {
       dialog.close();
-      await load("mask", base64);
-      photo = null;
-      changed();
+      startFrom(base64);
     });
     choices.append(button);
   }
@@ -247,9 +252,7 @@ async function propose() {
 async function randomFace() {
   doc.values.seed = random();
   const [image] = await api.generate({ prompt: doc.values.prompt, seed: doc.values.seed });
-  await load("mask", (await api.extract("mask", image.blob, about.defaults.size)).b64_json);
-  photo = null;
-  changed();
+  await startFrom((await api.extract("mask", image.blob, about.defaults.size)).b64_json);
 }
 
 /** Animates between the mask and another one. */

@@ -21,7 +21,7 @@ export class Tools {
    * @param view of view.js
    * @param doc of document.js
    * @param state {tool, value, sizes, square, mirror, lock: Set, layer, pairs}
-   * @param on {changed(), picked(value), stroke()}
+   * @param on {changed(), picked(value)}
    */
   constructor(view, doc, state, on) {
     Object.assign(this, { view, doc, state, on, pointers: new Map(), action: null, space: false, erase: false });
