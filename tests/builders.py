@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from pathlib import Path
 
 import torch
@@ -259,3 +261,14 @@ def run(*arguments: object) -> int:
     except SystemExit as stopped:
         return int(stopped.code or 0)
     return 0
+
+
+def load_script(file: Path):
+    """Import a file that is not part of the package, as the program that uses it does."""
+    spec = importlib.util.spec_from_file_location(file.parent.name if file.stem == "__init__" else file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script  # where dataclasses look for the types of their fields
+    spec.loader.exec_module(script)
+    return script

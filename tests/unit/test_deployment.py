@@ -21,24 +21,13 @@ import requests
 import torch
 from PIL import Image
 
-from builders import tiny_pipeline
+from builders import load_script, tiny_pipeline
 from likeness.conditions import CONDITIONS
 from likeness.conditions.mask.classes import PALETTE
 from likeness.data.synthetic import draw_face
 from serving import serving
 
 ROOT = Path(__file__).parents[2]
-
-
-def module(name: str, file: Path):
-    """Import a file that is not part of the package, as the program that uses it does."""
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    sys.modules[name] = found
-    spec.loader.exec_module(found)
-    return found
 
 
 # ComfyUI
@@ -91,7 +80,7 @@ def execute(nodes, workflow: dict, id: str, done: dict | None = None) -> tuple:
 
 @pytest.fixture(scope="module")
 def nodes():
-    return module("likeness_comfyui", ROOT / "integrations/comfyui/__init__.py")
+    return load_script(ROOT / "integrations/comfyui/__init__.py")
 
 
 @pytest.fixture(scope="module")

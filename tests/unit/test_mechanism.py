@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from itertools import combinations
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from builders import tiny_face_parser, tiny_mditface_pipeline, tiny_pipeline
+from builders import load_script, tiny_face_parser, tiny_mditface_pipeline, tiny_pipeline
 from likeness.annotators.face_parser import parse_faces
 from likeness.conditions import CONDITIONS
 from likeness.data.synthetic import draw_face
@@ -22,10 +20,7 @@ from likeness.evaluate.scores import pixel_accuracy
 from likeness.pipelines.generate import generate, resolve
 from likeness.types import ConditionInput, InputError, PortraitRequest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "mechanism.py"
-mechanism = importlib.util.module_from_spec(importlib.util.spec_from_file_location("mechanism", SCRIPT))
-sys.modules["mechanism"] = mechanism  # where dataclasses look for the types of their fields
-mechanism.__spec__.loader.exec_module(mechanism)
+mechanism = load_script(Path(__file__).parents[2] / "benchmarks" / "mechanism.py")
 DOUBLE, SINGLE = ("double 0", "double 1"), ("single 0", "single 1")
 
 

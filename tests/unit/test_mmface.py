@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 
-from builders import randomise, tiny_transformer
+from builders import load_script, randomise, tiny_transformer
 from likeness.models.layers import use_explicit_attention
 from likeness.models.mmface import MMFaceTransformer
 from likeness.types import TextFeatures
@@ -164,9 +163,7 @@ def test_bad_widths_are_rejected():
 @pytest.mark.parametrize("text_rope", ["sequential", "none"])
 def test_equals_the_plain_formulas(text_rope):
     """Against an independent writing-down of the paper's equations (benchmarks/plain_mmface.py)."""
-    spec = importlib.util.spec_from_file_location("plain_mmface", ROOT / "benchmarks" / "plain_mmface.py")
-    plain = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(plain)
+    plain = load_script(ROOT / "benchmarks" / "plain_mmface.py")
     model, given = randomise(variant(text_rope=text_rope), std=0.3), inputs(height=4, width=6)
     given["condition_index"] = torch.tensor([[1], [-1]])
     wanted = plain.forward(model, *given.values())

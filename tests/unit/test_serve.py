@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import io
 import json
 import os
@@ -25,7 +24,7 @@ import pytest
 import requests
 from PIL import Image
 
-from builders import tiny_mditface_pipeline, tiny_pipeline
+from builders import load_script, tiny_mditface_pipeline, tiny_pipeline
 from likeness.annotators.face_parser import load_face_parser
 from likeness.conditions.mask import mask_image
 from likeness.data.synthetic import draw_face
@@ -42,11 +41,7 @@ ROOT = Path(__file__).parents[2]
 MASK, SKETCH = ROOT / "examples/masks/smile.png", ROOT / "examples/sketches/fringe.png"
 POINTS = ROOT / "examples/keypoints/smile.json"
 
-spec = importlib.util.spec_from_file_location("serve_load", ROOT / "benchmarks" / "serve_load.py")
-assert spec is not None
-assert spec.loader is not None
-LOAD = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(LOAD)
+LOAD = load_script(ROOT / "benchmarks" / "serve_load.py")
 
 
 def b64(content: bytes | Path) -> str:
