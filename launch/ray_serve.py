@@ -1,6 +1,6 @@
 """Serve a model with Ray Serve: replicas of the HTTP service (docs/serve.md) that share a database and a folder.
 
-    pip install 'likeness[ray]' 'psycopg[binary]'
+    pip install 'likeness[ray]'
     serve run --app-dir launch ray_serve:application model=mmface-mini-fast data=/shared/likeness \\
         database=postgresql+psycopg://likeness@HOST/likeness min_replicas=1 max_replicas=8
 

@@ -143,9 +143,7 @@ class Serve:
         store = Store(self.data, self.database, replica if self.database else "")
         pipeline = load_pipeline(self.model, self.dtype, self.device, self.base, self.quantize)
         adapt_threads(pipeline)
-        return create_app(
-            Service(pipeline, store, settings, {"model": self.model, "base": self.base, "quantize": self.quantize})
-        )
+        return create_app(Service(pipeline, store, settings))
 
 
 @dataclass(frozen=True, kw_only=True)

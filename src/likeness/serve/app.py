@@ -179,14 +179,13 @@ def create_app(service: Service) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        warming, regular = asyncio.create_task(asyncio.to_thread(prepare)), [asyncio.create_task(expire())]
-        if store.replica:
-            regular.append(asyncio.create_task(jobs.share()))
+        warming = asyncio.create_task(asyncio.to_thread(prepare))
+        expiring, sharing = asyncio.create_task(expire()), asyncio.create_task(jobs.share())
         yield
-        regular[0].cancel()
+        expiring.cancel()
         await warming
         await jobs.close(settings.shutdown)
-        regular[-1].cancel()
+        sharing.cancel()
         await asyncio.to_thread(service.close)
 
     app = FastAPI(title="likeness", lifespan=lifespan, docs_url=None, redoc_url=None)

@@ -40,7 +40,6 @@ class Job:
     """Images that are neither stored nor failed nor cancelled."""
     state: str = "queued"
     error: ApiError | None = None
-    cancelled: bool = False
     events: asyncio.Queue[dict[str, Any] | None] = field(default_factory=asyncio.Queue)
     """Previews and completed images for a stream; None at the end."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)

@@ -65,12 +65,11 @@ class Jobs:
 
     def cancel(self, job: Job) -> None:
         """Stop a job before the next step of its images."""
-        job.cancelled = True
         self.engine.cancel(job.tasks)
 
     async def share(self) -> None:
-        """Report the jobs to the other replicas, and cancel those that a client asked them to."""
-        while True:
+        """Report the jobs to the other replicas, if there are any, and cancel those that a client asked them to."""
+        while self.store.replica:
             await asyncio.sleep(SHARE)
             if self.live:
                 now = {id: (job.state, job.progress) for id, job in self.live.items()}

@@ -92,15 +92,14 @@ class Service:
         pipeline: the pipeline.
         store: jobs and files.
         settings: options.
-        source: `model`, `base` and `quantize` with which the pipeline was loaded, for recipes.
 
     Raises:
         InputError: the landmarker cannot be used.
     """
 
-    def __init__(self, pipeline: Any, store: Store, settings: Settings, source: dict[str, Any] | None = None) -> None:
+    def __init__(self, pipeline: Any, store: Store, settings: Settings) -> None:
         self.pipeline, self.store, self.settings = pipeline, store, settings
-        self.source = source or {"model": settings.model}
+        self.source = getattr(pipeline, "source", {"model": settings.model})  # as `likeness.load` records it
         self.fingerprint = pipeline_hash(pipeline) if settings.metadata else ""
         self.environment = environment(pipeline)
         self.stack = ExitStack()

@@ -19,7 +19,7 @@ from likeness.conditions.mask.geometry import measure, swapped_pairs
 from likeness.pipelines.image_recipe import read_recipe, request_of
 
 POLICY = (
-    b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self' data:; img-src 'self' blob: data:; "
+    b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' blob: data:; "
     b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 """What the page may load: nothing from another origin."""
