@@ -10,6 +10,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -20,7 +21,6 @@ from sse_starlette import EventSourceResponse, JSONServerSentEvent
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import FileResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from likeness.conditions import CONDITIONS
@@ -356,7 +356,7 @@ def create_app(service: Service) -> FastAPI:
         """Return the response of a completed job. `contents`: of its files in base64. Default: they are read."""
 
         def read() -> dict[int, str]:
-            read = [(store.images / name).read_bytes() for name in row["files"]]
+            read = [read_file(row, index) for index in range(len(row["files"]))]
             return dict(enumerate(base64.b64encode(content).decode() for content in read))
 
         if form == "url":
@@ -369,13 +369,23 @@ def create_app(service: Service) -> FastAPI:
 
     # Jobs
 
+    def expired(id: str) -> ApiError:
+        return ApiError(410, f"The job {id} has expired: results are kept for {settings.keep:g} s", code="expired")
+
+    def read_file(row: dict[str, Any], index: int) -> bytes:
+        """Read an image of a job, which may expire meanwhile."""
+        try:
+            return (store.images / row["files"][index]).read_bytes()
+        except FileNotFoundError as error:
+            raise expired(row["id"]) from error
+
     async def found(id: str, owner: str) -> dict[str, Any]:
         """Return a job that is not expired."""
         row = await asyncio.to_thread(store.find, id, owner) if IDENTIFIER.fullmatch(id) else None
         if row is None:
             raise ApiError(404, f"There is no job {id[:80]!r}", param="id", code="job_not_found")
         if row["state"] == "expired":
-            raise ApiError(410, f"The job {id} has expired: results are kept for {settings.keep:g} s", code="expired")
+            raise expired(id)
         return row
 
     async def description(request: Request, row: dict[str, Any]) -> dict[str, Any]:
@@ -409,11 +419,12 @@ def create_app(service: Service) -> FastAPI:
         return await description(request, await settled(request, id))
 
     @app.get("/v1/jobs/{id}/images/{index}")
-    async def read_image(request: Request, id: str, index: int) -> FileResponse:
-        files = (await found(id, request.state.owner))["files"] or []
-        if not 0 <= index < len(files):
+    async def read_image(request: Request, id: str, index: int) -> Response:
+        row = await found(id, request.state.owner)
+        if not 0 <= index < len(row["files"] or []):
             raise ApiError(404, f"The job {id} has no image {index}", param="index", code="image_not_found")
-        return FileResponse(store.images / files[index])
+        content = await asyncio.to_thread(read_file, row, index)
+        return Response(content, media_type=f"image/{Path(row['files'][index]).suffix[1:]}")
 
     # Conditions and masks
 

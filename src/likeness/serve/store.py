@@ -176,8 +176,8 @@ class Store:
         with self.database.connect() as connection:
             ids = connection.scalars(select(JOBS.c.id).where(old)).all()
         for id in ids:
+            self.discard(id)  # first, so that no file is left of a job that is reported as expired
             self._update(JOBS.c.id == id, state="expired", key=None, response=None, error=None, files=None)
-            self.discard(id)
         with self.database.begin() as connection:
             connection.execute(delete(JOBS).where(JOBS.c.state == "expired", JOBS.c.finished < before - FORGOTTEN))
         for file in self.uploads.iterdir():
