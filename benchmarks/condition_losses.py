@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from likeness.data.store import Store
@@ -14,7 +15,13 @@ from likeness.types import TextFeatures
 
 
 def condition_losses(pipeline: Any, store: Store, condition: str, *, count: int) -> dict[str, float]:
-    """Return the mean training loss of faces at fixed noise and evenly spread times.
+    """Return the means of `condition_losses_by_face`."""
+    by_face = condition_losses_by_face(pipeline, store, condition, count=count)
+    return {name: float(values.mean()) for name, values in by_face.items()}
+
+
+def condition_losses_by_face(pipeline: Any, store: Store, condition: str, *, count: int) -> dict[str, np.ndarray]:
+    """Return the training loss of each face at fixed noise and evenly spread times, [N].
 
     Args:
         pipeline: the model.
@@ -33,4 +40,4 @@ def condition_losses(pipeline: Any, store: Store, condition: str, *, count: int)
     faces = fixed_faces(samples, condition, text, condition_id, *latent_statistics(pipeline.config))
     objective = make_objective(pipeline.config.objective)
     losses = face_losses(pipeline.transformer, objective, faces, str(pipeline.device))
-    return {name: values.mean().item() for name, values in losses.items()}
+    return {name: values.numpy() for name, values in losses.items()}
