@@ -3,6 +3,7 @@
 python benchmarks/ablate.py list
 python benchmarks/ablate.py train decoupled concat --shards SHARDS --test SHARDS --faces FOLDER --seeds 0 1 2
 python benchmarks/ablate.py compare concat decoupled --metric pixel_accuracy/mask
+python benchmarks/ablate.py collect          # write ablations.json with every comparison of claims.toml
 
 Networks are 128 wide and 6 deep, with 64 image tokens of 128 px. Variants with the same seed see the same images,
 captions, noise and times. Measured are the loss of the faces of --test with their own mask, another face's and none,
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,15 +28,17 @@ from typing import Any
 import numpy as np
 import torch
 from condition_losses import condition_losses_by_face
+from conflicts import measure_conflicts, read_masks
 from scipy import stats
 from torch import Tensor, nn
 
+from likeness.annotators.face_parser import load_face_parser
 from likeness.config import build
 from likeness.data.store import Store
 from likeness.encoders.components import load_components
 from likeness.evaluate.protocol import Protocol
 from likeness.evaluate.run import evaluate
-from likeness.files import write_whole
+from likeness.files import read_json, write_whole
 from likeness.models.layers import grid_angles, use_explicit_attention
 from likeness.objectives import make_objective
 from likeness.parallel import SINGLE_PROCESS
@@ -192,6 +196,9 @@ VARIANTS: dict[str, Variant] = {
     "mmface-ddpm-plain": mmface("DDPM without min-SNR", objective={"name": "ddpm", "snr_gamma": None}),
 }
 
+CONFLICT_FACES = 40
+"""Faces whose masks are combined with contradicting prompts (`conflicts.py`)."""
+
 METRICS = (
     "pixel_accuracy", "mean_iou", "rare_class_recall", "edge_f_score", "retrieval", "attribute_recall",
     "complete_faces", "kid_text_image",
@@ -287,11 +294,16 @@ def pipeline_of(network: Any, recipe: TrainRecipe, components: Any) -> Any:
 
 
 def measure(name: str, pipeline: Any, run: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure a network: metric -> mean; values by face go to `losses.npz` and to the evaluation's `scores.npz`."""
+    """Measure a network: metric -> mean; values by face go to `loss.npz` and to the evaluation's
+    `scores.npz`, those by pair of a mask and a prompt that contradicts it to `conflict.npz`."""
     variant = VARIANTS[name]
     losses = condition_losses_by_face(pipeline, Store(options.test), variant.given[0], count=options.count)
-    np.savez(run / "losses.npz", **losses)
+    np.savez(run / "loss.npz", **losses)
     means = {f"loss/{kind}": float(values.mean()) for kind, values in losses.items()}
+    conflicts = measure_conflicts(pipeline, read_masks(options.faces, CONFLICT_FACES, 128), load_face_parser())
+    by_pair = {"text": np.array([one.text for one in conflicts]), "mask": np.array([one.mask for one in conflicts])}
+    np.savez(run / "conflict.npz", **by_pair)
+    means |= {f"conflict/{kind}": float(values.mean()) for kind, values in by_pair.items()}
     protocol = Protocol(given=variant.given, count=options.count, metrics=METRICS)
     results = evaluate(options.faces, run / "evaluation", protocol, pipeline=pipeline, model=name)
     assert results is not None
@@ -330,22 +342,25 @@ def fingerprint(name: str) -> float:
 def values_by_face(run: Path, metric: str) -> np.ndarray:
     """Return the values of a metric of one run, [N]; NaN for a face that has none."""
     kind, _, given = metric.partition("/")
-    if kind == "loss":
-        return np.load(run / "losses.npz")[given]
+    if kind in ("loss", "conflict"):
+        return np.load(run / f"{kind}.npz")[given]
     return np.load(run / "evaluation" / "scores.npz")[metric]
 
 
 def compare(variant: str, reference: str, metric: str, out: Path, seeds: Sequence[int]) -> dict[str, Any]:
     """Return the mean of variant minus reference with its 95 % interval, paired by seed and face."""
-    by_face = np.array(
-        [
-            values_by_face(out / variant / f"seed-{seed}", metric)
-            - values_by_face(out / reference / f"seed-{seed}", metric)
-            for seed in seeds
-        ]
-    )  # [S, N]
-    by_face = by_face[:, ~np.isnan(by_face).any(axis=0)]
-    return {"variant": variant, "reference": reference, "metric": metric, **interval(by_face)}
+    values = np.array(
+        [[values_by_face(out / name / f"seed-{seed}", metric) for seed in seeds] for name in (variant, reference)]
+    )  # [2, S, N]
+    values = values[:, :, ~np.isnan(values).any(axis=(0, 1))]
+    means = values.mean(axis=(1, 2)).tolist()
+    return {
+        "variant": variant,
+        "reference": reference,
+        "metric": metric,
+        "means": means,
+        **interval(values[0] - values[1]),
+    }
 
 
 def interval(by_face: np.ndarray) -> dict[str, Any]:
@@ -366,6 +381,30 @@ def interval(by_face: np.ndarray) -> dict[str, Any]:
     }
 
 
+def read_results() -> dict[str, Any]:
+    """Return the committed results: `variants` and `comparisons`."""
+    return read_json(RESULTS) if RESULTS.is_file() else {"variants": {}, "comparisons": {}}
+
+
+def collect(wanted: Sequence[Sequence[str]], out: Path, seeds: Sequence[int]) -> None:
+    """Add the finished runs and the wanted comparisons, (variant, reference, metric) each, to the committed results."""
+    results = read_results()
+    for name in VARIANTS:
+        files = {seed: out / name / f"seed-{seed}" / "result.json" for seed in seeds}
+        found = {seed: read_json(file) for seed, file in files.items() if file.is_file()}
+        if found:
+            first = next(iter(found.values()))
+            facts = {key: first[key] for key in ("images", "count", "parameters", "commit", "fingerprint")}
+            results["variants"][name] = {**facts, "seeds": {str(seed): one["means"] for seed, one in found.items()}}
+    for variant, reference, metric in wanted:
+        runs = [out / name / f"seed-{seed}" / "result.json" for name in (variant, reference) for seed in seeds]
+        if all(run.is_file() for run in runs):
+            found = compare(variant, reference, metric, out, seeds)
+            found["images"] = results["variants"][variant]["images"]
+            results["comparisons"][" ".join((variant, reference, metric))] = found
+    write_whole(RESULTS, json.dumps(results, indent=1, sort_keys=True) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -381,7 +420,8 @@ def main() -> None:
     comparing = commands.add_parser("compare", help="compare two variants")
     comparing.add_argument("variants", nargs=2, help="variant and reference")
     comparing.add_argument("--metric", default="pixel_accuracy/mask", help="metric/condition set, or loss/right etc.")
-    for one in (training, comparing):
+    collecting = commands.add_parser("collect", help="add finished runs to the committed results")
+    for one in (training, comparing, collecting):
         one.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
         one.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of the runs")
     options = parser.parse_args()
@@ -392,6 +432,10 @@ def main() -> None:
         for seed in options.seeds:
             for name in options.variants:
                 train(name, seed, options)
+    elif options.command == "collect":
+        claims = tomllib.loads((ROOT / "benchmarks" / "claims.toml").read_text(encoding="utf-8"))
+        wanted = [claim["compare"] for claim in claims.values() if "compare" in claim]
+        collect(wanted, options.out, options.seeds)
     else:
         found = compare(*options.variants, options.metric, options.out, options.seeds)
         seeds = ", ".join(f"{value:+.4f}" for value in found["by_seed"])
