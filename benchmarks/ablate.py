@@ -20,7 +20,7 @@ import json
 import subprocess
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -325,11 +325,15 @@ def fingerprint(name: str) -> float:
     does. A result is out of date if its fingerprint differs.
     """
     recipe = recipe_of(name, 0, argparse.Namespace(shards=["none"], images=96, compile=False))
+    sizes = {"hidden_size": 32, "heads": 2, "depth": 2} | (
+        {} if recipe.network.name == "mmface" else {"single_depth": 2}
+    )
+    recipe = replace(recipe, network=replace(recipe.network, **sizes))  # a smaller one of the same kind
     network = create(name, recipe, channels=8, text_dim=32, pooled_dim=32, text_tokens=8)
     objective, draw = make_objective(recipe.objective), partial(torch.randn, generator=torch.Generator().manual_seed(0))
     for parameter in network.parameters():
         if parameter.requires_grad:
-            parameter.copy_(0.15 * draw(parameter.shape))
+            parameter.copy_(0.3 * draw(parameter.shape))
     text, index = TextFeatures(draw(4, 8, 32), draw(4, 32)), torch.tensor([[0], [0], [-1], [0]])
     latents = {"clean": draw(4, 8, 16, 16), "noise": draw(4, 8, 16, 16), "condition_latents": draw(4, 1, 8, 16, 16)}
     batch = Batch(**latents, uniform=torch.linspace(0.1, 0.9, 4), condition_index=index, captions=[], text=text)
