@@ -205,3 +205,58 @@ def test_rejected_arguments(release, tmp_path):
     with pytest.raises(InputError, match="not MMFace-DiT"):
         convert_state({"a": torch.zeros(1)}, "flow")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def converted(release, tmp_path) -> Path:
+    """A converted toy release that generates images of 32 px."""
+    (tmp_path / "encoder").mkdir()
+    tiny_text_encoder().save_pretrained(tmp_path / "encoder" / "text_encoder")
+    tiny_tokenizer().save_pretrained(tmp_path / "encoder" / "tokenizer")
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    out = tmp_path / "converted"
+    file = release / "dit_model_weights_ema.safetensors"
+    convert_release(file, out, release="rfm-256", text_encoder=tmp_path / "encoder", vae=tmp_path / "vae")
+    index = json.loads((out / "model_index.json").read_text())
+    index |= {"max_text_tokens": 12, "sizes": [[32, 32]], "defaults": {**index["defaults"], "size": 32}}
+    (out / "model_index.json").write_text(json.dumps(index))
+    return out
+
+
+def test_verify_finds_the_protocols_that_explain_published_numbers(converted, tmp_path, capsys, monkeypatch):
+    faces, out = tmp_path / "faces", tmp_path / "verified"
+    assert run("prepare", "synthetic", faces, "--count", 3, "--size", 32) == 0
+    command = ["verify", "release", str(converted), str(faces), "given=mask", "--out", str(out), "--steps", "1", "2"]
+    command += ["--guidance-scale", "2", "--caption", "first", "--resizing", "pillow"]
+    assert run(*command) == 0
+    first = json.loads((out / "verification.json").read_text())
+    settings = [(trial["steps"], trial["file_format"]) for trial in first["trials"]]
+    assert sorted(settings) == [(1, "jpg"), (1, "png"), (2, "jpg"), (2, "png")]
+    assert first["published"]["fid"] == 16.63
+    assert first["published"]["pixel_accuracy"] == pytest.approx(0.9374)
+    assert all("pixel_accuracy" in trial and "fid" not in trial for trial in first["trials"])  # FID needs a download
+    assert "fid 16.63: not measured" in capsys.readouterr().out
+    assert (out / "verification.html").is_file()
+
+    measured = {(trial["steps"], trial["file_format"]): trial["pixel_accuracy"][0] for trial in first["trials"]}
+    row = {"pixel_accuracy": measured[2, "png"]}
+    monkeypatch.setattr("likeness.evaluate.verify.published_row", lambda *arguments: row)
+    assert run(*command) == 0  # as if the paper had printed what two steps give
+    second = json.loads((out / "verification.json").read_text())
+    best = second["trials"][0]
+    assert (best["steps"], best["file_format"], best["explained"]) == (2, "png", ["pixel_accuracy"])
+    assert {(t["steps"], t["file_format"]): t["pixel_accuracy"][0] for t in second["trials"]} == measured
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["release", "mmface-mini", "FACES", "given=keypoints"], "the paper has numbers for mask, sketch"),
+        (["mditface", "mmface-mini", "FACES"], "mmface-mini is a MMFacePipeline"),
+        (["paper", "mmface-mini", "FACES"], "verify requires release or mditface"),
+        (["release", "mmface-mini", "FACES", "given=mask,sketch"], "given is mask"),
+    ],
+)
+def test_verify_rejects(tmp_path, capsys, arguments, message):
+    assert run("verify", *arguments, "--out", tmp_path / "out") == 2
+    assert message in capsys.readouterr().err

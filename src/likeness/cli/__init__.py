@@ -52,6 +52,7 @@ COMMANDS: dict[str, Any] = {
     "average": training.Average,
     "evaluate": evaluation.Evaluate,
     "compare": evaluation.Compare,
+    "verify": evaluation.Verify,
     "prepare": (
         "Prepare training data.",
         {
@@ -75,10 +76,10 @@ COMMANDS: dict[str, Any] = {
 }
 """Commands: dataclasses whose fields are the options. Groups: their description and commands."""
 
-RESUMABLE = ("train", "evaluate", "compare", "prepare")
+RESUMABLE = ("train", "evaluate", "compare", "verify", "prepare")
 """Commands that resume when they are run again."""
 
-LISTS = {"train": "overrides", "evaluate": "sources", "compare": "sources"}
+LISTS = {"train": "overrides", "evaluate": "sources", "compare": "sources", "verify": "sources"}
 """Commands that accept any number of positional arguments, and their field for them."""
 
 

@@ -148,6 +148,80 @@ class Compare(Measurement):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Verify(Measurement):
+    """Find the protocols that explain published numbers: `likeness verify release MODEL FACES --out DIR`.
+
+    The model is generated with and measured under every combination of the settings below. Run the same command again
+    to resume.
+    """
+
+    sources: tyro.conf.Positional[tuple[str, ...]]
+    """`release` (MMFace-DiT) or `mditface` (an adapter), MODEL and FACES, a prepared folder; then settings of the
+    protocol, such as count=1000 or given=sketch."""
+    out: Path
+    """Folder for images, verification.json, verification.md and verification.html."""
+    steps: tuple[int, ...] = (50, 20)
+    """Sampling steps."""
+    guidance_scale: tuple[float, ...] = (7.5, 4.0, 2.0)
+    """Text guidance scales."""
+    caption: tuple[Literal["first", "longest"], ...] = ("first", "longest")
+    """Captions that are the prompts."""
+    file_format: tuple[Literal["png", "jpg"], ...] = ("png", "jpg")
+    """Formats of the images; JPEG has quality 95."""
+    resizing: tuple[Literal["tensorflow", "pillow"], ...] = ("tensorflow", "pillow")
+    """Resizing of images for FID's InceptionV3."""
+    base: str | None = None
+    """Base model of an adapter, if it is not the one that the adapter names."""
+
+    def __call__(self) -> None:
+        from likeness.cli.portraits import load_pipeline
+        from likeness.device import choose_device
+        from likeness.evaluate.cost import mditface_costs
+        from likeness.evaluate.verify import published_row, verdict, verify, write_verification
+
+        names, settings = split_sources(self.sources)
+        if len(names) != 3 or names[0] not in ("release", "mditface"):
+            raise InputError(
+                f"verify requires release or mditface, MODEL and FACES, not {' '.join(names) or 'nothing'}"
+            )
+        what, model, faces = names
+        given = () if any(setting.startswith("given=") for setting in settings) else ("given=mask",)
+        quiet_libraries()
+        protocol, device = read_protocol(self.protocol, (*given, *settings)), choose_device(self.device)
+        pipeline = load_pipeline(model, self.dtype, device, self.base)
+        kind = {"release": "MMFacePipeline", "mditface": "MDiTFacePipeline"}[what]
+        if type(pipeline).__name__ != kind:
+            raise InputError(f"{model} is a {type(pipeline).__name__}, but verify {what} measures a {kind}")
+        published = published_row(what, protocol.given[0], pipeline.config.objective["name"])
+        grid = {name: getattr(self, name) for name in ("steps", "guidance_scale", "caption", "file_format", "resizing")}
+        with progress_bar("Verifying") as advance:
+            trials = verify(
+                Path(faces),
+                self.out,
+                grid,
+                published,
+                protocol,
+                pipeline=pipeline,
+                model=model,
+                device=device,
+                progress=lambda task, done, total: advance(done, total),
+            )
+        if not trials:
+            return
+        notes = []
+        if what == "mditface":
+            plain, *forms = mditface_costs()
+            added = {form.attention: (form.linear - plain.linear) / 1e12 for form in forms}
+            notes.append(
+                f"Counted: a mask adds {added['decoupled']:.2f} T (table 4: 9.95), with holistic attention "
+                f"{added['holistic']:.2f} T (185.79)"
+            )
+        write_verification(trials, published, self.out, f"{model} against the paper", notes)
+        print("\n".join([*verdict(trials, published), *notes]))
+        print(self.out / "verification.html")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cost:
     """Count the operations and memory that a mask adds to MDiTFace on FLUX.1-dev, for every form of attention."""
 

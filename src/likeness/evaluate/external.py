@@ -80,12 +80,15 @@ def to_tensor(images: Images, device: str) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().to(device)
 
 
+def resized(images: Images, side: int) -> Images:
+    """Resize images with Pillow's bicubic, uint8 [side, side, 3] each."""
+    return [np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)) for image in images]
+
+
 def normalize(images: Images, side: int, mean: Sequence[float], std: Sequence[float], device: str = "cpu") -> Tensor:
     """Resize images (Pillow's bicubic) and normalize their channels, [B, 3, side, side]."""
-    bicubic = Image.Resampling.BICUBIC
-    resized = [np.asarray(Image.fromarray(image).resize((side, side), bicubic)) for image in images]
     center, scale = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
-    return (to_tensor(resized, device).float() / 255 - center) / scale
+    return (to_tensor(resized(images, side), device).float() / 255 - center) / scale
 
 
 def clip_input(clip: Any, images: Images) -> Tensor:
@@ -127,14 +130,16 @@ def dinov2(protocol: Protocol, size: int, device: str) -> Extractor:
 
 
 def inception(protocol: Protocol, size: int, device: str) -> Extractor:
-    """Features of FID's InceptionV3 in torch-fidelity, with its own resizing, [B, 2048]."""
+    """Features of FID's InceptionV3 in torch-fidelity, with its own resizing or Pillow's, [B, 2048]."""
     module = import_library("torch_fidelity.feature_extractor_inceptionv3", "InceptionV3 (FID, KID)")
     with required("torch-fidelity's InceptionV3", "set inception= to its weights file"):
         network = module.FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048"], feature_extractor_weights_path=protocol.inception
         ).to(device)
-    forward = lambda images, faces: network(to_tensor(images, device))[0]  # noqa: E731
-    return network_extractor("inception", "InceptionV3 of torch-fidelity", network, forward)
+    own = protocol.resizing == "tensorflow"
+    forward = lambda images, faces: network(to_tensor(images if own else resized(images, 299), device))[0]  # noqa: E731
+    description = f"InceptionV3 of torch-fidelity{'' if own else ', Pillow resizing'}"
+    return network_extractor("inception", description, network, forward)
 
 
 def lpips(protocol: Protocol, size: int, device: str) -> Extractor:

@@ -66,6 +66,9 @@ class Protocol:
     """MediaPipe's face_landmarker.task, for the keypoint error."""
     inception: str | None = None
     """File with the weights of torch-fidelity's InceptionV3. None: torch-fidelity downloads them."""
+    resizing: Literal["tensorflow", "pillow"] = "tensorflow"
+    """Resizing of images to the 299 pixels of FID's InceptionV3: that of its original code, or Pillow's bicubic as in
+    clean-fid (Parmar et al. 2022)."""
     clip_large: str = "openai/clip-vit-large-patch14-336"
     """Folder or hub id of the CLIP of CMMD."""
     dinov2: str = "facebook/dinov2-large"
