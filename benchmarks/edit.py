@@ -2,8 +2,10 @@
 
 python benchmarks/edit.py PHOTOS --count 40                  # a folder of aligned square faces
 python benchmarks/edit.py PHOTOS --model mditface-mini --out edited/   # also write the images
+python benchmarks/edit.py PHOTOS --count 200 --in-turn --ways inversion:1 replacement:1 image_to_image:1
 
-Every photograph gets every request of `REQUESTS` that applies to it, by every method of `METHODS` with the same seed.
+Every photograph gets every request of `REQUESTS` that applies to it, or with --in-turn the first such one from its
+number on, by every method with the same seed.
 Columns: requests; pixels changed outside the region, over all edits; accuracy, the fraction of the region's pixels in
 which the bundled parser finds the wanted class, and that of an image generated from scratch with the same mask and
 prompt; seam, the gradient energy next to the region's border, as wide as the feather, over that of the photograph,
@@ -65,6 +67,8 @@ def main() -> None:
     parser.add_argument("--model", default="mmface-mini", help="model")
     parser.add_argument("--landmarker", type=Path, help="face_landmarker.task, if the photographs are not aligned")
     parser.add_argument("--out", type=Path, help="folder for the edited photographs")
+    parser.add_argument("--in-turn", action="store_true", help="one request per photograph, in turn")
+    parser.add_argument("--ways", nargs="+", default=WAYS, type=way, help="method:strength")
     parser.add_argument("--by-request", action="store_true", help="also print a row per request")
     options = parser.parse_args()
     pipeline, parser_ = load(options.model, device="cpu"), load_face_parser()
@@ -72,10 +76,10 @@ def main() -> None:
     rows: dict[str, list[tuple[float, ...]]] = {}
     files = sorted(path for path in options.photos.iterdir() if path.suffix.lower() in (".jpg", ".png", ".webp"))
     if options.landmarker is None:
-        measure_all(files[: options.count], pipeline, parser_, None, options.out, rows)
+        measure_all(files[: options.count], pipeline, parser_, None, options, rows)
     else:
         with open_face_finder(options.landmarker) as find:
-            measure_all(files[: options.count], pipeline, parser_, find, options.out, rows)
+            measure_all(files[: options.count], pipeline, parser_, find, options, rows)
     print(
         f"{'method':<22}{'edits':>6}{'outside':>9}{'accuracy':>10}{'scratch':>9}{'seam':>7}{'distance':>10}{'identity':>10}{'dB':>7}{'s':>7}"
     )
@@ -90,19 +94,31 @@ def main() -> None:
         )
 
 
-def measure_all(files, pipeline, parser, find, out, rows) -> None:
+def way(text: str) -> tuple[str, float]:
+    """Parse "inversion:0.8"."""
+    method, _, strength = text.partition(":")
+    return method, float(strength or 1)
+
+
+def measure_all(files, pipeline, parser, find, options, rows) -> None:
     """Edit photographs and collect a row per edit, by method and by request."""
-    network, size = parser
+    (network, size), out = parser, options.out
     photos = [open_photo(file) for file in files]
     side = pipeline.config.defaults["size"]
     transforms = [face_transform(photo.pixels, photo.name, find, side)[0] for photo in photos]
     own = embed([cut_portrait(one.pixels, move, side) for one, move in zip(photos, transforms, strict=True)])
     for number, (file, photo) in enumerate(zip(files, photos, strict=True)):
-        for request_name, (change, prompt) in REQUESTS.items():
+        names = [*REQUESTS][number % len(REQUESTS) :] + [*REQUESTS][: number % len(REQUESTS)]
+        done = 0
+        for request_name in names:
+            if options.in_turn and done:
+                break
+            change, prompt = REQUESTS[request_name]
             try:
                 plan = plan_edit(photo, change, pipeline.config.defaults["size"], parser=parser, find=find)
             except InputError:  # this face has none of the classes
                 continue
+            done += 1
             side = len(plan.region)
             request = PortraitRequest(prompt=prompt, seed=number)
             mask = {"mask": ConditionInput(image=Reading(raw=plan.after, scheme=""))}
@@ -110,7 +126,7 @@ def measure_all(files, pipeline, parser, find, out, rows) -> None:
             made = pipeline(**call_options(whole, [number])).images[0].resize((side, side), Image.Resampling.LANCZOS)
             (labels,) = parse_faces(network, [np.array(made)], size=size)
             scratch = (labels == plan.after)[plan.region].mean()
-            for method, strength in WAYS:
+            for method, strength in options.ways:
                 start = time.perf_counter()
                 edited = carry_out(pipeline, photo, plan, request, kind="PNG", strength=strength, method=method)
                 seconds = time.perf_counter() - start
