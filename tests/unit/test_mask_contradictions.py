@@ -60,7 +60,7 @@ ON_PLAIN = {
     "no earrings but a hat": '"hat", but',
     "no hat, glasses": '"glasses", but',
     "a woman with long wavy black hair": '"long wavy black hair", but hair (9.94 % of the mask) ends above the chin',
-    "long, straight hair": '"long, straight hair", but 9.94 %',
+    "long, straight hair": '"long, straight hair", but hair',
 }
 """Caption -> expected contradiction for `plain`."""
 
