@@ -505,7 +505,7 @@ def test_a_preview_appears_and_a_newer_one_cancels_it(page, server):
     assert page.locator("#image").is_visible()
     assert page.locator("#history img").count() == 1
     page.evaluate("document.getElementById('timing').dataset.kind = ''")
-    page.evaluate("studio.live.changed(); studio.live.changed()")  # as of two strokes, before the first image arrives
+    page.evaluate("studio.live.start('preview'); studio.live.start('preview')")  # as of two strokes at once
     page.wait_for_selector("#timing[data-kind=full]")
     assert page.evaluate("studio.live.cancelled") == 1
     assert page.evaluate("studio.live.job") is None
@@ -544,7 +544,12 @@ def test_problems_have_corrections(page):
     swapped[FACE == 4], swapped[FACE == 5] = 5, 4
     swapped[:20] = CLASSES.index("hat")
     put(page, swapped)
+    swapped[150, 20:23], swapped[FACE == 11] = CLASSES.index("cloth"), 6
+    put(page, swapped)
     page.fill("#prompt", "a woman without a hat")
+    page.wait_for_selector("#problems li")
+    text = page.inner_text("#problems")
+    assert "the person's left eye is left of the person's right eye: the sides look swapped" in text
     page.click("#problems li[data-kind=contradiction] button")
     wait(page, "!studio.doc.layers.mask.data.includes(14)")
     page.click("#problems li[data-kind=swapped-sides] button")
@@ -565,14 +570,26 @@ def test_painting_on_a_photograph_changes_only_what_was_painted(page, server):
     choose(page, tool="brush", value="hat", size=30)
     drag(page, [(60, 20), (190, 24)])
     page.wait_for_selector("#timing[data-kind=full]")
-    assert "Pixels changed outside the region: 0" in page.inner_text("#timing")
+    assert page.inner_text("#note").startswith("Certificate: 0 pixels changed outside")
+    page.click("#variations")
+    page.wait_for_selector("#strip button:nth-child(4)")
+    page.locator("#strip button").last.click()
+    assert page.inner_text("#note").startswith("Certificate: 0 pixels changed outside")
+    assert page.input_value("#seed") == "4"
     assert read_recipe(saved_content(page, "#save-image"))[0]["edit"]["certificate"]["changed_inside"] > 0
-    timing = "document.getElementById('timing').textContent"
-    open_file(page, ROOT / "examples/masks/smile.png")  # ends the edit
-    wait(page, f"{timing}.startsWith('full') && !{timing}.includes('Pixels')")
+    note = "document.getElementById('note').textContent"
+    page.click("#examples")  # ends the edit
+    page.click("#choose button:has(img[alt='glasses bun'])")
+    wait(page, f"document.getElementById('timing').dataset.kind === 'full' && {note} === ''")
+    example = CONDITIONS["mask"].read(ROOT / "examples/masks/glasses-bun.png").raw
+    np.testing.assert_array_equal(layer_of(page), example)
+    page.click("#examples")
+    wait(page, "[...document.querySelectorAll('#choose img')].every(({naturalWidth}) => naturalWidth === 256)")
+    assert page.locator("#choose img").count() == len(list((ROOT / "examples/masks").iterdir()))
+    page.keyboard.press("Escape")
     page.locator("#history button").last.click()  # the photograph
     drag(page, [(60, 20), (190, 24)])
-    wait(page, f"{timing}.startsWith('full') && {timing}.includes('Pixels')")
+    wait(page, f"document.getElementById('timing').dataset.kind === 'full' && {note}.startsWith('Certificate')")
     page.click("#comparison")
     page.locator("#history button").last.click()
     assert page.locator("#compare").is_visible()
