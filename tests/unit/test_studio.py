@@ -496,6 +496,19 @@ def test_controls_have_names_and_the_keyboard_leaves_the_canvas(page):
     assert page.evaluate("document.activeElement.id") != "canvas"
 
 
+@pytest.mark.parametrize("size", [(1024, 700), (768, 1024), (390, 844)])
+def test_the_page_fits_the_screen(page, size):
+    """The page itself does not scroll, and the canvas stays in view while the controls are used."""
+    page.set_viewport_size(dict(zip(("width", "height"), size, strict=True)))
+    for control in ("#grow", "#variations", "#save-image", "#undo"):
+        page.locator(control).scroll_into_view_if_needed()
+        assert page.evaluate("[scrollX, scrollY, document.body.scrollWidth <= innerWidth]") == [0, 0, True]
+        box = page.locator("#canvas").bounding_box()
+        assert min(box["width"], box["height"]) > 280
+        assert 0 <= box["x"] <= size[0] - box["width"]
+        assert 0 <= box["y"] <= size[1] - box["height"]
+
+
 def test_a_preview_appears_and_a_newer_one_cancels_it(page, server):
     """A stroke starts a preview, then the full image; a stroke during a job cancels it in the service, too."""
     page.evaluate("document.getElementById('live').checked = true")
@@ -504,6 +517,13 @@ def test_a_preview_appears_and_a_newer_one_cancels_it(page, server):
     page.wait_for_selector("#timing[data-kind=full]")
     assert page.locator("#image").is_visible()
     assert page.locator("#history img").count() == 1
+    page.evaluate("studio.live.start('preview')")
+    page.wait_for_selector("#timing[data-kind=preview]")
+    with page.expect_download() as download:
+        page.click("#save-image")
+    assert Image.open(download.value.path()).format == "JPEG"
+    assert download.value.suggested_filename.endswith(".jpeg")
+    page.wait_for_selector("#timing[data-kind=full]")
     page.evaluate("document.getElementById('timing').dataset.kind = ''")
     page.evaluate("studio.live.start('preview'); studio.live.start('preview')")  # as of two strokes at once
     page.wait_for_selector("#timing[data-kind=full]")

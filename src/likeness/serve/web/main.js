@@ -331,7 +331,10 @@ const actions = {
   "save-mask": async () => saveFile(await encodePng(doc.layers.mask, palette), "mask.png"),
   "save-index": async () => saveFile(await encodePng(doc.layers.mask), "mask-index.png"),
   "save-sketch": async () => saveFile(await encodePng(doc.layers.sketch), "sketch.png"),
-  "save-image": () => saveFile(results.current.blob, `face-${results.current.seed}.png`),
+  "save-image": () => {
+    const { blob, seed } = results.current;
+    saveFile(blob, `face-${seed}.${blob.type.split("/")[1]}`); // a preview is a JPEG
+  },
   seed: () => { doc.values.seed = random(); changed(); },
   layer: (name) => { state.layer = name; showLayer(); },
   drop: (file) => attempt("Opening…", () => openFile(file)),
