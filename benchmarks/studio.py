@@ -1,7 +1,7 @@
 """Time from the end of a stroke to the new image in the studio, in a real browser, by stage.
 
     python benchmarks/studio.py                       # measures; with the bundled default model
-    python benchmarks/studio.py --screenshots docs    # also writes the picture of docs/studio.md
+    python benchmarks/studio.py --screenshots FOLDER  # also of the states of the page
 
 Requires chromium. The service and the browser share this machine. Prints the median and the 90th percentile of previews
 in ms: encoding the mask, the service (with HTTP), drawing. The last line is the pipeline's own call for such a request.
@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mmface-mini-fast")
     parser.add_argument("--strokes", type=int, default=30)
-    parser.add_argument("--screenshots", type=Path, help="folder for studio.png")
+    parser.add_argument("--screenshots", type=Path, help="folder for screenshots")
     options = parser.parse_args()
     from playwright.sync_api import sync_playwright
 
@@ -55,7 +55,10 @@ def main() -> None:
             page = browser.new_page(viewport={"width": 1280, "height": 800})
             page.goto(address[0])
             page.wait_for_selector("html[data-ready]", timeout=120_000)
-            previews = measure(page, options.strokes, options.screenshots)
+            previews = measure(page, options.strokes)
+            if options.screenshots is not None:
+                options.screenshots.mkdir(parents=True, exist_ok=True)
+                show_states(page, options.screenshots)
         finally:
             service.terminate()
     pipeline = load(options.model)
@@ -74,7 +77,7 @@ def main() -> None:
         print(f"{name:14} median {statistics.median(times):6.0f} ms   p90 {np.quantile(times, 0.9):6.0f} ms")
 
 
-def measure(page, strokes: int, screenshots: Path | None) -> dict[str, list[float]]:
+def measure(page, strokes: int) -> dict[str, list[float]]:
     """Paint strokes and read the stages of each preview."""
     page.fill("#prompt", "a woman with long blond hair")
     with page.expect_file_chooser() as chooser:
@@ -98,15 +101,54 @@ def measure(page, strokes: int, screenshots: Path | None) -> dict[str, list[floa
             for name, number in zip(found, numbers, strict=True):
                 found[name].append(number)
     page.wait_for_selector("#timing[data-kind=full]", timeout=60_000)
-    if screenshots is not None:
-        for _ in range(strokes + 3):
-            page.keyboard.press("Control+z")
-        page.wait_for_selector("#timing[data-kind=full]", timeout=60_000)
-        page.click("#variations")
-        page.wait_for_selector("#strip img", timeout=60_000)
-        page.wait_for_timeout(1000)
-        page.screenshot(path=screenshots / "studio.png")
+    for _ in range(strokes + 3):
+        page.keyboard.press("Control+z")
     return found
+
+
+def show_states(page, folder: Path) -> None:
+    """Write a screenshot of each main state of the page."""
+
+    def shoot(name: str) -> None:
+        page.wait_for_timeout(800)
+        page.screenshot(path=folder / f"{name}.png")
+
+    page.wait_for_selector("#timing[data-kind=full]", timeout=60_000)
+    page.click("#variations")
+    page.wait_for_selector("#strip img", timeout=60_000)
+    shoot("studio")
+    for name, width, height in (("small", 1024, 700), ("tablet", 768, 1024), ("phone", 390, 844)):
+        page.set_viewport_size({"width": width, "height": height})
+        shoot(name)
+    page.set_viewport_size({"width": 1280, "height": 800})
+    page.click("#examples")
+    shoot("examples")
+    page.keyboard.press("Escape")
+    page.click("#propose")
+    page.wait_for_selector("#choose button:nth-child(4) img", timeout=120_000)
+    shoot("proposed")
+    page.keyboard.press("Escape")
+    with page.expect_file_chooser() as chooser:
+        page.click("#photo")
+    chooser.value.set_files(ROOT / "examples/faces/images/2.png")
+    page.wait_for_function("() => document.getElementById('note').textContent !== ''")
+    page.evaluate("document.getElementById('timing').dataset.kind = ''")
+    page.locator("input[name=class][value='14']").check(force=True)
+    box = page.locator("#canvas").bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.12)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] * 0.12, steps=5)
+    page.mouse.up()
+    page.wait_for_selector("#timing[data-kind=full]", timeout=60_000)
+    shoot("photograph")
+    page.click("#comparison")
+    page.locator("#history button").nth(1).click()
+    shoot("compare")
+    page.click("#comparison")
+    page.click("#theme")
+    shoot("dark")
+    page.click("#help")
+    shoot("keys")
 
 
 if __name__ == "__main__":

@@ -37,12 +37,12 @@ def bald() -> np.ndarray:
 
 
 ON_PLAIN = {
-    "a bald man": 'says "bald", but hair is 9.94 % of the mask',
-    "A man with a BALD head": '"bald", but hair',
-    "a woman with no hair": '"no hair", but hair',
-    "a man with no hair and brown eyes": '"no hair", but hair',
-    "a man, without any hair, smiling": '"without any hair", but hair',
-    "no hair on the head": '"no hair", but hair',
+    "a bald man": 'says "bald", but 9.94 % of the mask is hair',
+    "A man with a BALD head": '"bald", but 9.94 %',
+    "a woman with no hair": '"no hair", but 9.94 %',
+    "a man with no hair and brown eyes": '"no hair", but 9.94 %',
+    "a man, without any hair, smiling": '"without any hair", but 9.94 %',
+    "no hair on the head": '"no hair", but 9.94 %',
     "a man wearing a hat": '"hat", but the mask has no hat',
     "a woman in a red baseball cap.": '"cap", but the mask has no hat',
     "a young man with glasses": '"glasses", but the mask has no eye_g',
@@ -50,7 +50,7 @@ ON_PLAIN = {
     "a lady wearing earrings": '"earrings", but the mask has no earring',
     "one small earring": '"earring", but the mask has no earring',
     "a necklace of beads": '"necklace", but the mask has no necklace',
-    "a closed mouth": '"closed mouth", but mouth is 0.64 %',
+    "a closed mouth": '"closed mouth", but 0.64 % of the mask is mouth',
     "not young, wearing a hat": '"hat", but',
     "not smiling, with a hat": '"hat", but',
     "not smiling and wearing a hat": '"hat", but',
@@ -98,13 +98,13 @@ FINE_ON_PLAIN = (
 """Captions that `plain` does not contradict, or that are ambiguous."""
 
 ON_DRESSED = {
-    "no hat": '"no hat", but hat is 9.00 % of the mask',
-    "without a hat": '"without a hat", but hat',
-    "a man without glasses": '"without glasses", but eye_g is 3.',
-    "he is not wearing any glasses": '"not wearing any glasses", but eye_g',
-    "she isn't wearing earrings": '"isn\'t wearing earrings", but earring is 0.09 %',
-    "she never wears a necklace": '"never wears a necklace", but necklace is 0.40 %',
-    "no glasses": '"no glasses", but eye_g',
+    "no hat": '"no hat", but 9.00 % of the mask is hat',
+    "without a hat": '"without a hat", but 9.00 %',
+    "a man without glasses": '"without glasses", but 3.',
+    "he is not wearing any glasses": '"not wearing any glasses", but 3.',
+    "she isn't wearing earrings": '"isn\'t wearing earrings", but 0.09 % of the mask is earring',
+    "she never wears a necklace": '"never wears a necklace", but 0.40 % of the mask is necklace',
+    "no glasses": '"no glasses", but 3.',
 }
 """Caption -> expected contradiction for `dressed`."""
 
@@ -132,7 +132,7 @@ def test_negated_lists():
     for caption in ("no hat, glasses or earrings", "without a hat, dark glasses, or any earrings"):
         found = contradictions(dressed(), caption)
         assert len(found) == 3
-        assert all(f"but {part} is " in sentence for part, sentence in zip(parts, found, strict=True))
+        assert all(sentence.endswith(f"of the mask is {part}") for part, sentence in zip(parts, found, strict=True))
     assert len(contradictions(dressed(), "neither a hat nor glasses")) == 2
     assert len(contradictions(dressed(), "no hat and glasses")) == 1  # the glasses are ambiguous
     assert contradictions(dressed(), "a hat, glasses, earrings and a necklace") == ()
@@ -195,7 +195,7 @@ def test_the_command(tmp_path, capsys):
     save(plain(), tmp_path / "mask.png")
     assert run("mask", "check", tmp_path / "mask.png", "a bald man with a hat") == 0
     assert capsys.readouterr().out.splitlines() == [
-        'the caption says "bald", but hair is 9.94 % of the mask',
+        'the caption says "bald", but 9.94 % of the mask is hair',
         'the caption says "hat", but the mask has no hat',
     ]
     assert run("mask", "check", tmp_path / "mask.png", "a woman with brown hair") == 0

@@ -496,6 +496,19 @@ def test_controls_have_names_and_the_keyboard_leaves_the_canvas(page):
     assert page.evaluate("document.activeElement.id") != "canvas"
 
 
+@pytest.mark.parametrize("size", [(1024, 700), (768, 1024), (390, 844)])
+def test_the_page_fits_the_screen(page, size):
+    """The page itself does not scroll, and the canvas stays in view while the controls are used."""
+    page.set_viewport_size(dict(zip(("width", "height"), size, strict=True)))
+    for control in ("#grow", "#variations", "#save-image", "#undo"):
+        page.locator(control).scroll_into_view_if_needed()
+        assert page.evaluate("[scrollX, scrollY, document.body.scrollWidth <= innerWidth]") == [0, 0, True]
+        box = page.locator("#canvas").bounding_box()
+        assert min(box["width"], box["height"]) > 280
+        assert 0 <= box["x"] <= size[0] - box["width"]
+        assert 0 <= box["y"] <= size[1] - box["height"]
+
+
 def test_a_preview_appears_and_a_newer_one_cancels_it(page, server):
     """A stroke starts a preview, then the full image; a stroke during a job cancels it in the service, too."""
     page.evaluate("document.getElementById('live').checked = true")
@@ -504,8 +517,15 @@ def test_a_preview_appears_and_a_newer_one_cancels_it(page, server):
     page.wait_for_selector("#timing[data-kind=full]")
     assert page.locator("#image").is_visible()
     assert page.locator("#history img").count() == 1
+    page.evaluate("studio.live.start('preview')")
+    page.wait_for_selector("#timing[data-kind=preview]")
+    with page.expect_download() as download:
+        page.click("#save-image")
+    assert Image.open(download.value.path()).format == "JPEG"
+    assert download.value.suggested_filename.endswith(".jpeg")
+    page.wait_for_selector("#timing[data-kind=full]")
     page.evaluate("document.getElementById('timing').dataset.kind = ''")
-    page.evaluate("studio.live.changed(); studio.live.changed()")  # as of two strokes, before the first image arrives
+    page.evaluate("studio.live.start('preview'); studio.live.start('preview')")  # as of two strokes at once
     page.wait_for_selector("#timing[data-kind=full]")
     assert page.evaluate("studio.live.cancelled") == 1
     assert page.evaluate("studio.live.job") is None
@@ -544,7 +564,12 @@ def test_problems_have_corrections(page):
     swapped[FACE == 4], swapped[FACE == 5] = 5, 4
     swapped[:20] = CLASSES.index("hat")
     put(page, swapped)
+    swapped[150, 20:23], swapped[FACE == 11] = CLASSES.index("cloth"), 6
+    put(page, swapped)
     page.fill("#prompt", "a woman without a hat")
+    page.wait_for_selector("#problems li")
+    text = page.inner_text("#problems")
+    assert "the person's left eye is left of the person's right eye: the sides look swapped" in text
     page.click("#problems li[data-kind=contradiction] button")
     wait(page, "!studio.doc.layers.mask.data.includes(14)")
     page.click("#problems li[data-kind=swapped-sides] button")
@@ -565,14 +590,26 @@ def test_painting_on_a_photograph_changes_only_what_was_painted(page, server):
     choose(page, tool="brush", value="hat", size=30)
     drag(page, [(60, 20), (190, 24)])
     page.wait_for_selector("#timing[data-kind=full]")
-    assert "Pixels changed outside the region: 0" in page.inner_text("#timing")
+    assert page.inner_text("#note").startswith("Certificate: 0 pixels changed outside")
+    page.click("#variations")
+    page.wait_for_selector("#strip button:nth-child(4)")
+    page.locator("#strip button").last.click()
+    assert page.inner_text("#note").startswith("Certificate: 0 pixels changed outside")
+    assert page.input_value("#seed") == "4"
     assert read_recipe(saved_content(page, "#save-image"))[0]["edit"]["certificate"]["changed_inside"] > 0
-    timing = "document.getElementById('timing').textContent"
-    open_file(page, ROOT / "examples/masks/smile.png")  # ends the edit
-    wait(page, f"{timing}.startsWith('full') && !{timing}.includes('Pixels')")
+    note = "document.getElementById('note').textContent"
+    page.click("#examples")  # ends the edit
+    page.click("#choose button:has(img[alt='glasses bun'])")
+    wait(page, f"document.getElementById('timing').dataset.kind === 'full' && {note} === ''")
+    example = CONDITIONS["mask"].read(ROOT / "examples/masks/glasses-bun.png").raw
+    np.testing.assert_array_equal(layer_of(page), example)
+    page.click("#examples")
+    wait(page, "[...document.querySelectorAll('#choose img')].every(({naturalWidth}) => naturalWidth === 256)")
+    assert page.locator("#choose img").count() == len(list((ROOT / "examples/masks").iterdir()))
+    page.keyboard.press("Escape")
     page.locator("#history button").last.click()  # the photograph
     drag(page, [(60, 20), (190, 24)])
-    wait(page, f"{timing}.startsWith('full') && {timing}.includes('Pixels')")
+    wait(page, f"document.getElementById('timing').dataset.kind === 'full' && {note}.startsWith('Certificate')")
     page.click("#comparison")
     page.locator("#history button").last.click()
     assert page.locator("#compare").is_visible()

@@ -18,7 +18,7 @@ from likeness.conditions.keypoints import FLIPS
 from likeness.conditions.mask import swap_classes
 from likeness.conditions.mask.classes import CLASSES
 from likeness.conditions.mask.formats import side_notes
-from likeness.conditions.mask.geometry import broken_rules, measure, swapped_pairs
+from likeness.conditions.mask.geometry import Geometry, broken_rules, measure, swapped_pairs
 from likeness.files import write_whole
 from likeness.types import InputError, Note
 
@@ -84,9 +84,10 @@ def _report(name: str, reading: Reading) -> Report:
     if size is not None:
         notes += _size_problems(*size)
     if name == "mask":
-        counts = np.bincount(raw.ravel(), minlength=len(CLASSES))
+        geometry = measure(raw)
+        counts = geometry.pixels
         classes = tuple((CLASSES[i], int(counts[i]), float(counts[i] / raw.size)) for i in np.flatnonzero(counts))
-        notes += _mask_problems(raw)
+        notes += mask_problems(raw, geometry)
     if name == "sketch":
         ink = float((raw < 128).mean())
         if ink < 0.005:
@@ -108,8 +109,8 @@ def _size_problems(width: int, height: int) -> list[Note]:
     return [Note("size", text) for text in problems]
 
 
-def _mask_problems(labels: np.ndarray) -> list[Note]:
-    geometry = measure(labels)
+def mask_problems(labels: np.ndarray, geometry: Geometry) -> list[Note]:
+    """Return what looks wrong in a mask, uint8 [H, W], of which `geometry` is the output of `measure`."""
     present = geometry.pixels > 0
     missing, other = [], []
     if not present[1]:
@@ -129,19 +130,23 @@ def _mask_problems(labels: np.ndarray) -> list[Note]:
         cut = " and ".join(edge for edge, touches in edges.items() if touches)
         other.append(f"the skin touches the {cut} edge: the face looks cut off")
     for index in np.flatnonzero(present):
-        pixels = geometry.pixels[index]
+        pixels = int(geometry.pixels[index])
         if pixels < max(4, SPECK * labels.size / 4):
-            other.append(f"{CLASSES[index]} has only {pixels} pixel{'s' if pixels > 1 else ''}: possibly a mistake")
+            other.append(f"{CLASSES[index]}: only {pixels} pixel{'s' * (pixels > 1)}, possibly a mistake")
             continue
-        regions, count = ndimage.label(labels == index, structure=np.ones((3, 3)))
+        if not index:
+            continue
+        x, y, right, bottom = geometry.box[index].astype(int)
+        regions, count = ndimage.label(labels[y : bottom + 1, x : right + 1] == index, structure=np.ones((3, 3)))
         specks = int((np.bincount(regions.ravel())[1:] < SPECK * labels.size).sum()) if count > 1 else 0
-        if index and specks:
-            other.append(f"{CLASSES[index]} has {specks} separate specks under {100 * SPECK:.2f} % of the image")
+        if specks:
+            count = f"{specks} separate speck{'s' * (specks > 1)}"
+            other.append(f"{CLASSES[index]}: {count} under {100 * SPECK:.2f} % of the image")
     odd = broken_rules(geometry)
     if odd and present[1]:
         other.append(f"unusual geometry for a face: {'; '.join(odd[:3])}")
     notes = [Note("missing-part", text) for text in missing] + [Note("geometry", text) for text in other]
-    return [*side_notes(labels), *notes]
+    return [*side_notes(geometry), *notes]
 
 
 def fix(report: Report, out: Path) -> Path:

@@ -298,7 +298,7 @@ def encode_raw(raw: np.ndarray) -> dict[str, Any]:
     if raw.dtype != np.uint8:
         return {"points": raw.tolist()}
     buffer = io.BytesIO()
-    Image.fromarray(raw).save(buffer, "PNG", optimize=True)
+    Image.fromarray(raw).save(buffer, "PNG")
     return {"png": base64.b64encode(buffer.getvalue()).decode()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
 
 from likeness.conditions import CONDITIONS, inspection
-from likeness.conditions.mask.classes import CLASS_INDEX, CLASSES, COUNTERPART, PALETTE
+from likeness.conditions.mask.classes import CLASS_INDEX, CLASSES, COUNTERPART, PALETTE, TITLES
 from likeness.conditions.mask.contradictions import find_contradictions
 from likeness.conditions.mask.geometry import measure, swapped_pairs
 from likeness.pipelines.image_recipe import read_recipe, request_of
@@ -48,10 +49,10 @@ def add_studio(app: FastAPI) -> None:
 
 
 def mask_classes() -> list[dict[str, Any]]:
-    """Return the classes of masks by number: name, color [r, g, b], and number of the class on the other side."""
+    """Return the classes of masks: name, title, color [r, g, b], and the number of the class on the other side."""
     return [
-        {"name": name, "color": PALETTE[index].tolist(), "pair": COUNTERPART.get(index)}
-        for index, name in enumerate(CLASSES)
+        {"name": name, "title": TITLES.get(name, name), "color": PALETTE[i].tolist(), "pair": COUNTERPART.get(i)}
+        for i, name in enumerate(CLASSES)
     ]
 
 
@@ -59,22 +60,35 @@ def check_mask(labels: np.ndarray, prompt: str) -> dict[str, Any]:
     """Return the problems of a mask and its contradictions to a sentence, each with an operation that corrects it, if
     there is one.
     """
-    problems = [note._asdict() for note in inspection.inspect(labels, "mask").problems if note.kind != "swapped-sides"]
-    for a, b in swapped_pairs(measure(labels)):
-        names = [CLASSES[a], CLASSES[b]]
-        fix = {"title": "Swap them", "operation": "swap", "fields": {"classes": names}}
-        problems.append({"kind": "swapped-sides", "text": f"{names[0]} and {names[1]} look swapped", "fix": fix})
+    geometry = measure(labels)
+    swapped = iter(swapped_pairs(geometry))  # in the order of their notes
+    problems = [
+        {"kind": kind, "text": in_words(text)}
+        | (correction("Swap them", "swap", *next(swapped)) if kind == "swapped-sides" else {})
+        for kind, text in inspection.mask_problems(labels, geometry)
+    ]
     found = [
-        {"kind": "contradiction", "text": text}
-        | ({"fix": removal(part)} if excess and (labels != CLASS_INDEX[part]).any() else {})
-        for text, part, excess in find_contradictions(labels, prompt)
+        {"kind": "contradiction", "text": in_words(text)}
+        | (correction(f"Remove {in_words(part)}", "remove", CLASS_INDEX[part]) if removable else {})
+        for text, part, excess in find_contradictions(geometry, prompt)
+        for removable in [excess and geometry.pixels[CLASS_INDEX[part]] < labels.size]
     ]
     return {"problems": problems, "contradictions": found}
 
 
-def removal(part: str) -> dict[str, Any]:
-    """Return the operation that removes a class."""
-    return {"title": f"Remove {part}", "operation": "remove", "fields": {"classes": [part]}}
+def correction(title: str, operation: str, *classes: int) -> dict[str, Any]:
+    """Return the field with an operation that corrects a problem."""
+    return {"fix": {"title": title, "operation": operation, "fields": {"classes": [CLASSES[i] for i in classes]}}}
+
+
+def in_words(text: str) -> str:
+    """Replace the names of classes in a sentence by words."""
+
+    def words(found: re.Match[str]) -> str:
+        sided = CLASS_INDEX[found[0]] in COUNTERPART
+        return f"the person's {TITLES[found[0]]}" if sided else TITLES[found[0]]
+
+    return re.sub(rf"\b({'|'.join(TITLES)})\b", words, text)
 
 
 def read_image_recipe(content: bytes) -> dict[str, Any]:

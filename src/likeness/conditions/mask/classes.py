@@ -24,6 +24,12 @@ FLIP_PAIRS: tuple[tuple[int, int], ...] = ((4, 5), (6, 7), (8, 9))
 COUNTERPART: dict[int, int] = {a: b for pair in FLIP_PAIRS for a, b in (pair, pair[::-1])}
 """Class of `FLIP_PAIRS` -> the other class of its pair."""
 
+TITLES: dict[str, str] = {
+    "eye_g": "glasses", "l_eye": "left eye", "r_eye": "right eye", "l_brow": "left eyebrow", "r_brow": "right eyebrow",
+    "l_ear": "left ear", "r_ear": "right ear", "u_lip": "upper lip", "l_lip": "lower lip", "cloth": "clothes",
+}  # fmt: skip
+"""Class -> its name in words; the names of the others are words already."""
+
 COMMON_COLOURS: dict[int, tuple[int, int, int]] = {
     0: (0, 0, 0), 1: (204, 0, 0), 2: (76, 153, 0), 3: (204, 204, 0), 10: (102, 204, 0), 11: (255, 255, 0),
     12: (0, 0, 153), 13: (0, 0, 204), 14: (255, 51, 153), 15: (0, 204, 204), 16: (0, 51, 0), 17: (255, 153, 51),

@@ -120,16 +120,17 @@ The group `open` is ambiguous: the glasses in "without hat and glasses"."""
 
 
 def contradictions(labels: np.ndarray, caption: str) -> tuple[str, ...]:
-    """Return one sentence per claim of the caption that the mask contradicts (`find_contradictions`)."""
-    return tuple(found.text for found in find_contradictions(labels, caption))
-
-
-def find_contradictions(labels: np.ndarray, caption: str) -> tuple[Contradiction, ...]:
-    """Return the claims of an English caption that labels, uint8 [H, W], contradict; unknown phrases are ignored.
+    """Return one sentence per claim of the caption that labels, uint8 [H, W], contradict (`find_contradictions`).
     Raises `InputError` if `labels` are not class numbers.
     """
-    labels = checked(labels)
-    geometry, text = measure(labels), " ".join(caption.lower().split())
+    return tuple(found.text for found in find_contradictions(measure(checked(labels)), caption))
+
+
+def find_contradictions(geometry: Geometry, caption: str) -> tuple[Contradiction, ...]:
+    """Return the claims of an English caption that a mask contradicts; unknown phrases are ignored. `geometry` is the
+    output of `measure`.
+    """
+    size, text = int(geometry.pixels.sum()), " ".join(caption.lower().split())
     hidden = SUBJECT.sub(lambda found: ITEM * len(found[0]), text)
     denials = list(DENIAL.finditer(hidden))
     contradicted: dict[Contradiction, None] = {}
@@ -140,9 +141,9 @@ def find_contradictions(labels: np.ndarray, caption: str) -> tuple[Contradiction
         if denial is not None and found.start() >= denial.start("open"):
             continue
         phrase = found[0] if denial is None else text[denial.start() : found.end()]
-        if wrong := _contradiction(geometry, labels.size, claim, denied=denial is not None):
+        if wrong := _contradiction(geometry, size, claim, denied=denial is not None):
             most = (claim.stated if denial is None else claim.denied)[1]
-            excess = bool(geometry.pixels[CLASS_INDEX[claim.part]] > most * labels.size)
+            excess = bool(geometry.pixels[CLASS_INDEX[claim.part]] > most * size)
             contradicted[Contradiction(f'the caption says "{phrase}", but {wrong}', claim.part, excess)] = None
     return tuple(contradicted)
 
@@ -157,9 +158,9 @@ def _contradiction(geometry: Geometry, size: int, claim: Claim, denied: bool) ->
     if fraction < least and not fraction:
         return f"the mask has no {claim.part}"
     if fraction < least:
-        return f"{claim.part} is only {100 * fraction:.2f} % of the mask"
+        return f"only {100 * fraction:.2f} % of the mask is {claim.part}"
     if fraction > most:
-        return f"{claim.part} is {100 * fraction:.2f} % of the mask"
+        return f"{100 * fraction:.2f} % of the mask is {claim.part}"
     if denied or claim.ends is None or not fraction:
         return ""
     top, bottom = geometry.box[CLASS_INDEX["skin"], [1, 3]]

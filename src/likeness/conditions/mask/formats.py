@@ -24,7 +24,7 @@ from likeness.conditions.mask.classes import (
     PALETTES,
     order_table,
 )
-from likeness.conditions.mask.geometry import broken_rules, measure, rank_orders, swapped_pairs
+from likeness.conditions.mask.geometry import Geometry, broken_rules, measure, rank_orders, swapped_pairs
 from likeness.conditions.mask.repair import TOLERANCE, UNKNOWN, looks_blended, nearest_colours, unblend
 from likeness.types import InputError, Note
 
@@ -72,9 +72,9 @@ def swap_classes(labels: np.ndarray, pairs: tuple[tuple[int, int], ...]) -> np.n
     return table[labels]
 
 
-def side_notes(labels: np.ndarray) -> tuple[Note, ...]:
-    """Return a note for each pair whose sides look swapped."""
-    geometry, notes = measure(labels), []
+def side_notes(geometry: Geometry) -> tuple[Note, ...]:
+    """Return a note for each of `swapped_pairs`."""
+    notes = []
     for a, b in swapped_pairs(geometry):
         if geometry.pixels[a] and geometry.pixels[b]:
             name, place = CLASSES[a], f"left of {CLASSES[b]}"
@@ -82,7 +82,7 @@ def side_notes(labels: np.ndarray) -> tuple[Note, ...]:
             name, place = CLASSES[a], "on the viewer's left"
         else:
             name, place = CLASSES[b], "on the viewer's right"
-        text = f"{name} is {place}, but l_ means the person's left (the viewer's right): the sides look swapped"
+        text = f"{name} is {place}: the sides look swapped (the person's left is on the viewer's right)"
         notes.append(Note("swapped-sides", text))
     return tuple(notes)
 
@@ -215,7 +215,8 @@ def _read_numbers(values: np.ndarray, scheme: str, name: str, *, coloured: bool 
     if not coloured and looks_blended(labels):
         text = f"the class numbers of {name} were blended by a smooth resize: resize with nearest instead"
         raise InputError(text, kind="blended-labels")
-    ranked = rank_orders(measure(labels))
+    geometry = measure(labels)
+    ranked = rank_orders(geometry)
     present = np.unique(labels)
     best = min(ranked, key=lambda key: (len(ranked[key]), key != "canonical"))
     rivals = [
@@ -229,13 +230,14 @@ def _read_numbers(values: np.ndarray, scheme: str, name: str, *, coloured: bool 
         if not margin and not coloured:
             notes = (Note("unproven-order", "too few parts to identify the class order: read in the canonical order"),)
     elif best != "canonical" and not broken and margin >= 4:
-        labels = order_table(best)[labels]
+        table = order_table(best)
         text = f"the class numbers are in {best} order and were converted to the canonical order"
-        return _finish(labels, f"{scheme}, {best} order", (Note("class-order", text), *side_notes(labels)), name)
+        notes = (Note("class-order", text), *side_notes(geometry.permuted(table)))
+        return _finish(table[labels], f"{scheme}, {best} order", notes, name)
     elif not coloured:
         odd = "; ".join(ranked["canonical"][:2]) or "several orders fit"
         raise off_palette(f"the class numbers of {name} do not clearly fit a known class order ({odd}): {HOW}")
-    return _finish(labels, f"{scheme}, canonical order", notes + side_notes(labels), name)
+    return _finish(labels, f"{scheme}, canonical order", notes + side_notes(geometry), name)
 
 
 def _read_palette(indices: np.ndarray, colours: np.ndarray, name: str) -> Reading:
@@ -391,4 +393,4 @@ def paint_parts(
             raise InputError(text, kind="wrong-size")
         labels[values > (127 if values.max() > 1 else 0)] = index
     assert labels is not None
-    return _finish(labels, f"folder of {len(files)} part files", side_notes(labels), name)
+    return _finish(labels, f"folder of {len(files)} part files", side_notes(measure(labels)), name)

@@ -88,24 +88,35 @@ class Geometry(NamedTuple):
 
 def measure(labels: np.ndarray, count: int = len(CLASSES)) -> Geometry:
     """Measure labels, uint8 [H, W], with values below `count`."""
-    height, width = labels.shape
-    wide = labels.astype(np.int32)
-    by_row, by_column = (  # [C, H], [C, W]
-        np.bincount((wide * side + position).ravel(), minlength=count * side).reshape(count, side)
-        for side, position in ((height, np.arange(height)[:, None]), (width, np.arange(width)))
-    )
+    (by_row, beside), (by_column, below) = _runs(labels, count), _runs(np.ascontiguousarray(labels.T), count)
     pixels = by_row.sum(1)  # [C]
     box, centre = np.full((count, 4), np.nan), np.full((count, 2), np.nan)
     for index in np.flatnonzero(pixels):
         columns, rows = np.flatnonzero(by_column[index]), np.flatnonzero(by_row[index])
         box[index] = columns[0], rows[0], columns[-1], rows[-1]
-        centre[index] = by_column[index] @ np.arange(width), by_row[index] @ np.arange(height)
+        centre[index] = by_column[index] @ np.arange(labels.shape[1]), by_row[index] @ np.arange(labels.shape[0])
         centre[index] /= pixels[index]
-    pairs = np.concatenate([(wide[:, 1:] * count + wide[:, :-1]).ravel(), (wide[1:] * count + wide[:-1]).ravel()])
-    contact = np.bincount(pairs, minlength=count * count).reshape(count, count)
+    contact = beside + below
     contact = contact + contact.T
-    np.fill_diagonal(contact, 0)
     return Geometry(pixels, centre, box, contact)
+
+
+def _runs(labels: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pixels per class and row, int [C, H], and the neighbouring pairs of two classes in a row, int [C, C].
+
+    Runs of one class are counted, of which a mask has far fewer than pixels.
+    """
+    height, width = labels.shape
+    first = np.ones(labels.shape, dtype=bool)
+    first[:, 1:] = labels[:, 1:] != labels[:, :-1]
+    starts = np.flatnonzero(first)
+    values, rows = labels.ravel()[starts].astype(np.intp), starts // width
+    by_row = np.zeros((count, height), dtype=np.intp)
+    np.add.at(by_row, (values, rows), np.diff(starts, append=labels.size))
+    same = np.diff(rows) == 0
+    pairs = np.zeros((count, count), dtype=np.intp)
+    np.add.at(pairs, (values[1:][same], values[:-1][same]), 1)
+    return by_row, pairs
 
 
 def broken_rules(geometry: Geometry) -> tuple[str, ...]:

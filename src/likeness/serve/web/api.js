@@ -33,11 +33,16 @@ const formOf = (values) => {
 
 export const capabilities = () => send("capabilities");
 
-/** Generates images; returns [{blob, seed}]. Aborting `signal` cancels the job. */
-export async function generate(body, signal) {
-  const answer = await send("images/generations", { json: body, signal });
-  return answer.data.map((image, i) => ({ blob: fromBase64(image.b64_json), seed: answer.seeds[i] }));
-}
+/** Images of an answer: [{blob, seed, certificate}], the latter of edits. */
+const imagesOf = ({ data, seeds, certificates, output_format: format }) => data.map((image, i) => (
+  { blob: fromBase64(image.b64_json, `image/${format}`), seed: seeds[i], certificate: certificates?.[i] }));
+
+/** Generates images. Aborting `signal` cancels the job. */
+export const generate = async (json, signal) => imagesOf(await send("images/generations", { json, signal }));
+
+/** Edits a photograph (`POST /v1/images/edits`). */
+export const editPhoto = async (fields, signal) =>
+  imagesOf(await send("images/edits", { form: formOf(fields), signal }));
 
 /** Recognizes a condition file of any format: {condition, format, problems, b64_json}. */
 export const inspect = (file, condition) => send("inspect", { form: formOf({ file, condition }) });
@@ -54,9 +59,3 @@ export const check = (mask, prompt) => send("masks/check", { json: { mask, promp
 
 /** The request that made an image: fields of `generate`, and `control_image`. */
 export const recipeOf = (image) => send("recipes", { form: formOf({ image }) });
-
-/** Edits a photograph (`POST /v1/images/edits`): {blob, certificate}. */
-export async function editPhoto(fields, signal) {
-  const answer = await send("images/edits", { form: formOf(fields), signal });
-  return { blob: fromBase64(answer.data[0].b64_json), certificate: answer.certificates[0] };
-}

@@ -5,11 +5,6 @@ import { TOOLS } from "./tools.js";
 const $ = (id) => document.getElementById(id);
 const all = (selector) => document.querySelectorAll(selector);
 
-const TITLES = { // l_ and r_ are the person's left and right
-  eye_g: "glasses", l_eye: "left eye", r_eye: "right eye", l_brow: "left brow", r_brow: "right brow",
-  l_ear: "left ear", r_ear: "right ear", u_lip: "upper lip", l_lip: "lower lip", cloth: "clothes",
-};
-
 const KEYS = [
   ...Object.values(TOOLS).map(({ title, key }) => [key, title]),
   ["[ ]", "Smaller, larger brush"],
@@ -63,8 +58,8 @@ export function build(classes, state, doc, actions) {
     label.firstChild.addEventListener("change", () => { state.tool = name; refresh(state, doc); });
     $("tool").append(label);
   }
-  classes.forEach(({ name, color }, value) => {
-    const title = TITLES[name] ?? name, row = document.createElement("div"), swatch = document.createElement("i");
+  classes.forEach(({ name, title, color }, value) => {
+    const row = document.createElement("div"), swatch = document.createElement("i");
     const label = Object.assign(radio("class", value, ""), { title: name });
     swatch.style.background = `rgb(${color})`;
     label.append(swatch, title);

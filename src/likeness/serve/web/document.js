@@ -2,7 +2,7 @@
 
 import { History } from "./history.js";
 import { layerOf, resized } from "./raster.js";
-import { fromBase64, pixelsOfImage } from "./png.js";
+import { pixelsOfImage } from "./png.js";
 
 export const PAPER = 255;
 const DEFAULTS = { prompt: "", negative: "", seed: 1, maskScale: 1, sketchScale: 1 };
@@ -34,9 +34,9 @@ export class Document {
     this.history.commit();
   }
 
-  /** Layer of a file in canonical form (the service's answer in base64). */
-  async layerOfContent(content, name) {
-    const { data, width, height } = await pixelsOfImage(fromBase64(content));
+  /** Layer of an image in canonical form: a Blob, or an <img>. */
+  async layerOfImage(image, name) {
+    const { data, width, height } = await pixelsOfImage(image);
     const layer = layerOf(width, height);
     const index = new Map(this.palette.map(([r, g, b], i) => [(r << 16) | (g << 8) | b, i]));
     for (let i = 0; i < layer.data.length; i++) {

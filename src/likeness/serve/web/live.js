@@ -3,7 +3,7 @@
 
 export class Live {
   /**
-   * @param render async (kind, signal) => result, with kind "preview" or "full"
+   * @param render async (kind, signal, given) => result
    * @param show (kind, result) => void
    * @param failed (error) => void
    * @param busy (boolean) => void, whether a job is in flight
@@ -13,16 +13,10 @@ export class Live {
     Object.assign(this, { render, show, failed, busy, rest, job: null, timer: null, cancelled: 0 });
   }
 
-  /** Reports a change. */
-  changed() {
+  /** Starts a job now: a "preview", which the "full" image follows, or another kind that `render` knows. */
+  start(kind, given) {
     this.stop();
-    this.run("preview");
-  }
-
-  /** Starts the full image now. */
-  finish() {
-    this.stop();
-    this.run("full");
+    this.run(kind, given);
   }
 
   /** Cancels the job in flight and what would follow. */
@@ -35,12 +29,12 @@ export class Live {
     }
   }
 
-  async run(kind) {
+  async run(kind, given) {
     const job = (this.job = new AbortController());
     const started = performance.now();
     this.busy(true);
     try {
-      const result = await this.render(kind, job.signal);
+      const result = await this.render(kind, job.signal, given);
       if (this.job !== job) return;
       this.end();
       this.show(kind, result, started);

@@ -5,7 +5,6 @@ import { build, refresh, wire } from "./controls.js";
 import { Document } from "./document.js";
 import { say, pickFile, saveFile } from "./files.js";
 import { Live } from "./live.js";
-import { Photo } from "./photo.js";
 import { encodePng, fromBase64, toBase64 } from "./png.js";
 import { smooth } from "./raster.js";
 import { Results } from "./results.js";
@@ -15,6 +14,10 @@ import { View, wordsOf } from "./view.js";
 const $ = (id) => document.getElementById(id);
 const PREVIEW_STEPS = 4; // of a model of many steps
 const FRAMES = 7; // of an animation
+const VARIATIONS = 4;
+const EXAMPLES = [
+  "smile", "fringe", "long-hair", "short-hair", "smile-bob", "beard", "curly", "glasses-bun", "earrings", "wide-hat",
+];
 const PHOTO_OPACITY = 60;
 
 const about = await connect();
@@ -30,13 +33,13 @@ const state = {
   pairs: Object.fromEntries(about.mask_classes.map(({ pair }, value) => [value, pair ?? value])),
 };
 const tools = new Tools(view, doc, state, { changed, picked });
-const elements = ["image", "other", "compare", "comparison", "strip", "history"];
+const elements = ["image", "other", "compare", "comparison", "note", "strip", "history"];
 const shown = Object.fromEntries(elements.map((id) => [id, $(id)]));
 const results = new Results({ ...shown, save: $("save-image") }, restore);
 const live = new Live({ render, show, failed, busy: (on) => { $("result").ariaBusy = String(on); } });
 const pause = (time) => new Promise((done) => setTimeout(done, time));
 const random = () => Math.floor(Math.random() * 2 ** 31);
-let photo = null; // the photograph that is edited
+let photo = null; // the photograph that is edited, aligned, and its mask: {blob, before}
 
 // The service
 
@@ -77,13 +80,17 @@ const content = async (name) => toBase64(await encodePng(doc.layers[name], name 
 /** The request for the current state. */
 async function request(kind) {
   const { prompt, negative, seed, maskScale, sketchScale } = doc.values;
-  const body = { prompt, negative_prompt: negative, seed, control_image: {}, conditioning_scale: {} };
+  const body = { prompt, negative_prompt: negative, seed };
+  if (kind === "preview") body.steps = about.defaults.steps > PREVIEW_STEPS ? PREVIEW_STEPS : 1;
+  if (kind === "variations") body.n = VARIATIONS;
+  if (photo && kind !== "animation") return { ...body, image: photo.blob, wanted_mask: await content("mask") };
+  if (kind === "preview") body.output_format = "jpeg"; // encoded sooner
+  Object.assign(body, { control_image: {}, conditioning_scale: {} });
   for (const [name, present, scale] of [["mask", doc.hasMask, maskScale], ["sketch", doc.hasSketch, sketchScale]]) {
     if (!present || !about.conditions.includes(name)) continue;
     body.control_image[name] = await content(name);
     body.conditioning_scale[name] = scale;
   }
-  if (kind === "preview") body.steps = about.defaults.steps > PREVIEW_STEPS ? PREVIEW_STEPS : 1;
   return body;
 }
 
@@ -91,7 +98,7 @@ async function request(kind) {
 
 /** Called after every change of the document. */
 function changed() {
-  if ($("live").checked) live.changed(); else live.stop(); // first: the preview does not wait for the rest
+  if ($("live").checked) live.start("preview"); else live.stop(); // first: the preview does not wait for the rest
   doc.save();
   refresh(state, doc);
   view.draw();
@@ -99,24 +106,30 @@ function changed() {
   changed.timer = setTimeout(diagnose, 400);
 }
 
-/** Generates an image; returns what `show` shows, with the time of each stage in ms. */
-async function render(kind, signal) {
+/** Generates images; returns what `show` shows, with the time of each stage in ms. */
+async function render(kind, signal, given) {
   const start = performance.now();
-  const send = photo ? await photo.request(doc, await encodePng(doc.layers.mask, palette)) : await request(kind);
-  const encoded = performance.now();
-  const image = photo ? await photo.edit(send, signal) : (await api.generate(send, signal))[0];
+  if (kind === "animation") return { entries: await frames(given, signal), times: {} };
+  if (photo && doc.layers.mask.data.every((value, i) => value === photo.before[i]))
+    return { entries: [snapshot({ blob: photo.blob, seed: doc.values.seed })], times: {} };
+  const send = await request(kind), encoded = performance.now();
+  const images = await (photo ? api.editPhoto : api.generate)(send, signal);
   const times = { encode: encoded - start, service: performance.now() - encoded };
-  return { entry: snapshot(image), times, note: image.note };
+  return { entries: images.map(snapshot), times };
 }
 
-function show(kind, { entry, times, note }, started) {
+function show(kind, { entries, times }, started) {
   say("");
+  if (kind === "animation") return results.animate(entries);
+  if (kind === "variations") return results.variations(entries);
+  const [entry] = entries;
   results.show(entry, kind === "full");
   underlay(entry.blob);
   $("image").decode().catch(() => {}).then(() => requestAnimationFrame(() => {
-    const total = performance.now() - started, draw = total - times.encode - times.service;
-    const stages = Object.entries({ ...times, draw }).map(([name, time]) => `${name} ${time.toFixed(0)}`);
-    $("timing").textContent = `${kind} ${total.toFixed(0)} ms: ${stages.join(", ")}${note ? `. ${note}` : ""}`;
+    const total = performance.now() - started, { encode = 0, service = 0 } = times;
+    const stages = Object.entries({ encode, service, draw: total - encode - service });
+    const text = stages.map(([name, time]) => `${name} ${time.toFixed(0)}`).join(", ");
+    $("timing").textContent = `${kind} ${total.toFixed(0)} ms: ${text}`;
     $("timing").dataset.kind = kind;
   }));
 }
@@ -129,10 +142,17 @@ async function underlay(blob) {
 }
 
 /** An image with the state that made it. */
-const snapshot = ({ blob, seed }) => ({
-  blob, seed, photo, values: { ...doc.values, seed },
+const snapshot = ({ blob, seed, certificate }) => ({
+  blob, seed, photo, values: { ...doc.values, seed }, note: noteOf(certificate),
   layers: Object.fromEntries(Object.entries(doc.layers).map(([name, { data }]) => [name, data.slice()])),
 });
+
+function noteOf(certificate) {
+  if (!photo) return "";
+  if (!certificate) return "The photograph: what you paint on it is generated";
+  const { changed_outside: outside, changed_inside: inside } = certificate;
+  return `Certificate: ${outside} pixels changed outside the painted region, ${inside} inside`;
+}
 
 function restore(entry) {
   live.stop();
@@ -150,7 +170,8 @@ function restore(entry) {
 /** Lists the problems of the mask, with a button for those that an operation corrects. */
 async function diagnose() {
   const found = doc.hasMask ? await api.check(await content("mask"), doc.values.prompt).catch(() => null) : null;
-  const items = found ? [...found.problems, ...found.contradictions] : [];
+  const items = found ? [...found.contradictions, ...found.problems] : [];
+  items.sort((a, b) => Boolean(b.fix) - Boolean(a.fix));
   $("problems").replaceChildren(...items.map(({ kind, text, fix }) => {
     const item = Object.assign(document.createElement("li"), { textContent: text });
     item.dataset.kind = kind;
@@ -175,9 +196,9 @@ function picked(value) {
   refresh(state, doc);
 }
 
-/** Replaces a layer by a condition in canonical form, in base64. */
-async function load(name, base64) {
-  const layer = await doc.layerOfContent(base64, name);
+/** Replaces a layer by a condition in canonical form: a Blob, or an <img>. */
+async function load(name, image) {
+  const layer = await doc.layerOfImage(image, name);
   doc.history.commit(); // of a stroke that is not complete
   doc.replace(name, layer);
   state.layer = name;
@@ -191,11 +212,11 @@ async function openFile(file) {
     const { prompt, negative_prompt: negative, seed, control_image: control, conditioning_scale: scale } = recipe;
     Object.assign(doc.values, { prompt, negative, seed, maskScale: scale.mask ?? 1, sketchScale: scale.sketch ?? 1 });
     doc.reset();
-    for (const name of Object.keys(control)) if (name in doc.layers) await load(name, control[name]);
+    for (const name of Object.keys(control)) if (name in doc.layers) await load(name, fromBase64(control[name]));
   } else {
     const { condition, b64_json: base64 } = await api.inspect(file);
     if (!(condition in doc.layers)) throw new Error(`${file.name} contains ${condition}, which cannot be painted`);
-    await load(condition, base64);
+    await load(condition, fromBase64(base64));
   }
   photo = null;
   changed();
@@ -203,9 +224,10 @@ async function openFile(file) {
 
 async function openPhoto(file) {
   const found = await api.extract("mask", file, about.defaults.size), blob = fromBase64(found.image);
-  await load("mask", found.b64_json);
+  live.stop();
+  await load("mask", fromBase64(found.b64_json));
   results.stopComparison();
-  photo = about.edits ? new Photo(blob, doc) : null;
+  photo = about.edits ? { blob, before: doc.layers.mask.data.slice() } : null;
   results.show(snapshot({ blob, seed: doc.values.seed }), true);
   $("opacity").value = PHOTO_OPACITY;
   underlay(blob);
@@ -216,35 +238,47 @@ async function openPhoto(file) {
 /** Applies an operation of the service to the mask. */
 const edit = (operation, fields) => attempt(`${operation}…`, async () => {
   const { b64_json: base64 } = await api.editMask(await content("mask"), operation, fields);
-  await load("mask", base64);
+  await load("mask", fromBase64(base64));
   changed();
 });
 
-/** Starts from a mask that belongs to no photograph. */
-async function startFrom(base64) {
-  await load("mask", base64);
+/** Starts from a mask that belongs to no photograph: a Blob, or an <img>. */
+async function startFrom(image) {
+  await load("mask", image);
   photo = null;
   changed();
 }
 
-/** Offers four masks for the sentence. */
-async function propose() {
-  const dialog = $("choose"), choices = dialog.querySelector(".choices"), prompt = doc.values.prompt || "a person";
-  dialog.querySelector("h2").textContent = prompt;
+/** Opens a dialog; returns a function that adds a mask to choose from to it. */
+function offer(title) {
+  const dialog = $("choose"), choices = dialog.querySelector(".choices");
+  dialog.querySelector("h2").textContent = title;
   choices.replaceChildren();
   dialog.showModal();
-  const run = (propose.run = {});
-  for (let i = 0; i < 4; i++) {
-    const { b64_json: base64 } = await api.propose(prompt, random()).catch((error) => { dialog.close(); throw error; });
-    if (!dialog.open || propose.run !== run) return;
-    const image = Object.assign(new Image(), { src: `data:image/png;base64,${base64}`, alt: `Mask ${i + 1}` });
-    const button = document.createElement("button");
+  return (src, alt) => {
+    const image = Object.assign(new Image(), { src, alt, title: alt }), button = document.createElement("button");
     button.append(image);
     button.addEventListener("click", () => {
       dialog.close();
-      startFrom(base64);
+      attempt("Opening…", () => image.decode().then(() => startFrom(image)));
     });
     choices.append(button);
+  };
+}
+
+function examples() {
+  const add = offer("Examples");
+  for (const name of EXAMPLES) add(`examples/${name}.png`, name.replace("-", " "));
+}
+
+/** Offers four masks for the sentence. */
+async function propose() {
+  const dialog = $("choose"), prompt = doc.values.prompt || "a person", add = offer(prompt);
+  const run = (propose.run = {});
+  for (let i = 1; i <= 4; i++) {
+    const { b64_json: base64 } = await api.propose(prompt, random()).catch((error) => { dialog.close(); throw error; });
+    if (!dialog.open || propose.run !== run) return;
+    add(`data:image/png;base64,${base64}`, `Mask ${i}`);
   }
 }
 
@@ -252,19 +286,18 @@ async function propose() {
 async function randomFace() {
   doc.values.seed = random();
   const [image] = await api.generate({ prompt: doc.values.prompt, seed: doc.values.seed });
-  await startFrom((await api.extract("mask", image.blob, about.defaults.size)).b64_json);
+  await startFrom(fromBase64((await api.extract("mask", image.blob, about.defaults.size)).b64_json));
 }
 
-/** Animates between the mask and another one. */
-async function animate(other) {
-  live.stop();
-  const own = await content("mask"), { control_image: control, ...body } = await request("full"), entries = [];
+/** Images between the mask and another one. */
+async function frames(other, signal) {
+  const own = await content("mask"), { control_image: control, ...body } = await request("animation"), entries = [];
   for (let i = 0; i < FRAMES; i++) {
+    say(`Generating ${i + 1} of ${FRAMES} faces…`);
     const { b64_json: mask } = await api.editMask(own, "interpolate", { other, at: i / (FRAMES - 1) });
-    entries.push(snapshot((await api.generate({ ...body, control_image: { ...control, mask } }))[0]));
-    say(`${i + 1} of ${FRAMES}`);
+    entries.push(snapshot((await api.generate({ ...body, control_image: { ...control, mask } }, signal))[0]));
   }
-  results.animate(entries);
+  return entries;
 }
 
 // Controls
@@ -279,11 +312,9 @@ const withFile = (text, work, accept) => async () => {
 const actions = {
   undo: () => { if (doc.history.undo()) changed(); },
   redo: () => { if (doc.history.redo()) changed(); },
-  generate: () => live.finish(),
-  variations: () => attempt("Generating…", async () => {
-    live.stop();
-    results.variations((await api.generate({ ...(await request("full")), n: 4 })).map(snapshot));
-  }),
+  generate: () => live.start("full"),
+  variations: () => { say("Generating variations…"); live.start("variations"); },
+  examples,
   propose: () => attempt("Generating masks…", propose),
   random: () => attempt("Generating…", randomFace),
   photo: withFile("Parsing the photograph…", openPhoto, "image/*"),
@@ -296,11 +327,14 @@ const actions = {
   paste: withFile("Copying…", async (file) => {
     await edit("paste", { classes: [className()], other: await maskOf(file), align: true });
   }),
-  interpolate: withFile(`Generating ${FRAMES} faces…`, async (file) => animate(await maskOf(file))),
+  interpolate: withFile("Opening…", async (file) => live.start("animation", await maskOf(file))),
   "save-mask": async () => saveFile(await encodePng(doc.layers.mask, palette), "mask.png"),
   "save-index": async () => saveFile(await encodePng(doc.layers.mask), "mask-index.png"),
   "save-sketch": async () => saveFile(await encodePng(doc.layers.sketch), "sketch.png"),
-  "save-image": () => saveFile(results.current.blob, `face-${results.current.seed}.png`),
+  "save-image": () => {
+    const { blob, seed } = results.current;
+    saveFile(blob, `face-${seed}.${blob.type.split("/")[1]}`); // a preview is a JPEG
+  },
   seed: () => { doc.values.seed = random(); changed(); },
   layer: (name) => { state.layer = name; showLayer(); },
   drop: (file) => attempt("Opening…", () => openFile(file)),

@@ -49,9 +49,9 @@ export async function toBase64(blob) {
 export const fromBase64 = (text, type = "image/png") =>
   new Blob([Uint8Array.from(atob(text), (character) => character.charCodeAt(0))], { type });
 
-/** Decodes an image to RGBA bytes without color management. */
-export async function pixelsOfImage(blob) {
-  const bitmap = await createImageBitmap(blob, { colorSpaceConversion: "none", premultiplyAlpha: "none" });
+/** Decodes an image (a Blob, or an <img>) to RGBA bytes without color management. */
+export async function pixelsOfImage(image) {
+  const bitmap = await createImageBitmap(image, { colorSpaceConversion: "none", premultiplyAlpha: "none" });
   const canvas = new OffscreenCanvas(bitmap.width, bitmap.height);
   const context = canvas.getContext("2d", { willReadFrequently: true });
   context.drawImage(bitmap, 0, 0);

@@ -3,17 +3,18 @@
 const LONGEST_HISTORY = 40;
 
 export class Results {
-  /** @param elements {image, other, compare, comparison, strip, history, save} @param restore (entry) => void */
+  /** @param elements {image, other, compare, comparison, note, strip, history, save} @param restore (entry) => void */
   constructor(elements, restore) {
     Object.assign(this, elements, { restore, current: null, timer: null });
     this.compare.addEventListener("input", () => this.split());
     this.comparison.addEventListener("click", () => (this.comparing ? this.stopComparison() : this.press(true)));
   }
 
-  /** Shows an image. `entry`: {blob, seed, values, layers}; `keep`: it enters the history. */
+  /** Shows an image. `entry`: {blob, seed, values, layers, note}; `keep`: it enters the history. */
   show(entry, keep) {
     this.stopAnimation();
     this.put(this.image, entry.blob);
+    this.note.textContent = entry.note;
     this.current = entry;
     this.save.disabled = false;
     if (!keep) return;
