@@ -299,6 +299,7 @@ class PortraitPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(height, width, steps, guidance, output_type, callback_on_step_end_tensor_inputs)
         self.check_guidance_model(guidance_model, auto_scale)
+        self.check_hooks()
         objective = make_objective(self.config.objective)
         objective.check_scheduler(self.scheduler)
         notes: list[str] = []
@@ -472,6 +473,16 @@ class PortraitPipeline(DiffusionPipeline):
             raise InputError(
                 f"Callbacks receive {', '.join(self._callback_tensor_inputs)}, not {', '.join(unknown)}. "
                 "To disable guidance, set pipeline._guidance_scale to 1 in the callback"
+            )
+
+    def check_hooks(self) -> None:
+        """Raise `InputError` for diffusers' caches between steps: they assume that every step runs the same passes."""
+        registries = (getattr(module, "_diffusers_hook", None) for module in self.transformer.modules())
+        hooks = (hook for registry in registries if registry is not None for hook in registry.hooks.values())
+        if cache := next((hook for hook in hooks if hook._is_stateful), None):
+            raise InputError(
+                f"The transformer has a {type(cache).__name__}: caches between steps are not supported, because steps "
+                "run different passes; load the pipeline again without it"
             )
 
     def check_guidance_model(self, guidance_model: Any, scale: float) -> None:
