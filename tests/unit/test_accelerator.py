@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from accelerator import accelerator
-from builders import tiny_mditface, tiny_mditface_pipeline, tiny_pipeline, tiny_transformer
+from builders import tiny_mditface, tiny_mditface_pipeline, tiny_pipeline, tiny_transformer, two_text_encoders
 from likeness.data.synthetic import draw_face
 from likeness.objectives import RectifiedFlow
 from likeness.parallel import World
@@ -30,7 +30,7 @@ NETWORKS: dict[str, Callable[[], Any]] = {
     "mditface": tiny_mditface_pipeline,
     "tied": lambda: tiny_mditface_pipeline(spatial_stream="lora"),
     "holistic": lambda: tiny_mditface_pipeline(attention="holistic"),
-    "distilled": lambda: tiny_mditface_pipeline(guidance_embeds=True, text_reads_spatial=False),
+    "flux": lambda: two_text_encoders(text_reads_spatial=False),
 }
 
 
