@@ -216,6 +216,15 @@ def tiny_mditface_pipeline(**changes) -> MDiTFacePipeline:
     return whole_pipeline(MDiTFacePipeline, tiny_mditface(**network))
 
 
+def two_text_encoders(**changes) -> MDiTFacePipeline:
+    """FLUX.1's components with a network of three conditions."""
+    parts = {name: part for name, part in tiny_flux_pipeline().components.items() if part is not None}
+    parts["transformer"] = tiny_mditface(**changes)
+    pipeline = MDiTFacePipeline(**parts, max_text_tokens=12, defaults={"size": 32, "steps": 4})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def whole_pipeline(pipeline_class, transformer):
     """A transformer with the tiny components."""
     parts = tiny_components()

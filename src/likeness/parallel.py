@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from likeness.types import InputError
@@ -140,8 +140,6 @@ def shard_model(model: Any, world: World, precision: Literal["bf16", "fp32"]) ->
     blocks = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     for module in (*blocks, model):
         fully_shard(module, mesh=world.mesh, mp_policy=policy)
-    if hasattr(model, "static_cache"):  # a second forward method
-        register_fsdp_forward_method(model, "static_cache")
 
 
 def reshard(model: nn.Module) -> None:

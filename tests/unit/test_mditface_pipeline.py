@@ -22,6 +22,7 @@ from builders import (
     tiny_mditface,
     tiny_mditface_pipeline,
     tiny_pipeline,
+    two_text_encoders,
 )
 from likeness.conditions import CONDITIONS
 from likeness.data.synthetic import draw_face
@@ -57,15 +58,6 @@ def flux(request, tmp_path_factory) -> tuple[FluxPipeline, Path]:
 
 def seed(number: int = 7) -> torch.Generator:
     return torch.Generator().manual_seed(number)
-
-
-def two_text_encoders(**changes) -> MDiTFacePipeline:
-    """FLUX.1's components with a network of three conditions."""
-    parts = {name: part for name, part in tiny_flux_pipeline().components.items() if part is not None}
-    parts["transformer"] = tiny_mditface(**changes)
-    pipeline = MDiTFacePipeline(**parts, max_text_tokens=12, defaults={"size": 32, "steps": 4})
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 # --- FLUX.1
@@ -291,20 +283,6 @@ def test_two_text_encoders_are_saved_and_loaded(tmp_path, face):
     with torch.no_grad():
         next(again.text_encoder_2.parameters()).mul_(2)
     assert pipeline_hash(again) != pipeline_hash(pipeline)
-
-
-def test_memory_savers_of_diffusers(face):
-    """Offloaded layers are bit-identical; layers stored in 8 bits differ little."""
-    make = lambda pipe: pipe(PROMPT, control_image=face, generator=seed(), output_type="np").images  # noqa: E731
-    wanted = make(two_text_encoders())
-    offloaded = two_text_encoders()
-    offloaded.transformer.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
-    assert np.array_equal(make(offloaded), wanted)
-    small = two_text_encoders()
-    small.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-    assert small.transformer.transformer_blocks[0].attn.to_q.weight.dtype is torch.float8_e4m3fn
-    assert 0 < np.abs(make(small) - wanted).max() < 0.2
-    assert two_text_encoders().model_cpu_offload_seq == "text_encoder->text_encoder_2->transformer->vae"
 
 
 # --- Files and commands

@@ -30,9 +30,10 @@ def encode_text(
     tokenizer_2: Any = None,
     text_encoder_2: Any = None,
     batched: bool = False,
+    device: torch.device | None = None,
 ) -> TextFeatures:
     """Encode B captions with CLIP, or as FLUX.1 does: tokens [B, L, D] from T5's last layer, the pooled vector [B, P]
-    from CLIP, on the models' devices and in their dtypes.
+    from CLIP, on this device, by default that of CLIP, and in the models' dtypes.
 
     `max_tokens` is the length L to which captions are padded or truncated, start and end tokens included; with T5,
     captions for CLIP are padded to the maximum length of its tokenizer, 77. `layer` is the index of CLIP's hidden state
@@ -40,12 +41,13 @@ def encode_text(
     is faster, but rounding then depends on B.
     """
     clip_length = max_tokens if text_encoder_2 is None else tokenizer.model_max_length
-    chunks = token_chunks(tokenizer, text_encoder, captions, clip_length, batched)
+    device = text_encoder.device if device is None else device
+    chunks = token_chunks(tokenizer, captions, clip_length, batched, device)
     outputs = [text_encoder(chunk, output_hidden_states=True) for chunk in chunks]
     if text_encoder_2 is None:
         tokens = [output.hidden_states[layer] for output in outputs]  # [b, L, D] each
     else:
-        chunks = token_chunks(tokenizer_2, text_encoder_2, captions, max_tokens, batched)
+        chunks = token_chunks(tokenizer_2, captions, max_tokens, batched, device)
         tokens = [text_encoder_2(chunk).last_hidden_state for chunk in chunks]  # [b, L, D] each
     return TextFeatures(torch.cat(tokens), torch.cat([output.pooler_output for output in outputs]))
 
@@ -58,10 +60,10 @@ def token_ids(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> Tenso
 
 
 def token_chunks(
-    tokenizer: Any, text_encoder: Any, captions: Sequence[str], max_tokens: int, batched: bool
+    tokenizer: Any, captions: Sequence[str], max_tokens: int, batched: bool, device: torch.device
 ) -> Sequence[Tensor]:
     """Token ids of captions, [b, L] each. On a CPU b = 1 unless `batched`, so that captions are independent."""
-    ids = token_ids(tokenizer, captions, max_tokens).to(text_encoder.device)  # [B, L]
+    ids = token_ids(tokenizer, captions, max_tokens).to(device)  # [B, L]
     return ids.split(1) if ids.device.type == "cpu" and not batched else (ids,)
 
 

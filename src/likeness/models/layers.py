@@ -6,6 +6,7 @@ B batch, C channels, h x w latent size, p patch size, N tokens, D width, H heads
 from __future__ import annotations
 
 import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -67,13 +68,17 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def fused_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-    """softmax(Q K^T / sqrt(d) + bias) V for [B, H, N, d]; the bias broadcasts to [B, H, queries, keys]."""
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+def as_output(prediction: Tensor, return_dict: bool | None) -> Tensor | tuple[Tensor] | Transformer2DModelOutput:
+    """Return the prediction, or what diffusers' transformers return with `return_dict` True or False."""
+    if return_dict is None:
+        return prediction
+    return Transformer2DModelOutput(sample=prediction) if return_dict else (prediction,)
 
 
 def explicit_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The same formula as separate operations."""
+    """softmax(Q K^T / sqrt(d) + bias) V for [B, H, N, d] as separate operations; the bias broadcasts to [B, H, queries,
+    keys].
+    """
     logits = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5  # [B, H, queries, keys]
     weights = (logits if bias is None else logits + bias).softmax(dim=-1).to(value.dtype)
     return weights @ value

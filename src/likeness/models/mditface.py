@@ -43,11 +43,10 @@ from diffusers.models.transformers.transformer_flux import (
     FluxSingleTransformerBlock,
     FluxTransformerBlock,
 )
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from likeness.models.layers import Rope, explicit_attention, modulate, patchify, unpatchify
+from likeness.models.layers import Rope, as_output, explicit_attention, modulate, patchify, unpatchify
 from likeness.models.tied_weights import init_missing, load_shared_once, record_counterparts, save_shared_once, tie
 from likeness.types import InputError, TextFeatures
 
@@ -316,8 +315,8 @@ class MDiTFaceTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     def forward(
         self,
-        latents: Tensor,
-        time: Tensor,
+        latents: Tensor | None,
+        time: Tensor | None,
         text: TextFeatures,
         condition_latents: Tensor,
         condition_index: Tensor,
@@ -326,11 +325,12 @@ class MDiTFaceTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         condition_scale: Tensor | None = None,
         guidance: Tensor | None = None,
         static_cache: StaticCache | None = None,
-    ) -> Tensor:
+        return_dict: bool | None = None,
+    ) -> Any:
         """Predict the target of the objective at x_t.
 
         Args:
-            latents: x_t, [B, C, h, w]; h and w even.
+            latents: x_t, [B, C, h, w]; h and w even. None: run the static pathway only (`static_cache`).
             time: output of `Objective.model_time`, [B], 0 to 1000.
             text: tokens [B, L, T] and pooled [B, P].
             condition_latents: latents of the conditions, [B, K, C, h, w], any K >= 0; ignored if absent.
@@ -341,13 +341,17 @@ class MDiTFaceTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             guidance: the value that a guidance-distilled network embeds, [B]. Default: 1, as in training.
             static_cache: `self.static_cache(...)` of these prompts and conditions; condition latents are then ignored.
                 Default: computed.
+            return_dict: True returns diffusers' `Transformer2DModelOutput`, False the tuple (prediction,).
 
         Returns:
-            The prediction, [B, C, h, w].
+            The prediction, [B, C, h, w]; the static cache if there are no latents.
 
         Raises:
             InputError: guidance for a network without guidance embedding.
         """
+        if latents is None or time is None:
+            embedded = self.context_embedder(text.tokens)  # [B, L, D]
+            return self.static_pathway(embedded, text.pooled, condition_latents, condition_index)
         (height, width), conditions, mode = latents.shape[-2:], condition_index.shape[1], self.config.attention
         image_ids = grid_ids(height // PATCH, width // PATCH, latents.device)  # [N, 3]
         ids = [image_ids.new_zeros(text.tokens.shape[1], 3), image_ids]  # [L, 3], [N, 3]
@@ -374,9 +378,8 @@ class MDiTFaceTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         tokens, _ = self.run_blocks(tokens, Shared(conditioning, self.pos_embed(torch.cat(ids)), bias), static)
         image = tokens["image"][:, -len(image_ids) :]  # [B, N, D]
         output = self.proj_out(self.norm_out(image, conditioning))  # [B, N, 4 C]
-        return unpatchify(output, height, width, PATCH)  # [B, C, h, w]
+        return as_output(unpatchify(output, height, width, PATCH), return_dict)  # [B, C, h, w]
 
-    @apply_forward_hook  # offloading then loads the weights before this call, too
     def static_cache(self, text: TextFeatures, condition_latents: Tensor, condition_index: Tensor) -> StaticCache:
         """Run the static pathway of these prompts, tokens [B, L, T] and pooled [B, P], and conditions [B, K, C, h, w],
         K >= 1, with ids [B, K], -1 if absent, for all times, guidance values and strengths. Raises `InputError` if the
@@ -384,8 +387,8 @@ class MDiTFaceTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """
         if self.config.attention not in ("hard", "decoupled"):
             raise InputError(f"{self.config.attention} attention has no static pathway")
-        tokens = self.context_embedder(text.tokens)  # [B, L, D]
-        return self.static_pathway(tokens, text.pooled, condition_latents, condition_index)
+        # a whole forward pass, so that hooks such as those of offloading run
+        return nn.Module.__call__(self, None, None, text, condition_latents, condition_index)
 
     def static_pathway(
         self, text: Tensor, pooled: Tensor, condition_latents: Tensor, condition_index: Tensor
@@ -480,6 +483,24 @@ class MDiTFaceTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         init_missing(model, loaded[1])
         model.tie_weights()
         return loaded
+
+    def enable_group_offload(
+        self,
+        onload_device: torch.device | str,
+        offload_device: torch.device | str = "cpu",
+        offload_type: str = "block_level",
+        *args: Any,
+        **options: Any,
+    ) -> None:
+        """As in diffusers, but leaf by leaf to a disk is rejected if weights are tied: diffusers would offload them
+        with one module while the other needs them.
+        """
+        if self.tied and options.get("offload_to_disk_path") and offload_type == "leaf_level":
+            raise InputError(
+                "offload_type 'leaf_level' to a disk is not supported, because the image and the spatial stream share "
+                "their weights: choose 'block_level', or leave offload_to_disk_path out"
+            )
+        super().enable_group_offload(onload_device, offload_device, offload_type, *args, **options)
 
     def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
         """As in diffusers, but rejected if weights are tied: fusing into one stream would change the other."""

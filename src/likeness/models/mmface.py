@@ -10,11 +10,13 @@ H heads, d = D / H, T text width, K conditions (always 1 here).
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,8 +24,8 @@ from likeness.models.layers import (
     MLP,
     Rope,
     TimeEmbedding,
+    as_output,
     explicit_attention,
-    fused_attention,
     grid_angles,
     modulate,
     patchify,
@@ -35,30 +37,47 @@ from likeness.models.layers import (
 from likeness.types import InputError, TextFeatures
 
 
-class JointAttention(nn.Module):
+class JointAttentionProcessor:
     """Shared RoPE attention: queries, keys and values of both streams, image first, in one softmax (section 3.2).
 
     Q = [Q_image; Q_text], likewise K and V; Attention = softmax(RoPE(Q) RoPE(K)^T / sqrt(d)) V.
     """
 
+    _attention_backend = None  # `set_attention_backend` of diffusers
+    _parallel_config = None
+
+    def __call__(self, attention: JointAttention, image: Tensor, text: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        qkv = torch.cat([attention.image_qkv(image), attention.text_qkv(text)], dim=1)  # [B, N + L, 3 D]
+        query, key, value = (split_heads(x, attention.heads) for x in qkv.chunk(3, dim=-1))  # [B, H, N + L, d]
+        query, key = rotate(query, rope), rotate(key, rope)
+        if attention.explicit_attention and torch.is_grad_enabled():
+            x = explicit_attention(query, key, value).transpose(1, 2)  # [B, N + L, H, d]
+        else:
+            heads_last = [x.transpose(1, 2) for x in (query, key, value)]  # [B, N + L, H, d] each
+            x = dispatch_attention_fn(*heads_last, backend=self._attention_backend)  # [B, N + L, H, d]
+        image, text = x.flatten(2).split([image.shape[1], text.shape[1]], dim=1)  # [B, N, D], [B, L, D]
+        return attention.image_out(image), attention.text_out(text)
+
+
+class JointAttention(nn.Module, AttentionModuleMixin):
+    """The layers of the joint attention."""
+
     explicit_attention = False  # `use_explicit_attention`
+    _default_processor_cls = JointAttentionProcessor
+    _available_processors = (JointAttentionProcessor,)
+    _supports_qkv_fusion = False  # they are one layer per stream already
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.processor = JointAttentionProcessor()
         self.image_qkv = nn.Linear(width, 3 * width, bias=False)
         self.text_qkv = nn.Linear(width, 3 * width, bias=False)
         self.image_out = nn.Linear(width, width, bias=False)
         self.text_out = nn.Linear(width, width, bias=False)
 
     def forward(self, image: Tensor, text: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        qkv = torch.cat([self.image_qkv(image), self.text_qkv(text)], dim=1)  # [B, N + L, 3 D]
-        query, key, value = (split_heads(x, self.heads) for x in qkv.chunk(3, dim=-1))  # [B, H, N + L, d]
-        attention = explicit_attention if self.explicit_attention and torch.is_grad_enabled() else fused_attention
-        x = attention(rotate(query, rope), rotate(key, rope), value)  # [B, H, N + L, d]
-        x = x.transpose(1, 2).flatten(2)  # [B, N + L, D]
-        image, text = x.split([image.shape[1], text.shape[1]], dim=1)  # [B, N, D], [B, L, D]
-        return self.image_out(image), self.text_out(text)
+        return self.processor(self, image, text, rope)
 
 
 class MMFaceBlock(nn.Module):
@@ -89,7 +108,7 @@ class MMFaceBlock(nn.Module):
         return image, text
 
 
-class MMFaceTransformer(ModelMixin, ConfigMixin):
+class MMFaceTransformer(ModelMixin, ConfigMixin, AttentionMixin):
     """The MMFace-DiT network. The defaults are the published one: 1,345,298,624 parameters.
 
     Args:
@@ -114,6 +133,7 @@ class MMFaceTransformer(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ("MMFaceBlock",)
     _repeated_blocks = ("MMFaceBlock",)
+    _skip_layerwise_casting_patterns = ("time_embed", "norm")
 
     @register_to_config
     def __init__(
@@ -175,7 +195,8 @@ class MMFaceTransformer(ModelMixin, ConfigMixin):
         condition_index: Tensor,
         *,
         rope: Rope | None = None,
-    ) -> Tensor:
+        return_dict: bool | None = None,
+    ) -> Any:
         """Predict the target of the objective at x_t.
 
         Args:
@@ -185,6 +206,7 @@ class MMFaceTransformer(ModelMixin, ConfigMixin):
             condition_latents: latent of the condition, [B, 1, C, h, w]; ignored if it is absent.
             condition_index: id of the condition, [B, 1]; -1 if it is absent.
             rope: `self.rope(...)` for this size. Default: computed.
+            return_dict: True returns diffusers' `Transformer2DModelOutput`, False the tuple (prediction,).
 
         Returns:
             The prediction, [B, C, h, w].
@@ -209,7 +231,7 @@ class MMFaceTransformer(ModelMixin, ConfigMixin):
 
         shift, scale = self.final_modulation(conditioning).chunk(2, dim=-1)  # [B, D] each
         output = self.final(modulate(self.final_norm(image), shift, scale))  # [B, N, C p p]
-        return unpatchify(output, height, width, self.config.patch_size)  # [B, C, h, w]
+        return as_output(unpatchify(output, height, width, self.config.patch_size), return_dict)  # [B, C, h, w]
 
     def conditioning(self, time: Tensor, pooled_text: Tensor, condition_index: Tensor) -> Tensor:
         """SiLU(E_time(t) + E_caption(pooled) + E_modality(m)), the input of every modulation, [B, D] (section 3.3)."""

@@ -124,9 +124,9 @@ def dynamic_shift(tokens: int, scheduler: Mapping[str, Any]) -> float:
 
     Args:
         tokens: image tokens, (h / 2)(w / 2).
-        scheduler: the scheduler's configuration; mu is linear in the tokens, `base_shift` at `base_image_seq_len` (0.5
-            at 256 in FLUX.1-dev) and `max_shift` at `max_image_seq_len` (1.15 at 4096).
+        scheduler: the scheduler's configuration; mu is linear in the tokens, `base_shift` at `base_image_seq_len` and
+            `max_shift` at `max_image_seq_len`. Default: those of FLUX.1-dev, 0.5 at 256 and 1.15 at 4096.
     """
-    low, high = scheduler["base_image_seq_len"], scheduler["max_image_seq_len"]
-    slope = (scheduler["max_shift"] - scheduler["base_shift"]) / (high - low)
-    return scheduler["base_shift"] + slope * (tokens - low)
+    low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
+    first, last = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
+    return first + (last - first) / (high - low) * (tokens - low)

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from likeness.conditions import CONDITIONS
-from likeness.types import ConditionInput, InputError
+from likeness.types import ConditionInput, InputError, TextFeatures
 
 
 def whole_number(value: Any, name: str) -> int:
@@ -63,6 +63,22 @@ def per_image(arguments: Mapping[str, Any], repeats: int) -> list[dict[str, Any]
             raise InputError(f"{len(values)} values of {name} do not match {count} of {longest}: pass one or {count}")
     rows = [{name: values[i % len(values)] for name, values in columns.items()} for i in range(count)]
     return [{name: value for name, value in row.items() if value is not None} for row in rows for _ in range(repeats)]
+
+
+def embedded(name: str, text: Any, tokens: Tensor | None, pooled: Tensor | None) -> Any:
+    """Return the embeddings of a prompt, tokens [B, L, D] and pooled [B, P], as one `TextFeatures` per image; the text
+    if there are none. Raises `InputError` if one is missing, their shapes do not match, or there is a text, too.
+    """
+    if tokens is None and pooled is None:
+        return text
+    if tokens is None or pooled is None:
+        raise InputError(f"{name}_embeds and its pooled embeddings belong together: pass both, from `encode_prompt`")
+    if text:
+        raise InputError(f"{name} {text!r} and {name}_embeds exclude each other: leave one out")
+    if tokens.ndim != 3 or pooled.ndim != 2 or len(tokens) != len(pooled):
+        shapes = f"{tuple(tokens.shape)} and {tuple(pooled.shape)}"
+        raise InputError(f"{name}_embeds and its pooled embeddings have shapes {shapes}, not [B, L, D] and [B, P]")
+    return [TextFeatures(*row) for row in zip(tokens.split(1), pooled.split(1), strict=True)]
 
 
 def named_conditions(images: Any) -> Any:

@@ -48,15 +48,20 @@ class MDiTFacePipeline(PortraitPipeline, FluxLoraLoaderMixin):
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->vae"
-    _optional_components: ClassVar = ["text_encoder_2", "tokenizer_2"]  # diffusers concatenates lists
+    _optional_components: ClassVar = [
+        "text_encoder",
+        "tokenizer",
+        "text_encoder_2",
+        "tokenizer_2",
+    ]  # a list in diffusers
     patch_size = PATCH
 
     def __init__(
         self,
         transformer: MDiTFaceTransformer,
         vae: AutoencoderDC | AutoencoderKL | AutoencoderTiny,
-        text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
+        text_encoder: CLIPTextModel | None,
+        tokenizer: CLIPTokenizer | None,
         scheduler: SchedulerMixin,
         text_encoder_2: T5EncoderModel | None = None,
         tokenizer_2: T5TokenizerFast | None = None,
@@ -100,11 +105,12 @@ class MDiTFacePipeline(PortraitPipeline, FluxLoraLoaderMixin):
         )
         self.loras: dict[str, dict[str, Any]] = {}  # LoRA -> how it was loaded, for recipes
 
-    def check_network(self, negatives: Sequence[str]) -> None:
+    def check_network(self, prompts: Sequence[Any], negatives: Sequence[Any]) -> None:
         """Raise `InputError` for negative prompts of a guidance-distilled network."""
         if self.transformer.config.guidance_embeds and any(negatives):
             found = next(filter(None, negatives))
-            raise InputError(f"A guidance-distilled network has no negative prompt: leave {found!r} out")
+            shown = repr(found) if isinstance(found, str) else "negative_prompt_embeds"
+            raise InputError(f"A guidance-distilled network has no negative prompt: leave {shown} out")
 
     def pass_function(self, batch: EncodedBatch, group: Sequence[int]) -> Callable[[int], Passes]:
         """Return the function from a step to the passes of a group of images: those with prompts, then those with
@@ -196,6 +202,15 @@ class MDiTFacePipeline(PortraitPipeline, FluxLoraLoaderMixin):
         unload_adapter(self)
         super().unload_lora_weights(*args, **kwargs)
         self.loras = {}
+
+    def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers, but rejected if weights are tied: its hooks look up each weight under one name only."""
+        if self.transformer.tied:
+            raise InputError(
+                "enable_sequential_cpu_offload is not supported, because the image and the spatial stream share their "
+                "weights: use enable_group_offload(onload_device, offload_type='leaf_level')"
+            )
+        super().enable_sequential_cpu_offload(*args, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in diffusers, but rejected while adapters are loaded: the folder could not be loaded again."""

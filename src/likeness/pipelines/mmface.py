@@ -83,9 +83,10 @@ class MMFacePipeline(PortraitPipeline):
         """Side of the network's patches, in latent pixels."""
         return self.transformer.config.patch_size
 
-    def check_network(self, negatives: Sequence[str]) -> None:
+    def check_network(self, prompts: Sequence[Any], negatives: Sequence[Any]) -> None:
         """Raise `InputError` if a component is missing, as in a converted folder."""
-        if missing := [name for name in self._optional_components if getattr(self, name) is None]:
+        needed = self._optional_components if any(isinstance(text, str) for text in prompts) else ("vae",)
+        if missing := [name for name in needed if getattr(self, name) is None]:
             raise InputError(
                 f"This checkpoint has no {' and no '.join(missing)}: convert it again with --text-encoder and --vae"
             )

@@ -18,9 +18,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
@@ -34,6 +37,7 @@ from likeness.objectives import make_objective
 from likeness.objectives.flow import dynamic_shift
 from likeness.pipelines.arguments import (
     condition_inputs,
+    embedded,
     named_conditions,
     noise_interval,
     number,
@@ -110,6 +114,11 @@ class PortraitPipeline(DiffusionPipeline):
 
     _callback_tensor_inputs: ClassVar = ["latents"]
 
+    def __init_subclass__(cls) -> None:
+        """Add the class where `DiffusionPipeline.from_pretrained` looks for the one that a folder names."""
+        super().__init_subclass__()
+        vars(diffusers)[cls.__name__] = cls
+
     def register_settings(
         self,
         known: Mapping[str, Any],
@@ -129,21 +138,36 @@ class PortraitPipeline(DiffusionPipeline):
         trained_sizes(settings)
         objective = dict(objective or {"name": "rectified_flow"})
         self.register_to_config(objective=objective, condition_resize=condition_resize, **settings)
+        if self.vae is not None and getattr(self.vae, "_group_offload_block_modules", None) is None:
+            # encoding and decoding do not run the autoencoder's own `forward`, at which diffusers loads the other parts
+            parts = [name for name in ("encoder", "decoder") if hasattr(self.vae, name)]
+            self.vae._group_offload_block_modules = parts or None
 
     @property
     def patch_size(self) -> int:
         """Side of the network's patches, in latent pixels."""
         raise NotImplementedError
 
-    def check_network(self, negatives: Sequence[str]) -> None:
+    @property
+    def vae_scale_factor(self) -> int:
+        """Side of a latent pixel in pixels of the image."""
+        return spatial_factor(self.vae)
+
+    @property
+    def image_processor(self) -> VaeImageProcessor:
+        """Converts images to and from tensors of a size that the network supports, as in diffusers."""
+        return VaeImageProcessor(vae_scale_factor=self.vae_scale_factor * self.patch_size)
+
+    def check_network(self, prompts: Sequence[Any], negatives: Sequence[Any]) -> None:
         """Raise `InputError` for requests that the network or its components do not support."""
         raise NotImplementedError
 
     def text_features(self, texts: Sequence[str]) -> TextFeatures:
         """Encode T distinct texts, tokens [T, L, D]."""
         second: dict[str, Any] = {name: getattr(self, name, None) for name in ("tokenizer_2", "text_encoder_2")}
-        limit, layer = self.config.max_text_tokens, self.config.text_layer
-        return encode_text(self.tokenizer, self.text_encoder, texts, max_tokens=limit, layer=layer, **second)
+        options = {"max_tokens": self.config.max_text_tokens, "layer": self.config.text_layer}
+        device = self._execution_device  # offloaded weights are elsewhere
+        return encode_text(self.tokenizer, self.text_encoder, texts, **options, **second, device=device)
 
     def pass_function(self, batch: EncodedBatch, group: Sequence[int]) -> Callable[[int], Passes]:
         """Return the function from a step to the passes of a group of images."""
@@ -172,6 +196,10 @@ class PortraitPipeline(DiffusionPipeline):
         num_images_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]] | None = None,
@@ -210,12 +238,16 @@ class PortraitPipeline(DiffusionPipeline):
             generator: One per image, or one for all, from which the images draw their noise in turn. Samplers that add
                 noise at every step use it, too.
             latents: Initial noise [B, C, h, w] instead of random noise.
+            prompt_embeds: Token embeddings [B, L, D] instead of `prompt`, from `encode_prompt`.
+            negative_prompt_embeds: Token embeddings [B, L, D] instead of `negative_prompt`.
+            pooled_prompt_embeds: Pooled embeddings [B, P], with `prompt_embeds`.
+            negative_pooled_prompt_embeds: Pooled embeddings [B, P], with `negative_prompt_embeds`.
             output_type: `pil`, `np` ([B, H, W, 3] in [0, 1]), `pt` ([B, 3, H, W] in [0, 1]) or `latent`; `sampling`
                 returns the `Sampling` before its first step, which the caller advances.
             return_dict: Whether to return a `PortraitOutput` or the tuple (images,).
             callback_on_step_end: Called as (pipeline, step, timestep, {"latents": ...}) after every step, with a copy
-                of this pipeline for the call. It may return other latents, and stops the loop by setting `_interrupt`
-                of the copy.
+                of this pipeline for the call. It may return other latents, change the guidance scale of the following
+                steps by setting `_guidance_scale` of the copy, and stop the loop by setting `_interrupt`.
             callback_on_step_end_tensor_inputs: Tensors for the callback: `latents`.
             encoded: Cache of encoded texts and conditions. Pass the same dict to several calls of this pipeline to
                 encode the same texts and the same condition objects once.
@@ -239,22 +271,35 @@ class PortraitPipeline(DiffusionPipeline):
             start=control_guidance_start,
             end=control_guidance_end,
         )
-        texts_of = {"prompt": prompt, "negative prompt": "" if negative_prompt is None else negative_prompt}
+        texts_of = {
+            "prompt": embedded("prompt", prompt, prompt_embeds, pooled_prompt_embeds),
+            "negative prompt": embedded(
+                "negative_prompt",
+                "" if negative_prompt is None else negative_prompt,
+                negative_prompt_embeds,
+                negative_pooled_prompt_embeds,
+            ),
+        }
         conditions: list[dict[str, Any]] = per_image({**texts_of, **controls}, num_images_per_prompt)
         prompts, negatives = ([row.pop(name) for row in conditions] for name in texts_of)
         for text in (*prompts, *negatives):
+            if isinstance(text, TextFeatures):
+                continue
             if not isinstance(text, str):
                 raise InputError(f"A prompt is {text!r}; it must be a string")
             try:
                 text.encode()
             except UnicodeEncodeError as error:  # lone surrogates: undecodable bytes of the command line
                 raise InputError(f"The prompt {text!r} is not valid UTF-8: check the terminal's encoding") from error
-        self.check_network(negatives)
+        self.check_network(prompts, negatives)
         width, height = generation_size(self.config, size, upscale=upscale, force_size=force_size)
         if (width, height) != size and output_type == "latent":
             raise InputError("Latents cannot be upscaled: choose another output_type, or leave upscale out")
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(height, width, steps, guidance, output_type, callback_on_step_end_tensor_inputs)
         self.check_guidance_model(guidance_model, auto_scale)
+        self.check_hooks()
         objective = make_objective(self.config.objective)
         objective.check_scheduler(self.scheduler)
         notes: list[str] = []
@@ -270,16 +315,18 @@ class PortraitPipeline(DiffusionPipeline):
         if guidance == 1 and any(negatives):
             notes.append("the negative prompt has no effect with guidance_scale 1: choose a larger one")
         seeds = seeds_of(generator, len(prompts))
-        options = (latents, guidance_interval, guidance_model, callback_on_step_end)
+        embeds = (prompt_embeds, negative_prompt_embeds)
+        options = (latents, guidance_interval, guidance_model, callback_on_step_end, *embeds)
         written = negatives
         if guidance == 1 or self.transformer.config.get("guidance_embeds"):
             negatives = prompts  # negative prompts have no effect
         call = copy.copy(self)  # components are shared, the state that callbacks see is not
-        call._interrupt = False
+        call._interrupt, call._guidance_scale = False, guidance
 
         # 2. Encode each distinct text and condition once
         encoded = {} if encoded is None else encoded
         texts = list(dict.fromkeys([*prompts, *negatives]))
+        number_of = {text: i for i, text in enumerate(texts)}
         text = self.encode_prompts(texts, prompts, encoded, notes)
         condition_latents, condition_ids, latent_indices = self.encode_conditions(
             conditions, height, width, text.tokens.device, encoded, notes
@@ -291,7 +338,10 @@ class PortraitPipeline(DiffusionPipeline):
         scheduler = copy.deepcopy(self.scheduler)  # its state belongs to this call
         own = type(scheduler) is type(objective.scheduler())
         schedule = objective.schedule(steps) if own else {"num_inference_steps": steps}
-        if scheduler.config.get("use_dynamic_shifting"):
+        if (
+            scheduler.config.get("use_dynamic_shifting")
+            and "mu" in inspect.signature(scheduler.set_timesteps).parameters
+        ):
             schedule["mu"] = dynamic_shift(latents[0, 0].numel() // self.patch_size**2, scheduler.config)
         scheduler.set_timesteps(**schedule, device=latents.device)
         latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
@@ -303,15 +353,16 @@ class PortraitPipeline(DiffusionPipeline):
         noise = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
 
         # 4. Plan the passes of every group of images
+        guidance_at = lambda scale: [scale if interval[0] <= level <= interval[1] else 1.0 for level in levels]  # noqa: E731
         batch = EncodedBatch(
             text=text,
-            prompts=[texts.index(text) for text in prompts],
-            negatives=[texts.index(text) for text in negatives],
+            prompts=[number_of[text] for text in prompts],
+            negatives=[number_of[text] for text in negatives],
             conditions=conditions,
             latent_indices=latent_indices,
             condition_latents=condition_latents,
             condition_ids=condition_ids,
-            guidance=[guidance if interval[0] <= level <= interval[1] else 1.0 for level in levels],
+            guidance=guidance_at(guidance),
             times=objective.model_time(times),
         )
         sampling = Sampling(
@@ -343,6 +394,12 @@ class PortraitPipeline(DiffusionPipeline):
                     tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, sampling.latents)
                     changed = callback_on_step_end(call, i, scheduler.timesteps[i], tensors) or {}
                     sampling.latents = changed.get("latents", sampling.latents)
+                    if guidance == 1 != call._guidance_scale and not self.transformer.config.get("guidance_embeds"):
+                        raise InputError(
+                            f"The callback set the guidance scale to {call._guidance_scale}, but the call started "
+                            "with 1, without negative prompts: start with another guidance_scale"
+                        )
+                    batch.guidance[i + 1 :] = guidance_at(call._guidance_scale)[i + 1 :]
                 progress.update()
 
         # 6. Decode
@@ -375,6 +432,16 @@ class PortraitPipeline(DiffusionPipeline):
         return self._num_timesteps
 
     @property
+    def guidance_scale(self) -> float:
+        """Text guidance scale of the current call, for callbacks."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the current call also evaluates the negative prompt, for callbacks."""
+        return self._guidance_scale != 1 and not self.transformer.config.get("guidance_embeds")
+
+    @property
     def interrupt(self) -> bool:
         """Whether a callback has stopped the current call."""
         return self._interrupt
@@ -403,7 +470,20 @@ class PortraitPipeline(DiffusionPipeline):
         if output_type not in ("pil", "np", "pt", "latent", "sampling"):
             raise InputError(f"output_type is {output_type!r}; choose pil, np, pt, latent or sampling")
         if unknown := sorted(set(tensor_inputs) - set(self._callback_tensor_inputs)):
-            raise InputError(f"Callbacks receive {self._callback_tensor_inputs}, not {unknown}")
+            raise InputError(
+                f"Callbacks receive {', '.join(self._callback_tensor_inputs)}, not {', '.join(unknown)}. "
+                "To disable guidance, set pipeline._guidance_scale to 1 in the callback"
+            )
+
+    def check_hooks(self) -> None:
+        """Raise `InputError` for diffusers' caches between steps: they assume that every step runs the same passes."""
+        registries = (getattr(module, "_diffusers_hook", None) for module in self.transformer.modules())
+        hooks = (hook for registry in registries if registry is not None for hook in registry.hooks.values())
+        if cache := next((hook for hook in hooks if hook._is_stateful), None):
+            raise InputError(
+                f"The transformer has a {type(cache).__name__}: caches between steps are not supported, because steps "
+                "run different passes; load the pipeline again without it"
+            )
 
     def check_guidance_model(self, guidance_model: Any, scale: float) -> None:
         """Raise `InputError` if a network cannot be used for autoguidance."""
@@ -418,24 +498,59 @@ class PortraitPipeline(DiffusionPipeline):
         if different := [name for name, value in ours.items() if theirs.get(name) != value]:
             raise InputError(f"guidance_model has another {different[0]} than the network: both must be equal")
 
+    @torch.no_grad()
+    def encode_prompt(
+        self, prompt: str | Sequence[str] = "", negative_prompt: str | Sequence[str] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Encode prompts for several calls, so that the text encoders can be removed from memory.
+
+        Args:
+            prompt: Text prompt, or a list of B.
+            negative_prompt: What the images should not show, likewise.
+
+        Returns:
+            prompt_embeds [B, L, D], negative_prompt_embeds [B, L, D], pooled_prompt_embeds [B, P] and
+            negative_pooled_prompt_embeds [B, P], as in diffusers' Stable Diffusion 3.
+        """
+        rows = per_image({"prompt": prompt, "negative": negative_prompt or ""}, 1)
+        texts = [row["prompt"] for row in rows] + [row["negative"] for row in rows]
+        distinct = list(dict.fromkeys(texts))
+        text = self.encode_prompts(distinct, [], {}, [])
+        columns = (x[[distinct.index(each) for each in texts]].chunk(2) for x in text)  # [2 B, L, D], [2 B, P]
+        (tokens, negative_tokens), (pooled, negative_pooled) = columns
+        return tokens, negative_tokens, pooled, negative_pooled
+
     def encode_prompts(
-        self, texts: Sequence[str], prompts: Sequence[str], encoded: dict[Any, Any], notes: list[str]
+        self, texts: Sequence[str | TextFeatures], prompts: Sequence[Any], encoded: dict[Any, Any], notes: list[str]
     ) -> TextFeatures:
-        """Encode distinct texts, tokens [T, L, D]; add notes on truncated words."""
-        limit = self.config.max_text_tokens
-        for text in texts:
+        """Encode distinct texts, tokens [T, L, D], if they are not embeddings; add notes on truncated words."""
+        limit, written = self.config.max_text_tokens, [text for text in texts if isinstance(text, str)]
+        if written and (self.text_encoder is None or self.tokenizer is None):
+            raise InputError(
+                f"This pipeline has no text encoder for {written[0]!r}: pass prompt_embeds and negative_prompt_embeds"
+            )
+        for text in written:
             if match := SYNTAX.search(text):
                 notes.append(f"{match[0]!r} is read as plain text: weights and LoRA tags in prompts are not supported")
             if cut := truncated_text(getattr(self, "tokenizer_2", None) or self.tokenizer, text, limit):
                 which = "prompt" if text in prompts else "negative prompt"
                 notes.append(f"the {which} is longer than {limit} tokens; truncated: {cut!r}")
-        if new := [text for text in texts if ("text", text) not in encoded]:
+        if new := [text for text in written if ("text", text) not in encoded]:
             features = self.text_features(new)
             for i, text in enumerate(new):
                 encoded["text", text] = TextFeatures(*(x[i : i + 1] for x in features))
-        tokens, pooled = (torch.cat(parts) for parts in zip(*(encoded["text", text] for text in texts), strict=True))
+        found = [encoded["text", text] if isinstance(text, str) else text for text in texts]
+        config = self.transformer.config
+        widths = config.get("joint_attention_dim", config.get("text_dim")), config.get("pooled_projection_dim")
+        for tokens, pooled in found:
+            wanted = found[0].tokens.shape[1], widths[0], widths[1] or widths[0]
+            if (*tokens.shape[1:], pooled.shape[1]) != wanted:
+                raise InputError(
+                    f"The embeddings of a prompt have {tokens.shape[1]} tokens and widths {tokens.shape[2]} and "
+                    f"{pooled.shape[1]}; this call requires {wanted[0]} tokens and widths {wanted[1]} and {wanted[2]}"
+                )
         device, dtype = self._execution_device, self.transformer.dtype
-        return TextFeatures(tokens.to(device, dtype), pooled.to(device, dtype))
+        return TextFeatures(*(torch.cat([x.to(device, dtype) for x in part]) for part in zip(*found, strict=True)))
 
     def encode_conditions(
         self,
