@@ -27,7 +27,9 @@ from likeness.pipelines.editing.langevin import renoised
 from likeness.pipelines.image_recipe import COMPOSITE, XMP_KEY, decode_raw, encode_raw, read_recipe, write_image
 from likeness.pipelines.load import load
 from likeness.prepare.edit import Change, edit_photo, open_photo
+from likeness.train import loop
 from likeness.types import InputError, PortraitRequest
+from runs import small
 
 FACE, OTHER = draw_face(0, 0, 32), draw_face(0, 1, 32)
 
@@ -42,12 +44,13 @@ def with_objective(pipeline, objective):
     return pipeline
 
 
+NAMES = ("mask", "sketch", "photo", "none")
 PIPELINES = {
-    "mmface": tiny_pipeline,
-    "mditface": tiny_mditface_pipeline,
-    "dpm++": lambda: with_objective(tiny_pipeline(), RectifiedFlow(sampler="dpm++")),
-    "renoise": lambda: with_objective(tiny_pipeline(), RectifiedFlow(sampler="renoise")),
-    "ddpm": lambda: with_objective(tiny_pipeline(), DDPM()),
+    "mmface": lambda: tiny_pipeline(NAMES),
+    "mditface": lambda: tiny_mditface_pipeline(condition_names=NAMES),
+    "dpm++": lambda: with_objective(tiny_pipeline(NAMES), RectifiedFlow(sampler="dpm++")),
+    "renoise": lambda: with_objective(tiny_pipeline(NAMES), RectifiedFlow(sampler="renoise")),
+    "ddpm": lambda: with_objective(tiny_pipeline(NAMES), DDPM()),
 }
 
 
@@ -85,6 +88,27 @@ def test_methods(name, method):
         assert torch.equal(whole.images, plain.images)
 
 
+@pytest.mark.parametrize("name", ["mmface", "mditface"])
+def test_inpainting_sees_photograph_and_mask(name):
+    """The network's only condition is the image outside the region, and inside it the mask, or zeros without one."""
+    pipeline, region = PIPELINES[name](), np.zeros((4, 4), np.uint8)
+    region[0, 2:] = 255
+    seen = []
+    pipeline.transformer.register_forward_pre_hook(lambda *call: seen.append(call[2]), with_kwargs=True)
+    arguments = {"image": FACE.image, "mask_image": region, "method": "inpainting", "guidance_scale": 1.0}
+    images = to_tensor([FACE.image]), to_tensor([CONDITIONS["mask"].render(OTHER.mask, 32, 32)])
+    clean, wanted = map(pipeline.codec.encode, images)
+    inside = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+    inside[..., :2, 2:] = True
+    for control, filling in (({"mask": OTHER.mask}, wanted), (None, 0 * clean)):
+        edit(pipeline, "hair", control_image=control, num_inference_steps=1, generator=seeded(), **arguments)
+        condition = seen[-1]
+        assert condition["condition_index"].tolist() == [[NAMES.index("photo")]]
+        assert torch.equal(condition["condition_latents"][:, 0], torch.where(inside, filling, clean))
+    with pytest.raises(InputError, match="only a mask as condition: leave sketch out"):
+        edit(pipeline, control_image={"sketch": OTHER.sketch}, **arguments)
+
+
 @pytest.mark.parametrize("method", DESCRIBED)
 def test_equal_descriptions_change_nothing(method):
     """An inversion reports its error, which is small."""
@@ -120,6 +144,7 @@ def test_a_langevin_step_keeps_the_marginal(objective):
         ({"mask_image": np.zeros((8, 8), np.uint8)}, "mask_image is all black"),
         ({"image": FACE.image[:16]}, "the image to edit is 32x16, but the image is 32x32"),
         ({"num_inference_steps": 0}, "number of steps is 0"),
+        ({"method": "inpainting"}, "inpainting requires a network with the condition photo, .* recipes/inpaint_mini"),
     ],
 )
 def test_rejected_arguments(changes, said):
@@ -288,6 +313,20 @@ def test_masks_and_whole_portraits(model, tmp_path, capsys):
     assert sizes[1] < sizes[0] < SIDE**2
     assert sizes[-1] == SIDE**2
     assert recipe["edit"]["strength"] == 0.5
+
+
+def test_inpainting_with_a_trained_model(prepared_faces, tmp_path, capsys):
+    """A model that was trained with holes edits and replays through the command line; another is rejected."""
+    recipe = small(prepared_faces, {"mask": 0.5, "photo": 0.5}, optimizer={"images": 8})
+    photo, model = saved(face_image(), tmp_path / "a.png"), loop.train(recipe, tmp_path / "run")
+    command = ("edit", photo, "--region", "hair", "--method", "inpainting", "--seed", 4, "--out", tmp_path / "b.png")
+    assert run(*command, "--model", model) == 0, capsys.readouterr().err
+    again = ("replay", tmp_path / "b.png", "--photo", photo, "--out", tmp_path / "c.png", "--model", model)
+    assert run(*again) == 0, capsys.readouterr().err
+    assert (tmp_path / "b.png").read_bytes() == (tmp_path / "c.png").read_bytes()
+    assert run(*command[:-2], "--out", tmp_path / "d.png", "--model", "mmface-mini") == 2
+    assert "inpainting requires a network with the condition photo" in capsys.readouterr().err
+    assert not (tmp_path / "d.png").exists()
 
 
 def deep(image: Image.Image) -> Image.Image:

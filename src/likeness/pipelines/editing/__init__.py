@@ -19,11 +19,12 @@ from likeness.objectives.flow import RectifiedFlow
 from likeness.pipelines.arguments import number
 from likeness.pipelines.editing.base import Editing
 from likeness.pipelines.editing.flow_edit import flow_edit
+from likeness.pipelines.editing.inpainting import inpainting
 from likeness.pipelines.editing.inversion import inversion
 from likeness.pipelines.editing.langevin import langevin
 from likeness.pipelines.editing.replacement import image_to_image, replacement
 from likeness.pipelines.portrait import PortraitOutput
-from likeness.types import InputError, suggestion
+from likeness.types import PHOTO, InputError, suggestion
 
 Result = TypeVar("Result")
 OnStep = Callable[[int, int], None] | None
@@ -34,6 +35,7 @@ METHODS: dict[str, Callable[[Editing], Iterator[None]]] = {
     "langevin": langevin,
     "flow_edit": flow_edit,
     "inversion": inversion,
+    "inpainting": inpainting,
 }
 """Name -> method, which advances `Editing.target` to its end and yields after every step."""
 
@@ -115,6 +117,11 @@ def edit_steps(
     strength = number(strength, "strength")
     if not 0 < strength <= 1:
         raise InputError(f"strength is {strength:g}; it must be greater than 0 and at most 1")
+    if method == "inpainting" and PHOTO not in pipeline.transformer.config.condition_names:
+        raise InputError(
+            "inpainting requires a network with the condition photo, and this model has none: train one with "
+            "recipes/inpaint_mini.toml, or choose the method replacement"
+        )
     target = pipeline(prompt, generator=generator, output_type="sampling", **arguments)
     if getattr(target.scheduler, "init_noise_sigma", 1.0) != 1.0:
         name = type(target.scheduler).__name__
