@@ -50,9 +50,9 @@ def main() -> None:
     tokens, channels = components.settings["max_text_tokens"], stores[0][0].latents.shape[0]
     model: Any = build_network(recipe, channels=channels, text_dim=width, pooled_dim=width, text_tokens=tokens)
     state = TrainState(model=model, optimizers=make_optimizers(model, recipe.optimizer), emas=[Ema(model, 0.1)])
-    objective, batch = make_objective(recipe.objective), recipe.optimizer.batch
+    objective, batch, patch = make_objective(recipe.objective), recipe.optimizer.batch, recipe.network.patch_size
     names, starts = list(model.config.condition_names), range(0, 10**9, batch)
-    batches = read_batches(recipe, stores, names, components.settings, SINGLE_PROCESS, starts, batch)
+    batches = read_batches(recipe, stores, names, components.settings, SINGLE_PROCESS, starts, batch, patch)
 
     def step(one: Any) -> None:
         one = one.with_text(components)

@@ -79,11 +79,16 @@ def test_mask_tools(workplace, capsys):
 
 
 def test_editing(workplace, capsys):
-    lines = commands((ROOT / "docs" / "editing.md").read_text())
+    text = (ROOT / "docs" / "editing.md").read_text()
+    lines = commands(text)
     assert len(lines) >= 6
     for line in lines:
         assert run(shlex.split(line)[1:]) == 0, f"{line}: {capsys.readouterr().err}"
         assert capsys.readouterr().out.rstrip().endswith(("pixels changed outside it: 0", "bit-identical")), line
+    (python,) = blocks("python", text)
+    names: dict = {}
+    exec(compile(python, "editing.md", "exec"), names)
+    assert [image.size for image in (*names["images"], names["changed"])] == [(128, 128)] * 3
 
 
 def test_own_photos(workplace, capsys):

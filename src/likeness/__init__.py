@@ -20,6 +20,12 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from likeness.models.mditface import MDiTFaceTransformer
     from likeness.models.mmface import MMFaceTransformer
+    from likeness.pipelines.editing.pipelines import (
+        MDiTFaceImg2ImgPipeline,
+        MDiTFaceInpaintPipeline,
+        MMFaceImg2ImgPipeline,
+        MMFaceInpaintPipeline,
+    )
     from likeness.pipelines.load import load
     from likeness.pipelines.mditface import MDiTFacePipeline
     from likeness.pipelines.mmface import MMFacePipeline
@@ -27,8 +33,12 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "InputError": "likeness.types",
+    "MDiTFaceImg2ImgPipeline": "likeness.pipelines.editing.pipelines",
+    "MDiTFaceInpaintPipeline": "likeness.pipelines.editing.pipelines",
     "MDiTFacePipeline": "likeness.pipelines.mditface",
     "MDiTFaceTransformer": "likeness.models.mditface",
+    "MMFaceImg2ImgPipeline": "likeness.pipelines.editing.pipelines",
+    "MMFaceInpaintPipeline": "likeness.pipelines.editing.pipelines",
     "MMFacePipeline": "likeness.pipelines.mmface",
     "MMFaceTransformer": "likeness.models.mmface",
     "PortraitRequest": "likeness.types",
@@ -37,8 +47,12 @@ _MODULES = {
 
 __all__ = [
     "InputError",
+    "MDiTFaceImg2ImgPipeline",
+    "MDiTFaceInpaintPipeline",
     "MDiTFacePipeline",
     "MDiTFaceTransformer",
+    "MMFaceImg2ImgPipeline",
+    "MMFaceInpaintPipeline",
     "MMFacePipeline",
     "MMFaceTransformer",
     "PortraitRequest",

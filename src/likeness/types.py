@@ -15,6 +15,11 @@ DtypeName = Literal["auto", "fp32", "bf16", "fp16"]
 """Dtype of a computation; `auto` depends on the device (`likeness.device.choose_dtype`)."""
 
 
+PHOTO = "photo"
+"""Condition of networks that fill holes: latents of the photograph outside a region, inside it those of the mask, or
+zeros. It is computed (`likeness.pipelines.editing.inpainting`), never read from a file."""
+
+
 Progress = Callable[[int, int], None]
 """Called as (items done, total)."""
 

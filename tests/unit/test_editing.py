@@ -15,6 +15,14 @@ from scipy import ndimage
 from test_images import swap_primaries
 
 from builders import run, tiny_mditface_pipeline, tiny_pipeline
+from likeness import (
+    MDiTFaceImg2ImgPipeline,
+    MDiTFaceInpaintPipeline,
+    MDiTFacePipeline,
+    MMFaceImg2ImgPipeline,
+    MMFaceInpaintPipeline,
+    MMFacePipeline,
+)
 from likeness.annotators.face_parser import load_face_parser
 from likeness.conditions import CONDITIONS
 from likeness.conditions.framing import TRAINED
@@ -27,7 +35,9 @@ from likeness.pipelines.editing.langevin import renoised
 from likeness.pipelines.image_recipe import COMPOSITE, XMP_KEY, decode_raw, encode_raw, read_recipe, write_image
 from likeness.pipelines.load import load
 from likeness.prepare.edit import Change, edit_photo, open_photo
+from likeness.train import loop
 from likeness.types import InputError, PortraitRequest
+from runs import small
 
 FACE, OTHER = draw_face(0, 0, 32), draw_face(0, 1, 32)
 
@@ -42,12 +52,13 @@ def with_objective(pipeline, objective):
     return pipeline
 
 
+NAMES = ("mask", "sketch", "photo", "none")
 PIPELINES = {
-    "mmface": tiny_pipeline,
-    "mditface": tiny_mditface_pipeline,
-    "dpm++": lambda: with_objective(tiny_pipeline(), RectifiedFlow(sampler="dpm++")),
-    "renoise": lambda: with_objective(tiny_pipeline(), RectifiedFlow(sampler="renoise")),
-    "ddpm": lambda: with_objective(tiny_pipeline(), DDPM()),
+    "mmface": lambda: tiny_pipeline(NAMES),
+    "mditface": lambda: tiny_mditface_pipeline(condition_names=NAMES),
+    "dpm++": lambda: with_objective(tiny_pipeline(NAMES), RectifiedFlow(sampler="dpm++")),
+    "renoise": lambda: with_objective(tiny_pipeline(NAMES), RectifiedFlow(sampler="renoise")),
+    "ddpm": lambda: with_objective(tiny_pipeline(NAMES), DDPM()),
 }
 
 
@@ -85,6 +96,27 @@ def test_methods(name, method):
         assert torch.equal(whole.images, plain.images)
 
 
+@pytest.mark.parametrize("name", ["mmface", "mditface"])
+def test_inpainting_sees_photograph_and_mask(name):
+    """The network's only condition is the image outside the region, and inside it the mask, or zeros without one."""
+    pipeline, region = PIPELINES[name](), np.zeros((8, 8), np.uint8)
+    region[:2, 4:] = 255
+    seen = []
+    pipeline.transformer.register_forward_pre_hook(lambda *call: seen.append(call[2]), with_kwargs=True)
+    arguments = {"image": FACE.image, "mask_image": region, "method": "inpainting", "guidance_scale": 1.0}
+    images = to_tensor([FACE.image]), to_tensor([CONDITIONS["mask"].render(OTHER.mask, 32, 32)])
+    clean, wanted = map(pipeline.codec.encode, images)
+    inside = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+    inside[..., :2, 2:] = True
+    for control, filling in (({"mask": OTHER.mask}, wanted), (None, 0 * clean)):
+        edit(pipeline, "hair", control_image=control, num_inference_steps=1, generator=seeded(), **arguments)
+        condition = seen[-1]
+        assert condition["condition_index"].tolist() == [[NAMES.index("photo")]]
+        assert torch.equal(condition["condition_latents"][:, 0], torch.where(inside, filling, clean))
+    with pytest.raises(InputError, match="only a mask as condition: leave sketch out"):
+        edit(pipeline, control_image={"sketch": OTHER.sketch}, **arguments)
+
+
 @pytest.mark.parametrize("method", DESCRIBED)
 def test_equal_descriptions_change_nothing(method):
     """An inversion reports its error, which is small."""
@@ -120,11 +152,126 @@ def test_a_langevin_step_keeps_the_marginal(objective):
         ({"mask_image": np.zeros((8, 8), np.uint8)}, "mask_image is all black"),
         ({"image": FACE.image[:16]}, "the image to edit is 32x16, but the image is 32x32"),
         ({"num_inference_steps": 0}, "number of steps is 0"),
+        ({"method": "inpainting"}, "inpainting requires a network with the condition photo, .* recipes/inpaint_mini"),
     ],
 )
 def test_rejected_arguments(changes, said):
     with pytest.raises(InputError, match=said):
         edit(tiny_pipeline(), **{"image": FACE.image, **changes})
+
+
+CLASSES = {
+    "mmface": (MMFacePipeline, MMFaceInpaintPipeline, MMFaceImg2ImgPipeline),
+    "mditface": (MDiTFacePipeline, MDiTFaceInpaintPipeline, MDiTFaceImg2ImgPipeline),
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_classes_of_diffusers(name, tmp_path):
+    """They share everything with the text-to-image pipeline, are `edit`, and save its folder."""
+    generation, inpaint_class, image_class = CLASSES[name]
+    pipeline, region = PIPELINES[name](), np.zeros((8, 8), np.uint8)
+    region[:2, 4:] = 255
+    pipeline.source = {"model": "tiny"}
+    inpaint = inpaint_class.from_pipe(pipeline)
+    changing = image_class.from_pipe(inpaint, scheduler=RectifiedFlow(sampler="dpm++").scheduler())
+    back = generation.from_pipe(changing)
+    for other in (inpaint, changing, back):
+        assert other.config.defaults == pipeline.config.defaults
+        assert other.source == pipeline.source
+        same = {key: other.components[key] is component for key, component in pipeline.components.items()}
+        assert all(same[key] for key in same if key != "scheduler"), same
+    assert type(back) is generation
+    assert type(pipeline.scheduler) is not type(back.scheduler)
+    options = {"control_image": {"mask": OTHER.mask}, "num_inference_steps": 2}
+
+    found = inpaint("hair", FACE.image, region, generator=seeded(), **options).images[0]
+    wanted = edit(pipeline, "hair", image=FACE.image, mask_image=region, generator=seeded(), **options).images[0]
+    assert np.array_equal(found, wanted)
+    (images,) = changing("hair", FACE.image, strength=0.5, generator=seeded(), return_dict=False, **options)
+    wanted = edit(back, "hair", image=FACE.image, strength=0.5, generator=seeded(), **options)
+    assert np.array_equal(images[0], wanted.images[0])
+    assert type(inpaint("hair", FACE.image, region, method="flow_edit", **options).images[0]) is Image.Image
+
+    inpaint.save_pretrained(tmp_path)
+    assert type(load(tmp_path)) is generation
+    again = inpaint_class.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert np.array_equal(again("hair", FACE.image, region, generator=seeded(), **options).images[0], found)
+    for strength in (0, 2):
+        with pytest.raises(InputError, match=f"strength is {strength}; it must be greater than 0 and at most 1"):
+            changing("hair", FACE.image, strength=strength)
+    with pytest.raises(InputError, match="image is None; it must be a path"):
+        changing("hair")
+    for other in CLASSES.values():
+        if other[0] is not generation:
+            with pytest.raises(InputError, match="the networks differ"):
+                other[1].from_pipe(pipeline)
+
+
+def test_batches_and_forms_of_images():
+    """One image and mask per prompt, each image several times; all forms of an image are the same."""
+    pipeline = MMFaceInpaintPipeline.from_pipe(tiny_pipeline())
+    region, faces = np.zeros((2, 32, 32), bool), [FACE.image, OTHER.image]
+    region[0, :8], region[1, 16:] = True, True
+    options = {"output_type": "latent", "num_inference_steps": 2}
+    single = [
+        pipeline("hair", faces[i], region[i], generator=seeded(2 * i + j), **options).images[0]
+        for i in range(2)
+        for j in range(2)
+    ]
+    floats = np.stack(faces).astype(np.float32) / 255
+    tensors = torch.from_numpy(floats).movedim(-1, 1)
+    for images, masks in (
+        (faces, list(region)),
+        ([Image.fromarray(face) for face in faces], [Image.fromarray(mask) for mask in region]),
+        (np.stack(faces), region[..., None]),
+        (floats, list(region * 255.0)),
+        (tensors, torch.from_numpy(region)[:, None].float()),
+        (list((255 * tensors).byte()), list(torch.from_numpy(region).byte() * 255)),
+    ):
+        generators = [seeded(seed) for seed in range(4)]
+        found = pipeline("hair", images, masks, num_images_per_prompt=2, generator=generators, **options)
+        assert all(torch.equal(one, other) for one, other in zip(found.images, single, strict=True))
+    with pytest.raises(InputError, match="2 values of image do not match 3 of prompt"):
+        pipeline(["a", "b", "c"], faces)
+    with pytest.raises(InputError, match=r"mask_image has shape \[2, 2, 2\]"):
+        pipeline("a", FACE.image, np.zeros((2, 2, 2)))
+
+
+def test_sizes_of_images():
+    """An image is resized to the size of the call, which must be a trained one, or is upscaled."""
+    pipeline, large = MMFaceImg2ImgPipeline.from_pipe(tiny_pipeline()), Image.fromarray(FACE.image).resize((96, 96))
+    assert pipeline("", large).images[0].size == (32, 32)
+    assert pipeline("", large, width=48, height=48, upscale=True).images[0].size == (48, 48)
+    assert pipeline("", large, width=48, height=48, force_size=True, output_type="latent").images.shape[-1] == 6
+    with pytest.raises(InputError, match="48x48"):
+        pipeline("", large, width=48, height=48)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_callbacks(method):
+    """They see every step, can replace the latents and stop the edit; the pipeline keeps no state."""
+    pipeline = MMFaceInpaintPipeline.from_pipe(PIPELINES["mmface"]())
+    options = {"method": method, "strength": 0.5, "generator": seeded(), "output_type": "latent"}
+    seen = []
+
+    def callback(call, step, timestep, tensors):
+        seen.append((step, float(timestep), call.num_timesteps, tuple(tensors)))
+        call._interrupt = interrupt
+        return {"latents": torch.full_like(tensors["latents"], 7.0)}
+
+    interrupt = False
+    ended = pipeline("hair", FACE.image, callback_on_step_end=callback, **options)
+    assert [(step, total, names) for step, _, total, names in seen] == [(0, 2, ("latents",)), (1, 2, ("latents",))]
+    assert seen[0][1] > seen[1][1] > 0
+    assert (ended.images == 7).all()
+    interrupt = True
+    pipeline("hair", FACE.image, callback_on_step_end=callback, **options)
+    assert len(seen) == 3
+    assert not hasattr(pipeline, "_interrupt")
+    with pytest.raises(InputError, match="Callbacks receive"):
+        pipeline("hair", FACE.image, callback_on_step_end_tensor_inputs=["noise"])
 
 
 # Photographs
@@ -288,6 +435,20 @@ def test_masks_and_whole_portraits(model, tmp_path, capsys):
     assert sizes[1] < sizes[0] < SIDE**2
     assert sizes[-1] == SIDE**2
     assert recipe["edit"]["strength"] == 0.5
+
+
+def test_inpainting_with_a_trained_model(prepared_faces, tmp_path, capsys):
+    """A model that was trained with holes edits and replays through the command line; another is rejected."""
+    recipe = small(prepared_faces, {"mask": 0.5, "photo": 0.5}, optimizer={"images": 8})
+    photo, model = saved(face_image(), tmp_path / "a.png"), loop.train(recipe, tmp_path / "run")
+    command = ("edit", photo, "--region", "hair", "--method", "inpainting", "--seed", 4, "--out", tmp_path / "b.png")
+    assert run(*command, "--model", model) == 0, capsys.readouterr().err
+    again = ("replay", tmp_path / "b.png", "--photo", photo, "--out", tmp_path / "c.png", "--model", model)
+    assert run(*again) == 0, capsys.readouterr().err
+    assert (tmp_path / "b.png").read_bytes() == (tmp_path / "c.png").read_bytes()
+    assert run(*command[:-2], "--out", tmp_path / "d.png", "--model", "mmface-mini") == 2
+    assert "inpainting requires a network with the condition photo" in capsys.readouterr().err
+    assert not (tmp_path / "d.png").exists()
 
 
 def deep(image: Image.Image) -> Image.Image:

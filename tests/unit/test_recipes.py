@@ -46,6 +46,7 @@ PARAMETERS = {
     "mmface_512_ddpm": 1_345_299_776,
     "finetune_mini": 10_923_328,
     "add_keypoints": 4 * 192,
+    "inpaint_mini": 10_923_328 + 192,
 }
 """The published 1,345,298,624 and the embedding of `none`."""
 

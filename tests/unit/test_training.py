@@ -86,11 +86,42 @@ def test_several_conditions_at_once():
     assert (batch.clean == -0.5).all()
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_resume_is_exact(root, tmp_path, name):
+def test_photo_condition():
+    """Mask or zeros in a random region of whole tokens, the image outside it, with the draws of the position."""
+    image, mask = torch.randn(2, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+    data = DataRecipe(shards=(), condition_probabilities={"mask+photo": 1.0})
+    mean, std = torch.full((1, 2, 1, 1), 1.5), torch.full((1, 2, 1, 1), 2.0)
+    n, samples = 400, [Sample(image, {"mask": mask}, []), Sample(image, {}, [])]
+    batch, whole, short = (
+        make_batch(samples * (count // 2), range(count), data, ["mask", "photo"], mean, std, 0, patch_size)
+        for count, patch_size in ((n, 4), (n, 2), (2, 4))
+    )
+    assert torch.equal(batch.condition_latents[:2], short.condition_latents)
+    assert batch.condition_index[:2].tolist() == [[0, 1], [1, -1]]
+    image, mask = ((one - mean[0]) / std[0] for one in (image, mask))
+    sizes, zeros = [], 0
+    for item in range(n):
+        photo = batch.condition_latents[item, 1 - item % 2]  # [C, h, w]
+        region = (photo != image).any(dim=0)  # [h, w]
+        tokens = region[::4, ::4]
+        assert torch.equal(region, tokens.repeat_interleave(4, 0).repeat_interleave(4, 1))
+        zeros += bool((photo[:, region] == 0).all())
+        assert torch.equal(photo[:, region], 0 * mask[:, region]) or torch.equal(photo[:, region], mask[:, region])
+        assert item % 2 == 0 or (photo[:, region] == 0).all()  # the second face has no mask
+        sizes.append(tokens.float().mean().item())
+    assert 0.5 < zeros / n < 0.7
+    assert min(sizes) > 0
+    assert max(sizes) < 1
+    assert np.mean(np.array(sizes) <= 0.6) > 0.85
+    assert np.std(sizes) > 0.15
+    assert (whole.condition_latents[:, :, :, 2:4] != batch.condition_latents[:, :, :, 2:4]).any()
+
+
+@pytest.mark.parametrize(("name", "probabilities"), [("adamw", None), ("muon", {"mask": 0.3, "photo": 0.7})])
+def test_resume_is_exact(root, tmp_path, name, probabilities):
     """Killed after a checkpoint, then stopped by SIGTERM: bit-identical weights, EMA, optimizer states and previews."""
     preview = [{"prompt": "a face", "mask": f"{root}/faces/train/masks/000000.png", "seed": 5}]
-    recipe = small(root, optimizer={"name": name}, preview=preview)
+    recipe = small(root, probabilities, optimizer={"name": name}, preview=preview)
     train = lambda run: loop.train(recipe, run)  # noqa: E731
     check_resume(train, tmp_path, killed_after_checkpoint(), sigterm_in_step(3, 20))
     assert [int(path.name) for path in checkpoints(tmp_path / "parts")] == [20, 24]

@@ -41,7 +41,7 @@ class Edit(ModelOptions):
     """Fraction of the steps that run, greater than 0, at most 1; smaller stays closer to the photograph. Default: 1. On
     its own it changes the whole face (image to image)."""
     method: str | None = None
-    """replacement, image_to_image, langevin, flow_edit or inversion. Default: replacement."""
+    """replacement, image_to_image, langevin, flow_edit, inversion or inpainting. Default: replacement."""
     face: int | None = None
     """Number of the face by size. Default: 1, the largest."""
     landmarker: Path | None = None

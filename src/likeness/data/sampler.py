@@ -24,8 +24,8 @@ class Sampler:
 
 
 def stream(seed: int, position: int) -> np.random.Generator:
-    """Return the random numbers of one sample, in this order: caption, dropout, condition, time, noise and, if the
-    autoencoder returns a distribution, the latent.
+    """Return the random numbers of one sample, in this order: caption, dropout, condition, time, noise, if the
+    autoencoder returns a distribution the latent, and if the condition is a photo its region.
     """
     # The 1 separates them from the orders of the sampler; only position 0 and epoch 1 share numbers, without effect.
     return np.random.default_rng([seed, 1, position])

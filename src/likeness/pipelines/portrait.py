@@ -426,6 +426,26 @@ class PortraitPipeline(DiffusionPipeline):
         output = PortraitOutput(images=images, notes=notes, requests=requests, pipeline=call)
         return output if return_dict else cast(Any, (images,))
 
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **changes: Any) -> Any:
+        """Return a pipeline of this class with the components, settings, LoRAs and offloading of another one. Weights
+        are not copied, and converted only with `dtype`.
+
+        Args:
+            pipeline: A pipeline of the same network, for text to image or for editing.
+            changes: Other components, such as `scheduler`, and `dtype`.
+
+        Raises:
+            InputError: The pipeline has another network.
+        """
+        if type(pipeline).__init__ is not cls.__init__:
+            raise InputError(f"A {cls.__name__} cannot be made from a {type(pipeline).__name__}: the networks differ")
+        dtype = changes.pop("dtype", changes.pop("torch_dtype", None))
+        new = copy.copy(pipeline)
+        new.__class__ = cls
+        new.register_modules(**changes)
+        return new if dtype is None else new.to(dtype=dtype)
+
     @property
     def num_timesteps(self) -> int:
         """Number of steps of the current call, for callbacks."""

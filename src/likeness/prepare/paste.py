@@ -38,6 +38,9 @@ ON_SKIN = (*INSIDE, "eye_g")
 BAND = 256
 """Rows of the photo that are blended at a time, to bound the memory."""
 
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom in pixels."""
+
 
 def paste_file(
     portrait: Path,
@@ -162,28 +165,54 @@ def paste_portrait(
     padded = np.pad(portrait, ((rim, rim), (rim, rim), (0, 0)), mode="edge")
     weights = None if weight is None else np.pad(weight, rim, mode="edge")
     result = photo.copy()
-    for rows, columns, places in bands(transform, side, width, height):
-        inside = np.minimum(places, side - places).min(axis=-1) / (feather * side)
-        share = smooth(inside)[..., None]  # [h, w, 1]
-        offset = move(np.array([columns.start, rows.start]), transform) + rim
+
+    def resampled(image: np.ndarray, left: int, top: int, right: int, bottom: int) -> np.ndarray:
+        """Resample a padded image to a rectangle of the photo."""
+        offset = move(np.array([left, top]), transform) + rim
         local = np.concatenate([transform[:, :2], offset[:, None]], axis=1)
-        shape = columns.stop - columns.start, rows.stop - rows.start
-        pasted = resample(padded, local, *shape)
+        return resample(image, local, right - left, bottom - top)
+
+    margin = 4 + 4 * float(np.hypot(*transform[:, 0]))  # reach of the resampling
+    box = box_of(np.ones((side, side), bool) if weight is None else weight > 0, margin)
+    for rows, columns, x, y in bands(transform, box, width, height):
+        left, top = columns.start, rows.start
+        inside = np.minimum(np.minimum(x, side - x), np.minimum(y, side - y)) / (feather * side)
+        share = smooth(inside)  # [h, w]
         if weights is not None:
-            share = share * resample(weights, local, *shape) / 255
-        own = photo[rows, columns]
-        result[rows, columns] = np.rint(own + share * (pasted.astype(np.float64) - own))
+            share = share * resampled(weights, left, top, columns.stop, rows.stop)[..., 0] / 255
+        x0, y0, x1, y1 = (int(edge) for edge in box_of(share > 0))  # the rest is not resampled
+        if x0 == x1:
+            continue
+        share, own = share[y0:y1, x0:x1], result[rows, columns][y0:y1, x0:x1]
+        pasted = resampled(padded, left + x0, top + y0, left + x1, top + y1)
+        mixed = (share > 0) & (share < 1)
+        blended = own[mixed] + share[mixed, None] * (pasted[mixed].astype(np.float64) - own[mixed])
+        np.copyto(own, pasted, where=(share == 1)[..., None])
+        own[mixed] = np.rint(blended)
     return result
 
 
-def bands(transform: np.ndarray, side: int, width: int, height: int) -> Iterator[tuple[slice, slice, np.ndarray]]:
-    """Split the part of a photo around a portrait into bands of rows: yields rows, columns, and the place of each pixel
-    in the portrait, float64 [h, w, 2].
+def box_of(region: np.ndarray, margin: float = 0) -> Box:
+    """Return the box around a region, bool [h, w], enlarged by a margin; zeros if the region is empty."""
+    ys, xs = np.flatnonzero(region.any(axis=1)), np.flatnonzero(region.any(axis=0))
+    if not len(ys):
+        return 0, 0, 0, 0
+    return xs[0] - margin, ys[0] - margin, xs[-1] + 1 + margin, ys[-1] + 1 + margin
+
+
+def bands(
+    transform: np.ndarray, box: Box, width: int, height: int
+) -> Iterator[tuple[slice, slice, np.ndarray, np.ndarray]]:
+    """Split the part of a photo around a box of a portrait into bands of rows: yields rows, columns, and coordinates x
+    and y of each pixel in the portrait, float64 [h, w] each.
     """
-    corners = move(np.array([[0, 0], [side, 0], [0, side], [side, side]]), inverse(transform))
+    x0, y0, x1, y1 = box
+    corners = move(np.array([[x0, y0], [x1, y0], [x0, y1], [x1, y1]]), inverse(transform))
     left, top = np.clip(np.floor(corners.min(axis=0)).astype(int), 0, [width, height])
     right, bottom = np.clip(np.ceil(corners.max(axis=0)).astype(int), 0, [width, height])
+    across = (np.arange(left, right) + 0.5) * transform[:, :1]  # [2, w]
     for start in range(top, bottom, BAND):
         stop = min(start + BAND, bottom)
-        x, y = np.meshgrid(np.arange(left, right) + 0.5, np.arange(start, stop) + 0.5)
-        yield slice(start, stop), slice(left, right), move(np.stack([x, y], axis=-1), transform)
+        down = (np.arange(start, stop) + 0.5) * transform[:, 1:2]  # [2, h]
+        x, y = across[:, None] + down[:, :, None] + transform[:, 2, None, None]  # [h, w] each
+        yield slice(start, stop), slice(left, right), x, y

@@ -97,7 +97,7 @@ class PhotoEdit(Images):
     region: str = Field("", max_length=MAX_PROMPT, description="Classes to generate again, such as hair,hat.")
     keep: str = Field("", max_length=MAX_PROMPT, description='Classes whose pixels stay, or "all but hair".')
     strength: float | None = Field(None, gt=0, le=1, description="Alone: the whole face. Default: 1.")
-    method: Literal["replacement", "image_to_image", "langevin", "flow_edit", "inversion"] = "replacement"
+    method: Literal["replacement", "image_to_image", "langevin", "flow_edit", "inversion", "inpainting"] = "replacement"
     face: int | None = Field(None, ge=1, description="Number of the face. Default: 1, the largest.")
 
 

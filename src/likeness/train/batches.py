@@ -17,8 +17,12 @@ from likeness.encoders.components import Components
 from likeness.encoders.latent import spatial_factor
 from likeness.objectives import Objective
 from likeness.parallel import World
+from likeness.pipelines.editing.inpainting import composite
 from likeness.train.config import DataRecipe, RunRecipe, condition_names, condition_probability, split_key
-from likeness.types import InputError, TextFeatures
+from likeness.types import PHOTO, InputError, TextFeatures
+
+MASK_DROPOUT = 0.2
+"""Probability that the hole of a photo contains zeros instead of the mask."""
 
 
 class Batch(NamedTuple):
@@ -59,10 +63,11 @@ def make_batch(
     mean: Tensor,
     std: Tensor,
     seed: int,
+    patch_size: int = 2,
 ) -> Batch:
     """Return the batch of B samples. Random numbers depend on the seed and on the position of each in the run.
     `condition_ids` are the conditions of the network in the order of their ids; `mean` and `std` are those of raw
-    latents, [1, C, 1, 1].
+    latents, [1, C, 1, 1]; `patch_size` is that of the network, in latent pixels.
     """
     kinds = list(recipe.condition_probabilities)
     probabilities = np.array(list(recipe.condition_probabilities.values()), dtype=np.float64)
@@ -80,17 +85,20 @@ def make_batch(
         kind = kinds[min(int(np.searchsorted(cumulative, rng.random(), side="right")), len(kinds) - 1)]
         uniform.append(rng.random())
         noise.append(torch.from_numpy(rng.standard_normal(tuple(sample.latents.shape), dtype=np.float32)))
-        # absent conditions, also those that a face lacks, have a placeholder that is not read
-        present = [name for name in split_key(kind) if name in sample.conditions]
-        absent = slots - len(present)
-        latents = [*(sample.conditions[name] for name in present), *[sample.latents] * absent]
-        conditions.append(torch.stack(latents) if slots else sample.latents[None][:0])  # [K, C, h, w]
-        index.append([*(condition_ids.index(name) for name in present), *[-1] * absent])
         image = sample.latents if recipe.target == IMAGE else sample.conditions[recipe.target]
         if recipe.target == IMAGE and sample.log_variance is not None:  # sample the autoencoder's distribution
             normal = torch.from_numpy(rng.standard_normal(tuple(image.shape), dtype=np.float32))
             image = image + torch.exp(0.5 * sample.log_variance) * normal
         clean.append(image)
+        own = sample.conditions
+        if PHOTO in split_key(kind):
+            own = own | {PHOTO: photo_condition(sample, mean, patch_size, rng)}
+        # absent conditions, also those that a face lacks, have a placeholder that is not read
+        present = [name for name in split_key(kind) if name in own]
+        absent = slots - len(present)
+        latents = [*(own[name] for name in present), *[sample.latents] * absent]
+        conditions.append(torch.stack(latents) if slots else sample.latents[None][:0])  # [K, C, h, w]
+        index.append([*(condition_ids.index(name) for name in present), *[-1] * absent])
     assert len(text) in (0, len(samples))
     features = [torch.stack(part).float() for part in zip(*text, strict=True)]  # [B, L, D], [B, P]
     return Batch(
@@ -102,6 +110,35 @@ def make_batch(
         captions=captions,
         text=TextFeatures(*features) if features else None,
     )
+
+
+def photo_condition(sample: Sample, mean: Tensor, patch_size: int, rng: np.random.Generator) -> Tensor:
+    """Return the image of a sample with a random hole, raw latents [C, h, w]: the hole contains the mask, or the mean,
+    which is zero in normalized latents, if the face has no mask or it is dropped.
+    """
+    _, height, width = sample.latents.shape
+    region = random_region(height, width, patch_size, rng)
+    mask = sample.conditions.get("mask")
+    return composite(sample.latents, mean[0] if mask is None or rng.random() < MASK_DROPOUT else mask, region)
+
+
+def random_region(height: int, width: int, patch_size: int, rng: np.random.Generator) -> Tensor:
+    """Return a random region of whole tokens, bool [h, w]: one to three rectangles or ellipses of at most 60 % of the
+    tokens together, or in one of seven cases the tokens outside them.
+    """
+    rows, columns = height // patch_size, width // patch_size
+    y, x = np.mgrid[:rows, :columns] + 0.5
+    tokens = np.zeros((rows, columns), bool)
+    for _ in range(rng.integers(1, 4)):
+        centre, half = rng.uniform(0, 1, 2), rng.uniform(0.05, 0.4, 2)
+        distances = np.abs([y / rows - centre[0], x / columns - centre[1]]) / half[:, None, None]  # 1 at the edge
+        shape = (distances.max(axis=0) if rng.random() < 0.5 else np.hypot(*distances)) < 1
+        shape[int(centre[0] * rows), int(centre[1] * columns)] = True
+        if not tokens.any() or (tokens | shape).mean() <= 0.6:
+            tokens |= shape
+    if rng.random() < 1 / 7 and not tokens.all():
+        tokens = ~tokens
+    return torch.from_numpy(tokens.repeat(patch_size, 0).repeat(patch_size, 1))
 
 
 def denoising_losses(network: nn.Module, objective: Objective, batch: Batch) -> Tensor:
@@ -150,7 +187,7 @@ def open_stores(recipe: RunRecipe, folders: Sequence[str], components: Component
         if lacking := store.lacking(recipe.data.target):
             raise InputError(f"{lacking} of {len(store)} samples in {store.folder} have no {recipe.data.target}")
         for name in condition_names(recipe.data):
-            if name not in store.conditions and condition_probability(recipe.data, name):
+            if name not in (*store.conditions, PHOTO) and condition_probability(recipe.data, name):
                 raise InputError(f"{store.folder} has no {name}, which the recipe's condition_probabilities name")
     return stores
 
@@ -163,10 +200,11 @@ def read_batches(
     world: World,
     starts: Sequence[int],
     micro: int,
+    patch_size: int,
 ) -> Iterator[list[Batch]]:
     """Yield this process's micro-batches of every step, prefetched by a thread, given the first image of each step in
     `starts`. Position p of a step belongs to micro-batch p // `micro`; micro-batches are assigned to the processes in
-    turn. `settings` are those of the components; for `condition_ids` see `make_batch`.
+    turn. `settings` are those of the components; for `condition_ids` and `patch_size` see `make_batch`.
     """
     ends = np.cumsum([len(store) for store in stores])
     sampler = Sampler(int(ends[-1]), recipe.seed)
@@ -182,7 +220,8 @@ def read_batches(
         for first in range(start + world.rank * micro, start + recipe.optimizer.batch, world.size * micro):
             positions = range(first, first + micro)
             samples = [sample_at(position) for position in positions]
-            batches.append(make_batch(samples, positions, recipe.data, condition_ids, mean, std, recipe.seed))
+            batch = make_batch(samples, positions, recipe.data, condition_ids, mean, std, recipe.seed, patch_size)
+            batches.append(batch)
         return batches
 
     return read_ahead(make, starts, depth=4, threads=1)

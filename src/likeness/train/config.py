@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from likeness.config import load_toml
-from likeness.types import InputError, suggestion
+from likeness.types import PHOTO, InputError, suggestion
 
 R = TypeVar("R")
 
@@ -113,7 +113,8 @@ class DataRecipe:
     """What the network generates: `image`, or the rendering of a condition such as `mask`."""
     condition_probabilities: dict[str, float]
     """Relative probability of each condition in a sample, by name. `mask+sketch` is a sample with both, for networks
-    that accept several; `none` is a sample without conditions. They are normalized to a sum of 1."""
+    that accept several; `none` is a sample without conditions; `photo` is the image with a random hole that contains
+    the mask, for the editing method `inpainting`. They are normalized to a sum of 1."""
     text_dropout: float = 0.1
     """Probability that a caption is replaced by the empty string."""
     validation: tuple[str, ...] = ()
@@ -394,6 +395,8 @@ def check(recipe: RunRecipe) -> None:
         ("the sum of data.condition_probabilities", total, total > 0, "above 0"),
         ("data.shards", list(data.shards), bool(data.shards), "one folder of shards or more"),
     )
+    if data.target != "image" and PHOTO in condition_names(data):
+        raise InputError(f"condition_probabilities has photo, but the network generates {data.target}: leave photo out")
     if unknown := sorted(recipe.defaults.keys() - set(PIPELINE_DEFAULTS)):
         known = ", ".join(sorted(PIPELINE_DEFAULTS))
         raise InputError(f"the recipe's defaults: unknown key {unknown[0]!r}; known are {known}")

@@ -115,7 +115,7 @@ def train_in(
             diagnostics.report(progress.reporter)
         preview(progress, publication)
     names, micro = list(model.config.condition_names), micro_batch(recipe, world.size)
-    batches = read_batches(recipe, stores, names, components.settings, world, progress.starts, micro)
+    batches = read_batches(recipe, stores, names, components.settings, world, progress.starts, micro, patch_size)
     for start, micro_batches in progress.steps(batches):
         rate = learning_rate(start, o.images, o.learning_rate, o.warmup, o.decay)
         loss = torch.zeros((), device=world.device)

@@ -414,7 +414,7 @@ def train_in(
     continuing = slice(len(times) - o.batch)  # [B - n] samples have another time
     progress = Progress(run, state, o.images, o.batch, signals, recipe)
     names = list(student.config.condition_names)
-    batches = read_batches(recipe, stores, names, components.settings, world, progress.starts, o.batch)
+    batches = read_batches(recipe, stores, names, components.settings, world, progress.starts, o.batch, patch_size)
     for start, (batch,) in progress.steps(batches):
         update_student = start >= d.warmup
         with torch.autocast(world.device_type, torch.bfloat16, enabled=recipe.precision == "bf16"):

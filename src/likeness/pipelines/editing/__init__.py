@@ -6,24 +6,29 @@ the autoencoder changes them all: `likeness.prepare.edit` pastes the region into
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from likeness.conditions.images import check_aspect, read_rgb
 from likeness.encoders.latent import spatial_factor, to_tensor
 from likeness.objectives.flow import RectifiedFlow
-from likeness.pipelines.arguments import number
+from likeness.pipelines.arguments import number, per_image
 from likeness.pipelines.editing.base import Editing
 from likeness.pipelines.editing.flow_edit import flow_edit
+from likeness.pipelines.editing.inpainting import inpainting
 from likeness.pipelines.editing.inversion import inversion
 from likeness.pipelines.editing.langevin import langevin
 from likeness.pipelines.editing.replacement import image_to_image, replacement
-from likeness.pipelines.portrait import PortraitOutput
-from likeness.types import InputError, suggestion
+from likeness.pipelines.portrait import PortraitOutput, PortraitPipeline
+from likeness.types import PHOTO, InputError, suggestion
 
 Result = TypeVar("Result")
 OnStep = Callable[[int, int], None] | None
@@ -34,6 +39,7 @@ METHODS: dict[str, Callable[[Editing], Iterator[None]]] = {
     "langevin": langevin,
     "flow_edit": flow_edit,
     "inversion": inversion,
+    "inpainting": inpainting,
 }
 """Name -> method, which advances `Editing.target` to its end and yields after every step."""
 
@@ -76,7 +82,7 @@ def last(steps: Generator[tuple[int, int], None, Result], on_step: OnStep = None
 @torch.no_grad()
 def edit_steps(
     pipeline: Any,
-    prompt: str = "",
+    prompt: str | Sequence[str] = "",
     *,
     image: Any,
     mask_image: Any = None,
@@ -86,22 +92,27 @@ def edit_steps(
     source_control_image: Any = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     output_type: str = "pil",
+    callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]] | None = None,
+    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     **arguments: Any,
 ) -> Generator[tuple[int, int], None, PortraitOutput]:
     """Edit an image step by step: yields (steps done, total steps) after every step.
 
     Args:
         pipeline: an `MMFacePipeline` or `MDiTFacePipeline`.
-        prompt: text prompt of the edited image.
-        image: the image, as a path, PIL image or uint8 array [H, W, 3]; resized to the size of the call.
-        mask_image: where to generate: a path, PIL image or array [H, W] of any size, from 128 on (or True) repainted.
-            It is enlarged to whole tokens of the network. Default: the whole image.
+        prompt: text prompt of the edited image, or a list.
+        image: the image, as a path, PIL image, array [H, W, 3] or tensor [3, H, W], uint8 or float in [0, 1]; resized
+            to the size of the call. A list or a batch has one per prompt.
+        mask_image: where to generate, likewise, of any size from 8x8: from 128 (or 0.5, or True) on repainted. It is
+            enlarged to whole tokens of the network. Default: the whole image.
         strength: fraction of the steps that run, in (0, 1]. Below 1 the edit starts from the noised image.
         method: name in `METHODS`.
         source_prompt: for the methods in `DESCRIBED`, a prompt that describes the given image.
         source_control_image: for the same methods, the conditions of the given image, as `control_image`.
         generator: as in `PortraitPipeline.__call__`.
         output_type: as in `PortraitPipeline.__call__`.
+        callback_on_step_end: as in `PortraitPipeline.__call__`; steps are counted from the first that runs.
+        callback_on_step_end_tensor_inputs: likewise.
         arguments: further arguments of `PortraitPipeline.__call__`, such as `control_image`.
 
     Returns:
@@ -115,7 +126,16 @@ def edit_steps(
     strength = number(strength, "strength")
     if not 0 < strength <= 1:
         raise InputError(f"strength is {strength:g}; it must be greater than 0 and at most 1")
-    target = pipeline(prompt, generator=generator, output_type="sampling", **arguments)
+    if method == "inpainting" and PHOTO not in pipeline.transformer.config.condition_names:
+        raise InputError(
+            "inpainting requires a network with the condition photo, and this model has none: train one with "
+            "recipes/inpaint_mini.toml, or choose the method replacement"
+        )
+    rows = per_image({"prompt": prompt, "image": one_by_one(image), "mask_image": one_by_one(mask_image)}, 1)
+    generate: Any = partial(PortraitPipeline.__call__, pipeline, output_type="sampling")
+    prompts = prompt if len(rows) == 1 else [row["prompt"] for row in rows]
+    tensor_inputs = {"callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs}
+    target = generate(prompts, generator=generator, **tensor_inputs, **arguments)
     if getattr(target.scheduler, "init_noise_sigma", 1.0) != 1.0:
         name = type(target.scheduler).__name__
         raise InputError(f"{name} scales the noise, which edits do not support: use the scheduler of the checkpoint")
@@ -125,28 +145,60 @@ def edit_steps(
             message = f"{method} requires a rectified flow, and this model is a DDPM: choose the method replacement"
             raise InputError(message)
         own = {**arguments, "control_image": source_control_image, "guidance_scale": 1.0, "negative_prompt": None}
-        source = pipeline(source_prompt, latents=target.latents, output_type="sampling", **own)
+        source = generate([source_prompt] * len(rows), latents=target.latents, **own)
     count, _, *grid = target.latents.shape
     factor = spatial_factor(pipeline.vae)
-    pixels = to_tensor([read_image(image, grid[0] * factor, grid[1] * factor)]).to(target.latents.device)
+    device, each = target.latents.device, count // len(rows)
+    pixels = to_tensor([read_image(row.get("image"), grid[0] * factor, grid[1] * factor) for row in rows]).to(device)
+    regions = [latent_region(row.get("mask_image"), grid, pipeline.patch_size) for row in rows]
     generators = list(generator) if isinstance(generator, Sequence) else generator
     editing = Editing(
         target=target,
         source=source,
-        clean=pipeline.codec.encode(pixels).expand(count, -1, -1, -1),
-        region=torch.from_numpy(latent_region(mask_image, grid, pipeline.patch_size)).to(target.latents.device),
+        clean=pipeline.codec.encode(pixels).repeat_interleave(each, dim=0),
+        region=torch.from_numpy(np.concatenate(regions)).to(device).repeat_interleave(each, dim=0),
         start=target.steps - max(1, int(target.steps * strength)),
         draw=lambda: pipeline.prepare_latents(None, count, target.latents, generators),
     )
-    for done, _ in enumerate(METHODS[method](editing), start=1):
-        yield done, target.steps - editing.start
+    call = copy.copy(pipeline)  # components are shared, the state that callbacks see is not
+    call._interrupt, call._num_timesteps = False, target.steps - editing.start
+    for i, _ in enumerate(METHODS[method](editing)):
+        if callback_on_step_end is not None:
+            tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, target.latents)
+            timestep = target.scheduler.timesteps[target.step - 1]
+            changed = callback_on_step_end(call, i, timestep, tensors) or {}
+            target.latents = changed.get("latents", target.latents)
+        yield i + 1, call.num_timesteps
+        if call.interrupt:
+            break
     images = pipeline.decode(target.latents, output_type, target.size)
     return PortraitOutput(images=images, notes=target.notes, pipeline=pipeline)
 
 
+def one_by_one(images: Any) -> Any:
+    """Split a batch of images, a tensor [B, 3, H, W] or an array [B, H, W, 3]."""
+    return list(images) if isinstance(images, (Tensor, np.ndarray)) and images.ndim == 4 else images
+
+
+def read_pixels(image: Any, name: str) -> Image.Image:
+    """Read a path, PIL image, array or tensor, uint8 or in [0, 1]. Raises `InputError` for anything else."""
+    if isinstance(image, Tensor):
+        image = image.movedim(0, -1) if image.ndim == 3 else image  # [H, W, 3]
+        image = (image.float() if image.is_floating_point() else image).cpu().numpy()
+    if isinstance(image, np.ndarray):
+        values = image if image.dtype == np.uint8 else np.rint(255 * image.astype(np.float32).clip(0, 1))
+        values = values.squeeze(-1) if values.shape[2:] == (1,) else values
+        if values.ndim not in (2, 3) or values.shape[2:] not in ((), (3,), (4,)):
+            raise InputError(f"{name} has shape {list(image.shape)}; it must be [H, W] or [H, W, 3]")
+        image = Image.fromarray(values.astype(np.uint8))
+    if not isinstance(image, (str, Path, Image.Image)):
+        raise InputError(f"{name} is {image!r}; it must be a path, PIL image, array or tensor")
+    return read_rgb(image, name)
+
+
 def read_image(image: Any, height: int, width: int) -> np.ndarray:
     """Read an image and resize it, uint8 [height, width, 3]. Raises `InputError` for another aspect ratio."""
-    found = read_rgb(Image.fromarray(image) if isinstance(image, np.ndarray) else image, "image")
+    found = read_pixels(image, "image")
     check_aspect((found.height, found.width), (height, width), "image to edit")
     return np.array(found.resize((width, height), Image.Resampling.LANCZOS))
 
@@ -161,8 +213,8 @@ def latent_region(mask: Any, grid: Sequence[int], patch: int) -> np.ndarray:
     if mask is None:
         tokens = np.ones((height, width), bool)
     else:
-        found = np.asarray(mask if isinstance(mask, np.ndarray) else read_rgb(mask, "mask_image").convert("L"))
-        rows, columns = np.nonzero(found if found.dtype == bool else found >= 128)
+        found = np.asarray(read_pixels(mask, "mask_image").convert("L"))
+        rows, columns = np.nonzero(found >= 128)
         tokens = np.zeros((height, width), bool)
         tokens[rows * height // found.shape[0], columns * width // found.shape[1]] = True
         if not tokens.any():

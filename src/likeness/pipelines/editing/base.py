@@ -24,7 +24,7 @@ class Editing:
     clean: Tensor
     """x_0 of the given image, float32 [B, C, h, w]."""
     region: Tensor
-    """Where to generate, bool [1, 1, h, w]."""
+    """Where to generate, bool [B, 1, h, w]."""
     start: int
     """Step at which the edit starts; larger for a smaller `strength`."""
     draw: Callable[[], Tensor]

@@ -18,13 +18,14 @@ def flow_edit(editing: Editing) -> Iterator[None]:
     """Algorithm 1 of the paper with one noise per step (n_avg = 1, n_min = 0)."""
     target, source = editing.target, editing.source
     assert source is not None, "FlowEdit compares two calls"
-    edited = editing.clean
+    target.latents = editing.clean  # between steps, the edited x_0
     for step in range(editing.start, target.steps):
         source.latents = editing.noised(editing.draw(), step)
+        edited = target.latents
         target.latents = edited + source.latents - editing.clean
         source.step = target.step = step
         _, (wanted, given) = predict([target, source])
         after = target.times[step + 1] if step + 1 < target.steps else 0.0
-        edited = torch.where(editing.region, edited + (after - target.times[step]) * (wanted - given), editing.clean)
+        edited = edited + (after - target.times[step]) * (wanted - given)
+        target.latents, target.step = torch.where(editing.region, edited, editing.clean), step + 1
         yield
-    target.latents, target.step = edited, target.steps

@@ -36,9 +36,8 @@ def inversion(editing: Editing) -> Iterator[None]:
     target.latents = path[editing.start]
     for step in range(editing.start, target.steps):
         moved = target.latents + (times[step + 1] - times[step]) * velocity(target, target.latents, step)
-        target.latents = torch.where(editing.region, moved, path[step + 1])
+        target.latents, target.step = torch.where(editing.region, moved, path[step + 1]), step + 1
         yield
-    target.step = target.steps
 
 
 def velocity(sampling: Sampling, latents: Tensor, step: int) -> Tensor:
