@@ -220,6 +220,21 @@ def test_fill_holes():
     np.testing.assert_array_equal(edits.fill_holes(ring, "hair"), ring)
 
 
+def test_clean():
+    face = np.ones((100, 100), np.uint8)
+    face[:30] = 13
+    face[50, 50] = face[60, 60:62] = 13  # one pixel, and two: 2 pixels are 0.02 % of the image
+    cleaned = face.copy()
+    cleaned[50, 50] = 1
+    np.testing.assert_array_equal(edits.clean(face, "hair"), cleaned)
+    np.testing.assert_array_equal(edits.clean(face, "skin"), face)
+    lonely = np.where(face == 13, 1, face)
+    lonely[50, 50] = 13  # all that there is of the class
+    np.testing.assert_array_equal(edits.clean(lonely, "hair"), lonely)
+    with pytest.raises(InputError, match="no hat"):
+        edits.clean(face, "hat")
+
+
 def test_rename_and_swap():
     row = labels([0, 14, 13, 4, 5, 5])
     assert edits.rename(row, "hat", "hair").tolist() == [[0, 13, 13, 4, 5, 5]]
@@ -302,6 +317,7 @@ EVERY = {
     "shrink": lambda face, name: edits.shrink(face, name, 3),
     "remove": edits.remove,
     "fill": edits.fill_holes,
+    "clean": edits.clean,
     "mirror": lambda face, name: edits.mirror(face, name),
     "paste": lambda face, name: edits.paste(FACES[1], face, name),
 }

@@ -574,6 +574,8 @@ def test_problems_have_corrections(page):
     wait(page, "!studio.doc.layers.mask.data.includes(14)")
     page.click("#problems li[data-kind=swapped-sides] button")
     page.wait_for_selector("#problems li[data-kind=swapped-sides]", state="detached")
+    page.click("#problems li[data-kind=specks]:has-text('clothes') button")
+    wait(page, "studio.doc.layers.mask.data[150 * 256 + 20] !== 18")
     labels = layer_of(page)
     np.testing.assert_array_equal(labels[FACE == 4], 4)
     np.testing.assert_array_equal(labels[FACE == 5], 5)

@@ -38,6 +38,7 @@ COMMANDS: dict[str, Any] = {
             "mirror": mask.Mirror,
             "paste": mask.Paste,
             "fill": mask.Fill,
+            "clean": mask.Clean,
             "rename": mask.Rename,
             "swap": mask.Swap,
             "interpolate": mask.Interpolate,

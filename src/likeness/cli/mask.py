@@ -99,6 +99,11 @@ class Fill(EditClasses):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Clean(EditClasses):
+    """Remove specks of classes: separate regions below 0.02 % of the image."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rename(Edit):
     """Change one class to another, such as hat to hair."""
 

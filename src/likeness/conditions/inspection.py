@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy import ndimage
 
 from likeness.conditions import CONDITIONS
 from likeness.conditions.base import Reading, Source, describe
@@ -18,12 +17,9 @@ from likeness.conditions.keypoints import FLIPS
 from likeness.conditions.mask import swap_classes
 from likeness.conditions.mask.classes import CLASSES
 from likeness.conditions.mask.formats import side_notes
-from likeness.conditions.mask.geometry import Geometry, broken_rules, measure, swapped_pairs
+from likeness.conditions.mask.geometry import SPECK, Geometry, broken_rules, measure, specks, swapped_pairs
 from likeness.files import write_whole
 from likeness.types import InputError, Note
-
-SPECK = 2e-4
-"""Fraction of the pixels below which a separate region of a class is a speck."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +105,18 @@ def _size_problems(width: int, height: int) -> list[Note]:
     return [Note("size", text) for text in problems]
 
 
+def few_pixels(labels: np.ndarray) -> float:
+    """Return the number of pixels below which a whole class is possibly a mistake."""
+    return max(4, SPECK * labels.size / 4)
+
+
+def specked_classes(labels: np.ndarray, geometry: Geometry) -> dict[int, int]:
+    """Return the number of specks of each class that has any, without the background and classes of few pixels."""
+    found = np.flatnonzero(geometry.pixels >= few_pixels(labels)).tolist()
+    counts = {index: specks(labels, index, geometry.box[index])[1] for index in found if index}
+    return {index: count for index, count in counts.items() if count}
+
+
 def mask_problems(labels: np.ndarray, geometry: Geometry) -> list[Note]:
     """Return what looks wrong in a mask, uint8 [H, W], of which `geometry` is the output of `measure`."""
     present = geometry.pixels > 0
@@ -130,23 +138,17 @@ def mask_problems(labels: np.ndarray, geometry: Geometry) -> list[Note]:
         cut = " and ".join(edge for edge, touches in edges.items() if touches)
         other.append(f"the skin touches the {cut} edge: the face looks cut off")
     for index in np.flatnonzero(present):
-        pixels = int(geometry.pixels[index])
-        if pixels < max(4, SPECK * labels.size / 4):
+        if (pixels := int(geometry.pixels[index])) < few_pixels(labels):
             other.append(f"{CLASSES[index]}: only {pixels} pixel{'s' * (pixels > 1)}, possibly a mistake")
-            continue
-        if not index:
-            continue
-        x, y, right, bottom = geometry.box[index].astype(int)
-        regions, count = ndimage.label(labels[y : bottom + 1, x : right + 1] == index, structure=np.ones((3, 3)))
-        specks = int((np.bincount(regions.ravel())[1:] < SPECK * labels.size).sum()) if count > 1 else 0
-        if specks:
-            count = f"{specks} separate speck{'s' * (specks > 1)}"
-            other.append(f"{CLASSES[index]}: {count} under {100 * SPECK:.2f} % of the image")
+    specked = [
+        f"{CLASSES[index]}: {count} separate speck{'s' * (count > 1)} under {100 * SPECK:.2f} % of the image"
+        for index, count in specked_classes(labels, geometry).items()
+    ]
     odd = broken_rules(geometry)
     if odd and present[1]:
         other.append(f"unusual geometry for a face: {'; '.join(odd[:3])}")
-    notes = [Note("missing-part", text) for text in missing] + [Note("geometry", text) for text in other]
-    return [*side_notes(geometry), *notes]
+    by_kind = {"missing-part": missing, "specks": specked, "geometry": other}
+    return [*side_notes(geometry), *(Note(kind, text) for kind, texts in by_kind.items() for text in texts)]
 
 
 def fix(report: Report, out: Path) -> Path:

@@ -120,7 +120,7 @@ class MaskEdit(Body):
     """`POST /v1/masks/edit`."""
 
     mask: str = Field(description="Base64, data URL, or id of an uploaded file.")
-    operation: Literal["grow", "shrink", "remove", "mirror", "paste", "fill", "rename", "swap", "interpolate"]
+    operation: Literal["grow", "shrink", "remove", "mirror", "paste", "fill", "clean", "rename", "swap", "interpolate"]
     classes: Names = []
     by: str | None = Field(None, description="4 for 4 % of the shorter side, or 5px.")
     over: Names = []

@@ -61,10 +61,14 @@ def check_mask(labels: np.ndarray, prompt: str) -> dict[str, Any]:
     there is one.
     """
     geometry = measure(labels)
-    swapped = iter(swapped_pairs(geometry))  # in the order of their notes
+    swapped = iter(swapped_pairs(geometry))  # in the order of their notes, likewise
+    specked = iter(inspection.specked_classes(labels, geometry))
+    fixes = {
+        "swapped-sides": lambda: correction("Swap them", "swap", *next(swapped)),
+        "specks": lambda: correction("Remove", "clean", next(specked)),
+    }
     problems = [
-        {"kind": kind, "text": in_words(text)}
-        | (correction("Swap them", "swap", *next(swapped)) if kind == "swapped-sides" else {})
+        {"kind": kind, "text": in_words(text), **fixes.get(kind, dict)()}
         for kind, text in inspection.mask_problems(labels, geometry)
     ]
     found = [

@@ -3,7 +3,7 @@
 | command | example |
 |---|---|
 | `grow CLASSES BY`, `shrink CLASSES BY` | `grow hair 8 over brows`: 8 % of the shorter side; `shrink skin 3px` |
-| `remove CLASSES`, `fill CLASSES` | `remove eye_g earring` |
+| `remove CLASSES`, `fill CLASSES`, `clean CLASSES` | `remove eye_g earring` |
 | `mirror CLASSES` | `mirror l_brow` |
 | `paste CLASSES from FILE` | `paste hat from "other face.png"`; the faces are aligned |
 | `rename CLASS to CLASS`, `swap CLASS CLASS` | `rename hat to hair` |
@@ -71,6 +71,7 @@ OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
     "mirror": edits.mirror,
     "paste": edits.paste,
     "fill": edits.fill_holes,
+    "clean": edits.clean,
     "rename": lambda mask, old, to: edits.rename(mask, old, to),
     "swap": lambda mask, classes: edits.swap(mask, *classes),
     "interpolate": lambda mask, other, at=0.5: edits.interpolate(mask, other, at),
@@ -85,6 +86,7 @@ FORMS: dict[str, tuple[str, Fields]] = {
     "shrink": ("CLASSES+BY", AMOUNT),
     "remove": ("CLASSES", CLASSES),
     "fill": ("CLASSES", CLASSES),
+    "clean": ("CLASSES", CLASSES),
     "mirror": ("CLASSES", CLASSES),
     "paste": (
         "CLASSES from FILE",

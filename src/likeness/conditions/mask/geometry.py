@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from scipy import ndimage
 
 from likeness.conditions.mask.classes import CLASS_INDEX, CLASSES, FLIP_PAIRS, ORDERS, order_table
 
@@ -66,6 +67,9 @@ TOUCHES: dict[str, str] = {
     "r_ear": "skin hair background earring neck hat eye_g",
 }
 """Class -> its neighbours, which make up at least 0.6 of its outline."""
+
+SPECK = 2e-4
+"""Fraction of the pixels below which a separate region of a class is a speck."""
 
 
 class Geometry(NamedTuple):
@@ -188,3 +192,14 @@ def swapped_pairs(geometry: Geometry) -> tuple[tuple[int, int], ...]:
         if wrong:
             swapped.append((a, b))
     return tuple(swapped)
+
+
+def specks(labels: np.ndarray, index: int, box: np.ndarray) -> tuple[np.ndarray, int]:
+    """Find the specks of a class, given its bounding box: bool [h, w] within the box, and their number."""
+    x, y, right, bottom = box.astype(int)
+    regions, count = ndimage.label(labels[y : bottom + 1, x : right + 1] == index, structure=np.ones((3, 3)))
+    small = np.bincount(regions.ravel()) < SPECK * labels.size
+    small[0] = False  # what is not of the class
+    if count < 2:
+        small[:] = False
+    return small[regions], int(small.sum())
