@@ -420,20 +420,28 @@ def test_masks_and_whole_portraits(model, tmp_path, capsys):
     other = tmp_path / "other mask.png"
     other.write_bytes(CONDITIONS["mask"].encode(draw_face(0, 1, SIDE).mask))
     command = ("edit", photo, "--model", model, "--seed", 4, "--out", tmp_path / "b.png")
-    sizes = []
+    sizes, methods = [], []
     for changes in (
         ("--mask-edit", "grow hair 6; shrink hair 2px"),
         ("--mask-edit", "grow hair 6", "--keep", "all but hair", "--method", "flow_edit"),
         ("--mask-edit", f"paste hair from '{other}'"),
-        ("--mask", other),
+        ("--mask", other, "--steps", 8),
         ("--strength", 0.5),
     ):
         assert run(*command, *changes) == 0, capsys.readouterr().err
         recipe, _ = read_recipe(tmp_path / "b.png")
         sizes.append(recipe["edit"]["certificate"]["region_pixels"])
+        methods.append(recipe["edit"]["method"])
         assert run("replay", tmp_path / "b.png", "--model", model, "--photo", photo) == 0
     assert sizes[1] < sizes[0] < SIDE**2
     assert sizes[-1] == SIDE**2
+    assert methods == [
+        "flow_edit",
+        "flow_edit",
+        "flow_edit",
+        "inversion",
+        "replacement",
+    ]  # the best for each, by default
     assert recipe["edit"]["strength"] == 0.5
 
 

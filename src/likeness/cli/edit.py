@@ -41,7 +41,8 @@ class Edit(ModelOptions):
     """Fraction of the steps that run, greater than 0, at most 1; smaller stays closer to the photograph. Default: 1. On
     its own it changes the whole face (image to image)."""
     method: str | None = None
-    """replacement, image_to_image, langevin, flow_edit, inversion or inpainting. Default: replacement."""
+    """replacement, image_to_image, langevin, flow_edit, inversion or inpainting. Default: if the mask changes,
+    inversion, or flow_edit in fewer than 8 steps; else replacement."""
     face: int | None = None
     """Number of the face by size. Default: 1, the largest."""
     landmarker: Path | None = None
@@ -57,7 +58,6 @@ class Edit(ModelOptions):
         from likeness.annotators.face_parser import load_face_parser
         from likeness.annotators.landmarks import open_face_finder
         from likeness.files import write_whole
-        from likeness.pipelines.editing import DEFAULT_METHOD
         from likeness.prepare.edit import Change, edit_photo, lossless_format, open_photo
         from likeness.weights.hashes import pipeline_hash
 
@@ -94,7 +94,7 @@ class Edit(ModelOptions):
                 request,
                 kind=kind,
                 strength=1.0 if self.strength is None else self.strength,
-                method=self.method or DEFAULT_METHOD,
+                method=self.method,
                 find=find,
                 parser=load_face_parser(self.parser),
                 fingerprint=pipeline_hash(pipeline),

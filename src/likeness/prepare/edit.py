@@ -43,6 +43,9 @@ from likeness.types import ConditionInput, InputError, PortraitRequest, Progress
 MARGIN = 0.05
 """Distance by which a region is larger than what the mask changes, and width of the feather inside it; of S."""
 
+MANY_STEPS = 8
+"""Sampling steps from which an inversion is accurate."""
+
 RING = 0.08
 """Width of the ring outside the region from which colours are matched, of S."""
 
@@ -271,7 +274,7 @@ def carry_out(
     *,
     kind: str = "PNG",
     strength: float = 1.0,
-    method: str = DEFAULT_METHOD,
+    method: str | None = None,
     fingerprint: str = "",
     on_step: Progress | None = None,
 ) -> Edited:
@@ -284,7 +287,7 @@ def carry_out(
         request: what to generate.
         kind: PNG or WEBP.
         strength: fraction of the steps that run (`likeness.pipelines.editing.edit`).
-        method: name in `METHODS`.
+        method: name in `METHODS`. Default: `best_method`.
         fingerprint: hash of the pipeline's weights, for the recipe.
         on_step: called as (steps done, total steps).
 
@@ -292,10 +295,22 @@ def carry_out(
         InputError: an argument is invalid, or the format cannot store the photograph.
     """
     request = request_for(pipeline, photo, plan, request, kind)
+    method = best_method(pipeline, plan, request) if method is None else method
     how = {"strength": strength, "method": method}
     output = last(region_steps(pipeline, photo, plan, request, **how), on_step)
     recipe = recipe_of(request, pipeline, **pipeline.source, fingerprint=fingerprint)
     return composed(photo, plan, output.images[0], recipe, kind=kind, notes=output.notes, **how)
+
+
+def best_method(pipeline: Any, plan: Plan, request: PortraitRequest) -> str:
+    """Return the method that measures best for a plan and a resolved request (`benchmarks/edit.py`).
+
+    A changed mask describes the change, so that the region can start from the photograph: by inversion, or by FlowEdit
+    in few steps, which cannot be inverted. If the mask stays, these would change almost nothing.
+    """
+    if (plan.before == plan.after).all() or pipeline.config.objective["name"] != "rectified_flow":
+        return DEFAULT_METHOD
+    return "inversion" if (request.num_inference_steps or 0) >= MANY_STEPS else "flow_edit"
 
 
 def request_for(pipeline: Any, photo: Photo, plan: Plan, request: PortraitRequest, kind: str) -> PortraitRequest:

@@ -47,7 +47,7 @@ DESCRIBED = ("flow_edit", "inversion")
 """Methods that need a rectified flow and a description of the given image: `source_prompt`, `source_control_image`."""
 
 DEFAULT_METHOD = "replacement"
-"""The method that measures best (`benchmarks/edit.py`)."""
+"""The method that needs no description of the given image, and also adds what it lacks."""
 
 
 def edit(pipeline: Any, prompt: str = "", *, on_step: OnStep = None, **arguments: Any) -> PortraitOutput:
