@@ -24,6 +24,7 @@ from likeness.annotators.face_parser import load_face_parser, parse_faces
 from likeness.conditions import Reading
 from likeness.conditions.mask.classes import CLASS_INDEX
 from likeness.conditions.mask.contradictions import find_contradictions
+from likeness.conditions.mask.geometry import measure
 from likeness.evaluate.faces import read_condition, read_faces
 from likeness.evaluate.protocol import Protocol
 from likeness.evaluate.scores import pixel_accuracy
@@ -70,7 +71,7 @@ def find_pairs(masks: Sequence[np.ndarray]) -> list[Pair]:
     pairs = []
     for face, mask in enumerate(masks):
         for prompt in PROMPTS:
-            pairs += [Pair(face, prompt, found.part) for found in find_contradictions(mask, prompt)[:1]]
+            pairs += [Pair(face, prompt, found.part) for found in find_contradictions(measure(mask), prompt)[:1]]
     return pairs
 
 
@@ -96,7 +97,7 @@ def measure_conflicts(
         labels = parsed(mask, prompt, face)
         given, found = mask == CLASS_INDEX[part], labels == CLASS_INDEX[part]
         overlap = float((given & found).sum() / union) if (union := (given | found).sum()) else 1.0
-        text = float(not find_contradictions(labels, prompt))
+        text = float(not find_contradictions(measure(labels), prompt))
         scores.append(Scores(face, prompt, text, pixel_accuracy(mask, labels), overlap, agreed[face]))
     return scores
 
