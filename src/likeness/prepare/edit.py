@@ -127,10 +127,12 @@ class Edited:
 
 
 def lossless_format(out: Path) -> str:
-    """Return Pillow's format of the result's file name. Raises `InputError` for lossy formats."""
-    if (kind := format_of(out)) == "JPEG":
-        raise InputError(f"{out} would change every pixel, since JPEG is lossy: write a .png or .webp")
-    return kind
+    """Return Pillow's format of the result's file name. Raises `InputError` for lossy formats and folders."""
+    if out.suffix.lower() not in (".png", ".webp"):
+        raise InputError(f"{out} must end in .png or .webp, in which no pixel changes")
+    if out.is_dir():
+        raise InputError(f"{out} is a folder: name a file to write")
+    return format_of(out)
 
 
 def open_photo(source: str | Path | bytes, name: str = "") -> Photo:
