@@ -27,10 +27,9 @@ from likeness.conditions import CONDITIONS, Reading, Source
 from likeness.conditions.framing import inverse, move
 from likeness.conditions.images import MAX_PIXELS, open_image, read_rgb
 from likeness.conditions.mask import resize
-from likeness.conditions.mask.classes import CLASS_INDEX
 from likeness.conditions.mask.commands import apply_commands
 from likeness.conditions.mask.edits import class_indices
-from likeness.conditions.mask.geometry import INSIDE
+from likeness.conditions.mask.geometry import shows_face
 from likeness.pipelines.editing import DEFAULT_METHOD, METHODS, edit_steps, last
 from likeness.pipelines.formats import format_of
 from likeness.pipelines.generate import call_options, resolve
@@ -206,7 +205,7 @@ def plan_edit(
     side = max(side, size)
     transform, _, notes = face_transform(photo.pixels, photo.name, find, side, change.face)
     (before,) = parse_faces(network, [cut_portrait(photo.pixels, transform, side)], size=size)
-    if not (before == CLASS_INDEX["skin"]).any() or not np.isin(before, class_indices(INSIDE)).any():
+    if not shows_face(before):
         raise InputError(f"{photo.name} shows no face that the parser recognizes: use a frontal photograph")
     after = before
     if change.mask is not None:
