@@ -507,6 +507,7 @@ REJECTED = {
     "another format": (None, ("--out", "b.tiff"), "b.tiff must end in .png or .webp"),
     "folder": (lambda p: (p / "d.png").mkdir() or saved(face_image(), p / "a.png"), ("--out", "d.png"), "is a folder"),
     "onto itself": (None, ("--out", "a.png"), "would overwrite the input"),
+    "onto a mask": (None, ("--mask-edit", "paste hair from black.png", "--out", "black.png"), "would overwrite the"),
     "nothing": (None, ("--region", ""), "there is nothing to edit"),
     "class": (None, ("--region", "hear"), "Unknown class 'hear'"),
     "absent class": (None, ("--region", "necklace"), "the region is empty"),
@@ -543,12 +544,15 @@ def test_recipes_of_other_photographs(model, tmp_path, capsys):
     photo, out = saved(face_image(), tmp_path / "a.png"), tmp_path / "b.png"
     assert run("edit", photo, "--region", "hair", "--model", model, "--out", out) == 0
     capsys.readouterr()
-    for image, given, said in (
-        (out, saved(face_image(1), tmp_path / "c.png"), "is not the photograph that was edited"),
-        (photo, photo, "has no recipe"),
+    before = photo.read_bytes()
+    for image, given, again, said in (
+        (out, saved(face_image(1), tmp_path / "c.png"), "d.png", "is not the photograph that was edited"),
+        (photo, photo, "d.png", "has no recipe"),
+        (out, photo, "a.png", "would overwrite the input"),
     ):
-        assert run("replay", image, "--model", model, "--photo", given) == 2
+        assert run("replay", image, "--model", model, "--photo", given, "--out", tmp_path / again) == 2
         assert said in capsys.readouterr().err
+    assert photo.read_bytes() == before
     recipe, pixels = read_recipe(out)
     for changes, said in (
         ({"transform": [[1e-9, 0, 0], [0, 1e-9, 0]]}, "its transform or its method is invalid"),

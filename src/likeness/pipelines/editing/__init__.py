@@ -101,8 +101,8 @@ def edit_steps(
     Args:
         pipeline: an `MMFacePipeline` or `MDiTFacePipeline`.
         prompt: text prompt of the edited image, or a list.
-        image: the image, as a path, PIL image, array [H, W, 3] or tensor [3, H, W], uint8 or float in [0, 1]; resized
-            to the size of the call. A list or a batch has one per prompt.
+        image: the image, as a path, PIL image, array [H, W, 3] or tensor [3, H, W], integers in [0, 255] or
+            float in [0, 1]; resized to the size of the call. A list or a batch has one per prompt.
         mask_image: where to generate, likewise, of any size from 8x8: from 128 (or 0.5, or True) on repainted. It is
             enlarged to whole tokens of the network. Default: the whole image.
         strength: fraction of the steps that run, in (0, 1]. Below 1 the edit starts from the noised image.
