@@ -30,7 +30,7 @@ from likeness.conditions.keypoints import STROKES
 from likeness.data.synthetic import draw_face
 from likeness.encoders.latent import to_tensor
 from likeness.objectives import DDPM, RectifiedFlow
-from likeness.pipelines.editing import DESCRIBED, METHODS, edit
+from likeness.pipelines.editing import DESCRIBED, METHODS, edit_steps, last
 from likeness.pipelines.editing.langevin import renoised
 from likeness.pipelines.image_recipe import COMPOSITE, XMP_KEY, decode_raw, encode_raw, read_recipe, write_image
 from likeness.pipelines.load import load
@@ -44,6 +44,10 @@ FACE, OTHER = draw_face(0, 0, 32), draw_face(0, 1, 32)
 
 def seeded(seed: int = 3) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def edit(pipeline, prompt="", on_step=None, **arguments):
+    return last(edit_steps(pipeline, prompt, **arguments), on_step)
 
 
 def with_objective(pipeline, objective):

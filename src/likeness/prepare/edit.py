@@ -287,7 +287,7 @@ def carry_out(
         plan: output of `plan_edit`.
         request: what to generate.
         kind: PNG or WEBP.
-        strength: fraction of the steps that run (`likeness.pipelines.editing.edit`).
+        strength: fraction of the steps that run (`likeness.pipelines.editing.edit_steps`).
         method: name in `METHODS`. Default: `best_method`.
         fingerprint: hash of the pipeline's weights, for the recipe.
         on_step: called as (steps done, total steps).

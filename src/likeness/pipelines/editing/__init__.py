@@ -50,24 +50,6 @@ DEFAULT_METHOD = "replacement"
 """The method that needs no description of the given image, and also adds what it lacks."""
 
 
-def edit(pipeline: Any, prompt: str = "", *, on_step: OnStep = None, **arguments: Any) -> PortraitOutput:
-    """Edit an image.
-
-    Args:
-        pipeline: an `MMFacePipeline` or `MDiTFacePipeline`.
-        prompt: text prompt of the edited image.
-        on_step: called after every step as (steps done, total steps).
-        arguments: those of `edit_steps`.
-
-    Returns:
-        The images and notes; `requests` is empty.
-
-    Raises:
-        InputError: an argument is invalid.
-    """
-    return last(edit_steps(pipeline, prompt, **arguments), on_step)
-
-
 def last(steps: Generator[tuple[int, int], None, Result], on_step: OnStep = None) -> Result:
     """Run all steps; returns their result."""
     while True:
