@@ -48,7 +48,7 @@ MANY_STEPS = 8
 RING = 0.08
 """Width of the ring outside the region from which colours are matched, of S."""
 
-MODES = {"1": "L", "L": "L", "LA": "RGBA", "P": "RGB", "PA": "RGBA", "RGB": "RGB", "RGBA": "RGBA"}
+MODES = {"1": "L", "L": "L", "LA": "LA", "P": "RGB", "PA": "RGBA", "RGB": "RGB", "RGBA": "RGBA"}
 """Pillow mode of a photograph -> mode of its result, in which the pixels are the same."""
 
 MAX_SIDE = 4096
@@ -63,7 +63,7 @@ class Photo:
     """A photograph."""
 
     image: Image.Image
-    """Upright, in its own colours, mode L, RGB or RGBA."""
+    """Upright, in its own colours, mode L, LA, RGB or RGBA."""
     pixels: np.ndarray
     """In sRGB on white, uint8 [H, W, 3]."""
     profile: bytes | None
@@ -143,7 +143,9 @@ def open_photo(source: str | Path | bytes, name: str = "") -> Photo:
     image, name = open_image(source, name, max_pixels=MAX_PIXELS, exact=True), name or str(source)
     if image.mode not in MODES:
         raise InputError(f"{name} is a {image.mode} image, whose colours would be converted: save it as 8-bit RGB")
-    mode = "RGBA" if image.mode != "RGBA" and "transparency" in image.info else MODES[image.mode]
+    mode = MODES[image.mode]
+    if "transparency" in image.info and not mode.endswith("A"):
+        mode += "A"
     profile = image.info.get("icc_profile")
     return Photo(image=image.convert(mode), pixels=np.array(read_rgb(image)), profile=profile, name=name)
 
@@ -417,16 +419,16 @@ def paste_region(photo: Photo, made: np.ndarray, plan: Plan) -> tuple[Image.Imag
         inside[rows, columns] = within & plan.region[y, x]
     np.copyto(pasted, own, where=~inside[..., None])
     result = Image.fromarray(pasted)
-    if photo.image.mode == "L":
+    if photo.image.mode in ("L", "LA"):
         result = Image.fromarray(np.where(inside, np.array(result.convert("L")), own[..., 0]))
-    elif photo.image.mode == "RGBA":
+    if photo.image.mode.endswith("A"):
         result.putalpha(photo.image.getchannel("A"))
     return result, inside
 
 
 def from_srgb(image: np.ndarray, photo: Photo) -> np.ndarray:
     """Convert uint8 [S, S, 3] from sRGB to the colours of an RGB photograph. An unusable profile is ignored."""
-    if not photo.profile or photo.image.mode == "L":
+    if not photo.profile or photo.image.mode in ("L", "LA"):
         return image
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(photo.profile))
