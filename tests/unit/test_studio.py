@@ -18,6 +18,7 @@ from PIL import Image
 
 from likeness.conditions import CONDITIONS
 from likeness.conditions.mask.classes import CLASSES, COUNTERPART, PALETTE
+from likeness.conditions.mask.commands import OPERATIONS
 from likeness.data.synthetic import draw_face
 from likeness.pipelines.image_recipe import read_recipe
 from serving import serving
@@ -596,6 +597,13 @@ def test_problems_have_corrections(page):
     labels = layer_of(page)
     np.testing.assert_array_equal(labels[FACE == 4], 4)
     np.testing.assert_array_equal(labels[FACE == 5], 5)
+    choose(page, value="hair")
+    position = page.evaluate("studio.doc.history.position")
+    page.evaluate("[1, 2, 3].forEach(() => document.getElementById('grow').click())")
+    wait(page, f"studio.doc.history.position === {position + 3}")
+    for _ in range(3):
+        labels = OPERATIONS["grow"](labels, classes=["hair"], by="1")
+    np.testing.assert_array_equal(layer_of(page), labels)
 
 
 def test_painting_on_a_photograph_changes_only_what_was_painted(page, server):

@@ -253,7 +253,10 @@ async function apply(operation, fields) {
   changed();
 }
 
-const edit = (operation, fields) => attempt(`${operation}…`, () => apply(operation, fields));
+let edits = Promise.resolve(); // one after another: each starts from the result of the one before
+const edit = (operation, fields) => {
+  edits = edits.then(() => attempt(`${operation}…`, () => apply(operation, fields)));
+};
 
 /** Starts from a mask that belongs to no photograph: a Blob, or an <img>. */
 async function startFrom(image) {
