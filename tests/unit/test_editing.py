@@ -30,7 +30,7 @@ from likeness.conditions.keypoints import STROKES
 from likeness.data.synthetic import draw_face
 from likeness.encoders.latent import to_tensor
 from likeness.objectives import DDPM, RectifiedFlow
-from likeness.pipelines.editing import DESCRIBED, METHODS, edit
+from likeness.pipelines.editing import DESCRIBED, METHODS, edit_steps, last
 from likeness.pipelines.editing.langevin import renoised
 from likeness.pipelines.image_recipe import COMPOSITE, XMP_KEY, decode_raw, encode_raw, read_recipe, write_image
 from likeness.pipelines.load import load
@@ -44,6 +44,10 @@ FACE, OTHER = draw_face(0, 0, 32), draw_face(0, 1, 32)
 
 def seeded(seed: int = 3) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def edit(pipeline, prompt="", on_step=None, **arguments):
+    return last(edit_steps(pipeline, prompt, **arguments), on_step)
 
 
 def with_objective(pipeline, objective):
@@ -150,6 +154,15 @@ def test_a_langevin_step_keeps_the_marginal(objective):
         ({"strength": 0}, "strength is 0; it must be greater than 0"),
         ({"strength": float("nan")}, "strength is nan"),
         ({"mask_image": np.zeros((8, 8), np.uint8)}, "mask_image is all black"),
+        ({"method": None}, "Unknown method None"),
+        ({"image": FACE.image.astype(float)}, "image has values from .* in \\[0, 1\\]"),
+        ({"image": np.full((32, 32, 3), np.nan)}, "image has values from nan"),
+        ({"image": FACE.image.astype(int) - 128}, "image has values from .* in \\[0, 255\\]"),
+        ({"image": FACE.image.astype(str)}, "image has the dtype <U"),
+        ({"mask_image": [["hair"]]}, "mask_image is of type list"),
+        ({"generator": 3}, "generator is 3; pass torch.Generator"),
+        ({"output_type": "png"}, "output_type is 'png'"),
+        ({"width": 48, "height": 48, "upscale": True, "output_type": "latent"}, "Latents cannot be upscaled"),
         ({"image": FACE.image[:16]}, "the image to edit is 32x16, but the image is 32x32"),
         ({"num_inference_steps": 0}, "number of steps is 0"),
         ({"method": "inpainting"}, "inpainting requires a network with the condition photo, .* recipes/inpaint_mini"),
@@ -201,7 +214,7 @@ def test_classes_of_diffusers(name, tmp_path):
     for strength in (0, 2):
         with pytest.raises(InputError, match=f"strength is {strength}; it must be greater than 0 and at most 1"):
             changing("hair", FACE.image, strength=strength)
-    with pytest.raises(InputError, match="image is None; it must be a path"):
+    with pytest.raises(InputError, match="image is of type NoneType; it must be a path"):
         changing("hair")
     for other in CLASSES.values():
         if other[0] is not generation:
@@ -226,13 +239,23 @@ def test_batches_and_forms_of_images():
         (faces, list(region)),
         ([Image.fromarray(face) for face in faces], [Image.fromarray(mask) for mask in region]),
         (np.stack(faces), region[..., None]),
-        (floats, list(region * 255.0)),
+        (floats, list(region.astype(float))),
+        (np.stack(faces).astype(int), list(region * 255)),
         (tensors, torch.from_numpy(region)[:, None].float()),
         (list((255 * tensors).byte()), list(torch.from_numpy(region).byte() * 255)),
     ):
         generators = [seeded(seed) for seed in range(4)]
         found = pipeline("hair", images, masks, num_images_per_prompt=2, generator=generators, **options)
         assert all(torch.equal(one, other) for one, other in zip(found.images, single, strict=True))
+    tokens, _, pooled, _ = pipeline.encode_prompt("hair")
+    embeds = {"prompt_embeds": tokens, "pooled_prompt_embeds": pooled, **options}
+    for method in ("replacement", "flow_edit"):
+        by_text, by_embeds, empty, none = (
+            pipeline(prompt, faces, list(region), generator=seeded(), method=method, **given).images
+            for prompt, given in (("hair", options), (None, embeds), ("", options), (None, options))
+        )
+        assert torch.equal(by_text, by_embeds)
+        assert torch.equal(empty, none)
     with pytest.raises(InputError, match="2 values of image do not match 3 of prompt"):
         pipeline(["a", "b", "c"], faces)
     with pytest.raises(InputError, match=r"mask_image has shape \[2, 2, 2\]"):
@@ -305,6 +328,8 @@ def orientation(value: int) -> Image.Exif:
 PHOTOS = {
     "rgb.png": lambda path: saved(face_image(), path),
     "grey.png": lambda path: saved(face_image().convert("L"), path),
+    "grey-alpha.png": lambda path: saved(face_image().convert("LA"), path),
+    "grey-key.png": lambda path: saved(face_image().convert("L"), path, transparency=200),
     "palette.png": lambda path: saved(face_image().quantize(64), path),
     "photo.jpg": lambda path: saved(face_image().resize((320, 320)), path, quality=90),
     "turned.jpg": lambda path: saved(face_image().rotate(90, expand=True), path, exif=orientation(6)),
@@ -324,7 +349,7 @@ PHOTOS["alpha.png"] = alpha_photo
 
 @pytest.mark.parametrize("name", PHOTOS)
 def test_every_other_pixel_is_that_of_the_photograph(name, model, tmp_path, capsys):
-    photo, out = PHOTOS[name](tmp_path / name), tmp_path / ("out.webp" if "alpha" in name else "out.png")
+    photo, out = PHOTOS[name](tmp_path / name), tmp_path / ("out.webp" if name == "alpha.png" else "out.png")
     command = ("edit", photo, "red hair", "--region", "hair", "--keep", "skin", "--model", model, "--seed", 4)
     assert run(*command, "--out", out) == 0, capsys.readouterr().err
     assert "pixels changed outside it: 0" in capsys.readouterr().out
@@ -332,7 +357,7 @@ def test_every_other_pixel_is_that_of_the_photograph(name, model, tmp_path, caps
     with Image.open(photo) as given, Image.open(out) as written:
         before, after = np.array(ImageOps.exif_transpose(given).convert("RGBA")), np.array(written.convert("RGBA"))
         assert written.info.get("icc_profile") == given.info.get("icc_profile")
-        assert (written.mode == "L") == (given.mode == "L")
+        assert written.mode.startswith("L") == given.mode.startswith("L")
         packet = written.info.get(XMP_KEY) or written.info["xmp"].decode()
     assert COMPOSITE in packet
     changed = (before != after).any(-1)
@@ -484,8 +509,11 @@ REJECTED = {
     "100 megapixels": (lambda p: saved(Image.new("1", (10000, 10000)), p / "a.png"), (), "has too many pixels"),
     "100 megapixels, JPEG": (lambda p: saved(Image.new("L", (10000, 10000)), p / "a.jpg"), (), "has too many pixels"),
     "no file": (lambda p: p / "a.png", (), "does not exist"),
-    "JPEG": (None, ("--out", "b.jpg"), "since JPEG is lossy"),
+    "JPEG": (None, ("--out", "b.jpg"), "b.jpg must end in .png or .webp"),
+    "another format": (None, ("--out", "b.tiff"), "b.tiff must end in .png or .webp"),
+    "folder": (lambda p: (p / "d.png").mkdir() or saved(face_image(), p / "a.png"), ("--out", "d.png"), "is a folder"),
     "onto itself": (None, ("--out", "a.png"), "would overwrite the input"),
+    "onto a mask": (None, ("--mask-edit", "paste hair from black.png", "--out", "black.png"), "would overwrite the"),
     "nothing": (None, ("--region", ""), "there is nothing to edit"),
     "class": (None, ("--region", "hear"), "Unknown class 'hear'"),
     "absent class": (None, ("--region", "necklace"), "the region is empty"),
@@ -508,26 +536,29 @@ def test_bad_input(case, model, tmp_path, monkeypatch, capsys):
     make, arguments, said = REJECTED[case]
     saved(Image.new("RGB", (64, 64)), tmp_path / "black.png")
     photo = (make or (lambda p: saved(face_image(), p / "a.png")))(tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = {path.name: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()}
     arguments = arguments if "--out" in arguments else (*arguments, "--out", "b.png")
     arguments = arguments if make is None and arguments[0] != "--out" else (*arguments, "--region", "hair")
     assert run("edit", photo, "--model", model, *arguments) == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert {path.name: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_recipes_of_other_photographs(model, tmp_path, capsys):
     photo, out = saved(face_image(), tmp_path / "a.png"), tmp_path / "b.png"
     assert run("edit", photo, "--region", "hair", "--model", model, "--out", out) == 0
     capsys.readouterr()
-    for image, given, said in (
-        (out, saved(face_image(1), tmp_path / "c.png"), "is not the photograph that was edited"),
-        (photo, photo, "has no recipe"),
+    before = photo.read_bytes()
+    for image, given, again, said in (
+        (out, saved(face_image(1), tmp_path / "c.png"), "d.png", "is not the photograph that was edited"),
+        (photo, photo, "d.png", "has no recipe"),
+        (out, photo, "a.png", "would overwrite the input"),
     ):
-        assert run("replay", image, "--model", model, "--photo", given) == 2
+        assert run("replay", image, "--model", model, "--photo", given, "--out", tmp_path / again) == 2
         assert said in capsys.readouterr().err
+    assert photo.read_bytes() == before
     recipe, pixels = read_recipe(out)
     for changes, said in (
         ({"transform": [[1e-9, 0, 0], [0, 1e-9, 0]]}, "its transform or its method is invalid"),

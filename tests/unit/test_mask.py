@@ -243,6 +243,13 @@ def test_flip_swaps_sides_and_is_its_own_inverse():
     assert not read(mirrored).notes
 
 
+def test_one_class_alone_is_read_by_its_colour():
+    for index in range(1, len(CLASSES)):
+        image = Image.fromarray(np.full((16, 16), index, np.uint8))
+        image.putpalette(PALETTE.ravel().tolist())
+        assert (read(image).raw == index).all()
+
+
 def test_render_reads_back_exactly():
     for size in (64, 128, 200):
         image = render(FACE, size, size)

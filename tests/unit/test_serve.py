@@ -324,6 +324,7 @@ def test_invalid_bodies(server, case):
         ("POST", "conditions/mask", {"files": {"photo": b"x"}}, 400),
         ("POST", "conditions/mask", {"files": {"image": b"x"}}, 400),
         ("POST", "conditions/mask", {"files": {"image": MASK.read_bytes()}, "data": {"size": "1e9"}}, 400),
+        ("POST", "conditions/mask", {"files": {"image": encoded(Image.new("RGB", (64, 64), "teal"))}}, 400),
         ("POST", "conditions/keypoints", {"files": {"image": MASK.read_bytes()}}, 501),
         ("POST", "inspect", {"files": {"file": b"{"}}, 400),
         ("POST", "inspect", {"files": {"file": MASK.read_bytes()}, "data": {"condition": "pose"}}, 400),

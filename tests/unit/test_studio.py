@@ -18,6 +18,7 @@ from PIL import Image
 
 from likeness.conditions import CONDITIONS
 from likeness.conditions.mask.classes import CLASSES, COUNTERPART, PALETTE
+from likeness.conditions.mask.commands import OPERATIONS
 from likeness.data.synthetic import draw_face
 from likeness.pipelines.image_recipe import read_recipe
 from serving import serving
@@ -366,15 +367,25 @@ def test_files_open_in_every_form(page, tmp_path):
     page.locator("input[name=layer][value=mask]").check(force=True)
     (tmp_path / "text.png").write_text("no image")
     Image.new("1", (12000, 12000)).save(tmp_path / "huge.png")
-    for name, words in (("text.png", "not a readable image"), ("huge.png", "pixels")):
-        open_file(page, tmp_path / name)
+    with Image.open(ROOT / "examples/faces/images/1.png") as photo:
+        photo.convert("RGB").save(tmp_path / "photo.jpg")
+    Image.new("RGB", (64, 64), "teal").save(tmp_path / "wall.png")
+    choose(page, value="necklace")
+    for button, name, words in (
+        ("#open", "text.png", "not a readable image"),
+        ("#open", "huge.png", "pixels"),
+        ("#open", "photo.jpg", "photo.jpg is neither a mask nor a sketch"),
+        ("#photo", "wall.png", "shows no face"),
+        ("#paste", "i.png", "no necklace"),
+    ):
+        open_file(page, tmp_path / name, button)
         wait(page, f"document.getElementById('status').textContent.includes({words!r})")
         np.testing.assert_array_equal(layer_of(page), FACE)
 
 
-def open_file(page, file: Path) -> None:
+def open_file(page, file: Path, button: str = "#open") -> None:
     with page.expect_file_chooser() as chooser:
-        page.click("#open")
+        page.click(button)
     chooser.value.set_files(file)
 
 
@@ -548,13 +559,20 @@ def test_work_survives_a_lost_service_and_a_reload(page, server):
     page.context.set_offline(False)
     page.wait_for_selector("#timing[data-kind=full]")
     page.fill("#prompt", "a woman")
+    page.fill("#seed", "")  # is ignored
     page.reload()
     page.wait_for_selector("html[data-ready]")
+    page.wait_for_selector("#problems li")
+    assert page.input_value("#seed") == "1"
     np.testing.assert_array_equal(layer_of(page), painted)
     assert page.input_value("#prompt") == "a woman"
     other = page.context.new_page()  # another tab has work of its own
     open_page(other, server)
     assert not layer_of(other).any()
+    other.add_init_script("Object.defineProperty(window, 'sessionStorage', {get() { throw new Error('forbidden'); }})")
+    open_page(other, server)
+    drag(other, PATH)
+    assert layer_of(other).any()
     other.close()
 
 
@@ -579,15 +597,23 @@ def test_problems_have_corrections(page):
     labels = layer_of(page)
     np.testing.assert_array_equal(labels[FACE == 4], 4)
     np.testing.assert_array_equal(labels[FACE == 5], 5)
+    choose(page, value="hair")
+    position = page.evaluate("studio.doc.history.position")
+    page.evaluate("[1, 2, 3].forEach(() => document.getElementById('grow').click())")
+    wait(page, f"studio.doc.history.position === {position + 3}")
+    for _ in range(3):
+        labels = OPERATIONS["grow"](labels, classes=["hair"], by="1")
+    np.testing.assert_array_equal(layer_of(page), labels)
 
 
 def test_painting_on_a_photograph_changes_only_what_was_painted(page, server):
     """A photograph is parsed; a stroke on its mask regenerates that region and no pixel outside it."""
-    with page.expect_file_chooser() as chooser:
-        page.click("#photo")
-    chooser.value.set_files(ROOT / "examples/faces/images/1.png")
+    open_file(page, ROOT / "examples/faces/images/1.png", "#photo")
     wait(page, "studio.doc.hasMask")
     page.wait_for_selector("#history img")
+    for key, edited in (("z", False), ("y", True)):
+        page.keyboard.press(f"Control+{key}")
+        assert page.evaluate("[studio.doc.photo !== null, studio.doc.hasMask]") == [edited, edited]
     page.evaluate("document.getElementById('live').checked = true")
     choose(page, tool="brush", value="hat", size=30)
     drag(page, [(60, 20), (190, 24)])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import secrets
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
@@ -15,6 +17,9 @@ from likeness.cli.terminal import PathArgument, listed, print_notes, progress_ba
 from likeness.runtime import optional_packages_hidden
 from likeness.types import PortraitRequest
 from likeness.weights.catalog import bundled_models
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +63,17 @@ class Edit(ModelOptions):
         from likeness.annotators.face_parser import load_face_parser
         from likeness.annotators.landmarks import open_face_finder
         from likeness.files import write_whole
-        from likeness.prepare.edit import Change, edit_photo, lossless_format, open_photo
+        from likeness.prepare.edit import Change, edit_photo, lossless_format, open_photo, read_labels
         from likeness.weights.hashes import pipeline_hash
 
         kind = lossless_format(self.out)
-        image_names(str(self.out), "png", 1, filter(None, (self.photo, self.mask, self.region_mask)))  # may be written
+
+        def read(file: str | Path) -> np.ndarray:
+            check([Path(file)])
+            return read_labels(file)
+
+        check = partial(image_names, str(self.out), "png", 1)  # whether it may be written
+        check(filter(None, (self.photo, self.mask, self.region_mask)))
         photo = open_photo(self.photo)
         change = Change(
             mask_edit=self.mask_edit,
@@ -96,6 +107,7 @@ class Edit(ModelOptions):
                 strength=1.0 if self.strength is None else self.strength,
                 method=self.method,
                 find=find,
+                read=read,
                 parser=load_face_parser(self.parser),
                 fingerprint=pipeline_hash(pipeline),
                 on_step=stack.enter_context(progress_bar("Generating")),

@@ -238,7 +238,9 @@ class Replay:
         model, base, adapters = confirmed(recipe, self.model, self.base, self.lora)
         request = dataclasses.replace(request, force_size=not request.upscale)  # accepted when the image was generated
         suffix = self.image.suffix.removeprefix(".")
-        names, overwrite = (iter(()), False) if self.out is None else image_names(self.out, suffix, 1, [self.image])
+        names, overwrite = iter(()), False
+        if self.out is not None:
+            names, overwrite = image_names(self.out, suffix, 1, filter(None, (self.image, self.photo)))
         edited = bool(recipe.get("edit"))
         if edited and self.photo is None:
             raise InputError(f"{self.image} is an edited photograph: pass the original with --photo FILE")

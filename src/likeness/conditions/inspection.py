@@ -56,7 +56,7 @@ def inspect(source: Source, name: str | None = None) -> Report:
     if len(set(reasons.values())) == 1:  # unreadable: the same reason for all
         raise InputError(next(iter(reasons.values())))
     text = "; ".join(f"as {candidate}: {reason}" for candidate, reason in reasons.items())
-    raise InputError(f"{describe(source)} is not a known condition ({text})")
+    raise InputError(f"{describe(source)} is not a known condition ({text})", kind="unknown-condition")
 
 
 def _candidates(source: Source) -> list[str]:

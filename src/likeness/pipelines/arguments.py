@@ -67,10 +67,11 @@ def per_image(arguments: Mapping[str, Any], repeats: int) -> list[dict[str, Any]
 
 def embedded(name: str, text: Any, tokens: Tensor | None, pooled: Tensor | None) -> Any:
     """Return the embeddings of a prompt, tokens [B, L, D] and pooled [B, P], as one `TextFeatures` per image; the text
-    if there are none. Raises `InputError` if one is missing, their shapes do not match, or there is a text, too.
+    ("" for None) if there are none. Raises `InputError` if one is missing, their shapes do not match, or there is a
+    text, too.
     """
     if tokens is None and pooled is None:
-        return text
+        return "" if text is None else text
     if tokens is None or pooled is None:
         raise InputError(f"{name}_embeds and its pooled embeddings belong together: pass both, from `encode_prompt`")
     if text:

@@ -274,10 +274,7 @@ class PortraitPipeline(DiffusionPipeline):
         texts_of = {
             "prompt": embedded("prompt", prompt, prompt_embeds, pooled_prompt_embeds),
             "negative prompt": embedded(
-                "negative_prompt",
-                "" if negative_prompt is None else negative_prompt,
-                negative_prompt_embeds,
-                negative_pooled_prompt_embeds,
+                "negative_prompt", negative_prompt, negative_prompt_embeds, negative_pooled_prompt_embeds
             ),
         }
         conditions: list[dict[str, Any]] = per_image({**texts_of, **controls}, num_images_per_prompt)
@@ -293,8 +290,8 @@ class PortraitPipeline(DiffusionPipeline):
                 raise InputError(f"The prompt {text!r} is not valid UTF-8: check the terminal's encoding") from error
         self.check_network(prompts, negatives)
         width, height = generation_size(self.config, size, upscale=upscale, force_size=force_size)
-        if (width, height) != size and output_type == "latent":
-            raise InputError("Latents cannot be upscaled: choose another output_type, or leave upscale out")
+        if output_type == "latent":
+            check_latent_size(size, (width, height))
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(height, width, steps, guidance, output_type, callback_on_step_end_tensor_inputs)
@@ -487,8 +484,8 @@ class PortraitPipeline(DiffusionPipeline):
             raise InputError(f"The number of steps is {steps}; it must be from 1 to {MAX_STEPS}")
         if not math.isfinite(guidance) or guidance < 0:
             raise InputError(f"The guidance scale is {guidance}; it must be a finite number of at least 0")
-        if output_type not in ("pil", "np", "pt", "latent", "sampling"):
-            raise InputError(f"output_type is {output_type!r}; choose pil, np, pt, latent or sampling")
+        if output_type != "sampling":
+            check_output_type(output_type)
         if unknown := sorted(set(tensor_inputs) - set(self._callback_tensor_inputs)):
             raise InputError(
                 f"Callbacks receive {', '.join(self._callback_tensor_inputs)}, not {', '.join(unknown)}. "
@@ -627,6 +624,8 @@ class PortraitPipeline(DiffusionPipeline):
                 raise InputError(f"latents has shape {tuple(latents.shape)}; this call requires {(count, *shape)}")
             return latents.to(device, torch.float32)
         generators = generator if isinstance(generator, list) else [generator] * count
+        if not all(isinstance(each, torch.Generator | None) for each in generators):
+            raise InputError(f"generator is {generator!r}; pass torch.Generator().manual_seed(seed), or one per image")
         if len(generators) != count:
             raise InputError(f"{len(generators)} generators for {count} images: pass one, or one per image")
         return torch.cat(
@@ -656,6 +655,18 @@ class PortraitPipeline(DiffusionPipeline):
             return [Image.fromarray(image) for image in to_pixels(images)]
         images = images.add(1).div(2).clamp(0, 1)
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def check_output_type(output_type: Any) -> None:
+    """Raise `InputError` for an output type that `PortraitPipeline.decode` does not know."""
+    if output_type not in ("pil", "np", "pt", "latent"):
+        raise InputError(f"output_type is {output_type!r}; choose pil, np, pt or latent")
+
+
+def check_latent_size(size: tuple[int, int], generated: tuple[int, int]) -> None:
+    """Raise `InputError` if images would be resampled from the generated size, which latents cannot be."""
+    if generated != size:
+        raise InputError("Latents cannot be upscaled: choose another output_type, or leave upscale out")
 
 
 def render(condition: Condition, raw: np.ndarray, height: int, width: int, resize: str) -> np.ndarray:

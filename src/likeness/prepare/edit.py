@@ -27,10 +27,9 @@ from likeness.conditions import CONDITIONS, Reading, Source
 from likeness.conditions.framing import inverse, move
 from likeness.conditions.images import MAX_PIXELS, open_image, read_rgb
 from likeness.conditions.mask import resize
-from likeness.conditions.mask.classes import CLASS_INDEX
 from likeness.conditions.mask.commands import apply_commands
 from likeness.conditions.mask.edits import class_indices
-from likeness.conditions.mask.geometry import INSIDE
+from likeness.conditions.mask.geometry import shows_face
 from likeness.pipelines.editing import DEFAULT_METHOD, METHODS, edit_steps, last
 from likeness.pipelines.formats import format_of
 from likeness.pipelines.generate import call_options, resolve
@@ -49,7 +48,7 @@ MANY_STEPS = 8
 RING = 0.08
 """Width of the ring outside the region from which colours are matched, of S."""
 
-MODES = {"1": "L", "L": "L", "LA": "RGBA", "P": "RGB", "PA": "RGBA", "RGB": "RGB", "RGBA": "RGBA"}
+MODES = {"1": "L", "L": "L", "LA": "LA", "P": "RGB", "PA": "RGBA", "RGB": "RGB", "RGBA": "RGBA"}
 """Pillow mode of a photograph -> mode of its result, in which the pixels are the same."""
 
 MAX_SIDE = 4096
@@ -64,7 +63,7 @@ class Photo:
     """A photograph."""
 
     image: Image.Image
-    """Upright, in its own colours, mode L, RGB or RGBA."""
+    """Upright, in its own colours, mode L, LA, RGB or RGBA."""
     pixels: np.ndarray
     """In sRGB on white, uint8 [H, W, 3]."""
     profile: bytes | None
@@ -127,10 +126,12 @@ class Edited:
 
 
 def lossless_format(out: Path) -> str:
-    """Return Pillow's format of the result's file name. Raises `InputError` for lossy formats."""
-    if (kind := format_of(out)) == "JPEG":
-        raise InputError(f"{out} would change every pixel, since JPEG is lossy: write a .png or .webp")
-    return kind
+    """Return Pillow's format of the result's file name. Raises `InputError` for lossy formats and folders."""
+    if out.suffix.lower() not in (".png", ".webp"):
+        raise InputError(f"{out} must end in .png or .webp, in which no pixel changes")
+    if out.is_dir():
+        raise InputError(f"{out} is a folder: name a file to write")
+    return format_of(out)
 
 
 def open_photo(source: str | Path | bytes, name: str = "") -> Photo:
@@ -142,7 +143,9 @@ def open_photo(source: str | Path | bytes, name: str = "") -> Photo:
     image, name = open_image(source, name, max_pixels=MAX_PIXELS, exact=True), name or str(source)
     if image.mode not in MODES:
         raise InputError(f"{name} is a {image.mode} image, whose colours would be converted: save it as 8-bit RGB")
-    mode = "RGBA" if image.mode != "RGBA" and "transparency" in image.info else MODES[image.mode]
+    mode = MODES[image.mode]
+    if "transparency" in image.info and not mode.endswith("A"):
+        mode += "A"
     profile = image.info.get("icc_profile")
     return Photo(image=image.convert(mode), pixels=np.array(read_rgb(image)), profile=profile, name=name)
 
@@ -204,7 +207,7 @@ def plan_edit(
     side = max(side, size)
     transform, _, notes = face_transform(photo.pixels, photo.name, find, side, change.face)
     (before,) = parse_faces(network, [cut_portrait(photo.pixels, transform, side)], size=size)
-    if not (before == CLASS_INDEX["skin"]).any() or not np.isin(before, class_indices(INSIDE)).any():
+    if not shows_face(before):
         raise InputError(f"{photo.name} shows no face that the parser recognizes: use a frontal photograph")
     after = before
     if change.mask is not None:
@@ -286,7 +289,7 @@ def carry_out(
         plan: output of `plan_edit`.
         request: what to generate.
         kind: PNG or WEBP.
-        strength: fraction of the steps that run (`likeness.pipelines.editing.edit`).
+        strength: fraction of the steps that run (`likeness.pipelines.editing.edit_steps`).
         method: name in `METHODS`. Default: `best_method`.
         fingerprint: hash of the pipeline's weights, for the recipe.
         on_step: called as (steps done, total steps).
@@ -416,16 +419,16 @@ def paste_region(photo: Photo, made: np.ndarray, plan: Plan) -> tuple[Image.Imag
         inside[rows, columns] = within & plan.region[y, x]
     np.copyto(pasted, own, where=~inside[..., None])
     result = Image.fromarray(pasted)
-    if photo.image.mode == "L":
+    if photo.image.mode in ("L", "LA"):
         result = Image.fromarray(np.where(inside, np.array(result.convert("L")), own[..., 0]))
-    elif photo.image.mode == "RGBA":
+    if photo.image.mode.endswith("A"):
         result.putalpha(photo.image.getchannel("A"))
     return result, inside
 
 
 def from_srgb(image: np.ndarray, photo: Photo) -> np.ndarray:
     """Convert uint8 [S, S, 3] from sRGB to the colours of an RGB photograph. An unusable profile is ignored."""
-    if not photo.profile or photo.image.mode == "L":
+    if not photo.profile or photo.image.mode in ("L", "LA"):
         return image
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(photo.profile))

@@ -29,6 +29,7 @@ from likeness.conditions import CONDITIONS, Reading, inspection
 from likeness.conditions.images import MAX_PIXELS, load_array, open_image, png_bytes, read_rgb
 from likeness.conditions.mask import edits, mask_image
 from likeness.conditions.mask.commands import OPERATIONS
+from likeness.conditions.mask.geometry import shows_face
 from likeness.files import write_whole
 from likeness.pipelines.generate import resolve
 from likeness.pipelines.image_recipe import encode_image, environment, recipe_of
@@ -323,9 +324,9 @@ class Service:
         else:
             pixels = np.asarray(crop_and_resize(image, centre_square(*image.size), size))
         (content,) = annotate([pixels])
-        if content is None:
+        reading = None if content is None else CONDITIONS[condition].read(source_of(condition, content, condition))
+        if reading is None or (condition == "mask" and not shows_face(reading.raw)):
             raise ApiError(400, "image shows no face: use a photograph of a face", param="image", code="no_face")
-        reading = CONDITIONS[condition].read(source_of(condition, content, condition))
         portrait = base64.b64encode(png_bytes(Image.fromarray(pixels))).decode()
         return {
             **self.uploaded(condition, reading.raw),

@@ -312,7 +312,8 @@ def present_classes(labels: np.ndarray, classes: Names, *, background: bool = Fa
     """As `class_indices`, without absent classes. Raises `InputError` if nothing of a name is in `labels`."""
     for name in (classes,) if isinstance(classes, str) else classes:
         if not np.isin(_named(name), labels).any():
-            raise InputError(f"the mask has no {name}: name a class that `likeness inspect` lists")
+            present = ", ".join(CLASSES[index] for index in np.unique(labels) if index) or "background only"
+            raise InputError(f"the mask has no {name}: it has {present}")
     return [index for index in class_indices(classes, background=background) if index in labels]
 
 

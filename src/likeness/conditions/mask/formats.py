@@ -246,12 +246,11 @@ def _read_palette(indices: np.ndarray, colours: np.ndarray, name: str) -> Readin
     A known palette, in any arrangement, identifies the classes. With another table, indices below 19 are class numbers.
     """
     used = np.unique(indices)
-    if len(used) > 1:
-        for palette_name, palette in PALETTES.items():
-            if used[-1] < len(CLASSES) and np.array_equal(colours[used], palette[used]):
-                return _read_numbers(indices, f"palette PNG, {palette_name} colours", name, coloured=True)
-        if (colours[used][:, None] == UNION).all(axis=2).any(axis=1).all():
-            return _read_colours(colours[indices], "palette PNG", name)
+    for palette_name, palette in PALETTES.items():
+        if 0 < used[-1] < len(CLASSES) and np.array_equal(colours[used], palette[used]):
+            return _read_numbers(indices, f"palette PNG, {palette_name} colours", name, coloured=True)
+    if len(used) > 1 and (colours[used][:, None] == UNION).all(axis=2).any(axis=1).all():
+        return _read_colours(colours[indices], "palette PNG", name)
     if used[-1] < len(CLASSES):
         return _read_numbers(indices, "palette PNG, class by index", name)
     return _read_colours(colours[indices], "palette PNG", name)  # possibly a damaged mask

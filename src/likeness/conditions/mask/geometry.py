@@ -72,6 +72,11 @@ SPECK = 2e-4
 """Fraction of the pixels below which a separate region of a class is a speck."""
 
 
+def shows_face(labels: np.ndarray) -> bool:
+    """Return whether labels contain skin and a class inside it."""
+    return all(np.isin(labels, [CLASS_INDEX[name] for name in names]).any() for names in (("skin",), INSIDE))
+
+
 class Geometry(NamedTuple):
     """Measurements per class; C is 19 unless `measure` was called with another count."""
 

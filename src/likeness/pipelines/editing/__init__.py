@@ -20,14 +20,14 @@ from torch import Tensor
 from likeness.conditions.images import check_aspect, read_rgb
 from likeness.encoders.latent import spatial_factor, to_tensor
 from likeness.objectives.flow import RectifiedFlow
-from likeness.pipelines.arguments import number, per_image
+from likeness.pipelines.arguments import embedded, number, per_image
 from likeness.pipelines.editing.base import Editing
 from likeness.pipelines.editing.flow_edit import flow_edit
 from likeness.pipelines.editing.inpainting import inpainting
 from likeness.pipelines.editing.inversion import inversion
 from likeness.pipelines.editing.langevin import langevin
 from likeness.pipelines.editing.replacement import image_to_image, replacement
-from likeness.pipelines.portrait import PortraitOutput, PortraitPipeline
+from likeness.pipelines.portrait import PortraitOutput, PortraitPipeline, check_latent_size, check_output_type
 from likeness.types import PHOTO, InputError, suggestion
 
 Result = TypeVar("Result")
@@ -48,24 +48,6 @@ DESCRIBED = ("flow_edit", "inversion")
 
 DEFAULT_METHOD = "replacement"
 """The method that needs no description of the given image, and also adds what it lacks."""
-
-
-def edit(pipeline: Any, prompt: str = "", *, on_step: OnStep = None, **arguments: Any) -> PortraitOutput:
-    """Edit an image.
-
-    Args:
-        pipeline: an `MMFacePipeline` or `MDiTFacePipeline`.
-        prompt: text prompt of the edited image.
-        on_step: called after every step as (steps done, total steps).
-        arguments: those of `edit_steps`.
-
-    Returns:
-        The images and notes; `requests` is empty.
-
-    Raises:
-        InputError: an argument is invalid.
-    """
-    return last(edit_steps(pipeline, prompt, **arguments), on_step)
 
 
 def last(steps: Generator[tuple[int, int], None, Result], on_step: OnStep = None) -> Result:
@@ -101,8 +83,8 @@ def edit_steps(
     Args:
         pipeline: an `MMFacePipeline` or `MDiTFacePipeline`.
         prompt: text prompt of the edited image, or a list.
-        image: the image, as a path, PIL image, array [H, W, 3] or tensor [3, H, W], uint8 or float in [0, 1]; resized
-            to the size of the call. A list or a batch has one per prompt.
+        image: the image, as a path, PIL image, array [H, W, 3] or tensor [3, H, W], integers in [0, 255] or
+            float in [0, 1]; resized to the size of the call. A list or a batch has one per prompt.
         mask_image: where to generate, likewise, of any size from 8x8: from 128 (or 0.5, or True) on repainted. It is
             enlarged to whole tokens of the network. Default: the whole image.
         strength: fraction of the steps that run, in (0, 1]. Below 1 the edit starts from the noised image.
@@ -121,8 +103,9 @@ def edit_steps(
     Raises:
         InputError: an argument is invalid.
     """
-    if method not in METHODS:
-        raise InputError(f"Unknown method {method!r}. {suggestion(method, METHODS)}")
+    if not isinstance(method, str) or method not in METHODS:
+        raise InputError(f"Unknown method {method!r}. {suggestion(str(method), METHODS)}")
+    check_output_type(output_type)
     strength = number(strength, "strength")
     if not 0 < strength <= 1:
         raise InputError(f"strength is {strength:g}; it must be greater than 0 and at most 1")
@@ -131,6 +114,8 @@ def edit_steps(
             "inpainting requires a network with the condition photo, and this model has none: train one with "
             "recipes/inpaint_mini.toml, or choose the method replacement"
         )
+    embeds = (arguments.pop(name, None) for name in ("prompt_embeds", "pooled_prompt_embeds"))
+    prompt = embedded("prompt", prompt, *embeds)
     rows = per_image({"prompt": prompt, "image": one_by_one(image), "mask_image": one_by_one(mask_image)}, 1)
     generate: Any = partial(PortraitPipeline.__call__, pipeline, output_type="sampling")
     prompts = prompt if len(rows) == 1 else [row["prompt"] for row in rows]
@@ -148,6 +133,8 @@ def edit_steps(
         source = generate([source_prompt] * len(rows), latents=target.latents, **own)
     count, _, *grid = target.latents.shape
     factor = spatial_factor(pipeline.vae)
+    if output_type == "latent":
+        check_latent_size(target.size, (grid[1] * factor, grid[0] * factor))
     device, each = target.latents.device, count // len(rows)
     pixels = to_tensor([read_image(row.get("image"), grid[0] * factor, grid[1] * factor) for row in rows]).to(device)
     regions = [latent_region(row.get("mask_image"), grid, pipeline.patch_size) for row in rows]
@@ -181,18 +168,23 @@ def one_by_one(images: Any) -> Any:
 
 
 def read_pixels(image: Any, name: str) -> Image.Image:
-    """Read a path, PIL image, array or tensor, uint8 or in [0, 1]. Raises `InputError` for anything else."""
+    """Read a path, PIL image, array or tensor, integers in [0, 255] or float in [0, 1]. Raises `InputError`."""
     if isinstance(image, Tensor):
         image = image.movedim(0, -1) if image.ndim == 3 else image  # [H, W, 3]
         image = (image.float() if image.is_floating_point() else image).cpu().numpy()
     if isinstance(image, np.ndarray):
-        values = image if image.dtype == np.uint8 else np.rint(255 * image.astype(np.float32).clip(0, 1))
+        if image.dtype.kind not in "buif":
+            raise InputError(f"{name} has the dtype {image.dtype}; it must be uint8 or float")
+        white = 255 if image.dtype.kind in "ui" else 1
+        if image.size and not (image.min() >= 0 and image.max() <= white):  # also NaN
+            raise InputError(f"{name} has values from {image.min()} to {image.max()}; they must be in [0, {white}]")
+        values = image if white == 255 else np.rint(255 * image.astype(np.float32))
         values = values.squeeze(-1) if values.shape[2:] == (1,) else values
         if values.ndim not in (2, 3) or values.shape[2:] not in ((), (3,), (4,)):
             raise InputError(f"{name} has shape {list(image.shape)}; it must be [H, W] or [H, W, 3]")
         image = Image.fromarray(values.astype(np.uint8))
     if not isinstance(image, (str, Path, Image.Image)):
-        raise InputError(f"{name} is {image!r}; it must be a path, PIL image, array or tensor")
+        raise InputError(f"{name} is of type {type(image).__name__}; it must be a path, PIL image, array or tensor")
     return read_rgb(image, name)
 
 
@@ -218,5 +210,5 @@ def latent_region(mask: Any, grid: Sequence[int], patch: int) -> np.ndarray:
         tokens = np.zeros((height, width), bool)
         tokens[rows * height // found.shape[0], columns * width // found.shape[1]] = True
         if not tokens.any():
-            raise InputError("mask_image is all black: paint white where the image is to change")
+            raise InputError("mask_image is all black (below 128, or 0.5): paint white where the image is to change")
     return tokens.repeat(patch, 0).repeat(patch, 1)[None, None]

@@ -20,7 +20,8 @@ async function send(path, { json, form, signal, method } = {}) {
   const answer = await response.json().catch(() => null);
   if (!response.ok) {
     const error = new Error(answer?.error?.message ?? `The service answered with status ${response.status}`);
-    throw Object.assign(error, { offline: [502, 503, 504].includes(response.status) }); // of a proxy, or a restart
+    const offline = [502, 503, 504].includes(response.status); // of a proxy, or a restart
+    throw Object.assign(error, { offline, code: answer?.error?.code });
   }
   return answer;
 }

@@ -89,7 +89,7 @@ export function wire({ state, doc, view, tools, actions }) {
   $("opacity").addEventListener("input", () => { view.opacity = $("opacity").value / 100; view.draw(); });
   for (const [id, name] of Object.entries(FIELDS)) {
     $(id).addEventListener(id === "seed" ? "change" : "input", () => {
-      if (!$(id).checkValidity()) return;
+      if (!$(id).reportValidity()) return;
       doc.values[name] = typeof doc.values[name] === "number" ? Number($(id).value) : $(id).value;
       actions.changed();
     });

@@ -21,6 +21,11 @@ export class Document {
 
   get hasSketch() { return this.layers.sketch.data.some((value) => value !== PAPER); }
 
+  /** The photograph that is edited, aligned, and its mask, {blob, before}; null for other masks. */
+  get photo() { return this.history.photo; }
+
+  set photo(photo) { this.history.photo = photo; }
+
   /** Replaces a layer by another of any size, as one step of the history. */
   replace(name, layer) {
     const { width, height } = this.layers[name];
@@ -29,6 +34,7 @@ export class Document {
   }
 
   reset() {
+    this.photo = null;
     this.layers.mask.data.fill(0);
     this.layers.sketch.data.fill(PAPER);
     this.history.commit();
@@ -56,7 +62,10 @@ export class Document {
 
   /** Restores what `save` kept; returns whether there was anything. */
   restore() {
-    const kept = JSON.parse(sessionStorage.getItem("document") ?? "null");
+    let kept = null;
+    try {
+      kept = JSON.parse(sessionStorage.getItem("document"));
+    } catch { /* as in `save` */ }
     if (kept?.side !== this.side) return false;
     Object.assign(this.values, kept.values);
     for (const [name, list] of Object.entries(kept.layers)) {

@@ -1,9 +1,11 @@
-// Undo and redo without limit in practice: each step keeps the rectangle that it changed, before and after.
+// Undo and redo without limit in practice: each step keeps the rectangle that it changed and the photograph, before and
+// after.
 
 export class History {
   /** @param layers name -> layer of raster.js; their data is changed in place. */
   constructor(layers) {
     this.layers = layers;
+    this.photo = null; // the photograph that the mask belongs to
     this.clear();
   }
 
@@ -15,6 +17,7 @@ export class History {
 
   /** Remembers the layers before a change. */
   begin() {
+    this.photoBefore = this.photo;
     this.before = Object.fromEntries(Object.entries(this.layers).map(([name, layer]) => [name, layer.data.slice()]));
   }
 
@@ -23,10 +26,11 @@ export class History {
     const parts = Object.entries(this.layers)
       .map(([name, layer]) => difference(name, this.before[name], layer))
       .filter(Boolean);
+    const step = { parts, before: this.photoBefore, after: this.photo };
     this.begin();
-    if (!parts.length) return false;
+    if (!parts.length && step.before === step.after) return false;
     this.steps.length = this.position;
-    this.steps.push(parts);
+    this.steps.push(step);
     this.position++;
     return true;
   }
@@ -46,7 +50,8 @@ export class History {
     return this.position < this.steps.length && this.apply(this.steps[this.position++], "after");
   }
 
-  apply(parts, side) {
+  apply({ parts, ...photos }, side) {
+    this.photo = photos[side];
     for (const { name, x, y, width, height, ...content } of parts) {
       const layer = this.layers[name];
       for (let row = 0; row < height; row++)

@@ -39,7 +39,6 @@ const results = new Results({ ...shown, save: $("save-image") }, restore);
 const live = new Live({ render, show, failed, busy: (on) => { $("result").ariaBusy = String(on); } });
 const pause = (time) => new Promise((done) => setTimeout(done, time));
 const random = () => Math.floor(Math.random() * 2 ** 31);
-let photo = null; // the photograph that is edited, aligned, and its mask: {blob, before}
 
 // The service
 
@@ -83,7 +82,7 @@ async function request(kind) {
   const body = { prompt, negative_prompt: negative, seed };
   if (kind === "preview") body.steps = about.defaults.steps > PREVIEW_STEPS ? PREVIEW_STEPS : 1;
   if (kind === "variations") body.n = VARIATIONS;
-  if (photo && kind !== "animation") return { ...body, image: photo.blob, wanted_mask: await content("mask") };
+  if (doc.photo && kind !== "animation") return { ...body, image: doc.photo.blob, wanted_mask: await content("mask") };
   if (kind === "preview") body.output_format = "jpeg"; // encoded sooner
   Object.assign(body, { control_image: {}, conditioning_scale: {} });
   for (const [name, present, scale] of [["mask", doc.hasMask, maskScale], ["sketch", doc.hasSketch, sketchScale]]) {
@@ -99,16 +98,21 @@ async function request(kind) {
 /** Called after every change of the document. */
 function changed() {
   if ($("live").checked) live.start("preview"); else live.stop(); // first: the preview does not wait for the rest
+  settle();
+}
+
+/** Keeps, shows and checks the document. */
+function settle() {
   doc.save();
   refresh(state, doc);
   view.draw();
-  clearTimeout(changed.timer);
-  changed.timer = setTimeout(diagnose, 400);
+  clearTimeout(settle.timer);
+  settle.timer = setTimeout(diagnose, 400);
 }
 
 /** Generates images; returns what `show` shows, with the time of each stage in ms. */
 async function render(kind, signal, given) {
-  const start = performance.now();
+  const start = performance.now(), { photo } = doc;
   if (kind === "animation") return { entries: await frames(given, signal), times: {} };
   if (photo && doc.layers.mask.data.every((value, i) => value === photo.before[i]))
     return { entries: [snapshot({ blob: photo.blob, seed: doc.values.seed })], times: {} };
@@ -143,12 +147,12 @@ async function underlay(blob) {
 
 /** An image with the state that made it. */
 const snapshot = ({ blob, seed, certificate }) => ({
-  blob, seed, photo, values: { ...doc.values, seed }, note: noteOf(certificate),
+  blob, seed, photo: doc.photo, values: { ...doc.values, seed }, note: noteOf(certificate),
   layers: Object.fromEntries(Object.entries(doc.layers).map(([name, { data }]) => [name, data.slice()])),
 });
 
 function noteOf(certificate) {
-  if (!photo) return "";
+  if (!doc.photo) return "";
   if (!certificate) return "The photograph: what you paint on it is generated";
   const { changed_outside: outside, changed_inside: inside } = certificate;
   return `Certificate: ${outside} pixels changed outside the painted region, ${inside} inside`;
@@ -158,18 +162,20 @@ function restore(entry) {
   live.stop();
   results.stopComparison();
   doc.values = { ...entry.values };
-  photo = entry.photo;
+  doc.photo = entry.photo;
   for (const [name, data] of Object.entries(entry.layers)) doc.layers[name].data.set(data);
   doc.history.commit();
-  doc.save();
   results.show(entry, false);
   underlay(entry.blob);
   showLayer();
+  settle();
 }
 
 /** Lists the problems of the mask, with a button for those that an operation corrects. */
 async function diagnose() {
+  const run = (diagnose.run = {});
   const found = doc.hasMask ? await api.check(await content("mask"), doc.values.prompt).catch(() => null) : null;
+  if (diagnose.run !== run) return; // a newer one has started
   const items = found ? [...found.contradictions, ...found.problems] : [];
   items.sort((a, b) => Boolean(b.fix) - Boolean(a.fix));
   $("problems").replaceChildren(...items.map(({ kind, text, fix }) => {
@@ -196,10 +202,11 @@ function picked(value) {
   refresh(state, doc);
 }
 
-/** Replaces a layer by a condition in canonical form: a Blob, or an <img>. */
-async function load(name, image) {
+/** Replaces a layer by a condition in canonical form, a Blob or an <img>, of the photograph or of none. */
+async function load(name, image, photo = doc.photo) {
   const layer = await doc.layerOfImage(image, name);
   doc.history.commit(); // of a stroke that is not complete
+  doc.photo = photo;
   doc.replace(name, layer);
   state.layer = name;
   showLayer();
@@ -214,38 +221,46 @@ async function openFile(file) {
     doc.reset();
     for (const name of Object.keys(control)) if (name in doc.layers) await load(name, fromBase64(control[name]));
   } else {
-    const { condition, b64_json: base64 } = await api.inspect(file);
+    const { condition, b64_json: base64 } = await api.inspect(file).catch((error) => {
+      if (error.code !== "unknown-condition") throw error;
+      throw new Error(`${file.name} is neither a mask nor a sketch. Open photographs with Photograph…`);
+    });
     if (!(condition in doc.layers)) throw new Error(`${file.name} contains ${condition}, which cannot be painted`);
-    await load(condition, fromBase64(base64));
+    await load(condition, fromBase64(base64), null);
   }
-  photo = null;
   changed();
 }
 
 async function openPhoto(file) {
   const found = await api.extract("mask", file, about.defaults.size), blob = fromBase64(found.image);
+  const photo = about.edits ? { blob } : null;
   live.stop();
-  await load("mask", fromBase64(found.b64_json));
+  await load("mask", fromBase64(found.b64_json), photo);
+  if (photo) photo.before = doc.layers.mask.data.slice();
   results.stopComparison();
-  photo = about.edits ? { blob, before: doc.layers.mask.data.slice() } : null;
   results.show(snapshot({ blob, seed: doc.values.seed }), true);
   $("opacity").value = PHOTO_OPACITY;
   underlay(blob);
+  settle();
 }
 
 // Masks
 
 /** Applies an operation of the service to the mask. */
-const edit = (operation, fields) => attempt(`${operation}…`, async () => {
+async function apply(operation, fields) {
   const { b64_json: base64 } = await api.editMask(await content("mask"), operation, fields);
   await load("mask", fromBase64(base64));
   changed();
-});
+}
+
+let edits = Promise.resolve(); // one after another: each starts from the result of the one before
+const edit = (operation, fields) => {
+  edits = edits.then(() => attempt(`${operation}…`, () => apply(operation, fields)));
+};
 
 /** Starts from a mask that belongs to no photograph: a Blob, or an <img>. */
 async function startFrom(image) {
-  await load("mask", image);
-  photo = null;
+  await load("mask", image, null);
   changed();
 }
 
@@ -319,13 +334,13 @@ const actions = {
   random: () => attempt("Generating…", randomFace),
   photo: withFile("Parsing the photograph…", openPhoto, "image/*"),
   open: withFile("Opening…", openFile),
-  clear: () => { photo = view.underlay = null; doc.reset(); changed(); },
+  clear: () => { view.underlay = null; doc.reset(); changed(); },
   grow: () => edit("grow", { classes: [className()], by: "1" }),
   shrink: () => edit("shrink", { classes: [className()], by: "1" }),
   remove: () => edit("remove", { classes: [className()] }),
   smooth: () => { doc.history.begin(); smooth(doc.layers.mask); if (doc.history.commit()) changed(); },
   paste: withFile("Copying…", async (file) => {
-    await edit("paste", { classes: [className()], other: await maskOf(file), align: true });
+    await apply("paste", { classes: [className()], other: await maskOf(file), align: true });
   }),
   interpolate: withFile("Opening…", async (file) => live.start("animation", await maskOf(file))),
   "save-mask": async () => saveFile(await encodePng(doc.layers.mask, palette), "mask.png"),
@@ -345,6 +360,7 @@ build(about.mask_classes, state, doc, actions);
 wire({ state, doc, view, tools, actions });
 const restored = doc.restore();
 showLayer();
+settle();
 say(restored ? "Your last work is back" : "Paint, open a file, or start with Masks from text");
 document.documentElement.dataset.ready = "true";
 window.studio = { doc, state, view, live }; // for tests and the curious
