@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
@@ -108,7 +109,7 @@ class MMFaceBlock(nn.Module):
         return image, text
 
 
-class MMFaceTransformer(ModelMixin, ConfigMixin, AttentionMixin):
+class MMFaceTransformer(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
     """The MMFace-DiT network. The defaults are the published one: 1,345,298,624 parameters.
 
     Args:

@@ -1,4 +1,4 @@
-"""LoRA files made for FLUX.1: where they are, and which layers of the network their keys name.
+"""LoRA files: where they are, and which layers of the network their keys name.
 
 Training tools name the same layers differently: as diffusers, as the original code of FLUX.1, with dots or underscores.
 Every key is looked up under its own name and is either used or reported with the reason. The converters of diffusers
@@ -23,6 +23,9 @@ from likeness.files import first_line, read_json
 from likeness.types import InputError
 from likeness.weights.catalog import is_hub_id
 from likeness.weights.files import opened_weights, read_weights
+
+METADATA = "lora_adapter_metadata"
+"""Key of diffusers in the header of a file: the options of `LoraConfig` as JSON."""
 
 CONFIG = "adapter_config.json"
 """PEFT's configuration, next to the weights."""
@@ -117,7 +120,7 @@ def read_lora(source: str | Path, weight_name: str | None, subfolder: str | None
         folder = path / (subfolder or "")
         path = folder / (weight_name or choose([file.name for file in folder.glob("*.safetensors")], source))
     with opened_weights(path) as file:
-        metadata = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
+        metadata = (file.metadata() or {}).get(METADATA, "{}")
     try:
         config = dict(json.loads(metadata))
     except (ValueError, TypeError) as error:
@@ -205,7 +208,7 @@ def layer_names(networks: Mapping[str, nn.Module]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for part, network in networks.items():
         own = {name: [name] for name, _ in network.named_modules() if name}
-        if part == "transformer":
+        if hasattr(network, "single_transformer_blocks"):
             own |= original_names(network)
         for name, layers in own.items():
             inner = name.removeprefix("text_model.")  # transformers 5 has removed this level
