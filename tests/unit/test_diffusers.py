@@ -16,12 +16,9 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
-    PyramidAttentionBroadcastConfig,
-    TaylorSeerCacheConfig,
     UniPCMultistepScheduler,
 )
 from diffusers.callbacks import SDCFGCutoffCallback
-from diffusers.hooks import apply_pyramid_attention_broadcast, apply_taylorseer_cache
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
@@ -255,17 +252,6 @@ def test_image_processor(make):
     tensor = pipeline.image_processor.preprocess(torch.rand(1, 3, 50, 70))
     assert tensor.shape == (1, 3, 48, 64)
     assert pipeline.image_processor.postprocess(tensor, output_type="pil")[0].size == (64, 48)
-
-
-@pytest.mark.parametrize("apply", [apply_pyramid_attention_broadcast, apply_taylorseer_cache])
-def test_caches_between_steps_are_rejected(make, apply):
-    pipeline = make()
-    config: Any = TaylorSeerCacheConfig(cache_identifiers=[".*proj_out|.*final"])
-    if apply is apply_pyramid_attention_broadcast:
-        config = PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, current_timestep_callback=int)
-    apply(pipeline.transformer, config)
-    with pytest.raises(InputError, match="caches between steps are not supported"):
-        image(pipeline)
 
 
 def test_a_rejected_lora_leaves_nothing(tmp_path):

@@ -16,7 +16,7 @@ from torch import nn
 from builders import TINY_FLUX, run, tiny_flux, tiny_mditface
 from likeness.evaluate.cost import mditface_costs
 from likeness.models.layers import patchify, unpatchify, use_explicit_attention
-from likeness.models.mditface import MDiTFaceTransformer, StaticCache, grid_ids, select
+from likeness.models.mditface import MDiTFaceTransformer, StaticCache, grid_ids, select, split_streams
 from likeness.models.tied_weights import image_name
 from likeness.pipelines.adapters import lora_targets
 from likeness.types import InputError, TextFeatures
@@ -233,7 +233,8 @@ def test_static_modulation_is_that_of_time_0_and_guidance_1():
     model, given = tiny_mditface(), inputs()
     holistic = tiny_mditface(attention="holistic")
     seen = []
-    holistic.transformer_blocks[0].register_forward_hook(lambda *call: seen.append(call[2][1]))
+    holistic.transformer_blocks[0].register_forward_pre_hook(lambda block, inputs: (*inputs[:4], True))
+    holistic.transformer_blocks[0].register_forward_hook(lambda *call: seen.append(call[2][1]) or call[2][0])
     holistic(**{**given, "time": torch.zeros(2)}, guidance=torch.ones(2))
     keys, values = cache_of(model, given)[0]
     torch.testing.assert_close(keys, seen[0].keys[:, -6:], **CLOSE)
@@ -260,10 +261,11 @@ def test_text_reads_spatial(mode):
     """Where it does not, text tokens leave the first block as if there were no condition; image tokens do not."""
     model, given = tiny_mditface(attention=mode, text_reads_spatial=False), inputs()
     seen = []
-    model.transformer_blocks[0].register_forward_hook(lambda *call: seen.append(call[2][0]))
+    model.transformer_blocks[0].register_forward_hook(lambda *call: seen.append(call))
     model(**without(given))
     model(**given)
-    plain, conditioned = seen[0], seen[-1]  # the static pathway comes in between
+    (_, inputs_1, plain), (_, inputs_2, conditioned) = seen[0], seen[-1]  # the static pathway comes in between
+    plain, conditioned = split_streams(plain, inputs_1[1]), split_streams(conditioned, inputs_2[1])
     torch.testing.assert_close(plain["text"], conditioned["text"], atol=1e-5, rtol=1e-5)
     assert (plain["image"] - conditioned["image"]).abs().max() > 1e-2
     reading = tiny_mditface(attention=mode)
@@ -471,14 +473,14 @@ def test_the_adapter_touches_the_static_text_copy_in_single_blocks():
     model, given = tiny_mditface(), inputs()
     seen = {}
     block = model.single_transformer_blocks[0]
-    block.register_forward_hook(lambda _, call, output: seen.setdefault(next(iter(call[0])), []).append(output[0]))
+    block.register_forward_hook(lambda _, call, output: seen.setdefault(next(iter(call[1])), []).append(output))
     model(**given)
     add_lora(model, ["single_transformer_blocks.0.spatial.proj_mlp"])
     model(**given)
     length = given["text"].tokens.shape[1]
-    before, after = (output["spatial"] for output in seen["spatial"])
+    before, after = (output[0] for output in seen["spatial"])
     assert (before[:, :length] - after[:, :length]).abs().max() > 1e-2  # static text
-    before, after = (output["image"] for output in seen["image"])
+    before, after = seen["image"]
     assert torch.equal(before, after)  # dynamic text and image: the cached keys of this block were made before its MLP
 
 

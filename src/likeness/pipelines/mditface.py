@@ -127,7 +127,8 @@ class MDiTFacePipeline(PortraitPipeline):
         latents, ids = batch.condition_latents[index], batch.condition_ids[index]  # [P, K, C, h, w], [P, K]
         cache = None
         if names and config.attention in ("hard", "decoupled"):
-            cache = self.transformer.static_cache(text, latents, ids)
+            with self.transformer.cache_disabled():
+                cache = self.transformer.static_cache(text, latents, ids)
 
         def passes_at(step: int) -> Passes:
             scale = 1.0 if distilled else batch.guidance[step]
@@ -148,7 +149,8 @@ class MDiTFacePipeline(PortraitPipeline):
             if distilled:
                 arguments["guidance"] = torch.full((stop - start,), batch.guidance[step], device=device)  # [P]
             weights = [scale if item in guided else 1.0 for item in group] + [1 - scale] * len(guided)
-            return Passes(items[start:stop], weights[start:stop], arguments, shared)
+            kinds = [f"{keep} {'positive' if p < len(group) else 'negative'}" for p in range(start, stop)]
+            return Passes(items[start:stop], weights[start:stop], arguments, shared, kinds)
 
         return passes_at
 

@@ -35,6 +35,7 @@ from likeness.conditions.base import Condition, Reading, Source
 from likeness.conditions.images import check_aspect
 from likeness.encoders.latent import LatentCodec, spatial_factor, to_pixels, to_tensor
 from likeness.encoders.text import encode_text, truncated_text
+from likeness.models.caching import stateful_hooks
 from likeness.objectives import make_objective
 from likeness.objectives.flow import dynamic_shift
 from likeness.pipelines.adapters import load_lora, own_name, scaled_loras, unload_adapter
@@ -360,7 +361,7 @@ class PortraitPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(height, width, steps, guidance, output_type, callback_on_step_end_tensor_inputs)
         self.check_guidance_model(guidance_model, auto_scale)
-        self.check_hooks()
+        self.check_caches(guidance_model, steps)
         objective = make_objective(self.config.objective)
         objective.check_scheduler(self.scheduler)
         notes: list[str] = []
@@ -513,6 +514,11 @@ class PortraitPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
         return self._num_timesteps
 
     @property
+    def current_timestep(self) -> Any:
+        """The scheduler's timestep of the current step, for caches."""
+        return self._current_timestep
+
+    @property
     def guidance_scale(self) -> float:
         """Text guidance scale of the current call, for callbacks."""
         return self._guidance_scale
@@ -556,14 +562,19 @@ class PortraitPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
                 "To disable guidance, set pipeline._guidance_scale to 1 in the callback"
             )
 
-    def check_hooks(self) -> None:
-        """Raise `InputError` for diffusers' caches between steps: they assume that every step runs the same passes."""
-        registries = (getattr(module, "_diffusers_hook", None) for module in self.transformer.modules())
-        hooks = (hook for registry in registries if registry is not None for hook in registry.hooks.values())
-        if cache := next((hook for hook in hooks if hook._is_stateful), None):
+    def check_caches(self, guidance_model: Any, steps: int) -> None:
+        """Raise `InputError` if a cache between steps is not that of `enable_cache`, or is for other steps."""
+        if hooks := [] if self.transformer.is_cache_enabled else stateful_hooks(self.transformer):
             raise InputError(
-                f"The transformer has a {type(cache).__name__}: caches between steps are not supported, because steps "
-                "run different passes; load the pipeline again without it"
+                f"The transformer has a {type(hooks[0]).__name__}: load the pipeline again, and enable caches with "
+                "pipeline.transformer.enable_cache(config)"
+            )
+        if guidance_model is not None and stateful_hooks(guidance_model):
+            raise InputError("guidance_model has a cache between steps: only the transformer can have one")
+        config = self.transformer._cache_config
+        if (own := getattr(config, "num_inference_steps", steps)) != steps:
+            raise InputError(
+                f"{type(config).__name__} has num_inference_steps={own}, but the call has {steps} steps: set the same"
             )
 
     def check_guidance_model(self, guidance_model: Any, scale: float) -> None:
