@@ -16,6 +16,8 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    PipelineQuantizationConfig,
+    TorchAoConfig,
     UniPCMultistepScheduler,
 )
 from diffusers.callbacks import SDCFGCutoffCallback
@@ -23,6 +25,7 @@ from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchao.quantization import Int8WeightOnlyConfig
 
 from builders import tiny_flux_pipeline, tiny_mditface_pipeline, tiny_pipeline
 from likeness.data.synthetic import draw_face
@@ -114,6 +117,20 @@ def test_layerwise_casting(make):
     found = image(pipeline)
     assert not np.array_equal(found, expected)
     np.testing.assert_allclose(found, expected, atol=0.03)
+
+
+def test_quantization_config(make, tmp_path):
+    """torchao's 8-bit weights through diffusers: nearly the same image."""
+    pipeline = make()
+    expected = image(pipeline)
+    pipeline.save_pretrained(tmp_path)
+    config = PipelineQuantizationConfig(quant_mapping={"transformer": TorchAoConfig(Int8WeightOnlyConfig())})
+    again = type(pipeline).from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32)
+    again.set_progress_bar_config(disable=True)
+    assert sum(hasattr(weight, "qdata") for weight in again.transformer.parameters()) > 10
+    found = image(again)
+    assert not np.array_equal(found, expected)
+    np.testing.assert_allclose(found, expected, atol=0.05)
 
 
 class Operations(TorchDispatchMode):

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 from diffusers.models.embeddings import apply_rotary_emb
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from builders import TINY_FLUX, run, tiny_flux, tiny_mditface
 from likeness.evaluate.cost import mditface_costs
 from likeness.models.layers import patchify, unpatchify, use_explicit_attention
 from likeness.models.mditface import MDiTFaceTransformer, StaticCache, grid_ids, select, split_streams
+from likeness.models.original_flux import SHIFT_FIRST, original_names
 from likeness.models.tied_weights import image_name
 from likeness.pipelines.adapters import lora_targets
 from likeness.types import InputError, TextFeatures
@@ -409,6 +412,85 @@ def test_hard_keys_serve_any_prompt():
 def test_only_static_pathways_have_caches(mode):
     with pytest.raises(InputError, match=f"{mode} attention has no static pathway"):
         cache_of(tiny_mditface(attention=mode), inputs())
+
+
+# --- A single file, in the names of the original code
+
+
+def in_original_names(network: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of FLUX as in the original code's file: some layers are concatenated, and a norm has a scale."""
+    found = {}
+    for layer, targets in original_names(network).items():
+        for leaf in ("weight", "bias"):
+            parts = [weights[f"{target}.{leaf}"] for target in targets if f"{target}.{leaf}" in weights]
+            if parts and "lora" not in layer:
+                value = torch.cat(parts)
+                value = torch.cat(value.chunk(2)[::-1]) if layer == SHIFT_FIRST else value
+                found[f"{layer}.{'scale' if 'query_norm' in layer or 'key_norm' in layer else leaf}"] = value
+    return found
+
+
+def test_original_names_are_those_of_diffusers():
+    """Names and order of rows, at the width that diffusers' converter has built in; all columns are equal."""
+    with torch.device("meta"):
+        network = MDiTFaceTransformer(num_layers=1, num_single_layers=1, condition_names=())
+    weights = {
+        name: (number + torch.arange(len(weight)) / len(weight)).view(-1, *[1] * (weight.ndim - 1)).expand(weight.shape)
+        for number, (name, weight) in enumerate(network.state_dict().items())
+        if not name.startswith("condition_embed")
+    }
+    column = lambda x: x[:, :1] if x.ndim == 2 else x  # noqa: E731
+    original = in_original_names(network, {name: column(weight) for name, weight in weights.items()})
+    theirs = convert_flux_transformer_checkpoint_to_diffusers(dict(original))
+    assert theirs.keys() == weights.keys()
+    assert all(torch.equal(theirs[name], column(weight)) for name, weight in weights.items())
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("guidance_embeds", [True, False])
+def test_from_a_single_file(tmp_path, prefix, guidance_embeds):
+    flux = tiny_flux(guidance_embeds=guidance_embeds)
+    weights = in_original_names(flux, flux.state_dict())
+    other = {"first_stage_model.decoder.conv_in.bias": torch.zeros(4)} if prefix else {}
+    save_file({f"{prefix}{name}": value for name, value in weights.items()} | other, tmp_path / "flux.safetensors")
+    options = {"dtype": torch.float32, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)}
+    ours = MDiTFaceTransformer.from_single_file(tmp_path / "flux.safetensors", **options)
+    state = ours.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in flux.state_dict().items())
+    assert ours.tied
+    given = without(inputs())
+    ours.save_pretrained(tmp_path)
+    again = MDiTFaceTransformer.from_pretrained(tmp_path)
+    assert torch.equal(ours(**given), again(**given))
+    masked = MDiTFaceTransformer.from_single_file(
+        tmp_path / "flux.safetensors", **options, condition_names=("mask",), spatial_stream="full"
+    )
+    assert torch.equal(masked.condition_embed.weight, torch.zeros(1, 32))
+    assert torch.equal(masked.spatial_embedder.weight, flux.x_embedder.weight)
+
+
+def test_wrong_single_files(tmp_path):
+    flux = tiny_flux()
+    weights, options = (
+        in_original_names(flux, flux.state_dict()),
+        {"attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)},
+    )
+    for name, given, message in (
+        ("a.gguf", None, "a.gguf is a GGUF file"),
+        ("absent.safetensors", None, "absent.safetensors cannot be read"),
+        ("diffusers.safetensors", flux.state_dict(), "no transformer of FLUX.1 in the names of the original code"),
+        ("more.safetensors", weights | {"vae.bias": torch.ones(1)}, "vae.bias is not a weight of FLUX.1"),
+        ("shape.safetensors", weights | {"txt_in.bias": torch.ones(5)}, r"txt_in.bias has shape \(5,\), not \(32,\)"),
+        (
+            "less.safetensors",
+            {k: v for k, v in weights.items() if k != "txt_in.bias"},
+            "context_embedder.bias is missing",
+        ),
+    ):
+        if given:
+            save_file(given, tmp_path / name)
+        with pytest.raises(InputError, match=message):
+            MDiTFaceTransformer.from_single_file(tmp_path / name, **options)
 
 
 # --- Tied weights and adapters

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -48,8 +49,10 @@ from torch.nn import functional as F
 
 from likeness.models.caching import BLOCK_CACHES, OUTPUT, Caches
 from likeness.models.layers import Rope, as_output, explicit_attention, modulate, patchify, unpatchify
+from likeness.models.original_flux import PREFIX, from_original, original_config
 from likeness.models.tied_weights import init_missing, load_shared_once, record_counterparts, save_shared_once, tie
 from likeness.types import InputError, TextFeatures
+from likeness.weights.files import read_weights
 
 PATCH = 2
 """Side of a FLUX patch, in latent pixels."""
@@ -501,6 +504,35 @@ class MDiTFaceTransformer(Caches, ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Share the weights of both streams again after parameters were replaced, as by `to_empty`."""
         if self.tied:
             tie(self)
+
+    @classmethod
+    def from_single_file(
+        cls, path: str | Path, *, dtype: torch.dtype = torch.bfloat16, attention_head_dim: int = 128, **options: Any
+    ) -> MDiTFaceTransformer:
+        """Load the transformer of a FLUX.1 in a single .safetensors file, in the names of the original code.
+
+        Args:
+            path: the file, which may also contain other components.
+            dtype: data type of the weights.
+            attention_head_dim: width of a head; all other sizes follow from the weights.
+            **options: other arguments of this class, such as `condition_names`. Default: no conditions.
+
+        Raises:
+            InputError: the file cannot be read, is quantized (GGUF), or does not contain such a transformer.
+        """
+        if Path(path).suffix == ".gguf":
+            raise InputError(
+                f"{path} is a GGUF file: use a .safetensors file, with likeness.load(quantize='int8') for 8 bits"
+            )
+        weights = read_weights(Path(path))
+        weights = {key.removeprefix(PREFIX): x for key, x in weights.items() if key.startswith(PREFIX)} or weights
+        config = original_config(weights, attention_head_dim) | {"condition_names": ()} | options
+        with torch.device("meta"):
+            model = cls.from_config(config)
+        state = {name: value.to(dtype) for name, value in from_original(model, weights).items()}
+        init_missing(model, model.load_state_dict(state, strict=False, assign=True).missing_keys)
+        model.tie_weights()
+        return model.eval()
 
     @classmethod
     def _load_pretrained_model(cls, model: MDiTFaceTransformer, *args: Any, **kwargs: Any) -> tuple:
