@@ -635,6 +635,8 @@ def test_attention_kwargs_scale_the_loras_of_a_call(root, mmface, mask):
         assert torch.equal(make(pipeline, mask), half)
         pipeline.disable_lora()
         torch.testing.assert_close(make(pipeline, mask), off, atol=1e-6, rtol=0)
+        with pytest.raises(InputError, match="with output_type='sampling', use set_adapters"):
+            pipeline(PROMPT, output_type="sampling", attention_kwargs={"scale": 0.5})
         for wrong in ({"scale": "much"}, {"strength": 1}, [1]):
             with pytest.raises(InputError, match="attention_kwargs"):
                 make(pipeline, mask, attention_kwargs=wrong)

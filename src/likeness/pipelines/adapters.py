@@ -335,6 +335,8 @@ def scaled_loras(call: Callable[..., Any]) -> Callable[..., Any]:
         if not isinstance(options, Mapping) or options.keys() - {"scale"}:
             raise InputError(f'attention_kwargs is {options!r}; pass {{"scale": s}}, the factor of all LoRAs')
         scale = number(options.get("scale", 1.0), "attention_kwargs['scale']")
+        if scale != 1 and kwargs.get("output_type") == "sampling":
+            raise InputError("attention_kwargs acts within a call: with output_type='sampling', use set_adapters")
         networks = (pipeline.transformer, pipeline.text_encoder) if scale != 1 else ()
         layers = [layer for network in networks if network for layer in network.modules() if hasattr(layer, "lora_A")]
         before = [dict(layer.scaling) for layer in layers]

@@ -118,6 +118,7 @@ class PortraitPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
     """
 
     _callback_tensor_inputs: ClassVar = ["latents"]
+    _current_timestep: Any = None
 
     def __init_subclass__(cls) -> None:
         """Add the class where `DiffusionPipeline.from_pretrained` looks for the one that a folder names."""
