@@ -257,7 +257,7 @@ def train(name: str, seed: int, options: argparse.Namespace) -> None:
         progress = Progress(run, state, o.images, o.batch, signals, recipe)
         names = list(model.config.condition_names)
         settings = components.settings
-        batches = read_batches(recipe, stores, names, settings, SINGLE_PROCESS, progress.starts, o.batch)
+        batches = read_batches(recipe, stores, names, settings, SINGLE_PROCESS, progress.starts, o.batch, 2)
         for start, (batch,) in progress.steps(batches):
             rate = learning_rate(start, o.images, o.learning_rate, o.warmup, o.decay)
             with torch.autocast("cpu", torch.bfloat16):
