@@ -94,6 +94,17 @@ def test_images_do_not_depend_on_others(network, config, changes):
 
 
 @pytest.mark.parametrize("network", NETWORKS)
+def test_a_cache_with_group_offload(network, tmp_path):
+    """Both have hooks on the blocks; MDiTFace's static pathway runs without those of the cache."""
+    plain, pipeline = NETWORKS[network](), NETWORKS[network]()
+    for each in (plain, pipeline):
+        each.transformer.enable_cache(first_block(each, reuse=True))
+    options = {"offload_type": "block_level", "num_blocks_per_group": 1, "offload_to_disk_path": str(tmp_path)}
+    pipeline.transformer.enable_group_offload("cpu", **options)
+    assert np.array_equal(images(pipeline, **CHANGING), images(plain, **CHANGING))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
 def test_states_are_dropped_when_the_passes_change(network):
     """First-block caching that always reuses runs the last block once per kind of pass and per set of passes."""
     pipeline, calls = NETWORKS[network](), []
