@@ -77,15 +77,20 @@ def key_similarity(pipeline: Any, request: PortraitRequest, progress: Progress |
         part: defaultdict(lambda: [Track() for _ in blocks]) for part in ("keys", "values")
     }
 
-    def observe(index: int, block: nn.Module, inputs: tuple, output: tuple) -> None:
+    def keep(block: nn.Module, inputs: tuple) -> tuple:
+        return *inputs[:4], True  # also return keys and values
+
+    def observe(index: int, block: nn.Module, inputs: tuple, output: tuple) -> Tensor:
         for part, vectors in zip(tracks, output[1], strict=True):
             for name, own in zip(state.tokens, vectors[0].split(list(state.tokens.values())), strict=True):
                 tracks[part][name][index].add(own)  # [n, H, d]
+        return output[0]
 
     with ExitStack() as stack:
         trained_as = stack.enter_context(run_as_holistic(transformer))
         state = stack.enter_context(observed(transformer))
         for index, block in enumerate(blocks.values()):
+            stack.callback(block.register_forward_pre_hook(keep).remove)
             stack.callback(block.register_forward_hook(partial(observe, index)).remove)
         generate(pipeline, request, [request.seed], progress)
     similarity = {
@@ -238,6 +243,8 @@ def observed(transformer: Any) -> Iterator[State]:
     state = State()
 
     def start_step(network: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if args[0] is None:  # the static pathway
+            return
         state.step, state.in_step, state.tokens = state.step + 1, True, token_counts(transformer, args[0], kwargs)
         state.times.append(float(args[1][0]))
 

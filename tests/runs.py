@@ -41,8 +41,9 @@ def prepare(root: Path, count: int, *, flux: bool = False) -> Path:
 def small_values(root: Path, probabilities: dict[str, float] | None = None, **changes: Any) -> dict[str, Any]:
     """Values of a recipe of 6 steps of 4 images, float32; `optimizer`, `network` and `data` are changed key by key."""
     network = changes.pop("network", {})
-    adapter = network.get("name") == "mditface_adapter"
-    data: dict[str, Any] = {"shards": [str(root / ("flux_shards" if adapter else "shards"))]}
+    kind = network.get("name", "mmface")
+    adapter = kind.endswith("_adapter")
+    data: dict[str, Any] = {"shards": [str(root / ("flux_shards" if kind == "mditface_adapter" else "shards"))]}
     data |= {"condition_probabilities": probabilities or {"mask": 0.5, "sketch": 0.3, "none": 0.2}}
     if not adapter:
         data["components"] = str(root / "components")

@@ -1,4 +1,4 @@
-"""Adapters on FLUX.1: save, load, scale and remove MDiTFace's adapter and other LoRAs; weights that do not match."""
+"""Adapters: save, load, scale and remove those of this project and other LoRAs; weights that do not match."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from builders import run, tiny_flux, tiny_flux_pipeline, tiny_mditface_pipeline,
 from likeness.data.synthetic import draw_face
 from likeness.models.layers import patchify
 from likeness.pipelines.adapters import (
+    MMFACE_NAME,
     NAME,
     Adapter,
+    MMFaceLora,
     active_adapters,
     add_adapter,
     add_loras,
@@ -412,7 +414,7 @@ def test_networks_that_take_no_adapter(root):
         load_adapter(tiny_mditface_pipeline(), root / "adapter")
     with pytest.raises(InputError, match="the network concat: load the base with attention='decoupled'"):
         load_adapter(tiny_mditface_pipeline(attention="concat", spatial_stream="lora"), root / "adapter")
-    with pytest.raises(InputError, match="no MDiTFace adapter to save"):
+    with pytest.raises(InputError, match="no adapter to save"):
         save_adapter(load(root / "flux").transformer, root / "other", Adapter(base="x", condition_names=("mask",)))
     assert not (root / "other").exists()
 
@@ -502,8 +504,6 @@ def test_recipes_hold_what_acts(root, mask):
     pipeline.unload_lora_weights()
     assert active_adapters(pipeline) == pipeline.loras == {}
     assert active_adapters(tiny_pipeline()) == {}
-    with pytest.raises(InputError, match=r"MMFacePipeline does not support LoRAs, but the recipe has a\.safetensors"):
-        restore_adapters(tiny_pipeline(), {"x": {"scale": 1.0, "source": "a.safetensors", "strict": True}})
 
 
 def test_strengths_are_recorded_to_the_bit(root, tmp_path):
@@ -564,10 +564,102 @@ def test_bad_loras(root, tmp_path, capsys, lora, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_mmface_takes_no_lora(root, tmp_path, capsys):
-    tiny_pipeline().save_pretrained(tmp_path / "mmface")
-    assert run("generate", "--model", tmp_path / "mmface", "--lora", root / "style", "--out", tmp_path / "a.png") == 2
-    assert "MMFacePipeline does not support LoRAs" in capsys.readouterr().err
+# --- MMFace
+
+
+@pytest.fixture(scope="module")
+def mmface(tmp_path_factory) -> Path:
+    """An MMFace in `base`, adapters with `attention` and `all` targets, and a LoRA in diffusers' format."""
+    root = tmp_path_factory.mktemp("mmface")
+    tiny_pipeline().save_pretrained(root / "base")
+    for number, targets in enumerate(("attention", "all")):
+        adapter = MMFaceLora(base=str(root / "base"), targets=targets, rank=2, alpha=6, defaults={"steps": 3})
+        network = load(root / "base").transformer
+        add_adapter(network, adapter)
+        save_adapter(randomised(network, number=number), root / targets, adapter)
+    network = lora_of(load(root / "base").transformer, ("image_mlp.linear_1", "time_embed.linear_1"), 3)
+    config = network.peft_config["default"].to_dict()
+    state = get_peft_model_state_dict(network)
+    FluxPipeline.save_lora_weights(root / "style", state, transformer_lora_adapter_metadata=config)
+    return root
+
+
+def test_mmface_adapters_and_loras_stack(mmface, mask, tmp_path, capsys):
+    """A folder acts alike as `--model` and as `--lora`, with its alpha; LoRAs are scaled, recorded and removed."""
+    base, stacked = load(mmface / "base"), load(mmface / "all")
+    before, own = make(base, mask), make(stacked, mask)
+    assert stacked.config.defaults["steps"] == 3
+    assert len(lora_targets(base.transformer, "attention")) == 2 * 4
+    assert len(lora_targets(base.transformer, "all")) == 2 * (4 + 4 + 1)
+    base.load_lora_weights(mmface / "all", "all")
+    assert torch.equal(make(base, mask), own)
+    base.load_lora_weights(mmface / "style", "style")
+    base.set_adapters(["all", "style"], [1.0, 0.5])
+    stacked.load_lora_weights(mmface / "style", "style")
+    stacked.set_adapters([MMFACE_NAME, "style"], [1.0, 0.5])
+    both = make(stacked, mask)
+    assert torch.equal(make(base, mask), both)
+    assert (both - own).abs().max() > 1e-3
+    again = load(mmface / "all")
+    restore_adapters(again, json.loads(json.dumps(active_adapters(stacked))))
+    assert torch.equal(make(again, mask), both)
+    base.delete_adapters(["all", "style"])
+    stacked.unload_lora_weights()
+    assert torch.equal(make(base, mask), before)
+    assert torch.equal(make(stacked, mask), before)
+
+    given = ("generate", PROMPT, "--mask", tmp_path / "mask.png", "--model", mmface / "attention")
+    Image.fromarray(draw_face(0, 0, 64).mask).save(tmp_path / "mask.png")
+    assert run(*given, "--lora", f"{mmface / 'style'}=0.3", mmface / "all", "--out", tmp_path / "a.png") == 0
+    recorded = read_recipe(tmp_path / "a.png")[0]["adapters"]
+    assert {name: entry["scale"] for name, entry in recorded.items()} == {"mmface": 1.0, "lora_1": 0.3, "lora_2": 1.0}
+    again = ("replay", tmp_path / "a.png", "--model", mmface / "attention", "--lora", mmface / "style", mmface / "all")
+    assert run(*again) == 0
+    assert "bit-identical" in capsys.readouterr().out
+
+
+def test_attention_kwargs_scale_the_loras_of_a_call(root, mmface, mask):
+    """As `set_adapters` with each strength times the scale; the strengths themselves stay."""
+    for folder, style, own in (
+        (mmface / "all", mmface / "style", MMFACE_NAME),
+        (root / "adapter", root / "style", NAME),
+    ):
+        pipeline = load(folder)
+        pipeline.load_lora_weights(style, "style")
+        pipeline.set_adapters([own, "style"], [1.0, 0.5])
+        full = make(pipeline, mask)
+        half = make(pipeline, mask, attention_kwargs={"scale": 0.5})
+        off = make(pipeline, mask, attention_kwargs={"scale": 0})
+        assert torch.equal(make(pipeline, mask), full)
+        pipeline.set_adapters([own, "style"], [0.5, 0.25])
+        assert torch.equal(make(pipeline, mask), half)
+        pipeline.disable_lora()
+        torch.testing.assert_close(make(pipeline, mask), off, atol=1e-6, rtol=0)
+        with pytest.raises(InputError, match="with output_type='sampling', use set_adapters"):
+            pipeline(PROMPT, output_type="sampling", attention_kwargs={"scale": 0.5})
+        for wrong in ({"scale": "much"}, {"strength": 1}, [1]):
+            with pytest.raises(InputError, match="attention_kwargs"):
+                make(pipeline, mask, attention_kwargs=wrong)
+
+
+@pytest.mark.parametrize(
+    ("model", "lora", "message"),
+    [
+        ("mmface/base", "flux/style", "was not made for this network; 24 weights do not match"),
+        ("flux/flux", "mmface/all", "was not made for this network; 36 weights do not match"),
+        ("mmface/wrong", None, "The adapter is for an MMFace, but the network is a MDiTFaceTransformer"),
+        ("flux/wrong", None, "the base of an adapter must be FLUX.1"),
+    ],
+)
+def test_adapters_of_the_other_network(root, mmface, tmp_path, capsys, model, lora, message):
+    for folder, source, base in ((mmface, "all", root / "flux"), (root, "adapter", mmface / "base")):
+        shutil.copytree(folder / source, folder / "wrong", dirs_exist_ok=True)
+        values = json.loads((folder / "wrong" / "adapter.json").read_text())
+        (folder / "wrong" / "adapter.json").write_text(json.dumps(values | {"base": str(base)}))
+    place = lambda name: {"mmface": mmface, "flux": root}[name.split("/")[0]] / name.split("/")[1]  # noqa: E731
+    loras = ("--lora", place(lora)) if lora else ()
+    assert run("generate", "--model", place(model), *loras, "--out", tmp_path / "a.png") == 2
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "a.png").exists()
 
 

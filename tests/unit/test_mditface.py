@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 from diffusers.models.embeddings import apply_rotary_emb
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from builders import TINY_FLUX, run, tiny_flux, tiny_mditface
 from likeness.evaluate.cost import mditface_costs
 from likeness.models.layers import patchify, unpatchify, use_explicit_attention
-from likeness.models.mditface import MDiTFaceTransformer, StaticCache, grid_ids, select
+from likeness.models.mditface import MDiTFaceTransformer, StaticCache, grid_ids, select, split_streams
+from likeness.models.original_flux import SHIFT_FIRST, original_names
 from likeness.models.tied_weights import image_name
 from likeness.pipelines.adapters import lora_targets
 from likeness.types import InputError, TextFeatures
@@ -233,7 +236,8 @@ def test_static_modulation_is_that_of_time_0_and_guidance_1():
     model, given = tiny_mditface(), inputs()
     holistic = tiny_mditface(attention="holistic")
     seen = []
-    holistic.transformer_blocks[0].register_forward_hook(lambda *call: seen.append(call[2][1]))
+    holistic.transformer_blocks[0].register_forward_pre_hook(lambda block, inputs: (*inputs[:4], True))
+    holistic.transformer_blocks[0].register_forward_hook(lambda *call: seen.append(call[2][1]) or call[2][0])
     holistic(**{**given, "time": torch.zeros(2)}, guidance=torch.ones(2))
     keys, values = cache_of(model, given)[0]
     torch.testing.assert_close(keys, seen[0].keys[:, -6:], **CLOSE)
@@ -260,10 +264,11 @@ def test_text_reads_spatial(mode):
     """Where it does not, text tokens leave the first block as if there were no condition; image tokens do not."""
     model, given = tiny_mditface(attention=mode, text_reads_spatial=False), inputs()
     seen = []
-    model.transformer_blocks[0].register_forward_hook(lambda *call: seen.append(call[2][0]))
+    model.transformer_blocks[0].register_forward_hook(lambda *call: seen.append(call))
     model(**without(given))
     model(**given)
-    plain, conditioned = seen[0], seen[-1]  # the static pathway comes in between
+    (_, inputs_1, plain), (_, inputs_2, conditioned) = seen[0], seen[-1]  # the static pathway comes in between
+    plain, conditioned = split_streams(plain, inputs_1[1]), split_streams(conditioned, inputs_2[1])
     torch.testing.assert_close(plain["text"], conditioned["text"], atol=1e-5, rtol=1e-5)
     assert (plain["image"] - conditioned["image"]).abs().max() > 1e-2
     reading = tiny_mditface(attention=mode)
@@ -409,6 +414,85 @@ def test_only_static_pathways_have_caches(mode):
         cache_of(tiny_mditface(attention=mode), inputs())
 
 
+# --- A single file, in the names of the original code
+
+
+def in_original_names(network: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of FLUX as in the original code's file: some layers are concatenated, and a norm has a scale."""
+    found = {}
+    for layer, targets in original_names(network).items():
+        for leaf in ("weight", "bias"):
+            parts = [weights[f"{target}.{leaf}"] for target in targets if f"{target}.{leaf}" in weights]
+            if parts and "lora" not in layer:
+                value = torch.cat(parts)
+                value = torch.cat(value.chunk(2)[::-1]) if layer == SHIFT_FIRST else value
+                found[f"{layer}.{'scale' if 'query_norm' in layer or 'key_norm' in layer else leaf}"] = value
+    return found
+
+
+def test_original_names_are_those_of_diffusers():
+    """Names and order of rows, at the width that diffusers' converter has built in; all columns are equal."""
+    with torch.device("meta"):
+        network = MDiTFaceTransformer(num_layers=1, num_single_layers=1, condition_names=())
+    weights = {
+        name: (number + torch.arange(len(weight)) / len(weight)).view(-1, *[1] * (weight.ndim - 1)).expand(weight.shape)
+        for number, (name, weight) in enumerate(network.state_dict().items())
+        if not name.startswith("condition_embed")
+    }
+    column = lambda x: x[:, :1] if x.ndim == 2 else x  # noqa: E731
+    original = in_original_names(network, {name: column(weight) for name, weight in weights.items()})
+    theirs = convert_flux_transformer_checkpoint_to_diffusers(dict(original))
+    assert theirs.keys() == weights.keys()
+    assert all(torch.equal(theirs[name], column(weight)) for name, weight in weights.items())
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("guidance_embeds", [True, False])
+def test_from_a_single_file(tmp_path, prefix, guidance_embeds):
+    flux = tiny_flux(guidance_embeds=guidance_embeds)
+    weights = in_original_names(flux, flux.state_dict())
+    other = {"first_stage_model.decoder.conv_in.bias": torch.zeros(4)} if prefix else {}
+    save_file({f"{prefix}{name}": value for name, value in weights.items()} | other, tmp_path / "flux.safetensors")
+    options = {"dtype": torch.float32, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)}
+    ours = MDiTFaceTransformer.from_single_file(tmp_path / "flux.safetensors", **options)
+    state = ours.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in flux.state_dict().items())
+    assert ours.tied
+    given = without(inputs())
+    ours.save_pretrained(tmp_path)
+    again = MDiTFaceTransformer.from_pretrained(tmp_path)
+    assert torch.equal(ours(**given), again(**given))
+    masked = MDiTFaceTransformer.from_single_file(
+        tmp_path / "flux.safetensors", **options, condition_names=("mask",), spatial_stream="full"
+    )
+    assert torch.equal(masked.condition_embed.weight, torch.zeros(1, 32))
+    assert torch.equal(masked.spatial_embedder.weight, flux.x_embedder.weight)
+
+
+def test_wrong_single_files(tmp_path):
+    flux = tiny_flux()
+    weights, options = (
+        in_original_names(flux, flux.state_dict()),
+        {"attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)},
+    )
+    for name, given, message in (
+        ("a.gguf", None, "a.gguf is a GGUF file"),
+        ("absent.safetensors", None, "absent.safetensors cannot be read"),
+        ("diffusers.safetensors", flux.state_dict(), "no transformer of FLUX.1 in the names of the original code"),
+        ("more.safetensors", weights | {"vae.bias": torch.ones(1)}, "vae.bias is not a weight of FLUX.1"),
+        ("shape.safetensors", weights | {"txt_in.bias": torch.ones(5)}, r"txt_in.bias has shape \(5,\), not \(32,\)"),
+        (
+            "less.safetensors",
+            {k: v for k, v in weights.items() if k != "txt_in.bias"},
+            "context_embedder.bias is missing",
+        ),
+    ):
+        if given:
+            save_file(given, tmp_path / name)
+        with pytest.raises(InputError, match=message):
+            MDiTFaceTransformer.from_single_file(tmp_path / name, **options)
+
+
 # --- Tied weights and adapters
 
 
@@ -471,14 +555,14 @@ def test_the_adapter_touches_the_static_text_copy_in_single_blocks():
     model, given = tiny_mditface(), inputs()
     seen = {}
     block = model.single_transformer_blocks[0]
-    block.register_forward_hook(lambda _, call, output: seen.setdefault(next(iter(call[0])), []).append(output[0]))
+    block.register_forward_hook(lambda _, call, output: seen.setdefault(next(iter(call[1])), []).append(output))
     model(**given)
     add_lora(model, ["single_transformer_blocks.0.spatial.proj_mlp"])
     model(**given)
     length = given["text"].tokens.shape[1]
-    before, after = (output["spatial"] for output in seen["spatial"])
+    before, after = (output[0] for output in seen["spatial"])
     assert (before[:, :length] - after[:, :length]).abs().max() > 1e-2  # static text
-    before, after = (output["image"] for output in seen["image"])
+    before, after = seen["image"]
     assert torch.equal(before, after)  # dynamic text and image: the cached keys of this block were made before its MLP
 
 

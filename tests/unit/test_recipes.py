@@ -17,6 +17,7 @@ from likeness.objectives import make_objective
 from likeness.pipelines.load import load
 from likeness.train.config import (
     RENAMED_KEYS,
+    AdapterNetwork,
     MDiTFaceAdapter,
     TrainRecipe,
     check,
@@ -50,7 +51,7 @@ PARAMETERS = {
 }
 """The published 1,345,298,624 and the embedding of `none`."""
 
-TRAINED = {"mditface_lora_512": 28_975_616 + 3072}
+TRAINED = {"mditface_lora_512": 28_975_616 + 3072, "mmface_lora_mini": 147_456}
 """Of an adapter on FLUX.1-dev: the LoRA of the costs in the paper's Table 4, and one condition embedding."""
 
 
@@ -86,9 +87,11 @@ def test_recipe(path):
         return
     check(recipe)
     channels, text = WIDTHS.get(path.stem, (16, 192))
-    if isinstance(recipe.network, MDiTFaceAdapter):
+    if isinstance(recipe.network, AdapterNetwork):
         with torch.device("meta"):
-            model = add_new_adapter(MDiTFaceTransformer(condition_names=()), adapter_of(recipe))
+            flux = isinstance(recipe.network, MDiTFaceAdapter)
+            base = MDiTFaceTransformer(condition_names=()) if flux else load(recipe.network.base).transformer
+            model = add_new_adapter(base, adapter_of(recipe))
         assert sum(p.numel() for p in trainable_parameters(model).values()) == TRAINED[path.stem]
         assert checkpoints(path, TRAINED[path.stem])
         return

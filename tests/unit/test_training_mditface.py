@@ -11,10 +11,13 @@ import torch
 from PIL import Image
 
 from likeness.models.mditface import MDiTFaceTransformer
+from likeness.pipelines.adapters import add_loras
 from likeness.pipelines.generate import generate, resolve
 from likeness.pipelines.load import load
 from likeness.train import loop
 from likeness.train.config import TrainRecipe
+from likeness.train.plan import component_sizes
+from likeness.train.trace import trace
 from likeness.types import ConditionInput, InputError, PortraitRequest
 from runs import check_resume, killed_after_checkpoint, prepare, small
 
@@ -128,6 +131,33 @@ def test_base_trained_from_scratch(prepared, tmp_path):
     assert images["base"] == images["spatial"] != images["all"]
 
 
+def test_adapter_on_mmface(prepared, tmp_path):
+    """The base is unchanged; the published folder acts as `--model` and as `--lora`."""
+    shards = {"condition_probabilities": {"mask": 0.5, "sketch": 0.3, "none": 0.2}}
+    base = loop.train(recipe(prepared, {}, data=shards), tmp_path / "base")
+    network = {"name": "mmface_adapter", "base": str(base), "rank": 2, "alpha": 4, "targets": "all"}
+    given = recipe(prepared, network, data=shards)
+    whole = check_resume(lambda run: loop.train(given, run), tmp_path, killed_after_checkpoint())
+    assert all(".lora_" in name for name in whole)
+    model = tmp_path / "whole" / "model"
+    assert json.loads((model / "adapter.json").read_text()) == {
+        "kind": "mmface",
+        "base": str(base),
+        "targets": "all",
+        "rank": 2,
+        "alpha": 4,
+        "defaults": {"size": 32, "steps": 2},
+    }
+    mask = {"mask": ConditionInput(image=str(prepared / "faces/train/masks/000000.png"))}
+    adapted, plain, added = load(model), load(base), load(base)
+    add_loras(added, [(str(model), 1.0)])
+    request = resolve(PortraitRequest(prompt="a face", conditions=mask), plain)
+    images = [generate(pipeline, request, [1])[0][0].tobytes() for pipeline in (plain, adapted, added)]
+    assert images[0] != images[1] == images[2]
+    planned = trace(given, 4, component_sizes(given)).trainable
+    assert planned == sum(value.numel() for name, value in whole.items() if name.startswith("model/"))
+
+
 def test_invalid_adapters(prepared, tmp_path):
     def rejected(message: str, network: dict, **changes) -> None:
         with pytest.raises(InputError, match=message):
@@ -138,3 +168,10 @@ def test_invalid_adapters(prepared, tmp_path):
     mmface = {"shards": [str(prepared / "shards")], "components": str(prepared / "components")}
     rejected(r"the base of an adapter must be FLUX\.1", {**adapter, "base": "mmface-mini"}, data=mmface)
     rejected("another encoder", NETWORK, data=other)
+    adapter, base = {"name": "mmface_adapter", "base": "mmface-mini"}, {"condition_probabilities": {"mask": 1.0}}
+    given: dict = {"data": base | {"components": str(prepared / "components")}, "preview": []}
+    rejected("must be an MMFace", {**adapter, "base": "mditface-mini"}, **given)
+    rejected("objective's name = rectified_flow, not ddpm", adapter, **given, objective={"name": "ddpm"})
+    rejected("on the latents of another encoder", adapter, **given)
+    given["data"] |= {"condition_probabilities": {"photo": 1.0}}
+    rejected("has photo, but mmface-mini was trained with mask, sketch", adapter, **given)

@@ -23,7 +23,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -46,15 +47,18 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from likeness.models.caching import BLOCK_CACHES, OUTPUT, Caches
 from likeness.models.layers import Rope, as_output, explicit_attention, modulate, patchify, unpatchify
+from likeness.models.original_flux import PREFIX, from_original, original_config
 from likeness.models.tied_weights import init_missing, load_shared_once, record_counterparts, save_shared_once, tie
 from likeness.types import InputError, TextFeatures
+from likeness.weights.files import read_weights
 
 PATCH = 2
 """Side of a FLUX patch, in latent pixels."""
 
-Tokens = dict[str, Tensor]
-"""Stream -> tokens [B, n, D], in the order of the sequence. In single blocks text is part of the following stream."""
+Sizes = dict[str, int]
+"""Stream -> number of its tokens n, in the order of the sequence. In single blocks text is part of the next stream."""
 
 
 class KeysValues(NamedTuple):
@@ -94,6 +98,16 @@ class Stream(NamedTuple):
     out: nn.Module
     norm2: nn.Module
     mlp: nn.Module
+
+
+def split_streams(hidden_states: Tensor, sizes: Sizes) -> dict[str, Tensor]:
+    """[B, sum of n, D] -> [B, n, D] for each stream."""
+    return dict(zip(sizes, hidden_states.split(list(sizes.values()), dim=1), strict=True))
+
+
+def join_streams(streams: Sequence[Tensor]) -> Tensor:
+    """[B, n, D] for each stream -> [B, sum of n, D]."""
+    return torch.cat(list(streams), dim=1) if len(streams) > 1 else streams[0]
 
 
 def split_heads(x: Tensor, dim: int) -> Tensor:
@@ -162,11 +176,13 @@ class TriStreamBlock(FluxTransformerBlock):
         a = own.attn
         return Stream(own.norm1, a.to_q, a.to_k, a.to_v, a.norm_q, a.norm_k, a.to_out[0], own.norm2, own.ff)
 
-    def forward(self, tokens: Tokens, shared: Shared, static: KeysValues | None = None) -> tuple[Tokens, KeysValues]:
-        """In every stream x = x + gate * F(AdaLN(x)), F the joint attention and then an MLP. Also returns the keys and
-        values of these tokens.
+    def forward(
+        self, hidden_states: Tensor, sizes: Sizes, shared: Shared, static: KeysValues | None = None, keep: bool = False
+    ) -> Tensor | tuple[Tensor, KeysValues]:
+        """In every stream x = x + gate * F(AdaLN(x)), F the joint attention and then an MLP: [B, sum of n, D] to the
+        same; with `keep` also the keys and values of these tokens. diffusers' caches need the name `hidden_states`.
         """
-        streams = {name: self.stream(name) for name in tokens}
+        streams, tokens = {name: self.stream(name) for name in sizes}, split_streams(hidden_states, sizes)
         dim, qkv, rest = self.attn.head_dim, [], {}
         for name, x in tokens.items():
             own = streams[name]
@@ -176,12 +192,13 @@ class TriStreamBlock(FluxTransformerBlock):
             qkv.append((query, key, split_heads(own.value(x), dim)))
         updates, keys_values = joint_attention(qkv, static, shared, self)  # [B, n, D] each
 
-        result = {}
+        result = []
         for (name, x), update in zip(tokens.items(), updates, strict=True):
             own, (gate_1, shift, scale, gate_2) = streams[name], rest[name]
             x = x + gate_1[:, None] * own.out(update)
-            result[name] = x + gate_2[:, None] * own.mlp(modulate(own.norm2(x), shift, scale))
-        return result, keys_values
+            result.append(x + gate_2[:, None] * own.mlp(modulate(own.norm2(x), shift, scale)))
+        hidden_states = join_streams(result)  # [B, sum of n, D]
+        return (hidden_states, keys_values) if keep else hidden_states
 
 
 class SingleStreamBlock(FluxSingleTransformerBlock):
@@ -196,9 +213,12 @@ class SingleStreamBlock(FluxSingleTransformerBlock):
         if with_spatial:
             self.spatial = FluxSingleTransformerBlock(width, heads, width // heads)
 
-    def forward(self, tokens: Tokens, shared: Shared, static: KeysValues | None = None) -> tuple[Tokens, KeysValues]:
-        """In every stream x = x + gate * W [attention(AdaLN(x)); MLP(AdaLN(x))]. Also returns keys and values."""
-        streams = {name: self.spatial if name == "spatial" else self for name in tokens}
+    def forward(
+        self, hidden_states: Tensor, sizes: Sizes, shared: Shared, static: KeysValues | None = None, keep: bool = False
+    ) -> Tensor | tuple[Tensor, KeysValues]:
+        """In every stream x = x + gate * W [attention(AdaLN(x)); MLP(AdaLN(x))]; as in `TriStreamBlock`."""
+        streams = {name: self.spatial if name == "spatial" else self for name in sizes}
+        tokens = split_streams(hidden_states, sizes)
         dim, qkv, rest = self.attn.head_dim, [], {}
         for name, x in tokens.items():
             own = streams[name]
@@ -209,14 +229,15 @@ class SingleStreamBlock(FluxSingleTransformerBlock):
             rest[name] = own.act_mlp(own.proj_mlp(x)), gate  # [B, n, 4 D], [B, D]
         updates, keys_values = joint_attention(qkv, static, shared, self)  # [B, n, D] each
 
-        result = {}
+        result = []
         for (name, x), update in zip(tokens.items(), updates, strict=True):
             mlp, gate = rest[name]
-            result[name] = x + gate[:, None] * streams[name].proj_out(torch.cat([update, mlp], dim=-1))
-        return result, keys_values
+            result.append(x + gate[:, None] * streams[name].proj_out(torch.cat([update, mlp], dim=-1)))
+        hidden_states = join_streams(result)  # [B, sum of n, D]
+        return (hidden_states, keys_values) if keep else hidden_states
 
 
-class MDiTFaceTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class MDiTFaceTransformer(Caches, ModelMixin, ConfigMixin, PeftAdapterMixin):
     """The MDiTFace network. The defaults are the size of FLUX.1-dev, which the paper's costs imply. Arguments and
     weights have the names of diffusers' `FluxTransformer2DModel`, so `from_pretrained` loads a FLUX.1 transformer, too.
 
@@ -249,6 +270,8 @@ class MDiTFaceTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     _no_split_modules = ("TriStreamBlock", "SingleStreamBlock")
     _repeated_blocks = ("TriStreamBlock", "SingleStreamBlock")
     _skip_layerwise_casting_patterns = ("pos_embed", "norm")
+    _caches = BLOCK_CACHES  # blocks use the layers of their attention one by one, so caches of attention cannot act
+    _cached_blocks: ClassVar = {TriStreamBlock: OUTPUT, SingleStreamBlock: OUTPUT}
 
     @register_to_config
     def __init__(
@@ -375,8 +398,8 @@ class MDiTFaceTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 bias = self.spatial_bias(strengths(condition_index, condition_scale), tokens)
 
         conditioning = self.conditioning(time, guidance, text.pooled)  # [B, D]
-        tokens, _ = self.run_blocks(tokens, Shared(conditioning, self.pos_embed(torch.cat(ids)), bias), static)
-        image = tokens["image"][:, -len(image_ids) :]  # [B, N, D]
+        shared = Shared(conditioning, self.pos_embed(torch.cat(ids)), bias)
+        image = self.run_blocks(tokens, shared, static)[0]["image"][:, -len(image_ids) :]  # [B, N, D]
         output = self.proj_out(self.norm_out(image, conditioning))  # [B, N, 4 C]
         return as_output(unpatchify(output, height, width, PATCH), return_dict)  # [B, C, h, w]
 
@@ -414,21 +437,29 @@ class MDiTFaceTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return tuple(KeysValues(merge(layer.keys), merge(layer.values)) for layer in layers)
 
     def run_blocks(
-        self, tokens: Tokens, shared: Shared, static: Sequence[KeysValues] | None = None, keep: int = 0
-    ) -> tuple[Tokens, list[KeysValues]]:
-        """Run all blocks. Also returns the keys and values of the last `keep` tokens of every block."""
-        kept = []
+        self,
+        tokens: dict[str, Tensor],
+        shared: Shared,
+        static: Sequence[KeysValues] | None = None,
+        keep: int = 0,
+    ) -> tuple[dict[str, Tensor], list[KeysValues]]:
+        """Run all blocks on tokens [B, n, D]. Also returns the keys and values of the last `keep` tokens of every
+        block.
+        """
+        hidden_states, kept = join_streams(list(tokens.values())), []  # [B, sum of n, D]
+        sizes = {name: x.shape[1] for name, x in tokens.items()}
         for index, block in enumerate(chain(self.transformer_blocks, self.single_transformer_blocks)):
             if index == len(self.transformer_blocks):
-                tokens = join_text(tokens)
-            arguments = (tokens, shared, None if static is None else static[index])
+                sizes = join_text(sizes)
+            arguments = (hidden_states, sizes, shared, None if static is None else static[index], keep > 0)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                tokens, own = self._gradient_checkpointing_func(block, *arguments)
+                output = self._gradient_checkpointing_func(block, *arguments)
             else:
-                tokens, own = block(*arguments)
+                output = block(*arguments)
+            hidden_states, own = output if keep else (output, ())
             if keep:  # a copy, since a view would keep those of the other tokens in memory
                 kept.append(KeysValues(*(x[:, -keep:].clone() for x in own)))  # [B, keep, H, d]
-        return tokens, kept
+        return split_streams(hidden_states, sizes), kept
 
     def embed_conditions(self, embedder: nn.Module, condition_latents: Tensor, condition_index: Tensor) -> Tensor:
         """Embed the patches of every condition and add the embedding of its id: [B, K, N, D]. Absent ones are zeros."""
@@ -442,7 +473,7 @@ class MDiTFaceTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Positions [N, 3] of a condition's tokens: those of the image tokens at the same place."""
         return image_ids
 
-    def spatial_bias(self, strength: Tensor, tokens: Tokens) -> Tensor:
+    def spatial_bias(self, strength: Tensor, tokens: dict[str, Tensor]) -> Tensor:
         """Log s for the keys of every condition, minus infinity if it is absent, and 0 for other keys:
         [B, 1, 1 or queries, L + N + S].
         """
@@ -473,6 +504,35 @@ class MDiTFaceTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Share the weights of both streams again after parameters were replaced, as by `to_empty`."""
         if self.tied:
             tie(self)
+
+    @classmethod
+    def from_single_file(
+        cls, path: str | Path, *, dtype: torch.dtype = torch.bfloat16, attention_head_dim: int = 128, **options: Any
+    ) -> MDiTFaceTransformer:
+        """Load the transformer of a FLUX.1 in a single .safetensors file, in the names of the original code.
+
+        Args:
+            path: the file, which may also contain other components.
+            dtype: data type of the weights.
+            attention_head_dim: width of a head; all other sizes follow from the weights.
+            **options: other arguments of this class, such as `condition_names`. Default: no conditions.
+
+        Raises:
+            InputError: the file cannot be read, is quantized (GGUF), or does not contain such a transformer.
+        """
+        if Path(path).suffix == ".gguf":
+            raise InputError(
+                f"{path} is a GGUF file: use a .safetensors file, with likeness.load(quantize='int8') for 8 bits"
+            )
+        weights = read_weights(Path(path))
+        weights = {key.removeprefix(PREFIX): x for key, x in weights.items() if key.startswith(PREFIX)} or weights
+        config = original_config(weights, attention_head_dim) | {"condition_names": ()} | options
+        with torch.device("meta"):
+            model = cls.from_config(config)
+        state = {name: value.to(dtype) for name, value in from_original(model, weights).items()}
+        init_missing(model, model.load_state_dict(state, strict=False, assign=True).missing_keys)
+        model.tie_weights()
+        return model.eval()
 
     @classmethod
     def _load_pretrained_model(cls, model: MDiTFaceTransformer, *args: Any, **kwargs: Any) -> tuple:
@@ -524,12 +584,12 @@ def select(cache: StaticCache, start: int, stop: int, keep: Sequence[int], condi
     return tuple(KeysValues(part(keys), part(values)) for keys, values in cache)
 
 
-def join_text(tokens: Tokens) -> Tokens:
-    """Concatenate text and the stream after it, as in single blocks."""
-    if "text" not in tokens:
-        return tokens
-    text, (name, x), *others = tokens["text"], *list(tokens.items())[1:]
-    return {name: torch.cat([text, x], dim=1), **dict(others)}
+def join_text(sizes: Sizes) -> Sizes:
+    """Add the text to the stream after it, as in single blocks."""
+    if "text" not in sizes:
+        return sizes
+    text, (name, size), *others = sizes["text"], *list(sizes.items())[1:]
+    return {name: text + size, **dict(others)}
 
 
 def grid_ids(rows: int, columns: int, device: torch.device) -> Tensor:

@@ -10,16 +10,19 @@ H heads, d = D / H, T text width, K conditions (always 1 here).
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.hooks import PyramidAttentionBroadcastConfig
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from likeness.models.caching import BLOCK_CACHES, OUTPUT, Caches
 from likeness.models.layers import (
     MLP,
     Rope,
@@ -91,8 +94,13 @@ class MMFaceBlock(nn.Module):
         self.image_mlp = MLP(width, mlp_width)
         self.text_mlp = MLP(width, mlp_width)
 
-    def forward(self, image: Tensor, text: Tensor, conditioning: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """image [B, N, D], text [B, L, D], conditioning [B, D] after SiLU."""
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, conditioning: Tensor, rope: Rope
+    ) -> tuple[Tensor, Tensor]:
+        """Image [B, N, D] and text [B, L, D], under the names that diffusers' caches need; conditioning [B, D] after
+        SiLU.
+        """
+        image, text = hidden_states, encoder_hidden_states
         modulation = self.modulation(conditioning)  # [B, 12 D]
         image_1, scale_i1, gate_i1, image_2, scale_i2, gate_i2, *rest = modulation.chunk(12, dim=-1)  # [B, D] each
         text_1, scale_t1, gate_t1, text_2, scale_t2, gate_t2 = rest
@@ -108,7 +116,7 @@ class MMFaceBlock(nn.Module):
         return image, text
 
 
-class MMFaceTransformer(ModelMixin, ConfigMixin, AttentionMixin):
+class MMFaceTransformer(Caches, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
     """The MMFace-DiT network. The defaults are the published one: 1,345,298,624 parameters.
 
     Args:
@@ -134,6 +142,8 @@ class MMFaceTransformer(ModelMixin, ConfigMixin, AttentionMixin):
     _no_split_modules = ("MMFaceBlock",)
     _repeated_blocks = ("MMFaceBlock",)
     _skip_layerwise_casting_patterns = ("time_embed", "norm")
+    _caches = (*BLOCK_CACHES, PyramidAttentionBroadcastConfig)
+    _cached_blocks: ClassVar = {MMFaceBlock: OUTPUT | {"return_encoder_hidden_states_index": 1}}
 
     @register_to_config
     def __init__(

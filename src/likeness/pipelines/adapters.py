@@ -1,15 +1,16 @@
-"""Adapters on FLUX.1: MDiTFace's own adapter, and LoRAs made for FLUX.1.
+"""Adapters: those that this project trains on a frozen base, and LoRAs from anywhere.
 
-An adapter folder contains `adapter.safetensors` (the LoRA of the spatial stream, the condition embedding and, for
-`concat`, its embedder) and `adapter.json` (`Adapter`), which names the base model. The weights of a file are compared
-with those of the network, because PEFT silently ignores weights that do not match.
+An adapter folder contains `adapter.json`, which names the base model, and `adapter.safetensors`: on an MMFace a LoRA,
+on FLUX.1 the LoRA of the spatial stream, the condition embedding and, for `concat`, its embedder. The weights of a file
+are compared with those of the network, because PEFT silently ignores weights that do not match.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -23,21 +24,45 @@ from likeness.config import build, to_dict
 from likeness.files import read_json, write_whole
 from likeness.models.mditface import MDiTFaceTransformer
 from likeness.models.tied_weights import NEW
-from likeness.pipelines.lora_files import match, read_lora
-from likeness.pipelines.sizes import ANY
+from likeness.pipelines.arguments import number
+from likeness.pipelines.lora_files import METADATA, match, read_lora
+from likeness.pipelines.sizes import ANY, trained_sizes
 from likeness.types import InputError
 from likeness.weights.catalog import ADAPTER
 from likeness.weights.files import read_weights
 
 WEIGHTS = "adapter.safetensors"
 
-NAME = "mditface"
-"""PEFT's name of MDiTFace's adapter, for `set_adapters`."""
+NAME, MMFACE_NAME = "mditface", "mmface"
+"""PEFT's names of the adapters of adapter folders, for `set_adapters`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MMFaceLora:
+    """The configuration of an adapter on an MMFace, `adapter.json`."""
+
+    kind: Literal["mmface"] = "mmface"
+    """Distinguishes it from those on FLUX.1."""
+    base: str
+    """The model that it was trained on: a bundled name, a folder or a Hub id."""
+    targets: Literal["attention", "all"] = "attention"
+    """Layers that the LoRA changes (`lora_targets`)."""
+    rank: int = 8
+    """Rank of the LoRA."""
+    alpha: int = 8
+    """Its scale is alpha / rank."""
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """Defaults of the pipeline: size, steps, guidance_scale, guidance_interval."""
+
+    @property
+    def network(self) -> dict[str, Any]:
+        """The arguments of the network that it determines: none."""
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """The configuration of an adapter, `adapter.json`."""
+    """The configuration of an adapter on FLUX.1, `adapter.json`."""
 
     base: str
     """The FLUX.1 that it was trained on: a folder or a Hub id."""
@@ -65,22 +90,39 @@ class Adapter:
         return {name: getattr(self, name) for name in names}
 
 
-def read_adapter(folder: Path) -> Adapter:
+def read_adapter(folder: Path) -> Adapter | MMFaceLora:
     """Read the configuration of an adapter folder. Raises `InputError` if it is missing or has invalid entries."""
     path = folder / ADAPTER
-    return build(Adapter, read_json(path), where=str(path))
+    values = read_json(path)
+    return build(MMFaceLora if "kind" in values else Adapter, values, where=str(path))
 
 
-def lora_targets(transformer: Any, targets: Literal["spatial", "all"] = "spatial") -> list[str]:
+def own_name(transformer: nn.Module) -> str:
+    """Return PEFT's name of the adapter of an adapter folder on this network."""
+    return NAME if isinstance(transformer, MDiTFaceTransformer) else MMFACE_NAME
+
+
+def new_weights(transformer: nn.Module) -> tuple[str, ...]:
+    """Return the prefixes of the weights that an adapter contains in addition to its LoRA."""
+    return NEW if isinstance(transformer, MDiTFaceTransformer) else ()
+
+
+def lora_targets(transformer: Any, targets: Literal["spatial", "attention", "all"] = "spatial") -> list[str]:
     """Return the names of the layers that an adapter changes.
 
-    `spatial`: those of the spatial stream with its embedder; in single blocks the static text shares them. Dynamic text
-    and image tokens are not changed. `concat` has no spatial stream: there they are those of the image stream.
-    `all`: the same layers of every stream, so that images from text alone change, too.
+    On an MMFace: `attention`: those of the joint attention; `all`: also the MLPs and modulations.
+
+    On FLUX.1: `spatial`: those of the spatial stream with its embedder; in single blocks the static text shares them.
+    Dynamic text and image tokens are not changed. `concat` has no spatial stream: there they are those of the image
+    stream. `all`: the same layers of every stream, so that images from text alone change, too.
 
     The paper does not list the layers. These are those of related work (OminiControl, Face-MoGLE); at rank 8 they give
     the costs of the paper's Table 4.
     """
+    if not isinstance(transformer, MDiTFaceTransformer):
+        layers = ("attention.",) if targets == "attention" else ("attention.", "image_mlp.", "text_mlp.", "modulation")
+        linear = [name for name, module in transformer.blocks.named_modules() if isinstance(module, nn.Linear)]
+        return [f"blocks.{name}" for name in linear if name.partition(".")[2].startswith(layers)]
     concat = transformer.config.attention == "concat"
     # embedder -> layers of a double and of a single block
     double = ("norm1.linear", "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.2")
@@ -102,36 +144,41 @@ def lora_targets(transformer: Any, targets: Literal["spatial", "all"] = "spatial
     ]
 
 
-def add_adapter(transformer: MDiTFaceTransformer, adapter: Adapter) -> None:
-    """Add a new adapter to FLUX.1, as at the start of training: a condition embedding of zeros, a LoRA without effect.
+def add_adapter(transformer: Any, adapter: Adapter | MMFaceLora) -> None:
+    """Add a new adapter, as at the start of training: a LoRA without effect, on FLUX.1 a condition embedding of zeros.
     Raises `InputError` if the network has an adapter already, or does not support this one.
     """
     from peft import LoraConfig
 
     check_network(transformer, adapter)
-    old = transformer.condition_embed.weight
-    set_conditions(transformer, adapter.network, old.new_zeros(len(adapter.condition_names), old.shape[1]))
+    if isinstance(adapter, Adapter):
+        old = transformer.condition_embed.weight
+        set_conditions(transformer, adapter.network, old.new_zeros(len(adapter.condition_names), old.shape[1]))
     targets = lora_targets(transformer, adapter.targets)
     lora = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, init_lora_weights="gaussian", target_modules=targets)
-    transformer.add_adapter(lora, adapter_name=NAME)
+    transformer.add_adapter(lora, adapter_name=own_name(transformer))
 
 
 def save_adapter(
-    transformer: MDiTFaceTransformer, folder: Path, adapter: Adapter, state: Mapping[str, Tensor] | None = None
+    transformer: Any, folder: Path, adapter: Adapter | MMFaceLora, state: Mapping[str, Tensor] | None = None
 ) -> None:
     """Write the adapter of a network and its configuration to a folder. `state`: its weights, if those of the network
     are sharded. Raises `InputError` if the network has no adapter, or the folder cannot be written.
     """
-    if NAME not in getattr(transformer, "peft_config", {}):
-        raise InputError("The network has no MDiTFace adapter to save")
+    if own_name(transformer) not in getattr(transformer, "peft_config", {}):
+        raise InputError("The network has no adapter to save")
     state = state or adapter_state(transformer)
-    write_whole(folder / WEIGHTS, save({name: value.contiguous().cpu() for name, value in state.items()}))
+    scale = json.dumps({"transformer.lora_alpha": adapter.alpha})  # for `--lora`, which reads the weights only
+    write_whole(
+        folder / WEIGHTS,
+        save({name: value.contiguous().cpu() for name, value in state.items()}, {METADATA: scale}),
+    )
     write_whole(folder / ADAPTER, json.dumps(to_dict(adapter), indent=2))
 
 
 def load_adapter(pipeline: Any, folder: str | Path) -> None:
-    """Load an adapter folder into an `MDiTFacePipeline` whose network is its base. Raises `InputError` if it cannot be
-    read, or was trained on another network; every weight that does not match is listed.
+    """Load an adapter folder into a pipeline whose network is its base. Raises `InputError` if it cannot be read, or
+    was trained on another network; every weight that does not match is listed.
     """
     from peft import set_peft_model_state_dict
 
@@ -152,31 +199,37 @@ def load_adapter(pipeline: Any, folder: str | Path) -> None:
     if reasons:
         unload_adapter(pipeline)
         reject(reasons, f"The adapter in {folder} does not match this network")
-    lora = {name: value for name, value in state.items() if not name.startswith(NEW)}
-    set_peft_model_state_dict(transformer, lora, adapter_name=NAME)
+    lora = {name: value for name, value in state.items() if not name.startswith(new_weights(transformer))}
+    set_peft_model_state_dict(transformer, lora, adapter_name=own_name(transformer))
     with torch.no_grad():
         for name in state.keys() - lora.keys():
             transformer.get_parameter(name).copy_(state[name])
+    if (size := adapter.defaults.get("size")) and (size, size) not in trained_sizes(pipeline.config):
+        pipeline.register_to_config(sizes=None)  # FLUX.1 supports any size, but its conditions were trained at this one
     pipeline.register_to_config(defaults={**pipeline.config.defaults, **adapter.defaults})
-    if "size" in adapter.defaults:  # FLUX.1 supports any size, but its conditions were trained at this one
-        pipeline.register_to_config(sizes=None)
 
 
 def unload_adapter(pipeline: Any) -> None:
-    """Remove MDiTFace's adapter, if there is one: FLUX.1 without conditions remains."""
+    """Remove the adapter of an adapter folder, if there is one: FLUX.1 without conditions, or the MMFace, remains."""
     transformer = pipeline.transformer
-    if NAME in getattr(transformer, "peft_config", {}):
-        transformer.delete_adapters(NAME)
-        pipeline.register_to_config(sizes=ANY)
-        set_conditions(transformer, {"condition_names": ()}, transformer.condition_embed.weight[:0])
+    if (name := own_name(transformer)) in getattr(transformer, "peft_config", {}):
+        transformer.delete_adapters(name)
+        if name == NAME:
+            pipeline.register_to_config(sizes=ANY)
+            set_conditions(transformer, {"condition_names": ()}, transformer.condition_embed.weight[:0])
 
 
-def check_network(transformer: MDiTFaceTransformer, adapter: Adapter) -> None:
+def check_network(transformer: Any, adapter: Adapter | MMFaceLora) -> None:
     """Raise `InputError` if this network does not support this adapter."""
+    if isinstance(transformer, MDiTFaceTransformer) != isinstance(adapter, Adapter):
+        kind = "FLUX.1" if isinstance(adapter, Adapter) else "an MMFace"
+        raise InputError(f"The adapter is for {kind}, but the network is a {type(transformer).__name__}")
+    if own_name(transformer) in getattr(transformer, "peft_config", {}):
+        raise InputError("The network has an adapter already: unload it first")
+    if not isinstance(adapter, Adapter):
+        return
     if not transformer.tied:
         raise InputError("This network has separate weights for its spatial stream: adapters are for FLUX.1")
-    if NAME in getattr(transformer, "peft_config", {}):
-        raise InputError("The network has an MDiTFace adapter already: unload it first")
     attention = transformer.config.attention
     if (attention == "concat") != (adapter.attention == "concat"):
         raise InputError(
@@ -191,12 +244,12 @@ def set_conditions(transformer: MDiTFaceTransformer, network: Mapping[str, Any],
     transformer.condition_embed = nn.Embedding.from_pretrained(embedding.detach().clone(), freeze=False)
 
 
-def adapter_state(transformer: MDiTFaceTransformer) -> dict[str, Tensor]:
+def adapter_state(transformer: Any) -> dict[str, Tensor]:
     """Return the weights of a network's adapter: its LoRA, and those that FLUX.1 lacks."""
     from peft import get_peft_model_state_dict
 
-    lora = get_peft_model_state_dict(transformer, adapter_name=NAME)
-    return lora | {name: value for name, value in transformer.state_dict().items() if name.startswith(NEW)}
+    lora, new = get_peft_model_state_dict(transformer, adapter_name=own_name(transformer)), new_weights(transformer)
+    return lora | {name: value for name, value in transformer.state_dict().items() if name.startswith(new)}
 
 
 def reject(reasons: Mapping[str, str], message: str) -> None:
@@ -206,7 +259,7 @@ def reject(reasons: Mapping[str, str], message: str) -> None:
         raise InputError(f"{message}; {len(reasons)} weights do not match:{lines}")
 
 
-# --- LoRAs made for FLUX.1
+# --- LoRAs from anywhere
 
 
 def load_lora(
@@ -220,7 +273,7 @@ def load_lora(
     revision: str | None = None,
     **hub: Any,
 ) -> list[str]:
-    """Add a LoRA made for FLUX.1 (`MDiTFacePipeline.load_lora_weights`)."""
+    """Add a LoRA (`PortraitPipeline.load_lora_weights`)."""
     transformer, encoder = pipeline.transformer, pipeline.text_encoder
     given = {"weight_name": weight_name, "subfolder": subfolder, "revision": revision}
     location = {key: value for key, value in given.items() if value is not None}
@@ -251,13 +304,11 @@ def load_lora(
 
 
 def add_loras(pipeline: Any, loras: Sequence[tuple[str, float]], *, strict: bool = True) -> list[str]:
-    """Add LoRAs made for FLUX.1 (files, folders or Hub ids, each with its strength) to the active adapters of an
-    `MDiTFacePipeline`. With `strict=False`, return one line per weight that was left out.
+    """Add LoRAs (files, folders or Hub ids, each with its strength) to the active adapters of a pipeline. With
+    `strict=False`, return one line per weight that was left out.
 
-    Raises `InputError` if the pipeline does not support LoRAs, or one cannot be read or does not match.
+    Raises `InputError` if one cannot be read or does not match.
     """
-    if loras and not hasattr(pipeline, "loras"):
-        raise InputError(f"{type(pipeline).__name__} does not support LoRAs: leave {loras[0][0]} out")
     left_out, strengths = [], {name: entry["scale"] for name, entry in active_adapters(pipeline).items()}
     for source, scale in loras:
         name = free_name(pipeline)
@@ -271,6 +322,33 @@ def add_loras(pipeline: Any, loras: Sequence[tuple[str, float]], *, strict: bool
 def free_name(pipeline: Any) -> str:
     """Return the first unused name of lora_1, lora_2, ..."""
     return next(name for name in (f"lora_{number}" for number in count(1)) if name not in pipeline.loras)
+
+
+def scaled_loras(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Multiply the scales of all active adapters by `attention_kwargs["scale"]` during a call of a pipeline, as in
+    diffusers' Flux; afterwards they are as before.
+    """
+
+    @functools.wraps(call)
+    def scaled(pipeline: Any, *args: Any, **kwargs: Any) -> Any:
+        options: Any = kwargs.get("attention_kwargs") or {}
+        if not isinstance(options, Mapping) or options.keys() - {"scale"}:
+            raise InputError(f'attention_kwargs is {options!r}; pass {{"scale": s}}, the factor of all LoRAs')
+        scale = number(options.get("scale", 1.0), "attention_kwargs['scale']")
+        if scale != 1 and kwargs.get("output_type") == "sampling":
+            raise InputError("attention_kwargs acts within a call: with output_type='sampling', use set_adapters")
+        networks = (pipeline.transformer, pipeline.text_encoder) if scale != 1 else ()
+        layers = [layer for network in networks if network for layer in network.modules() if hasattr(layer, "lora_A")]
+        before = [dict(layer.scaling) for layer in layers]
+        try:
+            for layer in layers:
+                layer.scaling.update({name: scale * value for name, value in layer.scaling.items()})
+            return call(pipeline, *args, **kwargs)
+        finally:
+            for layer, own in zip(layers, before, strict=True):
+                layer.scaling.update(own)
+
+    return scaled
 
 
 # --- Recipes
@@ -287,8 +365,7 @@ def active_adapters(pipeline: Any) -> dict[str, dict[str, Any]]:
                 own = layers.setdefault(name, [])  # in the order of summation
                 if name in layer.scaling:
                     own.append(layer)
-    known = getattr(pipeline, "loras", {})
-    return {name: {"scale": strength(own, name), **known.get(name, {})} for name, own in layers.items()}
+    return {name: {"scale": strength(own, name), **pipeline.loras.get(name, {})} for name, own in layers.items()}
 
 
 def strength(layers: Sequence[Any], name: str) -> float | None:
@@ -313,19 +390,17 @@ def strength(layers: Sequence[Any], name: str) -> float | None:
 
 
 def restore_adapters(pipeline: Any, recorded: Mapping[str, Mapping[str, Any]]) -> None:
-    """Activate the adapters of a recipe (`active_adapters`); MDiTFace's own is loaded with the model. Raises
+    """Activate the adapters of a recipe (`active_adapters`); an adapter folder is loaded with the model. Raises
     `InputError` if a LoRA was not loaded from a file, its strength differed between layers, or it cannot be loaded.
     """
     for name, entry in recorded.items():
         options = {key: value for key, value in entry.items() if key not in ("scale", "source")}
         if entry["scale"] is None:
             raise InputError(f"The strength of the LoRA {name!r} differed between layers, which recipes do not record")
-        if name == NAME:
+        if name == own_name(pipeline.transformer):
             continue
         if entry.get("source") is None:
             raise InputError(f"The LoRA {name!r} was loaded from a state dict, not from a file")
-        if not hasattr(pipeline, "loras"):
-            raise InputError(f"{type(pipeline).__name__} does not support LoRAs, but the recipe has {entry['source']}")
         load_lora(pipeline, entry["source"], name, **options)
     if missing := sorted(recorded.keys() - active_adapters(pipeline).keys()):
         raise InputError(f"The model of the recipe has no adapter {missing[0]!r}: it is another model now")

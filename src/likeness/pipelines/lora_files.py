@@ -1,4 +1,4 @@
-"""LoRA files made for FLUX.1: where they are, and which layers of the network their keys name.
+"""LoRA files: where they are, and which layers of the network their keys name.
 
 Training tools name the same layers differently: as diffusers, as the original code of FLUX.1, with dots or underscores.
 Every key is looked up under its own name and is either used or reported with the reason. The converters of diffusers
@@ -20,9 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from likeness.files import first_line, read_json
+from likeness.models.original_flux import SHIFT_FIRST, original_names
 from likeness.types import InputError
 from likeness.weights.catalog import is_hub_id
 from likeness.weights.files import opened_weights, read_weights
+
+METADATA = "lora_adapter_metadata"
+"""Key of diffusers in the header of a file: the options of `LoraConfig` as JSON."""
 
 CONFIG = "adapter_config.json"
 """PEFT's configuration, next to the weights."""
@@ -38,50 +42,6 @@ PREFIXES = {
     "text_encoder": ("text_encoder.", "lora_te1_", "lora_te_", "text_encoders.clip_l.transformer."),
 }
 """Part of the pipeline -> what the keys of its layers begin with."""
-
-QKV, TEXT_QKV = "attn.to_q attn.to_k attn.to_v", "attn.add_q_proj attn.add_k_proj attn.add_v_proj"
-
-ORIGINAL = {
-    "double_blocks": {
-        "img_attn.qkv": QKV,
-        "img_attn.proj": "attn.to_out.0",
-        "img_mlp.0": "ff.net.0.proj",
-        "img_mlp.2": "ff.net.2",
-        "img_mod.lin": "norm1.linear",
-        "txt_attn.qkv": TEXT_QKV,
-        "txt_attn.proj": "attn.to_add_out",
-        "txt_mlp.0": "ff_context.net.0.proj",
-        "txt_mlp.2": "ff_context.net.2",
-        "txt_mod.lin": "norm1_context.linear",
-        "processor.qkv_lora1": QKV,
-        "processor.proj_lora1": "attn.to_out.0",
-        "processor.qkv_lora2": TEXT_QKV,
-        "processor.proj_lora2": "attn.to_add_out",
-    },
-    "single_blocks": {
-        "linear1": f"{QKV} proj_mlp",
-        "linear2": "proj_out",
-        "modulation.lin": "norm.linear",
-        "processor.qkv_lora": QKV,
-        "processor.proj_lora": "proj_out",
-    },
-    "": {
-        "img_in": "x_embedder",
-        "txt_in": "context_embedder",
-        "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
-        "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
-        "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
-        "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
-        "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
-        "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
-        "final_layer.linear": "proj_out",
-        "final_layer.adaLN_modulation.1": "norm_out.linear",
-    },
-}
-"""Layers of the original code and of XLabs' LoRAs, by block -> the layers here whose outputs they concatenate."""
-
-SHIFT_FIRST = "final_layer_adaLN_modulation_1"
-"""The layer whose output has shift and scale in the other order."""
 
 LEAF = re.compile(
     r"(?P<layer>.+?)\.(?:(?:lora_|lora\.|lora_linear_layer\.)?(?P<matrix>A|B|down|up)(?:\.default)?\.(?P<kind>weight|bias)"
@@ -117,7 +77,7 @@ def read_lora(source: str | Path, weight_name: str | None, subfolder: str | None
         folder = path / (subfolder or "")
         path = folder / (weight_name or choose([file.name for file in folder.glob("*.safetensors")], source))
     with opened_weights(path) as file:
-        metadata = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
+        metadata = (file.metadata() or {}).get(METADATA, "{}")
     try:
         config = dict(json.loads(metadata))
     except (ValueError, TypeError) as error:
@@ -182,7 +142,7 @@ def match(networks: Mapping[str, nn.Module], weights: Mapping[str, Tensor], conf
         if reason:
             reasons |= dict.fromkeys(keys.values(), reason)
         else:
-            state |= split(targets, modules, values, swap=flat(layer).endswith(SHIFT_FIRST))
+            state |= split(targets, modules, values, swap=flat(layer).endswith(flat(SHIFT_FIRST)))
     found = [options(part, state, config) for part in networks]
     return Lora(state, {name: value for each in found for name, value in each.items()}, reasons)
 
@@ -205,7 +165,7 @@ def layer_names(networks: Mapping[str, nn.Module]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for part, network in networks.items():
         own = {name: [name] for name, _ in network.named_modules() if name}
-        if part == "transformer":
+        if hasattr(network, "single_transformer_blocks"):
             own |= original_names(network)
         for name, layers in own.items():
             inner = name.removeprefix("text_model.")  # transformers 5 has removed this level
@@ -213,16 +173,6 @@ def layer_names(networks: Mapping[str, nn.Module]) -> dict[str, list[str]]:
             for prefix in PREFIXES[part]:
                 for written in spelled:
                     found[flat(prefix + written)] = [f"{part}.{layer}" for layer in layers]
-    return found
-
-
-def original_names(transformer: Any) -> dict[str, list[str]]:
-    """Return the layers of the original code of FLUX.1 -> those here."""
-    found = {name: [target] for name, target in ORIGINAL[""].items()}
-    for theirs, ours in (("double_blocks", "transformer_blocks"), ("single_blocks", "single_transformer_blocks")):
-        for index in range(len(getattr(transformer, ours))):
-            for name, targets in ORIGINAL[theirs].items():
-                found[f"{theirs}.{index}.{name}"] = [f"{ours}.{index}.{target}" for target in targets.split()]
     return found
 
 

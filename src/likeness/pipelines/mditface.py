@@ -8,18 +8,14 @@ P passes through the network, K active conditions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, SchedulerMixin
-from diffusers.loaders import FluxLoraLoaderMixin
-from diffusers.utils.peft_utils import recurse_remove_peft_layers
-from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from likeness.models.mditface import PATCH, MDiTFaceTransformer, select
-from likeness.pipelines.adapters import NAME, load_lora, unload_adapter
 from likeness.pipelines.portrait import PortraitPipeline
 from likeness.pipelines.sampling import EncodedBatch, Passes
 from likeness.types import InputError, TextFeatures
@@ -28,7 +24,7 @@ DEFAULTS: dict[str, Any] = {"size": 512, "steps": 28, "guidance_scale": 3.5, "gu
 """Default `defaults` of a checkpoint."""
 
 
-class MDiTFacePipeline(PortraitPipeline, FluxLoraLoaderMixin):
+class MDiTFacePipeline(PortraitPipeline):
     """Generate face images from any subset of text, mask, sketch and keypoints. LoRAs for FLUX.1 load as in diffusers.
 
     Arguments are those of `MMFacePipeline`, except:
@@ -103,7 +99,6 @@ class MDiTFacePipeline(PortraitPipeline, FluxLoraLoaderMixin):
             defaults=defaults,
             sizes=sizes,
         )
-        self.loras: dict[str, dict[str, Any]] = {}  # LoRA -> how it was loaded, for recipes
 
     def check_network(self, prompts: Sequence[Any], negatives: Sequence[Any]) -> None:
         """Raise `InputError` for negative prompts of a guidance-distilled network."""
@@ -132,7 +127,8 @@ class MDiTFacePipeline(PortraitPipeline, FluxLoraLoaderMixin):
         latents, ids = batch.condition_latents[index], batch.condition_ids[index]  # [P, K, C, h, w], [P, K]
         cache = None
         if names and config.attention in ("hard", "decoupled"):
-            cache = self.transformer.static_cache(text, latents, ids)
+            with self.transformer.cache_disabled():
+                cache = self.transformer.static_cache(text, latents, ids)
 
         def passes_at(step: int) -> Passes:
             scale = 1.0 if distilled else batch.guidance[step]
@@ -153,55 +149,10 @@ class MDiTFacePipeline(PortraitPipeline, FluxLoraLoaderMixin):
             if distilled:
                 arguments["guidance"] = torch.full((stop - start,), batch.guidance[step], device=device)  # [P]
             weights = [scale if item in guided else 1.0 for item in group] + [1 - scale] * len(guided)
-            return Passes(items[start:stop], weights[start:stop], arguments, shared)
+            kinds = [f"{keep} {'positive' if p < len(group) else 'negative'}" for p in range(start, stop)]
+            return Passes(items[start:stop], weights[start:stop], arguments, shared, kinds)
 
         return passes_at
-
-    def load_lora_weights(
-        self,
-        pretrained_model_name_or_path_or_dict: str | Mapping[str, Tensor],
-        adapter_name: str | None = None,
-        *,
-        strict: bool = True,
-        **kwargs: Any,
-    ) -> list[str]:
-        """Add a LoRA for FLUX.1, for example a style or a step distillation, to the active adapters.
-
-        A file in the names of diffusers, PEFT, kohya, XLabs or the original code; one that does not match is rejected.
-        It changes text and image tokens; spatial tokens use FLUX.1's weights and the MDiTFace adapter.
-
-        Args:
-            pretrained_model_name_or_path_or_dict: a file, folder, Hub id or state dict.
-            adapter_name: its name for `set_adapters`. Default: `lora_1`, `lora_2`, ...
-            strict: whether to reject a LoRA that matches in part only.
-            **kwargs: `weight_name` and `subfolder` in the folder or repository, `revision`, and further arguments of
-                `huggingface_hub.hf_hub_download`, such as `token`. Recipes record the first three only.
-
-        Returns:
-            With `strict=False`, one line per weight that was left out, with the reason.
-
-        Raises:
-            InputError: it is not a LoRA, or does not match; every weight that does not is listed with the reason.
-        """
-        return load_lora(self, pretrained_model_name_or_path_or_dict, adapter_name, strict=strict, **kwargs)
-
-    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """As in diffusers. Without MDiTFace's own adapter, the pipeline has no conditions."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        if NAME in names:
-            unload_adapter(self)
-        if others := [name for name in names if name != NAME]:
-            super().delete_adapters(others)
-            self.loras = {name: entry for name, entry in self.loras.items() if name not in others}
-        for network in (self.transformer, self.text_encoder):
-            if not getattr(network, "peft_config", {}):
-                recurse_remove_peft_layers(network)  # remaining wrappers would rename the weights in a saved folder
-
-    def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Remove all LoRAs and MDiTFace's own adapter."""
-        unload_adapter(self)
-        super().unload_lora_weights(*args, **kwargs)
-        self.loras = {}
 
     def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
         """As in diffusers, but rejected if weights are tied: its hooks look up each weight under one name only."""
@@ -211,9 +162,3 @@ class MDiTFacePipeline(PortraitPipeline, FluxLoraLoaderMixin):
                 "weights: use enable_group_offload(onload_device, offload_type='leaf_level')"
             )
         super().enable_sequential_cpu_offload(*args, **kwargs)
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As in diffusers, but rejected while adapters are loaded: the folder could not be loaded again."""
-        if any(getattr(network, "peft_config", {}) for network in (self.transformer, self.text_encoder)):
-            raise InputError("Adapters are not part of a model folder: use `save_adapter`, or unload them first")
-        super().save_pretrained(*args, **kwargs)

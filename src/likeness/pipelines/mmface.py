@@ -98,13 +98,14 @@ class MMFacePipeline(PortraitPipeline):
         rope = self.transformer.rope(height, width, batch.text.tokens.shape[1], device)
 
         def passes_at(step: int) -> Passes:
-            items, weights, texts, latents = [], [], [], []
+            items, weights, texts, latents, kinds = [], [], [], [], []
             for item in group:
                 guidance = batch.guidance[step] if batch.prompts[item] != batch.negatives[item] else 1.0
                 for condition, negative, weight in passes(batch.conditions[item], guidance, step / len(batch.guidance)):
                     items.append(item)
                     weights.append(weight)
                     texts.append((batch.negatives if negative else batch.prompts)[item])
+                    kinds.append(f"{condition} {'negative' if negative else 'positive'}")
                     latents.append(0 if condition is None else batch.latent_indices[item][condition])
             text, index = torch.tensor(texts, device=device), torch.tensor(latents, device=device)  # [P] each
             arguments = {
@@ -112,6 +113,6 @@ class MMFacePipeline(PortraitPipeline):
                 "condition_latents": batch.condition_latents[index][:, None],  # [P, 1, C, h, w]
                 "condition_index": batch.condition_ids[index][:, None],  # [P, 1]
             }
-            return Passes(items, weights, arguments, {"rope": rope})
+            return Passes(items, weights, arguments, {"rope": rope}, kinds)
 
         return passes_at

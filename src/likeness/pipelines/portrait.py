@@ -24,7 +24,9 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import FluxLoraLoaderMixin
 from diffusers.utils import BaseOutput
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from PIL import Image
 from torch import Tensor
 
@@ -33,8 +35,10 @@ from likeness.conditions.base import Condition, Reading, Source
 from likeness.conditions.images import check_aspect
 from likeness.encoders.latent import LatentCodec, spatial_factor, to_pixels, to_tensor
 from likeness.encoders.text import encode_text, truncated_text
+from likeness.models.caching import stateful_hooks
 from likeness.objectives import make_objective
 from likeness.objectives.flow import dynamic_shift
+from likeness.pipelines.adapters import load_lora, own_name, scaled_loras, unload_adapter
 from likeness.pipelines.arguments import (
     condition_inputs,
     embedded,
@@ -86,7 +90,8 @@ class PortraitOutput(BaseOutput):
         if not self.requests:
             raise InputError(
                 "These images have no recipe: pass generator=[torch.Generator().manual_seed(seed)], one new generator "
-                "per image, without latents, guidance_interval, guidance_model and callback, or save images[0] instead"
+                "per image, without latents, guidance_interval, guidance_model, attention_kwargs and callback, or save "
+                "images[0] instead"
             )
         file, fingerprint = Path(path), pipeline_hash(self.pipeline)
         source = getattr(self.pipeline, "source", {"model": self.pipeline.config.get("_name_or_path") or "unknown"})
@@ -106,13 +111,14 @@ class EncodedCondition(NamedTuple):
     """The object that was passed, so that its id stays unique."""
 
 
-class PortraitPipeline(DiffusionPipeline):
+class PortraitPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
     """The base of `MMFacePipeline` and `MDiTFacePipeline`: components `transformer`, `vae`, `text_encoder`,
     `tokenizer` and `scheduler`; settings `objective`, `latent_mean`, `latent_std`, `max_text_tokens`,
     `condition_resize` and `defaults`.
     """
 
     _callback_tensor_inputs: ClassVar = ["latents"]
+    _current_timestep: Any = None
 
     def __init_subclass__(cls) -> None:
         """Add the class where `DiffusionPipeline.from_pretrained` looks for the one that a folder names."""
@@ -136,12 +142,65 @@ class PortraitPipeline(DiffusionPipeline):
             raise InputError(f"Unknown default {unknown[0]!r} of the checkpoint. Available: {', '.join(known)}")
         settings |= {"defaults": {**known, **(defaults or {})}, "sizes": sizes}
         trained_sizes(settings)
+        self.loras: dict[str, dict[str, Any]] = {}  # LoRA -> how it was loaded, for recipes
         objective = dict(objective or {"name": "rectified_flow"})
         self.register_to_config(objective=objective, condition_resize=condition_resize, **settings)
         if self.vae is not None and getattr(self.vae, "_group_offload_block_modules", None) is None:
             # encoding and decoding do not run the autoencoder's own `forward`, at which diffusers loads the other parts
             parts = [name for name in ("encoder", "decoder") if hasattr(self.vae, name)]
             self.vae._group_offload_block_modules = parts or None
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | Mapping[str, Tensor],
+        adapter_name: str | None = None,
+        *,
+        strict: bool = True,
+        **kwargs: Any,
+    ) -> list[str]:
+        """Add a LoRA, for example a style or a step distillation, to the active adapters.
+
+        A file in the names of diffusers, PEFT, kohya, XLabs or the original code; one that does not match is rejected.
+        On FLUX.1 it changes text and image tokens; spatial tokens use FLUX.1's weights and the MDiTFace adapter.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: a file, folder, Hub id or state dict.
+            adapter_name: its name for `set_adapters`. Default: `lora_1`, `lora_2`, ...
+            strict: whether to reject a LoRA that matches in part only.
+            **kwargs: `weight_name` and `subfolder` in the folder or repository, `revision`, and further arguments of
+                `huggingface_hub.hf_hub_download`, such as `token`. Recipes record the first three only.
+
+        Returns:
+            With `strict=False`, one line per weight that was left out, with the reason.
+
+        Raises:
+            InputError: it is not a LoRA, or does not match; every weight that does not is listed with the reason.
+        """
+        return load_lora(self, pretrained_model_name_or_path_or_dict, adapter_name, strict=strict, **kwargs)
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """As in diffusers. Without its own adapter, FLUX.1 has no conditions."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if (own := own_name(self.transformer)) in names:
+            unload_adapter(self)
+        if others := [name for name in names if name != own]:
+            super().delete_adapters(others)
+            self.loras = {name: entry for name, entry in self.loras.items() if name not in others}
+        for network in (self.transformer, self.text_encoder):
+            if not getattr(network, "peft_config", {}):
+                recurse_remove_peft_layers(network)  # remaining wrappers would rename the weights in a saved folder
+
+    def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Remove all LoRAs and the adapter of an adapter folder."""
+        unload_adapter(self)
+        super().unload_lora_weights(*args, **kwargs)
+        self.loras = {}
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers, but rejected while adapters are loaded: the folder could not be loaded again."""
+        if any(getattr(network, "peft_config", {}) for network in (self.transformer, self.text_encoder)):
+            raise InputError("Adapters are not part of a model folder: use `save_adapter`, or unload them first")
+        super().save_pretrained(*args, **kwargs)
 
     @property
     def patch_size(self) -> int:
@@ -173,6 +232,7 @@ class PortraitPipeline(DiffusionPipeline):
         """Return the function from a step to the passes of a group of images."""
         raise NotImplementedError
 
+    @scaled_loras
     @torch.no_grad()
     def __call__(
         self,
@@ -200,6 +260,7 @@ class PortraitPipeline(DiffusionPipeline):
         negative_prompt_embeds: Tensor | None = None,
         pooled_prompt_embeds: Tensor | None = None,
         negative_pooled_prompt_embeds: Tensor | None = None,
+        attention_kwargs: Mapping[str, Any] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]] | None = None,
@@ -242,6 +303,8 @@ class PortraitPipeline(DiffusionPipeline):
             negative_prompt_embeds: Token embeddings [B, L, D] instead of `negative_prompt`.
             pooled_prompt_embeds: Pooled embeddings [B, P], with `prompt_embeds`.
             negative_pooled_prompt_embeds: Pooled embeddings [B, P], with `negative_prompt_embeds`.
+            attention_kwargs: `{"scale": s}` multiplies the scales of all active LoRAs and adapters by s in this call;
+                calls of other threads must wait.
             output_type: `pil`, `np` ([B, H, W, 3] in [0, 1]), `pt` ([B, 3, H, W] in [0, 1]) or `latent`; `sampling`
                 returns the `Sampling` before its first step, which the caller advances.
             return_dict: Whether to return a `PortraitOutput` or the tuple (images,).
@@ -296,7 +359,7 @@ class PortraitPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(height, width, steps, guidance, output_type, callback_on_step_end_tensor_inputs)
         self.check_guidance_model(guidance_model, auto_scale)
-        self.check_hooks()
+        self.check_caches(guidance_model, steps)
         objective = make_objective(self.config.objective)
         objective.check_scheduler(self.scheduler)
         notes: list[str] = []
@@ -313,7 +376,7 @@ class PortraitPipeline(DiffusionPipeline):
             notes.append("the negative prompt has no effect with guidance_scale 1: choose a larger one")
         seeds = seeds_of(generator, len(prompts))
         embeds = (prompt_embeds, negative_prompt_embeds)
-        options = (latents, guidance_interval, guidance_model, callback_on_step_end, *embeds)
+        options = (latents, guidance_interval, guidance_model, callback_on_step_end, attention_kwargs, *embeds)
         written = negatives
         if guidance == 1 or self.transformer.config.get("guidance_embeds"):
             negatives = prompts  # negative prompts have no effect
@@ -449,6 +512,11 @@ class PortraitPipeline(DiffusionPipeline):
         return self._num_timesteps
 
     @property
+    def current_timestep(self) -> Any:
+        """The scheduler's timestep of the current step, for caches."""
+        return self._current_timestep
+
+    @property
     def guidance_scale(self) -> float:
         """Text guidance scale of the current call, for callbacks."""
         return self._guidance_scale
@@ -492,14 +560,19 @@ class PortraitPipeline(DiffusionPipeline):
                 "To disable guidance, set pipeline._guidance_scale to 1 in the callback"
             )
 
-    def check_hooks(self) -> None:
-        """Raise `InputError` for diffusers' caches between steps: they assume that every step runs the same passes."""
-        registries = (getattr(module, "_diffusers_hook", None) for module in self.transformer.modules())
-        hooks = (hook for registry in registries if registry is not None for hook in registry.hooks.values())
-        if cache := next((hook for hook in hooks if hook._is_stateful), None):
+    def check_caches(self, guidance_model: Any, steps: int) -> None:
+        """Raise `InputError` if a cache between steps is not that of `enable_cache`, or is for other steps."""
+        if hooks := [] if self.transformer.is_cache_enabled else stateful_hooks(self.transformer):
             raise InputError(
-                f"The transformer has a {type(cache).__name__}: caches between steps are not supported, because steps "
-                "run different passes; load the pipeline again without it"
+                f"The transformer has a {type(hooks[0]).__name__}: load the pipeline again, and enable caches with "
+                "pipeline.transformer.enable_cache(config)"
+            )
+        if guidance_model is not None and stateful_hooks(guidance_model):
+            raise InputError("guidance_model has a cache between steps: only the transformer can have one")
+        config = self.transformer._cache_config
+        if (own := getattr(config, "num_inference_steps", steps)) != steps:
+            raise InputError(
+                f"{type(config).__name__} has num_inference_steps={own}, but the call has {steps} steps: set the same"
             )
 
     def check_guidance_model(self, guidance_model: Any, scale: float) -> None:

@@ -54,6 +54,8 @@ class Passes(NamedTuple):
     """Arguments of the network in addition to latents and times, [P, ...] each."""
     shared: dict[str, Any]
     """Arguments of the network that all passes share."""
+    kinds: list[str]
+    """What each computes, [P]: passes of one kind share a context of diffusers' caches."""
 
 
 @dataclass(kw_only=True)
@@ -129,6 +131,8 @@ def predict(samplings: Sequence[Sampling], *, together: bool = False) -> tuple[l
         inputs.append(scaled)
         predictions.append(torch.zeros_like(scaled))
     runs = [(i, passes_at(s.step)) for i, s in enumerate(samplings) for passes_at in s.pass_functions]
+    if samplings[0].pipeline.transformer.is_cache_enabled:
+        return inputs, cached_predictions(samplings, inputs, runs)
     for group in groups(runs, samplings, inputs) if together else [[run] for run in runs]:
         dtype = samplings[0].batch.condition_latents.dtype  # of the network, without a search of its parameters
         latents = torch.cat([inputs[i][passes.items] for i, passes in group]).to(dtype)  # [P, C, h, w]
@@ -140,6 +144,35 @@ def predict(samplings: Sequence[Sampling], *, together: bool = False) -> tuple[l
             for item, weight, output in zip(passes.items, passes.weights, own, strict=True):
                 predictions[i][item] += weight * output
     return inputs, predictions
+
+
+def cached_predictions(
+    samplings: Sequence[Sampling], inputs: Sequence[Tensor], runs: Sequence[tuple[int, Passes]]
+) -> list[Tensor]:
+    """Run the network with one of diffusers' caches: passes of one kind at a time, each with the state of its earlier
+    steps; all states are dropped when the passes are not those of the last step. Return the predictions.
+    """
+    transformer = samplings[0].pipeline.transformer
+    contexts = [(id(samplings[i]), number, *passes.items, *passes.kinds) for number, (i, passes) in enumerate(runs)]
+    last, _ = getattr(transformer, "_last_contexts", (None, None))
+    if contexts != last:
+        transformer._reset_stateful_cache()
+        transformer._last_contexts = contexts, list(samplings)  # no other object can have the id of one that exists
+    predictions = [torch.zeros_like(own) for own in inputs]
+    for number, (i, passes) in enumerate(runs):
+        sampling = samplings[i]
+        sampling.pipeline._current_timestep = sampling.scheduler.timesteps[sampling.step]
+        for kind in dict.fromkeys(passes.kinds):
+            rows = [row for row, own in enumerate(passes.kinds) if own == kind]
+            items = [passes.items[row] for row in rows]
+            latents = inputs[i][items].to(sampling.batch.condition_latents.dtype)  # [p, C, h, w]
+            times = sampling.batch.times[sampling.step].expand(len(rows))  # [p]
+            arguments = tree_map(lambda x, rows=rows: x[rows], passes.arguments) | passes.shared
+            with transformer.cache_context(f"{id(sampling)} {number} {kind}", step_index=sampling.step):
+                outputs = network_output(sampling, latents, times, arguments)
+            for row, item, output in zip(rows, items, outputs, strict=True):
+                predictions[i][item] += passes.weights[row] * output
+    return predictions
 
 
 def advance(samplings: Sequence[Sampling], *, together: bool = False) -> None:

@@ -80,23 +80,41 @@ class MDiTFaceNetwork:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MDiTFaceAdapter:
+class AdapterNetwork:
+    """A LoRA on a frozen base."""
+
+    base: str
+    """The base: a bundled name, a folder or a hub id."""
+    rank: int = 8
+    """Rank of the LoRA."""
+    alpha: int = 8
+    """Scale of the LoRA, times its rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MMFaceAdapter(AdapterNetwork):
+    """An adapter on a frozen MMFace-DiT, for conditions that the base was trained with."""
+
+    name: Literal["mmface_adapter"]
+    """Architecture."""
+    targets: Literal["attention", "all"] = "attention"
+    """Layers with a LoRA: those of the joint attention, or also MLPs and modulations."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MDiTFaceAdapter(AdapterNetwork):
     """An MDiTFace adapter on frozen FLUX.1: a LoRA and the condition embeddings."""
 
     name: Literal["mditface_adapter"]
     """Architecture."""
-    base: str
-    """FLUX.1: a folder or a hub id."""
     attention: Attention = "decoupled"
     """Attention between condition tokens and the others."""
     static_modulation: Literal["text", "constant"] = "text"
     """Input of the modulation in the static pathway."""
     targets: Literal["spatial", "all"] = "spatial"
     """Layers with a LoRA: those of the spatial stream, or of every stream."""
-    rank: int = 8
-    """Rank of the LoRA."""
-    alpha: int = 8
-    """Scale of the LoRA, times its rank."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass."""
 
@@ -207,7 +225,7 @@ class TrainRecipe(RunRecipe):
 
     kind: Literal["transformer"] = "transformer"
     """What the recipe trains."""
-    network: MMFaceNetwork | MDiTFaceNetwork | MDiTFaceAdapter
+    network: MMFaceNetwork | MDiTFaceNetwork | MMFaceAdapter | MDiTFaceAdapter
     """Architecture."""
     objective: dict[str, Any] = field(default_factory=lambda: {"name": "rectified_flow"})
     """Name and fields of the objective (`likeness.objectives`)."""

@@ -23,7 +23,7 @@ from likeness.encoders.components import Components
 from likeness.objectives import Objective
 from likeness.parallel import local_tensor, reshard
 from likeness.train.batches import Batch, denoising_losses, latent_statistics
-from likeness.train.config import MDiTFaceAdapter, TrainRecipe, condition_names, condition_probability
+from likeness.train.config import AdapterNetwork, TrainRecipe, condition_names, condition_probability
 from likeness.train.metrics import Reporter
 from likeness.train.train_state import TrainState
 from likeness.types import TextFeatures
@@ -59,7 +59,7 @@ class Diagnostics:
         stores: Sequence[Store],
     ) -> None:
         self.recipe, self.state, self.objective = recipe, state, objective
-        self.partial = isinstance(recipe.network, MDiTFaceAdapter) or bool(recipe.trainable)
+        self.partial = isinstance(recipe.network, AdapterNetwork) or bool(recipe.trainable)
         model: Any = state.model
         self.ids = {name: list(model.config.condition_names).index(name) for name in condition_names(recipe.data)}
         self.faces: dict[str, Batch] = {}

@@ -20,7 +20,7 @@ from likeness.objectives import make_objective
 from likeness.parallel import World, set_gradient_sync, shard_model
 from likeness.train.batches import denoising_losses, open_stores, read_batches
 from likeness.train.checkpoint import newest
-from likeness.train.config import MDiTFaceAdapter, TrainRecipe, check, micro_batch
+from likeness.train.config import AdapterNetwork, TrainRecipe, check, micro_batch
 from likeness.train.diagnostics import Diagnostics
 from likeness.train.ema import Ema
 from likeness.train.networks import adapter_of, build_network, check_same_latents, freeze_others, load_initial_weights
@@ -30,7 +30,7 @@ from likeness.train.publish import Publication, checkpoint, preview, preview_req
 from likeness.train.run_folder import open_run, record_data
 from likeness.train.train_state import TrainState
 from likeness.types import PortraitRequest
-from likeness.weights.catalog import BUNDLED, COMMON
+from likeness.weights.catalog import BUNDLED, COMMON, find_model
 
 
 def train(recipe: TrainRecipe, run: Path) -> Path:
@@ -58,7 +58,7 @@ def train_in(
     """Train in a locked folder; stop early if `signals` is not empty."""
     # 1. Build
     with world.joint_errors():
-        adapter = adapter_of(recipe) if isinstance(recipe.network, MDiTFaceAdapter) else None
+        adapter = adapter_of(recipe) if isinstance(recipe.network, AdapterNetwork) else None
         components = load_components(recipe.data.components or (adapter.base if adapter else BUNDLED / COMMON))
         patch_size = getattr(recipe.network, "patch_size", 2)
         stores = open_stores(recipe, recipe.data.shards, components, patch_size)
@@ -76,6 +76,8 @@ def train_in(
             text_tokens=components.settings["max_text_tokens"],
         )
         load_initial_weights(model, recipe, components)
+        if adapter:
+            check_same_latents(find_model(adapter.base), components)
         if newest(run):
             check_same_latents(run / "model", components)
         freeze_others(model, recipe.trainable)

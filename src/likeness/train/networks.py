@@ -10,15 +10,17 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
-from likeness.encoders.components import FLUX, Components
+from likeness.encoders.components import FLUX, Components, part_folder
 from likeness.files import read_json
 from likeness.models.mditface import MDiTFaceTransformer
 from likeness.models.mmface import MMFaceTransformer
-from likeness.models.tied_weights import NEW
-from likeness.pipelines.adapters import Adapter, add_adapter
+from likeness.objectives import Objective, make_objective
+from likeness.pipelines.adapters import Adapter, MMFaceLora, add_adapter, new_weights
 from likeness.train.config import (
+    AdapterNetwork,
     MDiTFaceAdapter,
     MDiTFaceNetwork,
+    MMFaceAdapter,
     TrainRecipe,
     check_single_conditions,
     condition_names,
@@ -36,11 +38,18 @@ def build_network(
     does not fit the network.
     """
     n, names = recipe.network, condition_names(recipe.data)
-    if isinstance(n, MDiTFaceAdapter):
-        base = find_model(n.base)
-        if (kind := read_json(base / "model_index.json").get("_class_name")) not in (FLUX, "MDiTFacePipeline"):
-            raise InputError(f"{n.base} is a {kind}: the base of an adapter must be FLUX.1")
-        adapter = adapter_of(recipe)
+    if isinstance(n, AdapterNetwork):
+        base, adapter = find_model(n.base), adapter_of(recipe)
+        index = read_json(base / "model_index.json")
+        kind, flux = index.get("_class_name"), isinstance(adapter, Adapter)
+        if kind not in ((FLUX, "MDiTFacePipeline") if flux else ("MMFacePipeline",)):
+            raise InputError(
+                f"{n.base} is a {kind}: the base of an adapter must be {'FLUX.1' if flux else 'an MMFace'}"
+            )
+        if not flux:
+            transformer = load_component(part_folder(base, "transformer"), *index["transformer"])
+            check_base(n.base, transformer, make_objective(index["objective"]), recipe)
+            return add_new_adapter(transformer, adapter)
         # the condition embeddings are part of the adapter
         options = {name: value for name, value in adapter.network.items() if name != "condition_names"}
         transformer = MDiTFaceTransformer.from_pretrained(base / "transformer", dtype=torch.bfloat16, **options)
@@ -86,9 +95,23 @@ def build_network(
     )
 
 
-def adapter_of(recipe: TrainRecipe) -> Adapter:
+def check_base(name: str, transformer: Any, objective: Objective, recipe: TrainRecipe) -> None:
+    """Check that the base of an adapter on an MMFace has the recipe's conditions and objective. Raises `InputError`."""
+    check_single_conditions(recipe.data)
+    known = [own for own in transformer.config.condition_names if own != "none"]
+    if new := [own for own in condition_names(recipe.data) if own not in known]:
+        raise InputError(f"condition_probabilities has {new[0]}, but {name} was trained with {', '.join(known)}")
+    base, ours = objective.config(), make_objective(recipe.objective).config()
+    for key in ("name", "prediction", "time_scale"):
+        if base.get(key) != ours.get(key):
+            raise InputError(f"{name} was trained with the objective's {key} = {base.get(key)}, not {ours.get(key)}")
+
+
+def adapter_of(recipe: TrainRecipe) -> Adapter | MMFaceLora:
     """Return the configuration of the adapter that a recipe trains."""
     n = recipe.network
+    if isinstance(n, MMFaceAdapter):
+        return MMFaceLora(base=n.base, targets=n.targets, rank=n.rank, alpha=n.alpha, defaults=recipe.defaults)
     assert isinstance(n, MDiTFaceAdapter)
     return Adapter(
         base=n.base,
@@ -102,14 +125,14 @@ def adapter_of(recipe: TrainRecipe) -> Adapter:
     )
 
 
-def add_new_adapter(transformer: MDiTFaceTransformer, adapter: Adapter) -> MDiTFaceTransformer:
-    """Freeze a base and add a new adapter, trainable in float32: the LoRA, the condition embeddings and, for `concat`,
-    the new matrix.
+def add_new_adapter(transformer: Any, adapter: Adapter | MMFaceLora) -> Any:
+    """Freeze a base and add a new adapter, trainable in float32: the LoRA, and on FLUX.1 the condition embeddings and,
+    for `concat`, the new matrix.
     """
     transformer.requires_grad_(False)
     add_adapter(transformer, adapter)
     for name, parameter in transformer.named_parameters():
-        parameter.requires_grad_(".lora_" in name or name.startswith(NEW))
+        parameter.requires_grad_(".lora_" in name or name.startswith(new_weights(transformer)))
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return transformer
@@ -142,7 +165,7 @@ def load_initial_weights(network: Any, recipe: TrainRecipe, components: Componen
     if recipe.init_from is None:
         return
     folder = find_model(recipe.init_from)
-    if not (folder / "model_index.json").is_file() or isinstance(recipe.network, MDiTFaceAdapter):
+    if not (folder / "model_index.json").is_file() or isinstance(recipe.network, AdapterNetwork):
         raise InputError(f"init_from is {recipe.init_from}: training continues from whole networks, not from adapters")
     check_same_latents(folder, components)
     source = load_component(folder / "transformer", *read_json(folder / "model_index.json")["transformer"])

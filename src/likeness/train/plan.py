@@ -25,6 +25,7 @@ from likeness.objectives import make_objective
 from likeness.parallel import Sharding
 from likeness.train.batches import denoising_losses
 from likeness.train.config import (
+    AdapterNetwork,
     DataRecipe,
     MDiTFaceAdapter,
     MMFaceNetwork,
@@ -34,7 +35,7 @@ from likeness.train.config import (
 )
 from likeness.train.trace import FLUX_SIZES, ComponentSizes, Trace, block_counts, random_batch, random_network, trace
 from likeness.types import InputError
-from likeness.weights.catalog import BUNDLED, COMMON
+from likeness.weights.catalog import BUNDLED, COMMON, bundled_models
 
 GB = 1e9
 SHARDINGS = get_args(Sharding)
@@ -229,10 +230,10 @@ def find_device(name: str | None, recipe: TrainRecipe, progress: Progress) -> De
 
 def component_sizes(recipe: TrainRecipe) -> ComponentSizes:
     """Return the sizes of the recipe's components, or of the published ones if they are not available."""
-    base = recipe.network.base if isinstance(recipe.network, MDiTFaceAdapter) else None
+    base = recipe.network.base if isinstance(recipe.network, AdapterNetwork) else None
     source = recipe.data.components or base
-    if source is not None and not Path(source).is_dir():
-        return FLUX_SIZES if base else ComponentSizes()
+    if source is not None and not Path(source).is_dir() and source not in bundled_models():
+        return FLUX_SIZES if isinstance(recipe.network, MDiTFaceAdapter) else ComponentSizes()
     parts = load_components(source or BUNDLED / COMMON)
     encoders = [encoder for encoder in (parts.text_encoder, parts.text_encoder_2) if encoder is not None]
     return ComponentSizes(

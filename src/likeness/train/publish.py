@@ -22,7 +22,7 @@ from likeness.files import write_whole, writing_folder, writing_whole
 from likeness.models.mmface import MMFaceTransformer
 from likeness.objectives import Objective
 from likeness.parallel import World, gather, reshard
-from likeness.pipelines.adapters import Adapter, adapter_state, save_adapter
+from likeness.pipelines.adapters import Adapter, MMFaceLora, adapter_state, save_adapter
 from likeness.pipelines.generate import generate, resolve
 from likeness.pipelines.mditface import MDiTFacePipeline
 from likeness.pipelines.mmface import MMFacePipeline
@@ -43,7 +43,7 @@ class Publication:
     objective: Objective  # objective of the network
     defaults: dict[str, Any]  # default arguments of the pipeline, with `size`
     previews: Sequence[PortraitRequest]  # images to generate
-    adapter: Adapter | None = None  # configuration of an adapter; None if the whole network is trained
+    adapter: Adapter | MMFaceLora | None = None  # configuration of an adapter; None if the whole network is trained
 
 
 def preview_requests(recipe: RunRecipe) -> list[PortraitRequest]:

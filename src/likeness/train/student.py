@@ -37,8 +37,8 @@ from likeness.device import choose_device
 from likeness.encoders.components import load_components
 from likeness.files import read_json
 from likeness.models.layers import modulate, use_explicit_attention
-from likeness.models.mditface import PATCH, MDiTFaceTransformer
-from likeness.models.mmface import MMFaceTransformer
+from likeness.models.mditface import PATCH, MDiTFaceTransformer, split_streams
+from likeness.models.mmface import MMFaceBlock, MMFaceTransformer
 from likeness.objectives import RectifiedFlow, make_objective
 from likeness.parallel import World
 from likeness.train.batches import Batch, open_stores, read_batches
@@ -125,15 +125,14 @@ class Discriminator(nn.Module):
         for index in sorted(blocks):
             layers[index].register_forward_hook(self.save_features)
 
-    def save_features(self, block: nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    def save_features(self, block: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """Forward hook: save the image tokens and the conditioning of a block, unless it has no image tokens (the
-        static pathway of MDiTFace). In MDiTFace's single blocks, the text precedes the image in the same tensor.
+        static pathway of MDiTFace). In MDiTFace's single blocks, the text precedes the image in the same stream.
         """
-        streams = output[0]
-        if not isinstance(streams, dict):
-            self.features.append((streams, inputs[2]))
-        elif "image" in streams:
-            self.features.append((streams["image"], inputs[1].conditioning))
+        if isinstance(block, MMFaceBlock):
+            self.features.append((output[0], inputs[2]))
+        elif "image" in inputs[1]:
+            self.features.append((split_streams(output, inputs[1])["image"], inputs[2].conditioning))
 
     def forward(
         self, latents: Tensor, time: Tensor, text: TextFeatures, conditions: Tensor, condition_index: Tensor

@@ -21,11 +21,13 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from likeness.files import read_json
 from likeness.models.layers import use_explicit_attention
 from likeness.models.mditface import MDiTFaceTransformer
+from likeness.models.mmface import MMFaceTransformer
 from likeness.objectives import make_objective
 from likeness.train.batches import Batch, denoising_losses
-from likeness.train.config import MDiTFaceAdapter, TrainRecipe, split_key
+from likeness.train.config import AdapterNetwork, MDiTFaceAdapter, MMFaceAdapter, TrainRecipe, split_key
 from likeness.train.networks import adapter_of, add_new_adapter, build_network, freeze_others
 from likeness.types import TextFeatures
+from likeness.weights.catalog import bundled_models, find_model
 
 CPU_ATTENTION = {  # operator: (index of the query, FLOPs relative to the forward pass)
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (0, 1.0),
@@ -164,28 +166,38 @@ def random_batch(recipe: TrainRecipe, micro: int, sizes: ComponentSizes) -> Batc
     )
 
 
+DEPTHS = {"mmface_adapter": ("depth",), "mditface_adapter": ("num_layers", "num_single_layers")}
+"""Adapter -> the options of its base for the number of blocks of each kind."""
+
+
 def block_counts(recipe: TrainRecipe) -> list[int]:
     """Return the number of blocks of each kind."""
+    if isinstance(recipe.network, MMFaceAdapter):
+        return [base_config(recipe.network).get("depth", 28)]
     if isinstance(recipe.network, MDiTFaceAdapter):
         config = base_config(recipe.network)
         return [config.get("num_layers", 19), config.get("num_single_layers", 38)]
     return [value for name in ("depth", "single_depth") if (value := getattr(recipe.network, name, None)) is not None]
 
 
-def base_config(network: MDiTFaceAdapter) -> dict[str, Any]:
-    """Return the configuration of an adapter's base if it is a local folder, else nothing: it has FLUX.1's sizes."""
-    config = Path(network.base) / "transformer" / "config.json"
+def base_config(network: AdapterNetwork) -> dict[str, Any]:
+    """Return the configuration of an adapter's base if it is local, else nothing: it has the published sizes."""
+    folder = find_model(network.base) if network.base in bundled_models() else Path(network.base)
+    config = folder / "transformer" / "config.json"
     return {key: value for key, value in (read_json(config) if config.is_file() else {}).items() if key[0] != "_"}
 
 
 def random_network(recipe: TrainRecipe, sizes: ComponentSizes, depths: Sequence[int]) -> Any:
     """Create the network of a recipe with random weights and this number of blocks of each kind."""
     network: Any
-    if isinstance(recipe.network, MDiTFaceAdapter):
-        config = base_config(recipe.network) | {"condition_names": (), "attention": recipe.network.attention}
-        config |= {"num_layers": depths[0], "num_single_layers": depths[1]}
+    if isinstance(recipe.network, AdapterNetwork):
+        config = base_config(recipe.network) | dict(zip(DEPTHS[recipe.network.name], depths, strict=True))
         with unset_fake_temporarily(), torch.device("meta"):  # PEFT moves new weights; fake tensors cannot be moved
-            base = MDiTFaceTransformer.from_config(config).to(torch.bfloat16)
+            if isinstance(recipe.network, MDiTFaceAdapter):
+                config |= {"condition_names": (), "attention": recipe.network.attention}
+                base: Any = MDiTFaceTransformer.from_config(config).to(torch.bfloat16)
+            else:
+                base = MMFaceTransformer.from_config(config)
             network = add_new_adapter(base, adapter_of(recipe))
         from_meta(network)
     else:

@@ -1,0 +1,84 @@
+"""diffusers' caches between the steps of a call: reuse the output of blocks or layers of earlier steps.
+
+diffusers assumes that every step runs the same passes. Here guidance intervals and conditions change them, so every
+kind of pass has a context with its own state, and all states are dropped when the set of passes changes
+(`likeness.pipelines.sampling`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from diffusers import CacheMixin
+from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.hooks.mag_cache import MagCacheState
+from torch import nn
+
+from likeness.types import InputError
+
+BLOCK_CACHES = (FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig)
+"""Caches of the output of whole blocks, or of layers by name."""
+
+OUTPUT = {"return_hidden_states_index": 0}
+"""Description of blocks whose first or only output is `hidden_states`."""
+
+
+def stateful_hooks(network: nn.Module) -> list[Any]:
+    """Return the hooks of a network's caches."""
+    registries: list[Any] = [vars(module).get("_diffusers_hook") for module in network.modules()]
+    return [hook for registry in registries if registry for hook in registry.hooks.values() if hook._is_stateful]
+
+
+class Caches(CacheMixin):
+    """`CacheMixin` for the networks of this project."""
+
+    _caches: ClassVar[tuple[type, ...]]
+    """Configurations of the caches that the network supports."""
+    _cached_blocks: ClassVar[dict[type, dict[str, int]]]
+    """Its blocks -> their description for diffusers (`TransformerBlockMetadata`)."""
+
+    def enable_cache(self, config: Any) -> None:
+        """As in diffusers. Raises `InputError` if a cache is enabled already, or does not support this network."""
+        name = type(config).__name__
+        if self.is_cache_enabled:
+            raise InputError(f"{type(self._cache_config).__name__} is enabled already: call disable_cache() first")
+        if not isinstance(config, self._caches):
+            known = ", ".join(cache.__name__ for cache in self._caches)
+            raise InputError(f"{name} is not supported by {type(self).__name__}. Supported: {known}")
+        for block, outputs in self._cached_blocks.items():
+            TransformerBlockRegistry.register(block, TransformerBlockMetadata(**outputs))
+        super().enable_cache(config)
+        if not stateful_hooks(self):
+            self.disable_cache()
+            raise InputError(f"{name} matches no layer of {type(self).__name__}: set its identifiers")
+
+    @contextmanager
+    def cache_disabled(self) -> Iterator[None]:
+        """Run passes outside of the steps within a `with` block, without the cache; its states are lost."""
+        config = self._cache_config
+        if config is not None:
+            self.disable_cache()
+        try:
+            yield
+        finally:
+            if config is not None:
+                self.enable_cache(config)
+
+    @contextmanager
+    def cache_context(self, name: str, **where: Any) -> Iterator[None]:
+        """As in diffusers, also for caches that have one state for all contexts; `where` has the `step_index`."""
+        with super().cache_context(name, **where):
+            for hook in stateful_hooks(self):
+                if hasattr(hook, "state"):
+                    hook.state = vars(hook).setdefault("states", {}).setdefault(name, type(hook.state)())
+                elif isinstance(state := hook.state_manager.get_state(), MagCacheState):
+                    state.step_index = where["step_index"]  # this kind of pass may have started late
+            yield
+
+    def _reset_stateful_cache(self, recurse: bool = True) -> None:
+        super()._reset_stateful_cache(recurse)
+        for hook in stateful_hooks(self):
+            vars(hook).pop("states", None)
