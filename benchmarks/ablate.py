@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from baselines.composed import composed, without_text
 from baselines.controlnet import controlnet
+from baselines.spade import gan, gan_losses
 from condition_losses import condition_losses_by_face
 from conflicts import measure_conflicts, read_masks
 from scipy import stats
@@ -192,6 +193,8 @@ class Variant:
     new network."""
     budget: float = 1.0
     """Training images, relative to --images; 0 for a network that needs no training."""
+    losses: Callable[..., Tensor] = denoising_losses
+    """Loss of each sample, a function of network, objective and batch."""
     caption: Callable[[str], str] | None = None
     """Changes the captions of the training."""
     progressive: bool = False
@@ -285,6 +288,15 @@ VARIANTS: dict[str, Variant] = {
         budget=0,
         given=("mask", "none"),
     ),
+    "spade": replace(
+        mmface(
+            "GAN with SPADE layers, one step",
+            gan,
+            optimizer={"name": "adamw", "learning_rate": 3e-4, "betas": (0.0, 0.9)},
+            defaults={"steps": 1, "guidance_scale": 1.0},
+        ),
+        losses=gan_losses,
+    ),
 }
 
 BASES = {base for variant in VARIANTS.values() for base in variant.bases}
@@ -366,6 +378,8 @@ def train(name: str, seed: int, options: argparse.Namespace) -> None:
     if variant.budget:
         model = fit(variant, recipe, model, components, run, options)
     model = model.float().eval()
+    if hasattr(model, "discriminator"):
+        del model.discriminator  # needed in training only
     run.mkdir(parents=True, exist_ok=True)
     if name in BASES:
         model.save_pretrained(run / "model")
@@ -419,7 +433,7 @@ def fit(
                     batch = batch._replace(captions=[variant.caption(one) for one in batch.captions], text=None)
                 rate = learning_rate(start, o.images, o.learning_rate, o.warmup, o.decay)
                 with torch.autocast("cpu", torch.bfloat16):
-                    loss = denoising_losses(model, objective, batch.with_text(components)).mean()
+                    loss = variant.losses(model, objective, batch.with_text(components)).mean()
                 loss.backward()
                 norm = state.step(rate, o.max_grad_norm)
                 progress.end_step(loss=loss, gradient_norm=norm)
@@ -531,12 +545,20 @@ def values_by_face(run: Path, metric: str) -> np.ndarray:
     """Return the values of a metric of one run, [N]; NaN for a face that has none."""
     kind, _, given = metric.partition("/")
     if kind in ("loss", "conflict"):
-        return np.load(run / f"{kind}.npz")[given]
-    return np.load(run / "evaluation" / "scores.npz")[metric]
+        file, key = run / f"{kind}.npz", given
+    else:
+        file, key = run / "evaluation" / "scores.npz", metric
+    if not file.is_file() or key not in (values := np.load(file)):
+        raise InputError(f"{run} has no {metric}: train the variant first, with faces that this metric can measure")
+    return values[key]
 
 
 def compare(variant: str, reference: str, metric: str, out: Path, seeds: Sequence[int]) -> dict[str, Any]:
-    """Return the mean of variant minus reference with its 95 % interval, paired by seed and face."""
+    """Return the mean of variant minus reference with its 95 % interval, paired by seed and face. Raises `InputError`
+    if there are fewer than two seeds, or a run lacks the metric.
+    """
+    if len(seeds) < 2:
+        raise InputError(f"seeds are {list(seeds)}: an interval needs two or more")
     values = np.array(
         [[values_by_face(out / name / f"seed-{seed}", metric) for seed in seeds] for name in (variant, reference)]
     )  # [2, S, N]
@@ -587,7 +609,7 @@ def collect(wanted: Sequence[Sequence[str]], out: Path, seeds: Sequence[int]) ->
             results["variants"][name] = {**facts, "seeds": {str(seed): one["means"] for seed, one in found.items()}}
     for variant, reference, metric in wanted:
         runs = [out / name / f"seed-{seed}" / "result.json" for name in (variant, reference) for seed in seeds]
-        if all(run.is_file() for run in runs):
+        if len(seeds) > 1 and all(run.is_file() and metric in read_json(run)["means"] for run in runs):
             found = compare(variant, reference, metric, out, seeds)
             found["images"] = results["variants"][variant]["images"]
             results["comparisons"][" ".join((variant, reference, metric))] = found

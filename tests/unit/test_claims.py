@@ -14,7 +14,9 @@ import ablate
 import claims
 from baselines.composed import composed
 from baselines.controlnet import controlnet
+from baselines.spade import gan_losses
 
+from likeness.train.batches import Batch
 from likeness.train.ema import Ema
 from likeness.types import TextFeatures
 
@@ -125,6 +127,22 @@ def test_composition_is_its_formula():
     torch.testing.assert_close(found[1], text(*given[:-1], absent)[1])
     other = TextFeatures(given[2].tokens + 1, given[2].pooled + 1)
     assert torch.equal(mask(given[0], given[1], other, *given[3:]), mask(*given))  # the mask network is blind to text
+
+
+def test_one_step_of_the_gan_is_its_generator():
+    """An Euler step from time 1 to 0 returns the generator's latents; each loss trains its own network only."""
+    model, (noise, time, text, mask, index) = random_network("spade"), random_inputs()
+    condition = model.condition_map(mask, index)
+    fake = model.generate(noise, text.pooled, condition)
+    torch.testing.assert_close(noise - model(noise, time, text, mask, index), fake)
+    assert not condition[1].any()  # without a condition
+    batch = Batch(torch.zeros_like(noise), noise, time, mask, index, captions=[], text=text)
+    gan_losses(model, None, batch).sum().backward()
+    wanted = (1 - model.discriminator(batch.clean, condition, text.pooled)).relu().mean(dim=(1, 2, 3))
+    wanted = wanted + (1 + model.discriminator(fake.detach(), condition, text.pooled)).relu().mean(dim=(1, 2, 3))
+    weight = model.discriminator.score.weight
+    torch.testing.assert_close(torch.autograd.grad(wanted.sum(), weight)[0], weight.grad)
+    assert model.out.weight.grad.abs().max() > 0
 
 
 @torch.no_grad()
