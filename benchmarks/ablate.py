@@ -319,7 +319,7 @@ def recipe_of(name: str, seed: int, options: argparse.Namespace) -> TrainRecipe:
         values[table] = (values[table] if table != "objective" else {}) | content
     values["data"] |= {"shards": options.shards, "text_dropout": values["data"].get("text_dropout", 0.1)}
     images = round(options.images * (variant.budget or 1))
-    values["optimizer"] |= {"images": images, "warmup": min(values["optimizer"]["warmup"], images // 20)}
+    values["optimizer"] |= {"images": images, "warmup": min(values["optimizer"]["warmup"], images // 10)}
     return build(
         TrainRecipe,
         {
