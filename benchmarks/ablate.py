@@ -4,35 +4,46 @@ python benchmarks/ablate.py list
 python benchmarks/ablate.py train decoupled concat --shards SHARDS --test SHARDS --faces FOLDER --seeds 0 1 2
 python benchmarks/ablate.py compare concat decoupled --metric pixel_accuracy/mask
 python benchmarks/ablate.py collect          # write ablations.json with every comparison of claims.toml
+python benchmarks/ablate.py table            # the collected results of all variants
 
 Networks are 128 wide and 6 deep, with 64 image tokens of 128 px. Variants with the same seed see the same images,
 captions, noise and times. Measured are the loss of the faces of --test with their own mask, another face's and none,
 and images of the first --count faces of --faces, generated with the same seeds. `train` stores every run in a folder
-below --out; the same command resumes a stopped run and skips finished ones. `compare` pairs two variants by seed and
-face, and prints the mean difference with its 95 % interval: Student's t over the seeds, whose variance includes that of
-training, plus the variance between faces.
+below --out, after those that the variant is based on; the same command resumes a stopped run and skips finished ones.
+`compare` pairs two variants by seed and face, and prints the mean difference with its 95 % interval: Student's t over
+the seeds, whose variance includes that of training, plus the variance between faces. `baselines/` contains other
+methods. The channel concatenation of a single stream, the design of many baselines, is the variant `mmface-single`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
+import sys
+import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from baselines.composed import composed, without_text
+from baselines.controlnet import controlnet
+from baselines.spade import gan, gan_losses
 from condition_losses import condition_losses_by_face
 from conflicts import measure_conflicts, read_masks
 from scipy import stats
 from torch import Tensor, nn
 
 from likeness.annotators.face_parser import load_face_parser
+from likeness.cli.terminal import print_error
+from likeness.conditions import Reading
 from likeness.config import build
 from likeness.data.store import Store
 from likeness.encoders.components import load_components
@@ -40,19 +51,21 @@ from likeness.evaluate.protocol import Protocol
 from likeness.evaluate.run import evaluate
 from likeness.files import read_json, write_whole
 from likeness.models.layers import grid_angles, use_explicit_attention
+from likeness.models.mditface import MDiTFaceTransformer
+from likeness.models.mmface import MMFaceTransformer
 from likeness.objectives import make_objective
 from likeness.parallel import SINGLE_PROCESS
 from likeness.pipelines.mditface import MDiTFacePipeline
 from likeness.pipelines.mmface import MMFacePipeline
 from likeness.train.batches import Batch, denoising_losses, open_stores, read_batches
-from likeness.train.config import TrainRecipe, check
+from likeness.train.config import MDiTFaceAdapter, TrainRecipe, check
 from likeness.train.ema import Ema
-from likeness.train.networks import build_network
+from likeness.train.networks import adapter_of, add_new_adapter, build_network
 from likeness.train.optim import learning_rate, make_optimizers
 from likeness.train.progress import Progress
 from likeness.train.run_folder import open_run
 from likeness.train.train_state import TrainState
-from likeness.types import TextFeatures
+from likeness.types import InputError, TextFeatures, TryAgain
 from likeness.weights.catalog import BUNDLED, COMMON
 
 ROOT = Path(__file__).parents[1]
@@ -74,6 +87,12 @@ MDITFACE = {
     "network": {"name": "mditface", "hidden_size": 128, "depth": 2, "single_depth": 4, "heads": 4},
     "data": {"condition_probabilities": {"mask": 0.8, "none": 0.2}},
 }
+ADAPTER = {
+    "network": {"name": "mditface_adapter", "base": "mditface-text", "gradient_checkpointing": False},
+    "data": {"condition_probabilities": {"mask": 0.8, "none": 0.2}},
+    "optimizer": {**BASE["optimizer"], "name": "adamw", "learning_rate": 1e-3},
+}
+"""Muon orthogonalizes updates, which suits whole matrices, not the factors of a LoRA."""
 
 
 # --- Changes of a network that its configuration does not offer
@@ -103,7 +122,7 @@ class OpenGates(nn.Module):
         return torch.cat([vectors[..., :2, :], torch.ones_like(vectors[..., 2:, :])], dim=-2).flatten(-3)
 
 
-def absolute_positions(network: Any) -> None:
+def absolute_positions(network: Any) -> Any:
     """Replace rotary positions by sines and cosines that are added to the image tokens; text tokens have none."""
     config = network.config
     angles = grid_angles(8, 8, config.hidden_size, 100.0)  # [N, D / 2]
@@ -115,31 +134,48 @@ def absolute_positions(network: Any) -> None:
         return torch.ones_like(cos), torch.zeros_like(sin)
 
     network.rope = unrotated
+    return network
 
 
-def no_condition_embedding(network: Any) -> None:
+def no_condition_embedding(network: Any) -> Any:
     """All kinds of condition, and none, have the same embedding."""
     network.condition_embed.weight.data.zero_()
     network.condition_embed.requires_grad_(False)
+    return network
 
 
-def single_stream(network: Any) -> None:
+def single_stream(network: Any) -> Any:
     """Text and image tokens share the matrices of attention and MLP; modulations stay separate."""
     for block in network.blocks:
         attention = block.attention
         attention.text_qkv, attention.text_out = attention.image_qkv, attention.image_out
         block.text_mlp = block.image_mlp
+    return network
 
 
-def open_gates(network: Any) -> None:
+def open_gates(network: Any) -> Any:
     """x + F(AdaLN(x)) instead of x + gate * F(AdaLN(x))."""
     for block in network.blocks:
         block.modulation = OpenGates(block.modulation, 12)
+    return network
 
 
-def move_positions(network: Any, *, scale: float, offset: Sequence[float]) -> None:
+def move_positions(network: Any, *, scale: float, offset: Sequence[float]) -> Any:
     """Give condition tokens other positions than the image tokens at the same place."""
     network.spatial_ids = lambda ids: scale * ids + torch.tensor(offset, device=ids.device)
+    return network
+
+
+def swap_ids(network: Any, trained: Any) -> Any:
+    """Give masks the condition id of sketches and the reverse, in a trained network."""
+    with torch.no_grad():
+        trained.condition_embed.weight[:2] = trained.condition_embed.weight[:2].flip(0)
+    return trained
+
+
+def first_clause(caption: str) -> str:
+    """Return a caption up to its first comma, full stop or "and"."""
+    return re.split(r"[,.;]| and ", caption)[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,18 +186,35 @@ class Variant:
     recipe: Mapping[str, Any]
     changes: Mapping[str, Any] = field(default_factory=dict)
     """Table -> keys that replace those of the recipe."""
-    edit: Callable[[Any], None] = lambda network: None
-    """Changes the new network."""
+    bases: tuple[str, ...] = ()
+    """Variants that are trained first."""
+    edit: Callable[..., Any] = lambda network: network
+    """Function of the new network and the trained bases that returns the network. The base of an adapter is part of the
+    new network."""
+    budget: float = 1.0
+    """Training images, relative to --images; 0 for a network that needs no training."""
+    losses: Callable[..., Tensor] = denoising_losses
+    """Loss of each sample, a function of network, objective and batch."""
+    caption: Callable[[str], str] | None = None
+    """Changes the captions of the training."""
+    progressive: bool = False
+    """Train the first half of the images on --small-shards."""
     given: tuple[str, ...] = ("mask",)
     """Condition sets of the evaluation."""
 
 
-def mmface(what: str, edit: Callable[[Any], None] = lambda network: None, **changes: Any) -> Variant:
+def mmface(what: str, edit: Callable[..., Any] = lambda network: network, **changes: Any) -> Variant:
     return Variant(what=what, recipe=MMFACE, changes=changes, edit=edit, given=("mask", "sketch", "none"))
 
 
-def mditface(what: str, edit: Callable[[Any], None] = lambda network: None, **changes: Any) -> Variant:
+def mditface(what: str, edit: Callable[..., Any] = lambda network: network, **changes: Any) -> Variant:
     return Variant(what=what, recipe=MDITFACE, changes=changes, edit=edit, given=("mask", "none"))
+
+
+def adapter(what: str, **network: Any) -> Variant:
+    """A LoRA on `mditface-text`; its scale is 1."""
+    changes = {"network": {"alpha": network.get("rank", 8), **network}}
+    return Variant(what=what, recipe=ADAPTER, changes=changes, bases=("mditface-text",), given=("mask", "none"))
 
 
 VARIANTS: dict[str, Variant] = {
@@ -185,6 +238,20 @@ VARIANTS: dict[str, Variant] = {
         changes={"data": {"condition_probabilities": {"mask": 0.3, "sketch": 0.3, "keypoints": 0.2, "none": 0.2}}},
         given=("mask", "sketch", "none"),
     ),
+    # Adapters on a base that was trained on text alone
+    "mditface-text": Variant(
+        what="text only; the base of the LoRAs",
+        recipe=MDITFACE,
+        changes={"network": {"spatial_stream": "lora"}, "data": {"condition_probabilities": {"none": 1.0}}},
+        budget=2.0,
+        given=("none",),
+    ),
+    **{
+        f"lora-{targets}-{rank}": adapter(f"LoRA of rank {rank}, {targets} streams", targets=targets, rank=rank)
+        for targets in ("spatial", "all")
+        for rank in (2, 8, 32)
+    },
+    "easycontrol": adapter("LoRA of rank 8, condition tokens attend to themselves only, cached", attention="hard"),
     # MMFace-DiT
     "mmface": mmface("dual stream, RoPE, condition embedding, gates, rectified flow"),
     "mmface-absolute": mmface("absolute instead of rotary positions", absolute_positions),
@@ -194,7 +261,46 @@ VARIANTS: dict[str, Variant] = {
     "mmface-text-none": mmface("text without rotary positions", network={"text_rope": "none"}),
     "mmface-ddpm": mmface("DDPM, noise prediction, min-SNR 5", objective={"name": "ddpm"}),
     "mmface-ddpm-plain": mmface("DDPM without min-SNR", objective={"name": "ddpm", "snr_gamma": None}),
+    "mmface-short": replace(mmface("captions cut to their first clause in training"), caption=first_clause),
+    "mmface-progressive": replace(mmface("first half of the images at 64 px"), progressive=True),
+    "mmface-swapped": replace(
+        mmface("`mmface` with the condition ids of mask and sketch swapped", swap_ids), bases=("mmface",), budget=0
+    ),
+    # Other methods
+    "mmface-text": Variant(
+        what="text only; the base of ControlNet",
+        recipe=MMFACE,
+        changes={"data": {"condition_probabilities": {"mask": 0.0, "sketch": 0.0, "none": 1.0}}},
+        given=("none",),
+    ),
+    "mmface-mask": Variant(
+        what="mask only, blind to text",
+        recipe=MMFACE,
+        changes={"data": {"condition_probabilities": {"mask": 0.8, "sketch": 0.0, "none": 0.2}}},
+        edit=without_text,
+    ),
+    "controlnet": replace(mmface("ControlNet on `mmface-text`", controlnet), bases=("mmface-text",)),
+    "composed": Variant(
+        what="`mmface-text` and `mmface-mask`, composed at sampling",
+        recipe=MMFACE,
+        bases=("mmface-text", "mmface-mask"),
+        edit=composed,
+        budget=0,
+        given=("mask", "none"),
+    ),
+    "spade": replace(
+        mmface(
+            "GAN with SPADE layers, one step",
+            gan,
+            optimizer={"name": "adamw", "learning_rate": 3e-4, "betas": (0.0, 0.9)},
+            defaults={"steps": 1, "guidance_scale": 1.0},
+        ),
+        losses=gan_losses,
+    ),
 }
+
+BASES = {base for variant in VARIANTS.values() for base in variant.bases}
+"""Variants whose trained networks are stored."""
 
 CONFLICT_FACES = 40
 """Faces whose masks are combined with contradicting prompts (`conflicts.py`)."""
@@ -212,7 +318,8 @@ def recipe_of(name: str, seed: int, options: argparse.Namespace) -> TrainRecipe:
     for table, content in variant.changes.items():
         values[table] = (values[table] if table != "objective" else {}) | content
     values["data"] |= {"shards": options.shards, "text_dropout": values["data"].get("text_dropout", 0.1)}
-    values["optimizer"] |= {"images": options.images}
+    images = round(options.images * (variant.budget or 1))
+    values["optimizer"] |= {"images": images, "warmup": min(values["optimizer"]["warmup"], images // 10)}
     return build(
         TrainRecipe,
         {
@@ -226,28 +333,71 @@ def recipe_of(name: str, seed: int, options: argparse.Namespace) -> TrainRecipe:
     )
 
 
-def create(name: str, recipe: TrainRecipe, **sizes: int) -> Any:
-    """Create the network of a variant with random weights."""
+def create(name: str, recipe: TrainRecipe, bases: Sequence[Any], **sizes: int) -> Any:
+    """Create the network of a variant, with random weights except for those of its bases."""
     torch.manual_seed(recipe.seed)
-    network = build_network(recipe, **sizes)
-    VARIANTS[name].edit(network)
-    return network
+    if isinstance(recipe.network, MDiTFaceAdapter):
+        return add_new_adapter(bases[0].to(torch.bfloat16), adapter_of(recipe))
+    return VARIANTS[name].edit(build_network(recipe, **sizes), *bases)
+
+
+def network_class(recipe: TrainRecipe) -> Any:
+    """Return the class of a recipe's network."""
+    return MMFaceTransformer if recipe.network.name == "mmface" else MDiTFaceTransformer
 
 
 def train(name: str, seed: int, options: argparse.Namespace) -> None:
-    """Train and measure one variant with one seed, unless its result exists."""
-    run = options.out / name / f"seed-{seed}"
-    if (run / "result.json").is_file():
+    """Train and measure one variant with one seed, and the variants it is based on first, unless their results exist.
+
+    Raises:
+        TryAgain: SIGTERM was received; a checkpoint was saved.
+        InputError: a result with another budget or number of faces exists, or the shards do not fit.
+    """
+    variant, run = VARIANTS[name], options.out / name / f"seed-{seed}"
+    result = run / "result.json"
+    stored = read_json(result) if result.is_file() else {}
+    for key in ("images", "count") if stored else ():
+        if stored[key] != getattr(options, key):
+            raise InputError(
+                f"{run} has a result with {key} = {stored[key]}, not {getattr(options, key)}: change --out"
+            )
+    if stored and (name not in BASES or (run / "model").is_dir()):
         return
+    for base in variant.bases:
+        train(base, seed, options)
     print(f"{name}, seed {seed}", flush=True)
-    recipe = recipe_of(name, seed, options)
-    check(recipe)
-    components, objective = load_components(BUNDLED / COMMON), make_objective(recipe.objective)
-    stores, o = open_stores(recipe, recipe.data.shards, components, 2), recipe.optimizer
+    recipe, components = recipe_of(name, seed, options), load_components(BUNDLED / COMMON)
+    bases = [
+        network_class(recipe).from_pretrained(options.out / base / f"seed-{seed}" / "model") for base in variant.bases
+    ]
     width = components.text_encoder.config.hidden_size
-    sizes = {"channels": stores[0][0].latents.shape[0], "text_dim": width, "pooled_dim": width}
+    sizes = {"channels": Store(options.shards[0])[0].latents.shape[0], "text_dim": width, "pooled_dim": width}
     sizes |= {"text_tokens": components.settings["max_text_tokens"]}
-    model = create(name, recipe, **sizes)
+    model = create(name, recipe, bases, **sizes)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if variant.budget:
+        model = fit(variant, recipe, model, components, run, options)
+    model = model.float().eval()
+    if hasattr(model, "discriminator"):
+        del model.discriminator  # needed in training only
+    run.mkdir(parents=True, exist_ok=True)
+    if name in BASES:
+        model.save_pretrained(run / "model")
+    if not stored:
+        seconds = read_json(run / "seconds.json")["training_seconds"] if variant.budget else 0.0
+        facts = {"trainable": trainable if variant.budget else 0, "training_seconds": seconds}
+        facts |= measure(name, pipeline_of(model, recipe, components), run, options)
+        write_whole(result, json.dumps(facts, indent=1))
+
+
+def fit(
+    variant: Variant, recipe: TrainRecipe, model: Any, components: Any, run: Path, options: argparse.Namespace
+) -> Any:
+    """Train a network, or continue its training, and return a copy with the EMA weights. `seconds.json` is the
+    duration, without interruptions.
+    """
+    check(recipe)
+    o, objective, names = recipe.optimizer, make_objective(recipe.objective), list(model.config.condition_names)
     use_explicit_attention(model)
     state = TrainState(model=model, optimizers=make_optimizers(model, o), emas=[Ema(model, o.ema)])
     with open_run(recipe, run) as signals:
@@ -255,28 +405,50 @@ def train(name: str, seed: int, options: argparse.Namespace) -> None:
         if recipe.compile:
             model.compile(dynamic=False)
         progress = Progress(run, state, o.images, o.batch, signals, recipe)
-        names = list(model.config.condition_names)
-        settings = components.settings
-        batches = read_batches(recipe, stores, names, settings, SINGLE_PROCESS, progress.starts, o.batch, 2)
-        for start, (batch,) in progress.steps(batches):
-            rate = learning_rate(start, o.images, o.learning_rate, o.warmup, o.decay)
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = denoising_losses(model, objective, batch.with_text(components)).mean()
-            loss.backward()
-            norm = state.step(rate, o.max_grad_norm)
-            progress.end_step(loss=loss, gradient_norm=norm)
-            if progress.due(recipe.log_every):
-                progress.report(learning_rate=rate)
-            progress.save(recipe.checkpoint_every, keep=1)
-        averaged = create(name, recipe, **sizes)
-        averaged.load_state_dict(model.state_dict() | state.emas[0].weights, strict=False)
-        pipeline = pipeline_of(averaged.eval(), recipe, components)
-        write_whole(run / "result.json", json.dumps(measure(name, pipeline, run, options), indent=1))
+        middle = o.images / 2 if variant.progressive else 0
+        parts = (options.small_shards, 64, [start for start in progress.starts if start < middle]), (
+            recipe.data.shards, 128, [start for start in progress.starts if start >= middle]
+        )  # fmt: skip
+        if variant.progressive and not options.small_shards:
+            raise InputError("This variant needs --small-shards: encode the training faces with --size 64")
+        streams = [
+            read_batches(
+                recipe,
+                open_stores(replace(recipe, defaults={**recipe.defaults, "size": size}), shards, components, 2),
+                names,
+                components.settings,
+                SINGLE_PROCESS,
+                starts,
+                o.batch,
+                2,
+            )
+            for shards, size, starts in parts
+            if starts
+        ]
+        duration = run / "seconds.json"
+        spent = read_json(duration)["training_seconds"] if duration.is_file() else 0.0
+        began = time.monotonic()
+        try:
+            for start, (batch,) in progress.steps(chain.from_iterable(streams)):
+                if variant.caption:
+                    batch = batch._replace(captions=[variant.caption(one) for one in batch.captions], text=None)
+                rate = learning_rate(start, o.images, o.learning_rate, o.warmup, o.decay)
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = variant.losses(model, objective, batch.with_text(components)).mean()
+                loss.backward()
+                norm = state.step(rate, o.max_grad_norm)
+                progress.end_step(loss=loss, gradient_norm=norm)
+                if progress.due(recipe.log_every):
+                    progress.report(learning_rate=rate)
+                progress.save(recipe.checkpoint_every, keep=1)
+        finally:
+            write_whole(duration, json.dumps({"training_seconds": spent + time.monotonic() - began}))
+    return state.emas[0].averaged_model()
 
 
 def pipeline_of(network: Any, recipe: TrainRecipe, components: Any) -> Any:
     """Return the pipeline of a trained network."""
-    pipeline_class = MMFacePipeline if recipe.network.name == "mmface" else MDiTFacePipeline
+    pipeline_class: Any = MMFacePipeline if recipe.network.name == "mmface" else MDiTFacePipeline
     objective = make_objective(recipe.objective)
     pipeline = pipeline_class(
         transformer=network,
@@ -296,21 +468,34 @@ def pipeline_of(network: Any, recipe: TrainRecipe, components: Any) -> Any:
 def measure(name: str, pipeline: Any, run: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Measure a network: metric -> mean; values by face go to `loss.npz` and to the evaluation's
     `scores.npz`, those by pair of a mask and a prompt that contradicts it to `conflict.npz`."""
-    variant = VARIANTS[name]
-    losses = condition_losses_by_face(pipeline, Store(options.test), variant.given[0], count=options.count)
-    np.savez(run / "loss.npz", **losses)
-    means = {f"loss/{kind}": float(values.mean()) for kind, values in losses.items()}
-    conflicts = measure_conflicts(pipeline, read_masks(options.faces, CONFLICT_FACES, 128), load_face_parser())
-    by_pair = {"text": np.array([one.text for one in conflicts]), "mask": np.array([one.mask for one in conflicts])}
-    np.savez(run / "conflict.npz", **by_pair)
-    means |= {f"conflict/{kind}": float(values.mean()) for kind, values in by_pair.items()}
+    variant, means, speed = VARIANTS[name], {}, {}
+    if "mask" in variant.given:
+        losses = condition_losses_by_face(pipeline, Store(options.test), "mask", count=options.count)
+        np.savez(run / "loss.npz", **losses)
+        means |= {f"loss/{kind}": float(values.mean()) for kind, values in losses.items()}
+        masks = read_masks(options.faces, CONFLICT_FACES, 128)
+        conflicts = measure_conflicts(pipeline, masks, load_face_parser())
+        by_pair = {"text": np.array([one.text for one in conflicts]), "mask": np.array([one.mask for one in conflicts])}
+        np.savez(run / "conflict.npz", **by_pair)
+        means |= {f"conflict/{kind}": float(values.mean()) for kind, values in by_pair.items() if len(values)}
+        speed = {"seconds": seconds_per_image(pipeline, masks[0])}
     protocol = Protocol(given=variant.given, count=options.count, metrics=METRICS)
     results = evaluate(options.faces, run / "evaluation", protocol, pipeline=pipeline, model=name)
     assert results is not None
     means |= {f"{one.metric}/{one.given}": one.value for one in results.numbers if one.against == "own"}
     parameters = sum(parameter.numel() for parameter in pipeline.transformer.parameters())
-    facts = {"images": options.images, "count": options.count, "parameters": parameters, "commit": commit()}
+    facts = {"images": options.images, "count": options.count, "parameters": parameters, "commit": commit(), **speed}
     return {**facts, "fingerprint": fingerprint(name), "means": means}
+
+
+def seconds_per_image(pipeline: Any, mask: np.ndarray) -> float:
+    """Return the shortest of three durations of one image from text and a mask, uint8 [H, W]."""
+    durations = []
+    for seed in range(3):
+        start, generator = time.monotonic(), torch.Generator().manual_seed(seed)
+        pipeline("a person", control_image={"mask": Reading(raw=mask, scheme="mask")}, generator=generator)
+        durations.append(time.monotonic() - start)
+    return min(durations)
 
 
 def commit() -> str:
@@ -324,35 +509,57 @@ def fingerprint(name: str) -> float:
     """Return the loss of a variant with random weights on random latents: it changes when what the variant computes
     does. A result is out of date if its fingerprint differs.
     """
-    recipe = recipe_of(name, 0, argparse.Namespace(shards=["none"], images=96, compile=False))
-    sizes = {"hidden_size": 32, "heads": 2, "depth": 2} | (
-        {} if recipe.network.name == "mmface" else {"single_depth": 2}
-    )
-    recipe = replace(recipe, network=replace(recipe.network, **sizes))  # a smaller one of the same kind
-    network = create(name, recipe, channels=8, text_dim=32, pooled_dim=32, text_tokens=8)
-    objective, draw = make_objective(recipe.objective), partial(torch.randn, generator=torch.Generator().manual_seed(0))
-    for parameter in network.parameters():
-        if parameter.requires_grad:
-            parameter.copy_(0.3 * draw(parameter.shape))
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    network, recipe = random_network(name, draw)
+    objective = make_objective(recipe.objective)
     text, index = TextFeatures(draw(4, 8, 32), draw(4, 32)), torch.tensor([[0], [0], [-1], [0]])
     latents = {"clean": draw(4, 8, 16, 16), "noise": draw(4, 8, 16, 16), "condition_latents": draw(4, 1, 8, 16, 16)}
+    if not network.config.condition_names:
+        latents["condition_latents"], index = latents["condition_latents"][:, :0], index[:, :0]
     batch = Batch(**latents, uniform=torch.linspace(0.1, 0.9, 4), condition_index=index, captions=[], text=text)
     return float(f"{denoising_losses(network, objective, batch).mean():.5g}")
 
 
-# --- Comparisons
+@torch.no_grad()
+def random_network(name: str, draw: Callable[..., Tensor]) -> tuple[Any, TrainRecipe]:
+    """Return a smaller network of a variant for latents of 8 channels and text of width 32, and its recipe. Everything
+    that the variant and its bases train is random.
+    """
+    recipe = recipe_of(name, 0, argparse.Namespace(shards=["none"], images=96, compile=False))
+    sizes = {"hidden_size": 32, "heads": 2, "depth": 2}
+    if recipe.network.name != "mmface":
+        sizes["single_depth"] = 2
+    bases = [random_network(base, draw)[0] for base in VARIANTS[name].bases]
+    if not isinstance(recipe.network, MDiTFaceAdapter):
+        recipe = replace(recipe, network=replace(recipe.network, **sizes))
+    network = create(name, recipe, bases, channels=8, text_dim=32, pooled_dim=32, text_tokens=8).float()
+    for parameter in network.parameters():
+        if parameter.requires_grad and VARIANTS[name].budget:
+            parameter.copy_(0.3 * draw(parameter.shape))
+    return network, recipe
+
+
+# --- Comparisons and the table
 
 
 def values_by_face(run: Path, metric: str) -> np.ndarray:
     """Return the values of a metric of one run, [N]; NaN for a face that has none."""
     kind, _, given = metric.partition("/")
     if kind in ("loss", "conflict"):
-        return np.load(run / f"{kind}.npz")[given]
-    return np.load(run / "evaluation" / "scores.npz")[metric]
+        file, key = run / f"{kind}.npz", given
+    else:
+        file, key = run / "evaluation" / "scores.npz", metric
+    if not file.is_file() or key not in (values := np.load(file)):
+        raise InputError(f"{run} has no {metric}: train the variant first, with faces that this metric can measure")
+    return values[key]
 
 
 def compare(variant: str, reference: str, metric: str, out: Path, seeds: Sequence[int]) -> dict[str, Any]:
-    """Return the mean of variant minus reference with its 95 % interval, paired by seed and face."""
+    """Return the mean of variant minus reference with its 95 % interval, paired by seed and face. Raises `InputError`
+    if there are fewer than two seeds, or a run lacks the metric.
+    """
+    if len(seeds) < 2:
+        raise InputError(f"seeds are {list(seeds)}: an interval needs two or more")
     values = np.array(
         [[values_by_face(out / name / f"seed-{seed}", metric) for seed in seeds] for name in (variant, reference)]
     )  # [2, S, N]
@@ -399,14 +606,41 @@ def collect(wanted: Sequence[Sequence[str]], out: Path, seeds: Sequence[int]) ->
         if found:
             first = next(iter(found.values()))
             facts = {key: first[key] for key in ("images", "count", "parameters", "commit", "fingerprint")}
+            facts |= {key: first[key] for key in ("trainable", "training_seconds", "seconds") if key in first}
             results["variants"][name] = {**facts, "seeds": {str(seed): one["means"] for seed, one in found.items()}}
     for variant, reference, metric in wanted:
         runs = [out / name / f"seed-{seed}" / "result.json" for name in (variant, reference) for seed in seeds]
-        if all(run.is_file() for run in runs):
+        if len(seeds) > 1 and all(run.is_file() and metric in read_json(run)["means"] for run in runs):
             found = compare(variant, reference, metric, out, seeds)
             found["images"] = results["variants"][variant]["images"]
             results["comparisons"][" ".join((variant, reference, metric))] = found
     write_whole(RESULTS, json.dumps(results, indent=1, sort_keys=True) + "\n")
+
+
+COLUMNS = (
+    "pixel_accuracy/mask", "rare_class_recall/mask", "edge_f_score/sketch", "retrieval/mask", "retrieval/none",
+    "kid_text_image/mask",
+)  # fmt: skip
+
+
+def table() -> str:
+    """Return the collected results as a Markdown table: means over the seeds, with 95 % intervals if there are several
+    seeds; seconds per image and training include neither loading nor measuring.
+    """
+    facts = ("seconds", "parameters", "trainable", "training_seconds")
+    lines = ["| " + " | ".join(["variant", *COLUMNS, *facts]) + " |", "|---" * (1 + len(COLUMNS) + len(facts)) + "|"]
+    for name, found in read_results()["variants"].items():
+        cells = [name]
+        for column in COLUMNS:
+            values = np.array([seed[column] for seed in found["seeds"].values() if seed.get(column) is not None])
+            reach = ""
+            if len(values) > 1:
+                error = values.std(ddof=1) / np.sqrt(len(values))
+                reach = f" ± {error * stats.t.ppf(0.975, len(values) - 1):.3f}"
+            cells.append(f"{values.mean():.3f}{reach}" if len(values) else "")
+        cells += [f"{found[key]:,.4g}" if key in found else "" for key in facts]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -416,11 +650,13 @@ def main() -> None:
     training = commands.add_parser("train", help="train and measure variants")
     training.add_argument("variants", nargs="+", choices=list(VARIANTS))
     training.add_argument("--shards", nargs="+", required=True, help="shards of the training faces")
+    training.add_argument("--small-shards", nargs="+", default=[], help="the training faces at 64 px")
     training.add_argument("--test", required=True, help="shards of held-out faces")
     training.add_argument("--faces", type=Path, required=True, help="prepared folder of held-out faces")
     training.add_argument("--images", type=int, default=96_000, help="training images of each run")
     training.add_argument("--count", type=int, default=200, help="number of held-out faces")
     training.add_argument("--compile", action="store_true", help="use torch.compile")
+    commands.add_parser("table", help="print the collected results of all variants")
     comparing = commands.add_parser("compare", help="compare two variants")
     comparing.add_argument("variants", nargs=2, help="variant and reference")
     comparing.add_argument("--metric", default="pixel_accuracy/mask", help="metric/condition set, or loss/right etc.")
@@ -429,6 +665,15 @@ def main() -> None:
         one.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
         one.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of the runs")
     options = parser.parse_args()
+    try:
+        execute(options)
+    except InputError as error:
+        print_error(str(error))
+        sys.exit(75 if isinstance(error, TryAgain) else 2)
+
+
+def execute(options: argparse.Namespace) -> None:
+    """Run a command."""
     if options.command == "list":
         for name, variant in VARIANTS.items():
             print(f"{name:22} {variant.what}")
@@ -436,6 +681,8 @@ def main() -> None:
         for seed in options.seeds:
             for name in options.variants:
                 train(name, seed, options)
+    elif options.command == "table":
+        print(table())
     elif options.command == "collect":
         claims = tomllib.loads((ROOT / "benchmarks" / "claims.toml").read_text(encoding="utf-8"))
         wanted = [claim["compare"] for claim in claims.values() if "compare" in claim]

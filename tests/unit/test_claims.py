@@ -1,0 +1,161 @@
+"""The ledger of claims: complete, decided by its numbers, and not older than the code."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # these scripts import each other
+
+import ablate
+import claims
+from baselines.composed import composed
+from baselines.controlnet import controlnet
+from baselines.spade import gan_losses
+
+from likeness.train.batches import Batch
+from likeness.train.ema import Ema
+from likeness.types import TextFeatures
+
+
+def test_ledger():
+    found = claims.read_claims()
+    assert {claim.paper for claim in found.values()} == {"MDiTFace", "MMFace-DiT"}
+    for claim in found.values():
+        assert set(claim.compare[:2] if claim.compare else ()) <= set(ablate.VARIANTS)
+        assert claim.command.startswith(("python benchmarks/", "likeness ", "python -m pytest "))
+    assert claims.out_of_date(found) == []
+    assert claims.PAGE.read_text(encoding="utf-8") == claims.page(found)
+
+
+@pytest.mark.parametrize(
+    ("expect", "low", "high", "verdict"),
+    [
+        ("higher", 0.01, 0.03, claims.REPRODUCED),
+        ("higher", -0.01, 0.03, claims.UNDECIDED),
+        ("higher", -0.03, -0.01, claims.CONTRADICTED),
+        ("lower", -0.03, -0.01, claims.REPRODUCED),
+        ("lower", 0.01, 0.03, claims.CONTRADICTED),
+        ("equal", -0.01, 0.019, claims.REPRODUCED),
+        ("equal", -0.01, 0.03, claims.UNDECIDED),
+        ("equal", 0.03, 0.05, claims.CONTRADICTED),
+    ],
+)
+def test_verdicts(expect, low, high, verdict):
+    compare = ("hard", "decoupled", "pixel_accuracy/mask")
+    claim = claims.Claim(
+        paper="MDiTFace", source="", claim="", command="", change="", compare=compare, expect=expect, within=0.02
+    )
+    numbers = {"value": (low + high) / 2, "low": low, "high": high, "by_seed": [0.0, 0.0], "means": [0.0, 0.0]}
+    comparisons = {claims.key_of(compare): {**numbers, "n": 2, "images": 96}}
+    assert claims.verdict_of(claim, comparisons)[0] == verdict
+    assert claims.verdict_of(claim, {})[0] == claims.OPEN
+
+
+def test_interval_covers_both_variances():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        seeds, faces = 0.02 * rng.standard_normal((3, 1)), 0.1 * rng.standard_normal((1, 100))
+        found = ablate.interval(0.05 + seeds + faces + 0.05 * rng.standard_normal((3, 100)))
+        covered += found["low"] <= 0.05 <= found["high"]
+    assert covered / 400 > 0.93
+
+
+def random_inputs() -> tuple:
+    """Latents, time, text, condition latents and index for `random_network`; the second sample has no mask."""
+    draw = torch.Generator().manual_seed(1)
+    latents, condition = (torch.randn(shape, generator=draw) for shape in ((2, 8, 16, 16), (2, 1, 8, 16, 16)))
+    text = TextFeatures(torch.randn(2, 8, 32, generator=draw), torch.randn(2, 32, generator=draw))
+    return latents, torch.tensor([900.0, 100.0]), text, condition, torch.tensor([[0], [-1]])
+
+
+def random_network(name):
+    return ablate.random_network(name, partial(torch.randn, generator=torch.Generator().manual_seed(0)))[0]
+
+
+def test_variants_differ_and_train():
+    """Every variant of a network differs from all others, and training reaches its weights."""
+    same = {"no-dropout", "mmface-short", "mmface-progressive", "mmface-text"}  # differ in their data only
+    prints = {name: ablate.fingerprint(name) for name in ablate.VARIANTS if name not in same}
+    assert len(set(prints.values())) == len(prints)
+    latents, time, text, condition, index = random_inputs()
+    for name in prints.keys() - {"mditface-text", "composed", "mmface-swapped"}:
+        network = random_network(name)
+        network(latents, time, text, condition, index).square().mean().backward()
+        trained = [one for one in network.parameters() if one.requires_grad]
+        assert sum(one.grad is not None and one.grad.abs().max() > 0 for one in trained) > 0.5 * len(trained)
+
+
+def test_averages_of_shared_weights():
+    """The EMA weights of a network whose streams share modules replace the trained ones in both streams."""
+    network = random_network("mmface-single")
+    ema = Ema(network, 0.1)
+    for parameter in network.parameters():
+        parameter.data.add_(1.0)
+    averaged = ema.averaged_model()
+    attention = averaged.blocks[0].attention
+    assert attention.text_qkv is attention.image_qkv
+    assert torch.equal(attention.text_qkv.weight, ema.weights["blocks.0.attention.image_qkv.weight"])
+
+
+@torch.no_grad()
+def test_controlnet_starts_as_its_base():
+    base, given = random_network("mmface-text"), random_inputs()
+    model = controlnet(None, base)
+    absent = torch.full_like(given[-1], -1)
+    assert torch.equal(model(*given), base(*given[:-1], absent))
+    assert {name.split("_")[0] for name, one in model.named_parameters() if one.requires_grad} == {"control"}
+    torch.nn.init.normal_(model.control_outputs[0].weight)
+    assert torch.equal(model(*given)[1], base(*given[:-1], absent)[1])  # without a condition
+    masked = model(*given)[0]
+    torch.nn.init.normal_(model.control_embed.weight)
+    assert not torch.allclose(model(*given)[0], masked)  # the mask is read
+
+
+@torch.no_grad()
+def test_composition_is_its_formula():
+    text, mask, given = random_network("mmface-text"), random_network("mmface-mask"), random_inputs()
+    absent = torch.full_like(given[-1], -1)
+    without = mask(*given[:-1], absent)
+    wanted = text(*given[:-1], absent) + mask(*given) - without
+    found = composed(None, text, mask)(*given)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(found[1], text(*given[:-1], absent)[1])
+    other = TextFeatures(given[2].tokens + 1, given[2].pooled + 1)
+    assert torch.equal(mask(given[0], given[1], other, *given[3:]), mask(*given))  # the mask network is blind to text
+
+
+def test_one_step_of_the_gan_is_its_generator():
+    """An Euler step from time 1 to 0 returns the generator's latents; each loss trains its own network only."""
+    model, (noise, time, text, mask, index) = random_network("spade"), random_inputs()
+    condition = model.condition_map(mask, index)
+    fake = model.generate(noise, text.pooled, condition)
+    torch.testing.assert_close(noise - model(noise, time, text, mask, index), fake)
+    assert not condition[1].any()  # without a condition
+    batch = Batch(torch.zeros_like(noise), noise, time, mask, index, captions=[], text=text)
+    gan_losses(model, None, batch).sum().backward()
+    wanted = (1 - model.discriminator(batch.clean, condition, text.pooled)).relu().mean(dim=(1, 2, 3))
+    wanted = wanted + (1 + model.discriminator(fake.detach(), condition, text.pooled)).relu().mean(dim=(1, 2, 3))
+    weight = model.discriminator.score.weight
+    torch.testing.assert_close(torch.autograd.grad(wanted.sum(), weight)[0], weight.grad)
+    assert model.out.weight.grad.abs().max() > 0
+
+
+@torch.no_grad()
+def test_a_cache_of_another_mask_gives_another_result():
+    """The static pathway depends on the mask: after a change of the mask, a cache must be computed again."""
+    network, (latents, time, text, mask, _) = random_network("decoupled"), random_inputs()
+    index = torch.zeros(2, 1, dtype=torch.long)
+    stale, new = (network.static_cache(text, one, index) for one in (mask, -mask))
+    wanted = network(latents, time, text, -mask, index)
+    assert torch.equal(network(latents, time, text, -mask, index, static_cache=new), wanted)
+    assert (network(latents, time, text, -mask, index, static_cache=stale) - wanted).abs().max() > 1e-3
+
+
+def test_captions_are_cut():
+    assert ablate.first_clause("a woman with red hair, smiling and wearing a hat.") == "a woman with red hair"
+    assert ablate.first_clause("") == ""
