@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import pwd
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -34,7 +36,7 @@ from likeness.pipelines.sampling import advance
 from likeness.prepare.edit import Change, edit_photo, open_photo
 from likeness.serve.engine import sampling_of
 from likeness.serve.store import FORGOTTEN, JOBS, LOST, Store, Taken
-from likeness.types import ConditionInput, PortraitRequest
+from likeness.types import ConditionInput, InputError, PortraitRequest
 from serving import serving
 
 ROOT = Path(__file__).parents[2]
@@ -605,3 +607,10 @@ def ready(url: str) -> bool:
         return requests.get(f"{url}/readyz", timeout=60).ok
     except requests.ConnectionError:
         return False
+
+
+def test_data_of_another_version(tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as database:
+        database.execute("CREATE TABLE jobs (id TEXT PRIMARY KEY, state TEXT)")
+    with pytest.raises(InputError, match="another version of likeness: choose another data folder"):
+        Store(tmp_path)

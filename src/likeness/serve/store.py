@@ -207,12 +207,17 @@ class Store:
 
 
 def create_table(database: Engine) -> None:
-    """Create the table unless it exists. Replicas may start at the same time."""
+    """Create the table unless it exists. Replicas may start at the same time. Raises `InputError` if it is that of
+    another version.
+    """
     try:
         JOBS.metadata.create_all(database)
     except SQLAlchemyError:
         if not inspect(database).has_table(JOBS.name):
             raise
+    existing = {column["name"] for column in inspect(database).get_columns(JOBS.name)}
+    if existing != set(JOBS.c.keys()):
+        raise InputError("The jobs were stored by another version of likeness: choose another data folder or database")
 
 
 def connect(url: str) -> Engine:
