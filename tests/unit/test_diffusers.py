@@ -214,6 +214,8 @@ def test_callbacks_change_the_guidance_scale(make):
 
     with pytest.raises(InputError, match=r"set the guidance scale to 3.0, but the call started with 1"):
         image(pipeline, guidance_scale=1.0, callback_on_step_end=start_guidance)
+    with pytest.raises(InputError, match="returned control_image, but it can change only latents"):
+        image(pipeline, callback_on_step_end=lambda *_: {"control_image": None})
     with pytest.raises(InputError, match="Callbacks receive latents, not prompt_embeds"):
         image(pipeline, callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.5))
 

@@ -160,3 +160,10 @@ def condition_inputs(
         name: [convert(name, image) for image in value] if isinstance(value, (list, tuple)) else convert(name, value)
         for name, value in images.items()
     }
+
+
+def changed_latents(returned: Mapping[str, Any] | None, latents: Tensor) -> Tensor:
+    """Return the latents after a callback, from what it returned. Raises `InputError` if it returned anything else."""
+    if others := sorted(set(returned or {}) - {"latents"}):
+        raise InputError(f"The callback returned {others[0]}, but it can change only latents")
+    return (returned or {}).get("latents", latents)

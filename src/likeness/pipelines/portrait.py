@@ -40,6 +40,7 @@ from likeness.objectives import make_objective
 from likeness.objectives.flow import dynamic_shift
 from likeness.pipelines.adapters import load_lora, own_name, scaled_loras, unload_adapter
 from likeness.pipelines.arguments import (
+    changed_latents,
     condition_inputs,
     embedded,
     named_conditions,
@@ -452,8 +453,8 @@ class PortraitPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
                 if callback_on_step_end is not None:
                     i = sampling.step - 1
                     tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, sampling.latents)
-                    changed = callback_on_step_end(call, i, scheduler.timesteps[i], tensors) or {}
-                    sampling.latents = changed.get("latents", sampling.latents)
+                    changed = callback_on_step_end(call, i, scheduler.timesteps[i], tensors)
+                    sampling.latents = changed_latents(changed, sampling.latents)
                     if guidance == 1 != call._guidance_scale and not self.transformer.config.get("guidance_embeds"):
                         raise InputError(
                             f"The callback set the guidance scale to {call._guidance_scale}, but the call started "

@@ -20,7 +20,7 @@ from torch import Tensor
 from likeness.conditions.images import check_aspect, read_rgb
 from likeness.encoders.latent import spatial_factor, to_tensor
 from likeness.objectives.flow import RectifiedFlow
-from likeness.pipelines.arguments import embedded, number, per_image
+from likeness.pipelines.arguments import changed_latents, embedded, number, per_image
 from likeness.pipelines.editing.base import Editing
 from likeness.pipelines.editing.flow_edit import flow_edit
 from likeness.pipelines.editing.inpainting import inpainting
@@ -153,8 +153,7 @@ def edit_steps(
         if callback_on_step_end is not None:
             tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, target.latents)
             timestep = target.scheduler.timesteps[target.step - 1]
-            changed = callback_on_step_end(call, i, timestep, tensors) or {}
-            target.latents = changed.get("latents", target.latents)
+            target.latents = changed_latents(callback_on_step_end(call, i, timestep, tensors), target.latents)
         yield i + 1, call.num_timesteps
         if call.interrupt:
             break
