@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def _report(name: str, reading: Reading) -> Report:
         geometry = measure(raw)
         counts = geometry.pixels
         classes = tuple((CLASSES[i], int(counts[i]), float(counts[i] / raw.size)) for i in np.flatnonzero(counts))
-        notes += mask_problems(raw, geometry)
+        notes += mask_problems(raw, geometry, specked_classes(raw, geometry))
     if name == "sketch":
         ink = float((raw < 128).mean())
         if ink < 0.005:
@@ -117,8 +118,10 @@ def specked_classes(labels: np.ndarray, geometry: Geometry) -> dict[int, int]:
     return {index: count for index, count in counts.items() if count}
 
 
-def mask_problems(labels: np.ndarray, geometry: Geometry) -> list[Note]:
-    """Return what looks wrong in a mask, uint8 [H, W], of which `geometry` is the output of `measure`."""
+def mask_problems(labels: np.ndarray, geometry: Geometry, specks_of: Mapping[int, int]) -> list[Note]:
+    """Return what looks wrong in a mask, uint8 [H, W], of which `geometry` is the output of `measure` and `specks_of`
+    that of `specked_classes`.
+    """
     present = geometry.pixels > 0
     missing, other = [], []
     if not present[1]:
@@ -142,7 +145,7 @@ def mask_problems(labels: np.ndarray, geometry: Geometry) -> list[Note]:
             other.append(f"{CLASSES[index]}: only {pixels} pixel{'s' * (pixels > 1)}, possibly a mistake")
     specked = [
         f"{CLASSES[index]}: {count} separate speck{'s' * (count > 1)} under {100 * SPECK:.2f} % of the image"
-        for index, count in specked_classes(labels, geometry).items()
+        for index, count in specks_of.items()
     ]
     odd = broken_rules(geometry)
     if odd and present[1]:

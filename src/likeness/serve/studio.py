@@ -62,14 +62,15 @@ def check_mask(labels: np.ndarray, prompt: str) -> dict[str, Any]:
     """
     geometry = measure(labels)
     swapped = iter(swapped_pairs(geometry))  # in the order of their notes, likewise
-    specked = iter(inspection.specked_classes(labels, geometry))
+    specks_of = inspection.specked_classes(labels, geometry)
+    specked = iter(specks_of)
     fixes = {
         "swapped-sides": lambda: correction("Swap them", "swap", *next(swapped)),
         "specks": lambda: correction("Remove", "clean", next(specked)),
     }
     problems = [
         {"kind": kind, "text": in_words(text), **fixes.get(kind, dict)()}
-        for kind, text in inspection.mask_problems(labels, geometry)
+        for kind, text in inspection.mask_problems(labels, geometry, specks_of)
     ]
     found = [
         {"kind": "contradiction", "text": in_words(text)}
