@@ -55,14 +55,13 @@ from likeness.models.mditface import MDiTFaceTransformer
 from likeness.models.mmface import MMFaceTransformer
 from likeness.objectives import make_objective
 from likeness.parallel import SINGLE_PROCESS
-from likeness.pipelines.mditface import MDiTFacePipeline
-from likeness.pipelines.mmface import MMFacePipeline
 from likeness.train.batches import Batch, denoising_losses, open_stores, read_batches
 from likeness.train.config import MDiTFaceAdapter, TrainRecipe, check
 from likeness.train.ema import Ema
 from likeness.train.networks import adapter_of, add_new_adapter, build_network
 from likeness.train.optim import learning_rate, make_optimizers
 from likeness.train.progress import Progress
+from likeness.train.publish import Publication, pipeline_of
 from likeness.train.run_folder import open_run
 from likeness.train.train_state import TrainState
 from likeness.types import InputError, TextFeatures, TryAgain
@@ -386,7 +385,9 @@ def train(name: str, seed: int, options: argparse.Namespace) -> None:
     if not stored:
         seconds = read_json(run / "seconds.json")["training_seconds"] if variant.budget else 0.0
         facts = {"trainable": trainable if variant.budget else 0, "training_seconds": seconds}
-        facts |= measure(name, pipeline_of(model, recipe, components), run, options)
+        objective = make_objective(recipe.objective)
+        publication = Publication(components=components, objective=objective, defaults=recipe.defaults, previews=())
+        facts |= measure(name, pipeline_of(publication, model), run, options)
         write_whole(result, json.dumps(facts, indent=1))
 
 
@@ -444,25 +445,6 @@ def fit(
         finally:
             write_whole(duration, json.dumps({"training_seconds": spent + time.monotonic() - began}))
     return state.emas[0].averaged_model()
-
-
-def pipeline_of(network: Any, recipe: TrainRecipe, components: Any) -> Any:
-    """Return the pipeline of a trained network."""
-    pipeline_class: Any = MMFacePipeline if recipe.network.name == "mmface" else MDiTFacePipeline
-    objective = make_objective(recipe.objective)
-    pipeline = pipeline_class(
-        transformer=network,
-        vae=components.vae,
-        text_encoder=components.text_encoder,
-        tokenizer=components.tokenizer,
-        scheduler=objective.scheduler(),
-        objective=objective.config(),
-        defaults=recipe.defaults,
-        sizes=[[128, 128]],
-        **components.settings,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def measure(name: str, pipeline: Any, run: Path, options: argparse.Namespace) -> dict[str, Any]:

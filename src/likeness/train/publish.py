@@ -19,7 +19,7 @@ from torch import Tensor
 from likeness.conditions import CONDITIONS, read_conditions
 from likeness.encoders.components import Components
 from likeness.files import write_whole, writing_folder, writing_whole
-from likeness.models.mmface import MMFaceTransformer
+from likeness.models.mditface import MDiTFaceTransformer
 from likeness.objectives import Objective
 from likeness.parallel import World, gather, reshard
 from likeness.pipelines.adapters import Adapter, MMFaceLora, adapter_state, save_adapter
@@ -101,6 +101,26 @@ def preview(progress: Progress, publication: Publication) -> None:
             write_report(run)
 
 
+def pipeline_of(publication: Publication, transformer: Any) -> Any:
+    """Return the pipeline of a network."""
+    components = publication.components
+    parts = {name: getattr(components, name) for name in ("vae", "text_encoder", "tokenizer")}
+    if components.text_encoder_2 is not None:
+        parts |= {"text_encoder_2": components.text_encoder_2, "tokenizer_2": components.tokenizer_2}
+    pipeline_class = MDiTFacePipeline if isinstance(transformer, MDiTFaceTransformer) else MMFacePipeline
+    pipeline = pipeline_class(
+        transformer=transformer.eval(),
+        scheduler=components.scheduler or publication.objective.scheduler(),
+        objective=publication.objective.config(),
+        defaults=publication.defaults,
+        sizes=[[publication.defaults["size"]] * 2],  # that of the shards (`batches.open_stores`)
+        **parts,
+        **components.settings,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 @contextmanager
 def ema_pipeline(state: TrainState, publication: Publication) -> Iterator[tuple[Any, dict[str, Tensor]]]:
     """The pipeline with the EMA weights, within a `with` block, and the unsharded weights. Enter on every rank.
@@ -110,25 +130,7 @@ def ema_pipeline(state: TrainState, publication: Publication) -> Iterator[tuple[
     in.
     """
     model: Any = state.model
-    ema, world, components = state.emas[0], state.world, publication.components
-    parts = {name: getattr(components, name) for name in ("vae", "text_encoder", "tokenizer")}
-    if components.text_encoder_2 is not None:
-        parts |= {"text_encoder_2": components.text_encoder_2, "tokenizer_2": components.tokenizer_2}
-
-    def pipeline_with(transformer: Any) -> Any:
-        pipeline_class = MMFacePipeline if isinstance(transformer, MMFaceTransformer) else MDiTFacePipeline
-        pipeline = pipeline_class(
-            transformer=transformer.eval(),
-            scheduler=components.scheduler or publication.objective.scheduler(),
-            objective=publication.objective.config(),
-            defaults=publication.defaults,
-            sizes=[[publication.defaults["size"]] * 2],  # that of the shards (`batches.open_stores`)
-            **parts,
-            **components.settings,
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
-
+    ema, world = state.emas[0], state.world
     if publication.adapter is None:
         weights = gather(model.state_dict() | ema.weights, world)
         if not world.main:
@@ -136,13 +138,13 @@ def ema_pipeline(state: TrainState, publication: Publication) -> Iterator[tuple[
             return
         averaged = type(model).from_config(model.config)
         averaged.load_state_dict(weights)
-        yield pipeline_with(averaged), weights
+        yield pipeline_of(publication, averaged), weights
         return
     with ema.applied():
         weights = gather(adapter_state(model), world)
         with torch.autocast(world.device_type, torch.bfloat16):
             try:
-                yield pipeline_with(model), weights
+                yield pipeline_of(publication, model), weights
             finally:
                 reshard(model)
     model.train()
