@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from diffusers.loaders import FluxLoraLoaderMixin
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -38,7 +40,19 @@ NAME, MMFACE_NAME = "mditface", "mmface"
 
 
 @dataclass(frozen=True, kw_only=True)
-class MMFaceLora:
+class AdapterOptions:
+    """What the configurations of all adapters contain."""
+
+    rank: int = 8
+    """Rank of the LoRA."""
+    alpha: int = 8
+    """Its scale is alpha / rank."""
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """Defaults of the pipeline: size, steps, guidance_scale, guidance_interval."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MMFaceLora(AdapterOptions):
     """The configuration of an adapter on an MMFace, `adapter.json`."""
 
     kind: Literal["mmface"] = "mmface"
@@ -47,12 +61,6 @@ class MMFaceLora:
     """The model that it was trained on: a bundled name, a folder or a Hub id."""
     targets: Literal["attention", "all"] = "attention"
     """Layers that the LoRA changes (`lora_targets`)."""
-    rank: int = 8
-    """Rank of the LoRA."""
-    alpha: int = 8
-    """Its scale is alpha / rank."""
-    defaults: dict[str, Any] = field(default_factory=dict)
-    """Defaults of the pipeline: size, steps, guidance_scale, guidance_interval."""
 
     @property
     def network(self) -> dict[str, Any]:
@@ -61,7 +69,7 @@ class MMFaceLora:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adapter:
+class Adapter(AdapterOptions):
     """The configuration of an adapter on FLUX.1, `adapter.json`."""
 
     base: str
@@ -76,12 +84,6 @@ class Adapter:
     """Likewise."""
     targets: Literal["spatial", "all"] = "spatial"
     """Layers that the LoRA changes (`lora_targets`)."""
-    rank: int = 8
-    """Rank of the LoRA."""
-    alpha: int = 8
-    """Its scale is alpha / rank."""
-    defaults: dict[str, Any] = field(default_factory=dict)
-    """Defaults of the pipeline: size, steps, guidance_scale, guidance_interval."""
 
     @property
     def network(self) -> dict[str, Any]:
@@ -349,6 +351,60 @@ def scaled_loras(call: Callable[..., Any]) -> Callable[..., Any]:
                 layer.scaling.update(own)
 
     return scaled
+
+
+class Loras(FluxLoraLoaderMixin):
+    """The methods of a pipeline that load and remove LoRAs; `loras`: LoRA -> how it was loaded, for recipes."""
+
+    transformer: Any
+    text_encoder: Any
+    loras: dict[str, dict[str, Any]]
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | Mapping[str, Tensor],
+        adapter_name: str | None = None,
+        *,
+        strict: bool = True,
+        **kwargs: Any,
+    ) -> list[str]:
+        """Add a LoRA, for example a style or a step distillation, to the active adapters.
+
+        A file in the names of diffusers, PEFT, kohya, XLabs or the original code; one that does not match is rejected.
+        On FLUX.1 it changes text and image tokens; spatial tokens use FLUX.1's weights and the MDiTFace adapter.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: a file, folder, Hub id or state dict.
+            adapter_name: its name for `set_adapters`. Default: `lora_1`, `lora_2`, ...
+            strict: whether to reject a LoRA that matches in part only.
+            **kwargs: `weight_name` and `subfolder` in the folder or repository, `revision`, and further arguments of
+                `huggingface_hub.hf_hub_download`, such as `token`. Recipes record the first three only.
+
+        Returns:
+            With `strict=False`, one line per weight that was left out, with the reason.
+
+        Raises:
+            InputError: it is not a LoRA, or does not match; every weight that does not is listed with the reason.
+        """
+        return load_lora(self, pretrained_model_name_or_path_or_dict, adapter_name, strict=strict, **kwargs)
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """As in diffusers. Without its own adapter, FLUX.1 has no conditions."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if (own := own_name(self.transformer)) in names:
+            unload_adapter(self)
+        if others := [name for name in names if name != own]:
+            super().delete_adapters(others)
+            self.loras = {name: entry for name, entry in self.loras.items() if name not in others}
+        for network in (self.transformer, self.text_encoder):
+            if not getattr(network, "peft_config", {}):
+                recurse_remove_peft_layers(network)  # remaining wrappers would rename the weights in a saved folder
+
+    def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Remove all LoRAs and the adapter of an adapter folder."""
+        unload_adapter(self)
+        super().unload_lora_weights(*args, **kwargs)
+        self.loras = {}
 
 
 # --- Recipes

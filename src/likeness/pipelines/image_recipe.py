@@ -58,7 +58,7 @@ XMP_KEY = "XML:com.adobe.xmp"
 USER_COMMENT = 0x9286  # EXIF
 EXIF_POINTER = 0x8769
 LARGE = 2**21
-"""Pixels above which an image is compressed at the speed, not the size: 2 to 3 times as fast, up to 15 % larger."""
+"""Pixels above which an image is compressed at the speed, not the size: 2 to 3 times as fast, about 15 % larger."""
 
 JPEG_XMP_LIMIT = 65_000
 """A JPEG's XMP packet must fit into one segment of 64 KiB."""

@@ -24,9 +24,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders import FluxLoraLoaderMixin
 from diffusers.utils import BaseOutput
-from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from PIL import Image
 from torch import Tensor
 
@@ -38,7 +36,7 @@ from likeness.encoders.text import encode_text, truncated_text
 from likeness.models.caching import stateful_hooks
 from likeness.objectives import make_objective
 from likeness.objectives.flow import dynamic_shift
-from likeness.pipelines.adapters import load_lora, own_name, scaled_loras, unload_adapter
+from likeness.pipelines.adapters import Loras, scaled_loras
 from likeness.pipelines.arguments import (
     changed_latents,
     condition_inputs,
@@ -112,7 +110,7 @@ class EncodedCondition(NamedTuple):
     """The object that was passed, so that its id stays unique."""
 
 
-class PortraitPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
+class PortraitPipeline(DiffusionPipeline, Loras):
     """The base of `MMFacePipeline` and `MDiTFacePipeline`: components `transformer`, `vae`, `text_encoder`,
     `tokenizer` and `scheduler`; settings `objective`, `latent_mean`, `latent_std`, `max_text_tokens`,
     `condition_resize` and `defaults`.
@@ -150,52 +148,6 @@ class PortraitPipeline(DiffusionPipeline, FluxLoraLoaderMixin):
             # encoding and decoding do not run the autoencoder's own `forward`, at which diffusers loads the other parts
             parts = [name for name in ("encoder", "decoder") if hasattr(self.vae, name)]
             self.vae._group_offload_block_modules = parts or None
-
-    def load_lora_weights(
-        self,
-        pretrained_model_name_or_path_or_dict: str | Mapping[str, Tensor],
-        adapter_name: str | None = None,
-        *,
-        strict: bool = True,
-        **kwargs: Any,
-    ) -> list[str]:
-        """Add a LoRA, for example a style or a step distillation, to the active adapters.
-
-        A file in the names of diffusers, PEFT, kohya, XLabs or the original code; one that does not match is rejected.
-        On FLUX.1 it changes text and image tokens; spatial tokens use FLUX.1's weights and the MDiTFace adapter.
-
-        Args:
-            pretrained_model_name_or_path_or_dict: a file, folder, Hub id or state dict.
-            adapter_name: its name for `set_adapters`. Default: `lora_1`, `lora_2`, ...
-            strict: whether to reject a LoRA that matches in part only.
-            **kwargs: `weight_name` and `subfolder` in the folder or repository, `revision`, and further arguments of
-                `huggingface_hub.hf_hub_download`, such as `token`. Recipes record the first three only.
-
-        Returns:
-            With `strict=False`, one line per weight that was left out, with the reason.
-
-        Raises:
-            InputError: it is not a LoRA, or does not match; every weight that does not is listed with the reason.
-        """
-        return load_lora(self, pretrained_model_name_or_path_or_dict, adapter_name, strict=strict, **kwargs)
-
-    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """As in diffusers. Without its own adapter, FLUX.1 has no conditions."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        if (own := own_name(self.transformer)) in names:
-            unload_adapter(self)
-        if others := [name for name in names if name != own]:
-            super().delete_adapters(others)
-            self.loras = {name: entry for name, entry in self.loras.items() if name not in others}
-        for network in (self.transformer, self.text_encoder):
-            if not getattr(network, "peft_config", {}):
-                recurse_remove_peft_layers(network)  # remaining wrappers would rename the weights in a saved folder
-
-    def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Remove all LoRAs and the adapter of an adapter folder."""
-        unload_adapter(self)
-        super().unload_lora_weights(*args, **kwargs)
-        self.loras = {}
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in diffusers, but rejected while adapters are loaded: the folder could not be loaded again."""
