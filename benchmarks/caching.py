@@ -19,7 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FirstBlockCacheConfig, MagCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
+from diffusers import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+)
 
 import likeness
 from likeness.annotators.face_parser import load_face_parser, parse_faces
@@ -51,12 +57,13 @@ def configurations(pipeline: Any, steps: int) -> dict[str, Any]:
     for interval in (2, 3):
         options: Any = {"cache_interval": interval, "cache_identifiers": BLOCKS, "taylor_factors_dtype": torch.float32}
         found[f"TaylorSeer, interval {interval}"] = TaylorSeerCacheConfig(**options)
-    for skip in (2, 3) if hasattr(pipeline.transformer, "blocks") else ():
+    for skip in (2, 3):
         options = {
             "spatial_attention_block_skip_range": skip,
             "current_timestep_callback": lambda: pipeline.current_timestep,
         }
         found[f"PyramidAttentionBroadcast, range {skip}"] = PyramidAttentionBroadcastConfig(**options)
+        found[f"FasterCache, range {skip}"] = FasterCacheConfig(is_guidance_distilled=True, **options)
     return found
 
 

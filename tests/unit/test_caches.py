@@ -57,8 +57,14 @@ def pyramid(pipeline: Any, reuse: bool) -> Any:
     return PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=3 if reuse else 1, **options)
 
 
-ON_BLOCKS = (first_block, magnitudes, taylor)
-CASES = [*(("mmface", cache) for cache in (*ON_BLOCKS, pyramid)), *(("mditface", cache) for cache in ON_BLOCKS)]
+def faster(pipeline: Any, reuse: bool) -> Any:
+    options: dict[str, Any] = {"current_timestep_callback": lambda: pipeline.current_timestep}
+    options |= {"spatial_attention_timestep_skip_range": (-1, 1001), "is_guidance_distilled": True}
+    return FasterCacheConfig(spatial_attention_block_skip_range=3 if reuse else 1, **options)
+
+
+CONFIGURATIONS = (first_block, magnitudes, taylor, pyramid, faster)
+CASES = [(network, config) for network in NETWORKS for config in CONFIGURATIONS]
 
 
 def images(pipeline: Any, seeds: tuple[int, ...] = (7,), **more: Any) -> np.ndarray:
@@ -137,16 +143,16 @@ def test_ratios_belong_to_steps():
 
 
 def test_what_cannot_work_is_rejected():
-    ours, mditface = tiny_pipeline(), tiny_mditface_pipeline()
-    for pipeline, config, message in (
-        (ours, TextKVCacheConfig(), "TextKVCacheConfig is not supported by MMFaceTransformer. Supported: First"),
-        (mditface, pyramid(mditface, True), "PyramidAttentionBroadcastConfig is not supported by MDiTFaceTransformer"),
-        (ours, FasterCacheConfig(), "FasterCacheConfig is not supported by MMFaceTransformer"),
-        (ours, TaylorSeerCacheConfig(), "TaylorSeerCacheConfig matches no layer of MMFaceTransformer"),
+    ours = tiny_pipeline()
+    for config, message in (
+        (TextKVCacheConfig(), "TextKVCacheConfig is not supported. Supported: First"),
+        (PyramidAttentionBroadcastConfig(), "PyramidAttentionBroadcastConfig needs current_timestep_callback"),
+        (FasterCacheConfig(current_timestep_callback=lambda: 0), "FasterCacheConfig needs is_guidance_distilled=True"),
+        (TaylorSeerCacheConfig(), "TaylorSeerCacheConfig matches no layer of MMFaceTransformer"),
     ):
         with pytest.raises(InputError, match=message):
-            pipeline.transformer.enable_cache(config)
-        assert not pipeline.transformer.is_cache_enabled
+            ours.transformer.enable_cache(config)
+        assert not ours.transformer.is_cache_enabled
     ours.transformer.enable_cache(MagCacheConfig(mag_ratios=torch.ones(28)))
     with pytest.raises(InputError, match="MagCacheConfig is enabled already"):
         ours.transformer.enable_cache(FirstBlockCacheConfig())

@@ -29,6 +29,7 @@ from torchao.quantization import Int8WeightOnlyConfig
 
 from builders import tiny_flux_pipeline, tiny_mditface_pipeline, tiny_pipeline
 from likeness.data.synthetic import draw_face
+from likeness.models.mditface import JointAttentionProcessor
 from likeness.objectives.flow import dynamic_shift
 from likeness.pipelines.load import load
 from likeness.types import InputError, TextFeatures
@@ -171,6 +172,27 @@ def test_attention_processors():
     pipeline.transformer.set_attn_processor(processors)
     pipeline.transformer.fuse_qkv_projections()
     assert np.array_equal(image(pipeline), expected)
+
+
+class Half(JointAttentionProcessor):
+    """Half of the attention's output. diffusers passes only arguments that are in the signature."""
+
+    def __call__(self, attn, x, *_, projections, sizes, shared, static, keep):
+        output = super().__call__(
+            attn, x, projections=projections, sizes=sizes, shared=shared, static=static, keep=keep
+        )
+        return (output[0] / 2, output[1]) if keep else output / 2
+
+
+def test_attention_processors_of_mditface():
+    pipeline = tiny_mditface_pipeline()
+    processors, expected = pipeline.transformer.attn_processors, image(pipeline)
+    pipeline.transformer.set_attn_processor(Half())
+    assert not np.array_equal(image(pipeline), expected)
+    pipeline.transformer.set_attn_processor(processors)
+    assert np.array_equal(image(pipeline), expected)
+    with pytest.raises(InputError, match="cannot be fused"):
+        pipeline.transformer.fuse_qkv_projections()
 
 
 def inputs() -> dict[str, Any]:

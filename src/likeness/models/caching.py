@@ -9,18 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from diffusers import CacheMixin
-from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
+from diffusers.hooks import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+)
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.hooks.faster_cache import FasterCacheBlockState, _apply_faster_cache_on_attention_class
 from diffusers.hooks.mag_cache import MagCacheState
+from diffusers.models.attention import AttentionModuleMixin
 from torch import nn
 
 from likeness.types import InputError
 
-BLOCK_CACHES = (FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig)
-"""Caches of the output of whole blocks, or of layers by name."""
+ATTENTION_CACHES = (PyramidAttentionBroadcastConfig, FasterCacheConfig)
+CACHES = (FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig, *ATTENTION_CACHES)
+"""The supported caches: of blocks, of layers by name, or of the blocks' attention."""
 
 OUTPUT = {"return_hidden_states_index": 0}
 """Description of blocks whose first or only output is `hidden_states`."""
@@ -35,22 +45,28 @@ def stateful_hooks(network: nn.Module) -> list[Any]:
 class Caches(CacheMixin):
     """`CacheMixin` for the networks of this project."""
 
-    _caches: ClassVar[tuple[type, ...]]
-    """Configurations of the caches that the network supports."""
     _cached_blocks: ClassVar[dict[type, dict[str, int]]]
-    """Its blocks -> their description for diffusers (`TransformerBlockMetadata`)."""
+    """The network's blocks -> their description for diffusers (`TransformerBlockMetadata`)."""
 
     def enable_cache(self, config: Any) -> None:
-        """As in diffusers. Raises `InputError` if a cache is enabled already, or does not support this network."""
+        """As in diffusers. Raises `InputError` if a cache is enabled already, or the configuration is not supported."""
         name = type(config).__name__
         if self.is_cache_enabled:
             raise InputError(f"{type(self._cache_config).__name__} is enabled already: call disable_cache() first")
-        if not isinstance(config, self._caches):
-            known = ", ".join(cache.__name__ for cache in self._caches)
-            raise InputError(f"{name} is not supported by {type(self).__name__}. Supported: {known}")
+        if not isinstance(config, CACHES):
+            raise InputError(f"{name} is not supported. Supported: {', '.join(cache.__name__ for cache in CACHES)}")
+        if isinstance(config, ATTENTION_CACHES) and config.current_timestep_callback is None:
+            raise InputError(f"{name} needs current_timestep_callback, such as lambda: pipeline.current_timestep")
+        if isinstance(config, FasterCacheConfig) and not config.is_guidance_distilled:
+            raise InputError(f"{name} needs is_guidance_distilled=True: prompt and negative prompt run separately")
         for block, outputs in self._cached_blocks.items():
             TransformerBlockRegistry.register(block, TransformerBlockMetadata(**outputs))
         super().enable_cache(config)
+        if isinstance(config, FasterCacheConfig):  # diffusers adds it to layers named `attn` only
+            everywhere = replace(config, spatial_attention_block_identifiers=("blocks",))
+            for layer, module in self.named_modules():
+                if isinstance(module, AttentionModuleMixin) and not stateful_hooks(module):
+                    _apply_faster_cache_on_attention_class(layer, module, everywhere)
         if not stateful_hooks(self):
             self.disable_cache()
             raise InputError(f"{name} matches no layer of {type(self).__name__}: set its identifiers")
@@ -73,7 +89,10 @@ class Caches(CacheMixin):
         with super().cache_context(name, **where):
             for hook in stateful_hooks(self):
                 if hasattr(hook, "state"):
-                    hook.state = vars(hook).setdefault("states", {}).setdefault(name, type(hook.state)())
+                    new = type(hook.state)()
+                    if isinstance(new, FasterCacheBlockState):
+                        new.iteration = hook.block_skip_range  # compute the first step, at any time
+                    hook.state = vars(hook).setdefault("states", {}).setdefault(name, new)
                 elif isinstance(state := hook.state_manager.get_state(), MagCacheState):
                     state.step_index = where["step_index"]  # this kind of pass may have started late
             yield

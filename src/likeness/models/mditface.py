@@ -30,7 +30,7 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention import FeedForward
+from diffusers.models.attention import AttentionMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import (
     CombinedTimestepGuidanceTextProjEmbeddings,
@@ -47,7 +47,7 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from likeness.models.caching import BLOCK_CACHES, OUTPUT, Caches
+from likeness.models.caching import OUTPUT, Caches
 from likeness.models.layers import Rope, as_output, explicit_attention, modulate, patchify, unpatchify
 from likeness.models.original_flux import PREFIX, from_original, original_config
 from likeness.models.tied_weights import init_missing, load_shared_once, record_counterparts, save_shared_once, tie
@@ -86,16 +86,23 @@ class Shared(NamedTuple):
     """Added to the logits; broadcasts to [B, H, queries, keys]."""
 
 
-class Stream(NamedTuple):
-    """The modules of one stream of a double block."""
+class Projections(NamedTuple):
+    """The layers of one stream in a joint attention."""
 
-    norm1: nn.Module
     query: nn.Module
     key: nn.Module
     value: nn.Module
     norm_query: nn.Module
     norm_key: nn.Module
-    out: nn.Module
+    out: nn.Module = nn.Identity()
+    """Single blocks have none."""
+
+
+class Stream(NamedTuple):
+    """The modules of one stream of a double block."""
+
+    norm1: nn.Module
+    projections: Projections
     norm2: nn.Module
     mlp: nn.Module
 
@@ -115,33 +122,57 @@ def split_heads(x: Tensor, dim: int) -> Tensor:
     return x.unflatten(-1, (-1, dim))
 
 
-def joint_attention(
-    qkv: Sequence[tuple[Tensor, Tensor, Tensor]], static: KeysValues | None, shared: Shared, block: Any
-) -> tuple[Sequence[Tensor], KeysValues]:
+class JointAttentionProcessor:
     """One softmax over the keys of all streams and the static ones (equation 6):
 
     softmax(RoPE(Q) [RoPE(K); K_static]^T / sqrt(d) + bias) [V; V_static], Q = [Q_text; Q_image; Q_spatial]
-
-    Args:
-        qkv: query, key and value of every stream, [B, n, H, d].
-        static: keys and values of the static pathway.
-        shared: rotary positions and bias.
-        block: selects the attention implementation.
-
-    Returns:
-        [B, n, D] for each stream; RoPE(K) and V.
     """
-    query, key, value = (torch.cat(parts, dim=1) for parts in zip(*qkv, strict=True))  # [B, sum of n, H, d]
-    query = apply_rotary_emb(query, shared.rope, sequence_dim=1)
-    own = KeysValues(apply_rotary_emb(key, shared.rope, sequence_dim=1), value)
-    keys, values = own if static is None else (torch.cat(pair, dim=1) for pair in zip(own, static, strict=True))
-    if block.explicit_attention and torch.is_grad_enabled():
-        heads_first = [x.transpose(1, 2) for x in (query, keys, values)]  # [B, H, ..., d] each
-        x = explicit_attention(*heads_first, bias=shared.bias).transpose(1, 2)  # [B, sum of n, H, d]
-    else:
-        backend = block.attn.processor._attention_backend
-        x = dispatch_attention_fn(query, keys, values, attn_mask=shared.bias, backend=backend)  # [B, sum of n, H, d]
-    return x.flatten(2).split([stream[0].shape[1] for stream in qkv], dim=1), own
+
+    _attention_backend = None  # `set_attention_backend` of diffusers
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        *_: None,
+        projections: Sequence[Projections],
+        sizes: Sizes,
+        shared: Shared,
+        static: KeysValues | None,
+        keep: bool,
+    ) -> Tensor | tuple[Tensor, KeysValues]:
+        """
+        Args:
+            attn: the attention of a block, whose other arguments are unused (`_`).
+            hidden_states: normalized tokens of all streams, [B, sum of n, D].
+            projections: layers of every stream.
+            sizes: number of tokens of every stream.
+            shared: rotary positions and bias.
+            static: keys and values of the static pathway.
+            keep: also return RoPE(K) and V.
+
+        Returns:
+            [B, sum of n, D]; RoPE(K) and V.
+        """
+        qkv = []
+        for stream, x in zip(projections, split_streams(hidden_states, sizes).values(), strict=True):  # [B, n, D]
+            query = stream.norm_query(split_heads(stream.query(x), attn.head_dim))  # [B, n, H, d]
+            key = stream.norm_key(split_heads(stream.key(x), attn.head_dim))  # [B, n, H, d]
+            qkv.append((query, key, split_heads(stream.value(x), attn.head_dim)))
+        query, key, value = (torch.cat(parts, dim=1) for parts in zip(*qkv, strict=True))  # [B, sum of n, H, d]
+        query = apply_rotary_emb(query, shared.rope, sequence_dim=1)
+        own = KeysValues(apply_rotary_emb(key, shared.rope, sequence_dim=1), value)
+        keys, values = own if static is None else (torch.cat(pair, dim=1) for pair in zip(own, static, strict=True))
+        if attn.explicit_attention and torch.is_grad_enabled():
+            heads_first = [x.transpose(1, 2) for x in (query, keys, values)]  # [B, H, ..., d] each
+            x = explicit_attention(*heads_first, bias=shared.bias).transpose(1, 2)  # [B, sum of n, H, d]
+        else:
+            options = {"attn_mask": shared.bias, "backend": self._attention_backend}
+            x = dispatch_attention_fn(query, keys, values, **options)  # [B, sum of n, H, d]
+        parts = zip(projections, split_streams(x.flatten(2), sizes).values(), strict=True)  # [B, n, D]
+        x = join_streams([stream.out(part) for stream, part in parts])  # [B, sum of n, D]
+        return (x, own) if keep else x
 
 
 class SpatialStream(nn.Module):
@@ -160,21 +191,22 @@ class TriStreamBlock(FluxTransformerBlock):
     attention. Any subset of the streams can run.
     """
 
-    explicit_attention = False  # `use_explicit_attention`
-
     def __init__(self, width: int, heads: int, with_spatial: bool) -> None:
         super().__init__(width, heads, width // heads)
+        self.attn.set_processor(JointAttentionProcessor())
+        self.attn.explicit_attention = False  # `use_explicit_attention`
         if with_spatial:
             self.spatial = SpatialStream(width, heads)
 
     def stream(self, name: str) -> Stream:
         if name == "text":
             a = self.attn
-            qkv = (a.add_q_proj, a.add_k_proj, a.add_v_proj, a.norm_added_q, a.norm_added_k, a.to_add_out)
-            return Stream(self.norm1_context, *qkv, self.norm2_context, self.ff_context)
+            qkv = Projections(a.add_q_proj, a.add_k_proj, a.add_v_proj, a.norm_added_q, a.norm_added_k, a.to_add_out)
+            return Stream(self.norm1_context, qkv, self.norm2_context, self.ff_context)
         own = self.spatial if name == "spatial" else self
         a = own.attn
-        return Stream(own.norm1, a.to_q, a.to_k, a.to_v, a.norm_q, a.norm_k, a.to_out[0], own.norm2, own.ff)
+        qkv = Projections(a.to_q, a.to_k, a.to_v, a.norm_q, a.norm_k, a.to_out[0])
+        return Stream(own.norm1, qkv, own.norm2, own.ff)
 
     def forward(
         self, hidden_states: Tensor, sizes: Sizes, shared: Shared, static: KeysValues | None = None, keep: bool = False
@@ -183,22 +215,21 @@ class TriStreamBlock(FluxTransformerBlock):
         same; with `keep` also the keys and values of these tokens. diffusers' caches need the name `hidden_states`.
         """
         streams, tokens = {name: self.stream(name) for name in sizes}, split_streams(hidden_states, sizes)
-        dim, qkv, rest = self.attn.head_dim, [], {}
+        normed, rest = [], {}
         for name, x in tokens.items():
-            own = streams[name]
-            x, *rest[name] = own.norm1(x, emb=shared.conditioning)  # [B, n, D], 4 times [B, D]
-            query = own.norm_query(split_heads(own.query(x), dim))  # [B, n, H, d]
-            key = own.norm_key(split_heads(own.key(x), dim))  # [B, n, H, d]
-            qkv.append((query, key, split_heads(own.value(x), dim)))
-        updates, keys_values = joint_attention(qkv, static, shared, self)  # [B, n, D] each
+            x, *rest[name] = streams[name].norm1(x, emb=shared.conditioning)  # [B, n, D], 4 times [B, D]
+            normed.append(x)
+        options: Any = {"sizes": sizes, "shared": shared, "static": static, "keep": keep}
+        options["projections"] = [stream.projections for stream in streams.values()]
+        output: Any = self.attn(join_streams(normed), **options)
 
-        result = []
-        for (name, x), update in zip(tokens.items(), updates, strict=True):
+        updates, result = split_streams(output[0] if keep else output, sizes), []  # [B, n, D] each
+        for name, x in tokens.items():
             own, (gate_1, shift, scale, gate_2) = streams[name], rest[name]
-            x = x + gate_1[:, None] * own.out(update)
+            x = x + gate_1[:, None] * updates[name]
             result.append(x + gate_2[:, None] * own.mlp(modulate(own.norm2(x), shift, scale)))
         hidden_states = join_streams(result)  # [B, sum of n, D]
-        return (hidden_states, keys_values) if keep else hidden_states
+        return (hidden_states, output[1]) if keep else hidden_states
 
 
 class SingleStreamBlock(FluxSingleTransformerBlock):
@@ -206,10 +237,10 @@ class SingleStreamBlock(FluxSingleTransformerBlock):
     text of the static pathway: the paper does not describe this; related work does so.
     """
 
-    explicit_attention = False  # `use_explicit_attention`
-
     def __init__(self, width: int, heads: int, with_spatial: bool) -> None:
         super().__init__(width, heads, width // heads)
+        self.attn.set_processor(JointAttentionProcessor())
+        self.attn.explicit_attention = False  # `use_explicit_attention`
         if with_spatial:
             self.spatial = FluxSingleTransformerBlock(width, heads, width // heads)
 
@@ -219,25 +250,25 @@ class SingleStreamBlock(FluxSingleTransformerBlock):
         """In every stream x = x + gate * W [attention(AdaLN(x)); MLP(AdaLN(x))]; as in `TriStreamBlock`."""
         streams = {name: self.spatial if name == "spatial" else self for name in sizes}
         tokens = split_streams(hidden_states, sizes)
-        dim, qkv, rest = self.attn.head_dim, [], {}
+        projections, normed, rest = [], [], {}
         for name, x in tokens.items():
-            own = streams[name]
+            own, a = streams[name], streams[name].attn
             x, gate = own.norm(x, emb=shared.conditioning)  # [B, n, D], [B, D]
-            query = own.attn.norm_q(split_heads(own.attn.to_q(x), dim))  # [B, n, H, d]
-            key = own.attn.norm_k(split_heads(own.attn.to_k(x), dim))  # [B, n, H, d]
-            qkv.append((query, key, split_heads(own.attn.to_v(x), dim)))
+            projections.append(Projections(a.to_q, a.to_k, a.to_v, a.norm_q, a.norm_k))
+            normed.append(x)
             rest[name] = own.act_mlp(own.proj_mlp(x)), gate  # [B, n, 4 D], [B, D]
-        updates, keys_values = joint_attention(qkv, static, shared, self)  # [B, n, D] each
+        options: Any = {"sizes": sizes, "shared": shared, "static": static, "keep": keep}
+        output: Any = self.attn(join_streams(normed), projections=projections, **options)
 
-        result = []
-        for (name, x), update in zip(tokens.items(), updates, strict=True):
+        updates, result = split_streams(output[0] if keep else output, sizes), []  # [B, n, D] each
+        for name, x in tokens.items():
             mlp, gate = rest[name]
-            result.append(x + gate[:, None] * streams[name].proj_out(torch.cat([update, mlp], dim=-1)))
+            result.append(x + gate[:, None] * streams[name].proj_out(torch.cat([updates[name], mlp], dim=-1)))
         hidden_states = join_streams(result)  # [B, sum of n, D]
-        return (hidden_states, keys_values) if keep else hidden_states
+        return (hidden_states, output[1]) if keep else hidden_states
 
 
-class MDiTFaceTransformer(Caches, ModelMixin, ConfigMixin, PeftAdapterMixin):
+class MDiTFaceTransformer(Caches, ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
     """The MDiTFace network. The defaults are the size of FLUX.1-dev, which the paper's costs imply. Arguments and
     weights have the names of diffusers' `FluxTransformer2DModel`, so `from_pretrained` loads a FLUX.1 transformer, too.
 
@@ -270,7 +301,6 @@ class MDiTFaceTransformer(Caches, ModelMixin, ConfigMixin, PeftAdapterMixin):
     _no_split_modules = ("TriStreamBlock", "SingleStreamBlock")
     _repeated_blocks = ("TriStreamBlock", "SingleStreamBlock")
     _skip_layerwise_casting_patterns = ("pos_embed", "norm")
-    _caches = BLOCK_CACHES  # blocks use the layers of their attention one by one, so caches of attention cannot act
     _cached_blocks: ClassVar = {TriStreamBlock: OUTPUT, SingleStreamBlock: OUTPUT}
 
     @register_to_config
@@ -561,6 +591,12 @@ class MDiTFaceTransformer(Caches, ModelMixin, ConfigMixin, PeftAdapterMixin):
                 "their weights: choose 'block_level', or leave offload_to_disk_path out"
             )
         super().enable_group_offload(onload_device, offload_device, offload_type, *args, **options)
+
+    def fuse_qkv_projections(self) -> None:
+        """Rejected: `JointAttentionProcessor` uses the layers of each stream."""
+        raise InputError(
+            "The projections of queries, keys and values cannot be fused: each stream has layers of its own"
+        )
 
     def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
         """As in diffusers, but rejected if weights are tied: fusing into one stream would change the other."""

@@ -15,14 +15,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.hooks import PyramidAttentionBroadcastConfig
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from likeness.models.caching import BLOCK_CACHES, OUTPUT, Caches
+from likeness.models.caching import OUTPUT, Caches
 from likeness.models.layers import (
     MLP,
     Rope,
@@ -142,7 +141,6 @@ class MMFaceTransformer(Caches, ModelMixin, ConfigMixin, AttentionMixin, PeftAda
     _no_split_modules = ("MMFaceBlock",)
     _repeated_blocks = ("MMFaceBlock",)
     _skip_layerwise_casting_patterns = ("time_embed", "norm")
-    _caches = (*BLOCK_CACHES, PyramidAttentionBroadcastConfig)
     _cached_blocks: ClassVar = {MMFaceBlock: OUTPUT | {"return_encoder_hidden_states_index": 1}}
 
     @register_to_config
