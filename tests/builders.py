@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
+import gguf
 import torch
 from diffusers import (
     AutoencoderDC,
@@ -31,6 +33,7 @@ from likeness.conditions.mask.classes import CLASSES
 from likeness.encoders.components import Components
 from likeness.models.mditface import MDiTFaceTransformer
 from likeness.models.mmface import MMFaceTransformer
+from likeness.models.original_flux import SHIFT_FIRST, original_names
 from likeness.objectives import RectifiedFlow
 from likeness.pipelines.mditface import MDiTFacePipeline
 from likeness.pipelines.mmface import MMFacePipeline
@@ -150,6 +153,36 @@ def tiny_mditface(**changes) -> MDiTFaceTransformer:
 def tiny_flux(**changes) -> FluxTransformer2DModel:
     """FLUX's transformer at the size of `tiny_mditface`."""
     return randomise(FluxTransformer2DModel(**{**TINY_FLUX, **changes}), std=0.2).eval()
+
+
+def in_original_names(network: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of FLUX as in the original code's file: some layers are concatenated, and a norm has a scale."""
+    found = {}
+    for layer, targets in original_names(network).items():
+        for leaf in ("weight", "bias"):
+            parts = [weights[f"{target}.{leaf}"] for target in targets if f"{target}.{leaf}" in weights]
+            if parts and "lora" not in layer:
+                value = torch.cat(parts)
+                value = torch.cat(value.chunk(2)[::-1]) if layer == SHIFT_FIRST else value
+                found[f"{layer}.{'scale' if 'query_norm' in layer or 'key_norm' in layer else leaf}"] = value
+    return found
+
+
+def write_gguf(path: Path, weights: dict, kind: str) -> dict:
+    """Write a GGUF file with matrices of whole blocks quantized to `kind`, such as Q8_0, and other weights as float32.
+    Returns all as float32 after quantization.
+    """
+    writer, found = gguf.GGUFWriter(path, "flux"), {}
+    for name, value in weights.items():
+        own = gguf.GGMLQuantizationType[kind if value.ndim == 2 and value.shape[1] % 32 == 0 else "F32"]
+        data = gguf.quantize(value.detach().float().numpy(), own)
+        writer.add_tensor(name, data, raw_dtype=own)
+        found[name] = torch.from_numpy(gguf.dequantize(data, own).astype("float32")).reshape(value.shape)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return found
 
 
 def tiny_flux_pipeline(**changes) -> FluxPipeline:

@@ -16,7 +16,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from builders import run, tiny_flux, tiny_flux_pipeline, tiny_mditface_pipeline, tiny_pipeline
+from builders import (
+    in_original_names,
+    run,
+    tiny_flux,
+    tiny_flux_pipeline,
+    tiny_mditface_pipeline,
+    tiny_pipeline,
+    write_gguf,
+)
 from likeness.data.synthetic import draw_face
 from likeness.models.layers import patchify
 from likeness.pipelines.adapters import (
@@ -686,6 +694,26 @@ def test_8_bit_base(root, mask, tmp_path, capsys):
     assert read_recipe(tmp_path / "a.png")[0]["quantize"] == "int8"
     assert run("replay", tmp_path / "a.png", "--model", root / "adapter", "--lora", root / "style") == 0
     assert "bit-identical" in capsys.readouterr().out
+
+
+def test_gguf_base(root, mask, tmp_path, capsys):
+    """Adapter and LoRAs act as on the whole base; streams stay tied."""
+    base = shutil.copytree(root / "flux", tmp_path / "flux")
+    (base / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    flux = load(root / "flux").transformer
+    write_gguf(base / "transformer" / "q8.gguf", in_original_names(flux, flux.state_dict()), "Q8_0")
+    whole, narrow = load(root / "adapter"), load(root / "adapter", base=base)
+    for pipeline in (whole, narrow):
+        add_loras(pipeline, [(str(root / "style"), 0.5)])
+    for control in ({}, mask):
+        wanted = make(whole, control)
+        assert 0 < (make(narrow, control) - wanted).abs().mean() < 0.05 * wanted.abs().mean()
+    given = ("--model", root / "adapter", "--base", base)
+    assert run("generate", PROMPT, "--mask", root / "mask.png", *given, "--out", tmp_path / "a.png") == 0
+    assert run("replay", tmp_path / "a.png", *given) == 0
+    assert "bit-identical" in capsys.readouterr().out
+    with pytest.raises(InputError, match="is quantized already: leave quantize out"):
+        load(base, quantize="int8")
 
 
 def test_8_bits_are_for_flux(root, tmp_path, monkeypatch):

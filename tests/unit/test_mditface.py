@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from builders import TINY_FLUX, run, tiny_flux, tiny_mditface
+from builders import TINY_FLUX, in_original_names, run, tiny_flux, tiny_mditface, write_gguf
 from likeness.evaluate.cost import mditface_costs
 from likeness.models.layers import patchify, unpatchify, use_explicit_attention
 from likeness.models.mditface import MDiTFaceTransformer, StaticCache, grid_ids, select, split_streams
-from likeness.models.original_flux import SHIFT_FIRST, original_names
 from likeness.models.tied_weights import image_name
 from likeness.pipelines.adapters import lora_targets
 from likeness.types import InputError, TextFeatures
@@ -417,19 +417,6 @@ def test_only_static_pathways_have_caches(mode):
 # --- A single file, in the names of the original code
 
 
-def in_original_names(network: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of FLUX as in the original code's file: some layers are concatenated, and a norm has a scale."""
-    found = {}
-    for layer, targets in original_names(network).items():
-        for leaf in ("weight", "bias"):
-            parts = [weights[f"{target}.{leaf}"] for target in targets if f"{target}.{leaf}" in weights]
-            if parts and "lora" not in layer:
-                value = torch.cat(parts)
-                value = torch.cat(value.chunk(2)[::-1]) if layer == SHIFT_FIRST else value
-                found[f"{layer}.{'scale' if 'query_norm' in layer or 'key_norm' in layer else leaf}"] = value
-    return found
-
-
 def test_original_names_are_those_of_diffusers():
     """Names and order of rows, at the width that diffusers' converter has built in; all columns are equal."""
     with torch.device("meta"):
@@ -469,14 +456,41 @@ def test_from_a_single_file(tmp_path, prefix, guidance_embeds):
     assert torch.equal(masked.spatial_embedder.weight, flux.x_embedder.weight)
 
 
-def test_wrong_single_files(tmp_path):
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "BF16"])
+def test_from_a_gguf_file(tmp_path, kind):
+    """Matrices stay quantized in both streams, and compute what their dequantized values do."""
+    flux, path = tiny_flux(), tmp_path / "flux.gguf"
+    values = write_gguf(path, in_original_names(flux, flux.state_dict()), kind)
+    options = {"dtype": torch.float32, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)}
+    model = MDiTFaceTransformer.from_single_file(path, **options, condition_names=("mask",))
+    assert not untied(model)
+    query = model.transformer_blocks[0].spatial.attn.to_q.weight
+    assert query.dtype == (torch.float32 if kind == "BF16" else torch.uint8)
+
+    save_file(values, tmp_path / "flux.safetensors")
+    expected = MDiTFaceTransformer.from_single_file(tmp_path / "flux.safetensors", **options, condition_names=("mask",))
+    for name, value in expected.named_parameters():  # diffusers dequantizes in float16
+        torch.testing.assert_close(
+            dequantize_gguf_tensor(model.get_parameter(name)).float(), value.data, atol=1e-3, rtol=1e-3
+        )
+    given = inputs()
+    torch.testing.assert_close(model(**given), expected(**given), atol=0.02, rtol=0)
+    if kind != "BF16":
+        with pytest.raises(ValueError, match="not serializable"):
+            model.save_pretrained(tmp_path)
+        with pytest.raises(InputError, match="spatial_stream must be 'lora'"):
+            MDiTFaceTransformer.from_single_file(path, **options, spatial_stream="full")
+
+
+def test_wrong_single_files(tmp_path, monkeypatch):
     flux = tiny_flux()
     weights, options = (
         in_original_names(flux, flux.state_dict()),
         {"attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)},
     )
     for name, given, message in (
-        ("a.gguf", None, "a.gguf is a GGUF file"),
+        ("absent.gguf", None, "absent.gguf cannot be read"),
+        ("wrong.gguf", flux.state_dict(), "wrong.gguf is not a GGUF file that diffusers can read"),
         ("absent.safetensors", None, "absent.safetensors cannot be read"),
         ("diffusers.safetensors", flux.state_dict(), "no transformer of FLUX.1 in the names of the original code"),
         ("more.safetensors", weights | {"vae.bias": torch.ones(1)}, "vae.bias is not a weight of FLUX.1"),
@@ -491,6 +505,9 @@ def test_wrong_single_files(tmp_path):
             save_file(given, tmp_path / name)
         with pytest.raises(InputError, match=message):
             MDiTFaceTransformer.from_single_file(tmp_path / name, **options)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(InputError, match=r"pip install 'likeness\[quantize\]'"):
+        MDiTFaceTransformer.from_single_file(tmp_path / "wrong.gguf", **options)
 
 
 # --- Tied weights and adapters

@@ -49,10 +49,9 @@ from torch.nn import functional as F
 
 from likeness.models.caching import OUTPUT, Caches
 from likeness.models.layers import Rope, as_output, explicit_attention, modulate, patchify, unpatchify
-from likeness.models.original_flux import PREFIX, from_original, original_config
+from likeness.models.original_flux import load_original
 from likeness.models.tied_weights import init_missing, load_shared_once, record_counterparts, save_shared_once, tie
 from likeness.types import InputError, TextFeatures
-from likeness.weights.files import read_weights
 
 PATCH = 2
 """Side of a FLUX patch, in latent pixels."""
@@ -539,30 +538,20 @@ class MDiTFaceTransformer(Caches, ModelMixin, ConfigMixin, AttentionMixin, PeftA
     def from_single_file(
         cls, path: str | Path, *, dtype: torch.dtype = torch.bfloat16, attention_head_dim: int = 128, **options: Any
     ) -> MDiTFaceTransformer:
-        """Load the transformer of a FLUX.1 in a single .safetensors file, in the names of the original code.
+        """Load the transformer of a FLUX.1 in a single .safetensors or .gguf file, in the names of the original code.
+        Quantized matrices of a GGUF file stay quantized, and are dequantized whenever they are used.
 
         Args:
             path: the file, which may also contain other components.
-            dtype: data type of the weights.
+            dtype: data type of the weights, and of the dequantized ones.
             attention_head_dim: width of a head; all other sizes follow from the weights.
             **options: other arguments of this class, such as `condition_names`. Default: no conditions.
 
         Raises:
-            InputError: the file cannot be read, is quantized (GGUF), or does not contain such a transformer.
+            InputError: the file cannot be read, does not contain such a transformer, or is quantized and
+                `spatial_stream` is not `lora`.
         """
-        if Path(path).suffix == ".gguf":
-            raise InputError(
-                f"{path} is a GGUF file: use a .safetensors file, with likeness.load(quantize='int8') for 8 bits"
-            )
-        weights = read_weights(Path(path))
-        weights = {key.removeprefix(PREFIX): x for key, x in weights.items() if key.startswith(PREFIX)} or weights
-        config = original_config(weights, attention_head_dim) | {"condition_names": ()} | options
-        with torch.device("meta"):
-            model = cls.from_config(config)
-        state = {name: value.to(dtype) for name, value in from_original(model, weights).items()}
-        init_missing(model, model.load_state_dict(state, strict=False, assign=True).missing_keys)
-        model.tie_weights()
-        return model.eval()
+        return load_original(cls, Path(path), dtype, attention_head_dim, options)
 
     @classmethod
     def _load_pretrained_model(cls, model: MDiTFaceTransformer, *args: Any, **kwargs: Any) -> tuple:

@@ -6,12 +6,19 @@ diffusers' own converter has the width of FLUX.1 built in; this one reads sizes 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from diffusers import GGUFQuantizationConfig, ModelMixin
+from diffusers.quantizers import DiffusersAutoQuantizer
+from torch import Tensor, nn
 
+from likeness.models.tied_weights import image_name, init_missing, record_counterparts, set_parameter, spatial_weights
 from likeness.types import InputError
+from likeness.weights.files import check_pointer, read_weights
+
+Model = TypeVar("Model", bound=ModelMixin)
 
 QKV, TEXT_QKV = "attn.to_q attn.to_k attn.to_v", "attn.add_q_proj attn.add_k_proj attn.add_v_proj"
 
@@ -67,6 +74,61 @@ PREFIX = "model.diffusion_model."
 """Prefix of the transformer's weights in a file that also contains other components."""
 
 
+def load_original(cls: type[Model], path: Path, dtype: torch.dtype, head_dim: int, options: dict[str, Any]) -> Model:
+    """Load a transformer from a single file in the names of the original code. For the arguments and errors see
+    `MDiTFaceTransformer.from_single_file`.
+    """
+    weights = read_gguf(path) if path.suffix == ".gguf" else read_weights(path)
+    weights = {key.removeprefix(PREFIX): x for key, x in weights.items() if key.startswith(PREFIX)} or weights
+    with torch.device("meta"):
+        model = cls.from_config(original_config(weights, head_dim) | {"condition_names": ()} | options)
+    state = from_original(model, weights)
+    quantized = {name for name, value in state.items() if is_quantized(value)}
+    if quantized and not model.tied:
+        raise InputError(f"{path} is quantized: spatial_stream must be 'lora', which shares its weights")
+    if quantized:
+        everywhere = state | {name: state[image_name(name)] for name in spatial_weights(model)}
+        quantizer = DiffusersAutoQuantizer.from_config(GGUFQuantizationConfig(compute_dtype=dtype))
+        quantizer.preprocess_model(model, device_map=None, state_dict=everywhere)  # replaces the layers
+        model.hf_quantizer = quantizer  # so that saving is rejected
+        record_counterparts(model)
+    for name, value in state.items():
+        set_parameter(model, name, value if isinstance(value, nn.Parameter) else nn.Parameter(value.to(dtype)))
+    model.tie_weights()
+    init_missing(model, [name for name, _ in model.named_parameters() if name not in state])
+    return model.eval()
+
+
+def read_gguf(path: Path) -> dict[str, Tensor]:
+    """Read a GGUF file: matrices with a quantized type become diffusers' `GGUFParameter`, all others tensors. Raises
+    `InputError` if it cannot be read, or the package gguf is missing.
+    """
+    check_pointer(path)
+    try:
+        from diffusers.models.model_loading_utils import load_gguf_checkpoint
+        from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
+
+        weights = load_gguf_checkpoint(path)
+    except ImportError as error:
+        raise InputError("GGUF files require gguf: pip install 'likeness[quantize]'") from error
+    except (ValueError, IndexError, OSError) as error:
+        raise InputError(f"{path} is not a GGUF file that diffusers can read: {error}") from error
+    return {
+        name: value if is_quantized(value) and value.quant_type.name != "BF16" else dequantize_gguf_tensor(value)
+        for name, value in weights.items()
+    }
+
+
+def is_quantized(value: Tensor) -> bool:
+    """Return whether a tensor is a `GGUFParameter`."""
+    return hasattr(value, "quant_type")
+
+
+def shape_of(value: Tensor) -> tuple[int, ...]:
+    """Return the shape of a tensor, which a quantized one stores separately."""
+    return tuple(getattr(value, "quant_shape", value.shape))
+
+
 def original_names(transformer: Any) -> dict[str, list[str]]:
     """Return the layers of the original code of FLUX.1 -> those here."""
     found = {name: [target] for name, target in ORIGINAL[""].items()}
@@ -84,7 +146,7 @@ def original_config(weights: Mapping[str, Tensor], head_dim: int) -> dict[str, A
     count = lambda kind: len({key.split(".")[1] for key in weights if key.startswith(f"{kind}.")})  # noqa: E731
     try:
         (width, channels), text, pooled = (
-            tuple(weights[f"{name}.weight"].shape) for name in ("img_in", "txt_in", "vector_in.in_layer")
+            shape_of(weights[f"{name}.weight"]) for name in ("img_in", "txt_in", "vector_in.in_layer")
         )
     except (KeyError, ValueError) as error:
         raise InputError(f"The file has no transformer of FLUX.1 in the names of the original code: {error}") from error
@@ -114,10 +176,10 @@ def from_original(transformer: Any, weights: Mapping[str, Tensor]) -> dict[str, 
         if not own or len(own) < len(targets):
             raise InputError(f"{key} is not a weight of FLUX.1 in the names of the original code")
         shape = (sum(len(weight) for weight in own), *own[0].shape[1:])
-        if tuple(value.shape) != shape:
-            raise InputError(f"{key} has shape {tuple(value.shape)}, not {shape}")
+        if shape_of(value) != shape:
+            raise InputError(f"{key} has shape {shape_of(value)}, not {shape}")
         if layer == SHIFT_FIRST:
-            value = torch.cat(value.chunk(2)[::-1])
+            value = torch.cat([*value.chunk(2)][::-1])
         parts = value.split([len(weight) for weight in own])
         found |= {f"{target}.{leaf}": part for target, part in zip(targets, parts, strict=True)}
     return found

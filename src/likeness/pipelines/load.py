@@ -167,10 +167,15 @@ def load_folder(
 def flux_parts(
     folder: Path, dtype: torch.dtype, network: dict[str, Any], quantize: Literal["int8"] | None
 ) -> dict[str, Any]:
-    """Load FLUX.1's transformer as an MDiTFace without conditions; also return the defaults of its pipeline."""
+    """Load FLUX.1's transformer, or the GGUF file in its folder, as an MDiTFace without conditions; also return the
+    defaults of its pipeline.
+    """
     from likeness.models.mditface import MDiTFaceTransformer
 
-    options = {"condition_names": (), **network}
+    options: dict[str, Any] = {"condition_names": (), **network}
+    single = next((folder / "transformer").glob("*.gguf"), None)
+    if single and quantize:
+        raise InputError(f"{single} is quantized already: leave quantize out")
     if quantize:
         try:
             from diffusers import TorchAoConfig
@@ -178,6 +183,11 @@ def flux_parts(
         except ImportError as error:
             raise InputError("8-bit weights require torchao: pip install 'likeness[quantize]'") from error
         options["quantization_config"] = TorchAoConfig(Int8WeightOnlyConfig())
-    transformer = MDiTFaceTransformer.from_pretrained(folder / "transformer", dtype=dtype, **options)
+    if single:
+        config = read_json(single.parent / "config.json")
+        options |= {"attention_head_dim": config["attention_head_dim"], "axes_dims_rope": config["axes_dims_rope"]}
+        transformer = MDiTFaceTransformer.from_single_file(single, dtype=dtype, **options)
+    else:
+        transformer = MDiTFaceTransformer.from_pretrained(folder / "transformer", dtype=dtype, **options)
     defaults = {} if transformer.config.guidance_embeds else SCHNELL
     return {"transformer": transformer, "defaults": defaults, "sizes": ANY}
