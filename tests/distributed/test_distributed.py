@@ -100,6 +100,11 @@ def runs(root, programs) -> Path:
     return root
 
 
+def test_context_parallelism(programs):
+    """Two processes generate an image together."""
+    execute(programs, HERE / "context_parallel.py", ranks=2)
+
+
 def assert_close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], tolerance: float = 2e-5) -> None:
     """Same names, and weights close on average: AdamW turns a rounded gradient near 0 into a step of 1e-3."""
     assert found.keys() == wanted.keys()

@@ -5,13 +5,19 @@ B batch, C channels, h x w latent size, p patch size, N tokens, D width, H heads
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from diffusers.hooks.context_parallel import ContextParallelInput, PartitionAnythingSharder
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 Rope = tuple[Tensor, Tensor]
 """Cosines and sines of a sequence's rotary angles, float32 [N, d / 2] each."""
+
+SPLIT = {0: ContextParallelInput(split_dim=1, split_output=True)}
+"""Context parallelism: the output of a layer, [B, N, D], is split between the processes."""
 
 
 def time_frequencies(time: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -51,6 +57,15 @@ def grid_angles(rows: int, columns: int, dim: int, theta: float) -> Tensor:
     row = torch.arange(rows).repeat_interleave(columns)  # [N]
     column = torch.arange(columns).repeat(rows)  # [N]
     return torch.cat([rope_angles(row, dim // 2, theta), rope_angles(column, dim // 2, theta)], dim=-1)
+
+
+def local_part(x: Tensor, parallel: Any) -> Tensor:
+    """Return the part of a sequence [N, ...] that this process computes, given a network's `_parallel_config`: all of
+    it without context parallelism.
+    """
+    if parallel is None:
+        return x
+    return PartitionAnythingSharder.shard_anything(x, 0, parallel.context_parallel_config._flattened_mesh)
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:

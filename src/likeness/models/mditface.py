@@ -29,6 +29,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.hooks.context_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -48,7 +49,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from likeness.models.caching import OUTPUT, Caches
-from likeness.models.layers import Rope, as_output, explicit_attention, modulate, patchify, unpatchify
+from likeness.models.layers import (
+    SPLIT,
+    Rope,
+    as_output,
+    explicit_attention,
+    local_part,
+    modulate,
+    patchify,
+    unpatchify,
+)
 from likeness.models.original_flux import load_original
 from likeness.models.tied_weights import init_missing, load_shared_once, record_counterparts, save_shared_once, tie
 from likeness.types import InputError, TextFeatures
@@ -128,7 +138,7 @@ class JointAttentionProcessor:
     """
 
     _attention_backend = None  # `set_attention_backend` of diffusers
-    _parallel_config = None
+    _parallel_config = None  # `enable_parallelism` of diffusers
 
     def __call__(
         self,
@@ -167,8 +177,8 @@ class JointAttentionProcessor:
             heads_first = [x.transpose(1, 2) for x in (query, keys, values)]  # [B, H, ..., d] each
             x = explicit_attention(*heads_first, bias=shared.bias).transpose(1, 2)  # [B, sum of n, H, d]
         else:
-            options = {"attn_mask": shared.bias, "backend": self._attention_backend}
-            x = dispatch_attention_fn(query, keys, values, **options)  # [B, sum of n, H, d]
+            options = {"backend": self._attention_backend, "parallel_config": self._parallel_config}
+            x = dispatch_attention_fn(query, keys, values, attn_mask=shared.bias, **options)  # [B, sum of n, H, d]
         parts = zip(projections, split_streams(x.flatten(2), sizes).values(), strict=True)  # [B, n, D]
         x = join_streams([stream.out(part) for stream, part in parts])  # [B, sum of n, D]
         return (x, own) if keep else x
@@ -405,10 +415,10 @@ class MDiTFaceTransformer(Caches, ModelMixin, ConfigMixin, AttentionMixin, PeftA
             embedded = self.context_embedder(text.tokens)  # [B, L, D]
             return self.static_pathway(embedded, text.pooled, condition_latents, condition_index)
         (height, width), conditions, mode = latents.shape[-2:], condition_index.shape[1], self.config.attention
-        image_ids = grid_ids(height // PATCH, width // PATCH, latents.device)  # [N, 3]
-        ids = [image_ids.new_zeros(text.tokens.shape[1], 3), image_ids]  # [L, 3], [N, 3]
+        image_ids = self.image_ids(height, width, latents.device)  # [N, 3]
         image = self.x_embedder(patchify(latents, PATCH))  # [B, N, D]
         tokens = {"text": self.context_embedder(text.tokens), "image": image}  # [B, L, D], [B, N, D]
+        ids = [image_ids.new_zeros(tokens["text"].shape[1], 3), image_ids]  # [L, 3], [N, 3]
         static = bias = None
         if conditions and mode == "concat":
             spatial = self.embed_conditions(self.concat_embedder, condition_latents, condition_index)  # [B, K, N, D]
@@ -424,6 +434,10 @@ class MDiTFaceTransformer(Caches, ModelMixin, ConfigMixin, AttentionMixin, PeftA
             else:
                 static = static_cache
             if not (all_present and condition_scale is None and self.config.text_reads_spatial):
+                if self._parallel_config is not None:
+                    raise InputError(
+                        "With context parallelism, conditions have strength 1: leave conditioning_scale out"
+                    )
                 bias = self.spatial_bias(strengths(condition_index, condition_scale), tokens)
 
         conditioning = self.conditioning(time, guidance, text.pooled)  # [B, D]
@@ -451,7 +465,7 @@ class MDiTFaceTransformer(Caches, ModelMixin, ConfigMixin, AttentionMixin, PeftA
         text: embedded tokens, [B, L, D].
         """
         conditions, (height, width) = condition_index.shape[1], condition_latents.shape[-2:]
-        image_ids = grid_ids(height // PATCH, width // PATCH, text.device)  # [N, 3]
+        image_ids = self.image_ids(height, width, text.device)  # [N, 3]
         spatial = self.embed_conditions(self.spatial_embedder, condition_latents, condition_index)  # [B, K, N, D]
         tokens, ids = {"spatial": spatial.flatten(0, 1)}, [self.spatial_ids(image_ids)]  # [B K, N, D], [N, 3]
         if self.config.attention == "decoupled":
@@ -498,6 +512,10 @@ class MDiTFaceTransformer(Caches, ModelMixin, ConfigMixin, AttentionMixin, PeftA
         kind = self.condition_embed(condition_index.clamp(min=0))  # [B, K, D]
         return tokens + kind[:, :, None].to(tokens.dtype)
 
+    def image_ids(self, height: int, width: int, device: torch.device) -> Tensor:
+        """Positions [N, 3] of the tokens of a latent of height x width: with context parallelism, of this process."""
+        return local_part(grid_ids(height // PATCH, width // PATCH, device), self._parallel_config)
+
     def spatial_ids(self, image_ids: Tensor) -> Tensor:
         """Positions [N, 3] of a condition's tokens: those of the image tokens at the same place."""
         return image_ids
@@ -523,6 +541,14 @@ class MDiTFaceTransformer(Caches, ModelMixin, ConfigMixin, AttentionMixin, PeftA
         if guidance is not None:
             raise InputError("This network does not embed guidance values: leave `guidance` out")
         return self.time_text_embed(time, pooled)
+
+    @property
+    def _cp_plan(self) -> dict[str, Any]:
+        """Context parallelism: every process has a part of each stream."""
+        plan = {"x_embedder": SPLIT, "context_embedder": SPLIT, "proj_out": ContextParallelOutput(gather_dim=1)}
+        by_condition = {0: ContextParallelInput(split_dim=2, split_output=True)}  # of [B, K, N, D]
+        embedders = [name for name in ("spatial_embedder", "concat_embedder") if hasattr(self, name)]
+        return plan | dict.fromkeys(embedders, by_condition)
 
     @property
     def tied(self) -> bool:

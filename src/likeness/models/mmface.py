@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.hooks.context_parallel import ContextParallelOutput
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -24,11 +25,13 @@ from torch.nn import functional as F
 from likeness.models.caching import OUTPUT, Caches
 from likeness.models.layers import (
     MLP,
+    SPLIT,
     Rope,
     TimeEmbedding,
     as_output,
     explicit_attention,
     grid_angles,
+    local_part,
     modulate,
     patchify,
     rope_angles,
@@ -46,7 +49,7 @@ class JointAttentionProcessor:
     """
 
     _attention_backend = None  # `set_attention_backend` of diffusers
-    _parallel_config = None
+    _parallel_config = None  # `enable_parallelism` of diffusers
 
     def __call__(self, attention: JointAttention, image: Tensor, text: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         qkv = torch.cat([attention.image_qkv(image), attention.text_qkv(text)], dim=1)  # [B, N + L, 3 D]
@@ -56,7 +59,8 @@ class JointAttentionProcessor:
             x = explicit_attention(query, key, value).transpose(1, 2)  # [B, N + L, H, d]
         else:
             heads_last = [x.transpose(1, 2) for x in (query, key, value)]  # [B, N + L, H, d] each
-            x = dispatch_attention_fn(*heads_last, backend=self._attention_backend)  # [B, N + L, H, d]
+            options = {"backend": self._attention_backend, "parallel_config": self._parallel_config}
+            x = dispatch_attention_fn(*heads_last, **options)  # [B, N + L, H, d]
         image, text = x.flatten(2).split([image.shape[1], text.shape[1]], dim=1)  # [B, N, D], [B, L, D]
         return attention.image_out(image), attention.text_out(text)
 
@@ -141,6 +145,7 @@ class MMFaceTransformer(Caches, ModelMixin, ConfigMixin, AttentionMixin, PeftAda
     _no_split_modules = ("MMFaceBlock",)
     _repeated_blocks = ("MMFaceBlock",)
     _skip_layerwise_casting_patterns = ("time_embed", "norm")
+    _cp_plan: ClassVar = {"patch_embed": SPLIT, "text_embed": SPLIT, "final": ContextParallelOutput(gather_dim=1)}
     _cached_blocks: ClassVar = {MMFaceBlock: OUTPUT | {"return_encoder_hidden_states_index": 1}}
 
     @register_to_config
@@ -228,7 +233,11 @@ class MMFaceTransformer(Caches, ModelMixin, ConfigMixin, AttentionMixin, PeftAda
         image = self.patch_embed(patches)  # [B, N, D]
         tokens = self.text_embed(text.tokens)  # [B, L, D]
         if rope is None:
-            rope = self.rope(height, width, tokens.shape[1], tokens.device)
+            rope = self.rope(height, width, text.tokens.shape[1], tokens.device)
+        if self._parallel_config is not None:
+            streams = [patches.shape[1], text.tokens.shape[1]]  # N, L of all processes
+            parts = [[local_part(x, self._parallel_config) for x in table.split(streams)] for table in rope]
+            rope = torch.cat(parts[0]), torch.cat(parts[1])
         conditioning = self.conditioning(time, text.pooled, condition_index)  # [B, D]
 
         for block in self.blocks:

@@ -523,6 +523,8 @@ class PortraitPipeline(DiffusionPipeline, Loras):
         if guidance_model is not None and stateful_hooks(guidance_model):
             raise InputError("guidance_model has a cache between steps: only the transformer can have one")
         config = self.transformer._cache_config
+        if config is not None and self.transformer._parallel_config is not None:
+            raise InputError("A cache between steps cannot be combined with context parallelism: call disable_cache()")
         if (own := getattr(config, "num_inference_steps", steps)) != steps:
             raise InputError(
                 f"{type(config).__name__} has num_inference_steps={own}, but the call has {steps} steps: set the same"
