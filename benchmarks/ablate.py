@@ -4,6 +4,7 @@ python benchmarks/ablate.py list
 python benchmarks/ablate.py train decoupled concat --shards SHARDS --test SHARDS --faces FOLDER --seeds 0 1 2
 python benchmarks/ablate.py compare concat decoupled --metric pixel_accuracy/mask
 python benchmarks/ablate.py collect          # write ablations.json with every comparison of claims.toml
+python benchmarks/ablate.py costs --shards SHARDS  # time of a training step and of an image, relative to `mmface`
 python benchmarks/ablate.py table            # the collected results of all variants
 
 Networks are 128 wide and 6 deep, with 64 image tokens of 128 px. Variants with the same seed see the same images,
@@ -18,6 +19,7 @@ methods. The channel concatenation of a single stream, the design of many baseli
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import re
 import subprocess
@@ -369,10 +371,7 @@ def train(name: str, seed: int, options: argparse.Namespace) -> None:
     bases = [
         network_class(recipe).from_pretrained(options.out / base / f"seed-{seed}" / "model") for base in variant.bases
     ]
-    width = components.text_encoder.config.hidden_size
-    sizes = {"channels": Store(options.shards[0])[0].latents.shape[0], "text_dim": width, "pooled_dim": width}
-    sizes |= {"text_tokens": components.settings["max_text_tokens"]}
-    model = create(name, recipe, bases, **sizes)
+    model = create(name, recipe, bases, **sizes_of(components, options.shards[0]))
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if variant.budget:
         model = fit(variant, recipe, model, components, run, options)
@@ -383,20 +382,33 @@ def train(name: str, seed: int, options: argparse.Namespace) -> None:
     if name in BASES:
         model.save_pretrained(run / "model")
     if not stored:
-        seconds = read_json(run / "seconds.json")["training_seconds"] if variant.budget else 0.0
-        facts = {"trainable": trainable if variant.budget else 0, "training_seconds": seconds}
-        objective = make_objective(recipe.objective)
-        publication = Publication(components=components, objective=objective, defaults=recipe.defaults, previews=())
-        facts |= measure(name, pipeline_of(publication, model), run, options)
+        facts = {"trainable": trainable if variant.budget else 0}
+        facts |= measure(name, assemble(recipe, model, components), run, options)
         write_whole(result, json.dumps(facts, indent=1))
+
+
+def sizes_of(components: Any, shards: str | Path) -> dict[str, int]:
+    """Return the sizes of a network for components and the latents of shards."""
+    width = components.text_encoder.config.hidden_size
+    return {
+        "channels": Store(shards)[0].latents.shape[0],
+        "text_dim": width,
+        "pooled_dim": width,
+        "text_tokens": components.settings["max_text_tokens"],
+    }
+
+
+def assemble(recipe: TrainRecipe, model: Any, components: Any) -> Any:
+    """Return the pipeline of a trained network."""
+    objective = make_objective(recipe.objective)
+    publication = Publication(components=components, objective=objective, defaults=recipe.defaults, previews=())
+    return pipeline_of(publication, model)
 
 
 def fit(
     variant: Variant, recipe: TrainRecipe, model: Any, components: Any, run: Path, options: argparse.Namespace
 ) -> Any:
-    """Train a network, or continue its training, and return a copy with the EMA weights. `seconds.json` is the
-    duration, without interruptions.
-    """
+    """Train a network, or continue its training, and return a copy with the EMA weights."""
     check(recipe)
     o, objective, names = recipe.optimizer, make_objective(recipe.objective), list(model.config.condition_names)
     use_explicit_attention(model)
@@ -426,31 +438,25 @@ def fit(
             for shards, size, starts in parts
             if starts
         ]
-        duration = run / "seconds.json"
-        spent = read_json(duration)["training_seconds"] if duration.is_file() else 0.0
-        began = time.monotonic()
-        try:
-            for start, (batch,) in progress.steps(chain.from_iterable(streams)):
-                if variant.caption:
-                    batch = batch._replace(captions=[variant.caption(one) for one in batch.captions], text=None)
-                rate = learning_rate(start, o.images, o.learning_rate, o.warmup, o.decay)
-                with torch.autocast("cpu", torch.bfloat16):
-                    loss = variant.losses(model, objective, batch.with_text(components)).mean()
-                loss.backward()
-                norm = state.step(rate, o.max_grad_norm)
-                progress.end_step(loss=loss, gradient_norm=norm)
-                if progress.due(recipe.log_every):
-                    progress.report(learning_rate=rate)
-                progress.save(recipe.checkpoint_every, keep=1)
-        finally:
-            write_whole(duration, json.dumps({"training_seconds": spent + time.monotonic() - began}))
+        for start, (batch,) in progress.steps(chain.from_iterable(streams)):
+            if variant.caption:
+                batch = batch._replace(captions=[variant.caption(one) for one in batch.captions], text=None)
+            rate = learning_rate(start, o.images, o.learning_rate, o.warmup, o.decay)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = variant.losses(model, objective, batch.with_text(components)).mean()
+            loss.backward()
+            norm = state.step(rate, o.max_grad_norm)
+            progress.end_step(loss=loss, gradient_norm=norm)
+            if progress.due(recipe.log_every):
+                progress.report(learning_rate=rate)
+            progress.save(recipe.checkpoint_every, keep=1)
     return state.emas[0].averaged_model()
 
 
 def measure(name: str, pipeline: Any, run: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Measure a network: metric -> mean; values by face go to `loss.npz` and to the evaluation's
     `scores.npz`, those by pair of a mask and a prompt that contradicts it to `conflict.npz`."""
-    variant, means, speed = VARIANTS[name], {}, {}
+    variant, means = VARIANTS[name], {}
     if "mask" in variant.given:
         losses = condition_losses_by_face(pipeline, Store(options.test), "mask", count=options.count)
         np.savez(run / "loss.npz", **losses)
@@ -460,24 +466,13 @@ def measure(name: str, pipeline: Any, run: Path, options: argparse.Namespace) ->
         by_pair = {"text": np.array([one.text for one in conflicts]), "mask": np.array([one.mask for one in conflicts])}
         np.savez(run / "conflict.npz", **by_pair)
         means |= {f"conflict/{kind}": float(values.mean()) for kind, values in by_pair.items() if len(values)}
-        speed = {"seconds": seconds_per_image(pipeline, masks[0])}
     protocol = Protocol(given=variant.given, count=options.count, metrics=METRICS)
     results = evaluate(options.faces, run / "evaluation", protocol, pipeline=pipeline, model=name)
     assert results is not None
     means |= {f"{one.metric}/{one.given}": one.value for one in results.numbers if one.against == "own"}
     parameters = sum(parameter.numel() for parameter in pipeline.transformer.parameters())
-    facts = {"images": options.images, "count": options.count, "parameters": parameters, "commit": commit(), **speed}
+    facts = {"images": options.images, "count": options.count, "parameters": parameters, "commit": commit()}
     return {**facts, "fingerprint": fingerprint(name), "means": means}
-
-
-def seconds_per_image(pipeline: Any, mask: np.ndarray) -> float:
-    """Return the shortest of three durations of one image from text and a mask, uint8 [H, W]."""
-    durations = []
-    for seed in range(3):
-        start, generator = time.monotonic(), torch.Generator().manual_seed(seed)
-        pipeline("a person", control_image={"mask": Reading(raw=mask, scheme="mask")}, generator=generator)
-        durations.append(time.monotonic() - start)
-    return min(durations)
 
 
 def commit() -> str:
@@ -519,6 +514,63 @@ def random_network(name: str, draw: Callable[..., Tensor]) -> tuple[Any, TrainRe
         if parameter.requires_grad and VARIANTS[name].budget:
             parameter.copy_(0.3 * draw(parameter.shape))
     return network, recipe
+
+
+# --- Costs, side by side
+
+
+def costs(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Return the CPU time of a training step and of an image of every variant, relative to `mmface`. Each is the
+    shortest of five, measured in turn with that of `mmface`, not compiled, with random weights.
+    """
+    components, found = load_components(BUNDLED / COMMON), {}
+    reference = workload("mmface", components, options)
+    for name in VARIANTS:
+        parts = zip(workload(name, components, options), reference, strict=True)
+        ratios = [None if own is None else ratio(own, other) for own, other in parts]
+        found[name] = {key: value for key, value in zip(("step", "image"), ratios, strict=True) if value is not None}
+        print(name, *(f"{key} {value:.2f}" for key, value in found[name].items()), flush=True)
+    return found
+
+
+def workload(
+    name: str, components: Any, options: argparse.Namespace
+) -> tuple[Callable[[], Any] | None, Callable[[], Any]]:
+    """Return functions that run a training step of a variant, None if it has no training, and generate an image."""
+    variant, recipe = VARIANTS[name], recipe_of(name, 0, options)
+    sizes = sizes_of(components, options.shards[0])
+    bases = [create(base, recipe_of(base, 0, options), [], **sizes) for base in variant.bases]
+    model = create(name, recipe, bases, **sizes)
+    use_explicit_attention(model)
+    names, objective, o = list(model.config.condition_names), make_objective(recipe.objective), recipe.optimizer
+    stores = open_stores(recipe, options.shards, components, 2)
+    ((batch,),) = read_batches(recipe, stores, names, components.settings, SINGLE_PROCESS, [0], o.batch, 2)
+    state = TrainState(model=model, optimizers=make_optimizers(model, o), emas=[]) if variant.budget else None
+    pipeline = assemble(recipe, copy.deepcopy(model).float().eval(), components)
+    mask = {"mask": Reading(raw=np.zeros((128, 128), np.uint8), scheme="mask")} if "mask" in variant.given else None
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            variant.losses(model, objective, batch.with_text(components)).mean().backward()
+        assert state is not None
+        state.step(1e-6, o.max_grad_norm)
+
+    def image() -> Any:
+        return pipeline("a person", control_image=mask, generator=torch.Generator().manual_seed(0))
+
+    return step if state else None, image
+
+
+def ratio(own: Callable[[], Any], other: Callable[[], Any]) -> float:
+    """Return the CPU time of a function relative to that of another: the shortest of five, in turn, after one each."""
+    times: list[list[float]] = []
+    for _ in range(6):
+        times.append([])
+        for function in (own, other):
+            start = time.process_time()
+            function()
+            times[-1].append(time.process_time() - start)
+    return float(np.divide(*np.min(times[1:], axis=0)))
 
 
 # --- Comparisons and the table
@@ -575,8 +627,8 @@ def interval(by_face: np.ndarray) -> dict[str, Any]:
 
 
 def read_results() -> dict[str, Any]:
-    """Return the committed results: `variants` and `comparisons`."""
-    return read_json(RESULTS) if RESULTS.is_file() else {"variants": {}, "comparisons": {}}
+    """Return the committed results: `variants`, `comparisons` and `costs`."""
+    return read_json(RESULTS) if RESULTS.is_file() else {"variants": {}, "comparisons": {}, "costs": {}}
 
 
 def collect(wanted: Sequence[Sequence[str]], out: Path, seeds: Sequence[int]) -> None:
@@ -586,9 +638,9 @@ def collect(wanted: Sequence[Sequence[str]], out: Path, seeds: Sequence[int]) ->
         files = {seed: out / name / f"seed-{seed}" / "result.json" for seed in seeds}
         found = {seed: read_json(file) for seed, file in files.items() if file.is_file()}
         if found:
-            first = next(iter(found.values()))
+            first = list(found.values())[-1]
             facts = {key: first[key] for key in ("images", "count", "parameters", "commit", "fingerprint")}
-            facts |= {key: first[key] for key in ("trainable", "training_seconds", "seconds") if key in first}
+            facts |= {"trainable": first["trainable"]} if "trainable" in first else {}
             results["variants"][name] = {**facts, "seeds": {str(seed): one["means"] for seed, one in found.items()}}
     for variant, reference, metric in wanted:
         runs = [out / name / f"seed-{seed}" / "result.json" for name in (variant, reference) for seed in seeds]
@@ -599,28 +651,36 @@ def collect(wanted: Sequence[Sequence[str]], out: Path, seeds: Sequence[int]) ->
     write_whole(RESULTS, json.dumps(results, indent=1, sort_keys=True) + "\n")
 
 
-COLUMNS = (
-    "pixel_accuracy/mask", "rare_class_recall/mask", "edge_f_score/sketch", "retrieval/mask", "retrieval/none",
-    "kid_text_image/mask",
-)  # fmt: skip
+COLUMNS = {
+    "mask accuracy": ("pixel_accuracy/mask", 1),
+    "rare classes": ("rare_class_recall/mask", 1),
+    "edges F": ("edge_f_score/sketch", 1),
+    "retrieval, mask": ("retrieval/mask", 1),
+    "retrieval, text only": ("retrieval/none", 1),
+    "KID x 1000": ("kid_text_image/mask", 1000),
+}  # fmt: skip
+"""Column of the table -> metric and factor."""
 
 
 def table() -> str:
     """Return the collected results as a Markdown table: means over the seeds, with 95 % intervals if there are several
-    seeds; seconds per image and training include neither loading nor measuring.
+    seeds, and the costs.
     """
-    facts = ("seconds", "parameters", "trainable", "training_seconds")
-    lines = ["| " + " | ".join(["variant", *COLUMNS, *facts]) + " |", "|---" * (1 + len(COLUMNS) + len(facts)) + "|"]
-    for name, found in read_results()["variants"].items():
-        cells = [name]
-        for column in COLUMNS:
-            values = np.array([seed[column] for seed in found["seeds"].values() if seed.get(column) is not None])
+    results = read_results()
+    lines = ["| " + " | ".join(["variant", "seeds", *COLUMNS, "parameters", "trained", "step", "image"]) + " |"]
+    lines.append("|---" * (lines[0].count("|") - 1) + "|")
+    for name, found in results["variants"].items():
+        cells = [name, str(len(found["seeds"]))]
+        for metric, factor in COLUMNS.values():
+            values = factor * np.array([seed[metric] for seed in found["seeds"].values() if metric in seed])
             reach = ""
             if len(values) > 1:
                 error = values.std(ddof=1) / np.sqrt(len(values))
                 reach = f" ± {error * stats.t.ppf(0.975, len(values) - 1):.3f}"
             cells.append(f"{values.mean():.3f}{reach}" if len(values) else "")
-        cells += [f"{found[key]:,.4g}" if key in found else "" for key in facts]
+        cells += [f"{found[key] / 1e6:.2f} M" if key in found else "" for key in ("parameters", "trainable")]
+        cost = results["costs"].get(name, {})
+        cells += [f"{cost[key]:.2f}" if key in cost else "" for key in ("step", "image")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -638,6 +698,9 @@ def main() -> None:
     training.add_argument("--images", type=int, default=96_000, help="training images of each run")
     training.add_argument("--count", type=int, default=200, help="number of held-out faces")
     training.add_argument("--compile", action="store_true", help="use torch.compile")
+    timing = commands.add_parser("costs", help="measure the costs of all variants")
+    timing.add_argument("--shards", nargs="+", required=True, help="shards of the training faces")
+    timing.set_defaults(images=48_000, compile=False)
     commands.add_parser("table", help="print the collected results of all variants")
     comparing = commands.add_parser("compare", help="compare two variants")
     comparing.add_argument("variants", nargs=2, help="variant and reference")
@@ -663,6 +726,8 @@ def execute(options: argparse.Namespace) -> None:
         for seed in options.seeds:
             for name in options.variants:
                 train(name, seed, options)
+    elif options.command == "costs":
+        write_whole(RESULTS, json.dumps(read_results() | {"costs": costs(options)}, indent=1, sort_keys=True) + "\n")
     elif options.command == "table":
         print(table())
     elif options.command == "collect":

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import CacheMixin, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -68,7 +68,7 @@ class Discriminator(nn.Module):
         return self.score(x) + match[:, None, None, None]  # [B, 1, h / 4, w / 4]
 
 
-class SpadeGan(ModelMixin, ConfigMixin):
+class SpadeGan(ModelMixin, CacheMixin, ConfigMixin):
     """Generator and, in training, discriminator, with the interface of a transformer: at time 1 the prediction is
     v = noise - G(noise), so that one Euler step returns G. `gan` creates it.
     """

@@ -14,8 +14,11 @@ import ablate
 import claims
 from baselines.composed import composed
 from baselines.controlnet import controlnet
-from baselines.spade import gan_losses
+from baselines.spade import SpadeGan, gan_losses
 
+from builders import randomise, whole_pipeline
+from likeness.data.synthetic import draw_face
+from likeness.pipelines.mmface import MMFacePipeline
 from likeness.train.batches import Batch
 from likeness.train.ema import Ema
 from likeness.types import TextFeatures
@@ -114,6 +117,18 @@ def test_controlnet_starts_as_its_base():
     masked = model(*given)[0]
     torch.nn.init.normal_(model.control_embed.weight)
     assert not torch.allclose(model(*given)[0], masked)  # the mask is read
+
+
+def test_a_gan_in_a_pipeline():
+    """One step from noise to image; the mask changes it."""
+    pipeline = whole_pipeline(MMFacePipeline, randomise(SpadeGan(4, 32), std=0.2).eval())
+    images = [
+        pipeline("a face", control_image=control, num_inference_steps=1, output_type="np",
+                 generator=torch.Generator().manual_seed(0)).images
+        for control in (None, {"mask": draw_face(0, 0, 64).mask})
+    ]  # fmt: skip
+    assert np.isfinite(images).all()
+    assert np.abs(images[0] - images[1]).max() > 1e-3
 
 
 @torch.no_grad()
