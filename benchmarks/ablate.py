@@ -519,18 +519,19 @@ def random_network(name: str, draw: Callable[..., Tensor]) -> tuple[Any, TrainRe
 # --- Costs, side by side
 
 
-def costs(options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Return the CPU time of a training step and of an image of every variant, relative to `mmface`. Each is the
-    shortest of five, measured in turn with that of `mmface`, not compiled, with random weights.
+def costs(options: argparse.Namespace) -> None:
+    """Add the CPU time of a training step and of an image of variants, relative to `mmface`, to the committed results.
+    Each is the shortest of five, measured in turn with that of `mmface`, not compiled, with random weights.
     """
-    components, found = load_components(BUNDLED / COMMON), {}
+    components, results = load_components(BUNDLED / COMMON), read_results()
     reference = workload("mmface", components, options)
-    for name in VARIANTS:
+    for name in options.variants or VARIANTS:
         parts = zip(workload(name, components, options), reference, strict=True)
         ratios = [None if own is None else ratio(own, other) for own, other in parts]
-        found[name] = {key: value for key, value in zip(("step", "image"), ratios, strict=True) if value is not None}
-        print(name, *(f"{key} {value:.2f}" for key, value in found[name].items()), flush=True)
-    return found
+        found = {key: round(value, 2) for key, value in zip(("step", "image"), ratios, strict=True) if value}
+        print(name, *(f"{key} {value}" for key, value in found.items()), flush=True)
+        results["costs"][name] = found
+        write_whole(RESULTS, json.dumps(results, indent=1, sort_keys=True) + "\n")
 
 
 def workload(
@@ -628,7 +629,7 @@ def interval(by_face: np.ndarray) -> dict[str, Any]:
 
 def read_results() -> dict[str, Any]:
     """Return the committed results: `variants`, `comparisons` and `costs`."""
-    return read_json(RESULTS) if RESULTS.is_file() else {"variants": {}, "comparisons": {}, "costs": {}}
+    return {"variants": {}, "comparisons": {}, "costs": {}} | (read_json(RESULTS) if RESULTS.is_file() else {})
 
 
 def collect(wanted: Sequence[Sequence[str]], out: Path, seeds: Sequence[int]) -> None:
@@ -698,7 +699,8 @@ def main() -> None:
     training.add_argument("--images", type=int, default=96_000, help="training images of each run")
     training.add_argument("--count", type=int, default=200, help="number of held-out faces")
     training.add_argument("--compile", action="store_true", help="use torch.compile")
-    timing = commands.add_parser("costs", help="measure the costs of all variants")
+    timing = commands.add_parser("costs", help="measure the costs of variants, by default of all")
+    timing.add_argument("variants", nargs="*", metavar="VARIANT")
     timing.add_argument("--shards", nargs="+", required=True, help="shards of the training faces")
     timing.set_defaults(images=48_000, compile=False)
     commands.add_parser("table", help="print the collected results of all variants")
@@ -727,7 +729,7 @@ def execute(options: argparse.Namespace) -> None:
             for name in options.variants:
                 train(name, seed, options)
     elif options.command == "costs":
-        write_whole(RESULTS, json.dumps(read_results() | {"costs": costs(options)}, indent=1, sort_keys=True) + "\n")
+        costs(options)
     elif options.command == "table":
         print(table())
     elif options.command == "collect":
