@@ -235,7 +235,7 @@ def test_verify_finds_the_protocols_that_explain_published_numbers(converted, tm
     assert first["published"]["fid"] == 16.63
     assert first["published"]["pixel_accuracy"] == pytest.approx(0.9374)
     assert all("pixel_accuracy" in trial and "fid" not in trial for trial in first["trials"])  # FID needs a download
-    assert "fid 16.63: not measured" in capsys.readouterr().out
+    assert "fid 16.63: not measured: InceptionV3" in capsys.readouterr().out
     assert (out / "verification.html").is_file()
 
     measured = {(trial["steps"], trial["file_format"]): trial["pixel_accuracy"][0] for trial in first["trials"]}

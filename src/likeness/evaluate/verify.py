@@ -51,6 +51,8 @@ class Trial(NamedTuple):
     """Published metric -> measurement."""
     explained: list[str]
     """Metrics whose published value it explains."""
+    missing: dict[str, str]
+    """Published metric that was not measured -> the reason."""
 
 
 def published_row(what: str, given: str, objective: str) -> dict[str, float]:
@@ -129,7 +131,8 @@ def verify(
                 own_numbers = [n for n in measured.numbers if n.against == "own" and n.given == own.given[0]]
                 numbers = numbers | {number.metric: number for number in own_numbers}
                 explained = [name for name, number in numbers.items() if explains(number, published[name])]
-                trials.append(Trial({**how, "file_format": file_format, "resizing": resizing}, numbers, explained))
+                settings = {**how, "file_format": file_format, "resizing": resizing}
+                trials.append(Trial(settings, numbers, explained, measured.missing))
     return sorted(trials, key=lambda trial: distance(trial, published))
 
 
@@ -161,7 +164,8 @@ def verdict(trials: Sequence[Trial], published: Mapping[str, float]) -> list[str
         measured = [trial for trial in trials if metric in trial.numbers]
         explaining = [trial for trial in measured if metric in trial.explained]
         if not measured:
-            lines.append(f"{metric} {value:g}: not measured")
+            why = next((trial.missing[metric] for trial in trials if metric in trial.missing), "unknown metric")
+            lines.append(f"{metric} {value:g}: not measured: {why}")
         elif len(explaining) == len(measured):
             lines.append(f"{metric} {value:g}: explained by every protocol")
         elif explaining:
@@ -178,7 +182,11 @@ def verdict(trials: Sequence[Trial], published: Mapping[str, float]) -> list[str
         else:
             values = [trial.numbers[metric].value for trial in measured]
             span = f"{format_number(min(values))} to {format_number(max(values))}"
-            lines.append(f"{metric} {value:g}: no protocol explains it; measured {span}")
+            extractor = measured[0].numbers[metric].protocol.get("extractor")
+            lines.append(
+                f"{metric} {value:g}: no protocol explains it; measured {span}"
+                + (f" with the {extractor}" if extractor else "")
+            )
     return lines
 
 
