@@ -639,9 +639,9 @@ def collect(wanted: Sequence[Sequence[str]], out: Path, seeds: Sequence[int]) ->
         files = {seed: out / name / f"seed-{seed}" / "result.json" for seed in seeds}
         found = {seed: read_json(file) for seed, file in files.items() if file.is_file()}
         if found:
-            first = list(found.values())[-1]
-            facts = {key: first[key] for key in ("images", "count", "parameters", "commit", "fingerprint")}
-            facts |= {"trainable": first["trainable"]} if "trainable" in first else {}
+            latest = list(found.values())[-1]
+            facts = {key: latest[key] for key in ("images", "count", "parameters", "commit", "fingerprint")}
+            facts |= {key: latest[key] for key in ("trainable",) if key in latest}  # absent in older results
             results["variants"][name] = {**facts, "seeds": {str(seed): one["means"] for seed, one in found.items()}}
     for variant, reference, metric in wanted:
         runs = [out / name / f"seed-{seed}" / "result.json" for name in (variant, reference) for seed in seeds]

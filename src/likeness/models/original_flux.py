@@ -83,10 +83,9 @@ def load_original(cls: type[Model], path: Path, dtype: torch.dtype, head_dim: in
     with torch.device("meta"):
         model = cls.from_config(original_config(weights, head_dim) | {"condition_names": ()} | options)
     state = from_original(model, weights)
-    quantized = {name for name, value in state.items() if is_quantized(value)}
-    if quantized and not model.tied:
-        raise InputError(f"{path} is quantized: spatial_stream must be 'lora', which shares its weights")
-    if quantized:
+    if any(is_quantized(value) for value in state.values()):
+        if not model.tied:
+            raise InputError(f"{path} is quantized: spatial_stream must be 'lora', which shares its weights")
         everywhere = state | {name: state[image_name(name)] for name in spatial_weights(model)}
         quantizer = DiffusersAutoQuantizer.from_config(GGUFQuantizationConfig(compute_dtype=dtype))
         quantizer.preprocess_model(model, device_map=None, state_dict=everywhere)  # replaces the layers

@@ -174,20 +174,20 @@ def flux_parts(
 
     options: dict[str, Any] = {"condition_names": (), **network}
     single = next((folder / "transformer").glob("*.gguf"), None)
-    if single and quantize:
-        raise InputError(f"{single} is quantized already: leave quantize out")
-    if quantize:
-        try:
-            from diffusers import TorchAoConfig
-            from torchao.quantization import Int8WeightOnlyConfig
-        except ImportError as error:
-            raise InputError("8-bit weights require torchao: pip install 'likeness[quantize]'") from error
-        options["quantization_config"] = TorchAoConfig(Int8WeightOnlyConfig())
     if single:
+        if quantize:
+            raise InputError(f"{single} is quantized already: leave quantize out")
         config = read_json(single.parent / "config.json")
         options |= {"attention_head_dim": config["attention_head_dim"], "axes_dims_rope": config["axes_dims_rope"]}
         transformer = MDiTFaceTransformer.from_single_file(single, dtype=dtype, **options)
     else:
+        if quantize:
+            try:
+                from diffusers import TorchAoConfig
+                from torchao.quantization import Int8WeightOnlyConfig
+            except ImportError as error:
+                raise InputError("8-bit weights require torchao: pip install 'likeness[quantize]'") from error
+            options["quantization_config"] = TorchAoConfig(Int8WeightOnlyConfig())
         transformer = MDiTFaceTransformer.from_pretrained(folder / "transformer", dtype=dtype, **options)
     defaults = {} if transformer.config.guidance_embeds else SCHNELL
     return {"transformer": transformer, "defaults": defaults, "sizes": ANY}
