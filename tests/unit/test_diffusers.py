@@ -29,7 +29,7 @@ from torchao.quantization import Int8WeightOnlyConfig
 
 from builders import tiny_flux_pipeline, tiny_mditface_pipeline, tiny_pipeline
 from likeness.data.synthetic import draw_face
-from likeness.models.mditface import JointAttentionProcessor
+from likeness.models.mditface_blocks import JointAttentionProcessor
 from likeness.objectives.flow import dynamic_shift
 from likeness.pipelines.load import load
 from likeness.types import InputError, TextFeatures

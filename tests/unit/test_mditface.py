@@ -19,7 +19,8 @@ from torch import nn
 from builders import TINY_FLUX, in_original_names, run, tiny_flux, tiny_mditface, write_gguf
 from likeness.evaluate.cost import mditface_costs
 from likeness.models.layers import patchify, unpatchify, use_explicit_attention
-from likeness.models.mditface import MDiTFaceTransformer, StaticCache, grid_ids, select, split_streams
+from likeness.models.mditface import MDiTFaceTransformer, StaticCache, grid_ids, select
+from likeness.models.mditface_blocks import split_streams
 from likeness.models.tied_weights import image_name
 from likeness.pipelines.adapters import lora_targets
 from likeness.types import InputError, TextFeatures

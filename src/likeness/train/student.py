@@ -37,7 +37,8 @@ from likeness.device import choose_device
 from likeness.encoders.components import load_components
 from likeness.files import read_json
 from likeness.models.layers import modulate, use_explicit_attention
-from likeness.models.mditface import PATCH, MDiTFaceTransformer, split_streams
+from likeness.models.mditface import PATCH, MDiTFaceTransformer
+from likeness.models.mditface_blocks import split_streams
 from likeness.models.mmface import MMFaceBlock, MMFaceTransformer
 from likeness.objectives import RectifiedFlow, make_objective
 from likeness.parallel import World
