@@ -24,7 +24,7 @@ from likeness.encoders.latent import to_pixels
 
 MASK = Path(__file__).parents[1] / "examples/masks/smile.png"
 PROMPT = "a smiling woman with blond hair"
-STEPS = {"mmface-mini-fast": (4, 2, 1), "mmface-mini": (20,)}
+STEPS = {"mmface-mini-fast": (4, 2, 1), "mmface-mini": (12,)}
 
 
 class UpBlock(nn.Module):
