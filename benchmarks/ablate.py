@@ -11,8 +11,8 @@ Networks are 128 wide and 6 deep, with 64 image tokens of 128 px. Variants with 
 captions, noise and times. Measured are the loss of the faces of --test with their own mask, another face's and none,
 and images of the first --count faces of --faces, generated with the same seeds. `train` stores every run in a folder
 below --out, after those that the variant is based on; the same command resumes a stopped run and skips finished ones.
-`compare` pairs two variants by seed and face, and prints the mean difference with its 95 % interval: Student's t over
-the seeds, whose variance includes that of training, plus the variance between faces. `baselines/` contains other
+`compare` pairs two variants by seed and face, and prints the mean difference with its 95 % interval, which includes
+the variance between seeds, and so that of training, and between faces (`interval`). `baselines/` contains other
 methods. The channel concatenation of a single stream, the design of many baselines, is the variant `mmface-single`.
 """
 
@@ -610,13 +610,17 @@ def compare(variant: str, reference: str, metric: str, out: Path, seeds: Sequenc
 
 
 def interval(by_face: np.ndarray) -> dict[str, Any]:
-    """Return mean, 95 % interval and p-value of paired differences [S, N] of S >= 2 seeds and N faces."""
-    by_seed = by_face.mean(axis=1)  # [S]
-    seeds, faces = by_face.shape
-    variance = by_seed.var(ddof=1) / seeds + by_face.mean(axis=0).var(ddof=1) / faces
+    """Return mean, 95 % interval and p-value of paired differences [S, N], S >= 2 seeds and N >= 2 faces: Student's t
+    of the sum of both variances, its degrees of freedom after Satterthwaite (1946). With three seeds the intervals of
+    simulated differences contain the true one in 92 to 99 %.
+    """
+    by_seed, (seeds, faces) = by_face.mean(axis=1), by_face.shape  # [S]
+    variances = np.array([by_seed.var(ddof=1) / seeds, by_face.mean(axis=0).var(ddof=1) / faces])
+    variance = max(float(variances.sum()), 1e-24)
+    freedom = variance**2 / max(float((variances**2 / [seeds - 1, faces - 1]).sum()), 1e-48)
     error, value = float(np.sqrt(variance)), float(by_seed.mean())
-    reach = error * float(stats.t.ppf(0.975, seeds - 1))
-    p = 2 * float(stats.t.sf(abs(value) / max(error, 1e-12), seeds - 1))
+    reach = error * float(stats.t.ppf(0.975, freedom))
+    p = 2 * float(stats.t.sf(abs(value) / error, freedom))
     return {
         "value": value,
         "low": value - reach,
