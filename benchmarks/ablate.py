@@ -668,8 +668,8 @@ COLUMNS = {
 
 
 def table() -> str:
-    """Return the collected results as a Markdown table: means over the seeds, with 95 % intervals if there are several
-    seeds, and the costs.
+    """Return the collected results as a Markdown table: means over the seeds, with 95 % intervals if there are three or
+    more, and the costs.
     """
     results = read_results()
     lines = ["| " + " | ".join(["variant", "seeds", *COLUMNS, "parameters", "trained", "step", "image"]) + " |"]
@@ -679,7 +679,7 @@ def table() -> str:
         for metric, factor in COLUMNS.values():
             values = factor * np.array([seed[metric] for seed in found["seeds"].values() if metric in seed])
             reach = ""
-            if len(values) > 1:
+            if len(values) > 2:
                 error = values.std(ddof=1) / np.sqrt(len(values))
                 reach = f" ± {error * stats.t.ppf(0.975, len(values) - 1):.3f}"
             cells.append(f"{values.mean():.3f}{reach}" if len(values) else "")

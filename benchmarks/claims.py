@@ -56,12 +56,13 @@ intervals include the variance between seeds. A claim is *reproduced* if its int
 
 TABLE = """## All variants and baselines
 
-Measured so far, on 200 held-out faces; means over the seeds with 95 % intervals. A metric of the prompt has mask and
-prompt unless it says otherwise. Variants of MMFace-DiT and the baselines take masks and sketches and were trained with
-a mask in 40 % of the images; those of MDiTFace take masks only, in 80 %. So compare within one network. `step` and
-`image` are CPU times of a training step and of an image, relative to `mmface`. `python benchmarks/ablate.py list`
-describes the variants; `baselines/` contains ControlNet, the composition and the GAN. `mmface-single` is also the
-baseline of channel concatenation in a single stream, and `easycontrol` that of a cache of the condition alone.
+Measured so far, on 200 held-out faces: means over the seeds, with three or more their 95 % intervals. A metric of the
+prompt has mask and prompt unless it says otherwise. Variants of MMFace-DiT and the baselines take masks and sketches
+and were trained with a mask in 40 % of the images; those of MDiTFace take masks only, in 80 %. So compare within one
+network. `step` and `image` are CPU times of a training step and of an image, relative to `mmface`.
+`python benchmarks/ablate.py list` describes the variants; `baselines/` contains ControlNet, the composition and the
+GAN. `mmface-single` is also the baseline of channel concatenation in a single stream, and `easycontrol` that of a cache
+of the condition alone.
 """
 
 
