@@ -48,10 +48,11 @@ from likeness.cli.terminal import print_error
 from likeness.conditions import Reading
 from likeness.config import build
 from likeness.data.store import Store
+from likeness.device import DTYPES, choose_precision
 from likeness.encoders.components import load_components
 from likeness.evaluate.protocol import Protocol
 from likeness.evaluate.run import evaluate
-from likeness.files import read_json, write_whole
+from likeness.files import read_json, write_whole, writing_whole
 from likeness.models.layers import grid_angles, use_explicit_attention
 from likeness.models.mditface import MDiTFaceTransformer
 from likeness.models.mmface import MMFaceTransformer
@@ -72,6 +73,14 @@ from likeness.weights.catalog import BUNDLED, COMMON
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "ablations.json"
 """Committed results of all variants."""
+
+SCORES = ROOT / "benchmarks" / "ablations"
+"""Committed values by face of the metrics that a claim compares: VARIANT.npz, seed/metric -> float32 [N]. New runs are
+compared with them, so no old run has to be kept.
+"""
+
+PRECISION = choose_precision("auto", "cpu")
+"""Precision of the training."""
 
 BASE: dict[str, dict[str, Any]] = {
     "objective": {"name": "rectified_flow", "time_sampling": "logit_normal", "sampler": "dpm++"},
@@ -338,7 +347,8 @@ def create(name: str, recipe: TrainRecipe, bases: Sequence[Any], **sizes: int) -
     """Create the network of a variant, with random weights except for those of its bases."""
     torch.manual_seed(recipe.seed)
     if isinstance(recipe.network, MDiTFaceAdapter):
-        return add_new_adapter(bases[0].to(torch.bfloat16), adapter_of(recipe))
+        frozen = bases[0].to(torch.bfloat16).to(DTYPES[PRECISION])  # rounded, as the weights of FLUX.1
+        return add_new_adapter(frozen, adapter_of(recipe))
     return VARIANTS[name].edit(build_network(recipe, **sizes), *bases)
 
 
@@ -411,7 +421,7 @@ def fit(
     """Train a network, or continue its training, and return a copy with the EMA weights."""
     check(recipe)
     o, objective, names = recipe.optimizer, make_objective(recipe.objective), list(model.config.condition_names)
-    use_explicit_attention(model)
+    use_explicit_attention(model, PRECISION == "bf16")
     state = TrainState(model=model, optimizers=make_optimizers(model, o), emas=[Ema(model, o.ema)])
     with open_run(recipe, run) as signals:
         state.resume(run)
@@ -442,7 +452,7 @@ def fit(
             if variant.caption:
                 batch = batch._replace(captions=[variant.caption(one) for one in batch.captions], text=None)
             rate = learning_rate(start, o.images, o.learning_rate, o.warmup, o.decay)
-            with torch.autocast("cpu", torch.bfloat16):
+            with SINGLE_PROCESS.autocast(PRECISION):
                 loss = variant.losses(model, objective, batch.with_text(components)).mean()
             loss.backward()
             norm = state.step(rate, o.max_grad_norm)
@@ -542,7 +552,7 @@ def workload(
     sizes = sizes_of(components, options.shards[0])
     bases = [create(base, recipe_of(base, 0, options), [], **sizes) for base in variant.bases]
     model = create(name, recipe, bases, **sizes)
-    use_explicit_attention(model)
+    use_explicit_attention(model, PRECISION == "bf16")
     names, objective, o = list(model.config.condition_names), make_objective(recipe.objective), recipe.optimizer
     stores = open_stores(recipe, options.shards, components, 2)
     ((batch,),) = read_batches(recipe, stores, names, components.settings, SINGLE_PROCESS, [0], o.batch, 2)
@@ -551,7 +561,7 @@ def workload(
     mask = {"mask": Reading(raw=np.zeros((128, 128), np.uint8), scheme="mask")} if "mask" in variant.given else None
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with SINGLE_PROCESS.autocast(PRECISION):
             variant.losses(model, objective, batch.with_text(components)).mean().backward()
         assert state is not None
         state.step(1e-6, o.max_grad_norm)
@@ -577,8 +587,11 @@ def ratio(own: Callable[[], Any], other: Callable[[], Any]) -> float:
 # --- Comparisons and the table
 
 
-def values_by_face(run: Path, metric: str) -> np.ndarray:
-    """Return the values of a metric of one run, [N]; NaN for a face that has none."""
+def values_by_face(out: Path, name: str, seed: int, metric: str) -> np.ndarray:
+    """Return the values of a metric of one run below `out`, [N]; NaN for a face that has none. Raises `InputError` if
+    the run lacks the metric.
+    """
+    run = out / name / f"seed-{seed}"
     kind, _, given = metric.partition("/")
     if kind in ("loss", "conflict"):
         file, key = run / f"{kind}.npz", given
@@ -589,15 +602,15 @@ def values_by_face(run: Path, metric: str) -> np.ndarray:
     return values[key]
 
 
-def compare(variant: str, reference: str, metric: str, out: Path, seeds: Sequence[int]) -> dict[str, Any]:
-    """Return the mean of variant minus reference with its 95 % interval, paired by seed and face. Raises `InputError`
-    if there are fewer than two seeds, or a run lacks the metric.
+def compare(
+    variant: str, reference: str, metric: str, read: Callable[[str, int, str], np.ndarray], seeds: Sequence[int]
+) -> dict[str, Any]:
+    """Return the mean of variant minus reference with its 95 % interval, paired by seed and face; `read` returns the
+    values by face of a variant, seed and metric. Raises `InputError` if there are fewer than two seeds.
     """
     if len(seeds) < 2:
         raise InputError(f"seeds are {list(seeds)}: an interval needs two or more")
-    values = np.array(
-        [[values_by_face(out / name / f"seed-{seed}", metric) for seed in seeds] for name in (variant, reference)]
-    )  # [2, S, N]
+    values = np.array([[read(name, seed, metric) for seed in seeds] for name in (variant, reference)])  # [2, S, N]
     values = values[:, :, ~np.isnan(values).any(axis=(0, 1))]
     means = values.mean(axis=(1, 2)).tolist()
     return {
@@ -642,21 +655,42 @@ def read_results() -> dict[str, Any]:
     return {"variants": {}, "comparisons": {}, "costs": {}} | (read_json(RESULTS) if RESULTS.is_file() else {})
 
 
+def read_scores(name: str) -> dict[str, np.ndarray]:
+    """Return the committed values by face of a variant, seed/metric -> float32 [N]."""
+    file = SCORES / f"{name}.npz"
+    return dict(np.load(file)) if file.is_file() else {}
+
+
 def collect(wanted: Sequence[Sequence[str]], out: Path, seeds: Sequence[int]) -> None:
-    """Add the finished runs and the wanted comparisons, (variant, reference, metric) each, to the committed results."""
-    results = read_results()
+    """Add the finished runs and the wanted comparisons, (variant, reference, metric) each, to the committed results.
+    Runs of other code, budget or faces than the committed ones replace these.
+    """
+    results, metrics = read_results(), sorted({metric for _, _, metric in wanted})
     for name in VARIANTS:
         files = {seed: out / name / f"seed-{seed}" / "result.json" for seed in seeds}
         found = {seed: read_json(file) for seed, file in files.items() if file.is_file()}
-        if found:
-            latest = list(found.values())[-1]
-            facts = {key: latest[key] for key in ("images", "count", "parameters", "commit", "fingerprint")}
-            facts |= {key: latest[key] for key in ("trainable",) if key in latest}  # absent in older results
-            results["variants"][name] = {**facts, "seeds": {str(seed): one["means"] for seed, one in found.items()}}
+        if not found:
+            continue
+        latest, known, scores = list(found.values())[-1], results["variants"].get(name, {}), read_scores(name)
+        if any(known.get(key) != latest[key] for key in ("images", "count", "fingerprint")):
+            known, scores = {}, {}
+        facts = {key: latest[key] for key in ("images", "count", "parameters", "commit", "fingerprint", "trainable")}
+        means = {str(seed): one["means"] for seed, one in found.items()}
+        results["variants"][name] = {**facts, "seeds": known.get("seeds", {}) | means}
+        for seed, one in found.items():
+            for metric in one["means"].keys() & metrics:
+                scores[f"{seed}/{metric}"] = values_by_face(out, name, seed, metric).astype(np.float32)
+        with writing_whole(SCORES / f"{name}.npz") as file:
+            np.savez_compressed(file, **dict(sorted(scores.items())))
+    scores_of = {name: read_scores(name) for name in results["variants"]}
+
+    def read(name: str, seed: int, metric: str) -> np.ndarray:
+        return scores_of[name][f"{seed}/{metric}"]
+
     for variant, reference, metric in wanted:
-        runs = [out / name / f"seed-{seed}" / "result.json" for name in (variant, reference) for seed in seeds]
-        if len(seeds) > 1 and all(run.is_file() and metric in read_json(run)["means"] for run in runs):
-            found = compare(variant, reference, metric, out, seeds)
+        keys = {f"{seed}/{metric}" for seed in seeds}
+        if all(keys <= scores_of.get(name, {}).keys() for name in (variant, reference)):
+            found = compare(variant, reference, metric, read, seeds)
             found["images"] = results["variants"][variant]["images"]
             results["comparisons"][" ".join((variant, reference, metric))] = found
     write_whole(RESULTS, json.dumps(results, indent=1, sort_keys=True) + "\n")
@@ -747,7 +781,7 @@ def execute(options: argparse.Namespace) -> None:
         wanted = [claim["compare"] for claim in claims.values() if "compare" in claim]
         collect(wanted, options.out, options.seeds)
     else:
-        found = compare(*options.variants, options.metric, options.out, options.seeds)
+        found = compare(*options.variants, options.metric, partial(values_by_face, options.out), options.seeds)
         seeds = ", ".join(f"{value:+.4f}" for value in found["by_seed"])
         print(f"{found['variant']} - {found['reference']}, {found['metric']}: {found['value']:+.4f} ", end="")
         print(f"[{found['low']:+.4f}, {found['high']:+.4f}], p = {found['p']:.3f}, by seed {seeds}, {found['n']} faces")

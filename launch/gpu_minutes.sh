@@ -32,7 +32,7 @@ add)
     name=$(basename "$2" .zip)
     python3 -m zipfile -e "$2" "$work/$name"
     likeness prepare annotate "$work/$name"
-    likeness prepare encode "$work/$name" "$work/shards/$name" --augmentations 2 --precision bf16
+    likeness prepare encode "$work/$name" "$work/shards/$name" --augmentations 2 --precision auto
     rm -r "${work:?}/$name"
     ;;
 run)

@@ -44,8 +44,8 @@ likeness prepare components runs/decoder_mini runs/text_image_mini data/common \
     --data data/celeba --face-parser runs/face_parser
 
 # 4. Shards: two augmentations of training faces, one of test faces
-likeness prepare encode data/celeba/train data/shards/celeba --components data/common --augmentations 2 --precision bf16
-likeness prepare encode data/celebamask/train data/shards/celebamask --components data/common --augmentations 2 --precision bf16
+likeness prepare encode data/celeba/train data/shards/celeba --components data/common --augmentations 2 --precision auto
+likeness prepare encode data/celebamask/train data/shards/celebamask --components data/common --augmentations 2 --precision auto
 likeness prepare encode data/celeba/test data/shards/test --components data/common
 
 # 5. Transformers, packed

@@ -7,6 +7,7 @@ the accelerator or the CPU. It imports torch only, not torch.distributed, so tha
 from __future__ import annotations
 
 import os
+from typing import Literal
 
 import torch
 
@@ -70,8 +71,19 @@ def choose_dtype(dtype: torch.dtype | str, device: str) -> torch.dtype:
     return torch.bfloat16 if supports_bf16(device) else torch.float16
 
 
+def choose_precision(precision: str, device: str) -> Literal["bf16", "fp32"]:
+    """Resolve the precision of a training: `auto` is bf16 on a device that multiplies bfloat16 matrices itself, else
+    fp32; `bf16` and `fp32` stay.
+    """
+    return "bf16" if precision == "bf16" or (precision == "auto" and supports_bf16(device)) else "fp32"
+
+
 def supports_bf16(device: str) -> bool:
-    """Return whether an accelerator multiplies bfloat16 matrices itself."""
+    """Return whether a device multiplies bfloat16 matrices itself. A processor that cannot emulates it, several times
+    slower than float32.
+    """
+    if device == "cpu":
+        return any(present is True for name, present in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     try:

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from likeness.device import choose_precision
 from likeness.types import InputError
 
 Sharding = Literal["replicate", "shard", "hybrid"]
@@ -47,6 +48,11 @@ class World:
     def device_type(self) -> str:
         """The device without its number, for autocast."""
         return torch.device(self.device).type
+
+    def autocast(self, precision: str) -> torch.autocast:
+        """A context that computes in this precision; for `auto` see `choose_precision`."""
+        enabled = choose_precision(precision, self.device_type) == "bf16"
+        return torch.autocast(self.device_type, torch.bfloat16, enabled=enabled)
 
     def wait(self) -> None:
         """Wait for all processes."""
@@ -127,7 +133,7 @@ def mesh_shape(sharding: Sharding, size: int, local: int) -> tuple[int, int]:
     return size // shard, shard
 
 
-def shard_model(model: Any, world: World, precision: Literal["bf16", "fp32"]) -> None:
+def shard_model(model: Any, world: World, precision: str) -> None:
     """Shard a network over the mesh, block by block; it must have the same weights on every rank.
 
     Weights stay float32. In bf16, they are communicated and used in bf16, and gradients are reduced in float32. Inputs

@@ -1,5 +1,6 @@
 """The ledger of claims: complete, decided by its numbers, and not older than the code."""
 
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -81,6 +82,42 @@ def test_interval_of_equal_seeds_depends_on_faces():
 def test_interval_of_equal_differences():
     found = ablate.interval(np.full((3, 10), 0.5))
     assert (found["low"], found["high"], found["p"]) == pytest.approx((0.5, 0.5, 0.0), abs=1e-9)
+
+
+def write_runs(out: Path, name: str, seeds, offset: float, fingerprint: float = 1.0) -> None:
+    """Results of `train`: 20 faces, of which the first has no value; values by face are offset + seed / 100 + noise."""
+    for seed in seeds:
+        run, noise = out / name / f"seed-{seed}", np.random.default_rng(seed).standard_normal(20) / 1000
+        (run / "evaluation").mkdir(parents=True)
+        values = np.where(np.arange(20) == 0, np.nan, offset + seed / 100 + noise)
+        np.savez(run / "evaluation" / "scores.npz", **{"pixel_accuracy/mask": values})
+        facts = {"images": 96, "count": 20, "parameters": 1, "trainable": 1, "commit": "0", "fingerprint": fingerprint}
+        means = {"pixel_accuracy/mask": float(np.nanmean(values)), "kid_text_image/mask": 0.1}
+        (run / "result.json").write_text(json.dumps({**facts, "means": means}))
+
+
+def test_collected_runs_need_not_be_kept(tmp_path, monkeypatch):
+    """Runs on another machine are added to the committed ones and compared with them."""
+    monkeypatch.setattr(ablate, "RESULTS", tmp_path / "ablations.json")
+    monkeypatch.setattr(ablate, "SCORES", tmp_path / "ablations")
+    wanted = [("hard", "decoupled", "pixel_accuracy/mask")]
+    write_runs(tmp_path / "one", "decoupled", [0, 1], 0.7)
+    ablate.collect(wanted, tmp_path / "one", [0, 1])
+    write_runs(tmp_path / "two", "hard", [0, 1], 0.6)
+    ablate.collect(wanted, tmp_path / "two", [0, 1])
+    found = ablate.read_results()["comparisons"]["hard decoupled pixel_accuracy/mask"]
+    assert found["by_seed"] == pytest.approx([-0.1, -0.1], abs=1e-6)
+    assert (found["n"], found["images"]) == (19, 96)
+
+    write_runs(tmp_path / "three", "decoupled", [2], 0.8)
+    ablate.collect(wanted, tmp_path / "three", [2])
+    stored = ablate.read_results()["variants"]["decoupled"]["seeds"]
+    assert [stored[seed]["pixel_accuracy/mask"] for seed in "012"] == pytest.approx([0.7, 0.71, 0.82], abs=1e-3)
+
+    write_runs(tmp_path / "four", "decoupled", [2], 0.8, fingerprint=2.0)  # other code
+    ablate.collect(wanted, tmp_path / "four", [2])
+    assert list(ablate.read_results()["variants"]["decoupled"]["seeds"]) == ["2"]
+    assert list(ablate.read_scores("decoupled")) == ["2/pixel_accuracy/mask"]
 
 
 def random_inputs() -> tuple:

@@ -9,7 +9,8 @@ import torch
 
 from builders import run, tiny_pipeline
 from likeness.cli import COMMANDS
-from likeness.device import choose_device, choose_dtype
+from likeness.device import choose_device, choose_dtype, choose_precision, supports_bf16
+from likeness.parallel import World
 from likeness.pipelines.image_recipe import read_recipe
 from likeness.pipelines.load import load
 from likeness.types import InputError
@@ -58,6 +59,19 @@ def test_number_formats(four_devices):
         assert choose_dtype(name, "cpu") is torch.float16
     with pytest.raises(InputError, match="Unknown dtype 'int4'"):
         choose_dtype("int4", "cpu")
+
+
+@pytest.mark.parametrize(("capability", "precision"), [("amx_bf16", "bf16"), ("avx512_bf16", "bf16"), ("avx2", "fp32")])
+def test_precision_of_a_processor(capability, precision, monkeypatch):
+    """A processor without bf16 instructions emulates them: training there in fp32 is several times faster."""
+    monkeypatch.setattr(
+        torch.cpu, "get_capabilities", lambda: {"amx_bf16": False, "cpu_name": "bf16", capability: True}
+    )
+    assert supports_bf16("cpu") == (precision == "bf16")
+    assert choose_precision("auto", "cpu") == precision
+    assert (choose_precision("bf16", "cpu"), choose_precision("fp32", "cpu")) == ("bf16", "fp32")
+    with World().autocast("auto"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == choose_dtype(precision, "cpu")
 
 
 def test_every_command_chooses_by_itself():

@@ -362,6 +362,7 @@ def test_rejected_input(prepared, faces, parts, tmp_path):
         encode_folder(prepared / "faces", prepared / "shards", parts, size=64)
     with pytest.raises(InputError, match="encoded with another precision"):
         encode_folder(prepared / "faces", prepared / "shards", parts, size=SIZE, precision="bf16")
+    assert encode_folder(prepared / "faces", prepared / "shards", parts, size=SIZE, precision="auto")["encoded"] == 0
     with pytest.raises(InputError, match="not a multiple"):
         encode_folder(prepared / "faces", tmp_path / "s", parts, size=SIZE + 1)
     (faces / "train/masks/000004.png").write_bytes(b"")

@@ -36,7 +36,7 @@ from likeness.data.store import (
     write_manifest,
     write_part,
 )
-from likeness.device import choose_device
+from likeness.device import choose_device, choose_precision
 from likeness.encoders.components import Components
 from likeness.encoders.latent import LatentCodec, spatial_factor, to_tensor
 from likeness.files import ABANDONED, delete_partials, is_unfinished, locked
@@ -123,7 +123,7 @@ def encode_folder(
     *,
     size: int,
     augmentations: int = 1,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Literal["fp32", "bf16", "auto"] = "fp32",
     text_features: bool = False,
     device: str | None = None,
     replace: bool = False,
@@ -160,6 +160,8 @@ def encode_folder(
     names = os.listdir(out) if out.is_dir() and not existing else []
     if other := sorted(name for name in names if not PART.fullmatch(name) and not is_unfinished(name)):
         raise InputError(f"{out} contains {other[0]}, which is not a file of shards: choose a new folder")
+    if precision == "auto":
+        precision = existing.get("precision") or choose_precision(precision, vae.device.type)
     recorded = existing.get("codec", "")
     settings = EncodeSettings(
         codec=recorded if recorded and components.same_encoder(recorded) else components.codec_hash,

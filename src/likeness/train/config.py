@@ -201,8 +201,9 @@ class RunRecipe:
     """Images to generate at every checkpoint."""
     seed: int = 0
     """Seed of all random numbers."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Data type of computations; weights and optimizer states are float32."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Data type of computations; weights and optimizer states are float32. auto: bf16 on a device that multiplies bf16
+    matrices itself, else fp32."""
     compile: bool = False
     """Use torch.compile: a slower start, faster steps."""
     threads: int | None = None

@@ -111,7 +111,7 @@ class Diagnostics:
         for name, faces in self.faces.items():
             # another batch size, for which nothing should be compiled
             eager = torch.compiler.set_stance("force_eager") if self.recipe.compile else nullcontext()
-            with eager, torch.autocast(world.device_type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+            with eager, world.autocast(self.recipe.precision):
                 losses = face_losses(model, self.objective, faces, world.device)
             values |= {f"{name}_{variant}": loss.mean().item() for variant, loss in losses.items()}
             by_time = losses["right"].tensor_split(min(TIME_BINS, len(losses["right"])))  # from data to noise

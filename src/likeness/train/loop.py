@@ -23,7 +23,14 @@ from likeness.train.checkpoint import newest
 from likeness.train.config import AdapterNetwork, TrainRecipe, check, micro_batch
 from likeness.train.diagnostics import Diagnostics
 from likeness.train.ema import Ema
-from likeness.train.networks import adapter_of, build_network, check_same_latents, freeze_others, load_initial_weights
+from likeness.train.networks import (
+    adapter_of,
+    build_network,
+    check_same_latents,
+    freeze_others,
+    load_initial_weights,
+    with_precision,
+)
 from likeness.train.optim import learning_rate, make_optimizers
 from likeness.train.progress import Progress
 from likeness.train.publish import Publication, checkpoint, preview, preview_requests
@@ -57,6 +64,7 @@ def train_in(
 ) -> None:
     """Train in a locked folder; stop early if `signals` is not empty."""
     # 1. Build
+    recipe = with_precision(recipe, world.device_type)
     with world.joint_errors():
         adapter = adapter_of(recipe) if isinstance(recipe.network, AdapterNetwork) else None
         components = load_components(recipe.data.components or (adapter.base if adapter else BUNDLED / COMMON))
@@ -124,7 +132,7 @@ def train_in(
         for number, batch in enumerate(micro_batches, start=1):
             set_gradient_sync(model, world, last=number == len(micro_batches))
             inputs = batch.with_text(components).to(world.device)
-            with torch.autocast(world.device_type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+            with world.autocast(recipe.precision):
                 part = denoising_losses(model, objective, inputs).mean() / len(micro_batches)
             part.backward()
             loss += part.detach()

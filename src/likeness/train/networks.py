@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
+from likeness.device import choose_precision
 from likeness.encoders.components import FLUX, Components, part_folder
 from likeness.files import read_json
 from likeness.models.mditface import MDiTFaceTransformer
@@ -28,6 +30,13 @@ from likeness.train.config import (
 from likeness.types import InputError
 from likeness.weights.catalog import CODEC, find_model
 from likeness.weights.packed import load_component
+
+
+def with_precision(recipe: TrainRecipe, device: str) -> TrainRecipe:
+    """Return the recipe with the precision of a device (`choose_precision`). A frozen FLUX.1 is in bf16 anywhere."""
+    frozen_flux = recipe.precision == "auto" and isinstance(recipe.network, MDiTFaceAdapter)
+    precision = "bf16" if frozen_flux else choose_precision(recipe.precision, device)
+    return dataclasses.replace(recipe, precision=precision)
 
 
 def build_network(

@@ -33,6 +33,7 @@ from likeness.train.config import (
     TrainRecipe,
     micro_batch,
 )
+from likeness.train.networks import with_precision
 from likeness.train.trace import FLUX_SIZES, ComponentSizes, Trace, block_counts, random_batch, random_network, trace
 from likeness.types import InputError
 from likeness.weights.catalog import BUNDLED, COMMON, bundled_models
@@ -175,7 +176,7 @@ def describe(recipe: TrainRecipe, name: str | None, gpus: int, progress: Progres
     """
     if gpus < 1 or recipe.optimizer.batch % gpus:
         raise InputError(f"a batch of {recipe.optimizer.batch} cannot be divided among {gpus} devices")
-    micro = micro_batch(recipe, gpus)
+    micro, recipe = micro_batch(recipe, gpus), planned(recipe, name)
     device, sizes = find_device(name, recipe, progress), component_sizes(recipe)
     traced = trace(recipe, micro, sizes, device.accelerator)
     source = "measured" if name is None else "from its data sheet"
@@ -203,6 +204,7 @@ def describe_shardings(recipe: TrainRecipe, name: str | None, progress: Progress
     device is unknown, or `micro_batch` does not divide the batch.
     """
     micro_batch(recipe, 1)
+    recipe = planned(recipe, name)
     device = find_device(name, recipe, progress)
     plans = compare_shardings(recipe, device, component_sizes(recipe))
     lines = [
@@ -217,6 +219,13 @@ def describe_shardings(recipe: TrainRecipe, name: str | None, progress: Progress
         cells = [f"{p.memory / GB:.1f} GB, {p.communicated / GB:.1f} GB, {p.seconds:.3g} s" for p in row]
         lines.append(f"| {count} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def planned(recipe: TrainRecipe, name: str | None) -> TrainRecipe:
+    """Return the recipe with the precision that a device of `DEVICES`, or this machine, computes in."""
+    if name is None:
+        return with_precision(recipe, "cuda" if torch.cuda.is_available() else "cpu")
+    return dataclasses.replace(recipe, precision="bf16" if recipe.precision == "auto" else recipe.precision)
 
 
 def find_device(name: str | None, recipe: TrainRecipe, progress: Progress) -> Device:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from likeness.data.sampler import step_stream
-from likeness.device import choose_device
+from likeness.device import choose_device, choose_precision
 from likeness.encoders.components import load_components
 from likeness.files import read_json
 from likeness.models.layers import modulate, use_explicit_attention
@@ -375,6 +375,7 @@ def train_in(
     # 1. Build
     o, d, components = recipe.optimizer, recipe.discriminator, publication.components
     world = World(device=choose_device("auto"))
+    recipe = dataclasses.replace(recipe, precision=choose_precision(recipe.precision, world.device_type))
     patch_size = blocks_of(student)[2]
     stores = open_stores(recipe, recipe.data.shards, components, patch_size)
     record_data(stores, run)
@@ -417,7 +418,7 @@ def train_in(
     batches = read_batches(recipe, stores, names, components.settings, world, progress.starts, o.batch, patch_size)
     for start, (batch,) in progress.steps(batches):
         update_student = start >= d.warmup
-        with torch.autocast(world.device_type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+        with world.autocast(recipe.precision):
             batch = batch.with_text(components).to(world.device)
             samples = next_samples(states.rollout, batch, recipe.steps)
             draws = Draws(*(x.to(world.device) for x in draw(d, recipe.seed, start, tuple(samples.clean.shape))))

@@ -150,7 +150,7 @@ def train_autoencoder(recipe: AutoencoderRecipe, run: Path) -> None:
         for start, batch in progress.steps(batches):
             batch = batch.to(world.device, memory_format=torch.channels_last)
             noise = torch.randn(latent_shape, generator=torch.Generator().manual_seed(recipe.seed + start))
-            with torch.autocast(world.device_type, torch.bfloat16):
+            with world.autocast("auto"):
                 loss = loss_of(model, batch, noise.to(world.device), recipe)
             loss.backward()
             progress.end_step(loss=loss, gradient_norm=steps.optimizer_step(progress, recipe, start))

@@ -227,7 +227,7 @@ def train_decoder(recipe: DecoderRecipe, run: Path) -> None:
         for start, (photographs, images) in progress.steps(batches):
             generator = torch.Generator().manual_seed(recipe.seed + start)
             images = images.to(world.device, memory_format=torch.channels_last)
-            with torch.autocast(world.device_type, torch.bfloat16):
+            with world.autocast("auto"):
                 latents = codec.encode(images)  # [B, C, S / f, S / f]
                 noise = torch.randn(latents.shape, generator=generator).to(world.device)
                 latents = latents + recipe.latent_noise * latents.std(dim=(0, 2, 3), keepdim=True) * noise

@@ -218,7 +218,7 @@ def train_face_parser(recipe: FaceParserRecipe, run: Path) -> None:
         batches = read_ahead(lambda start: examples.batch(start, recipe.batch), progress.starts)
         for start, (inputs, labels) in progress.steps(batches):
             torch.manual_seed(recipe.seed + start)  # for dropout
-            with torch.autocast(world.device_type, torch.bfloat16):
+            with world.autocast("auto"):
                 loss = compiled(network, inputs.to(world.device), labels.to(world.device), weights)
             loss.backward()
             progress.end_step(loss=loss, gradient_norm=steps.optimizer_step(progress, recipe, start))

@@ -138,7 +138,7 @@ def train_label_decoder(recipe: LabelDecoderRecipe, run: Path) -> None:
         forward = torch.compile(decoder) if recipe.compile else decoder
         batches = read_ahead(lambda start: masks.batch(start, recipe.batch), progress.starts)
         for start, (images, labels) in progress.steps(batches):
-            with torch.autocast(world.device_type, torch.bfloat16):
+            with world.autocast("auto"):
                 latents = noisy(codec.encode(images.to(world.device)), recipe.latent_noise, recipe.seed + start)
                 logits = forward(latents * codec.std.to(world.device) + codec.mean.to(world.device))
             loss = F.cross_entropy(logits.float(), labels.to(world.device))

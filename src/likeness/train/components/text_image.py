@@ -376,7 +376,7 @@ def train_text_image(recipe: TextImageRecipe, run: Path) -> None:
         measure = lambda clip: [retrieval(clip, tokenizer, test, recipe.size, recipe.retrieval_candidates)]  # noqa: E731
         for start, batch in progress.steps(Pairs(recipe, rows, tokenizer, classes).batches(progress.starts)):
             batch = Batch(*(tensor.to(world.device) for tensor in batch))
-            with torch.autocast(world.device_type, torch.bfloat16):
+            with world.autocast("auto"):
                 loss, of_attributes = loss_of(clip, head, sizes, batch)
             (loss + recipe.attribute_weight * of_attributes).backward()
             norm = steps.optimizer_step(progress, recipe, start)
