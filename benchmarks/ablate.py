@@ -3,7 +3,7 @@
 python benchmarks/ablate.py list
 python benchmarks/ablate.py train decoupled concat --shards SHARDS --test SHARDS --faces FOLDER --seeds 0 1 2
 python benchmarks/ablate.py compare concat decoupled --metric pixel_accuracy/mask
-python benchmarks/ablate.py collect          # write ablations.json with every comparison of claims.toml
+python benchmarks/ablate.py collect          # add the runs to ablations.json and ablations/, compare as claims.toml says
 python benchmarks/ablate.py costs --shards SHARDS  # time of a training step and of an image, relative to `mmface`
 python benchmarks/ablate.py table            # the collected results of all variants
 
@@ -42,6 +42,7 @@ from condition_losses import condition_losses_by_face
 from conflicts import measure_conflicts, read_masks
 from scipy import optimize, stats
 from torch import Tensor, nn
+from training_losses import contrastive_losses, dispersive_losses, record_features
 
 from likeness.annotators.face_parser import load_face_parser
 from likeness.cli.terminal import print_error
@@ -273,6 +274,8 @@ VARIANTS: dict[str, Variant] = {
     "mmface-ddpm-plain": mmface("DDPM without min-SNR", objective={"name": "ddpm", "snr_gamma": None}),
     "mmface-short": replace(mmface("captions cut to their first clause in training"), caption=first_clause),
     "mmface-progressive": replace(mmface("first half of the images at 64 px"), progressive=True),
+    "mmface-contrastive": replace(mmface("contrastive flow matching"), losses=contrastive_losses),
+    "mmface-dispersive": replace(mmface("dispersive loss", record_features), losses=dispersive_losses),
     "mmface-swapped": replace(
         mmface("`mmface` with the condition ids of mask and sketch swapped", swap_ids), bases=("mmface",), budget=0
     ),

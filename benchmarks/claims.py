@@ -48,9 +48,10 @@ their open questions, and what could not be tested. `python benchmarks/claims.py
 `benchmarks/claims.toml` and `benchmarks/ablations.json`.
 
 *Micro* networks are 128 wide and 6 deep, have 64 image tokens (128 px), and were trained on photographs of CelebA and
-CelebA-HQ with `benchmarks/ablate.py`, all with the same budget. Differences are paired by seed and face; their
-intervals include the variance between seeds. A claim is *reproduced* if its interval excludes zero on the claimed side,
-*contradicted* if it excludes zero on the other, else *undecided*. None of this says what holds at full scale.
+CelebA-HQ with `benchmarks/ablate.py`, all with the same budget, in bf16 or, on processors without it, in fp32.
+Differences are paired by seed and face; their intervals include the variance between seeds. A claim is *reproduced* if
+its interval excludes zero on the claimed side, *contradicted* if it excludes zero on the other, else *undecided*. None
+of this says what holds at full scale.
 """
 
 

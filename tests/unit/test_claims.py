@@ -1,5 +1,6 @@
 """The ledger of claims: complete, decided by its numbers, and not older than the code."""
 
+import copy
 import json
 import sys
 from functools import partial
@@ -16,9 +17,11 @@ import claims
 from baselines.composed import composed
 from baselines.controlnet import controlnet
 from baselines.spade import SpadeGan, gan_losses
+from training_losses import contrastive_losses, dispersive_losses
 
 from builders import randomise, whole_pipeline
 from likeness.data.synthetic import draw_face
+from likeness.objectives import RectifiedFlow
 from likeness.pipelines.mmface import MMFacePipeline
 from likeness.train.batches import Batch
 from likeness.train.ema import Ema
@@ -135,6 +138,7 @@ def random_network(name):
 def test_variants_differ_and_train():
     """Every variant of a network differs from all others, and training reaches its weights."""
     same = {"no-dropout", "mmface-short", "mmface-progressive", "mmface-text"}  # differ in their data only
+    same |= {"mmface-contrastive", "mmface-dispersive"}  # and in their loss only
     prints = {name: ablate.fingerprint(name) for name in ablate.VARIANTS if name not in same}
     assert len(set(prints.values())) == len(prints)
     latents, time, text, condition, index = random_inputs()
@@ -143,6 +147,26 @@ def test_variants_differ_and_train():
         network(latents, time, text, condition, index).square().mean().backward()
         trained = [one for one in network.parameters() if one.requires_grad]
         assert sum(one.grad is not None and one.grad.abs().max() > 0 for one in trained) > 0.5 * len(trained)
+
+
+def test_losses_are_their_formulas():
+    network, (latents, _, text, condition, index) = random_network("mmface-dispersive"), random_inputs()
+    noise, uniform = torch.randn(latents.shape, generator=torch.Generator().manual_seed(2)), torch.tensor([0.3, 0.6])
+    batch = Batch(latents, noise, uniform, condition, index, captions=[], text=text)
+    objective = RectifiedFlow()
+    times = objective.sample_time(uniform)
+    mixed = torch.stack([(1 - t) * x + t * e for t, x, e in zip(times, latents, noise, strict=True)])
+    velocity = network(mixed, objective.model_time(times), text, condition, index)
+    features = network.blocks[1].features
+    own = [(velocity[i] - (noise - latents)[i]).square().mean() for i in (0, 1)]
+    other = [(velocity[i] - (noise - latents)[1 - i]).square().mean() for i in (0, 1)]
+
+    contrastive = contrastive_losses(network, objective, batch)
+    torch.testing.assert_close(contrastive, torch.stack([own[i] - 0.05 * other[i] for i in (0, 1)]))
+    distance = (features[0] - features[1]).square().mean()
+    dispersion = torch.log((2 + 2 * torch.exp(-distance / 0.5)) / 4)
+    torch.testing.assert_close(dispersive_losses(network, objective, batch), torch.stack(own) + 0.5 * dispersion)
+    assert torch.equal(copy.deepcopy(network)(*random_inputs()), network(*random_inputs()))
 
 
 def test_averages_of_shared_weights():

@@ -141,14 +141,18 @@ def random_region(height: int, width: int, patch_size: int, rng: np.random.Gener
     return torch.from_numpy(tokens.repeat(patch_size, 0).repeat(patch_size, 1))
 
 
-def denoising_losses(network: nn.Module, objective: Objective, batch: Batch) -> Tensor:
-    """Return weight(t) times the mean squared error at x_t of each sample of a batch with text, float32 [B]."""
+def predict(network: nn.Module, objective: Objective, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return prediction and target at x_t of each sample of a batch with text, [B, C, h, w] each, and weight(t) [B]."""
     time = objective.sample_time(batch.uniform)  # [B]
     noisy = objective.corrupt(batch.clean, batch.noise, time)  # [B, C, h, w]
     prediction = network(noisy, objective.model_time(time), batch.text, batch.condition_latents, batch.condition_index)
-    target = objective.target(batch.clean, batch.noise, time)
-    error = (prediction.float() - target).square().mean(dim=(1, 2, 3))  # [B]
-    return objective.weight(time) * error
+    return prediction.float(), objective.target(batch.clean, batch.noise, time), objective.weight(time)
+
+
+def denoising_losses(network: nn.Module, objective: Objective, batch: Batch) -> Tensor:
+    """Return weight(t) times the mean squared error at x_t of each sample of a batch with text, float32 [B]."""
+    prediction, target, weight = predict(network, objective, batch)
+    return weight * (prediction - target).square().mean(dim=(1, 2, 3))
 
 
 def open_stores(recipe: RunRecipe, folders: Sequence[str], components: Components, patch_size: int) -> list[Store]:
