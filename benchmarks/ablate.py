@@ -3,7 +3,7 @@
 python benchmarks/ablate.py list
 python benchmarks/ablate.py train decoupled concat --shards SHARDS --test SHARDS --faces FOLDER --seeds 0 1 2
 python benchmarks/ablate.py compare concat decoupled --metric pixel_accuracy/mask
-python benchmarks/ablate.py collect          # add the runs to ablations.json and ablations/, compare as claims.toml says
+python benchmarks/ablate.py collect          # add the runs to ablations.json and ablations/, and compare
 python benchmarks/ablate.py costs --shards SHARDS  # time of a training step and of an image, relative to `mmface`
 python benchmarks/ablate.py table            # the collected results of all variants
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from builders import tiny_transformer
 from likeness.data.sampler import Sampler
@@ -26,6 +27,7 @@ from likeness.train.batches import make_batch
 from likeness.train.checkpoint import checkpoints, save_checkpoint
 from likeness.train.config import DataRecipe
 from likeness.train.ema import Ema, exponent
+from likeness.train.muon import Muon, orthogonalize
 from likeness.train.optim import learning_rate, make_optimizers
 from likeness.types import ConditionInput, InputError, PortraitRequest
 from runs import check_resume, killed_after_checkpoint, load_checkpoint, metrics, sigterm_in_step, small
@@ -125,6 +127,36 @@ def test_resume_is_exact(root, tmp_path, name, probabilities):
     train = lambda run: loop.train(recipe, run)  # noqa: E731
     check_resume(train, tmp_path, killed_after_checkpoint(), sigterm_in_step(3, 20))
     assert [int(path.name) for path in checkpoints(tmp_path / "parts")] == [20, 24]
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_muon_is_that_of_torch(bf16, monkeypatch):
+    """Equal up to rounding in bf16, which torch always uses."""
+    monkeypatch.setattr("likeness.train.muon.supports_bf16", lambda device: bf16)
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(8, 24), (24, 8), (8, 24), (8, 8)]
+    start = [torch.randn(shape, generator=draw) for shape in shapes]
+    ours, theirs = ([nn.Parameter(one.clone()) for one in start] for _ in range(2))
+    muon = Muon(ours, lr=0.1, weight_decay=0.2)
+    reference = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for one, other, shape in zip(ours, theirs, shapes, strict=True):
+            one.grad = torch.randn(shape, generator=draw)
+            other.grad = one.grad.clone()
+        muon.step()
+        reference.step()
+    for one, other, before in zip(ours, theirs, start, strict=True):
+        assert (one - other).norm() < 0.01 * (other - before).norm()
+        assert torch.allclose(muon.state[one]["momentum_buffer"], reference.state[other]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 48), (3, 48, 16)])
+def test_orthogonalized_matrices(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, values, right = torch.linalg.svd(orthogonalize(matrices).float(), full_matrices=False)
+    assert 0.6 < values.min() <= values.max() < 1.3
+    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    assert ((left @ right) * (u @ v)).sum(dim=(1, 2)) / 16 == pytest.approx([1.0] * 3, abs=0.02)
 
 
 def test_muon_takes_the_matrices_of_the_blocks(root):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from likeness.train.config import OptimizerRecipe
+from likeness.train.muon import Muon
 from likeness.types import InputError
 
 
@@ -51,7 +52,7 @@ def make_optimizers(model: nn.Module, recipe: OptimizerRecipe) -> list[torch.opt
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, betas=recipe.betas, fused=True, **settings)]
     if matrices:
         ordered = [matrices[name] for name in sorted(matrices)]
-        optimizers.append(torch.optim.Muon(ordered, adjust_lr_fn="match_rms_adamw", **settings))
+        optimizers.append(Muon(ordered, **settings))
     return optimizers
 
 

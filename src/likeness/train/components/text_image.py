@@ -42,6 +42,7 @@ from likeness.files import writing_folder
 from likeness.train.checkpoint import newest
 from likeness.train.components import steps
 from likeness.train.config import ComponentRecipe
+from likeness.train.muon import Muon
 from likeness.types import InputError
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
@@ -334,7 +335,7 @@ def make_optimizers(model: nn.Module, recipe: TextImageRecipe) -> list[torch.opt
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
     rate, decay = recipe.learning_rate, recipe.weight_decay
     return [
-        torch.optim.Muon(hidden, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+        Muon(hidden, lr=rate, weight_decay=decay),
         torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98)),
     ]
 
