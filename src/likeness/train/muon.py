@@ -21,7 +21,7 @@ COEFFICIENTS = 3.4445, -4.7750, 2.0315
 
 class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum and decoupled weight decay, for matrices. The learning rate is scaled so that updates
-    are as large as AdamW's: by 0.2 sqrt(max(m, n)) for an m x n matrix (Liu et al. 2025, arXiv 2502.16982, equation 4).
+    are as large as AdamW's: by 0.2 sqrt(max(m, n)) for an m x n matrix (Liu et al. 2025, arXiv 2502.16982).
     """
 
     def __init__(
