@@ -1,7 +1,7 @@
 """Muon: momentum whose update of a matrix is orthogonalized (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
 
-Apart from rounding it is `torch.optim.Muon`. It orthogonalizes all matrices of a shape in one batch, and in float32 on
-processors that would emulate bfloat16: together a fifth of a training step of the bundled models.
+Apart from rounding it is `torch.optim.Muon`, but faster: it orthogonalizes all matrices of a shape in one batch, and in
+float32 on processors that would emulate bfloat16.
 """
 
 from __future__ import annotations
