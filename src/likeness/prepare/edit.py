@@ -34,7 +34,7 @@ from likeness.pipelines.editing import DEFAULT_METHOD, METHODS, edit_steps, last
 from likeness.pipelines.formats import format_of
 from likeness.pipelines.generate import call_options, resolve
 from likeness.pipelines.image_recipe import decode_raw, encode_image, encode_raw, recipe_of
-from likeness.pipelines.portrait import PortraitOutput
+from likeness.pipelines.output import PortraitOutput
 from likeness.prepare.align import cut_portrait, face_transform
 from likeness.prepare.paste import FEATHER, bands, box_of, inward, paste_portrait
 from likeness.types import ConditionInput, InputError, PortraitRequest, Progress

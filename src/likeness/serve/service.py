@@ -34,7 +34,7 @@ from likeness.files import write_whole
 from likeness.pipelines.generate import resolve
 from likeness.pipelines.image_recipe import encode_image, environment, recipe_of
 from likeness.pipelines.load import load
-from likeness.pipelines.portrait import PortraitOutput
+from likeness.pipelines.output import PortraitOutput
 from likeness.pipelines.propose import propose_mask
 from likeness.pipelines.sizes import parse_size
 from likeness.prepare.align import cut_portrait, face_transform

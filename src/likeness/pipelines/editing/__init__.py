@@ -27,7 +27,8 @@ from likeness.pipelines.editing.inpainting import inpainting
 from likeness.pipelines.editing.inversion import inversion
 from likeness.pipelines.editing.langevin import langevin
 from likeness.pipelines.editing.replacement import image_to_image, replacement
-from likeness.pipelines.portrait import PortraitOutput, PortraitPipeline, check_latent_size, check_output_type
+from likeness.pipelines.output import PortraitOutput, check_latent_size, check_output_type
+from likeness.pipelines.portrait import PortraitPipeline
 from likeness.types import PHOTO, InputError, suggestion
 
 Result = TypeVar("Result")

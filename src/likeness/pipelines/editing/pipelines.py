@@ -11,7 +11,8 @@ from typing import Any, cast
 from likeness.pipelines.editing import DEFAULT_METHOD, edit_steps, last
 from likeness.pipelines.mditface import MDiTFacePipeline
 from likeness.pipelines.mmface import MMFacePipeline
-from likeness.pipelines.portrait import PortraitOutput, PortraitPipeline
+from likeness.pipelines.output import PortraitOutput
+from likeness.pipelines.portrait import PortraitPipeline
 
 
 class Inpainting(PortraitPipeline):
