@@ -668,7 +668,7 @@ def collect(wanted: Sequence[Sequence[str]], out: Path, seeds: Sequence[int]) ->
     """Add the finished runs and the wanted comparisons, (variant, reference, metric) each, to the committed results.
     Runs of other code, budget or faces than the committed ones replace these.
     """
-    results, metrics = read_results(), sorted({metric for _, _, metric in wanted})
+    results, metrics = read_results(), {metric for _, _, metric in wanted}
     for name in VARIANTS:
         files = {seed: out / name / f"seed-{seed}" / "result.json" for seed in seeds}
         found = {seed: read_json(file) for seed, file in files.items() if file.is_file()}

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
@@ -142,7 +141,7 @@ def ema_pipeline(state: TrainState, publication: Publication) -> Iterator[tuple[
         return
     with ema.applied():
         weights = gather(adapter_state(model), world)
-        with torch.autocast(world.device_type, torch.bfloat16):
+        with world.autocast("bf16"):
             try:
                 yield pipeline_of(publication, model), weights
             finally:
