@@ -666,7 +666,7 @@ def read_scores(name: str) -> dict[str, np.ndarray]:
 
 def collect(wanted: Sequence[Sequence[str]], out: Path, seeds: Sequence[int]) -> None:
     """Add the finished runs and the wanted comparisons, (variant, reference, metric) each, to the committed results.
-    Runs of other code, budget or faces than the committed ones replace these.
+    Runs of other code, budget or faces than the committed ones replace these and their comparisons.
     """
     results, metrics = read_results(), {metric for _, _, metric in wanted}
     for name in VARIANTS:
@@ -677,6 +677,8 @@ def collect(wanted: Sequence[Sequence[str]], out: Path, seeds: Sequence[int]) ->
         latest, known, scores = list(found.values())[-1], results["variants"].get(name, {}), read_scores(name)
         if any(known.get(key) != latest[key] for key in ("images", "count", "fingerprint")):
             known, scores = {}, {}
+            kept = {key: one for key, one in results["comparisons"].items() if name not in key.split()[:2]}
+            results["comparisons"] = kept
         facts = {key: latest[key] for key in ("images", "count", "parameters", "commit", "fingerprint", "trainable")}
         means = {str(seed): one["means"] for seed, one in found.items()}
         results["variants"][name] = {**facts, "seeds": known.get("seeds", {}) | means}

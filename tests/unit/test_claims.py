@@ -121,6 +121,7 @@ def test_collected_runs_need_not_be_kept(tmp_path, monkeypatch):
     ablate.collect(wanted, tmp_path / "four", [2])
     assert list(ablate.read_results()["variants"]["decoupled"]["seeds"]) == ["2"]
     assert list(ablate.read_scores("decoupled")) == ["2/pixel_accuracy/mask"]
+    assert not ablate.read_results()["comparisons"]
 
 
 def random_inputs() -> tuple:
