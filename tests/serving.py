@@ -12,10 +12,11 @@ from types import SimpleNamespace
 
 import openai
 import requests
-import uvicorn
+from uvicorn import Config
 
 from builders import tiny_pipeline
 from likeness.serve.app import create_app
+from likeness.serve.server import Server
 from likeness.serve.service import Service, Settings
 from likeness.serve.store import Store
 
@@ -27,7 +28,7 @@ def serving(
     """A server that has generated its warm-up image: its address, a client, its store."""
     store = Store(folder, database, replica)
     app = create_app(Service(pipeline or tiny_pipeline(), store, Settings(model="tiny", **settings)))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False))
+    server = Server(Config(app, port=0, log_config=None, access_log=False))
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

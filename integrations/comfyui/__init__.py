@@ -1,13 +1,15 @@
 """ComfyUI nodes that use a running `likeness serve` (docs/serve.md). They load no model.
 
 Install: copy or link this folder to `ComfyUI/custom_nodes/likeness`. ComfyUI passes an IMAGE as float32 [B, H, W, 3] in
-0..1 and a MASK as float32 [B, H, W] in 0..1.
+0..1 and a MASK as float32 [B, H, W] in 0..1. The API key, if the service needs one, is that of the environment variable
+LIKENESS_API_KEY: ComfyUI writes the inputs of nodes into workflows and images.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import os
 from typing import Any
 
 import numpy as np
@@ -15,22 +17,20 @@ import requests
 import torch
 from PIL import Image
 
-SERVER: dict[str, Any] = {
-    "server": ("STRING", {"default": "http://127.0.0.1:8000"}),
-    "api_key": ("STRING", {"default": ""}),
-}
+SERVER: dict[str, Any] = {"server": ("STRING", {"default": "http://127.0.0.1:8000"})}
 SEED = ("INT", {"default": 0, "min": 0, "max": 2**31 - 1, "control_after_generate": True})
 TEXT = ("STRING", {"multiline": True, "default": ""})
 UNIT = {"min": 0.0, "max": 1.0, "step": 0.01}
 
 
-def send(path: str, *, server: str, api_key: str, timeout: float = 600, **body: Any) -> dict[str, Any]:
+def send(path: str, *, server: str, timeout: float = 600, **body: Any) -> dict[str, Any]:
     """POST to the service (`json=`, or `files=` and `data=`) and return its answer.
 
     Raises:
         RuntimeError: it cannot be reached, or rejects the request; the message is the service's.
     """
-    headers = {"Authorization": f"Bearer {api_key}".encode()} if api_key else {}
+    key = os.environ.get("LIKENESS_API_KEY")
+    headers = {"Authorization": f"Bearer {key}".encode()} if key else {}
     try:
         response = requests.post(f"{server.rstrip('/')}/v1/{path}", headers=headers, timeout=timeout, **body)
     except requests.RequestException as error:
@@ -102,7 +102,6 @@ class Generate:
         guidance_scale: float,
         size: str,
         server: str,
-        api_key: str,
         negative_prompt: str = "",
         mask: torch.Tensor | None = None,
         mask_scale: float = 1.0,
@@ -124,7 +123,7 @@ class Generate:
             body["steps"] = steps
         if guidance_scale >= 0:
             body["guidance_scale"] = guidance_scale
-        answer = send("images/generations", server=server, api_key=api_key, json=body)
+        answer = send("images/generations", server=server, json=body)
         return to_image(*(image["b64_json"] for image in answer["data"])), "\n".join(answer["notes"])
 
 
@@ -140,8 +139,8 @@ class ProposeMask:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {"required": {"prompt": TEXT, "seed": SEED, **SERVER}}
 
-    def run(self, prompt: str, seed: int, server: str, api_key: str) -> tuple[torch.Tensor]:
-        answer = send("masks/propose", server=server, api_key=api_key, json={"prompt": prompt, "seed": seed})
+    def run(self, prompt: str, seed: int, server: str) -> tuple[torch.Tensor]:
+        answer = send("masks/propose", server=server, json={"prompt": prompt, "seed": seed})
         return (to_image(answer["b64_json"]),)
 
 
@@ -157,11 +156,9 @@ class ExtractCondition:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {"required": {"photograph": ("IMAGE",), "condition": (["mask", "sketch"],), **SERVER}}
 
-    def run(
-        self, photograph: torch.Tensor, condition: str, server: str, api_key: str
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self, photograph: torch.Tensor, condition: str, server: str) -> tuple[torch.Tensor, torch.Tensor]:
         files = {"image": ("image.png", to_png(photograph), "image/png")}
-        answer = send(f"conditions/{condition}", server=server, api_key=api_key, files=files)
+        answer = send(f"conditions/{condition}", server=server, files=files)
         return to_image(answer["b64_json"]), to_image(answer["image"])
 
 
@@ -177,7 +174,7 @@ class EditPhotograph:
         return {"required": {"photograph": ("IMAGE",), "area": ("MASK",), "prompt": TEXT, "seed": SEED, **SERVER}}
 
     def run(
-        self, photograph: torch.Tensor, area: torch.Tensor, prompt: str, seed: int, server: str, api_key: str
+        self, photograph: torch.Tensor, area: torch.Tensor, prompt: str, seed: int, server: str
     ) -> tuple[torch.Tensor]:
         if area.shape[1:] != photograph.shape[1:3]:
             (height, width), (own, other) = photograph.shape[1:3], area.shape[1:]
@@ -188,7 +185,7 @@ class EditPhotograph:
             "mask": ("mask.png", to_png(photograph, keep), "image/png"),
         }
         fields = {"prompt": prompt, "seed": seed}
-        answer = send("images/edits", server=server, api_key=api_key, files=files, data=fields)
+        answer = send("images/edits", server=server, files=files, data=fields)
         return (to_image(answer["data"][0]["b64_json"]),)
 
 

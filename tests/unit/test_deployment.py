@@ -94,7 +94,7 @@ def test_a_comfyui_workflow_gives_the_image_of_the_api(nodes, server):
     face = draw_face(0, 0, 64)
     mask = torch.from_numpy(PALETTE[face.mask].astype(np.float32) / 255)[None]
     sketch = torch.from_numpy(np.repeat(face.sketch[..., None], 3, -1).astype(np.float32) / 255)[None]
-    given = {"prompt": "a man", "seed": 3, "count": 2, "steps": 2, "server": server.url, "api_key": ""}
+    given = {"prompt": "a man", "seed": 3, "count": 2, "steps": 2, "server": server.url}
     given |= {"mask": [mask, 0], "sketch": [sketch, 0], "sketch_scale": 0.5}
     image, notes = execute(nodes, {"1": {"class_type": "LikenessGenerate", "inputs": given}}, "1")
     contents = {name: CONDITIONS[name].encode(getattr(face, name)) for name in ("mask", "sketch")}
@@ -114,10 +114,10 @@ def test_a_comfyui_workflow_gives_the_image_of_the_api(nodes, server):
     assert "mask" in notes
 
 
-def test_a_comfyui_workflow_extracts_a_mask_and_generates(nodes, server):
+def test_a_comfyui_workflow_extracts_a_mask_and_generates(nodes, server, monkeypatch):
     """A link passes the mask of a photograph on; the service's errors are shown as they are."""
     photo = torch.from_numpy(draw_face(0, 1, 64).image.astype(np.float32) / 255)[None]
-    shared = {"server": server.url, "api_key": ""}
+    shared = {"server": server.url}
     extract = {"photograph": [photo, 0], "condition": "mask", **shared}
     workflow = {
         "a": {"class_type": "LikenessExtractCondition", "inputs": extract},
@@ -128,9 +128,10 @@ def test_a_comfyui_workflow_extracts_a_mask_and_generates(nodes, server):
     workflow["b"]["inputs"]["size"] = "9999x9999"
     with pytest.raises(RuntimeError, match="size is 9999x9999"):
         execute(nodes, {**workflow, "b": _with_defaults(nodes, workflow["b"])}, "b")
+    monkeypatch.setenv("LIKENESS_API_KEY", "ключ")
     for address in ("http://127.0.0.1:9", "127.0.0.1:9", ""):
         with pytest.raises(RuntimeError, match="cannot be reached"):
-            nodes.send("models", server=address, api_key="ключ", json={})
+            nodes.send("models", server=address, json={})
     edit = {"photograph": [photo, 0], "area": [torch.ones(1, 32, 64), 0], "prompt": "", "seed": 1, **shared}
     with pytest.raises(ValueError, match="area is 64x32, but the photograph is 64x64"):
         execute(nodes, {"c": {"class_type": "LikenessEditPhotograph", "inputs": edit}}, "c")
@@ -142,7 +143,7 @@ def test_a_comfyui_workflow_edits_a_photograph(nodes, server):
     given = torch.from_numpy(np.asarray(photo).astype(np.float32) / 255)[None]
     area = torch.zeros(given.shape[:3])
     area[:, :40] = 1
-    shared = {"prompt": "a hat", "seed": 1, "server": server.url, "api_key": ""}
+    shared = {"prompt": "a hat", "seed": 1, "server": server.url}
     edit = {"photograph": [given, 0], "area": [area, 0], **shared}
     (image,) = execute(nodes, {"e": {"class_type": "LikenessEditPhotograph", "inputs": edit}}, "e")
     same = (image == given).all(-1)

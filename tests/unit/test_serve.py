@@ -24,6 +24,7 @@ import numpy as np
 import openai
 import pytest
 import requests
+from fastapi.testclient import TestClient
 from PIL import Image
 
 from builders import load_script, tiny_mditface_pipeline, tiny_pipeline
@@ -34,7 +35,9 @@ from likeness.pipelines.generate import generate, resolve
 from likeness.pipelines.image_recipe import read_recipe, request_of
 from likeness.pipelines.sampling import advance
 from likeness.prepare.edit import Change, edit_photo, open_photo
+from likeness.serve.app import create_app
 from likeness.serve.engine import sampling_of
+from likeness.serve.service import Service, Settings
 from likeness.serve.store import FORGOTTEN, JOBS, LOST, Store, Taken
 from likeness.types import ConditionInput, InputError, PortraitRequest
 from serving import serving
@@ -372,6 +375,26 @@ def test_damaged_model(tmp_path):
         assert "not finite" in answer.json()["error"]["message"]
 
 
+def test_requests_during_a_warm_up_that_fails(tmp_path):
+    """A request that arrives before the failure does not wait for ever."""
+    pipeline, waiting = tiny_pipeline(), threading.Event()
+
+    class Damaged(type(pipeline)):
+        def __call__(self, *args, **kwargs):
+            waiting.wait(30)
+            raise InputError("the weights are damaged")
+
+    pipeline.__class__ = Damaged
+    app = create_app(Service(pipeline, Store(tmp_path), Settings(model="tiny")))
+    with TestClient(app) as client, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(client.post, "/v1/images/generations", json={"prompt": "a"}, headers={"x-request-id": "a"})
+        wait_for(lambda: "likeness_queue_length 1.0" in client.get("/metrics").text)
+        waiting.set()
+        assert answer.result(30).status_code == 503
+        assert "damaged" in answer.result().json()["error"]["message"]
+        assert client.get("/v1/jobs/a").json()["state"] == "interrupted"
+
+
 @pytest.mark.parametrize("origin", ["https://one.example", "https://two.example"])
 def test_web_pages_of_other_origins(tmp_path, origin):
     with serving(tmp_path, cors=("https://one.example",), keys=("one",)) as server:
@@ -381,6 +404,11 @@ def test_web_pages_of_other_origins(tmp_path, origin):
         headers |= {"Sec-Fetch-Site": "cross-site", "Authorization": "Bearer one"}
         answer = post(server, "recipes", files={"image": MASK.read_bytes()}, headers=headers)  # needs no permission
         assert answer.status_code == (400 if origin == "https://one.example" else 403)
+        del headers["Sec-Fetch-Site"]  # browsers send it to servers on this machine or with TLS only
+        answer = post(server, "recipes", files={"image": MASK.read_bytes()}, headers=headers)
+        assert answer.status_code == (400 if origin == "https://one.example" else 403)
+        answer = post(server, "recipes", files={"image": MASK.read_bytes()}, headers=headers | {"Origin": server.url})
+        assert answer.status_code == 400
 
 
 # Jobs
@@ -396,6 +424,11 @@ def long_request(server, id: str, path: str = "images/generations", **headers) -
     thread.start()
     wait_for(lambda: requests.get(f"{server.url}/v1/jobs/{id}", timeout=60).json().get("progress", 0) > 0)
     return thread
+
+
+def events_in(text: str) -> list[dict]:
+    """Return the data of the events of a stream."""
+    return [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")]
 
 
 def figure(server, name: str) -> float:
@@ -439,7 +472,51 @@ def test_idempotency_key(server):
     thread = long_request(server, "kept", **{"Idempotency-Key": "other"})
     requests.delete(f"{server.url}/v1/jobs/kept", timeout=60)
     thread.join(30)
-    assert post(server, json=body, headers={"Idempotency-Key": "other"}).ok  # a cancelled request does not count
+    headers = {"Idempotency-Key": "other", "x-request-id": "kept"}
+    assert post(server, json=body, headers=headers).ok  # a cancelled request uses up neither key nor id
+    again = post(server, json=body, headers={"x-request-id": "kept"})
+    assert (again.status_code, again.headers["x-should-retry"]) == (409, "false")
+
+
+def test_idempotency_key_keeps_the_form_of_the_response(server):
+    body, headers = {"prompt": "a", "steps": 2, "n": 2}, {"Idempotency-Key": "url"}
+    first, again = (post(server, json=body | {"response_format": "url"}, headers=headers) for _ in range(2))
+    assert first.json() == again.json()
+    body |= {"stream": True, "partial_images": 1}
+    first, again = (events_in(post(server, json=body, headers={"Idempotency-Key": "stream"}).text) for _ in range(2))
+    assert [event for event in first if event["type"] == "image_generation.completed"] == again
+    assert len(again) == 2
+
+
+def test_requests_with_one_idempotency_key_at_the_same_time(server):
+    files = {"image": encoded(photograph()), "mask": hole(200)}
+    send = lambda _: post(  # noqa: E731
+        server, "images/edits", data={"prompt": "a", "steps": 2}, files=files, headers={"Idempotency-Key": "many"}
+    )
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(send, range(4)))
+    assert [answer.status_code for answer in answers] == [200] * 4
+    assert len({answer.text for answer in answers}) == 1
+
+
+def test_a_shutdown_interrupts_long_jobs(tmp_path):
+    """Every form of request gets an error when the time is over, and the job is stored as interrupted."""
+    body, kinds = {"prompt": "a", "steps": 100, "n": 10}, {"plain": {}, "stream": {"stream": True}, "kept": {}}
+    with ThreadPoolExecutor(3) as pool:
+        with serving(tmp_path, shutdown=0.5) as server:
+            headers = {id: {"x-request-id": id} for id in kinds}
+            headers["kept"]["Idempotency-Key"] = "k"
+            sent = {id: pool.submit(post, server, json=body | more, headers=headers[id]) for id, more in kinds.items()}
+            wait_for(lambda: figure(server, "likeness_running_images") + figure(server, "likeness_queue_length") == 30)
+        answers = {id: answer.result() for id, answer in sent.items()}
+    assert [answers[id].status_code for id in ("plain", "kept")] == [503, 503]
+    assert events_in(answers["stream"].text)[-1]["error"]["code"] == "interrupted"
+    store = Store(tmp_path)
+    for id in kinds:
+        row = store.find(id, "")
+        assert (row["state"], row["error"]["code"]) == ("interrupted", "interrupted")
+        assert "is shutting down" in row["error"]["message"]
+    store.close()
 
 
 @pytest.fixture

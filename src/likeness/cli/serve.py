@@ -85,9 +85,11 @@ class Serve:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
         with locked(self.data) if self.database is None else nullcontext():
             app = self.application(self.replica or f"{socket.gethostname()}:{port}")
-            import uvicorn
+            from uvicorn import Config
 
-            config = uvicorn.Config(
+            from likeness.serve.server import Server
+
+            config = Config(
                 app,
                 log_config=None,
                 access_log=False,
@@ -95,10 +97,10 @@ class Serve:
                 server_header=False,
             )
             self.started(port)
-            print(f"Serving {self.name or self.model} at http://{self.host}:{port}", flush=True)
+            print(f"Serving {self.name or self.model} at http://{in_url(self.host)}:{port}", flush=True)
             sys.setswitchinterval(0.0005)  # the engine waits less for threads that run Python
             with exit_on_sigterm():  # the server raises the signal again after its shutdown
-                uvicorn.Server(config).run(sockets=[listener])
+                Server(config).run(sockets=[listener])
 
     def started(self, port: int) -> None:
         """Called before the service runs."""
@@ -115,7 +117,8 @@ class Serve:
         """Load the model and return the ASGI application. `replica` is the name of this replica in a shared database.
 
         Raises:
-            InputError: the model, the data folder, the database or the keys cannot be read, or a package is missing.
+            InputError: the model, the data folder, the database or the keys cannot be read, the model's defaults exceed
+                a limit, or a package is missing.
         """
         keys = read_keys(self.api_key_file)
         try:
@@ -143,6 +146,9 @@ class Serve:
         store = Store(self.data, self.database, replica if self.database else "")
         pipeline = load_pipeline(self.model, self.dtype, self.device, self.base, self.quantize)
         adapt_threads(pipeline)
+        for option, limit, name in (("--max-steps", self.max_steps, "steps"), ("--max-side", self.max_side, "size")):
+            if (default := pipeline.config.defaults[name]) > limit:
+                raise InputError(f"{option} is {limit}, below the default of {self.model}, {default}: raise it")
         return create_app(Service(pipeline, store, settings))
 
 
@@ -155,10 +161,16 @@ class Studio(Serve):
     """Open the page in the default browser."""
 
     def started(self, port: int) -> None:
-        address = f"http://{'localhost' if self.host in ('0.0.0.0', '::') else self.host}:{port}/studio/"
+        host = "localhost" if self.host in ("0.0.0.0", "::") else in_url(self.host)
+        address = f"http://{host}:{port}/studio/"
         print(f"The studio is at {address}", flush=True)
         if self.browser:
             threading.Timer(1, webbrowser.open, [address]).start()
+
+
+def in_url(host: str) -> str:
+    """Return a host as URLs contain it: IPv6 addresses have brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 def read_keys(file: Path | None) -> tuple[str, ...]:

@@ -329,7 +329,7 @@ def region_steps(
     pipeline: Any, photo: Photo, plan: Plan, request: PortraitRequest, *, strength: float, method: str
 ) -> Generator[tuple[int, int], None, PortraitOutput]:
     """Generate the region of a plan with the output of `request_for`, as `edit_steps`."""
-    return edit_steps(
+    steps = edit_steps(
         pipeline,
         image=cut_portrait(photo.pixels, plan.transform, len(plan.region)),
         mask_image=plan.region,
@@ -338,6 +338,7 @@ def region_steps(
         source_control_image={"mask": Reading(raw=plan.before, scheme="mask of the photograph")},
         **call_options(request, [request.seed]),
     )
+    return (yield from steps)  # all work is done by who asks for the steps
 
 
 def composed(

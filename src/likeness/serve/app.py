@@ -9,7 +9,7 @@ import hashlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from likeness.conditions import CONDITIONS
 from likeness.pipelines.sizes import format_sizes, trained_sizes
 from likeness.serve.engine import Closed, Engine, Full, measure_batch, warm_up
-from likeness.serve.errors import ApiError, handle, respond
+from likeness.serve.errors import FINAL, ApiError, handle, respond
 from likeness.serve.job import Job, response_of
 from likeness.serve.jobs import SHARE, Jobs
 from likeness.serve.schema import MAX_PROMPT, ConditionName, Generation, MaskCheck, MaskEdit, PhotoEdit, Proposal
@@ -43,6 +43,12 @@ EXPIRY = 30
 
 OPEN = ("/healthz", "/readyz")
 """Paths that need no API key."""
+
+GRACE = 4
+"""Seconds after the end of the jobs, at a shutdown, in which their responses are sent."""
+
+STREAM = {"x-accel-buffering": "no"}
+"""Headers of a stream: a proxy must not buffer it."""
 
 READING = ("GET", "HEAD", "OPTIONS")
 """Methods that a link on any web page may use."""
@@ -106,8 +112,11 @@ class Frame:
             page = scope["path"] in ("/", "/studio") or scope["path"].startswith("/studio/")
             if self.keys and not (page and self.service.settings.studio) and scope["path"] not in OPEN:
                 scope["state"]["owner"] = self.owner(headers.get(b"authorization", ""))
-            foreign = headers.get(b"sec-fetch-site") == "cross-site" and scope["method"] not in READING
-            if foreign and not {headers.get(b"origin"), "*"} & set(self.service.settings.cors):
+            if (
+                scope["method"] not in READING
+                and is_foreign(headers)
+                and not ({headers.get(b"origin"), "*"} & set(self.service.settings.cors))
+            ):
                 message = "Web pages of other sites may not send requests: allow them with the option --cors"
                 raise ApiError(403, message, code="cross_site")
             length = headers.get(b"content-length", "0")
@@ -143,6 +152,16 @@ class Frame:
         return ApiError(413, f"The body is too large: at most {limit / 2**20:.0f} MiB", code="too_large")
 
 
+def is_foreign(headers: Mapping[bytes, str]) -> bool:
+    """Whether a web page of another site sent a request. Browsers say so themselves to servers on this machine or with
+    TLS; to others they send the page's origin.
+    """
+    if site := headers.get(b"sec-fetch-site"):
+        return site == "cross-site"
+    origin = headers.get(b"origin")
+    return origin is not None and origin.partition("://")[2] != headers.get(b"host")
+
+
 def create_app(service: Service) -> FastAPI:
     """Return the application of a service; its engine starts with it."""
     settings, store, metrics = service.settings, service.store, Metrics()
@@ -164,7 +183,8 @@ def create_app(service: Service) -> FastAPI:
             engine.batch = measure_batch(service.pipeline, deterministic=settings.deterministic)
         except Exception as error:
             log.exception("The warm-up image failed")
-            state["error"] = f"The warm-up image failed: {error}"
+            state["error"] = jobs.closing = f"The warm-up image failed: {error}"
+            engine.close()
             return
         engine.start()
         state["ready"] = True
@@ -189,6 +209,7 @@ def create_app(service: Service) -> FastAPI:
         await asyncio.to_thread(service.close)
 
     app = FastAPI(title="likeness", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.end_jobs = lambda: jobs.close(settings.shutdown)
     for kind in (HTTPException, RequestValidationError, InputError):
         app.add_exception_handler(kind, handle)
     app.add_middleware(Frame, service=service, metrics=metrics)
@@ -246,8 +267,8 @@ def create_app(service: Service) -> FastAPI:
         key = request.headers.get("idempotency-key")
         if key is not None:
             key = hashlib.sha256(f"{owner}\0{key}".encode()).hexdigest()
-            if (known := await earlier(key, digest)) is not None:
-                return await result_of(request, *known)
+            if (known := await earlier(id, key, digest)) is not None:
+                return await result_of(request, body, *known)
         if state["error"]:
             raise ApiError(503, state["error"], code="not_ready")
         if not engine.open or len(engine.waiting) + body.n > settings.queue:  # checked again when queued
@@ -256,22 +277,24 @@ def create_app(service: Service) -> FastAPI:
         def create() -> Job:
             accepted = accept()
             store.create(id, owner=owner, request=digest, key=key)
-            return Job(id=id, owner=owner, body=body, **accepted)
+            return Job(id=id, body=body, **accepted)
 
         try:
             job = await run(create)
             jobs.start(job)
         except Taken as error:
+            if key is not None and (known := await earlier(id, key, digest)) is not None:  # sent at the same time
+                return await result_of(request, body, *known)
             message = f"A request with the id {id} or with this Idempotency-Key exists: choose another"
-            raise ApiError(409, message, code="duplicate_request") from error
+            raise ApiError(409, message, code="duplicate_request", headers=FINAL) from error
         except (Full, Closed) as error:
             await asyncio.to_thread(store.remove, id)
             raise full() from error
         if isinstance(body, Generation) and body.stream:
             return EventSourceResponse(
                 events_of(job, keep=key is not None),
-                headers={"x-accel-buffering": "no"},
-                shutdown_grace_period=settings.shutdown,
+                headers=STREAM,
+                shutdown_grace_period=settings.shutdown + GRACE,
             )
         await ended(request, job, keep=key is not None)
         if job.error is not None:
@@ -279,22 +302,27 @@ def create_app(service: Service) -> FastAPI:
         row = {"id": id, "files": job.files, "response": response_of(job)}
         return await finished(request, row, body.response_format, job.contents)
 
-    async def earlier(key: str, digest: str) -> tuple[dict[str, Any], Job | None] | None:
-        """Return the job of an idempotency key, unless it did not complete: then the key is free."""
+    async def earlier(id: str, key: str, digest: str) -> tuple[dict[str, Any], Job | None] | None:
+        """Return the job of an idempotency key, unless it did not complete: then the key is free, and so is the id of
+        the request if it is the job's.
+        """
         row = await asyncio.to_thread(store.find_key, key)
         if row is None:
             return None
         job = jobs.live.get(row["id"])
         if job is None and row["state"] not in ("completed", *UNFINISHED):
-            await asyncio.to_thread(store.release, key)
+            if row["id"] == id:
+                await asyncio.to_thread(store.remove, id)
+            else:
+                await asyncio.to_thread(store.release, key)
             return None
         if row["request"] != digest:
             message = "The Idempotency-Key was used for another request: choose another key"
             raise ApiError(409, message, param="Idempotency-Key", code="idempotency_mismatch")
         return row, job
 
-    async def result_of(request: Request, row: dict[str, Any], job: Job | None) -> Any:
-        """Return the result of an earlier request with the same key, once it is complete."""
+    async def result_of(request: Request, body: Generation | PhotoEdit, row: dict[str, Any], job: Job | None) -> Any:
+        """Return the result of an earlier request with the same key and body, once it is complete."""
         if job is not None:
             await ended(request, job, keep=True)
             if job.error is not None:
@@ -303,7 +331,15 @@ def create_app(service: Service) -> FastAPI:
         if row["state"] != "completed":
             message = f"The request with this Idempotency-Key is {row['state']} on another replica: send it again"
             raise ApiError(409, message, code="not_completed")
-        return await finished(request, row, "b64_json")
+        if not (isinstance(body, Generation) and body.stream):
+            return await finished(request, row, body.response_format)
+        complete = await finished(request, row, "b64_json")
+
+        async def events() -> AsyncIterator[JSONServerSentEvent]:
+            for index, image in enumerate(complete["data"]):
+                yield event_of("completed", complete, index, image["b64_json"])
+
+        return EventSourceResponse(events(), headers=STREAM)
 
     async def settled(request: Request, id: str) -> dict[str, Any]:
         """Wait until a job is finished, here or on another replica, at most `LOST` seconds after its last news."""
@@ -328,22 +364,10 @@ def create_app(service: Service) -> FastAPI:
 
     async def events_of(job: Job, *, keep: bool) -> AsyncIterator[JSONServerSentEvent]:
         """Yield the events of a stream. If the client disconnects, cancel the job unless `keep`."""
-        shared = {
-            "created_at": int(job.created),
-            "size": job.size,
-            "quality": "auto",
-            "background": "opaque",
-            "output_format": job.body.output_format,
-        }
+        response = response_of(job)
         try:
             while (event := await job.events.get()) is not None:
-                data = {**shared, "b64_json": event["b64_json"], "image_index": event["index"], "id": job.id}
-                if event["kind"] == "partial_image":
-                    data["partial_image_index"] = event["number"]
-                else:
-                    data["seed"] = job.seed(event["index"])
-                kind = f"image_generation.{event['kind']}"
-                yield JSONServerSentEvent({"type": kind, **data}, event=kind)
+                yield event_of(event["kind"], response, event["index"], event["b64_json"], event.get("number"))
             if job.error is not None:
                 yield JSONServerSentEvent({"type": "error", "error": job.error.error}, event="error")
         finally:
@@ -529,6 +553,17 @@ def create_app(service: Service) -> FastAPI:
         add_studio(app)
     started = int(time.time())
     return app
+
+
+def event_of(
+    kind: str, response: dict[str, Any], index: int, content: str, number: int | None = None
+) -> JSONServerSentEvent:
+    """Return an event of a stream, `completed` or `partial_image`: an image in base64, of the job of a response."""
+    type = f"image_generation.{kind}"
+    shared = {name: response[name] for name in ("size", "quality", "background", "output_format", "id")}
+    own = {"seed": response["seeds"][index]} if number is None else {"partial_image_index": number}
+    data = {"type": type, "created_at": response["created"], **shared, "b64_json": content, "image_index": index, **own}
+    return JSONServerSentEvent(data, event=type)
 
 
 async def disconnected(request: Request) -> None:

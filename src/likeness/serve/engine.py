@@ -120,8 +120,10 @@ class Engine:
         self.thread = threading.Thread(target=self._work, name="likeness-engine", daemon=True)
 
     def start(self) -> None:
-        """Start the thread."""
-        self.thread.start()
+        """Start the thread, unless the engine was closed before."""
+        with self.changed:
+            if self.open:
+                self.thread.start()
 
     def submit(self, tasks: Sequence[Task]) -> None:
         """Queue the tasks of a request: all or none.
@@ -154,13 +156,12 @@ class Engine:
         """Estimate when the queue has space again, in whole seconds."""
         return max(1, round((len(self.waiting) + len(self.running)) * self.seconds_per_image / 2))
 
-    def close(self, *, finish: bool = True) -> None:
-        """Accept nothing more and wait until the thread ends. `finish`: complete what was accepted, or cancel it."""
+    def close(self) -> None:
+        """Accept nothing more, cancel what was accepted, and wait until the thread ends."""
         with self.changed:
             self.open = False
-            if not finish:
-                for task in (*self.waiting, *self.running):
-                    task.cancelled = True
+            for task in (*self.waiting, *self.running):
+                task.cancelled = True
             self.changed.notify()
         if self.thread.is_alive():
             self.thread.join()

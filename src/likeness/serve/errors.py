@@ -15,6 +15,9 @@ from likeness.types import InputError
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 """Status -> type; others are `invalid_request_error`, or `server_error` from 500."""
 
+FINAL = {"x-should-retry": "false"}
+"""Headers of errors that OpenAI's clients would otherwise answer by sending the request again."""
+
 LONGEST = 400
 """Characters of a message."""
 

@@ -21,7 +21,6 @@ class Job:
     """A request in progress."""
 
     id: str
-    owner: str
     body: Generation | PhotoEdit
     request: PortraitRequest
     """Of its first image."""

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from likeness.serve.engine import Engine, Event, Task
-from likeness.serve.errors import ApiError
+from likeness.serve.errors import FINAL, ApiError
 from likeness.serve.job import Job, response_of
 from likeness.serve.service import Service
 from likeness.types import InputError
@@ -34,7 +34,8 @@ class Jobs:
     def __init__(self, engine: Engine, service: Service, counted: Callable[[str], None]) -> None:
         self.engine, self.service, self.store, self.counted = engine, service, service.store, counted
         self.live: dict[str, Job] = {}
-        self.closing = False
+        self.closing = ""
+        """Why jobs are interrupted; empty while the service runs."""
         self.background: set[asyncio.Task[None]] = set()
 
     async def in_pool(self, work: Callable[..., Any], *arguments: Any) -> Any:
@@ -130,8 +131,10 @@ class Jobs:
             state = "failed"
         else:
             state = "interrupted" if self.closing else "cancelled"
-            text = "The service is shutting down: send the request again" if self.closing else "The job was cancelled"
-            job.error = ApiError(503 if self.closing else 409, text, code=state)
+            if self.closing:
+                job.error = ApiError(503, self.closing, code=state)
+            else:
+                job.error = ApiError(409, "The job was cancelled", code=state, headers=FINAL)
         try:
             if job.error is not None:
                 error = job.error.error
@@ -150,7 +153,7 @@ class Jobs:
         waits = [asyncio.create_task(job.ended.wait()) for job in self.live.values()]
         if waits:
             await asyncio.wait(waits, timeout=timeout)
-        self.closing = True
-        await asyncio.to_thread(self.engine.close, finish=False)
+        self.closing = self.closing or "The service is shutting down: send the request again"
+        await asyncio.to_thread(self.engine.close)
         while self.live:
             await asyncio.sleep(0.01)  # their last events are being stored

@@ -4,13 +4,13 @@ import { fromBase64 } from "./png.js";
 
 const key = new URLSearchParams(location.hash.slice(1)).get("key");
 
-async function send(path, { json, form, signal, method } = {}) {
+async function send(path, { json, form, signal } = {}) {
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
   if (json) headers["Content-Type"] = "application/json";
   let response;
   try {
     response = await fetch(`/v1/${path}`, {
-      method: method ?? (json || form ? "POST" : "GET"), headers, signal, body: json ? JSON.stringify(json) : form,
+      method: json || form ? "POST" : "GET", headers, signal, body: json ? JSON.stringify(json) : form,
     });
   } catch (error) {
     if (error.name === "AbortError") throw error;

@@ -7,10 +7,11 @@ export class Live {
    * @param show (kind, result) => void
    * @param failed (error) => void
    * @param busy (boolean) => void, whether a job is in flight
+   * @param resting () => boolean, whether the hand does not paint
    * @param rest milliseconds after the last change until the full image
    */
-  constructor({ render, show, failed, busy, rest = 700 }) {
-    Object.assign(this, { render, show, failed, busy, rest, job: null, timer: null, cancelled: 0 });
+  constructor({ render, show, failed, busy, resting, rest = 700 }) {
+    Object.assign(this, { render, show, failed, busy, resting, rest, job: null, timer: null, cancelled: 0 });
   }
 
   /** Starts a job now: a "preview", which the "full" image follows, or another kind that `render` knows. */
@@ -38,13 +39,17 @@ export class Live {
       if (this.job !== job) return;
       this.end();
       this.show(kind, result, started);
-      const wait = Math.max(0, this.rest - (performance.now() - started));
-      if (kind === "preview") this.timer = setTimeout(() => this.run("full"), wait);
+      if (kind === "preview") this.follow(this.rest - (performance.now() - started));
     } catch (error) {
       if (this.job !== job) return; // cancelled
       this.end();
       this.failed(error);
     }
+  }
+
+  /** Starts the full image in `wait` milliseconds, or once the hand rests. */
+  follow(wait) {
+    this.timer = setTimeout(() => this.resting() ? this.run("full") : this.follow(this.rest), wait);
   }
 
   end() {

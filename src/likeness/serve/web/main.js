@@ -36,7 +36,9 @@ const tools = new Tools(view, doc, state, { changed, picked });
 const elements = ["image", "other", "compare", "comparison", "note", "strip", "history"];
 const shown = Object.fromEntries(elements.map((id) => [id, $(id)]));
 const results = new Results({ ...shown, save: $("save-image") }, restore);
-const live = new Live({ render, show, failed, busy: (on) => { $("result").ariaBusy = String(on); } });
+const live = new Live({
+  render, show, failed, busy: (on) => { $("result").ariaBusy = String(on); }, resting: () => !tools.action,
+});
 const pause = (time) => new Promise((done) => setTimeout(done, time));
 const random = () => Math.floor(Math.random() * 2 ** 31);
 
@@ -112,14 +114,14 @@ function settle() {
 
 /** Generates images; returns what `show` shows, with the time of each stage in ms. */
 async function render(kind, signal, given) {
-  const start = performance.now(), { photo } = doc;
+  const start = performance.now(), { photo } = doc, entryOf = snapshots();
   if (kind === "animation") return { entries: await frames(given, signal), times: {} };
   if (photo && doc.layers.mask.data.every((value, i) => value === photo.before[i]))
-    return { entries: [snapshot({ blob: photo.blob, seed: doc.values.seed })], times: {} };
+    return { entries: [entryOf({ blob: photo.blob, seed: doc.values.seed })], times: {} };
   const send = await request(kind), encoded = performance.now();
   const images = await (photo ? api.editPhoto : api.generate)(send, signal);
   const times = { encode: encoded - start, service: performance.now() - encoded };
-  return { entries: images.map(snapshot), times };
+  return { entries: images.map(entryOf), times };
 }
 
 function show(kind, { entries, times }, started) {
@@ -145,14 +147,16 @@ async function underlay(blob) {
   view.draw();
 }
 
-/** An image with the state that made it. */
-const snapshot = ({ blob, seed, certificate }) => ({
-  blob, seed, photo: doc.photo, values: { ...doc.values, seed }, note: noteOf(certificate),
-  layers: Object.fromEntries(Object.entries(doc.layers).map(([name, { data }]) => [name, data.slice()])),
-});
+/** Function that joins images with the state at this time, which makes them. */
+function snapshots() {
+  const { photo } = doc, values = { ...doc.values };
+  const layers = Object.fromEntries(Object.entries(doc.layers).map(([name, { data }]) => [name, data.slice()]));
+  return ({ blob, seed, certificate }) =>
+    ({ blob, seed, photo, values: { ...values, seed }, note: noteOf(photo, certificate), layers });
+}
 
-function noteOf(certificate) {
-  if (!doc.photo) return "";
+function noteOf(photo, certificate) {
+  if (!photo) return "";
   if (!certificate) return "The photograph: what you paint on it is generated";
   const { changed_outside: outside, changed_inside: inside } = certificate;
   return `Certificate: ${outside} pixels changed outside the painted region, ${inside} inside`;
@@ -238,7 +242,7 @@ async function openPhoto(file) {
   await load("mask", fromBase64(found.b64_json), photo);
   if (photo) photo.before = doc.layers.mask.data.slice();
   results.stopComparison();
-  results.show(snapshot({ blob, seed: doc.values.seed }), true);
+  results.show(snapshots()({ blob, seed: doc.values.seed }), true);
   $("opacity").value = PHOTO_OPACITY;
   underlay(blob);
   settle();
@@ -246,9 +250,11 @@ async function openPhoto(file) {
 
 // Masks
 
-/** Applies an operation of the service to the mask. */
+/** Applies an operation of the service to the mask; again, if it was painted on meanwhile. */
 async function apply(operation, fields) {
+  const { data } = doc.layers.mask, sent = data.slice();
   const { b64_json: base64 } = await api.editMask(await content("mask"), operation, fields);
+  if (data.some((value, i) => value !== sent[i])) return apply(operation, fields);
   await load("mask", fromBase64(base64));
   changed();
 }
@@ -264,13 +270,13 @@ async function startFrom(image) {
   changed();
 }
 
-/** Opens a dialog; returns a function that adds a mask to choose from to it. */
+/** Opens a dialog; returns a function that adds a mask to choose from to it, and tells whether it is still open. */
 function offer(title) {
-  const dialog = $("choose"), choices = dialog.querySelector(".choices");
+  const dialog = $("choose"), choices = dialog.querySelector(".choices"), run = (offer.run = {});
   dialog.querySelector("h2").textContent = title;
   choices.replaceChildren();
   dialog.showModal();
-  return (src, alt) => {
+  function add(src, alt) {
     const image = Object.assign(new Image(), { src, alt, title: alt }), button = document.createElement("button");
     button.append(image);
     button.addEventListener("click", () => {
@@ -278,22 +284,27 @@ function offer(title) {
       attempt("Opening…", () => image.decode().then(() => startFrom(image)));
     });
     choices.append(button);
-  };
+  }
+
+  return { add, isOpen: () => dialog.open && offer.run === run };
 }
 
 function examples() {
-  const add = offer("Examples");
+  const { add } = offer("Examples");
   for (const name of EXAMPLES) add(`examples/${name}.png`, name.replace("-", " "));
 }
 
 /** Offers four masks for the sentence. */
 async function propose() {
-  const dialog = $("choose"), prompt = doc.values.prompt || "a person", add = offer(prompt);
-  const run = (propose.run = {});
-  for (let i = 1; i <= 4; i++) {
-    const { b64_json: base64 } = await api.propose(prompt, random()).catch((error) => { dialog.close(); throw error; });
-    if (!dialog.open || propose.run !== run) return;
-    add(`data:image/png;base64,${base64}`, `Mask ${i}`);
+  const prompt = doc.values.prompt || "a person", { add, isOpen } = offer(prompt);
+  for (let i = 1; i <= 4 && isOpen(); i++) {
+    try {
+      const { b64_json: base64 } = await api.propose(prompt, random());
+      if (isOpen()) add(`data:image/png;base64,${base64}`, `Mask ${i}`);
+    } catch (error) {
+      if (isOpen()) $("choose").close();
+      throw error;
+    }
   }
 }
 
@@ -306,11 +317,12 @@ async function randomFace() {
 
 /** Images between the mask and another one. */
 async function frames(other, signal) {
-  const own = await content("mask"), { control_image: control, ...body } = await request("animation"), entries = [];
+  const entries = [], entryOf = snapshots();
+  const own = await content("mask"), { control_image: control, ...body } = await request("animation");
   for (let i = 0; i < FRAMES; i++) {
     say(`Generating ${i + 1} of ${FRAMES} faces…`);
     const { b64_json: mask } = await api.editMask(own, "interpolate", { other, at: i / (FRAMES - 1) });
-    entries.push(snapshot((await api.generate({ ...body, control_image: { ...control, mask } }, signal))[0]));
+    entries.push(entryOf((await api.generate({ ...body, control_image: { ...control, mask } }, signal))[0]));
   }
   return entries;
 }
@@ -340,7 +352,7 @@ const actions = {
   remove: () => edit("remove", { classes: [className()] }),
   smooth: () => { doc.history.begin(); smooth(doc.layers.mask); if (doc.history.commit()) changed(); },
   paste: withFile("Copying…", async (file) => {
-    await apply("paste", { classes: [className()], other: await maskOf(file), align: true });
+    edit("paste", { classes: [className()], other: await maskOf(file), align: true });
   }),
   interpolate: withFile("Opening…", async (file) => live.start("animation", await maskOf(file))),
   "save-mask": async () => saveFile(await encodePng(doc.layers.mask, palette), "mask.png"),
