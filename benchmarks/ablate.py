@@ -674,6 +674,10 @@ def collect(wanted: Sequence[Sequence[str]], out: Path, seeds: Sequence[int]) ->
         found = {seed: read_json(file) for seed, file in files.items() if file.is_file()}
         if not found:
             continue
+        for key in ("images", "count", "fingerprint"):
+            if len({one[key] for one in found.values()}) > 1:
+                values = ", ".join(f"{one[key]} (seed {seed})" for seed, one in found.items())
+                raise InputError(f"the runs of {name} have different {key}: {values}; remove the old ones")
         latest, known, scores = list(found.values())[-1], results["variants"].get(name, {}), read_scores(name)
         if any(known.get(key) != latest[key] for key in ("images", "count", "fingerprint")):
             known, scores = {}, {}

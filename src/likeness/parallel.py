@@ -54,11 +54,6 @@ class World:
         enabled = choose_precision(precision, self.device_type) == "bf16"
         return torch.autocast(self.device_type, torch.bfloat16, enabled=enabled)
 
-    def wait(self) -> None:
-        """Wait for all processes."""
-        if self.size > 1:
-            dist.barrier()
-
     def all_true(self, good: bool) -> bool:
         """Return whether `good` is True on all ranks. Communication on the CPU avoids waiting for an accelerator."""
         bad = torch.tensor(float(not good))

@@ -109,6 +109,7 @@ def test_slurm(tmp_path):
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     given = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "17"}
+    given["SLURM_CPUS_PER_TASK"] = "64"
     given["SLURM_JOB_NODELIST"] = "node[3-4]"
     arguments = ["recipes/debug.toml", 'data.shards=["a b"]']
     script = PROJECT / "launch" / "slurm.sbatch"

@@ -41,6 +41,7 @@ from likeness.pipelines.adapters import (
     save_adapter,
     unload_adapter,
 )
+from likeness.pipelines.editing.pipelines import MDiTFaceImg2ImgPipeline, MMFaceImg2ImgPipeline
 from likeness.pipelines.generate import generate, resolve
 from likeness.pipelines.image_recipe import read_recipe, request_of
 from likeness.pipelines.load import load
@@ -641,6 +642,13 @@ def test_attention_kwargs_scale_the_loras_of_a_call(root, mmface, mask):
         assert torch.equal(make(pipeline, mask), full)
         pipeline.set_adapters([own, "style"], [0.5, 0.25])
         assert torch.equal(make(pipeline, mask), half)
+        edit = (MMFaceImg2ImgPipeline if own == MMFACE_NAME else MDiTFaceImg2ImgPipeline).from_pipe(pipeline)
+        given = {"image": np.zeros((32, 32, 3), np.uint8), "control_image": mask, "output_type": "latent"}
+        edited = [
+            edit(PROMPT, **given, generator=torch.Generator().manual_seed(0), attention_kwargs={"scale": scale}).images
+            for scale in (0.0, 1.0)
+        ]
+        assert not torch.equal(*edited)
         pipeline.disable_lora()
         torch.testing.assert_close(make(pipeline, mask), off, atol=1e-6, rtol=0)
         with pytest.raises(InputError, match="with output_type='sampling', use set_adapters"):

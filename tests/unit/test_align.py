@@ -259,6 +259,30 @@ def test_resumes_and_keeps_added_columns(photos, tmp_path):
         align(photos, out, size=64)
 
 
+def test_removed_rows_and_columns_stay_removed(photos, tmp_path):
+    """A second run restores neither what `check --apply` or the user removed, nor leaves it out if it is only lost."""
+    out = tmp_path / "out"
+    (photos / "broken.jpg").unlink()
+    for degrees in (3, 6):
+        Image.open(photos / "one.png").rotate(degrees).save(photos / f"turned{degrees}.png")
+    align(photos, out)
+    metadata = out / "train" / "metadata.jsonl"
+    rows = [json.loads(line) for line in metadata.read_text().splitlines()]
+    assert len(rows) == 4
+    (out / "train" / rows[0]["file_name"]).unlink()  # as a dropped row
+    (out / "train" / rows[1].pop("keypoints_file_name")).unlink()
+    lost = out / "train" / rows[3]["file_name"]
+    content = lost.read_bytes()
+    lost.unlink()
+    metadata.write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
+    for _ in range(2):
+        found = align(photos, out)
+        assert found.splits == {"train": 3}
+        assert [json.loads(line) for line in metadata.read_text().splitlines()] == rows[1:]
+    assert lost.read_bytes() == content
+    assert json.loads((out / "dataset.json").read_text())["faces"] == {"train": 3}
+
+
 def test_splits(photos, tmp_path):
     """The first run chooses the held-out photos; later ones are for training."""
     out = tmp_path / "out"
@@ -437,6 +461,39 @@ def test_profile_transparency_and_mark_of_generated_media(photos, tmp_path):
             packet = pasted.info.get(XMP_KEY) or pasted.info.get("xmp") or b""
             text = packet.decode() if isinstance(packet, bytes) else packet
             assert (COMPOSITE in text) == marked
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "RGB"])
+def test_paste_keeps_transparent_pixels(photos, tmp_path, mode):
+    """Outside the square every value stays, also of pixels that are partly transparent."""
+    source = Image.open(photos / "one.png").convert("RGB")
+    if mode == "RGBA":
+        source.putalpha(Image.linear_gradient("L").resize(source.size).point(lambda value: min(255, 12 * value)))
+        source.save(photos / "one.png")
+    else:
+        source.putpixel((0, 0), (1, 2, 3))
+        source = source.quantize(dither=Image.Dither.NONE) if mode == "P" else source
+        source.save(photos / "one.png", transparency=source.getpixel((0, 0)))
+    out = tmp_path / "out"
+    align(photos, out)
+    (row,) = (row for row in read_folder(out) if row["aligned"]["photo"] == "one.png")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    paste_file(tmp_path / "red.png", out, photos / "one.png", tmp_path / "pasted.png", face=row["file_name"].name)
+    before, after = (
+        np.array(Image.open(path).convert("RGBA")) for path in (photos / "one.png", tmp_path / "pasted.png")
+    )
+    assert np.array_equal(before[..., 3], after[..., 3])
+    changed = (before != after).any(axis=-1)
+    assert changed.any()
+    assert not changed[[0, -1]].any()
+    assert not changed[:, [0, -1]].any()
+
+
+def test_shards_reject_options_without_effect(photos, tmp_path, capsys):
+    for option in (("--limit", 2), ("--split", "none"), ("--crop",), ("--format", "folder")):
+        command = ("prepare", "shards", photos, tmp_path / "out", "--align", "--landmarker", photos / "one.png")
+        assert run(*command, *option) == 2
+        assert f"{option[0]} has no effect on photos that --align cuts" in capsys.readouterr().err
 
 
 def test_extract(photos, tmp_path, capsys):

@@ -211,6 +211,10 @@ def test_record_keeps_captions_of_others_and_removals():
     assert [c["dropped"] for c in edited if "dropped" in c] == ["by-hand"]
     assert used(merge(used(edited), edited, vlm, False)) == used(edited)
     # replaced on request, but recorded
+    restored = merge(["mine", "two", "yours", "one"], edited, vlm, False)  # the user puts a removed caption back
+    assert set(used(restored)) == {"mine", "two", "yours", "one"}
+    assert used(merge(used(restored), restored, vlm, False)) == used(restored)
+
     replaced = merge(used(first), first, other, True)
     assert used(replaced) == ["three"]
     assert {c["text"] for c in replaced} == {"mine", "one", "two", "three"}

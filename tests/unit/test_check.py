@@ -161,6 +161,7 @@ FAULTS: dict[str, list[tuple[str, Injection]]] = {
         ("misplaced-keypoints", points(lambda p: p * 0.5)),
         ("misplaced-keypoints", points(lambda p: p[:, ::-1])),
         ("shared-condition", lambda path: shutil.copy(path.with_name("006.json"), path)),
+        ("undetected-points", points(lambda p: np.concatenate([0 * p[:1], p[1:]]))),
     ],
 }  # fmt: skip
 """Column -> (kind, injection)."""
@@ -258,7 +259,7 @@ def test_a_clean_folder_has_no_faults(clean, capsys):
 def test_all_injected_faults_and_nothing_else(folder, capsys):
     injected = inject_faults(folder)
     assert {kind for *_, kind in injected} == set(KINDS)
-    assert len(KINDS) == 20
+    assert len(KINDS) == 21
     before = files(folder)
     checked = check_folder(folder)
     assert places(checked.findings) == sorted(injected)
@@ -367,6 +368,13 @@ def test_fix_list_cannot_lead_outside(folder, tmp_path, capsys):
     assert run(folder, "--apply") == 2
     assert "is a link that leads outside" in capsys.readouterr().err
     assert files(other) == before
+
+
+def test_splits_that_are_links_inside_the_folder(folder):
+    before = {(found.kind, found.file_name) for found in check_folder(folder).findings}
+    shutil.move(folder / "train", folder / "versions" / "2")
+    (folder / "train").symlink_to("versions/2")
+    assert {(found.kind, found.file_name) for found in check_folder(folder).findings} == before
 
 
 def test_interrupted_fix_can_be_completed(folder):

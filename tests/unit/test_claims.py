@@ -25,7 +25,7 @@ from likeness.objectives import RectifiedFlow
 from likeness.pipelines.mmface import MMFacePipeline
 from likeness.train.batches import Batch
 from likeness.train.ema import Ema
-from likeness.types import TextFeatures
+from likeness.types import InputError, TextFeatures
 
 
 def test_ledger():
@@ -117,6 +117,9 @@ def test_collected_runs_need_not_be_kept(tmp_path, monkeypatch):
     stored = ablate.read_results()["variants"]["decoupled"]["seeds"]
     assert [stored[seed]["pixel_accuracy/mask"] for seed in "012"] == pytest.approx([0.7, 0.71, 0.82], abs=1e-3)
 
+    write_runs(tmp_path / "three", "decoupled", [1], 0.8, fingerprint=2.0)
+    with pytest.raises(InputError, match=r"different fingerprint: 2\.0 \(seed 1\), 1\.0 \(seed 2\); remove the old"):
+        ablate.collect(wanted, tmp_path / "three", [1, 2])
     write_runs(tmp_path / "four", "decoupled", [2], 0.8, fingerprint=2.0)  # other code
     ablate.collect(wanted, tmp_path / "four", [2])
     assert list(ablate.read_results()["variants"]["decoupled"]["seeds"]) == ["2"]

@@ -76,11 +76,13 @@ def test_group_offload_to_a_disk(make, kind, tmp_path, nan_if_unset):
     else:
         pipeline.enable_group_offload("cpu", **options)
         assert sum(parameter.isnan().any() for parameter in pipeline.transformer.parameters()) > 10
+        with pytest.raises(InputError, match="weights are offloaded and cannot be read"):
+            pipeline(PROMPT, generator=[torch.Generator().manual_seed(0)]).save(tmp_path / "face.png")
     for _ in range(2):
         assert np.array_equal(image(pipeline), expected)
 
 
-def test_sequential_offload(make):
+def test_sequential_offload(make, tmp_path):
     """diffusers' method does this for every component, with an accelerator as device."""
     pipeline = make()
     if make is tied:
@@ -92,6 +94,8 @@ def test_sequential_offload(make):
         cpu_offload(model, torch.device("cpu"), offload_buffers=len(model._parameters) > 0)
     assert pipeline.text_encoder.device.type == "meta"
     assert np.array_equal(image(pipeline), expected)
+    with pytest.raises(InputError, match="weights are offloaded and cannot be read"):
+        pipeline(PROMPT, generator=[torch.Generator().manual_seed(0)]).save(tmp_path / "face.png")
 
 
 @pytest.mark.parametrize(

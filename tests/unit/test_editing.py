@@ -297,6 +297,36 @@ def test_callbacks(method):
         pipeline("hair", FACE.image, callback_on_step_end_tensor_inputs=["noise"])
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_callbacks_change_the_guidance_scale(method):
+    """As in text to image: the following steps use it."""
+    pipeline = MMFaceInpaintPipeline.from_pipe(PIPELINES["mmface"]())
+    seen = []
+
+    def stop_guidance(call, step, timestep, tensors):
+        seen.append(call.guidance_scale)
+        call._guidance_scale = 1.0
+        return {}
+
+    def make(**more) -> torch.Tensor:
+        options = {"method": method, "generator": seeded(), "output_type": "latent", "guidance_scale": 3.0}
+        return pipeline("hair", FACE.image, **options, **more).images
+
+    stopped = make(callback_on_step_end=stop_guidance)
+    assert seen == [3.0, 1.0, 1.0, 1.0]
+    assert not torch.equal(stopped, make())
+    assert not torch.equal(stopped, make(guidance_interval=(2.0, 2.0)))
+
+
+@pytest.mark.parametrize("method", ["flow_edit", "inversion"])
+def test_scales_of_conditions_that_the_given_image_lacks(method):
+    pipeline = MMFaceInpaintPipeline.from_pipe(PIPELINES["mmface"]())
+    given = {"method": method, "control_image": {"mask": FACE.mask}, "generator": seeded(), "output_type": "latent"}
+    full = pipeline("hair", FACE.image, **given).images
+    given["generator"] = seeded()
+    assert not torch.equal(pipeline("hair", FACE.image, **given, conditioning_scale={"mask": 0.5}).images, full)
+
+
 # Photographs
 
 SIDE = 128

@@ -15,7 +15,10 @@ import sample_datasets
 from PIL import Image
 
 from builders import run
-from likeness.data.folder import read_folder, read_record
+from likeness.conditions import CONDITIONS
+from likeness.data.folder import read_folder, read_record, root_of
+from likeness.data.synthetic import draw_face
+from likeness.files import partial_name
 from likeness.prepare.check import check_folder
 from likeness.prepare.export import WRITERS, export
 from likeness.prepare.fix import apply_fixes
@@ -85,12 +88,31 @@ def test_interrupted_export_resumes(tmp_path, form):
     written = [path for path in (tmp_path / "out").rglob("*.*") if path.suffix not in (".json", ".jsonl")]
     before = {path: path.stat().st_mtime_ns for path in written}
     assert before
+    killed = [partial_name(tmp_path / "out" / place / "0.png") for place in ("data", "train", "train/images")]
+    for path in killed:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"unfinished")
     export(tmp_path / "folder", tmp_path / "out", form, shard=5)
+    assert not any(path.exists() for path in killed)
     assert all(path.stat().st_mtime_ns == moment for path, moment in before.items())  # not rewritten
     names = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.*")]
     assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in names)
     ingest(tmp_path / "out", tmp_path / "back")
     assert contents(tmp_path / "back", "train") == contents(tmp_path / "folder", "train")
+
+
+def test_arrays_keep_their_suffix(folder, tmp_path):
+    """A mask as an array stays one; its content under the name of a PNG could not be read."""
+    root = root_of(folder)
+    rows = [json.loads(line) for line in (root / "metadata.jsonl").read_text().splitlines()]
+    (root / "masks").mkdir(exist_ok=True)
+    np.save(root / "masks" / "array.npy", draw_face(0, 0, 64).mask)
+    rows[0]["mask_file_name"] = "masks/array.npy"
+    (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    export(folder, tmp_path / "out", "imagefolder")
+    row = next(row for row in read_folder(tmp_path / "out") if row["file_name"].stem == Path(rows[0]["file_name"]).stem)
+    assert row["mask_file_name"].suffix == ".npy"
+    assert (CONDITIONS["mask"].read(row["mask_file_name"]).raw == draw_face(0, 0, 64).mask).all()
 
 
 @pytest.mark.parametrize("again", ["export", "ingest"])

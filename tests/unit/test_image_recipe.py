@@ -184,6 +184,7 @@ def test_damaged_recipes(made, tmp_path, capsys, change, message):
         ("mask", encode_raw(np.zeros((8, 8, 3), np.uint8))),
         ("keypoints", {"points": [[0, None]]}),
         ("keypoints", {"points": [0.5]}),
+        ("keypoints", {"points": [[0.5, 0.5]] * 10}),
         ("keypoints", {"points": [[0, 10**400]]}),
         ("mask", encode_raw(np.zeros((5000, 5000), np.uint8))),
     ],

@@ -16,6 +16,8 @@ from PIL import Image, ImageCms
 from likeness.conditions.images import MAX_CONDITION_PIXELS, MAX_PIXELS, load_array, open_image, read_rgb
 from likeness.conditions.mask import MASK
 from likeness.conditions.sketch import SKETCH
+from likeness.data.folder import read_folder
+from likeness.prepare.ingest.write import ingest
 from likeness.types import InputError
 
 
@@ -126,6 +128,18 @@ def png_header(width: int, height: int) -> bytes:
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_a_damaged_exif_block_counts_as_empty(tmp_path, form):
+    """Pixels are intact, so the image is; as a photograph, and as a face to ingest."""
+    file = tmp_path / "source" / f"0.{form.lower()}"
+    file.parent.mkdir()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8))
+    image.save(file, form, exif=b"Exif\0\0II*\0 no directory", dpi=(72, 72))
+    assert read_rgb(file).size == (64, 64)
+    ingest(file.parent, tmp_path / "out")
+    assert len(read_folder(tmp_path / "out")) == 1
 
 
 def test_sizes_are_checked_before_decoding(tmp_path):

@@ -262,6 +262,16 @@ def test_captions_of_images_in_folders(tmp_path):
     assert messages[-1] == "unused caption files: 1, such as train/other.txt"
 
 
+@pytest.mark.parametrize("split", ["val", "dev", "testing"])
+def test_captions_of_splits_with_other_names(tmp_path, split):
+    for number, name in enumerate(("train/0", f"{split}/0")):
+        put(tmp_path / "source", f"{name}.png", image(number))
+        put(tmp_path / "texts", f"{name}.txt", name)
+    ingest(tmp_path / "source", tmp_path / "out", captions=tmp_path / "texts")
+    own = "test" if split == "testing" else "validation"
+    assert [row["text"] for row in read_folder(tmp_path / "out" / own)] == [[f"{split}/0"]]
+
+
 def test_null_is_absent(tmp_path):
     """Null counts as absent, in ingest and in prepared folders."""
     source = tmp_path / "source"
@@ -306,6 +316,17 @@ def test_imagefolder_reports_missing_files(tmp_path):
     missing = {"train/masks/none.png", "column depth_file_name", "train/images/gone.png"}
     assert found["skipped"].keys() == {*missing, "train/1"}
     assert "must be a caption or a list" in found["skipped"]["train/1"]
+
+
+@pytest.mark.parametrize("size", [1, 5, 16])
+def test_parquet_rows_that_are_read_ahead_stay_available(size):
+    import pyarrow as pa
+
+    table = pa.table({"image": list(range(200)), "mask": list(range(200))})
+    cell = shards.cell_reader(iter(table.to_batches(max_chunksize=size)))
+    for row in range(shards.KEPT, 200):
+        assert cell(row, "image") == row
+        assert cell(row - shards.KEPT + shards.ROWS, "mask") == row - shards.KEPT + shards.ROWS
 
 
 def test_parquet_rows_without_a_path(tmp_path):

@@ -305,6 +305,8 @@ def test_initial_weights_that_do_not_fit(root, tmp_path):
     old = loop.train(small(root, optimizer={"images": 4}), tmp_path / "old")
     with pytest.raises(InputError, match="has depth = 2, but the recipe has 3"):
         loop.train(small(root, init_from=str(old), network={"depth": 3}), tmp_path / "a")
+    with pytest.raises(InputError, match="was trained with the objective's name = rectified_flow, not ddpm"):
+        loop.train(small(root, init_from=str(old), objective={"name": "ddpm"}), tmp_path / "d")
     with pytest.raises(InputError, match="Unknown model 'nowhere'"):
         loop.train(small(root, init_from="nowhere"), tmp_path / "b")
     with pytest.raises(InputError, match="trainable has 'blok'"):

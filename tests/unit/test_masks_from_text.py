@@ -8,20 +8,29 @@ import numpy as np
 import pytest
 import torch
 
+from accelerator import accelerator
 from builders import run, tiny_pipeline
 from likeness.conditions import CONDITIONS
+from likeness.conditions.mask import edits
 from likeness.conditions.mask.classes import CLASSES, PALETTE
 from likeness.data.store import Store
+from likeness.encoders.components import load_components
+from likeness.encoders.latent import LatentCodec
 from likeness.evaluate.protocol import Protocol
 from likeness.evaluate.run import evaluate
 from likeness.models.label_decoder import LabelDecoder
+from likeness.objectives import RectifiedFlow
 from likeness.pipelines.image_recipe import read_recipe, request_of
 from likeness.pipelines.load import load
 from likeness.pipelines.propose import propose_mask
 from likeness.prepare.components import pack_model
 from likeness.train import loop
-from likeness.train.batches import make_batch
-from likeness.train.components.label_decoder import LabelDecoderRecipe, noisy, train_label_decoder
+from likeness.train.batches import latent_statistics, make_batch
+from likeness.train.components.label_decoder import LabelDecoderRecipe, measure, noisy, train_label_decoder
+from likeness.train.components.steps import rows_with
+from likeness.train.diagnostics import Diagnostics
+from likeness.train.networks import build_network
+from likeness.train.train_state import TrainState
 from likeness.types import InputError
 from runs import SIZE, check_resume, killed_after_checkpoint, metrics, prepare, sigterm_in_step, small
 
@@ -50,6 +59,30 @@ def test_target_replaces_the_image(root):
     sample, zero, one = Store(root / "shards")[0], torch.zeros(1), torch.ones(1)
     batch = make_batch([sample], [0], mask_recipe(root).data, ["none"], zero, one, seed=0)
     assert torch.equal(batch.clean[0], sample.conditions["mask"])
+
+
+def test_diagnostics_measure_the_target(root):
+    recipe, parts = small(root, {"sketch": 1.0}, data={"target": "mask"}), load_components(root / "components")
+    store, (mean, std) = Store(root / "shards"), latent_statistics(parts.settings)
+    model = build_network(recipe, channels=len(store[0].latents), text_dim=32, pooled_dim=32, text_tokens=12)
+    state = TrainState(model=model, optimizers=[], emas=[])
+    faces = Diagnostics(recipe, state, parts, RectifiedFlow(), [store]).faces["sketch"]
+    first = next(sample for sample in (store[index] for index in range(len(store))) if "sketch" in sample.conditions)
+    torch.testing.assert_close(faces.clean[:1], (first.conditions["mask"] - mean) / std)
+
+
+def test_label_decoders_are_measured_on_the_device_of_their_encoder(root):
+    recipe, parts = decoder_recipe(root), load_components(root / "components")
+    codec = LatentCodec(parts.vae, parts.settings["latent_mean"], parts.settings["latent_std"])
+    width = parts.vae.config.latent_channels
+    decoder = LabelDecoder(
+        palette=PALETTE.tolist(), latent_channels=width, block_out_channels=recipe.channels, layers=recipe.layers
+    )
+    rows = rows_with("mask_file_name", recipe.test)
+    expected = measure(decoder, codec, rows, recipe)
+    with accelerator() as device:
+        parts.vae.to(device)
+        assert measure(decoder, codec, rows, recipe) == expected
 
 
 @pytest.mark.parametrize("target", ["sketches", "mask+sketch"])
@@ -147,6 +180,10 @@ def test_command_line(packed, tmp_path, capsys):
     masks = [CONDITIONS["mask"].read(tmp_path / f"mask-00{number}.png").raw for number in (1, 2)]
     for seed, labels in zip((5, 6), masks, strict=True):
         assert (propose_mask(load(packed), "a bald man", seed).labels == labels).all()
+    assert run("mask", "propose", "a man", "--model", packed, "--out", f"{tmp_path}/") == 0
+    assert (tmp_path / "mask-003.png").is_file()
+    with pytest.raises(FileExistsError):  # another process was faster
+        edits.save(masks[0], tmp_path / "mask-003.png", overwrite=False)
     model = tiny_pipeline()
     model.save_pretrained(tmp_path / "model")
     generate = ("generate", *options, "--steps", "2", "--model", tmp_path / "model", "--out", tmp_path / "face.png")

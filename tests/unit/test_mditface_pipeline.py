@@ -34,7 +34,7 @@ from likeness.objectives.flow import dynamic_shift
 from likeness.pipelines.load import load
 from likeness.pipelines.mditface import MDiTFacePipeline
 from likeness.prepare.components import pack_model
-from likeness.types import InputError, TextFeatures
+from likeness.types import ConditionInput, InputError, TextFeatures
 from likeness.weights.hashes import pipeline_hash
 
 PROMPT, NEGATIVE = "a woman with red hair", "a man"
@@ -209,9 +209,10 @@ def test_the_static_pathway_runs_once(face, attention, runs):
     assert len(seen) == runs
 
 
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("make", [tiny_pipeline, tiny_mditface_pipeline], ids=["mmface", "mditface"])
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 3.0])
-def test_a_batch_that_runs_together_gives_the_same_images(face, make, guidance):
+def test_a_batch_that_runs_together_gives_the_same_images(face, make, guidance, own):
     """As on an accelerator: images with and without text, negative prompt and conditions in one forward."""
     pipeline = make()
 
@@ -225,6 +226,9 @@ def test_a_batch_that_runs_together_gives_the_same_images(face, make, guidance):
         "control_image": {"mask": [face["mask"], None, face["mask"], None], "sketch": [face["sketch"]] * 3 + [None]},
     }
     given |= {"guidance_scale": guidance, "control_guidance_end": {"sketch": 0.5}, "output_type": "np"}
+    if own:
+        weak, late = ConditionInput(image=face["mask"], scale=0.3), ConditionInput(image=face["mask"], start=0.5)
+        given["control_image"]["mask"] = [face["mask"], None, weak, late]
     alone = pipeline(**given, generator=[seed(i) for i in range(4)]).images
     pipeline.__class__ = Together
     together = pipeline(**given, generator=[seed(i) for i in range(4)]).images

@@ -65,7 +65,7 @@ def test_official_sampling(name):
     model = convert_state(weights, kind, heads)
     objective = make_objective({"name": "rectified_flow", "time_scale": TIME_SCALE})
     scheduler = objective.scheduler()
-    scheduler.set_timesteps(**objective.schedule(8))
+    scheduler.set_timesteps(**objective.schedule(scheduler, 8))
     latents = inputs["latents"]
     for timestep in scheduler.timesteps:
         time = objective.model_time(objective.time_of(timestep)).expand(latents.shape[0])
@@ -225,7 +225,10 @@ def converted(release, tmp_path) -> Path:
 
 def test_verify_finds_the_protocols_that_explain_published_numbers(converted, tmp_path, capsys, monkeypatch):
     faces, out = tmp_path / "faces", tmp_path / "verified"
-    assert run("prepare", "synthetic", faces, "--count", 3, "--size", 32) == 0
+    assert run("prepare", "synthetic", faces, "--count", 4, "--size", 32) == 0
+    rows = [json.loads(line) for line in (faces / "train" / "metadata.jsonl").read_text().splitlines()]
+    del rows[3]["mask_file_name"]  # a face that cannot be generated is left out
+    (faces / "train" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = ["verify", "release", str(converted), str(faces), "given=mask", "--out", str(out), "--steps", "1", "2"]
     command += ["--guidance-scale", "2", "--caption", "first", "--resizing", "pillow"]
     assert run(*command) == 0
@@ -237,6 +240,7 @@ def test_verify_finds_the_protocols_that_explain_published_numbers(converted, tm
     assert all("pixel_accuracy" in trial and "fid" not in trial for trial in first["trials"])  # FID needs a download
     assert "fid 16.63: not measured: InceptionV3" in capsys.readouterr().out
     assert (out / "verification.html").is_file()
+    assert {trial["pixel_accuracy"][3] for trial in first["trials"]} == {3}
 
     measured = {(trial["steps"], trial["file_format"]): trial["pixel_accuracy"][0] for trial in first["trials"]}
     row = {"pixel_accuracy": measured[2, "png"]}

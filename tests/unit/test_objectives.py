@@ -27,7 +27,7 @@ def draw(seed: int) -> torch.Tensor:
 def test_oracle_recovers_the_clean_latent(objective, steps):
     clean, noise = draw(0), draw(1)
     scheduler = objective.scheduler()
-    scheduler.set_timesteps(**objective.schedule(steps))
+    scheduler.set_timesteps(**objective.schedule(scheduler, steps))
     times = objective.time_of(scheduler.timesteps)
     latents = objective.corrupt(clean, noise, times[:1].expand(2))
     for timestep, time in zip(scheduler.timesteps, times, strict=True):
@@ -44,7 +44,7 @@ def test_oracle_recovers_the_clean_latent(objective, steps):
 def test_flow_corrupts_as_its_scheduler_does(objective):
     clean, noise = draw(0), draw(1)
     scheduler = objective.scheduler()
-    scheduler.set_timesteps(**objective.schedule(10))
+    scheduler.set_timesteps(**objective.schedule(scheduler, 10))
     for timestep in scheduler.timesteps:
         theirs = scheduler.scale_noise(clean, timestep[None].expand(2), noise)
         ours = objective.corrupt(clean, noise, objective.time_of(timestep[None].expand(2)))
@@ -64,7 +64,7 @@ def test_ddpm_corrupts_as_diffusers_does(objective):
 def test_flow_steps_are_even():
     """The scheduler's own eight sigmas end at 1/1000; even steps miss the integral of a line by rounding only."""
     scheduler = RectifiedFlow().scheduler()
-    scheduler.set_timesteps(**RectifiedFlow().schedule(8))
+    scheduler.set_timesteps(**RectifiedFlow().schedule(scheduler, 8))
     torch.testing.assert_close(scheduler.sigmas, torch.linspace(1, 0, 9))
     scheduler.set_timesteps(8)
     assert (scheduler.sigmas - torch.linspace(1, 0, 9)).abs().max() > 0.01
@@ -72,7 +72,7 @@ def test_flow_steps_are_even():
 
 def test_shift_moves_steps_towards_noise():
     scheduler = RectifiedFlow(shift=3.0).scheduler()
-    scheduler.set_timesteps(**RectifiedFlow(shift=3.0).schedule(4))
+    scheduler.set_timesteps(**RectifiedFlow(shift=3.0).schedule(scheduler, 4))
     torch.testing.assert_close(scheduler.sigmas, torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0]))
 
 

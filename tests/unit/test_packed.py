@@ -65,6 +65,12 @@ def test_text_encoder_round_trip(tmp_path):
     assert (found - wanted).norm() / wanted.norm() < 0.02
 
 
+def test_encoders_stored_in_bf16_load_in_float32(tmp_path):
+    """transformers would keep the stored dtype."""
+    tiny_text_encoder().bfloat16().save_pretrained(tmp_path)
+    assert load_component(tmp_path, "transformers", "CLIPTextModel").dtype == torch.float32
+
+
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory) -> Path:
     """`common/` and a packed model next to it, made by the commands' own functions."""

@@ -19,6 +19,7 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
@@ -224,6 +225,10 @@ def test_other_schedulers_and_objectives():
     euler = make(pipeline)
     pipeline.scheduler = FlowMatchHeunDiscreteScheduler()
     assert not np.array_equal(make(pipeline), euler)
+    solver = tiny_pipeline()
+    solver.register_to_config(objective=RectifiedFlow(sampler="dpm++").config())
+    solver.scheduler = FlowMatchEulerDiscreteScheduler()  # as in a pipeline whose own scheduler it is
+    assert np.array_equal(make(solver), euler)
     for prediction in ("epsilon", "v_prediction"):
         objective = DDPM(prediction=prediction)
         pipeline.scheduler = objective.scheduler()

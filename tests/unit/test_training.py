@@ -28,6 +28,7 @@ from likeness.train.checkpoint import checkpoints, save_checkpoint
 from likeness.train.config import DataRecipe
 from likeness.train.ema import Ema, exponent
 from likeness.train.muon import Muon, orthogonalize
+from likeness.train.networks import freeze_others
 from likeness.train.optim import learning_rate, make_optimizers
 from likeness.types import ConditionInput, InputError, PortraitRequest
 from runs import check_resume, killed_after_checkpoint, load_checkpoint, metrics, sigterm_in_step, small
@@ -169,6 +170,10 @@ def test_muon_takes_the_matrices_of_the_blocks(root):
     assert not taken & left
     assert "blocks.0.attention.image_qkv.weight" in taken
     assert {"patch_embed.weight", "blocks.0.modulation.weight", "final.weight", "text_embed.weight"} <= left
+    freeze_others(network, ("blocks.0.attention.image_qkv.weight",))  # as a LoRA: matrices of blocks only
+    (only,) = make_optimizers(network, small(root, optimizer={"name": "muon"}).optimizer)
+    assert isinstance(only, Muon)
+    network.requires_grad_(True)
     (alone,) = make_optimizers(network, small(root).optimizer)
     assert sum(len(group["params"]) for group in alone.param_groups) == len(names)
 

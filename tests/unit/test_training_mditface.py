@@ -61,6 +61,11 @@ def adapter_recipe(prepared) -> TrainRecipe:
     return recipe(prepared, network, precision="auto")
 
 
+def test_the_frozen_flux_has_bf16_only(prepared, adapter_recipe, tmp_path):
+    with pytest.raises(InputError, match="precision is fp32: it must be bf16 on FLUX"):
+        loop.train(dataclasses.replace(adapter_recipe, precision="fp32"), tmp_path / "run")
+
+
 def test_adapter_on_flux(prepared, adapter_recipe, tmp_path):
     whole = check_resume(lambda run: loop.train(adapter_recipe, run), tmp_path, killed_after_checkpoint())
     assert all(".lora_" in name or "condition_embed.weight" in name for name in whole)

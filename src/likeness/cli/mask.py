@@ -5,13 +5,14 @@ from __future__ import annotations
 import secrets
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from tyro.conf import arg
 
-from likeness.cli.output import MAX_COUNT, exit_on_sigterm, image_names
+from likeness.cli.output import MAX_COUNT, exit_on_sigterm, image_names, save_next
 from likeness.cli.terminal import PathArgument, print_notes, progress_bar
 from likeness.runtime import optional_packages_hidden
 from likeness.types import InputError
@@ -162,7 +163,7 @@ class Propose:
         for name, value, most in (("count", self.count, MAX_COUNT), ("candidates", self.candidates, MAX_CANDIDATES)):
             if not 1 <= value <= most:
                 raise InputError(f"--{name} is {value}; it must be from 1 to {most}")
-        names, _ = image_names(self.out, "png", self.count, [], stem="mask")
+        names, overwrite = image_names(self.out, "png", self.count, [], stem="mask")
         first = secrets.randbelow(2**31) if self.seed is None else self.seed
         if self.out is not None and Path(self.out).suffix:
             edits.check_suffix(Path(self.out))
@@ -171,10 +172,10 @@ class Propose:
         with optional_packages_hidden() if self.model in bundled_models() else nullcontext():
             pipeline = load_pipeline(self.model, "auto", self.device)
         with exit_on_sigterm(), progress_bar("Generating") as advance:
-            for number, name in zip(range(self.count), names, strict=False):
+            for number in range(self.count):
                 step = lambda done, all, number=number: advance(number * all + done, self.count * all)  # noqa: E731
                 found = propose_mask(pipeline, self.prompt, first + number, candidates=self.candidates, on_step=step)
-                edits.save(found.labels, name)
+                name = save_next(names, partial(edits.save, found.labels, overwrite=overwrite))
                 print(f"{name}  seed {first + number}{'  breaks: ' * bool(found.broken)}{'; '.join(found.broken)}")
 
 

@@ -6,7 +6,7 @@ import itertools
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,17 +68,22 @@ def check_writable(folder: Path) -> None:
         raise InputError(f"Cannot write to {folder}: {existing} is not a writable folder")
 
 
+def save_next(names: Iterator[Path], save: Callable[[Path], None]) -> Path:
+    """Save a file under the next of the names that is free, and return that."""
+    for name in names:
+        try:
+            save(name)
+        except FileExistsError:  # another process was faster
+            continue
+        return name
+    raise AssertionError("fewer names than files")
+
+
 def save_image(image: Image.Image, recipe: Mapping[str, Any] | None, names: Iterator[Path], overwrite: bool) -> Path:
     """Write an image under the next of the names that is free, and return that."""
     from likeness.pipelines.image_recipe import write_image
 
-    for name in names:
-        try:
-            write_image(image, name, recipe, overwrite=overwrite)
-        except FileExistsError:  # another process was faster
-            continue
-        return name
-    raise AssertionError("fewer names than images")
+    return save_next(names, lambda name: write_image(image, name, recipe, overwrite=overwrite))
 
 
 @contextmanager

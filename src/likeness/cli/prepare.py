@@ -390,6 +390,11 @@ class Shards(ImportOptions, EncodeOptions):
         from likeness.data.folder import captions_of, each_row, splits_of
         from likeness.encoders.components import load_components
 
+        ignored = [
+            name for name in ("format", "split", "crop", "limit") if getattr(self, name) not in ("auto", False, None)
+        ]
+        if self.align and ignored:
+            raise InputError(f"--{ignored[0]} has no effect on photos that --align cuts: leave it out")
         if self.align and self.landmarker is None:
             raise InputError("--align finds faces with MediaPipe: pass its model as --landmarker face_landmarker.task")
         if self.components is not None:  # fail before hours of work

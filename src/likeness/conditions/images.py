@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import zipfile
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import IO
 
@@ -107,6 +107,8 @@ def open_image(
                     image.draft(None, (image.width // scale, image.height // scale))
                 check_pixels(image.width, image.height, name, max_pixels)
                 image.load()
+        with suppress(Exception):
+            image.getexif()  # fails once if the block is damaged, which then counts as empty
         upright = ImageOps.exif_transpose(image)
         upright.format = image.format  # masks in JPEG are repaired
     except UnidentifiedImageError as error:

@@ -212,8 +212,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """Return `dataset.json` of a prepared folder or of the parent of its splits; {} if it is missing."""
     for place in (folder, folder.resolve().parent):
         if (place / RECORD).is_file():
-            found = read_json(place / RECORD)
-            return found if isinstance(found, dict) else {}
+            return read_json(place / RECORD)
     return {}
 
 

@@ -30,8 +30,8 @@ DERIVED = ("n", "train_n", "extractor")
 OPTIONAL = ("steps", "guidance_scale", "device", "dtype")
 """Facts that images of other methods, and evaluations of earlier versions, may lack."""
 EXTRACTOR_SETTINGS = (
-    "face_parser", "text_image", "landmarker", "inception", "clip_large", "dinov2", "lpips", "topiq", "llm_url",
-    "llm_model",
+    "face_parser", "text_image", "landmarker", "inception", "resizing", "clip_large", "dinov2", "lpips", "topiq",
+    "llm_url", "llm_model",
 )  # fmt: skip
 SETTING_FACTS = {
     "size": ("resolution", "extractor_hash"),

@@ -5,6 +5,7 @@ Each raises `MissingError` with what to install or to provide. No extractor is s
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -139,7 +140,8 @@ def inception(protocol: Protocol, size: int, device: str) -> Extractor:
     own = protocol.resizing == "tensorflow"
     forward = lambda images, faces: network(to_tensor(images if own else resized(images, 299), device))[0]  # noqa: E731
     description = f"InceptionV3 of torch-fidelity{'' if own else ', Pillow resizing'}"
-    return network_extractor("inception", description, network, forward)
+    found = network_extractor("inception", description, network, forward)
+    return found if own else dataclasses.replace(found, hash=f"{found.hash}, Pillow resizing")
 
 
 def lpips(protocol: Protocol, size: int, device: str) -> Extractor:

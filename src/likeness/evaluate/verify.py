@@ -114,6 +114,10 @@ def verify(
         files = generate_images(task).by_condition[own.given[0]][0]
         if rank_and_world()[0]:
             continue
+        files = [file for file in files if file.is_file()]  # faces that lack a caption or a condition have none
+        if not files:
+            raise InputError(f"{faces} has no face with a caption and a {own.given[0]}, which {model} needs")
+        own = dataclasses.replace(own, count=len(files))
         for file_format in grid["file_format"]:
             images = files[0].parent if file_format == "png" else write_jpegs(files, folder / "jpg")
             numbers: dict[str, Measurement] = {}

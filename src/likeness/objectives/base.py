@@ -42,8 +42,8 @@ class Objective(Protocol):
     def check_scheduler(self, scheduler: SchedulerMixin) -> None:
         """Raise `InputError` for a scheduler of another objective, which would only ruin the images."""
 
-    def schedule(self, steps: int) -> dict[str, Any]:
-        """Arguments of the scheduler's `set_timesteps`."""
+    def schedule(self, scheduler: SchedulerMixin, steps: int) -> dict[str, Any]:
+        """Arguments of a scheduler's `set_timesteps`."""
 
     def time_of(self, timesteps: Tensor) -> Tensor:
         """Times of this objective from the scheduler's timesteps, float32."""

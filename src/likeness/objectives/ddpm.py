@@ -102,7 +102,7 @@ class DDPM:
                 f"{type(scheduler).__name__}.from_config(pipeline.scheduler.config)"
             )
 
-    def schedule(self, steps: int) -> dict[str, Any]:
+    def schedule(self, scheduler: Any, steps: int) -> dict[str, Any]:
         return {"num_inference_steps": steps}
 
     def time_of(self, timesteps: Tensor) -> Tensor:

@@ -100,8 +100,8 @@ class RectifiedFlow:
                     "model: leave it out"
                 )
 
-    def schedule(self, steps: int) -> dict[str, Any]:
-        if self.sampler == "dpm++":
+    def schedule(self, scheduler: Any, steps: int) -> dict[str, Any]:
+        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
             return {"num_inference_steps": steps}
         # n equal steps from 1 to 0 (the scheduler appends the 0). The scheduler's default sigmas end at 1/1000 and are
         # not uniform: with them, 8 steps miss the integral by 3 %.

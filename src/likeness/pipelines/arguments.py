@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,8 @@ def condition_inputs(
         if image is None:
             return None
         condition = image if isinstance(image, ConditionInput) else ConditionInput(image=image, **numbers[name])
+        plain = {field: number(getattr(condition, field), f"{field} of {name}") for field in ("scale", "start", "end")}
+        condition = replace(condition, **plain)
         if not math.isfinite(condition.scale) or condition.scale < 0:
             raise InputError(f"The scale of {name} is {condition.scale}; it must be a finite number of at least 0")
         if not 0 <= condition.start <= condition.end <= 1:

@@ -28,6 +28,7 @@ from PIL import Image, PngImagePlugin
 from likeness.conditions import CONDITIONS
 from likeness.conditions.base import Reading
 from likeness.conditions.images import MAX_PIXELS, open_image
+from likeness.conditions.keypoints import FLIPS
 from likeness.conditions.mask.classes import CLASSES
 from likeness.config import build
 from likeness.files import writing_whole
@@ -310,7 +311,7 @@ def decode_raw(data: Mapping[str, Any], name: str) -> np.ndarray:
     try:
         if CONDITIONS[name].raw == "points":
             raw = np.asarray(data["points"], dtype=np.float32)
-            good = raw.ndim == 2 and raw.shape[1] == 2 and bool(np.isfinite(raw).all())
+            good = raw.ndim == 2 and raw.shape[1] == 2 and len(raw) in FLIPS and bool(np.isfinite(raw).all())
         else:
             raw = np.array(open_image(base64.b64decode(data["png"]), name))
             labels = CONDITIONS[name].raw == "labels"

@@ -18,7 +18,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 from likeness.models.mditface import PATCH, MDiTFaceTransformer, select
 from likeness.pipelines.portrait import PortraitPipeline
 from likeness.pipelines.sampling import EncodedBatch, Passes
-from likeness.types import InputError, TextFeatures
+from likeness.types import ConditionInput, InputError, TextFeatures
 
 DEFAULTS: dict[str, Any] = {"size": 512, "steps": 28, "guidance_scale": 3.5, "guidance_interval": (0.0, 1.0)}
 """Default `defaults` of a checkpoint."""
@@ -119,8 +119,8 @@ class MDiTFacePipeline(PortraitPipeline):
         text = TextFeatures(batch.text.tokens[texts], batch.text.pooled[texts])  # [P, L, T], [P, P']
 
         # Conditions that are active at some step, in the order of the network's ids
-        conditions = {name: condition for item in group for name, condition in batch.conditions[item].items()}
-        active = [{name for name, c in conditions.items() if c.is_active(i / steps)} for i in range(steps)]
+        own = [batch.conditions[item] for item in items]
+        active = [{name for row in own for name, c in row.items() if c.is_active(i / steps)} for i in range(steps)]
         names = [name for name in config.condition_names if any(name in at_step for at_step in active)]
         numbers = [[batch.latent_indices[item].get(name, 0) for name in names] for item in items]
         index = torch.tensor(numbers, dtype=torch.long, device=device)  # [P, K]
@@ -129,6 +129,10 @@ class MDiTFacePipeline(PortraitPipeline):
         if names and config.attention in ("hard", "decoupled"):
             with self.transformer.cache_disabled():
                 cache = self.transformer.static_cache(text, latents, ids)
+
+        def strength(condition: ConditionInput | None, progress: float) -> float:
+            """Return the scale of an image's condition; 1 if it has none, which `index` says."""
+            return 1.0 if condition is None else condition.scale * condition.is_active(progress)
 
         def passes_at(step: int) -> Passes:
             scale = 1.0 if distilled else batch.guidance[step]
@@ -143,9 +147,9 @@ class MDiTFacePipeline(PortraitPipeline):
             shared = {"all_present": all(numbers[p][k] for p in range(start, stop) for k in keep)}
             if cache is not None and keep:
                 arguments["static_cache"] = select(cache, start, stop, keep, len(names))
-            scales = [conditions[names[k]].scale for k in keep]
-            if any(s != 1 for s in scales):
-                arguments["condition_scale"] = torch.tensor(scales, device=device).expand(stop - start, -1)  # [P, K]
+            scales = [[strength(own[p].get(names[k]), step / steps) for k in keep] for p in range(start, stop)]
+            if any(s != 1 for row in scales for s in row):
+                arguments["condition_scale"] = torch.tensor(scales, device=device)  # [P, K]
             if distilled:
                 arguments["guidance"] = torch.full((stop - start,), batch.guidance[step], device=device)  # [P]
             weights = [scale if item in guided else 1.0 for item in group] + [1 - scale] * len(guided)

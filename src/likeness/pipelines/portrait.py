@@ -308,8 +308,7 @@ class PortraitPipeline(DiffusionPipeline, Loras):
         generators = list(generator) if isinstance(generator, Sequence) else generator
         latents = self.prepare_latents(latents, len(prompts), condition_latents, generators)
         scheduler = copy.deepcopy(self.scheduler)  # its state belongs to this call
-        own = type(scheduler) is type(objective.scheduler())
-        schedule = objective.schedule(steps) if own else {"num_inference_steps": steps}
+        schedule = objective.schedule(scheduler, steps)
         if (
             scheduler.config.get("use_dynamic_shifting")
             and "mu" in inspect.signature(scheduler.set_timesteps).parameters
@@ -325,7 +324,6 @@ class PortraitPipeline(DiffusionPipeline, Loras):
         noise = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
 
         # 4. Plan the passes of every group of images
-        guidance_at = lambda scale: [scale if interval[0] <= level <= interval[1] else 1.0 for level in levels]  # noqa: E731
         batch = EncodedBatch(
             text=text,
             prompts=[number_of[text] for text in prompts],
@@ -334,7 +332,7 @@ class PortraitPipeline(DiffusionPipeline, Loras):
             latent_indices=latent_indices,
             condition_latents=condition_latents,
             condition_ids=condition_ids,
-            guidance=guidance_at(guidance),
+            guidance=[guidance] * len(levels),
             times=objective.model_time(times),
         )
         sampling = Sampling(
@@ -345,6 +343,8 @@ class PortraitPipeline(DiffusionPipeline, Loras):
             step_options=noise,
             pass_functions=[self.pass_function(batch, group) for group in self.groups(len(prompts), latents.device)],
             levels=levels,
+            guidance_scale=guidance,
+            guidance_interval=interval,
             guidance_model=guidance_model,
             guidance_model_scale=auto_scale,
             guidance_model_interval=auto_interval,
@@ -354,6 +354,7 @@ class PortraitPipeline(DiffusionPipeline, Loras):
             objective=objective,
             times=times,
         )
+        sampling.guide(guidance)
         if output_type == "sampling":
             return cast(Any, sampling)
 
@@ -366,12 +367,7 @@ class PortraitPipeline(DiffusionPipeline, Loras):
                     tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, sampling.latents)
                     changed = callback_on_step_end(call, i, scheduler.timesteps[i], tensors)
                     sampling.latents = changed_latents(changed, sampling.latents)
-                    if guidance == 1 != call._guidance_scale and not self.transformer.config.get("guidance_embeds"):
-                        raise InputError(
-                            f"The callback set the guidance scale to {call._guidance_scale}, but the call started "
-                            "with 1, without negative prompts: start with another guidance_scale"
-                        )
-                    batch.guidance[i + 1 :] = guidance_at(call._guidance_scale)[i + 1 :]
+                    sampling.guide(call._guidance_scale)
                 progress.update()
 
         # 6. Decode

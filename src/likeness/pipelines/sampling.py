@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from likeness.types import ConditionInput, TextFeatures
+from likeness.types import ConditionInput, InputError, TextFeatures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +75,10 @@ class Sampling:
     """Function from a step to the passes of each group of images."""
     levels: list[float]
     """Noise level at every step, [S]."""
+    guidance_scale: float
+    """Text guidance at the start."""
+    guidance_interval: tuple[float, float]
+    """Noise levels at which it acts."""
     guidance_model: Any
     """Weaker network of autoguidance, or None."""
     guidance_model_scale: float
@@ -97,6 +101,20 @@ class Sampling:
     def steps(self) -> int:
         """Number of steps, S."""
         return len(self.levels)
+
+    def guide(self, scale: float) -> None:
+        """Set the text guidance of the following steps.
+
+        Raises:
+            InputError: the call started with 1, and so without negative prompts.
+        """
+        if self.guidance_scale == 1 != scale and not self.pipeline.transformer.config.get("guidance_embeds"):
+            raise InputError(
+                f"The callback set the guidance scale to {scale}, but the call started with 1, without negative "
+                "prompts: start with another guidance_scale"
+            )
+        low, high = self.guidance_interval
+        self.batch.guidance[self.step :] = [scale if low <= x <= high else 1.0 for x in self.levels[self.step :]]
 
     def images(self, *, preview: bool = False) -> Any:
         """Decode the images, or with `preview` the estimate of x_0 at the last step.

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Set
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +99,7 @@ def align_photos(
     """Write the splits `out/train` and `out/test` from a folder of photos, or `out/train` from one photo.
 
     The arguments are the options of `likeness prepare align`. Run it again to resume or to add photos, which are in
-    `train`: existing rows and columns are kept.
+    `train`: existing rows and columns are kept, and what was removed from the metadata stays removed.
 
     Raises:
         InputError: there are no photos, the landmarker cannot be used, `out` was written with other settings, or
@@ -139,12 +140,13 @@ def align_files(
         write_record(out, record)
         test = set(record["test"])
         locks.enter_context(changing(out, ["train", *(["test"] if test else [])]))
-        done = open_journal(out)
+        known = {split: known_rows(out / split) for split in rows}
+        done = open_journal(out, known["train"].keys() | known["test"].keys())
         for number, (file, name) in enumerate(zip(files, names, strict=True), start=1):
             split = "test" if name in test else "train"
             found = align_photo(file, name, out, split, find, done, **settings)
             found_rows = {row["file_name"]: json.dumps(row, ensure_ascii=False) for row in found["rows"]}
-            rows[split] |= found_rows
+            rows[split] |= {} if found.get("written") else found_rows
             kept = {Path(file_name).stem for file_name in found_rows}
             aligned.splits[split] += len(kept)
             if "unreadable" in found:
@@ -156,7 +158,9 @@ def align_files(
                     notes = aligned.faults if stem in kept else aligned.skipped
                     notes[f"{name} ({stem})"] = [Note(*fault) for fault in faults]
             progress(number, len(files))
-        faces = {split: write_metadata(out / split, found) for split, found in rows.items() if found}
+        given = [split for split in rows if rows[split] or known[split]]
+        faces = {split: write_metadata(out / split, known[split], rows[split]) for split in given}
+        add_to_journal(out, {"written": True})
         write_record(out, {**record, "faces": faces})
     return aligned
 
@@ -176,15 +180,39 @@ def photo_files(photos: Path, out: Path, follow_links: bool = False) -> list[Pat
     return files
 
 
-def open_journal(out: Path) -> dict[tuple[str, str], str]:
-    """Return (photo, SHA-256) -> record as JSON of the photos that are done. A truncated line is ignored."""
+def open_journal(out: Path, present: Set[str]) -> dict[tuple[str, str], str]:
+    """Return (photo, SHA-256) -> record as JSON of the photos that are done. A truncated line is ignored.
+
+    Portraits that were written to the metadata, and are not among its file names `present`, have been removed since;
+    the record of a photo whose portraits were written has `written`.
+    """
     done: dict[tuple[str, str], str] = {}
+    written: set[tuple[str, str]] = set()
     with (out / JOURNAL).open(encoding="utf-8") if (out / JOURNAL).is_file() else nullcontext(()) as lines:
         for line in lines:
             with suppress(json.JSONDecodeError):
                 record = json.loads(line)
+                if "written" in record:
+                    written |= done.keys()
+                    continue
                 done[record["photo"], record["sha256"]] = line
+                written.discard((record["photo"], record["sha256"]))
+    for key in written:
+        record = json.loads(done[key])
+        rows = [row for row in record["rows"] if row["file_name"] in present]
+        removed = {Path(row["file_name"]).stem for row in record["rows"] if row not in rows}
+        faces = {stem: faults for stem, faults in record["faces"].items() if stem not in removed}
+        done[key] = json.dumps({**record, "rows": rows, "faces": faces, "written": True})
     return done
+
+
+def add_to_journal(out: Path, entry: dict[str, Any]) -> None:
+    """Append a line to the journal. Raises `InputError` if it cannot be written."""
+    try:
+        with (out / JOURNAL).open("a", encoding="utf-8") as journal:  # newline first, to end a truncated line
+            journal.write("\n" + json.dumps(entry))
+    except OSError as error:
+        raise InputError(f"cannot write {out / JOURNAL}: {error.strerror or error}") from error
 
 
 def align_photo(
@@ -228,11 +256,7 @@ def align_photo(
         aligned |= {"transform": transform.tolist(), "faults": [fault.text for fault in faults]}
         files = {"file_name": f"images/{stem}.png", column_of("keypoints"): CONDITIONS["keypoints"].file(stem)}
         record["rows"].append({**files, made_by_column("keypoints"): landmarker, "aligned": aligned})
-    try:
-        with (out / JOURNAL).open("a", encoding="utf-8") as journal:  # newline first, to end a truncated line
-            journal.write("\n" + json.dumps(record))
-    except OSError as error:
-        raise InputError(f"cannot write {out / JOURNAL}: {error.strerror or error}") from error
+    add_to_journal(out, record)
     return record
 
 
@@ -286,15 +310,19 @@ def refine_landmarks(find: FaceFinder, photo: np.ndarray, points: np.ndarray) ->
     return next((face for face in again if same(face, points)), points)
 
 
-def write_metadata(out: Path, rows: dict[str, str]) -> int:
-    """Write rows, JSON by `file_name`, after rows of earlier runs. Columns added in the meantime are kept. Returns the
-    number of rows.
+def known_rows(out: Path) -> dict[str, str]:
+    """Return the rows of a split's metadata, JSON by `file_name`; {} if it has none."""
+    if not (out / METADATA).is_file():
+        return {}
+    parsed = (parse_row(line, f"{out / METADATA}, line {number}") for number, line in metadata_lines(out, "."))
+    return {row["file_name"]: json.dumps(row) for row in parsed}
+
+
+def write_metadata(out: Path, known: dict[str, str], rows: dict[str, str]) -> int:
+    """Write rows, JSON by `file_name`, after the known ones. Columns added in the meantime are kept. Returns the number
+    of rows.
     """
-    path, known = out / METADATA, {}
-    if path.is_file():
-        parsed = (parse_row(line, f"{path}, line {number}") for number, line in metadata_lines(out, "."))
-        known = {row["file_name"]: json.dumps(row) for row in parsed}
-    with writing_whole(path) as metadata:
+    with writing_whole(out / METADATA) as metadata:
         for name in [*(name for name in known if name not in rows), *rows]:
             metadata.write(line_of({**json.loads(known.get(name, "{}")), **json.loads(rows.get(name, "{}"))}))
     return len(known | rows)

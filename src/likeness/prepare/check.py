@@ -19,11 +19,11 @@ from PIL import Image
 
 from likeness.conditions import CONDITIONS
 from likeness.conditions.images import check_aspect, read_rgb
-from likeness.conditions.keypoints import STROKES
+from likeness.conditions.keypoints import part_points
 from likeness.conditions.mask.classes import CLASS_INDEX
 from likeness.conditions.mask.geometry import measure
 from likeness.data.ahead import read_ahead
-from likeness.data.folder import METADATA, column_of, file_inside, metadata_lines, splits_of
+from likeness.data.folder import METADATA, column_of, file_inside, metadata_lines, split_inside, splits_of
 from likeness.prepare.fix import FIXES, KINDS, Finding, MetadataRow, fix_captions, read_rows
 from likeness.prepare.near_duplicates import first_duplicates, image_hash
 from likeness.types import InputError, Progress
@@ -103,7 +103,7 @@ def check_folder(folder: Path, progress: Progress = lambda done, total: None) ->
         progress(len(places), total)
     findings += compare_rows(places, np.frombuffer(hashes, HASHES))
     for split, place, suffix in sorted(folders):
-        findings += unlisted_files(folder / split, split, place, suffix, files)
+        findings += unlisted_files(split_inside(folder, split), split, place, suffix, files)
     findings.sort(key=lambda found: (splits.index(found.split), found.line))
     return Checked(total, findings, state.hexdigest()[:16])
 
@@ -123,7 +123,7 @@ def check_row(folder: Path, row: MetadataRow) -> CheckedRow:
     if row.fault:
         checked.add("", "broken-row", row.fault, "drop-row")
         return checked
-    files = existing_files(checked, folder / row.split)
+    files = existing_files(checked, split_inside(folder, row.split))
     checked.files = list(files.values())
     shape = check_image(checked, files["file_name"]) if "file_name" in files else None
     raw = {
@@ -238,8 +238,7 @@ def distance_of_parts(labels: np.ndarray, points: np.ndarray) -> float:
     for part, strokes in parts.items():
         index: list[int] = []
         for stroke in strokes:
-            _, _, ibug, mediapipe = STROKES[stroke]
-            index += ibug if len(points) == 68 else mediapipe
+            index += part_points(stroke, len(points))
         offsets.append(geometry.centre[CLASS_INDEX[part]] / size - points[index].mean(axis=0))
     distances = np.linalg.norm(offsets, axis=1)  # [4], NaN if the mask lacks the part
     distances = distances[np.isfinite(distances)]

@@ -14,7 +14,7 @@ from PIL import Image
 
 from likeness.conditions import CONDITIONS
 from likeness.conditions.images import read_rgb
-from likeness.data.folder import METADATA, column_of, splits_of
+from likeness.data.folder import METADATA, column_of, split_inside, splits_of
 from likeness.pages import SIDE, Figure, Section, embed, write_page
 from likeness.prepare.check import Checked, CheckedRow, existing_files
 from likeness.prepare.fix import Finding, MetadataRow, read_rows
@@ -70,7 +70,7 @@ def choose_rows(folder: Path, checked: Checked, count: int) -> list[tuple[Metada
 
 def describe_row(folder: Path, row: MetadataRow, findings: list[Finding]) -> Figure:
     """Return the images of a row with its captions, place and faults; missing images are empty."""
-    files = existing_files(CheckedRow(row), folder / row.split)
+    files = existing_files(CheckedRow(row), split_inside(folder, row.split))
     images = [(name, embed(partial(image_of, files.get(column), column))) for column, name in COLUMNS.items()]
     split, line, name = row.place
     text = row.values.get("text") or []

@@ -41,6 +41,7 @@ from likeness.encoders.components import Components
 from likeness.encoders.latent import LatentCodec, spatial_factor, to_tensor
 from likeness.files import ABANDONED, delete_partials, is_unfinished, locked
 from likeness.types import InputError, Progress
+from likeness.weights.hashes import file_hash
 
 TRANSFORM = 1
 """Version of the preprocessing. Increase it if the same file leads to other pixels: this changes every key."""
@@ -451,7 +452,7 @@ def write_rows(out: Path, root: Path, rows: Sequence[dict[str, Any]], stamps: np
 def hash_file(path: Path) -> bytes:
     """Return the first 16 bytes of the SHA-256 of a file."""
     try:
-        return hashlib.sha256(path.read_bytes()).digest()[:16]
+        return bytes.fromhex(file_hash(path))[:16]
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
 

@@ -30,7 +30,7 @@ from likeness.data.folder import (
     splits_of,
     write_record,
 )
-from likeness.files import write_whole, writing_whole
+from likeness.files import delete_partials, write_whole, writing_whole
 from likeness.prepare.ingest.faces import SPLIT_NAMES, SPLIT_ORDER, unique_name
 from likeness.prepare.ingest.shards import import_parquet
 from likeness.prepare.ingest.source import parse_json, read_file
@@ -82,6 +82,7 @@ def export(
             progress(done, counts.total())
 
     with changing(out, ["."]):
+        delete_partials(out, [*SPLIT_ORDER, "data"])
         open_record(out, arguments, "export")
         kept = {key: known[key] for key in ("licence", "licence_source", "split_is") if key in known}
         write_record(out, {**arguments, **kept, "faces": dict(counts)})
@@ -143,7 +144,8 @@ def write_imagefolder(path: Path, faces: Iterator[Face], columns: Columns) -> No
         for _, name, images, row in faces:
             files = {}
             for key, source in images.items():
-                file = f"images/{name}{source.suffix.lower()}" if key == "image" else CONDITIONS[key].file(name)
+                place = "images" if key == "image" else CONDITIONS[key].folder
+                file = f"{place}/{name}{source.suffix.lower()}"
                 files["file_name" if key == "image" else column_of(key)] = file
                 if not (path.parent / file).is_file():
                     write_whole(path.parent / file, read_file(source))

@@ -27,6 +27,7 @@ from likeness.data.folder import (
     line_of,
     metadata_lines,
     parse_row,
+    split_inside,
 )
 from likeness.files import write_whole
 from likeness.types import InputError
@@ -46,6 +47,7 @@ KINDS: dict[str, str] = {
     "inverted-sketch": "a sketch has light lines on a dark background",
     "no-sketch": "a photograph or a mask in place of a sketch",
     "misplaced-keypoints": "keypoints and mask disagree about where eyes, nose and lips are: one of them is wrong",
+    "undetected-points": "keypoints have points at (0, 0), which detectors write for points that they did not find",
     "shared-condition": "two different images have an identical mask, sketch or keypoints",
     "empty-caption": "a caption is empty",
     "long-caption": "a caption is longer than the 77 tokens that a text encoder reads",
@@ -295,7 +297,7 @@ def dropped_files(folder: Path, row: MetadataRow, findings: list[Finding]) -> se
     for column, name in row.files.items():
         if whole_row or column in columns:
             with suppress(InputError):
-                file_inside(folder / row.split, name, {}, column)
+                file_inside(split_inside(folder, row.split), name, {}, column)
                 dropped.add(name)
     return dropped
 

@@ -17,7 +17,7 @@ from scipy.ndimage import distance_transform_edt
 
 from likeness.annotators.face_parser import load_face_parser, parse_faces
 from likeness.conditions.framing import inverse, move, rescaled
-from likeness.conditions.images import MAX_PIXELS, existing_path, open_image
+from likeness.conditions.images import MAX_PIXELS, existing_path, open_image, read_rgb
 from likeness.conditions.mask.classes import CLASS_INDEX
 from likeness.conditions.mask.edits import class_indices
 from likeness.conditions.mask.geometry import INSIDE
@@ -68,9 +68,12 @@ def paste_file(
     pixels = read_photo(portrait)
     weight = region_weight(pixels, only, parser, feather / 4) if only else None
     transform = np.array(row["transform"])
-    pixels = paste_portrait(read_photo(photo), pixels, transform, row["size"], feather=feather, weight=weight)
-    image = Image.fromarray(pixels)
-    if "A" in original.getbands() and kind != "JPEG":
+    if "transparency" in original.info:
+        original = original.convert("RGBA")
+    transparent = "A" in original.getbands() and kind != "JPEG"
+    base = np.array(read_rgb(original.convert("RGB"))) if transparent else read_photo(photo)
+    image = Image.fromarray(paste_portrait(base, pixels, transform, row["size"], feather=feather, weight=weight))
+    if transparent:
         image.putalpha(original.getchannel("A"))
     packet = edited.info.get(XMP_KEY) or edited.info.get("xmp") or b""
     packet = packet.decode("utf-8", "replace") if isinstance(packet, bytes) else packet

@@ -421,6 +421,8 @@ def check(recipe: RunRecipe) -> None:
         raise InputError(f"the recipe's defaults: unknown key {unknown[0]!r}; known are {known}")
     if isinstance(recipe, TrainRecipe):
         check_minimum(recipe, 0, "diagnostics_every")
+        frozen_flux = isinstance(recipe.network, MDiTFaceAdapter)
+        check_values(("precision", recipe.precision, not frozen_flux or recipe.precision != "fp32", "bf16 on FLUX.1"))
     if isinstance(recipe, StudentRecipe):
         check_student(recipe)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from likeness.data.sampler import stream
-from likeness.data.store import Sample, Store
+from likeness.data.store import IMAGE, Sample, Store
 from likeness.encoders.components import Components
 from likeness.objectives import Objective
 from likeness.parallel import local_tensor, reshard
@@ -66,6 +67,8 @@ class Diagnostics:
         for name, condition_id in self.ids.items():
             having = [store for store in stores if name in store.conditions]  # reading the others takes long
             samples = faces_with(name, (store[index] for store in having for index in range(len(store))), FACES)
+            if recipe.data.target != IMAGE:
+                samples = [replace(sample, latents=sample.conditions[recipe.data.target]) for sample in samples]
             if len(samples) > 1:
                 text = components.text_features([sample.captions[0] if sample.captions else "" for sample in samples])
                 statistics = latent_statistics(components.settings)

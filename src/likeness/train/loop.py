@@ -75,12 +75,12 @@ def train_in(
         validation = open_stores(recipe, recipe.data.validation, components, patch_size)
         objective = make_objective(recipe.objective)
         torch.manual_seed(recipe.seed)  # for the initial weights; later random numbers have their own generators
-        width = components.text_encoder.config.hidden_size
+        pooled, tokens = components.text_encoder, components.text_encoder_2 or components.text_encoder
         model: Any = build_network(
             recipe,
             channels=stores[0][0].latents.shape[0],
-            text_dim=width,
-            pooled_dim=width,
+            text_dim=tokens.config.hidden_size,
+            pooled_dim=pooled.config.hidden_size,
             text_tokens=components.settings["max_text_tokens"],
         )
         load_initial_weights(model, recipe, components)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,12 @@ def check_base(name: str, transformer: Any, objective: Objective, recipe: TrainR
     known = [own for own in transformer.config.condition_names if own != "none"]
     if new := [own for own in condition_names(recipe.data) if own not in known]:
         raise InputError(f"condition_probabilities has {new[0]}, but {name} was trained with {', '.join(known)}")
-    base, ours = objective.config(), make_objective(recipe.objective).config()
+    check_same_objective(name, objective.config(), recipe)
+
+
+def check_same_objective(name: str, base: Mapping[str, Any], recipe: TrainRecipe) -> None:
+    """Check that a model with the objective `base` predicts what the recipe's does. Raises `InputError`."""
+    ours = make_objective(recipe.objective).config()
     for key in ("name", "prediction", "time_scale"):
         if base.get(key) != ours.get(key):
             raise InputError(f"{name} was trained with the objective's {key} = {base.get(key)}, not {ours.get(key)}")
@@ -177,7 +183,10 @@ def load_initial_weights(network: Any, recipe: TrainRecipe, components: Componen
     if not (folder / "model_index.json").is_file() or isinstance(recipe.network, AdapterNetwork):
         raise InputError(f"init_from is {recipe.init_from}: training continues from whole networks, not from adapters")
     check_same_latents(folder, components)
-    source = load_component(folder / "transformer", *read_json(folder / "model_index.json")["transformer"])
+    index = read_json(folder / "model_index.json")
+    if index.get("objective"):  # FLUX.1's folder has none
+        check_same_objective(recipe.init_from, make_objective(index["objective"]).config(), recipe)
+    source = load_component(folder / "transformer", *index["transformer"])
     plain = lambda value: list(value) if isinstance(value, tuple) else value  # noqa: E731  # as in JSON
     for key, value in network.config.items():
         if not key.startswith("_") and key != "condition_names" and plain(source.config.get(key)) != plain(value):

@@ -49,7 +49,9 @@ def make_optimizers(model: nn.Module, recipe: OptimizerRecipe) -> list[torch.opt
         return [AdamW8bit(list(parameters.values()), betas=recipe.betas, **settings)]
     matrices = {n: p for n, p in parameters.items() if recipe.name == "muon" and p.ndim == 2 and is_in_block(n)}
     rest = [parameter for name, parameter in parameters.items() if name not in matrices]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, betas=recipe.betas, fused=True, **settings)]
+    optimizers: list[torch.optim.Optimizer] = []
+    if rest:
+        optimizers.append(torch.optim.AdamW(rest, betas=recipe.betas, fused=True, **settings))
     if matrices:
         ordered = [matrices[name] for name in sorted(matrices)]
         optimizers.append(Muon(ordered, **settings))

@@ -141,7 +141,7 @@ def ema_pipeline(state: TrainState, publication: Publication) -> Iterator[tuple[
         return
     with ema.applied():
         weights = gather(adapter_state(model), world)
-        with world.autocast("bf16"):
+        with world.autocast("bf16" if isinstance(publication.adapter, Adapter) else "fp32"):  # a frozen FLUX.1 is bf16
             try:
                 yield pipeline_of(publication, model), weights
             finally:
@@ -170,11 +170,16 @@ def write_previews(publication: Publication, pipeline: Any, run: Path, seen: int
     """
     if not publication.previews:
         return
+    start, images, parts = time.monotonic(), [], publication.components
+    before = [(part, part.device) for part in (parts.vae, parts.text_encoder, parts.text_encoder_2) if part is not None]
     if world.device_type != "cpu":
         pipeline.to(world.device)
-    start, images = time.monotonic(), []
-    for request in publication.previews:
-        images += generate(pipeline, resolve(request, pipeline), [request.seed])[0]
+    try:
+        for request in publication.previews:
+            images += generate(pipeline, resolve(request, pipeline), [request.seed])[0]
+    finally:
+        for part, device in before:  # their memory is the training's
+            part.to(device)
     if not world.main:
         return
     sheet = Image.fromarray(np.hstack([np.asarray(image) for image in images]))

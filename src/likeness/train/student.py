@@ -383,8 +383,9 @@ def train_in(
     use_explicit_attention(student, world.device_type == "cpu" and recipe.precision == "bf16")
     discriminator = Discriminator(student, d.blocks, d.width).to(world.device).train()
     student.to(world.device).train()
-    if not stores[0].text_hash:  # the shards have no text features
-        components.text_encoder.to(world.device)
+    for encoder in (components.text_encoder, components.text_encoder_2):
+        if encoder is not None and not stores[0].text_hash:  # the shards have no text features
+            encoder.to(world.device)
 
     def discriminator_state(module: nn.Module, rate: float) -> TrainState:
         adamw = torch.optim.AdamW(module.parameters(), lr=rate, betas=o.betas, weight_decay=0.0, fused=True)
@@ -410,7 +411,8 @@ def train_in(
         discriminator.compile(dynamic=False)
 
     # 3. Train
-    schedule = torch.tensor(objective.schedule(recipe.steps)["sigmas"], dtype=torch.float32, device=world.device)  # [K]
+    sigmas = objective.schedule(objective.scheduler(), recipe.steps)["sigmas"]
+    schedule = torch.tensor(sigmas, dtype=torch.float32, device=world.device)  # [K]
     times = schedule.repeat_interleave(o.batch)  # [B]
     continuing = slice(len(times) - o.batch)  # [B - n] samples have another time
     progress = Progress(run, state, o.images, o.batch, signals, recipe)
@@ -418,11 +420,12 @@ def train_in(
     batches = read_batches(recipe, stores, names, components.settings, world, progress.starts, o.batch, patch_size)
     for start, (batch,) in progress.steps(batches):
         update_student = start >= d.warmup
+        flow_time = objective.sample_time(batch.uniform).to(world.device)
+        batch = batch.with_text(components).to(world.device)
         with world.autocast(recipe.precision):
-            batch = batch.with_text(components).to(world.device)
             samples = next_samples(states.rollout, batch, recipe.steps)
             draws = Draws(*(x.to(world.device) for x in draw(d, recipe.seed, start, tuple(samples.clean.shape))))
-            flow = batch.noise, objective.sample_time(batch.uniform)
+            flow = batch.noise, flow_time
             loss, estimates, report = losses_of(
                 student, discriminator, objective, recipe, samples, times, draws, flow, update_student
             )

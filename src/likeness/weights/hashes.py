@@ -9,11 +9,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from likeness.types import InputError
+
 
 def weights_hash(model: torch.nn.Module, without: tuple[str, ...] = ()) -> str:
     """Return the SHA-256 of a model's weights as float32, in the order of their names; `without`: prefixes to leave
-    out.
+    out. Raises `InputError` if they are offloaded to where they cannot be read.
     """
+    registries: list[Any] = [getattr(module, "_diffusers_hook", None) for module in model.modules()]
+    hooks = [hook for registry in registries if registry for hook in registry.hooks.values()]
+    on_disk = any(getattr(getattr(hook, "group", None), "offload_to_disk_path", None) for hook in hooks)
+    if on_disk or any(value.is_meta for value in model.state_dict().values()):
+        raise InputError(
+            "The weights are offloaded and cannot be read for the recipe of the image: save it without one, "
+            "output.images[0].save(...), or offload with load(offload=True)"
+        )
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         if name.startswith(without):

@@ -149,14 +149,15 @@ def save_packed(model: Any, folder: Path, base: Path | None = None) -> None:
 
 
 def load_component(folder: Path, library: str, class_name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Load a component from its folder, packed (then in `dtype`) or not; `library` and `class_name` are those of
+    """Load a component from its folder in `dtype`, packed or not; `library` and `class_name` are those of
     `model_index.json`. Raises `InputError` if the class is not in `COMPONENT_CLASSES`, or a file cannot be read.
     """
     cls = component_class(library, class_name)
     check_files(folder)
     try:
         if not is_packed(folder):
-            return cls.from_pretrained(folder)
+            loaded = cls.from_pretrained(folder)
+            return loaded.to(dtype) if isinstance(loaded, torch.nn.Module) else loaded
         config = read_json(folder / "config.json")
         with init_empty_weights(include_buffers=False):
             model = cls(cls.config_class.from_dict(config)) if library == "transformers" else cls.from_config(config)

@@ -21,7 +21,7 @@ from likeness.conditions.images import ASPECT_TOLERANCE, png_bytes
 from likeness.conditions.mask import flip, mask_image, resize, swap_classes
 from likeness.conditions.mask.classes import CLASS_INDEX, CLASSES, COUNTERPART, GROUPS, NAMES, plain_name
 from likeness.conditions.mask.geometry import INSIDE, measure, specks, swapped_pairs
-from likeness.files import write_whole
+from likeness.files import writing_whole
 from likeness.types import InputError
 
 Names = str | Sequence[str]
@@ -241,12 +241,15 @@ def changes(before: np.ndarray, after: np.ndarray) -> str:
     return ", ".join(changed) or same
 
 
-def save(labels: np.ndarray, out: Path) -> None:
-    """Write labels as a palette PNG, atomically. Raises `InputError` if they are all background."""
+def save(labels: np.ndarray, out: Path, *, overwrite: bool = True) -> None:
+    """Write labels as a palette PNG, atomically. Raises `InputError` if they are all background, and `FileExistsError`
+    for an existing file unless `overwrite`.
+    """
     check_suffix(out)
     if not labels.any():
         raise InputError("nothing but background would remain: a mask needs a face")
-    write_whole(out, png_bytes(mask_image(labels)))
+    with writing_whole(out, overwrite=overwrite) as file:
+        file.write(png_bytes(mask_image(labels)))
 
 
 def check_suffix(out: Path) -> None:

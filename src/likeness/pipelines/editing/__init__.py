@@ -7,7 +7,7 @@ the autoencoder changes them all: `likeness.prepare.edit` pastes the region into
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -130,7 +130,15 @@ def edit_steps(
         if not isinstance(target.objective, RectifiedFlow):
             message = f"{method} requires a rectified flow, and this model is a DDPM: choose the method replacement"
             raise InputError(message)
-        own = {**arguments, "control_image": source_control_image, "guidance_scale": 1.0, "negative_prompt": None}
+        own: dict[str, Any] = {
+            **arguments,
+            "control_image": source_control_image,
+            "guidance_scale": 1.0,
+            "negative_prompt": None,
+        }
+        for name in ("conditioning_scale", "control_guidance_start", "control_guidance_end"):
+            if isinstance(own.get(name), Mapping):  # of the conditions of the edited image
+                own[name] = {key: value for key, value in own[name].items() if key in (source_control_image or {})}
         source = generate([source_prompt] * len(rows), latents=target.latents, **own)
     count, _, *grid = target.latents.shape
     factor = spatial_factor(pipeline.vae)
@@ -150,11 +158,13 @@ def edit_steps(
     )
     call = copy.copy(pipeline)  # components are shared, the state that callbacks see is not
     call._interrupt, call._num_timesteps = False, target.steps - editing.start
+    call._guidance_scale = target.guidance_scale
     for i, _ in enumerate(METHODS[method](editing)):
         if callback_on_step_end is not None:
             tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, target.latents)
             timestep = target.scheduler.timesteps[target.step - 1]
             target.latents = changed_latents(callback_on_step_end(call, i, timestep, tensors), target.latents)
+            target.guide(call._guidance_scale)
         yield i + 1, call.num_timesteps
         if call.interrupt:
             break

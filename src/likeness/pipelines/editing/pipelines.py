@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
+from likeness.pipelines.adapters import scaled_loras
 from likeness.pipelines.editing import DEFAULT_METHOD, edit_steps, last
 from likeness.pipelines.mditface import MDiTFacePipeline
 from likeness.pipelines.mmface import MMFacePipeline
@@ -18,6 +19,7 @@ from likeness.pipelines.portrait import PortraitPipeline
 class Inpainting(PortraitPipeline):
     """The call of an inpainting pipeline."""
 
+    @scaled_loras
     def __call__(
         self,
         prompt: str | Sequence[str] = "",
@@ -27,6 +29,7 @@ class Inpainting(PortraitPipeline):
         strength: float = 1.0,
         method: str = DEFAULT_METHOD,
         return_dict: bool = True,
+        attention_kwargs: Any = None,
         **arguments: Any,
     ) -> PortraitOutput:
         """Generate the white region of `mask_image` again. Pixels outside it change, too, by encoding and decoding.
@@ -38,6 +41,7 @@ class Inpainting(PortraitPipeline):
             strength: fraction of the steps that run, in (0, 1].
             method: name in `likeness.pipelines.editing.METHODS`.
             return_dict: whether to return a `PortraitOutput` or the tuple (images,).
+            attention_kwargs: {"scale": factor of all LoRAs}.
             arguments: further arguments of `edit_steps` and of the text-to-image pipeline, such as `control_image`,
                 `num_inference_steps`, `num_images_per_prompt`, `generator`, `output_type` and `callback_on_step_end`.
 

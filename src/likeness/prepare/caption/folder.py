@@ -184,7 +184,7 @@ def caption_split(
             ):
                 try:
                     for row, name, face in done:
-                        replace = settings.replace and not face.fault
+                        replace = settings.replace and face.complete and bool(face.captions)
                         captions = merge(captions_of(row), previous(name), face.captions, replace)
                         texts = [caption["text"] for caption in captions if is_used(caption)]
                         record.write(line_of({"file_name": name, "captions": captions}))

@@ -103,8 +103,8 @@ def draw_traits(attributes: Mapping[str, bool], rng: np.random.Generator) -> Tra
         return phrases[int(rng.integers(len(phrases)))]
 
     has = lambda name: attributes.get(name, False)  # noqa: E731
-    nouns = ("man", "man", "man", "guy", "male person") if has("Male") else ("woman", "woman", "woman", "lady")
-    traits = Traits(pick((*nouns, "person")))
+    nouns = {True: ("man", "man", "man", "guy", "male person"), False: ("woman", "woman", "woman", "lady"), None: ()}
+    traits = Traits(pick((*nouns[attributes.get("Male")], "person")))
     if has("Young"):
         traits.adjectives.append("young")
     elif "Young" in attributes:

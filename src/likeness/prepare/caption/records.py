@@ -132,7 +132,7 @@ def merge(
     made = {origin(caption) for caption in fresh}
     expected = {caption["text"] for caption in previous if caption.get("dropped", BY_HAND) == BY_HAND}
     removed = expected - set(current)
-    known = {caption["text"] for caption in (*previous, *fresh)}
+    known = {caption["text"] for caption in (*previous, *fresh) if is_used(caption)}
     kept = [caption for caption in previous if origin(caption) not in made]
     given = [{"text": text, "source": "given"} for text in dict.fromkeys(current) if text not in known]
     others = [caption | {"dropped": REPLACED} if replace and is_used(caption) else caption for caption in kept + given]

@@ -57,7 +57,10 @@ def open_face(face: SourceFace, size: int | None, crop: bool) -> tuple[Image.Ima
     if box is None and size in (None, width):
         with Image.open(io.BytesIO(content)) as head:
             plain = head.mode == "RGB" and not {"icc_profile", "transparency"} & head.info.keys()
-            plain = plain and head.getexif().get(ORIENTATION, 1) == 1 and getattr(head, "n_frames", 1) == 1
+            try:
+                plain = plain and head.getexif().get(ORIENTATION, 1) == 1 and getattr(head, "n_frames", 1) == 1
+            except Exception:  # damaged: the image is written anew
+                plain = False
             suffix = COPIED.get(head.format or "", "") if plain else ""
     return image, box, content, suffix
 

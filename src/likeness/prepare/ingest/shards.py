@@ -5,6 +5,7 @@ Only Parquet needs pyarrow. A shard is a plain tar archive.
 
 from __future__ import annotations
 
+import os
 import tarfile
 import threading
 from collections import Counter
@@ -38,6 +39,9 @@ GROUP_BYTES = 2**32
 
 ROWS = 16
 """Rows of a Parquet file per read."""
+
+KEPT = 4 * (os.cpu_count() or 1) + ROWS
+"""Last rows that may still be asked for: `write_faces` reads as many ahead."""
 
 
 def import_parquet() -> Any:
@@ -120,7 +124,7 @@ def parquet_rows(reader: Any, path: Path, split: str | None) -> Entries:
 
 
 def cell_reader(batches: Iterator[Any]) -> Callable[[int, str], Any]:
-    """Return a function (row, column) -> value for rows that are read nearly in order: the last batches are cached."""
+    """Return a function (row, column) -> value for rows that are read nearly in order: the last `KEPT` are cached."""
     lock, cache, start = threading.Lock(), [], 0  # cache: (first row, batch)
 
     def cell(row: int, column: str) -> Any:
@@ -130,7 +134,8 @@ def cell_reader(batches: Iterator[Any]) -> Callable[[int, str], Any]:
                 batch = next(batches)
                 cache.append((start, batch))
                 start += len(batch)
-                del cache[:-4]
+                while start - (cache[0][0] + len(cache[0][1])) >= KEPT:
+                    del cache[0]
             first, batch = next((first, batch) for first, batch in reversed(cache) if first <= row)
         return batch.column(column)[row - first].as_py()
 

@@ -22,7 +22,7 @@ from typing import Any
 from likeness.data.folder import lines_of
 from likeness.types import InputError
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".heic", ".heif", ".bmp", ".tif", ".tiff", ".gif")
+IMAGES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".heic", ".heif", ".bmp", ".tif", ".tiff", ".gif")
 """Suffixes of images."""
 
 MAX_BYTES = 2**28

@@ -21,7 +21,7 @@ from likeness.data.ahead import read_ahead
 from likeness.data.folder import METADATA, RECORD, changing, column_of, line_of, open_record, write_record
 from likeness.files import read_json, write_whole, writing_whole
 from likeness.prepare.ingest.convert import COPIED, convert_condition, crop_and_resize, open_face
-from likeness.prepare.ingest.faces import SPLIT_ORDER, Entries, Skipped, SourceFace, unique_name
+from likeness.prepare.ingest.faces import SPLIT_NAMES, SPLIT_ORDER, Entries, Skipped, SourceFace, unique_name
 from likeness.prepare.ingest.formats import FORMATS, UNKNOWN_TERMS, detect_format
 from likeness.prepare.ingest.source import Source, join, open_source, parse_json
 from likeness.prepare.ingest.splits import SPLITS, default_held_out, named_split, random_split
@@ -188,6 +188,8 @@ def caption_files(source: Source) -> dict[str, str]:
         for stem, path in source.texts(folder).items():
             parts = join(folder, stem).split("/")
             full["_".join(parts)] = path
+            if len(parts) > 1 and parts[0] in SPLIT_NAMES:  # faces have our name of the split
+                full["_".join((SPLIT_NAMES[parts[0]], *parts[1:]))] = path
             for start in range(1, len(parts)):
                 short.setdefault("_".join(parts[start:]), []).append(path)
     if not full:

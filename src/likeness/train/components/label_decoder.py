@@ -98,7 +98,7 @@ def measure(
     right = np.zeros(2)
     for number, row in enumerate(rows):
         labels = steps.read_labels(row, recipe.size)
-        latents = codec.encode(to_tensor([PALETTE[labels]]))  # [1, C, h, w]
+        latents = codec.encode(to_tensor([PALETTE[labels]]).to(codec.vae.device)).cpu()  # [1, C, h, w]
         t = recipe.latent_noise / 2
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(number))
         both = torch.cat([latents, (1 - t) * latents + t * noise]) * codec.std + codec.mean
