@@ -39,7 +39,7 @@ def prepare(root: Path, count: int, *, flux: bool = False) -> Path:
 
 
 def small_values(root: Path, probabilities: dict[str, float] | None = None, **changes: Any) -> dict[str, Any]:
-    """Values of a recipe of 6 steps of 4 images, float32; `optimizer`, `network` and `data` are changed key by key."""
+    """Values of a recipe of 6 steps of 4 images; `optimizer`, `network` and `data` are changed key by key."""
     network = changes.pop("network", {})
     kind = network.get("name", "mmface")
     adapter = kind.endswith("_adapter")
@@ -53,7 +53,7 @@ def small_values(root: Path, probabilities: dict[str, float] | None = None, **ch
         "data": data | changes.pop("data", {}),
         "optimizer": {"images": 24, "batch": 4, "learning_rate": 1e-3} | changes.pop("optimizer", {}),
         "defaults": {"size": SIZE, "steps": 2},
-        "precision": "fp32",
+        "precision": "auto" if kind == "mditface_adapter" else "fp32",  # a frozen FLUX.1 is bf16
         "log_every": 8,
         "checkpoint_every": 8,
     } | changes

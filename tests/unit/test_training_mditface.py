@@ -58,7 +58,7 @@ def test_from_random_weights(prepared, tmp_path):
 @pytest.fixture(scope="module")
 def adapter_recipe(prepared) -> TrainRecipe:
     network = {"name": "mditface_adapter", "base": str(prepared / "flux"), "rank": 2, "alpha": 2}
-    return recipe(prepared, network, precision="auto")
+    return recipe(prepared, network)
 
 
 def test_the_frozen_flux_has_bf16_only(prepared, adapter_recipe, tmp_path):
@@ -126,7 +126,7 @@ def test_base_trained_from_scratch(prepared, tmp_path):
     for targets in ("spatial", "all"):
         lora = {"name": "mditface_adapter", "base": str(base), "rank": 2, "targets": targets}
         shards = {"shards": [str(prepared / "shards")]}
-        model = loop.train(recipe(prepared, lora, data=shards, precision="auto"), tmp_path / targets)
+        model = loop.train(recipe(prepared, lora, data=shards), tmp_path / targets)
         assert json.loads((model / "adapter.json").read_text())["targets"] == targets
         adapted = load(model)
         images[targets] = generate(adapted, request, [1])[0][0].tobytes()
