@@ -11,6 +11,7 @@ import contextlib
 import re
 import secrets
 import shutil
+import sqlite3
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,6 +47,9 @@ LOST = 60
 
 FORGOTTEN = 7 * 86400
 """Seconds after which the id of a finished job is no longer known as expired."""
+
+BUSY = 10
+"""Seconds for which a database that another process writes is waited for."""
 
 UNFINISHED = ("queued", "running")
 """States of a job in progress; the others are completed, failed, cancelled, interrupted and expired."""
@@ -227,7 +231,16 @@ def connect(url: str) -> Engine:
 
         @event.listens_for(database, "connect")
         def configure(connection: Any, record: Any) -> None:
-            for setting in ("journal_mode = WAL", "synchronous = NORMAL", "busy_timeout = 10000"):
-                connection.execute(f"PRAGMA {setting}")
+            connection.execute(f"PRAGMA busy_timeout = {1000 * BUSY}")
+            connection.execute("PRAGMA synchronous = NORMAL")
+            deadline = time.monotonic() + BUSY
+            while True:
+                try:
+                    connection.execute("PRAGMA journal_mode = WAL")
+                    return
+                except sqlite3.OperationalError:  # another process changes it, for which SQLite does not wait
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.05)
 
     return database
