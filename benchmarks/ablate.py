@@ -318,6 +318,9 @@ BASES = {base for variant in VARIANTS.values() for base in variant.bases}
 CONFLICT_FACES = 40
 """Faces whose masks are combined with contradicting prompts (`conflicts.py`)."""
 
+SAME = ("images", "count", "fingerprint")
+"""Facts that the results of a variant have in common."""
+
 METRICS = (
     "pixel_accuracy", "mean_iou", "rare_class_recall", "edge_f_score", "retrieval", "attribute_recall",
     "complete_faces", "kid_text_image",
@@ -674,12 +677,12 @@ def collect(wanted: Sequence[Sequence[str]], out: Path, seeds: Sequence[int]) ->
         found = {seed: read_json(file) for seed, file in files.items() if file.is_file()}
         if not found:
             continue
-        for key in ("images", "count", "fingerprint"):
+        for key in SAME:
             if len({one[key] for one in found.values()}) > 1:
                 values = ", ".join(f"{one[key]} (seed {seed})" for seed, one in found.items())
                 raise InputError(f"the runs of {name} have different {key}: {values}; remove the old ones")
         latest, known, scores = list(found.values())[-1], results["variants"].get(name, {}), read_scores(name)
-        if any(known.get(key) != latest[key] for key in ("images", "count", "fingerprint")):
+        if any(known.get(key) != latest[key] for key in SAME):
             known, scores = {}, {}
             kept = {key: one for key, one in results["comparisons"].items() if name not in key.split()[:2]}
             results["comparisons"] = kept

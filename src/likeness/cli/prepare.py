@@ -390,8 +390,11 @@ class Shards(ImportOptions, EncodeOptions):
         from likeness.data.folder import captions_of, each_row, splits_of
         from likeness.encoders.components import load_components
 
+        only_ingest = {field.name for field in fields(Ingest)} - {field.name for field in fields(Align)} - {"source"}
         ignored = [
-            name for name in ("format", "split", "crop", "limit") if getattr(self, name) not in ("auto", False, None)
+            field.name
+            for field in fields(ImportOptions)
+            if field.name in only_ingest and getattr(self, field.name) != field.default
         ]
         if self.align and ignored:
             raise InputError(f"--{ignored[0]} has no effect on photos that --align cuts: leave it out")

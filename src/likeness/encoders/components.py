@@ -39,15 +39,18 @@ class Components:
     encoder_of: tuple[str, ...] = ()
     """SHA-256 of the weights of whole autoencoders with this encoder. Earlier versions recorded this hash instead."""
 
+    @property
+    def text_encoders(self) -> list[Any]:
+        """The text encoders: the first encodes pooled text, the last the tokens."""
+        return [encoder for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None]
+
     def same_encoder(self, recorded: str) -> bool:
         """Return whether a recorded hash is of this encoder. Raw latents do not depend on the decoder."""
         return recorded in (self.codec_hash, *self.encoder_of) or recorded == weights_hash(self.vae)
 
     def text_hash(self) -> str:
         """Return the SHA-256 of text encoders, vocabularies and settings, which stored text features record."""
-        encoders = [
-            weights_hash(encoder) for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None
-        ]
+        encoders = [weights_hash(encoder) for encoder in self.text_encoders]
         vocabularies = [sorted(t.get_vocab().items()) for t in (self.tokenizer, self.tokenizer_2) if t is not None]
         settings = [self.settings.get(key) for key in ("max_text_tokens", "text_layer")]
         return hashlib.sha256(json.dumps([encoders, vocabularies, settings]).encode()).hexdigest()

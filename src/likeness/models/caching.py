@@ -27,6 +27,7 @@ from diffusers.models.attention import AttentionModuleMixin
 from torch import nn
 
 from likeness.types import InputError
+from likeness.weights.hashes import hooks_of
 
 ATTENTION_CACHES = (PyramidAttentionBroadcastConfig, FasterCacheConfig)
 CACHES = (FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig, *ATTENTION_CACHES)
@@ -38,8 +39,7 @@ OUTPUT = {"return_hidden_states_index": 0}
 
 def stateful_hooks(network: nn.Module) -> list[Any]:
     """Return the hooks of a network's caches."""
-    registries: list[Any] = [vars(module).get("_diffusers_hook") for module in network.modules()]
-    return [hook for registry in registries if registry for hook in registry.hooks.values() if hook._is_stateful]
+    return [hook for hook in hooks_of(network) if hook._is_stateful]
 
 
 class Caches(CacheMixin):

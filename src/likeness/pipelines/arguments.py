@@ -150,9 +150,11 @@ def condition_inputs(
     def convert(name: str, image: Any) -> ConditionInput | None:
         if image is None:
             return None
-        condition = image if isinstance(image, ConditionInput) else ConditionInput(image=image, **numbers[name])
-        plain = {field: number(getattr(condition, field), f"{field} of {name}") for field in ("scale", "start", "end")}
-        condition = replace(condition, **plain)
+        if isinstance(image, ConditionInput):
+            own = {field: number(getattr(image, field), f"{field} of {name}") for field in numbers[name]}
+            condition = replace(image, **own)
+        else:
+            condition = ConditionInput(image=image, **numbers[name])
         if not math.isfinite(condition.scale) or condition.scale < 0:
             raise InputError(f"The scale of {name} is {condition.scale}; it must be a finite number of at least 0")
         if not 0 <= condition.start <= condition.end <= 1:

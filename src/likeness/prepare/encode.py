@@ -290,7 +290,7 @@ def encode_captions(
     report: Callable[[int], None],
 ) -> int:
     """Encode the output of `missing_captions`; returns the number of captions."""
-    for encoder in filter(None, (components.text_encoder, components.text_encoder_2)):
+    for encoder in components.text_encoders:
         encoder.to(components.vae.device)
     encoded = 0
     for batch in iter(lambda: list(islice(captions, CAPTIONS)), []):

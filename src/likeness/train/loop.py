@@ -75,12 +75,12 @@ def train_in(
         validation = open_stores(recipe, recipe.data.validation, components, patch_size)
         objective = make_objective(recipe.objective)
         torch.manual_seed(recipe.seed)  # for the initial weights; later random numbers have their own generators
-        pooled, tokens = components.text_encoder, components.text_encoder_2 or components.text_encoder
+        widths = [encoder.config.hidden_size for encoder in components.text_encoders]
         model: Any = build_network(
             recipe,
             channels=stores[0][0].latents.shape[0],
-            text_dim=tokens.config.hidden_size,
-            pooled_dim=pooled.config.hidden_size,
+            text_dim=widths[-1],
+            pooled_dim=widths[0],
             text_tokens=components.settings["max_text_tokens"],
         )
         load_initial_weights(model, recipe, components)
@@ -94,8 +94,8 @@ def train_in(
     use_explicit_attention(model, world.device_type == "cpu" and recipe.precision == "bf16")
     model.to(world.device).train()
     shard_model(model, world, recipe.precision)
-    for encoder in (components.text_encoder, components.text_encoder_2):
-        if encoder is not None and not stores[0].text_hash:  # the shards have no text features
+    if not stores[0].text_hash:  # the shards have no text features
+        for encoder in components.text_encoders:
             encoder.to(world.device)
     o = recipe.optimizer
     state = TrainState(

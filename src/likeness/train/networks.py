@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +110,12 @@ def check_base(name: str, transformer: Any, objective: Objective, recipe: TrainR
     known = [own for own in transformer.config.condition_names if own != "none"]
     if new := [own for own in condition_names(recipe.data) if own not in known]:
         raise InputError(f"condition_probabilities has {new[0]}, but {name} was trained with {', '.join(known)}")
-    check_same_objective(name, objective.config(), recipe)
+    check_same_objective(name, objective, recipe)
 
 
-def check_same_objective(name: str, base: Mapping[str, Any], recipe: TrainRecipe) -> None:
-    """Check that a model with the objective `base` predicts what the recipe's does. Raises `InputError`."""
-    ours = make_objective(recipe.objective).config()
+def check_same_objective(name: str, objective: Objective, recipe: TrainRecipe) -> None:
+    """Check that a model with this objective predicts what the recipe's does. Raises `InputError`."""
+    base, ours = objective.config(), make_objective(recipe.objective).config()
     for key in ("name", "prediction", "time_scale"):
         if base.get(key) != ours.get(key):
             raise InputError(f"{name} was trained with the objective's {key} = {base.get(key)}, not {ours.get(key)}")
@@ -185,7 +184,7 @@ def load_initial_weights(network: Any, recipe: TrainRecipe, components: Componen
     check_same_latents(folder, components)
     index = read_json(folder / "model_index.json")
     if index.get("objective"):  # FLUX.1's folder has none
-        check_same_objective(recipe.init_from, make_objective(index["objective"]).config(), recipe)
+        check_same_objective(recipe.init_from, make_objective(index["objective"]), recipe)
     source = load_component(folder / "transformer", *index["transformer"])
     plain = lambda value: list(value) if isinstance(value, tuple) else value  # noqa: E731  # as in JSON
     for key, value in network.config.items():

@@ -244,7 +244,7 @@ def component_sizes(recipe: TrainRecipe) -> ComponentSizes:
     if source is not None and not Path(source).is_dir() and source not in bundled_models():
         return FLUX_SIZES if isinstance(recipe.network, MDiTFaceAdapter) else ComponentSizes()
     parts = load_components(source or BUNDLED / COMMON)
-    encoders = [encoder for encoder in (parts.text_encoder, parts.text_encoder_2) if encoder is not None]
+    encoders = parts.text_encoders
     return ComponentSizes(
         channels=parts.vae.config.latent_channels,
         text_dim=encoders[-1].config.hidden_size,

@@ -170,8 +170,8 @@ def write_previews(publication: Publication, pipeline: Any, run: Path, seen: int
     """
     if not publication.previews:
         return
-    start, images, parts = time.monotonic(), [], publication.components
-    before = [(part, part.device) for part in (parts.vae, parts.text_encoder, parts.text_encoder_2) if part is not None]
+    start, images, components = time.monotonic(), [], publication.components
+    before = [(part, part.device) for part in (components.vae, *components.text_encoders)]
     if world.device_type != "cpu":
         pipeline.to(world.device)
     try:

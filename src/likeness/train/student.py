@@ -383,8 +383,8 @@ def train_in(
     use_explicit_attention(student, world.device_type == "cpu" and recipe.precision == "bf16")
     discriminator = Discriminator(student, d.blocks, d.width).to(world.device).train()
     student.to(world.device).train()
-    for encoder in (components.text_encoder, components.text_encoder_2):
-        if encoder is not None and not stores[0].text_hash:  # the shards have no text features
+    if not stores[0].text_hash:  # the shards have no text features
+        for encoder in components.text_encoders:
             encoder.to(world.device)
 
     def discriminator_state(module: nn.Module, rate: float) -> TrainState:

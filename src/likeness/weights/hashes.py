@@ -16,22 +16,27 @@ def weights_hash(model: torch.nn.Module, without: tuple[str, ...] = ()) -> str:
     """Return the SHA-256 of a model's weights as float32, in the order of their names; `without`: prefixes to leave
     out. Raises `InputError` if they are offloaded to where they cannot be read.
     """
-    registries: list[Any] = [getattr(module, "_diffusers_hook", None) for module in model.modules()]
-    hooks = [hook for registry in registries if registry for hook in registry.hooks.values()]
-    on_disk = any(getattr(getattr(hook, "group", None), "offload_to_disk_path", None) for hook in hooks)
-    if on_disk or any(value.is_meta for value in model.state_dict().values()):
+    on_disk = any(getattr(getattr(hook, "group", None), "offload_to_disk_path", None) for hook in hooks_of(model))
+    weights = model.state_dict()
+    if on_disk or any(value.is_meta for value in weights.values()):
         raise InputError(
             "The weights are offloaded and cannot be read for the recipe of the image: save it without one, "
             "output.images[0].save(...), or offload with load(offload=True)"
         )
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(weights.items()):
         if name.startswith(without):
             continue
         digest.update(name.encode())
         value = value.dequantize() if hasattr(value, "qdata") else value  # torchao
         digest.update(value.detach().float().cpu().contiguous().numpy().reshape(-1).view(np.uint8))  # no copy
     return digest.hexdigest()
+
+
+def hooks_of(network: torch.nn.Module) -> list[Any]:
+    """Return diffusers' hooks on the modules of a network, such as those of offloading and of caches."""
+    registries: list[Any] = [vars(module).get("_diffusers_hook") for module in network.modules()]
+    return [hook for registry in registries if registry for hook in registry.hooks.values()]
 
 
 def encoder_hash(vae: torch.nn.Module) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,9 @@ from typing import Any
 
 from likeness.data.folder import clean_row, is_file_column
 from likeness.prepare.ingest.source import SourceFile
+
+AHEAD = 4 * (os.cpu_count() or 1)
+"""Faces of a source that are read ahead."""
 
 NAME_BYTES = 200
 """Most bytes of a name: file systems take 255, including suffixes and numbers."""

@@ -5,7 +5,6 @@ Only Parquet needs pyarrow. A shard is a plain tar archive.
 
 from __future__ import annotations
 
-import os
 import tarfile
 import threading
 from collections import Counter
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from likeness.conditions import CONDITIONS
-from likeness.prepare.ingest.faces import SPLIT_NAMES, Entries, Skipped, SourceFace, with_row
+from likeness.prepare.ingest.faces import AHEAD, SPLIT_NAMES, Entries, Skipped, SourceFace, with_row
 from likeness.prepare.ingest.source import (
     HIDDEN,
     IMAGES,
@@ -40,8 +39,8 @@ GROUP_BYTES = 2**32
 ROWS = 16
 """Rows of a Parquet file per read."""
 
-KEPT = 4 * (os.cpu_count() or 1) + ROWS
-"""Last rows that may still be asked for: `write_faces` reads as many ahead."""
+KEPT = AHEAD + ROWS
+"""Last rows that may still be asked for."""
 
 
 def import_parquet() -> Any:

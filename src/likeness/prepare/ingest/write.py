@@ -21,7 +21,7 @@ from likeness.data.ahead import read_ahead
 from likeness.data.folder import METADATA, RECORD, changing, column_of, line_of, open_record, write_record
 from likeness.files import read_json, write_whole, writing_whole
 from likeness.prepare.ingest.convert import COPIED, convert_condition, crop_and_resize, open_face
-from likeness.prepare.ingest.faces import SPLIT_NAMES, SPLIT_ORDER, Entries, Skipped, SourceFace, unique_name
+from likeness.prepare.ingest.faces import AHEAD, SPLIT_NAMES, SPLIT_ORDER, Entries, Skipped, SourceFace, unique_name
 from likeness.prepare.ingest.formats import FORMATS, UNKNOWN_TERMS, detect_format
 from likeness.prepare.ingest.source import Source, join, open_source, parse_json
 from likeness.prepare.ingest.splits import SPLITS, default_held_out, named_split, random_split
@@ -221,7 +221,7 @@ def write_faces(
 
     with ExitStack() as stack:
         results = read_ahead(
-            lambda named: write_entry(*named, out, size, crop), assigned(), depth=4 * threads, threads=threads
+            lambda named: write_entry(*named, out, size, crop), assigned(), depth=AHEAD, threads=threads
         )
         for done, (split, row, lost, swapped) in enumerate(results, start=1):
             skipped |= lost
