@@ -136,9 +136,10 @@ def edit_steps(
             "guidance_scale": 1.0,
             "negative_prompt": None,
         }
+        given = source_control_image if isinstance(source_control_image, Mapping) else {}
         for name in ("conditioning_scale", "control_guidance_start", "control_guidance_end"):
             if isinstance(own.get(name), Mapping):  # of the conditions of the edited image
-                own[name] = {key: value for key, value in own[name].items() if key in (source_control_image or {})}
+                own[name] = {key: value for key, value in own[name].items() if key in given}
         source = generate([source_prompt] * len(rows), latents=target.latents, **own)
     count, _, *grid = target.latents.shape
     factor = spatial_factor(pipeline.vae)
