@@ -318,6 +318,9 @@ BASES = {base for variant in VARIANTS.values() for base in variant.bases}
 CONFLICT_FACES = 40
 """Faces whose masks are combined with contradicting prompts (`conflicts.py`)."""
 
+SEEDS = (0, 1, 2)
+"""Seeds of a headline claim. A comparison of fewer takes the variance between seeds from other variants."""
+
 SAME = ("images", "count", "fingerprint")
 """Facts that the results of a variant have in common."""
 
@@ -609,12 +612,18 @@ def values_by_face(out: Path, name: str, seed: int, metric: str) -> np.ndarray:
 
 
 def compare(
-    variant: str, reference: str, metric: str, read: Callable[[str, int, str], np.ndarray], seeds: Sequence[int]
+    variant: str,
+    reference: str,
+    metric: str,
+    read: Callable[[str, int, str], np.ndarray],
+    seeds: Sequence[int],
+    between: tuple[float, int] | None = None,
 ) -> dict[str, Any]:
     """Return the mean of variant minus reference with its 95 % interval, paired by seed and face; `read` returns the
-    values by face of a variant, seed and metric. Raises `InputError` if there are fewer than two seeds.
+    values by face of a variant, seed and metric; `between` as in `interval`. Raises `InputError` if there are fewer
+    than two seeds without `between`.
     """
-    if len(seeds) < 2:
+    if len(seeds) < 2 and between is None:
         raise InputError(f"seeds are {list(seeds)}: an interval needs two or more")
     values = np.array([[read(name, seed, metric) for seed in seeds] for name in (variant, reference)])  # [2, S, N]
     values = values[:, :, ~np.isnan(values).any(axis=(0, 1))]
@@ -624,23 +633,25 @@ def compare(
         "reference": reference,
         "metric": metric,
         "means": means,
-        **interval(values[0] - values[1]),
+        **interval(values[0] - values[1], between),
     }
 
 
-def interval(by_face: np.ndarray) -> dict[str, Any]:
-    """Return mean, 95 % interval and p-value of paired differences [S, N], S >= 2 seeds and N >= 2 faces.
+def interval(by_face: np.ndarray, between: tuple[float, int] | None = None) -> dict[str, Any]:
+    """Return mean, 95 % interval and p-value of paired differences [S, N], S seeds and N >= 2 faces.
 
-    The variances of both means add up. The quantiles of Student's t are the mean of those with S - 1 and N - 1 degrees
-    of freedom, weighted by these variances (Cochran and Cox 1950).
+    `between` is the variance of the differences between seeds and its degrees of freedom, by default that of these
+    S >= 2 seeds. The variances of both means add up. The quantiles of Student's t are the mean of those with the
+    degrees of freedom of both, weighted by these variances (Cochran and Cox 1950).
     """
     by_seed, (seeds, faces) = by_face.mean(axis=1), by_face.shape  # [S]
-    variances = np.array([by_seed.var(ddof=1) / seeds, by_face.mean(axis=0).var(ddof=1) / faces])
+    variance, freedom = between or (by_seed.var(ddof=1), seeds - 1)
+    variances = np.array([variance / seeds, by_face.mean(axis=0).var(ddof=1) / faces])
     variances = np.maximum(variances, 1e-24)  # equal differences have none
 
     def quantile(p: float) -> float:
         """The value of |t| that is exceeded with probability p."""
-        return float(np.average(stats.t.isf(p / 2, [seeds - 1, faces - 1]), weights=variances))
+        return float(np.average(stats.t.isf(p / 2, [freedom, faces - 1]), weights=variances))
 
     error, value = float(np.sqrt(variances.sum())), float(by_seed.mean())
     reach, least = error * quantile(0.05), 1e-100
@@ -656,6 +667,29 @@ def interval(by_face: np.ndarray) -> dict[str, Any]:
     }
 
 
+def variance_between_seeds(results: Mapping[str, Any], like: str, metric: str) -> tuple[float, int] | None:
+    """Return the variance between seeds of the difference of two variants, and its degrees of freedom: twice the
+    residual of the analysis of variance by variant and seed (Fisher 1925). It is computed from the variants of the
+    same network as `like` that were trained with three seeds; None if there are fewer than two.
+    """
+
+    def is_mmface(name: str) -> bool:
+        return VARIANTS[name].recipe is MMFACE
+
+    rows = [
+        [one["seeds"][str(seed)][metric] for seed in SEEDS]
+        for name, one in results["variants"].items()
+        if VARIANTS[name].budget and is_mmface(name) == is_mmface(like)
+        if all(metric in one["seeds"].get(str(seed), {}) for seed in SEEDS)
+    ]
+    if len(rows) < 2:
+        return None
+    values = np.array(rows)  # [V, S]
+    residual = values - values.mean(axis=1, keepdims=True) - values.mean(axis=0) + values.mean()
+    freedom = (len(rows) - 1) * (len(SEEDS) - 1)
+    return 2 * float((residual**2).sum()) / freedom, freedom
+
+
 def read_results() -> dict[str, Any]:
     """Return the committed results: `variants`, `comparisons` and `costs`."""
     return {"variants": {}, "comparisons": {}, "costs": {}} | (read_json(RESULTS) if RESULTS.is_file() else {})
@@ -669,7 +703,8 @@ def read_scores(name: str) -> dict[str, np.ndarray]:
 
 def collect(wanted: Sequence[Sequence[str]], out: Path, seeds: Sequence[int]) -> None:
     """Add the finished runs and the wanted comparisons, (variant, reference, metric) each, to the committed results.
-    Runs of other code, budget or faces than the committed ones replace these and their comparisons.
+    Runs of other code, budget or faces than the committed ones replace these and their comparisons. A comparison of
+    fewer than three seeds takes the variance between seeds from other variants (`variance_between_seeds`).
     """
     results, metrics = read_results(), {metric for _, _, metric in wanted}
     for name in VARIANTS:
@@ -700,9 +735,11 @@ def collect(wanted: Sequence[Sequence[str]], out: Path, seeds: Sequence[int]) ->
         return scores_of[name][f"{seed}/{metric}"]
 
     for variant, reference, metric in wanted:
-        keys = {f"{seed}/{metric}" for seed in seeds}
-        if all(keys <= scores_of.get(name, {}).keys() for name in (variant, reference)):
-            found = compare(variant, reference, metric, read, seeds)
+        pair = [scores_of.get(name, {}) for name in (variant, reference)]
+        common = [seed for seed in SEEDS if all(f"{seed}/{metric}" in scores for scores in pair)]
+        between = variance_between_seeds(results, variant, metric) if len(common) < len(SEEDS) else None
+        if common and (between or len(common) == len(SEEDS)):
+            found = compare(variant, reference, metric, read, common, between)
             found["images"] = results["variants"][variant]["images"]
             results["comparisons"][" ".join((variant, reference, metric))] = found
     write_whole(RESULTS, json.dumps(results, indent=1, sort_keys=True) + "\n")
@@ -765,7 +802,7 @@ def main() -> None:
     comparing.add_argument("--metric", default="pixel_accuracy/mask", help="metric/condition set, or loss/right etc.")
     collecting = commands.add_parser("collect", help="add finished runs to the committed results")
     for one in (training, comparing, collecting):
-        one.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+        one.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
         one.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of the runs")
     options = parser.parse_args()
     try:

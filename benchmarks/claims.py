@@ -49,7 +49,8 @@ their open questions, and what could not be tested. `python benchmarks/claims.py
 
 *Micro* networks are 128 wide and 6 deep, have 64 image tokens (128 px), and were trained on photographs of CelebA and
 CelebA-HQ with `benchmarks/ablate.py`, all with the same budget, in bf16 or, on processors without it, in fp32.
-Differences are paired by seed and face; their intervals include the variance between seeds. A claim is *reproduced* if
+Differences are paired by seed and face; their intervals include the variance between seeds, which a comparison of fewer
+than three seeds takes from the variants of the same network that were trained with three. A claim is *reproduced* if
 its interval excludes zero on the claimed side, *contradicted* if it excludes zero on the other, else *undecided*. None
 of this says what holds at full scale.
 """
@@ -119,9 +120,11 @@ def verdict_of(claim: Claim, comparisons: Mapping[str, Any]) -> tuple[str, str]:
     if found is None:
         return OPEN, ""
     seeds = ", ".join(f"{value:+.4f}" for value in found["by_seed"])
+    if len(found["by_seed"]) < len(ablate.SEEDS):
+        seeds += " alone"
     text = (
         f"{claim.compare[0]} {found['means'][0]:.4f}, {claim.compare[1]} {found['means'][1]:.4f}: difference "
-        f"{found['value']:+.4f}, 95 % interval {found['low']:+.4f} to {found['high']:+.4f}; seeds {seeds}; "
+        f"{found['value']:+.4f}, 95 % interval {found['low']:+.4f} to {found['high']:+.4f}; by seed {seeds}; "
         f"{found['n']} faces, {found['images']:,} training images each"
     )
     low, high = found["low"], found["high"]

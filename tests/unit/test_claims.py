@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # these scripts import each other
 
@@ -99,32 +100,60 @@ def write_runs(out: Path, name: str, seeds, offset: float, fingerprint: float = 
         (run / "result.json").write_text(json.dumps({**facts, "means": means}))
 
 
-def test_collected_runs_need_not_be_kept(tmp_path, monkeypatch):
-    """Runs on another machine are added to the committed ones and compared with them."""
+@pytest.fixture
+def ledger(tmp_path, monkeypatch):
+    """An empty one."""
     monkeypatch.setattr(ablate, "RESULTS", tmp_path / "ablations.json")
     monkeypatch.setattr(ablate, "SCORES", tmp_path / "ablations")
-    wanted = [("hard", "decoupled", "pixel_accuracy/mask")]
-    write_runs(tmp_path / "one", "decoupled", [0, 1], 0.7)
-    ablate.collect(wanted, tmp_path / "one", [0, 1])
-    write_runs(tmp_path / "two", "hard", [0, 1], 0.6)
-    ablate.collect(wanted, tmp_path / "two", [0, 1])
-    found = ablate.read_results()["comparisons"]["hard decoupled pixel_accuracy/mask"]
-    assert found["by_seed"] == pytest.approx([-0.1, -0.1], abs=1e-6)
-    assert (found["n"], found["images"]) == (19, 96)
+    return tmp_path
 
-    write_runs(tmp_path / "three", "decoupled", [2], 0.8)
-    ablate.collect(wanted, tmp_path / "three", [2])
+
+WANTED = [("hard", "decoupled", "pixel_accuracy/mask")]
+
+
+def test_collected_runs_need_not_be_kept(ledger):
+    """Runs on another machine are added to the committed ones and compared with them."""
+    write_runs(ledger / "one", "decoupled", [0, 1], 0.7)
+    ablate.collect(WANTED, ledger / "one", [0, 1, 2])
+    write_runs(ledger / "two", "hard", [0, 1, 2], 0.6)
+    ablate.collect(WANTED, ledger / "two", [0, 1, 2])
+    assert not ablate.read_results()["comparisons"]  # two seeds, and no other variants that tell how much seeds vary
+
+    write_runs(ledger / "three", "decoupled", [2], 0.8)
+    ablate.collect(WANTED, ledger / "three", [2])
     stored = ablate.read_results()["variants"]["decoupled"]["seeds"]
     assert [stored[seed]["pixel_accuracy/mask"] for seed in "012"] == pytest.approx([0.7, 0.71, 0.82], abs=1e-3)
+    found = ablate.read_results()["comparisons"]["hard decoupled pixel_accuracy/mask"]
+    assert found["by_seed"] == pytest.approx([-0.1, -0.1, -0.2], abs=1e-6)
+    assert (found["n"], found["images"]) == (19, 96)
 
-    write_runs(tmp_path / "three", "decoupled", [1], 0.8, fingerprint=2.0)
+    write_runs(ledger / "three", "decoupled", [1], 0.8, fingerprint=2.0)
     with pytest.raises(InputError, match=r"different fingerprint: 2\.0 \(seed 1\), 1\.0 \(seed 2\); remove the old"):
-        ablate.collect(wanted, tmp_path / "three", [1, 2])
-    write_runs(tmp_path / "four", "decoupled", [2], 0.8, fingerprint=2.0)  # other code
-    ablate.collect(wanted, tmp_path / "four", [2])
+        ablate.collect(WANTED, ledger / "three", [1, 2])
+    write_runs(ledger / "four", "decoupled", [2], 0.8, fingerprint=2.0)  # other code
+    ablate.collect(WANTED, ledger / "four", [2])
     assert list(ablate.read_results()["variants"]["decoupled"]["seeds"]) == ["2"]
     assert list(ablate.read_scores("decoupled")) == ["2/pixel_accuracy/mask"]
     assert not ablate.read_results()["comparisons"]
+
+
+def test_comparison_of_one_seed(ledger):
+    """It takes the variance between seeds from the variants of the same network with three."""
+    for name, offsets in {"decoupled": (0.7, 0.7, 0.7), "concat": (0.5, 0.52, 0.5)}.items():
+        for seed, offset in enumerate(offsets):
+            write_runs(ledger / "runs", name, [seed], offset)
+    write_runs(ledger / "runs", "hard", [1], 0.6)
+    write_runs(ledger / "runs", "mmface", [0, 1, 2], 0.1)
+    ablate.collect(WANTED, ledger / "runs", [0, 1, 2])
+    variance, freedom = ablate.variance_between_seeds(ablate.read_results(), "hard", "pixel_accuracy/mask")
+    assert (variance, freedom) == (pytest.approx(np.var([-0.2, -0.18, -0.2], ddof=1), rel=1e-3), 2)
+    found = ablate.read_results()["comparisons"]["hard decoupled pixel_accuracy/mask"]
+    assert found["by_seed"] == pytest.approx([-0.1], abs=1e-6)
+    reach = variance**0.5 * stats.t.ppf(0.975, 2)  # all faces differ equally
+    assert (found["low"], found["high"]) == pytest.approx((-0.1 - reach, -0.1 + reach), rel=1e-3)
+    claim = claims.Claim(paper="MDiTFace", source="", claim="", command="", change="", compare=WANTED[0])
+    assert "by seed -0.1000 alone; 19 faces" in claims.verdict_of(claim, ablate.read_results()["comparisons"])[1]
+    assert ablate.variance_between_seeds(ablate.read_results(), "mmface-open", "pixel_accuracy/mask") is None
 
 
 def random_inputs() -> tuple:
