@@ -8,7 +8,7 @@ LOCK := requirements/torch.txt requirements/core.txt requirements/serve.txt requ
 
 .PHONY: demo test test-newest test-oldest lint check format lock clean
 
-demo: $(VENV)/.core  ## Generate an image from an example mask and a sentence: bundled model, offline, CPU
+demo: $(VENV)/.core  ## Generate an image from an example mask and a prompt: bundled model, offline, CPU
 	$(BIN)/likeness generate "a smiling woman with blond hair" --mask examples/masks/smile.png --seed 9 --out demo.png
 	@echo "The image is $(CURDIR)/demo.png"
 

@@ -5,12 +5,14 @@
 #
 # DATA contains celeba/ and celebamask-hq/ in their official formats (docs/minis.md); data/ and runs/ are written to OUT
 # (default: here). To resume, run the same command again. LANDMARKER is the path of MediaPipe's face_landmarker.task, for
-# keypoints. HELD_OUT is the number of test faces of celeba/ (default: 1000). SQUEEZENET is the path of SqueezeNet's weights (docs/minis.md). Default: the decoder is trained without them.
+# keypoints. HELD_OUT is the number of test faces of celeba/ (default: 1000). SQUEEZENET is the path of SqueezeNet's
+# weights (docs/minis.md); without it, the decoder is trained without perceptual loss.
 set -euo pipefail
 data=$(realpath "$1")
 recipes=$(realpath "$(dirname "$0")/../recipes")
 examples=$(realpath "$(dirname "$0")/../examples")
 [ -z "${SQUEEZENET:-}" ] || SQUEEZENET=$(realpath "$SQUEEZENET")
+[ -z "${LANDMARKER:-}" ] || LANDMARKER=$(realpath "$LANDMARKER")
 mkdir -p "${2:-.}" && cd "${2:-.}"
 [ -e examples ] || ln -s "$examples" examples # the recipes' previews name files in it
 landmarks=(${LANDMARKER:+--landmarker "$LANDMARKER"})

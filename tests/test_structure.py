@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import pydoc
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import likeness
 from likeness.conditions import CONDITIONS
 from likeness.conditions.mask.classes import CLASSES, FLIP_PAIRS
+from likeness.evaluate.protocol import Protocol
 from likeness.pipelines.load import PIPELINES
 
 SOURCE = Path(likeness.__file__).parent
@@ -50,3 +53,10 @@ def test_bundle_is_light():
 def test_torchvision_stays_out():
     installed = {distribution.metadata["Name"].lower() for distribution in importlib.metadata.distributions()}
     assert not installed & {"torchvision", "torchaudio"}
+
+
+def test_settings_of_a_protocol_are_documented():
+    page = (SOURCE.parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    table = page[page.index("| setting |") : page.index("## How it works")]
+    documented = {name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[1])}
+    assert documented == {field.name for field in fields(Protocol)}

@@ -53,7 +53,7 @@ class RequestOptions(ModelOptions):
     sketch: Path | None = None
     """Sketch, dark lines on white."""
     keypoints: Path | None = None
-    """68 or 478 points (.json, .npy, .csv, .pts)."""
+    """68 (iBUG), 468 or 478 (MediaPipe) points (.json, .npy, .npz, .csv, .txt, .pts)."""
     size: str | None = None
     """Width x height in pixels, as 128 or 128x160. Default: that of the model, which rejects untrained sizes."""
     force_size: bool = False
@@ -111,7 +111,7 @@ class Generate(RequestOptions):
     mask_model: str = MASK_MODEL
     """Model that generates this mask."""
     lora: tuple[str, ...] = ()
-    """LoRAs made for FLUX.1: files, folders or hub ids, each as FILE or FILE=STRENGTH."""
+    """LoRAs made for the network of the model: files, folders or hub ids, each as FILE or FILE=STRENGTH."""
     lora_strict: bool = True
     """Reject a LoRA that matches the network only in part."""
     count: int = 1

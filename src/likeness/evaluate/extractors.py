@@ -178,7 +178,7 @@ def attributes(protocol: Protocol, size: int, device: str) -> Extractor:
     head = pair.load_attribute_head(folder) if folder else None
     if head is None:
         raise MissingError(
-            f"The {description} has no {pair.ATTRIBUTES}: train one with attributes > 0 "
+            f"The {description} has no {pair.ATTRIBUTES}: train one with attribute_weight > 0 "
             "(recipes/text_image_mini.toml) on other faces and set text_image= to its folder"
         )
 

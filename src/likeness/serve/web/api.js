@@ -55,7 +55,7 @@ export const propose = (prompt, seed) => send("masks/propose", { json: { prompt,
 
 export const editMask = (mask, operation, fields = {}) => send("masks/edit", { json: { mask, operation, ...fields } });
 
-/** Problems of a mask and its contradictions to a sentence: {problems: [{kind, text}], contradictions: [...]}. */
+/** Problems of a mask and its contradictions to a prompt: {problems: [{kind, text}], contradictions: [...]}. */
 export const check = (mask, prompt) => send("masks/check", { json: { mask, prompt } });
 
 /** The request that made an image: fields of `generate`, and `control_image`. */

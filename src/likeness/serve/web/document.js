@@ -1,4 +1,4 @@
-// What the user works on: two layers, a sentence and settings. It is kept in the browser's storage, per tab.
+// What the user works on: two layers, a prompt and settings. It is kept in the browser's storage, per tab.
 
 import { History } from "./history.js";
 import { layerOf, resized } from "./raster.js";

@@ -294,7 +294,7 @@ function examples() {
   for (const name of EXAMPLES) add(`examples/${name}.png`, name.replace("-", " "));
 }
 
-/** Offers four masks for the sentence. */
+/** Offers four masks for the prompt. */
 async function propose() {
   const prompt = doc.values.prompt || "a person", { add, isOpen } = offer(prompt);
   for (let i = 1; i <= 4 && isOpen(); i++) {
@@ -308,7 +308,7 @@ async function propose() {
   }
 }
 
-/** Generates a face from the sentence alone, and parses it. */
+/** Generates a face from the prompt only, and parses it. */
 async function randomFace() {
   doc.values.seed = random();
   const [image] = await api.generate({ prompt: doc.values.prompt, seed: doc.values.seed });
