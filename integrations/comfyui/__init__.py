@@ -43,7 +43,11 @@ def send(path: str, *, server: str, timeout: float = 600, **body: Any) -> dict[s
     except ValueError as error:
         raise RuntimeError(f"{server} is not a likeness service: status {response.status_code}") from error
     if not response.ok:
-        raise RuntimeError(answer["error"]["message"])
+        try:
+            message = answer["error"]["message"]
+        except (KeyError, TypeError):
+            message = f"{server} is not a likeness service: status {response.status_code}"
+        raise RuntimeError(message)
     return answer
 
 

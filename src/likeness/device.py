@@ -18,13 +18,13 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Name on the command line -> torch's number format."""
 
 
-def choose_device(device: str | None) -> str:
+def choose_device(device: str | torch.device | None) -> str:
     """Resolve a device name.
 
     Args:
-        device: `auto` takes CUDA, MPS or XPU if present, else the CPU; None is the CPU; or a name such as `cuda`,
-            `cuda:1`, `mps` or `cpu`. Without an index, each process that torchrun started takes an accelerator of its
-            own, by LOCAL_RANK.
+        device: `auto` takes CUDA, MPS or XPU if present, else the CPU; None is the CPU; or a device or its name, such
+            as `cuda`, `cuda:1`, `mps` or `cpu`. Without an index, each process that torchrun started takes an
+            accelerator of its own, by LOCAL_RANK.
 
     Returns:
         A device that works here, such as `cpu`, `mps` or `cuda:0`.
@@ -35,7 +35,8 @@ def choose_device(device: str | None) -> str:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     kind, count = ("cpu", 0) if accelerator is None else (accelerator.type, torch.accelerator.device_count())
     available = [*(f"{kind}:{index}" for index in range(count)), "cpu"]
-    chosen = kind if device == "auto" else device or "cpu"
+    device = "cpu" if device is None else str(device)
+    chosen = kind if device == "auto" else device
     rank = os.environ.get("LOCAL_RANK", os.environ.get("RANK"))
     if chosen == kind and count and rank is not None:
         chosen = f"{kind}:{int(rank) % count}"

@@ -93,6 +93,7 @@ def writing_folder(folder: Path) -> Iterator[Path]:
     Raises:
         InputError: it cannot be written; its former content is unchanged.
     """
+    folder = folder.resolve()  # the folder that a symbolic link names, on its file system
     partial = folder.with_name(f"{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -118,7 +119,11 @@ def exchange(one: Path, other: Path) -> None:
     if rename is None or rename(here, os.fsencode(one), here, os.fsencode(other), 2):
         aside = partial_name(other)
         other.rename(aside)
-        one.rename(other)
+        try:
+            one.rename(other)
+        except BaseException:
+            aside.rename(other)
+            raise
         aside.rename(one)
 
 

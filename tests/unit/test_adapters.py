@@ -199,6 +199,10 @@ def test_scaled_and_unloaded(root, mask):
     delete = lambda pipe: pipe.delete_adapters(NAME)  # noqa: E731
     for unload in (unload_adapter, MDiTFacePipeline.unload_lora_weights, delete):
         unload(pipeline)
+        base = load(root / "flux").config
+        assert {name: pipeline.config[name] for name in ("defaults", "sizes")} == {
+            name: base[name] for name in ("defaults", "sizes")
+        }
         torch.testing.assert_close(patchify(make(pipeline), 2), flux_of(root), atol=1e-4, rtol=0)
         with pytest.raises(InputError, match="not trained with mask: it takes text only"):
             make(pipeline, mask)
@@ -722,6 +726,9 @@ def test_gguf_base(root, mask, tmp_path, capsys):
     assert "bit-identical" in capsys.readouterr().out
     with pytest.raises(InputError, match="is quantized already: leave quantize out"):
         load(base, quantize="int8")
+    shutil.copy(base / "transformer" / "q8.gguf", base / "transformer" / "q4.gguf")
+    with pytest.raises(InputError, match=r"has q4\.gguf, q8\.gguf: keep one GGUF file"):
+        load(base)
 
 
 def test_8_bits_are_for_flux(root, tmp_path, monkeypatch):

@@ -420,6 +420,11 @@ def test_paste_file(photos, tmp_path, capsys):
     outside = ((places <= 0) | (places >= 96)).any(axis=-1)
     assert np.array_equal(before[outside], after[outside])
     assert (after[~outside] == 10).mean() > 0.5
+    for given in (edited, photos / "one.png"):
+        content = given.read_bytes()
+        assert run("prepare", "paste", edited, "--aligned", out, "--photo", photos / "one.png", "--out", given) == 2
+        assert "--out would overwrite the input" in capsys.readouterr().err
+        assert given.read_bytes() == content
     # several: by the name of the portrait or by --face
     several = photos / "trip" / "one.png"
     with pytest.raises(InputError, match="has several faces: choose one with --face"):

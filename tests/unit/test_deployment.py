@@ -12,7 +12,9 @@ import sqlite3
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import openai
@@ -135,6 +137,19 @@ def test_a_comfyui_workflow_extracts_a_mask_and_generates(nodes, server, monkeyp
     edit = {"photograph": [photo, 0], "area": [torch.ones(1, 32, 64), 0], "prompt": "", "seed": 1, **shared}
     with pytest.raises(ValueError, match="area is 64x32, but the photograph is 64x64"):
         execute(nodes, {"c": {"class_type": "LikenessEditPhotograph", "inputs": edit}}, "c")
+
+
+def test_comfyui_nodes_name_another_service(nodes):
+    class Other(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.send_response(404)
+            self.end_headers()
+            self.wfile.write(b'{"detail": "Not Found"}')
+
+    with HTTPServer(("127.0.0.1", 0), Other) as other:
+        Thread(target=other.handle_request).start()
+        with pytest.raises(RuntimeError, match="is not a likeness service: status 404"):
+            nodes.send("models", server=f"http://127.0.0.1:{other.server_port}", json={})
 
 
 def test_a_comfyui_workflow_edits_a_photograph(nodes, server):

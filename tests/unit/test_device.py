@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from builders import run, tiny_pipeline
-from likeness.cli import COMMANDS
+from likeness.cli import COMMANDS, execute
 from likeness.device import choose_device, choose_dtype, choose_precision, supports_bf16
 from likeness.parallel import World
 from likeness.pipelines.image_recipe import read_recipe
@@ -97,9 +97,19 @@ def test_load_stays_on_the_cpu_unless_told(tmp_path):
     assert pipeline.transformer.dtype is torch.float32
     for given in ({"dtype": "bf16"}, {"torch_dtype": torch.bfloat16}, {"torch_dtype": "bfloat16"}):
         assert load(tmp_path, **given).transformer.dtype is torch.bfloat16
+    assert load(tmp_path, device=torch.device("cpu")).device.type == "cpu"
     pipeline = load(tmp_path, device="auto", dtype="auto")
     assert pipeline.device.type == choose_device("auto")
     assert pipeline.transformer.dtype is choose_dtype("auto", choose_device("auto"))
+
+
+def test_a_full_accelerator_is_one_sentence(capsys):
+    def command():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    with pytest.raises(SystemExit, match="2"):
+        execute(command)
+    assert "the accelerator is out of memory: use a smaller size or batch" in capsys.readouterr().err
 
 
 def test_recipes_record_the_format_in_use(tmp_path, capsys):

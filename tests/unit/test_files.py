@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import threading
 
 import pytest
 
-from likeness.files import locked, read_json, write_whole, writing_whole
+from likeness.files import exchange, locked, read_json, write_whole, writing_folder, writing_whole
 from likeness.types import InputError, TryAgain
 
 
@@ -55,6 +56,32 @@ def test_private_files_stay_private(tmp_path):
     write_whole(path, "new")
     assert path.read_text() == "new"
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_folders_behind_links_are_replaced(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "model").symlink_to(tmp_path / "disk" / "model")
+    for content in ("first", "second", "third"):
+        with writing_folder(tmp_path / "model") as partial:
+            (partial / "a.txt").write_text(content)
+        assert (tmp_path / "disk" / "model" / "a.txt").read_text() == content
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "model"]
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["model"]
+
+
+def test_folders_are_exchanged_without_the_system_call(tmp_path, monkeypatch):
+    """If the second step fails, the former folder has its name again."""
+    monkeypatch.setattr("likeness.files.os.name", "other")
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        folder.mkdir()
+        (folder / folder.name).touch()
+    exchange(one, other)
+    assert [path.name for path in other.iterdir()] == ["one"]
+    shutil.rmtree(one)
+    with pytest.raises(FileNotFoundError):
+        exchange(one, other)
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
 def test_json_objects_only(tmp_path):

@@ -202,6 +202,10 @@ def test_keys_that_do_not_match_are_listed(pipeline, tmp_path, name):
         ({"a.safetensors": GOOD, "b.safetensors": GOOD}, r"has a\.safetensors, b\.safetensors: pass one"),
         ({"a.bin": b"pickle"}, "has no .safetensors file: pass one"),
         (
+            {"adapter_model.safetensors": GOOD, "adapter_config.json": b'{"lora_alpha": 0}'},
+            "lora_alpha of the LoRA .* is 0; it must be a finite number other than 0",
+        ),
+        (
             {"adapter_model.safetensors": GOOD, "adapter_config.json": b'{"lora_alpha": NaN}'},
             "lora_alpha of the LoRA .* is nan",
         ),
@@ -217,6 +221,34 @@ def test_files_that_are_no_lora(flux, tmp_path, files, message):
             save_file(content, folder / name)
     with pytest.raises(InputError, match=message):
         flux.load_lora_weights(folder)
+
+
+def test_other_file_formats_are_named(flux, tmp_path):
+    (tmp_path / "style.ckpt").write_bytes(b"pickle")
+    with pytest.raises(InputError, match=r"style\.ckpt is not a \.safetensors file: convert it"):
+        flux.load_lora_weights(tmp_path / "style.ckpt")
+
+
+def test_a_negative_alpha_reverses_a_lora(pipeline, tmp_path):
+    state = pair(TO_Q, alpha=-2.0)
+    save_file(state, tmp_path / "lora.safetensors")
+    pipeline.load_lora_weights(tmp_path / "lora.safetensors", "x")
+    torch.testing.assert_close(change(pipeline.transformer, TO_Q), -0.5 * product(state))
+
+
+def test_loras_without_text_encoder(root, tmp_path):
+    """Prompts were encoded before, and the text encoder was removed."""
+    pipeline = load(root)
+    pipeline.text_encoder = pipeline.text_encoder_2 = None
+    save_file(GOOD, tmp_path / "lora.safetensors")
+    for remove in (lambda: pipeline.delete_adapters("x"), pipeline.unload_lora_weights):
+        pipeline.load_lora_weights(tmp_path / "lora.safetensors", "x")
+        pipeline.set_adapters("x", 0.5)
+        remove()
+        assert not getattr(pipeline.transformer, "peft_config", {})
+    save_file(pair(f"text_encoder.text_model.{CLIP_Q}"), tmp_path / "text.safetensors")
+    with pytest.raises(InputError, match="unknown layer"):
+        pipeline.load_lora_weights(tmp_path / "text.safetensors")
 
 
 def test_a_lora_of_nan_is_no_image(root, tmp_path, capsys):

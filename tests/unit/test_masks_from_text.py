@@ -196,4 +196,10 @@ def test_command_line(packed, tmp_path, capsys):
     assert run(*generate, "--via-mask", "--mask", tmp_path / "mask-001.png") == 2
     assert "leave --mask out" in capsys.readouterr().err
     assert run("mask", "propose", *options, "--model", packed, "--out", tmp_path / "mask.jpg") == 2
+    assert run("mask", "propose", *options, "--model", packed, "--out", f"{tmp_path}/masks.v2/") == 0
+    assert (tmp_path / "masks.v2" / "mask-001.png").is_file()
+    for seed, count in ((-1, 1), (10**20, 1), (2**63 - 1, 2)):
+        capsys.readouterr()
+        assert run("mask", "propose", "a man", "--model", packed, "--seed", seed, "--count", count) == 2
+        assert "it must be a whole number from 0 to 2^63 - 1" in capsys.readouterr().err
     assert run("mask", "propose", *options, "--model", tmp_path / "model") == 2

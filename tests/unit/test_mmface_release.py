@@ -196,8 +196,9 @@ def test_rejected_arguments(release, tmp_path):
         convert_release(tmp_path / "text.safetensors", tmp_path / "out", release="rfm-256")
     with pytest.raises(InputError, match="is unknown: pass --release"):
         convert_release(tmp_path / "text.safetensors", tmp_path / "out")
-    with pytest.raises(InputError, match="not empty"):
-        convert_release(release, tmp_path)
+    for taken in (tmp_path, tmp_path / "text.safetensors"):
+        with pytest.raises(InputError, match="is not an empty folder: choose another"):
+            convert_release(release, taken)
     with pytest.raises(InputError, match="cannot be read"):
         convert_release(release, tmp_path / "out", text_encoder=tmp_path)
     with pytest.raises(InputError, match=r"config\.json cannot be read"):
@@ -250,6 +251,13 @@ def test_verify_finds_the_protocols_that_explain_published_numbers(converted, tm
     best = second["trials"][0]
     assert (best["steps"], best["file_format"], best["explained"]) == (2, "png", ["pixel_accuracy"])
     assert {(t["steps"], t["file_format"]): t["pixel_accuracy"][0] for t in second["trials"]} == measured
+
+
+def test_verify_takes_the_conditions_of_a_protocol(tmp_path, capsys):
+    (tmp_path / "protocol.toml").write_text('given = ["keypoints"]')
+    given = ("release", "mmface-mini", "FACES", "--protocol", tmp_path / "protocol.toml", "--out", tmp_path / "out")
+    assert run("verify", *given) == 2
+    assert "the paper has numbers for mask, sketch" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

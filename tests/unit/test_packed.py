@@ -24,6 +24,7 @@ from builders import (
 from likeness.annotators.face_parser import load_face_parser
 from likeness.encoders.components import load_components
 from likeness.encoders.text_image import AttributeHead, load_attribute_head, load_text_image, save_attribute_head
+from likeness.files import read_json
 from likeness.models.mmface import MMFaceTransformer
 from likeness.objectives import RectifiedFlow
 from likeness.pipelines.load import load
@@ -146,6 +147,36 @@ def test_difference_from_a_base(bundle, tmp_path):
         load(root / "fast")
 
 
+def test_packing_again_replaces_all(bundle, tmp_path):
+    """Nothing of the former model or components is left; what fails changes nothing."""
+    shutil.copytree(bundle, tmp_path / "b")
+    root = tmp_path / "b"
+    pack_model(root / "run", root / "again", root / "mini")
+    assert (root / "again" / "transformer" / "difference.safetensors").is_file()
+    with pytest.raises(InputError, match="is the base: choose another folder"):
+        pack_model(root / "run", root / "mini", root / "mini")
+    pack_model(root / "run", root / "again")
+    assert sorted(file.name for file in (root / "again" / "transformer").iterdir()) == [
+        "config.json",
+        "packed.safetensors",
+    ]
+    save_packed(tiny_transformer(), root / "again" / "transformer", root / "mini" / "transformer")
+    assert not (root / "again" / "transformer" / "packed.safetensors").exists()
+    before = (root / "common" / "components.json").read_text()
+    with pytest.raises(InputError, match=r"AutoencoderDC in .* cannot be loaded"):
+        join_components(root / "text", root / "autoencoder", root / "common", root / "faces", size=32)
+    assert (root / "common" / "components.json").read_text() == before
+    (root / "text" / "model" / "attributes.safetensors").unlink()
+    join_components(root / "autoencoder", root / "text", root / "common", root / "faces", size=32)
+    assert sorted(file.name for file in (root / "common").iterdir()) == [
+        "clip",
+        "components.json",
+        "text_encoder",
+        "tokenizer",
+        "vae",
+    ]
+
+
 def test_statistics_normalise_latents(bundle):
     parts = load_components(bundle / "common")
     assert len(parts.settings["latent_mean"]) == 4
@@ -185,6 +216,16 @@ def test_model_of_another_autoencoder_is_rejected(bundle, tmp_path):
 
 def test_broken_folders_are_named(bundle, tmp_path):
     with pytest.raises(InputError, match=r"model_index\.json cannot be read"):
+        load_components(tmp_path)
+    write_json = (tmp_path / "model_index.json").write_text
+    shutil.copytree(bundle / "common", tmp_path, dirs_exist_ok=True)
+    index = read_json(tmp_path / "components.json")
+    (tmp_path / "components.json").unlink()
+    write_json(json.dumps({name: index[name] for name in ("vae", "text_encoder", "tokenizer")}))
+    with pytest.raises(InputError, match="has no latent_mean"):
+        load_components(tmp_path)
+    write_json(json.dumps(index | {"vae": ["diffusers", "NewScheduler"]}))
+    with pytest.raises(InputError, match=r"diffusers\.NewScheduler is not in the installed diffusers"):
         load_components(tmp_path)
     with pytest.raises(InputError, match="no published model"):
         join_components(tmp_path, tmp_path, tmp_path / "out", bundle / "faces", size=32)

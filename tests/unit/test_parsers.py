@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -221,6 +222,21 @@ def test_rejected_checkpoints(tmp_path):
         load_face_parser(tmp_path / "maskformer")
     with pytest.raises(InputError, match="LABEL_0"):
         load_face_parser(save(tmp_path / "numbers", tuple(f"LABEL_{index}" for index in range(19))))
+
+
+def test_weights_in_half_precision_and_incomplete_ones(tmp_path):
+    network, _ = load_face_parser(save(tmp_path))
+    folder = tmp_path / "half"
+    shutil.copytree(tmp_path, folder, ignore=shutil.ignore_patterns("half"))
+    network.network.half().save_pretrained(folder)
+    found, size = load_face_parser(folder)
+    assert found.dtype == torch.float32
+    assert parse_faces(found, [np.zeros((32, 32, 3), np.uint8)], size=size)[0].shape == (32, 32)
+    weights = folder / "model.safetensors"
+    for content in (weights.read_bytes()[:1000], b"version https://git-lfs.github.com/spec/v1"):
+        weights.write_bytes(content)
+        with pytest.raises(InputError, match=r"model\.safetensors (cannot be read|is a pointer of Git LFS)"):
+            load_face_parser(folder)
 
 
 def test_bundled_parsers_have_no_processor(tmp_path):

@@ -124,6 +124,9 @@ def test_command(capsys):
     ("options", "message"),
     [
         (["--compare-sharding"], "--compare-sharding requires --plan"),
+        (["--device", "cpu"], "--device requires --plan; training uses the accelerators that PyTorch finds"),
+        (["--gpus", "2"], "--gpus requires --plan"),
+        (["--plan", "--compare-sharding", "--gpus", "2"], "tries 1 to 512 devices: leave --gpus out"),
         (["--plan", "--device", "abacus"], "Unknown device 'abacus'"),
         (["--plan", "--device", "h100", "--gpus", "5"], "among 5 devices"),
         (["--plan", "--compare-sharding", "--device", "abacus"], "Unknown device 'abacus'"),

@@ -22,6 +22,7 @@ from likeness.conditions.mask.classes import CLASS_INDEX, CLASSES, COUNTERPART, 
 from likeness.files import first_line, read_json
 from likeness.types import InputError
 from likeness.weights.catalog import BUNDLED, COMMON, checkpoint_file
+from likeness.weights.files import check_files
 from likeness.weights.packed import PACKED, load_component
 
 PROCESSOR = "preprocessor_config.json"
@@ -58,12 +59,16 @@ def load_face_parser(source: str | Path = "bundled", *, swapped: bool = False) -
 
     source = BUNDLED / COMMON / "face_parser" if str(source) == "bundled" else source
     config = read_json(checkpoint_file(source, "config.json"))
+    if Path(source).is_dir():
+        check_files(Path(source))
     try:
         if (Path(source) / PACKED).is_file():
             network = load_component(Path(source), "transformers", config["architectures"][0])
         else:
-            network = AutoModelForSemanticSegmentation.from_pretrained(source, trust_remote_code=False).eval()
-    except (OSError, ValueError) as error:
+            network = AutoModelForSemanticSegmentation.from_pretrained(
+                source, dtype=torch.float32, trust_remote_code=False
+            ).eval()
+    except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{source} is not a semantic segmentation network: {first_line(error)}") from error
     labels = tuple(network.config.id2label[index] for index in range(network.config.num_labels))
     classes = classes_of(labels, str(source), swapped=swapped)

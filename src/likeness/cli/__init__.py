@@ -150,6 +150,15 @@ def execute(command: Callable[[], None], *, resumable: bool = False) -> None:
         if error.errno == errno.ENOSPC:
             print_error(f"cannot write: {error.strerror}")
         sys.exit(1)
+    except RuntimeError as error:
+        torch = sys.modules.get("torch")
+        if torch is None or not isinstance(error, torch.OutOfMemoryError):
+            raise
+        print_error(
+            "the accelerator is out of memory: use a smaller size or batch, --offload or --quantize int8 if the "
+            "command has them, or --device cpu"
+        )
+        sys.exit(2)
 
 
 def open_standard_streams() -> None:

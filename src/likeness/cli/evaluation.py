@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from likeness.cli.terminal import print_notes, progress_bar, quiet_libraries
+from likeness.config import load_toml, read_toml
 from likeness.types import DtypeName, InputError
 
 if TYPE_CHECKING:
@@ -185,7 +186,9 @@ class Verify(Measurement):
                 f"verify requires release or mditface, MODEL and FACES, not {' '.join(names) or 'nothing'}"
             )
         what, model, faces = names
-        given = () if any(setting.startswith("given=") for setting in settings) else ("given=mask",)
+        chosen = any(setting.startswith("given=") for setting in settings)
+        chosen = chosen or (self.protocol is not None and "given" in read_toml(self.protocol))
+        given = () if chosen else ("given=mask",)
         quiet_libraries()
         protocol, device = read_protocol(self.protocol, (*given, *settings)), choose_device(self.device)
         pipeline = load_pipeline(model, self.dtype, device, self.base)
@@ -265,7 +268,6 @@ def split_sources(sources: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
 
 def read_protocol(file: Path | None, settings: tuple[str, ...]) -> Protocol:
     """Read a protocol and apply settings. Lists may be written without brackets and quotes."""
-    from likeness.config import load_toml
     from likeness.evaluate.protocol import Protocol
 
     quoted = [re.sub(r"^(given|metrics)=([\w+,]+)$", lambda m: f"{m[1]}={m[2].split(',')}", text) for text in settings]

@@ -165,9 +165,13 @@ class Propose:
                 raise InputError(f"--{name} is {value}; it must be from 1 to {most}")
         names, overwrite = image_names(self.out, "png", self.count, [], stem="mask")
         first = secrets.randbelow(2**31) if self.seed is None else self.seed
-        if self.out is not None and Path(self.out).suffix:
+        if overwrite and self.out is not None and Path(self.out).suffix:
             edits.check_suffix(Path(self.out))
+        from likeness.pipelines.generate import check_seed
         from likeness.pipelines.propose import propose_mask  # imports scipy
+
+        for seed in (first, first + self.count - 1):
+            check_seed(seed)
 
         with optional_packages_hidden() if self.model in bundled_models() else nullcontext():
             pipeline = load_pipeline(self.model, "auto", self.device)

@@ -204,8 +204,10 @@ class Paste:
     """Face parser for --only: bundled, a folder or a hub id."""
 
     def __call__(self) -> None:
+        from likeness.cli.output import image_names
         from likeness.prepare.paste import paste_file
 
+        image_names(str(self.out), "png", 1, (self.portrait, self.photo))  # rejects an input as output
         print(f"{self.out}: {paste_file(**(vars(self) | {'only': listed(self.only)}))} pasted into {self.photo}")
 
 

@@ -32,8 +32,8 @@ class Train:
     """With --plan: compare the values of `sharding` on 1 to 512 devices."""
     device: str | None = None
     """With --plan: a device such as h200 or rtx-5000-ada. Default: this machine is measured."""
-    gpus: int = 1
-    """With --plan: number of devices."""
+    gpus: int | None = None
+    """With --plan: number of devices. Default: 1."""
 
     def __call__(self) -> None:
         from likeness.train.config import check, find_recipe, load_recipe
@@ -42,15 +42,18 @@ class Train:
         recipe_class, train_recipe = trainer_of(file)
         config = load_recipe(file, recipe_class, self.overrides)
         quiet_libraries()
-        if self.compare_sharding and not self.plan:
-            raise InputError("--compare-sharding requires --plan")
         if not self.plan:
+            options = {"--compare-sharding": self.compare_sharding, "--device": self.device, "--gpus": self.gpus}
+            if given := [name for name, value in options.items() if value]:
+                raise InputError(f"{given[0]} requires --plan; training uses the accelerators that PyTorch finds")
             run = self.out or Path("runs") / file.stem
             train_recipe(config, run)
             report_model(config, run)
             return
         if config.kind != "transformer":
             raise InputError(f"the recipe {file} has kind = {config.kind!r}; --plan is for transformers")
+        if self.compare_sharding and self.gpus:
+            raise InputError("--compare-sharding tries 1 to 512 devices: leave --gpus out")
         from likeness.train.plan import describe, describe_shardings
 
         check(config)
@@ -58,7 +61,7 @@ class Train:
             if self.compare_sharding:
                 plan = describe_shardings(config, self.device, advance)
             else:
-                plan = describe(config, self.device, self.gpus, advance)
+                plan = describe(config, self.device, 1 if self.gpus is None else self.gpus, advance)
         print(plan)
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from likeness.files import read_json
+from likeness.files import read_json, writing_folder
 from likeness.models.layers import time_frequencies
 from likeness.models.mmface import MMFaceTransformer
 from likeness.objectives import DDPM, RectifiedFlow
@@ -200,8 +200,8 @@ def convert_release(
     if name not in RELEASES:
         raise InputError(f"The release of {path} is unknown: pass --release, one of {', '.join(RELEASES)}")
     which = RELEASES[name]
-    if out.exists() and any(out.iterdir()):
-        raise InputError(f"{out} is not empty: choose another folder")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} is not an empty folder: choose another")
     file = path / "dit_model_weights_ema.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise InputError(f"{file} does not exist: pass a released checkpoint-<step> folder or its safetensors file")
@@ -221,9 +221,10 @@ def convert_release(
         **COMPATIBILITY,
         **latent_statistics(autoencoder),
     )
-    pipeline.save_pretrained(out)
-    source = {"release": release or file.parent.name, "file": file.name}
-    (out / "source.json").write_text(json.dumps(source, indent=2), encoding="utf-8")
+    with writing_folder(out) as partial:
+        pipeline.save_pretrained(partial)
+        source = {"release": name, "file": file.name}
+        (partial / "source.json").write_text(json.dumps(source, indent=2), encoding="utf-8")
     missing = []
     if encoder is None:
         missing.append(

@@ -91,7 +91,10 @@ def load_components(source: str | Path = BUNDLED / COMMON) -> Components:
         settings = {"latent_mean": config["shift_factor"], "latent_std": 1 / config["scaling_factor"]}
         settings |= {"max_text_tokens": 512}
     else:
-        settings = {key: index[key] for key in ("latent_mean", "latent_std", "text_layer", "max_text_tokens")}
+        names = ["latent_mean", "latent_std", "text_layer", "max_text_tokens"]
+        if missing := [name for name in names if name not in index]:
+            raise InputError(f"{folder} has no {missing[0]}: it is no model of likeness or FLUX.1")
+        settings = {name: index[name] for name in names}
     of_vae = part_folder(folder, "vae").parent / COMPONENTS
     encoder_of = tuple(read_json(of_vae).get("encoder_of", ())) if of_vae.is_file() else ()
     return Components(**parts, settings=settings, codec_hash=encoder_hash(parts["vae"]), encoder_of=encoder_of)

@@ -28,7 +28,7 @@ from likeness.models.mditface import MDiTFaceTransformer
 from likeness.models.tied_weights import NEW
 from likeness.pipelines.arguments import number
 from likeness.pipelines.lora_files import METADATA, match, read_lora
-from likeness.pipelines.sizes import ANY, trained_sizes
+from likeness.pipelines.sizes import trained_sizes
 from likeness.types import InputError
 from likeness.weights.catalog import ADAPTER
 from likeness.weights.files import read_weights
@@ -188,6 +188,7 @@ def load_adapter(pipeline: Any, folder: str | Path) -> None:
     adapter = read_adapter(folder)
     check_network(transformer, adapter)
     state = read_weights(folder / WEIGHTS)
+    pipeline.base_settings = {name: pipeline.config[name] for name in ("sizes", "defaults")}
     add_adapter(transformer, adapter)
     shapes = {name: tuple(value.shape) for name, value in adapter_state(transformer).items()}
     reasons = {name: "missing" for name in shapes if name not in state}
@@ -212,12 +213,14 @@ def load_adapter(pipeline: Any, folder: str | Path) -> None:
 
 
 def unload_adapter(pipeline: Any) -> None:
-    """Remove the adapter of an adapter folder, if there is one: FLUX.1 without conditions, or the MMFace, remains."""
+    """Remove the adapter of an adapter folder, if there is one: FLUX.1 without conditions, or the MMFace, remains, with
+    its own sizes and defaults.
+    """
     transformer = pipeline.transformer
     if (name := own_name(transformer)) in getattr(transformer, "peft_config", {}):
         transformer.delete_adapters(name)
+        pipeline.register_to_config(**pipeline.base_settings)
         if name == NAME:
-            pipeline.register_to_config(sizes=ANY)
             set_conditions(transformer, {"condition_names": ()}, transformer.condition_embed.weight[:0])
 
 
@@ -285,14 +288,15 @@ def load_lora(
     weights, config = (source, {}) if is_state else read_lora(source, weight_name, subfolder, **hub)
     if not weights:
         raise InputError(f"{what} is not a LoRA: it contains no weights")
-    lora = match({"transformer": transformer, "text_encoder": encoder}, weights, config)
+    networks = {"transformer": transformer} | ({} if encoder is None else {"text_encoder": encoder})
+    lora = match(networks, weights, config)
     if strict or not lora.state:
         reject(lora.reasons, f"{what} was not made for this network")
     name = name or free_name(pipeline)
     if name in getattr(transformer, "peft_config", {}) or name in getattr(encoder, "peft_config", {}):
         raise InputError(f"An adapter named {name!r} exists already: choose another adapter_name")
     common = {"network_alphas": None, "metadata": lora.config, "adapter_name": name, "_pipeline": pipeline}
-    for part, network in (("transformer", transformer), ("text_encoder", encoder)):
+    for part, network in networks.items():
         if not any(key.startswith(f"{part}.") for key in lora.state):
             continue
         before = network.active_adapters() if getattr(network, "peft_config", {}) else []
@@ -354,11 +358,14 @@ def scaled_loras(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Loras(FluxLoraLoaderMixin):
-    """The methods of a pipeline that load and remove LoRAs; `loras`: LoRA -> how it was loaded, for recipes."""
+    """The methods of a pipeline that load and remove LoRAs; `loras`: LoRA -> how it was loaded, for recipes;
+    `base_settings`: `sizes` and `defaults` of the base of an adapter folder.
+    """
 
     transformer: Any
     text_encoder: Any
     loras: dict[str, dict[str, Any]]
+    base_settings: dict[str, Any]
 
     def load_lora_weights(
         self,
@@ -397,7 +404,7 @@ class Loras(FluxLoraLoaderMixin):
             super().delete_adapters(others)
             self.loras = {name: entry for name, entry in self.loras.items() if name not in others}
         for network in (self.transformer, self.text_encoder):
-            if not getattr(network, "peft_config", {}):
+            if network is not None and not getattr(network, "peft_config", {}):
                 recurse_remove_peft_layers(network)  # remaining wrappers would rename the weights in a saved folder
 
     def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:

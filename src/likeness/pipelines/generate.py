@@ -24,8 +24,7 @@ def resolve(request: PortraitRequest, pipeline: Any) -> PortraitRequest:
     """Complete a request: read its conditions, and set unset fields to the checkpoint's defaults. Raises `InputError`
     if a condition cannot be read, the seed is out of range, or the model was not trained at the size.
     """
-    if not isinstance(request.seed, int) or not 0 <= request.seed < SEED_LIMIT:
-        raise InputError(f"The seed is {request.seed}; it must be a whole number from 0 to 2^63 - 1")
+    check_seed(request.seed)
     defaults = pipeline.config.defaults
     request, _ = read_conditions(request)
     width, height = request.width or defaults["size"], request.height or defaults["size"]
@@ -37,6 +36,12 @@ def resolve(request: PortraitRequest, pipeline: Any) -> PortraitRequest:
         height=height,
         width=width,
     )
+
+
+def check_seed(seed: Any) -> None:
+    """Raise `InputError` if a seed is out of range."""
+    if not isinstance(seed, int) or not 0 <= seed < SEED_LIMIT:
+        raise InputError(f"The seed is {seed}; it must be a whole number from 0 to 2^63 - 1")
 
 
 def work_of(pipeline: Any, height: int, width: int) -> float:

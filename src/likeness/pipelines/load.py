@@ -64,7 +64,7 @@ def load(
     source: str | Path = DEFAULT,
     *,
     dtype: torch.dtype | str = torch.float32,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     base: str | Path | None = None,
     quantize: Literal["int8"] | None = None,
     offload: bool = False,
@@ -173,7 +173,10 @@ def flux_parts(
     from likeness.models.mditface import MDiTFaceTransformer
 
     options: dict[str, Any] = {"condition_names": (), **network}
-    single = next((folder / "transformer").glob("*.gguf"), None)
+    files = sorted((folder / "transformer").glob("*.gguf"))
+    if len(files) > 1:
+        raise InputError(f"{folder}/transformer has {', '.join(file.name for file in files)}: keep one GGUF file")
+    single = files[0] if files else None
     if single:
         if quantize:
             raise InputError(f"{single} is quantized already: leave quantize out")

@@ -76,6 +76,8 @@ def read_lora(source: str | Path, weight_name: str | None, subfolder: str | None
     elif path.is_dir():
         folder = path / (subfolder or "")
         path = folder / (weight_name or choose([file.name for file in folder.glob("*.safetensors")], source))
+    if path.suffix != ".safetensors":
+        raise InputError(f"The LoRA {path} is not a .safetensors file: convert it, because other formats can run code")
     with opened_weights(path) as file:
         metadata = (file.metadata() or {}).get(METADATA, "{}")
     try:
@@ -87,8 +89,8 @@ def read_lora(source: str | Path, weight_name: str | None, subfolder: str | None
     for name, value in config.items():
         numbers = {"lora_alpha": [value], "alpha_pattern": [*value.values()] if isinstance(value, dict) else [value]}
         for number in numbers.get(name.rpartition(".")[2], []):
-            if not isinstance(number, int | float) or not math.isfinite(number):
-                raise InputError(f"{name} of the LoRA {path} is {value!r}; it must be a finite number")
+            if not isinstance(number, int | float) or not math.isfinite(number) or number == 0:
+                raise InputError(f"{name} of the LoRA {path} is {value!r}; it must be a finite number other than 0")
     return read_weights(path), config
 
 
@@ -208,7 +210,7 @@ def split(
     if "alpha" in weights:
         small, large = float(weights["alpha"]) / len(down), 1.0
         bias = None if bias is None else bias * small
-        while small * 2 < large:  # both matrices in the range of half precision, as diffusers does
+        while abs(small) * 2 < large:  # both matrices in the range of half precision, as diffusers does
             small, large = small * 2, large / 2
         down, up = down * small, up * large
     rows = [modules[target].out_features for target in targets]

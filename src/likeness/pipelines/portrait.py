@@ -101,6 +101,7 @@ class PortraitPipeline(DiffusionPipeline, Loras):
         settings |= {"defaults": {**known, **(defaults or {})}, "sizes": sizes}
         trained_sizes(settings)
         self.loras: dict[str, dict[str, Any]] = {}  # LoRA -> how it was loaded, for recipes
+        self.base_settings: dict[str, Any] = {}  # of the base of an adapter folder
         objective = dict(objective or {"name": "rectified_flow"})
         self.register_to_config(objective=objective, condition_resize=condition_resize, **settings)
         if self.vae is not None and getattr(self.vae, "_group_offload_block_modules", None) is None:

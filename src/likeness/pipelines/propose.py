@@ -20,6 +20,7 @@ from likeness.conditions.mask.classes import PALETTE
 from likeness.conditions.mask.contradictions import contradictions
 from likeness.conditions.mask.geometry import broken_rules, measure, swapped_pairs
 from likeness.conditions.mask.repair import nearest_colours
+from likeness.pipelines.generate import check_seed
 from likeness.types import ConditionInput, InputError, PortraitRequest
 
 CANDIDATES = 4
@@ -57,6 +58,7 @@ def propose_mask(
         raise InputError("this model does not generate masks: use mask-mini, or a model packed with a label decoder")
     if candidates < 1:
         raise InputError(f"the number of candidates is {candidates}; it must be at least 1")
+    check_seed(seed)
     generator, encoded = torch.Generator().manual_seed(seed), {}
     best: Proposal | None = None
     for number in range(1, candidates + 1):

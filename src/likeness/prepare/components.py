@@ -12,8 +12,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderDC
-from transformers import AutoTokenizer, CLIPModel, CLIPTextModel
+from transformers import AutoTokenizer
 
 from likeness.annotators.face_parser import load_face_parser
 from likeness.data.folder import read_folder, read_photo
@@ -25,7 +24,7 @@ from likeness.models.label_decoder import LabelDecoder
 from likeness.types import InputError
 from likeness.weights.catalog import CODEC, COMMON, COMPONENTS
 from likeness.weights.hashes import encoder_hash, weights_hash
-from likeness.weights.packed import PACKED, component_class, load_component, save_packed
+from likeness.weights.packed import PACKED, load_component, save_packed
 
 
 def join_components(
@@ -44,7 +43,7 @@ def join_components(
     Args:
         autoencoder: run folder of an autoencoder or of a decoder.
         text: run folder of a text encoder; its image encoder and attribute head are included.
-        out: folder to write.
+        out: folder to write; a former one is replaced.
         data: prepared folder on which the statistics are measured.
         size: side length in pixels.
         face_parser: run folder of a face parser to include.
@@ -57,34 +56,36 @@ def join_components(
     for run in (autoencoder, text, *([face_parser] if face_parser else [])):
         if not (run / "model").is_dir():
             raise InputError(f"{run} has no published model: finish its training first")
-    vae = AutoencoderDC.from_pretrained(autoencoder / "model").eval()
-    encoder = CLIPTextModel.from_pretrained(text / "model" / "text_encoder").eval()
+    vae = load_component(autoencoder / "model", "diffusers", "AutoencoderDC")
+    encoder = load_component(text / "model" / "text_encoder", "transformers", "CLIPTextModel")
+    clip = load_component(text / "model" / "clip", "transformers", "CLIPModel")
     tokenizer = AutoTokenizer.from_pretrained(text / "model" / "tokenizer", trust_remote_code=False)
-    save_packed(vae, out / "vae")
-    save_packed(encoder, out / "text_encoder")
-    tokenizer.save_pretrained(out / "tokenizer")
-    save_packed(CLIPModel.from_pretrained(text / "model" / "clip").eval(), out / "clip")
-    if (head := load_attribute_head(text / "model")) is not None:
-        save_attribute_head(head, out)
-    if face_parser:
-        save_packed(load_face_parser(face_parser / "model")[0], out / "face_parser")
-
-    # Measure with the packed weights, because these are used later.
-    codec = LatentCodec(load_component(out / "vae", "diffusers", "AutoencoderDC"))
     rows = read_folder(data)
-    chosen = rows[:: max(1, len(rows) // images)]
-    latents = torch.cat([codec.encode(to_tensor([read_photo(row["file_name"], size)])) for row in chosen])
-    components = {
-        "vae": ["diffusers", "AutoencoderDC"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", type(tokenizer).__name__],
-        "latent_mean": [round(value, 5) for value in latents.mean(dim=(0, 2, 3)).tolist()],
-        "latent_std": [round(value, 5) for value in latents.std(dim=(0, 2, 3)).tolist()],
-        "text_layer": text_layer,
-        "max_text_tokens": tokenizer.model_max_length,
-        "measured_on": len(chosen),
-    }
-    write_whole(out / COMPONENTS, json.dumps(components, indent=2))
+    with writing_folder(out) as partial:
+        save_packed(vae, partial / "vae")
+        save_packed(encoder, partial / "text_encoder")
+        tokenizer.save_pretrained(partial / "tokenizer")
+        save_packed(clip, partial / "clip")
+        if (head := load_attribute_head(text / "model")) is not None:
+            save_attribute_head(head, partial)
+        if face_parser:
+            save_packed(load_face_parser(face_parser / "model")[0], partial / "face_parser")
+
+        # Measure with the packed weights, because these are used later.
+        codec = LatentCodec(load_component(partial / "vae", "diffusers", "AutoencoderDC"))
+        chosen = rows[:: max(1, len(rows) // images)]
+        latents = torch.cat([codec.encode(to_tensor([read_photo(row["file_name"], size)])) for row in chosen])
+        components = {
+            "vae": ["diffusers", "AutoencoderDC"],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", type(tokenizer).__name__],
+            "latent_mean": [round(value, 5) for value in latents.mean(dim=(0, 2, 3)).tolist()],
+            "latent_std": [round(value, 5) for value in latents.std(dim=(0, 2, 3)).tolist()],
+            "text_layer": text_layer,
+            "max_text_tokens": tokenizer.model_max_length,
+            "measured_on": len(chosen),
+        }
+        write_whole(partial / COMPONENTS, json.dumps(components, indent=2))
 
 
 def replace_decoder(run: Path, components: Path, out: Path) -> None:
@@ -100,7 +101,7 @@ def replace_decoder(run: Path, components: Path, out: Path) -> None:
         raise InputError(f"{run} has no published model: train it first")
     index = read_json(components / COMPONENTS)
     parts = load_components(components)
-    vae = component_class(*index["vae"]).from_pretrained(run / "model").eval()
+    vae = load_component(run / "model", *index["vae"])
     if encoder_hash(vae) != parts.codec_hash:
         raise InputError(f"the encoder of {run} is not that of {components}: train the decoder from {components}/vae")
     without_vae = lambda folder, _: ["vae"] if Path(folder) == components else []  # noqa: E731
@@ -117,34 +118,38 @@ def replace_decoder(run: Path, components: Path, out: Path) -> None:
 
 
 def pack_model(model: Path, out: Path, base: Path | None = None, label_decoder: Path | None = None) -> None:
-    """Pack a published pipeline into `out`. The folder `common` next to it must contain its components.
+    """Pack a published pipeline into `out`; a former one is replaced. The folder `common` next to it must contain its
+    components.
 
     With `base`, a packed pipeline that the model was trained from, only the difference is stored, in 4 bits.
     `label_decoder` is the run folder of the label decoder with which the packed pipeline decodes latents.
 
     Raises:
         InputError: `model` is not a published run, or was trained with other components, or `base` has another network,
-            or `label_decoder` is not the run folder of a label decoder.
+            or is `out`, or `label_decoder` is not the run folder of a label decoder.
     """
     index = read_json(model / "model_index.json")
     common = load_components(out.parent / COMMON)
     if not common.same_encoder(read_json(model / CODEC)["codec"]):
         raise InputError(f"{model} was trained on the latents of another encoder than that of {out.parent / COMMON}")
-    transformer = component_class(*index["transformer"]).from_pretrained(model / "transformer")
+    transformer = load_component(model / "transformer", *index["transformer"])
     if base is not None:
+        if base.resolve() == out.resolve():
+            raise InputError(f"{out} is the base: choose another folder, because the model is stored as a difference")
         check_base(base, model)
-    save_packed(transformer, out / "transformer", None if base is None else base / "transformer")
-    shutil.copytree(model / "scheduler", out / "scheduler", dirs_exist_ok=True)
-    shutil.copy(model / CODEC, out / CODEC)
-    if label_decoder is not None:
-        index["vae"] = [LabelDecoder.__module__, LabelDecoder.__name__]
-        try:
-            save_packed(LabelDecoder.from_pretrained(label_decoder / "model"), out / "vae")
-        except (OSError, TypeError) as error:
-            raise InputError(
-                f"{label_decoder} is not the run folder of a label decoder: {first_line(error)}"
-            ) from error
-    write_whole(out / "model_index.json", json.dumps(index, indent=2))
+    with writing_folder(out) as partial:
+        save_packed(transformer, partial / "transformer", None if base is None else base / "transformer")
+        shutil.copytree(model / "scheduler", partial / "scheduler")
+        shutil.copy(model / CODEC, partial / CODEC)
+        if label_decoder is not None:
+            index["vae"] = [LabelDecoder.__module__, LabelDecoder.__name__]
+            try:
+                save_packed(LabelDecoder.from_pretrained(label_decoder / "model"), partial / "vae")
+            except (OSError, TypeError) as error:
+                raise InputError(
+                    f"{label_decoder} is not the run folder of a label decoder: {first_line(error)}"
+                ) from error
+        write_whole(partial / "model_index.json", json.dumps(index, indent=2))
 
 
 def check_base(base: Path, model: Path) -> None:

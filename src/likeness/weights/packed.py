@@ -132,6 +132,7 @@ def save_packed(model: Any, folder: Path, base: Path | None = None) -> None:
     packed model with the same configuration, to store the difference from it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / (DIFFERENCE if base is None else PACKED)).unlink(missing_ok=True)  # of a former model
     if base is None:
         save_file(pack(model.state_dict()), folder / PACKED, metadata={"format": "pt"})
     else:
@@ -177,4 +178,7 @@ def component_class(library: str, class_name: str) -> Any:
     if class_name not in classes and not (library == "diffusers" and class_name.endswith("Scheduler")):
         known = ", ".join(name for names in COMPONENT_CLASSES.values() for name in names)
         raise InputError(f"Component {library}.{class_name} is not supported. Supported: {known} and schedulers")
-    return getattr(importlib.import_module(library), class_name)
+    found = getattr(importlib.import_module(library), class_name, None)
+    if found is None:
+        raise InputError(f"Component {library}.{class_name} is not in the installed {library}: update it")
+    return found
