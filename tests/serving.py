@@ -42,9 +42,13 @@ def serving(
         except requests.ConnectionError:
             pass
         time.sleep(0.02)
+    else:
+        raise AssertionError(f"{url} is not ready after a minute")
     key = (settings.get("keys") or ("any",))[0]
     client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
-    yield SimpleNamespace(url=url, client=client, store=store, folder=folder)
-    server.should_exit = True
-    thread.join(60)
+    try:
+        yield SimpleNamespace(url=url, client=client, store=store, folder=folder)
+    finally:
+        server.should_exit = True
+        thread.join(60)
     assert not thread.is_alive()

@@ -15,7 +15,7 @@ import pytest
 from likeness.train import loop
 from likeness.train.checkpoint import checkpoints
 from likeness.train.config import TrainRecipe, load_recipe
-from runs import SIZE, load_checkpoint
+from runs import SIZE, load_checkpoint, metrics
 
 PROJECT = Path(__file__).parents[2]
 TORCHRUN = PROJECT / "launch" / "torchrun.sh"
@@ -57,6 +57,8 @@ def test_two_machines(root, tmp_path, programs):
     for name, value in wanted.items():
         if name.startswith("model/"):
             assert (found[name] - value).abs().mean() < 2e-5, name
+    losses, expected = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("run", "alone"))
+    assert losses == pytest.approx(expected, rel=1e-3)
     assert len(list((tmp_path / "run/checkpoints/000000000016").glob("*.distcp"))) == 2  # one per process
 
 

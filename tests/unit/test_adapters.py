@@ -279,15 +279,19 @@ def test_a_lora_of_the_text_encoder(root):
     assert (make(pipeline) - before).abs().max() > 1e-4
 
 
-def test_loras_of_the_text_encoder_act_together(root):
+def test_loras_of_the_text_encoder_act_together(root, tmp_path):
     """As their parts in the transformer do; a replay has them both."""
     pipeline = load(root / "flux")
     layer = next(n for n, m in pipeline.text_encoder.named_modules() if n.endswith("layers.0.self_attn.q_proj"))
     for number, name in enumerate(("one", "two")):
         down, up = torch.randn(2, 32, generator=torch.Generator().manual_seed(number)), torch.ones(32, 2)
         state = {f"text_encoder.{layer}.lora_A.weight": down, f"text_encoder.{layer}.lora_B.weight": up}
-        pipeline.load_lora_weights(state, name)
+        save_file(state, tmp_path / f"{name}.safetensors")
+        pipeline.load_lora_weights(tmp_path / f"{name}.safetensors", name)
     assert pipeline.text_encoder.get_submodule(layer).active_adapters == ["one", "two"]
+    again = load(root / "flux")
+    restore_adapters(again, json.loads(json.dumps(active_adapters(pipeline))))
+    assert torch.equal(make(again), make(pipeline))
 
 
 def test_deleted_loras_leave_a_folder_that_loads(root, tmp_path):

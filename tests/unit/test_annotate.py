@@ -13,9 +13,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from likeness.annotators.face_parser import load_face_parser, parse_faces
+from likeness.annotators.face_parser import MEAN, STD, load_face_parser, parse_faces
 from likeness.annotators.u2net import PORTRAIT, U2Net
 from likeness.cli import main
+from likeness.conditions.mask.classes import FLIP_PAIRS
 from likeness.data.folder import read_folder
 from likeness.data.synthetic import draw_face
 from likeness.prepare.annotate import annotate_folder, made_by
@@ -86,6 +87,27 @@ def test_all_splits_of_a_folder(folder, parser, tmp_path, capsys):
     for split in ("train", "test"):
         rows = read_folder(tmp_path / "splits" / split)
         assert all(row["sketch_file_name"].is_relative_to(tmp_path / "splits" / split) for row in rows)
+
+
+def test_swapped_sides(tmp_path):
+    """A parser of others whose left is the viewer's left is recognized by its masks."""
+    network, size = load_face_parser()
+    names = network.config.id2label
+    for left, right in FLIP_PAIRS:
+        names[left], names[right] = names[right], names[left]
+    network.save_pretrained(tmp_path / "parser")
+    settings = {"size": size, "image_mean": [MEAN] * 3, "image_std": [STD] * 3}
+    (tmp_path / "parser" / "preprocessor_config.json").write_text(json.dumps(settings))
+    images = sorted((Path(__file__).parents[2] / "examples/faces/images").iterdir())
+    shutil.copytree(images[0].parent, tmp_path / "faces" / "images")
+    rows = [{"file_name": f"images/{image.name}"} for image in images]
+    (tmp_path / "faces" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=r"left and right of .*parser are swapped: use --swapped-sides"):
+        annotate_folder(tmp_path / "faces", parser=tmp_path / "parser", sketches=False)
+    annotate_folder(tmp_path / "faces", parser=tmp_path / "parser", sketches=False, swapped_sides=True)
+    wanted = parse_faces(load_face_parser()[0], [np.array(Image.open(image)) for image in images], size=size)
+    for row, mask in zip(read_folder(tmp_path / "faces"), wanted, strict=True):
+        assert (np.array(Image.open(row["mask_file_name"])) == mask).mean() > 0.999
 
 
 def test_without_parser(folder):

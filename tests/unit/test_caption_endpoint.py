@@ -356,11 +356,15 @@ def test_killed_run_repeats_no_question(folder):
                 with contextlib.suppress(BaseException):
                     caption(folder, "--vlm", server.address, "--parallel", "2")
                 os._exit(0)
+            deadline = time.monotonic() + 60
             while len(server.requests) < wanted:
+                assert time.monotonic() < deadline
+                assert os.waitpid(child, os.WNOHANG) == (0, 0)
                 time.sleep(0.001)
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             while server.running:
+                assert time.monotonic() < deadline
                 time.sleep(0.001)
             answers = journal.read_bytes().count(b"\n")
             assert answers <= len(server.requests) <= answers + 2 * kill  # lost: what two threads were waiting for

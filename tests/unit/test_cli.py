@@ -16,6 +16,7 @@ from PIL import Image
 
 from builders import run, tiny_pipeline
 from likeness.data.synthetic import draw_face
+from likeness.pipelines.image_recipe import read_recipe, request_of
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,12 @@ def test_output_in_ascii(tmp_path):
 def test_generate_all_conditions_and_replay(folder, tmp_path, capsys):
     out = tmp_path / "face.png"
     given = ["--mask", folder / "mask.png", "--sketch", folder / "sketch.png", "--keypoints", folder / "points.json"]
+    given += ["--mask-scale", 0.9, "--sketch-scale", 0.5, "--keypoints-scale", 0.7]
+    given += ["--control-guidance-start", 0.1, "--control-guidance-end", 0.8]
     assert run("generate", "a woman", *given, "--model", folder / "model", "--seed", 5, "--out", out) == 0
+    conditions = request_of(read_recipe(out)[0]).conditions
+    assert {name: one.scale for name, one in conditions.items()} == {"mask": 0.9, "sketch": 0.5, "keypoints": 0.7}
+    assert {(one.start, one.end) for one in conditions.values()} == {(0.1, 0.8)}
     reported = capsys.readouterr()
     assert reported.out.strip() == f"{out}  seed 5"
     assert "mask: " in reported.err

@@ -30,6 +30,7 @@ from torchao.quantization import Int8WeightOnlyConfig
 from builders import tiny_flux_pipeline, tiny_mditface_pipeline, tiny_pipeline
 from likeness.data.synthetic import draw_face
 from likeness.models.mditface_blocks import JointAttentionProcessor
+from likeness.objectives import make_objective
 from likeness.objectives.flow import dynamic_shift
 from likeness.pipelines.load import load
 from likeness.types import InputError, TextFeatures
@@ -108,7 +109,23 @@ def test_schedulers_with_the_configuration_of_flux(scheduler):
     flux = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     options = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
     pipeline.scheduler = scheduler.from_config(flux.config, **options)
-    assert np.isfinite(image(pipeline)).all()
+    times = []
+
+    def record(pipe, step, time, tensors):
+        times.append(float(time))
+        return tensors
+
+    assert np.isfinite(image(pipeline, callback_on_step_end=record)).all()
+    wanted = scheduler.from_config(flux.config, **options)
+    schedule = make_objective(pipeline.config.objective).schedule(wanted, pipeline.config.defaults["steps"])
+    if scheduler is not FlowMatchHeunDiscreteScheduler:
+        side = pipeline.config.defaults["size"] // pipeline.vae_scale_factor // pipeline.patch_size
+        schedule["mu"] = calculate_shift(side**2)
+    wanted.set_timesteps(**schedule)
+    assert times == pytest.approx(wanted.timesteps.tolist()[: len(times)])
+
+
+def test_dynamic_shift():
     for tokens in (4, 256, 4096):
         assert dynamic_shift(tokens, {}) == pytest.approx(calculate_shift(tokens))
 

@@ -61,9 +61,7 @@ def test_metadata_of_other_tools(prepared, faces, tmp_path, change):
     plain = read_folder(prepared / "faces")
     for folder, root in ((faces, faces), (tmp_path / "ingested", tmp_path / "ingested/train")):
         text = (root / "metadata.jsonl").read_text(encoding="utf-8")
-        assert not {"NaN", "Infinity", "\\\\", "\ufeff"} & {
-            word for word in ("NaN", "Infinity", "\\\\") if word in text
-        }
+        assert not [word for word in ("NaN", "Infinity", "\\\\", "\ufeff") if word in text]
         assert [row["text"] for row in read_folder(folder)] == [row["text"] for row in plain]
         assert all(row["mask_file_name"].is_file() and "score" not in row for row in read_folder(folder))
 

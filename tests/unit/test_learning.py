@@ -332,12 +332,21 @@ def test_posthoc_ema(root, tmp_path, capsys):
     assert (found - expected).norm() < 0.05 * (nearest - expected).norm()
 
     run = tmp_path / "run"
-    loop.train(small(root, optimizer={"posthoc_emas": [0.2]}), run)
+    loop.train(small(root, optimizer={"posthoc_emas": [0.2], "learning_rate": 1e-2, "decay": "constant"}), run)
     main(["average", str(run), "0.1"])
     assert capsys.readouterr().out.strip().endswith("model-0.1")
-    same, published = weights_of(run / "model-0.1"), weights_of(run / "model")
-    assert all((same[name] - published[name]).abs().max() < 1e-3 for name in published)
-    assert posthoc_ema(run, 0.15, seen=16).name == "model-0.15"
+    assert posthoc_ema(run, 0.2).name == "model-0.2"
+    assert posthoc_ema(run, 0.15).name == "model-0.15"
+    names = ("model", "model-0.1", "model-0.2", "model-0.15")
+    published, same, wide, between = (weights_of(run / name) for name in names)
+
+    def distance(one: dict, other: dict) -> float:
+        return sum((one[name] - other[name]).square().sum() for name in one).sqrt().item()
+
+    assert distance(same, published) < 0.05 * distance(wide, published)
+    assert 0.2 < distance(between, published) / distance(wide, published) < 0.8
+    posthoc_ema(run, 0.15, seen=16)
+    assert distance(weights_of(run / "model-0.15"), between) > 0.5 * distance(wide, published)
     load(run / "model-0.15")
     for width in (0.5, 0.0, -0.1):
         with pytest.raises(InputError, match=rf"the width is {width}: it must be above 0, at most 0\.28"):

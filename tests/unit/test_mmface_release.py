@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from builders import run, tiny_text_encoder, tiny_tokenizer, tiny_vae
-from likeness.convert.mmface_release import convert_release, convert_state
+from likeness.convert.mmface_release import convert_release, convert_state, reverse_time
+from likeness.models.layers import time_frequencies
 from likeness.objectives import make_objective
 from likeness.pipelines.load import load
 from likeness.types import InputError, TextFeatures
@@ -170,6 +171,29 @@ def test_release_is_known_by_its_folder_and_gaps_are_named(release, tmp_path):
 def test_heads_of_another_width(release, tmp_path):
     assert run("convert", "mmface-release", release, tmp_path / "out", "--heads", 4) == 0
     assert json.loads((tmp_path / "out" / "transformer" / "config.json").read_text())["heads"] == 4
+
+
+def test_conversion_of_weights():
+    """Time runs the other way, rotary pairs are halves, and the prediction of the flow has the other sign."""
+    g = torch.Generator().manual_seed(0)
+    weight, time = torch.randn(8, 256, generator=g), torch.tensor([0.0, 300.0, 999.0])
+    waves = [time_frequencies(moment, 256) for moment in (time, TIME_SCALE - time)]
+    wanted = waves[1] @ weight.T
+    torch.testing.assert_close(waves[0] @ reverse_time(weight).T, wanted, atol=1e-3, rtol=0)
+
+    state = official_state()
+    flow, diffusion = (convert_state(state, kind) for kind in ("flow", "diffusion"))
+    assert torch.equal(flow.final.weight, -diffusion.final.weight)
+    assert torch.equal(flow.time_embed.linear_1.weight, reverse_time(state["t_embedder.mlp.0.weight"]))
+    assert torch.equal(diffusion.time_embed.linear_1.weight, state["t_embedder.mlp.0.weight"])
+    heads = flow.config.heads
+    for name, suffix in (("image", ""), ("text", "_t")):
+        query, key, value = flow.get_parameter(f"blocks.0.attention.{name}_qkv.weight").chunk(3)
+        for letter, found in (("q", query), ("k", key)):
+            official = state[f"blocks.0.attn.to_{letter}{suffix}.weight"].unflatten(0, (heads, -1))  # [H, d, D]
+            halves = torch.cat([official[:, 0::2], official[:, 1::2]], dim=1)
+            assert torch.equal(found, halves.flatten(0, 1))
+        assert torch.equal(value, state[f"blocks.0.attn.to_v{suffix}.weight"])
 
 
 def test_every_key_that_does_not_fit_is_listed():

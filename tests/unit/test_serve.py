@@ -29,7 +29,10 @@ from PIL import Image
 
 from builders import load_script, tiny_mditface_pipeline, tiny_pipeline
 from likeness.annotators.face_parser import load_face_parser
+from likeness.cli.serve import Serve
+from likeness.conditions import CONDITIONS
 from likeness.conditions.mask import mask_image
+from likeness.conditions.mask.commands import OPERATIONS
 from likeness.data.synthetic import draw_face
 from likeness.pipelines.generate import generate, resolve
 from likeness.pipelines.image_recipe import read_recipe, request_of
@@ -360,7 +363,6 @@ def test_limits_and_keys(tmp_path):
         assert post(server, json={"prompt": "a"}, headers=one).status_code == 409
         assert requests.get(f"{server.url}/v1/jobs/mine", headers=two, timeout=60).status_code == 404
         job = lambda: requests.get(f"{server.url}/v1/jobs/mine", headers=one, timeout=60)  # noqa: E731
-        assert job().json()["state"] == "completed"
         wait_for(lambda: job().status_code == 410)
         assert not list(server.store.images.iterdir())
 
@@ -628,6 +630,7 @@ def test_conditions_and_masks(server):
         {"operation": "mirror"},
         {"operation": "paste", "classes": ["hair"], "other": b64(ROOT / "examples/masks/fringe.png")},
         {"operation": "fill", "classes": ["skin"]},
+        {"operation": "clean", "classes": ["hair"]},
         {"operation": "rename", "old": "hair", "to": "hat"},
         {"operation": "swap", "classes": ["l_eye", "r_eye"]},
         {"operation": "interpolate", "other": b64(ROOT / "examples/masks/fringe.png")},
@@ -635,6 +638,20 @@ def test_conditions_and_masks(server):
         answer = post(server, "masks/edit", json={"mask": mask, **edit})
         assert answer.ok, answer.text
         assert set(answer.json()) == {"id", "condition", "b64_json", "changes"}
+        options = {name: value for name, value in edit.items() if name != "operation"}
+        if "other" in options:
+            options["other"] = CONDITIONS["mask"].read(ROOT / "examples/masks/fringe.png").raw
+        wanted = OPERATIONS[edit["operation"]](CONDITIONS["mask"].read(MASK).raw, **options)
+        image = Image.open(io.BytesIO(base64.b64decode(answer.json()["b64_json"])))
+        assert (CONDITIONS["mask"].read(image).raw == wanted).all()
+    swapped = OPERATIONS["swap"](CONDITIONS["mask"].read(MASK).raw, classes=["l_eye", "r_eye"])
+    body = {"mask": base64.b64encode(CONDITIONS["mask"].encode(swapped)).decode(), "prompt": "a bald man"}
+    found = post(server, "masks/check", json=body).json()
+    assert "hair" in str(found["contradictions"])
+    assert "swap" in str(found["problems"])
+    image = server.client.images.generate(prompt="a man", extra_body={"seed": 5, "steps": 1}).data[0].b64_json
+    request = post(server, "recipes", files={"image": base64.b64decode(image)}).json()
+    assert (request["prompt"], request["seed"]) == ("a man", 5)
 
 
 def test_model_information(server):
@@ -647,6 +664,33 @@ def test_model_information(server):
 
 
 # The command
+
+
+def test_options_of_the_command(tmp_path):
+    """Keys, limits and the metadata of images arrive in the service."""
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    (tmp_path / "keys").write_text("\ufeffone\n\n two \n")
+    given = {"model": str(tmp_path / "model"), "data": tmp_path / "data", "api_key_file": tmp_path / "keys"}
+    app = Serve(**given, metadata=False, queue=10, max_body=1, max_side=64, max_steps=30).application("")
+    with TestClient(app) as client:
+        generate = lambda key, **body: client.post(  # noqa: E731
+            "/v1/images/generations",
+            json={"prompt": "a", "steps": 1, **body},
+            headers={"Authorization": f"Bearer {key}"},
+        )
+        assert generate("three").status_code == 401
+        image = generate("one").json()["data"][0]["b64_json"]
+        assert generate("two").status_code == 200
+        (tmp_path / "image.png").write_bytes(base64.b64decode(image))
+        with pytest.raises(InputError, match="no recipe"):
+            read_recipe(tmp_path / "image.png")
+        assert generate("one", prompt="a" * 2**20).status_code == 413
+        assert generate("one", size="128x128", upscale=True).json()["error"]["param"] == "size"
+        assert generate("one", steps=31).json()["error"]["param"] == "steps"
+        assert generate("one", n=10).status_code == 200
+    (tmp_path / "keys").write_text("\n")
+    with pytest.raises(InputError, match="contains no API key: write one per line"):
+        Serve(**given).application("")
 
 
 def test_command(tmp_path):

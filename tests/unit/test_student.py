@@ -293,6 +293,37 @@ def test_gradients_of_both_sides(prepared):
     assert 0.95 < found.norm() / exact.norm() < 1.05
 
 
+def test_further_losses(prepared):
+    """R1 by finite differences, real images with the text and conditions of another sample, and flow matching."""
+    given = recipe(prepared, flow_weight=0.5, discriminator={"penalty": 3.0, "penalty_noise": 0.1, "mismatch": 2.0})
+    objective, samples = RectifiedFlow(), given_samples(4, [[0], [1], [2], [-1]])
+    network, discriminator = tiny_transformer(), Discriminator(tiny_transformer(), [0, 1], width=8)
+    times = torch.tensor([1.0, 0.75, 0.5, 0.25])
+    draws = draw(given.discriminator, 0, 0, (4, 4, 4, 4))
+    flow = torch.ones(1, 4, 4, 4), torch.tensor([0.25])
+    loss, _, report = losses_of(network, discriminator, objective, given, samples, times, draws, flow, True)
+
+    level = draws.time[:, None, None, None]
+    noised = (1 - level) * samples.clean + level * draws.discriminator_noise
+    part = slice(None, None, student.SUBSET)
+
+    def logits(latents: torch.Tensor, of: Samples, shift: float | torch.Tensor = 0.0) -> torch.Tensor:
+        return discriminator(latents[part] + shift, 1000 * draws.time[part], *of.part(part).arguments())
+
+    real = logits(noised, samples)
+    penalty = (logits(noised, samples, 0.1 * draws.penalty_noise) - real).square().mean()
+    other = Samples(*(tensor.roll(1, dims=0) for tensor in samples))
+    mismatch = torch.nn.functional.softplus(logits(noised, other) - real).mean()
+    first = samples.part(slice(1))
+    velocity = network(0.75 * first.clean + 0.25, torch.tensor([250.0]), *first.arguments())
+    matching = (velocity - (1 - first.clean)).square().mean()
+    for name, wanted in {"penalty": penalty, "mismatch": mismatch, "flow": matching}.items():
+        torch.testing.assert_close(report[name], wanted, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        loss, report["adversarial"] + 3 * penalty + 2 * mismatch + 0.5 * matching, rtol=1e-3, atol=1e-5
+    )
+
+
 def test_every_batch_has_every_time(prepared, tmp_path, monkeypatch):
     """A sample goes from noise through all times on the student's own estimates, and then leaves."""
     seen = []

@@ -30,6 +30,7 @@ from likeness.train.ema import Ema, exponent
 from likeness.train.muon import Muon, orthogonalize
 from likeness.train.networks import freeze_others
 from likeness.train.optim import learning_rate, make_optimizers
+from likeness.train.train_state import TrainState
 from likeness.types import ConditionInput, InputError, PortraitRequest
 from runs import check_resume, killed_after_checkpoint, load_checkpoint, metrics, sigterm_in_step, small
 
@@ -319,7 +320,7 @@ def test_folders_are_written_atomically(tmp_path):
         while not stop.is_set():
             try:
                 assert all((folder / name).read_text() for name in "ab")
-            except OSError as error:
+            except (OSError, AssertionError) as error:
                 bad.append(error)
             stop.wait(0.0005)
 
@@ -340,6 +341,19 @@ def test_folders_are_written_atomically(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert [(folder / name).read_text() for name in "ab"] == ["59", "59"]
     assert not bad
+
+
+def test_a_step_clips_the_gradient():
+    model = torch.nn.Linear(2, 1, bias=False)
+    before = model.weight.detach().clone()
+    state = TrainState(model=model, optimizers=[torch.optim.SGD(model.parameters(), lr=1.0)])
+    for gradient, change in (([[3.0, 4.0]], [[0.3, 0.4]]), ([[0.3, 0.4]], [[0.15, 0.2]])):
+        model.weight.grad = torch.tensor(gradient)
+        norm = state.step(0.5, 1.0)
+        torch.testing.assert_close(norm, torch.tensor(gradient).norm())
+        torch.testing.assert_close(before - model.weight.detach(), torch.tensor(change), atol=1e-5, rtol=1e-5)
+        before = model.weight.detach().clone()
+    assert model.weight.grad is None
 
 
 def test_learning_rate():
