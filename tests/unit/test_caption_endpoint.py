@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import json
 import os
-import resource
 import shutil
 import signal
 import threading
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 from chat_server import DROP, HANG, chat_server, failed, reply_with
 from drawn import drawn_mask
+from hostile import full_disk
 from PIL import Image
 
 from builders import run
@@ -397,16 +397,12 @@ def test_journal(tmp_path):
 
 
 def test_full_disk_keeps_complete_lines(tmp_path):
-    path, (soft, hard) = tmp_path / "answers.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    path = tmp_path / "answers.jsonl"
     with open_answers(path) as cache:
         cache.add("a" * 32, Answer("one"))
         before = path.read_bytes()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, hard))
-        try:
-            with pytest.raises(InputError, match=r"cannot write .*answers\.jsonl"):
-                cache.add("b" * 32, Answer("two"))
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        with full_disk(len(before) + 20), pytest.raises(InputError, match=r"cannot write .*answers\.jsonl"):
+            cache.add("b" * 32, Answer("two"))
         assert path.read_bytes() == before
         cache.add("b" * 32, Answer("two"))
     with open_answers(path) as cache:

@@ -7,7 +7,6 @@ once.
 from __future__ import annotations
 
 import itertools
-import math
 from pathlib import Path
 
 import pytest
@@ -31,9 +30,6 @@ def test_learning_rate_does_not_rise_again():
     falling = [rate for seen, rate in zip(steps, ours, strict=True) if seen >= o.warmup]
     assert all(later < earlier for earlier, later in itertools.pairwise(falling))
     assert ours[-1] == 0
-    twice = [o.learning_rate * (1 + math.cos(math.pi * 2 * seen / o.images)) / 2 for seen in steps]
-    assert twice[100] == pytest.approx(0)
-    assert twice[-1] == pytest.approx(o.learning_rate)
 
 
 def test_times_are_float32():
@@ -42,7 +38,6 @@ def test_times_are_float32():
     times = RectifiedFlow(time_sampling="uniform").sample_time(uniform)
     assert times.dtype == torch.float32
     assert len(times.unique()) > 9_900
-    assert len(uniform.bfloat16().unique()) < 1_500
     with torch.autocast("cpu", torch.bfloat16):
         assert RectifiedFlow().model_time(times).dtype == torch.float32
 

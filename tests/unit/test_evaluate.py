@@ -26,7 +26,7 @@ from likeness.evaluate.aggregate import class_scores
 from likeness.evaluate.compare import compare_evaluations, difference_test
 from likeness.evaluate.external import parse_score, query_llm
 from likeness.evaluate.faces import faces_hash, read_faces
-from likeness.evaluate.features import Extractor, MissingError, cache_key, file_digest
+from likeness.evaluate.features import Extractor, cache_key, file_digest
 from likeness.evaluate.images import work_order
 from likeness.evaluate.protocol import Protocol
 from likeness.evaluate.report import comparison_table, format_number, published_tables, write_report
@@ -615,7 +615,3 @@ def test_command_line(root, tmp_path, capsys):
         assert run(*arguments) == 2
         assert text in capsys.readouterr().err
     assert not absent.exists()
-
-
-def test_missing_error_is_an_input_error():
-    assert issubclass(MissingError, InputError)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import resource
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 import torch
+from hostile import full_disk
 from PIL import Image
 
 from builders import run, tiny_vae
@@ -208,17 +207,11 @@ def test_too_many_non_finite_batches(root, tmp_path):
 def test_full_disk(root, tmp_path, capsys):
     """If a checkpoint cannot be written, the others are intact and training continues, but not beyond its end."""
     save_checkpoint(tmp_path, 10, {"weight": torch.zeros(3)})
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    with full_disk(20_000):
         with pytest.raises(InputError, match=r"cannot write the checkpoint .*earlier checkpoints are intact"):
             save_checkpoint(tmp_path, 20, {"weight": torch.zeros(30_000)})
         with pytest.raises(InputError, match="cannot write"):
             loop.train(small(root, optimizer={"images": 16}), tmp_path / "run")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, old)
     assert load_checkpoint(tmp_path)["weight"].tolist() == [0.0] * 3
     assert "training continues" in capsys.readouterr().err
     loop.train(small(root, optimizer={"images": 16}), tmp_path / "run")
@@ -227,14 +220,8 @@ def test_full_disk(root, tmp_path, capsys):
 
 def test_reports_on_a_full_disk(tmp_path, capsys):
     reporter = Reporter(tmp_path, 100, 0)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    with full_disk(0):
         reporter.report(10, loss=2.0)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, old)
     assert "metrics.jsonl: File too large; training continues" in capsys.readouterr().err
     reporter.report(20, loss=1.0)
     reporter.close()
