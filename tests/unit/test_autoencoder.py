@@ -14,7 +14,15 @@ from likeness.data.folder import read_folder
 from likeness.files import locked
 from likeness.prepare.synthetic import write_synthetic
 from likeness.train.checkpoint import checkpoints
-from likeness.train.components.autoencoder import AutoencoderRecipe, TrainingImages, build, measure, train_autoencoder
+from likeness.train.components.autoencoder import (
+    AutoencoderRecipe,
+    TrainingImages,
+    build,
+    measure,
+    pixel_loss,
+    reconstruction_loss,
+    train_autoencoder,
+)
 from likeness.train.components.decoder import DecoderRecipe, train_decoder
 from likeness.train.components.face_parser import FaceParserRecipe, train_face_parser
 from likeness.train.components.text_image import TextImageRecipe, train_text_image
@@ -59,6 +67,30 @@ def test_learns_and_publishes(faces, tmp_path):
     assert trained["labels"] > untrained["labels"]
     assert trained["images"] == 6
     assert metrics(tmp_path)[-1]["psnr"] == pytest.approx(trained["psnr"], abs=1e-3)
+
+
+def test_losses(faces):
+    """L1, twice the squared error, edges, and the scale of the latents, after noise on them."""
+    ramp = torch.arange(4.0).expand(1, 1, 4, 4)  # differences of 1 along one axis
+    zero = torch.zeros(1, 1, 4, 4)
+    assert pixel_loss(ramp, zero, 0.0) == pytest.approx(1.5 + 2 * 3.5)
+    assert pixel_loss(ramp, zero, 0.5) == pytest.approx(1.5 + 2 * 3.5 + 0.5)
+
+    model = build(given := recipe(faces, latent_noise=0.0, latent_penalty=0.0, detail=0.0)).eval()
+    g = torch.Generator().manual_seed(0)
+    images, noise = torch.randn(2, 3, 32, 32, generator=g), torch.randn(2, 4, 4, 4, generator=g)
+    with torch.no_grad():
+        latents = model.encode(images, return_dict=False)[0]
+        decode = lambda x: pixel_loss(model.decode(x, return_dict=False)[0], images, 0.0)  # noqa: E731
+        penalized, noised = (dataclasses.replace(given, **{name: 0.5}) for name in ("latent_penalty", "latent_noise"))
+        loss = reconstruction_loss(model, images, noise, given)
+        torch.testing.assert_close(loss, decode(latents))
+        torch.testing.assert_close(
+            reconstruction_loss(model, images, noise, penalized), loss + 0.5 * latents.square().mean()
+        )
+        torch.testing.assert_close(
+            reconstruction_loss(model, images, noise, noised), decode(latents + 0.5 * latents.std() * noise)
+        )
 
 
 def test_resume_is_exact(faces, tmp_path):

@@ -125,6 +125,23 @@ def test_discriminator_sees_photographs_only(root, tmp_path):
     assert not any(name.startswith("optimizer") and "discriminator" in name for name in trained)
 
 
+def test_discriminator_is_ignored_at_first(root, tmp_path):
+    """The decoder's first step after `discriminator_warmup` images differs."""
+    given = {"images": 12, "perceptual": None, "probabilities": {"image": 1.0}, "checkpoint_every": 12}
+    runs = {
+        "none": {"adversarial_weight": 0.0},
+        "late": {"discriminator_warmup": 12},
+        "last": {"discriminator_warmup": 8},
+    }
+    weights = {}
+    for name, changes in runs.items():
+        train_decoder(recipe(root, **given, **changes), tmp_path / name)
+        stored = load_checkpoint(tmp_path / name)
+        weights[name] = torch.cat([v.flatten() for key, v in stored.items() if key.startswith("model/autoencoder.")])
+    assert torch.equal(weights["none"], weights["late"])
+    assert not torch.equal(weights["none"], weights["last"])
+
+
 def test_batches_are_of_one_kind(root):
     starts = range(0, 400, 4)
     kinds = lambda probabilities: [  # noqa: E731

@@ -18,6 +18,7 @@ from likeness.train.components.face_parser import (
     Examples,
     FaceParserRecipe,
     build,
+    class_weights,
     confusion_of,
     measure,
     train_face_parser,
@@ -87,6 +88,18 @@ def test_image_and_mask_are_augmented_alike(faces):
         skin, other = (image[labels == k].mean(0) for k in (1, 0))
         separated += np.abs(skin - other).max() > 15
     assert separated >= 10
+
+
+def test_class_weights():
+    """The weight of a class falls with a power of its fraction; the mean over the pixels is 1."""
+    mask = np.zeros((100, 100), np.uint8)
+    mask[:10] = 5
+    weights = class_weights([mask], 0.5)
+    fractions = torch.full((19,), 1e-4)  # absent classes count as one pixel
+    fractions[0], fractions[5] = 0.9001, 0.1001
+    torch.testing.assert_close(weights / weights[0], (fractions[0] / fractions).sqrt())
+    assert (weights * fractions).sum() == pytest.approx(1)
+    assert class_weights([mask], 0.0).unique().numel() == 1
 
 
 def test_confusion_counts_every_class():
