@@ -90,6 +90,9 @@ BASE: dict[str, dict[str, Any]] = {
 }
 """The recipe of all variants, after that of `mmface-mini`."""
 
+DDPM_INTERVAL = (0.174, 0.985)
+"""sigma of a DDPM at the ratios of signal and noise of the flow at its `guidance_interval`."""
+
 MMFACE = {
     "network": {"name": "mmface", "hidden_size": 128, "depth": 6, "heads": 4},
     "data": {"condition_probabilities": {"mask": 0.4, "sketch": 0.4, "none": 0.2}},
@@ -240,9 +243,7 @@ VARIANTS: dict[str, Variant] = {
         "mask tokens at positions beside the image", partial(move_positions, scale=1.0, offset=(0, 0, 8))
     ),
     "unplaced": mditface("mask tokens all at position 0", partial(move_positions, scale=0.0, offset=(0, 0, 0))),
-    "no-dropout": mditface(
-        "always mask and text", data={"condition_probabilities": {"mask": 1.0}, "text_dropout": 0.0}
-    ),
+    "no-dropout": mditface("never without mask", data={"condition_probabilities": {"mask": 1.0}}),
     "mditface-all": Variant(
         what="mask, sketch and keypoints",
         recipe=MDITFACE,
@@ -270,8 +271,14 @@ VARIANTS: dict[str, Variant] = {
     "mmface-single": mmface("image and text share matrices", single_stream),
     "mmface-open": mmface("without gates", open_gates),
     "mmface-text-none": mmface("text without rotary positions", network={"text_rope": "none"}),
-    "mmface-ddpm": mmface("DDPM, noise prediction, min-SNR 5", objective={"name": "ddpm"}),
-    "mmface-ddpm-plain": mmface("DDPM without min-SNR", objective={"name": "ddpm", "snr_gamma": None}),
+    "mmface-ddpm": mmface(
+        "DDPM, noise prediction, min-SNR 5", objective={"name": "ddpm"}, defaults={"guidance_interval": DDPM_INTERVAL}
+    ),
+    "mmface-ddpm-plain": mmface(
+        "DDPM without min-SNR",
+        objective={"name": "ddpm", "snr_gamma": None},
+        defaults={"guidance_interval": DDPM_INTERVAL},
+    ),
     "mmface-short": replace(mmface("captions cut to their first clause in training"), caption=first_clause),
     "mmface-progressive": replace(mmface("first half of the images at 64 px"), progressive=True),
     "mmface-contrastive": replace(mmface("contrastive flow matching"), losses=contrastive_losses),
@@ -289,7 +296,7 @@ VARIANTS: dict[str, Variant] = {
     "mmface-mask": Variant(
         what="mask only, blind to text",
         recipe=MMFACE,
-        changes={"data": {"condition_probabilities": {"mask": 0.8, "sketch": 0.0, "none": 0.2}}},
+        changes={"data": {"condition_probabilities": {"mask": 0.4, "sketch": 0.0, "none": 0.6}}},
         edit=without_text,
     ),
     "controlnet": replace(mmface("ControlNet on `mmface-text`", controlnet), bases=("mmface-text",)),
@@ -328,6 +335,10 @@ METRICS = (
     "pixel_accuracy", "mean_iou", "rare_class_recall", "edge_f_score", "retrieval", "attribute_recall",
     "complete_faces", "kid_text_image",
 )  # fmt: skip
+
+
+SETS_ONLY = {"kid_text_image/mask"}
+"""Metrics of sets of images: they have no values by face."""
 
 
 def recipe_of(name: str, seed: int, options: argparse.Namespace) -> TrainRecipe:
@@ -503,7 +514,7 @@ def commit() -> str:
 @torch.no_grad()
 def fingerprint(name: str) -> float:
     """Return the loss of a variant with random weights on random latents: it changes when what the variant computes
-    does. A result is out of date if its fingerprint differs.
+    does. A result is out of date if its fingerprint differs. Data, optimizer and precision do not change it.
     """
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
     network, recipe = random_network(name, draw)
@@ -620,12 +631,15 @@ def compare(
     between: tuple[float, int] | None = None,
 ) -> dict[str, Any]:
     """Return the mean of variant minus reference with its 95 % interval, paired by seed and face; `read` returns the
-    values by face of a variant, seed and metric; `between` as in `interval`. Raises `InputError` if there are fewer
-    than two seeds without `between`.
+    values by face of a variant, seed and metric, or their mean, [1]; `between` as in `interval`. Raises `InputError`
+    if there are fewer than two seeds without `between`.
     """
     if len(seeds) < 2 and between is None:
         raise InputError(f"seeds are {list(seeds)}: an interval needs two or more")
-    values = np.array([[read(name, seed, metric) for seed in seeds] for name in (variant, reference)])  # [2, S, N]
+    read_values = [[read(name, seed, metric) for seed in seeds] for name in (variant, reference)]
+    if len({len(values) for values in chain(*read_values)}) > 1:  # some are means only
+        read_values = [[np.nanmean(values, keepdims=True) for values in both] for both in read_values]
+    values = np.array(read_values)  # [2, S, N]
     values = values[:, :, ~np.isnan(values).any(axis=(0, 1))]
     means = values.mean(axis=(1, 2)).tolist()
     return {
@@ -638,20 +652,21 @@ def compare(
 
 
 def interval(by_face: np.ndarray, between: tuple[float, int] | None = None) -> dict[str, Any]:
-    """Return mean, 95 % interval and p-value of paired differences [S, N], S seeds and N >= 2 faces.
+    """Return mean, 95 % interval and p-value of paired differences [S, N], S seeds and N faces.
 
     `between` is the variance of the differences between seeds and its degrees of freedom, by default that of these
-    S >= 2 seeds. The variances of both means add up. The quantiles of Student's t are the mean of those with the
-    degrees of freedom of both, weighted by these variances (Cochran and Cox 1950).
+    S >= 2 seeds. The variances of both means add up; that between faces is left out if N is 1. The quantiles of
+    Student's t are the mean of those with the degrees of freedom of both, weighted by these variances (Cochran and Cox
+    1950).
     """
     by_seed, (seeds, faces) = by_face.mean(axis=1), by_face.shape  # [S]
     variance, freedom = between or (by_seed.var(ddof=1), seeds - 1)
-    variances = np.array([variance / seeds, by_face.mean(axis=0).var(ddof=1) / faces])
+    variances = np.array([variance / seeds, by_face.mean(axis=0).var(ddof=1) / faces if faces > 1 else 0.0])
     variances = np.maximum(variances, 1e-24)  # equal differences have none
 
     def quantile(p: float) -> float:
         """The value of |t| that is exceeded with probability p."""
-        return float(np.average(stats.t.isf(p / 2, [freedom, faces - 1]), weights=variances))
+        return float(np.average(stats.t.isf(p / 2, [freedom, max(faces - 1, 1)]), weights=variances))
 
     error, value = float(np.sqrt(variances.sum())), float(by_seed.mean())
     reach, least = error * quantile(0.05), 1e-100
@@ -667,11 +682,14 @@ def interval(by_face: np.ndarray, between: tuple[float, int] | None = None) -> d
     }
 
 
-def variance_between_seeds(results: Mapping[str, Any], like: str, metric: str) -> tuple[float, int] | None:
+def variance_between_seeds(results: Mapping[str, Any], pair: Sequence[str], metric: str) -> tuple[float, int] | None:
     """Return the variance between seeds of the difference of two variants, and its degrees of freedom: twice the
     residual of the analysis of variance by variant and seed (Fisher 1925). It is computed from the variants of the
-    same network as `like` that were trained with three seeds; None if there are fewer than two.
+    same network as `pair` that were trained with three seeds; None if there are fewer than two, or for a GAN, whose
+    trainings differ more. Adapters take that of whole networks.
     """
+    if any(VARIANTS[name].losses is gan_losses for name in pair):
+        return None
 
     def is_mmface(name: str) -> bool:
         return VARIANTS[name].recipe is MMFACE
@@ -679,7 +697,7 @@ def variance_between_seeds(results: Mapping[str, Any], like: str, metric: str) -
     rows = [
         [one["seeds"][str(seed)][metric] for seed in SEEDS]
         for name, one in results["variants"].items()
-        if VARIANTS[name].budget and is_mmface(name) == is_mmface(like)
+        if VARIANTS[name].budget and is_mmface(name) == is_mmface(pair[0])
         if all(metric in one["seeds"].get(str(seed), {}) for seed in SEEDS)
     ]
     if len(rows) < 2:
@@ -704,7 +722,8 @@ def read_scores(name: str) -> dict[str, np.ndarray]:
 def collect(wanted: Sequence[Sequence[str]], out: Path, seeds: Sequence[int]) -> None:
     """Add the finished runs and the wanted comparisons, (variant, reference, metric) each, to the committed results.
     Runs of other code, budget or faces than the committed ones replace these and their comparisons. A comparison of
-    fewer than three seeds takes the variance between seeds from other variants (`variance_between_seeds`).
+    fewer than three seeds takes the variance between seeds from other variants (`variance_between_seeds`). One without
+    committed scores by face, or of a metric that has none, pairs the means of the seeds.
     """
     results, metrics = read_results(), {metric for _, _, metric in wanted}
     for name in VARIANTS:
@@ -725,19 +744,20 @@ def collect(wanted: Sequence[Sequence[str]], out: Path, seeds: Sequence[int]) ->
         means = {str(seed): one["means"] for seed, one in found.items()}
         results["variants"][name] = {**facts, "seeds": known.get("seeds", {}) | means}
         for seed, one in found.items():
-            for metric in one["means"].keys() & metrics:
+            for metric in one["means"].keys() & metrics - SETS_ONLY:
                 scores[f"{seed}/{metric}"] = values_by_face(out, name, seed, metric).astype(np.float32)
         with writing_whole(SCORES / f"{name}.npz") as file:
             np.savez_compressed(file, **dict(sorted(scores.items())))
     scores_of = {name: read_scores(name) for name in results["variants"]}
 
     def read(name: str, seed: int, metric: str) -> np.ndarray:
-        return scores_of[name][f"{seed}/{metric}"]
+        mean = [results["variants"][name]["seeds"][str(seed)][metric]]
+        return scores_of[name].get(f"{seed}/{metric}", np.array(mean))
 
     for variant, reference, metric in wanted:
-        pair = [scores_of.get(name, {}) for name in (variant, reference)]
-        common = [seed for seed in SEEDS if all(f"{seed}/{metric}" in scores for scores in pair)]
-        between = variance_between_seeds(results, variant, metric) if len(common) < len(SEEDS) else None
+        pair = [results["variants"].get(name, {"seeds": {}})["seeds"] for name in (variant, reference)]
+        common = [seed for seed in SEEDS if all(metric in seeds.get(str(seed), {}) for seeds in pair)]
+        between = variance_between_seeds(results, (variant, reference), metric) if len(common) < len(SEEDS) else None
         if common and (between or len(common) == len(SEEDS)):
             found = compare(variant, reference, metric, read, common, between)
             found["images"] = results["variants"][variant]["images"]
@@ -789,7 +809,7 @@ def main() -> None:
     training.add_argument("--small-shards", nargs="+", default=[], help="the training faces at 64 px")
     training.add_argument("--test", required=True, help="shards of held-out faces")
     training.add_argument("--faces", type=Path, required=True, help="prepared folder of held-out faces")
-    training.add_argument("--images", type=int, default=96_000, help="training images of each run")
+    training.add_argument("--images", type=int, default=48_000, help="training images of each run")
     training.add_argument("--count", type=int, default=200, help="number of held-out faces")
     training.add_argument("--compile", action="store_true", help="use torch.compile")
     timing = commands.add_parser("costs", help="measure the costs of variants, by default of all")

@@ -51,8 +51,10 @@ their open questions, and what could not be tested. `python benchmarks/claims.py
 CelebA-HQ with `benchmarks/ablate.py`, all with the same budget, in bf16 or, on processors without it, in fp32.
 Differences are paired by seed and face; their intervals include the variance between seeds, which a comparison of fewer
 than three seeds takes from the variants of the same network that were trained with three. A claim is *reproduced* if
-its interval excludes zero on the claimed side, *contradicted* if it excludes zero on the other, else *undecided*. None
-of this says what holds at full scale.
+its interval excludes zero on the claimed side, *contradicted* if it excludes zero on the other, else *undecided*. A
+claim that two variants are equal, or that one is not worse, is reproduced if the interval is within the stated margin,
+contradicted if it is beyond. There is no correction for the number of claims: of twenty differences, one excludes zero
+by chance. None of this says what holds at full scale.
 """
 
 
@@ -82,10 +84,10 @@ class Claim:
     """What was trained or measured."""
     compare: tuple[str, str, str] | None = None
     """Variant, reference and metric of `ablate.py`."""
-    expect: Literal["higher", "lower", "equal"] = "higher"
+    expect: Literal["higher", "lower", "equal", "not lower"] = "higher"
     """What the paper claims about variant minus reference."""
     within: float = 0.0
-    """Largest difference that counts as equal."""
+    """Largest difference that counts as equal, or as not lower."""
     verdict: Literal["reproduced", "contradicted", "undecided", "not reachable"] | None = None
     """Of a claim without `compare`."""
     result: str = ""
@@ -122,14 +124,18 @@ def verdict_of(claim: Claim, comparisons: Mapping[str, Any]) -> tuple[str, str]:
     seeds = ", ".join(f"{value:+.4f}" for value in found["by_seed"])
     if len(found["by_seed"]) < len(ablate.SEEDS):
         seeds += " alone"
+    faces = f"{found['n']} faces" if found["n"] > 1 else "means of all faces, whose variance is left out"
     text = (
         f"{claim.compare[0]} {found['means'][0]:.4f}, {claim.compare[1]} {found['means'][1]:.4f}: difference "
         f"{found['value']:+.4f}, 95 % interval {found['low']:+.4f} to {found['high']:+.4f}; by seed {seeds}; "
-        f"{found['n']} faces, {found['images']:,} training images each"
+        f"p {found['p']:.3f}; {faces}, {found['images']:,} training images each"
     )
     low, high = found["low"], found["high"]
-    if claim.expect == "equal":
-        inside, outside = -claim.within <= low and high <= claim.within, low > claim.within or high < -claim.within
+    if claim.expect in ("equal", "not lower"):
+        text += f"; margin {claim.within}"
+        inside, outside = low >= -claim.within, high < -claim.within
+        if claim.expect == "equal":
+            inside, outside = inside and high <= claim.within, outside or low > claim.within
     else:
         sign = 1 if claim.expect == "higher" else -1
         inside, outside = min(sign * low, sign * high) > 0, max(sign * low, sign * high) < 0

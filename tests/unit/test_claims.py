@@ -50,6 +50,9 @@ def test_ledger():
         ("equal", -0.01, 0.019, claims.REPRODUCED),
         ("equal", -0.01, 0.03, claims.UNDECIDED),
         ("equal", 0.03, 0.05, claims.CONTRADICTED),
+        ("not lower", -0.01, 0.05, claims.REPRODUCED),
+        ("not lower", -0.03, 0.05, claims.UNDECIDED),
+        ("not lower", -0.05, -0.03, claims.CONTRADICTED),
     ],
 )
 def test_verdicts(expect, low, high, verdict):
@@ -57,7 +60,14 @@ def test_verdicts(expect, low, high, verdict):
     claim = claims.Claim(
         paper="MDiTFace", source="", claim="", command="", change="", compare=compare, expect=expect, within=0.02
     )
-    numbers = {"value": (low + high) / 2, "low": low, "high": high, "by_seed": [0.0, 0.0], "means": [0.0, 0.0]}
+    numbers = {
+        "value": (low + high) / 2,
+        "low": low,
+        "high": high,
+        "p": 0.5,
+        "by_seed": [0.0, 0.0],
+        "means": [0.0, 0.0],
+    }
     comparisons = {claims.key_of(compare): {**numbers, "n": 2, "images": 96}}
     assert claims.verdict_of(claim, comparisons)[0] == verdict
     assert claims.verdict_of(claim, {})[0] == claims.OPEN
@@ -145,15 +155,36 @@ def test_comparison_of_one_seed(ledger):
     write_runs(ledger / "runs", "hard", [1], 0.6)
     write_runs(ledger / "runs", "mmface", [0, 1, 2], 0.1)
     ablate.collect(WANTED, ledger / "runs", [0, 1, 2])
-    variance, freedom = ablate.variance_between_seeds(ablate.read_results(), "hard", "pixel_accuracy/mask")
+    variance, freedom = ablate.variance_between_seeds(ablate.read_results(), WANTED[0][:2], "pixel_accuracy/mask")
     assert (variance, freedom) == (pytest.approx(np.var([-0.2, -0.18, -0.2], ddof=1), rel=1e-3), 2)
     found = ablate.read_results()["comparisons"]["hard decoupled pixel_accuracy/mask"]
     assert found["by_seed"] == pytest.approx([-0.1], abs=1e-6)
     reach = variance**0.5 * stats.t.ppf(0.975, 2)  # all faces differ equally
     assert (found["low"], found["high"]) == pytest.approx((-0.1 - reach, -0.1 + reach), rel=1e-3)
     claim = claims.Claim(paper="MDiTFace", source="", claim="", command="", change="", compare=WANTED[0])
-    assert "by seed -0.1000 alone; 19 faces" in claims.verdict_of(claim, ablate.read_results()["comparisons"])[1]
-    assert ablate.variance_between_seeds(ablate.read_results(), "mmface-open", "pixel_accuracy/mask") is None
+    assert (
+        "by seed -0.1000 alone; p 0.013; 19 faces" in claims.verdict_of(claim, ablate.read_results()["comparisons"])[1]
+    )
+    for pair in (("mmface-open", "mmface"), ("decoupled", "spade")):
+        assert ablate.variance_between_seeds(ablate.read_results(), pair, "pixel_accuracy/mask") is None
+
+
+def test_comparison_of_means(ledger):
+    """Without committed scores by face of one variant, the means of the seeds are paired."""
+    for name, offset in {"decoupled": 0.7, "hard": 0.6}.items():
+        write_runs(ledger / "runs", name, [0, 1, 2], offset)
+        ablate.collect(WANTED, ledger / "runs", [0, 1, 2])
+    by_face = ablate.read_results()["comparisons"]["hard decoupled pixel_accuracy/mask"]
+    (ledger / "ablations" / "hard.npz").unlink()
+    ablate.collect(WANTED, ledger / "none", [0, 1, 2])
+    found = ablate.read_results()["comparisons"]["hard decoupled pixel_accuracy/mask"]
+    assert found["n"] == 1
+    assert found["by_seed"] == pytest.approx(by_face["by_seed"], abs=1e-6)
+    claim = claims.Claim(paper="MDiTFace", source="", claim="", command="", change="", compare=WANTED[0])
+    assert (
+        "means of all faces, whose variance is left out"
+        in claims.verdict_of(claim, ablate.read_results()["comparisons"])[1]
+    )
 
 
 def random_inputs() -> tuple:
