@@ -72,6 +72,7 @@ test-oldest: $(VENV)/.dev  ## Run the suite with the oldest versions that pyproj
 	mkdir -p build
 	$(COMPILE) --extra dev --resolution lowest-direct --output-file build/oldest.txt
 	rm -rf .venv-oldest && $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet "$$(grep -o '^torch==[0-9.]*' build/oldest.txt)" # with its own CUDA
 	.venv-oldest/bin/python -m pip install --quiet --no-deps -r build/oldest.txt
 	.venv-oldest/bin/python -m pip install --quiet --no-deps --editable .
 	.venv-oldest/bin/python -m pytest -n 2

@@ -553,6 +553,7 @@ def costs(options: argparse.Namespace) -> None:
     """Add the CPU time of a training step and of an image of variants, relative to `mmface`, to the committed results.
     Each is the shortest of five, measured in turn with that of `mmface`, not compiled, with random weights.
     """
+    torch.set_num_threads(1)  # threads that wait would count
     components, results = load_components(BUNDLED / COMMON), read_results()
     reference = workload("mmface", components, options)
     for name in options.variants or VARIANTS:

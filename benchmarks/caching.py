@@ -96,13 +96,13 @@ def main(model: str, count: int, steps: int | None) -> None:
             else:
                 pipeline.transformer.disable_cache()
             error = np.mean((image - plain) ** 2)
-            quality = 10 * np.log10(255**2 / error) if error else np.inf
             accuracy = (parse_faces(parser, [image], size=side)[0] == labels).mean()
-            rows[name].append((seconds / plain_time, quality, float(accuracy)))
+            rows[name].append((seconds / plain_time, error, float(accuracy)))
     print(f"{model}, {steps} steps, {count} images\n{'cache':<40}{'time':>8}{'PSNR':>8}{'mask':>8}")
     for name, values in rows.items():
-        ratio, quality, accuracy = np.array(values).T
-        print(f"{name:<40}{np.median(ratio):8.2f}{np.mean(quality):8.1f}{np.mean(accuracy):8.3f}")
+        ratio, error, accuracy = np.array(values).T
+        quality = 10 * np.log10(255**2 / error.mean()) if error.any() else np.inf
+        print(f"{name:<40}{np.median(ratio):8.2f}{quality:8.1f}{np.mean(accuracy):8.3f}")
 
 
 if __name__ == "__main__":

@@ -76,10 +76,11 @@ def mditface(options: argparse.Namespace) -> dict[str, float]:
         model: Any = MDiTFaceTransformer(
             condition_names=("mask",),
             attention="decoupled",
-            spatial_stream="full",
+            spatial_stream="lora",
             **(TINY_FLUX if options.tiny else {}),
         )
     model, tensor = fill(model, options.device), {"device": options.device, "dtype": torch.bfloat16}
+    model.tie_weights()
     latents, time = torch.randn(1, 16, 64, 64, **tensor), torch.full((1,), 500.0, device=options.device)
     text = TextFeatures(torch.randn(1, 512, 4096, **tensor), torch.randn(1, 768, **tensor))
     mask, index = torch.randn(1, 1, 16, 64, 64, **tensor), torch.zeros(1, 1, dtype=torch.long, device=options.device)

@@ -21,12 +21,13 @@ import torch
 from likeness.config import load_toml
 from likeness.data.store import Store
 from likeness.encoders.components import load_components
+from likeness.models.layers import use_explicit_attention
 from likeness.objectives import make_objective
 from likeness.parallel import SINGLE_PROCESS
 from likeness.train.batches import denoising_losses, read_batches
 from likeness.train.config import TrainRecipe
 from likeness.train.ema import Ema
-from likeness.train.networks import build_network
+from likeness.train.networks import build_network, with_precision
 from likeness.train.optim import make_optimizers
 from likeness.train.train_state import TrainState
 from likeness.weights.catalog import BUNDLED, COMMON
@@ -43,12 +44,13 @@ def main() -> None:
     options = parser.parse_args()
     folders = [source for source in options.sources if "=" not in source]
     changes = [f"data.shards={folders}", *(source for source in options.sources if "=" in source)]
-    recipe = load_toml(RECIPE, TrainRecipe, tuple(changes))
+    recipe = with_precision(load_toml(RECIPE, TrainRecipe, tuple(changes)), "cpu")
     components, stores = load_components(BUNDLED / COMMON), [Store(folder) for folder in folders]
     torch.manual_seed(0)
     width = components.text_encoder.config.hidden_size
     tokens, channels = components.settings["max_text_tokens"], stores[0][0].latents.shape[0]
     model: Any = build_network(recipe, channels=channels, text_dim=width, pooled_dim=width, text_tokens=tokens)
+    use_explicit_attention(model, recipe.precision == "bf16")
     state = TrainState(model=model, optimizers=make_optimizers(model, recipe.optimizer), emas=[Ema(model, 0.1)])
     objective, batch, patch = make_objective(recipe.objective), recipe.optimizer.batch, recipe.network.patch_size
     names, starts = list(model.config.condition_names), range(0, 10**9, batch)
@@ -56,12 +58,14 @@ def main() -> None:
 
     def step(one: Any) -> None:
         one = one.with_text(components)
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
+        with SINGLE_PROCESS.autocast(recipe.precision):
             loss = denoising_losses(model, objective, one).mean()
         loss.backward()
         state.step(1e-4, recipe.optimizer.max_grad_norm)
         state.count(batch)
 
+    if recipe.compile:
+        model.compile(dynamic=False)
     loaded, trained = [], []
     (first,) = next(batches)
     step(first)

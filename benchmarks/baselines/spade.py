@@ -1,7 +1,9 @@
 """A conditional GAN of the class of SPADE (Park et al. 2019, arXiv 1903.07291), the anchor of latency.
 
 It differs from the paper's: it generates latents of the shared autoencoder instead of pixels, so that all methods have
-the same decoder and training images; text enters by its pooled vector; both networks step at the same time.
+the same decoder and training images; text enters by its pooled vector; both networks step at the same time, at one
+learning rate; normalization by groups; one discriminator without spectral normalization; an L1 loss of pooled latents
+instead of feature matching and perceptual losses.
 
 B batch, C latent channels, h x w latent size, D width, T text width.
 """
