@@ -23,10 +23,12 @@ from likeness import (
     MMFaceInpaintPipeline,
     MMFacePipeline,
 )
-from likeness.annotators.face_parser import load_face_parser
+from likeness.annotators.face_parser import load_face_parser, parse_faces
 from likeness.conditions import CONDITIONS
+from likeness.conditions.base import Reading
 from likeness.conditions.framing import TRAINED
 from likeness.conditions.keypoints import STROKES
+from likeness.conditions.mask.classes import CLASS_INDEX
 from likeness.data.synthetic import draw_face
 from likeness.encoders.latent import to_tensor
 from likeness.objectives import DDPM, RectifiedFlow
@@ -34,7 +36,7 @@ from likeness.pipelines.editing import DESCRIBED, METHODS, edit_steps, last
 from likeness.pipelines.editing.langevin import renoised
 from likeness.pipelines.image_recipe import COMPOSITE, XMP_KEY, decode_raw, encode_raw, read_recipe, write_image
 from likeness.pipelines.load import load
-from likeness.prepare.edit import Change, edit_photo, open_photo
+from likeness.prepare.edit import Change, edit_photo, open_photo, plan_edit
 from likeness.train import loop
 from likeness.types import InputError, PortraitRequest
 from runs import small
@@ -467,6 +469,21 @@ def drawn_landmarks(place: tuple[int, int], side: int) -> np.ndarray:
     points[[61, 291]] = parts["mouth"]
     points[[234, 454]] += [[-side / 4, 0], [side / 4, 0]]
     return points
+
+
+def test_only_what_was_painted_changes():
+    """A mask of the photograph's own size or twice its size, as pages paint on it, differs in the strokes only."""
+    file, parser = Path(__file__).parents[2] / "examples/faces/images/1.png", load_face_parser()
+    photo = open_photo(file)
+    (own,) = parse_faces(parser[0], [photo.pixels], size=parser[1])
+    for factor in (1, 2):
+        mask = np.kron(own, np.ones((factor, factor), np.uint8))
+        with pytest.raises(InputError, match="the region is empty: the mask does not change"):
+            plan_edit(photo, Change(mask=Reading(raw=mask, scheme="mask")), 128, parser=parser)
+        mask[: 20 * factor, : 30 * factor] = CLASS_INDEX["hat"]
+        plan = plan_edit(photo, Change(mask=Reading(raw=mask, scheme="mask")), 128, parser=parser)
+        assert (plan.before != plan.after).sum() == 20 * 30
+        assert not plan.region[40:].any()
 
 
 def test_masks_and_whole_portraits(model, tmp_path, capsys):

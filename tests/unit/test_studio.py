@@ -395,6 +395,7 @@ def test_a_dropped_image_restores_its_request(page, server):
     answer = server.client.images.generate(
         prompt="a man with a hat", extra_body={"seed": 77, "control_image": {"mask": mask}, "conditioning_scale": 0.5}
     )
+    page.fill("#prompt", "my prompt")  # has the focus
     page.evaluate(
         """content => {
             const bytes = Uint8Array.from(atob(content), (c) => c.charCodeAt(0)), data = new DataTransfer();
@@ -408,6 +409,26 @@ def test_a_dropped_image_restores_its_request(page, server):
     assert page.input_value("#seed") == "77"
     assert page.evaluate("studio.doc.values.maskScale") == 0.5
     np.testing.assert_array_equal(layer_of(page), FACE)
+    page.click("#undo")  # brings back all that the image replaced
+    assert not page.evaluate("studio.doc.hasMask")
+    assert (page.input_value("#prompt"), page.input_value("#seed")) == ("my prompt", "1")
+    page.click("#redo")
+    assert page.input_value("#prompt") == "a man with a hat"
+
+
+def test_sketches_of_other_shapes(page, tmp_path):
+    """They are padded to a square, and thin lines of large ones stay."""
+    sketch = Image.new("L", (2048, 1024), 255)
+    for y in range(24, 1024, 100):
+        sketch.paste(0, (0, y, 2048, y + 3))
+    sketch.save(tmp_path / "sketch.png")
+    open_file(page, tmp_path / "sketch.png", "#open")
+    wait(page, "studio.doc.hasSketch")
+    found = layer_of(page, "sketch")
+    assert (found[:64] == 255).all()
+    assert (found[192:] == 255).all()
+    rows = np.flatnonzero(found.min(axis=1) < 220)
+    assert len({row - 1 if row - 1 in rows else row for row in rows}) >= 10
 
 
 def test_keys(page):
@@ -441,7 +462,15 @@ def test_keys(page):
     assert page.evaluate("studio.view.x") > before
     page.keyboard.press("0")
     assert page.evaluate("studio.view.x") == before
-    page.keyboard.press("Tab")
+    painted = layer_of(page)
+    page.check("input[name=tool][value=brush]")  # has the focus now
+    page.locator("#canvas").hover()
+    page.keyboard.down(" ")
+    drag(page, [(100, 100), (140, 100)])
+    page.keyboard.up(" ")
+    assert page.evaluate("studio.view.x") > before
+    np.testing.assert_array_equal(layer_of(page), painted)
+    page.keyboard.press("v")
     assert page.evaluate("studio.state.layer") == "sketch"
     page.keyboard.press("?")
     assert page.locator("#keys").is_visible()
@@ -494,7 +523,10 @@ def test_touch_and_pen(page):
     page.mouse.down()
     page.mouse.move(x + 50, y)
     page.keyboard.press("Control+Z")
+    page.mouse.move(x + 80, y)
     page.mouse.up()
+    np.testing.assert_array_equal(layer_of(page), FACE)
+    page.keyboard.press("Control+Z")
     np.testing.assert_array_equal(layer_of(page), before)
 
 

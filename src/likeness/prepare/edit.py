@@ -204,7 +204,7 @@ def plan_edit(
     if not given and not change.whole:
         raise InputError("there is nothing to edit: pass a mask edit, a mask, a region or a strength")
     network, size = parser
-    side = max(side, size)
+    side = max(side, min(size, *photo.pixels.shape[:2]))  # the mask of a small photograph, pixel by pixel
     transform, _, notes = face_transform(photo.pixels, photo.name, find, side, change.face)
     (before,) = parse_faces(network, [cut_portrait(photo.pixels, transform, side)], size=size)
     if not shows_face(before):

@@ -7,17 +7,17 @@ const all = (selector) => document.querySelectorAll(selector);
 
 const KEYS = [
   ...Object.values(TOOLS).map(({ title, key }) => [key, title]),
-  ["[ ]", "Smaller, larger brush"],
+  ["[ ] or - +", "Smaller, larger brush"],
   ["hold x", "Erase"],
-  ["Alt + click", "Pick class"],
+  ["Alt + click, right button", "Pick class"],
   ["Shift + click", "Fill the whole class; in the history: compare"],
   ["Ctrl + z, Ctrl + Shift + z", "Undo, redo"],
-  ["Space + drag", "Pan"],
+  ["Space + drag, middle button", "Pan"],
   ["Wheel", "Zoom; while moving a class: its size"],
   ["0", "Fit the window"],
   ["r", "Mirror"],
   ["k", "Lock: paint only over this class"],
-  ["Tab", "Mask or sketch, on the canvas; Shift + Tab leaves it"],
+  ["v", "Mask or sketch"],
   ["g", "Generate"],
   ["n", "New seed"],
   ["?", "Keys"],
@@ -40,7 +40,10 @@ export function refresh(state, doc) {
   $("size-value").textContent = size ? `${$("size").value} px` : "";
   $("undo").disabled = !doc.history.position;
   $("redo").disabled = doc.history.position === doc.history.steps.length;
-  for (const [id, name] of Object.entries(FIELDS)) if (document.activeElement !== $(id)) $(id).value = doc.values[name];
+  for (const [id, name] of Object.entries(FIELDS)) {
+    const typing = id === "seed" && document.activeElement === $(id);
+    if (!typing && $(id).value !== String(doc.values[name])) $(id).value = doc.values[name];
+  }
   for (const id of ["mask-scale", "sketch-scale"]) $(`${id}-value`).textContent = doc.values[FIELDS[id]];
 }
 
@@ -123,8 +126,8 @@ function keyDown(event, { state, doc, view, tools, actions }) {
     return actions[key === "y" || event.shiftKey ? "redo" : "undo"]();
   }
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  if (key === "tab" && (event.shiftKey || document.activeElement !== $("canvas"))) return; // moves the focus
-  if (key === " " && event.target.matches("button, input, summary")) return;
+  if (key === " " && event.target.matches("button, input, summary") && !view.canvas.matches(":hover")) return;
+  if (event.repeat && ["g", "n", "v"].includes(key)) return;
   const resize = (factor) => {
     const size = state.sizes[state.tool];
     const next = factor > 1 ? Math.ceil(size * factor) : Math.floor(size * factor);
@@ -134,12 +137,12 @@ function keyDown(event, { state, doc, view, tools, actions }) {
   const work = tool ? () => { state.tool = tool; } : {
     " ": () => { tools.space = true; },
     x: () => { tools.erase = true; },
-    "[": () => resize(1 / 1.25),
-    "]": () => resize(1.25),
+    ...Object.fromEntries(["[", "-"].map((name) => [name, () => resize(1 / 1.25)])),
+    ...Object.fromEntries(["]", "+", "="].map((name) => [name, () => resize(1.25)])),
     0: () => view.fit(),
     r: () => { state.mirror = !state.mirror; },
     k: () => { state.lock[state.lock.has(state.value) ? "delete" : "add"](state.value); },
-    tab: () => actions.layer(state.layer === "mask" ? "sketch" : "mask"),
+    v: () => tools.action || actions.layer(state.layer === "mask" ? "sketch" : "mask"),
     g: actions.generate,
     n: actions.seed,
     "?": () => $("keys").showModal(),

@@ -1,7 +1,7 @@
 // What the user works on: two layers, a prompt and settings. It is kept in the browser's storage, per tab.
 
 import { History } from "./history.js";
-import { layerOf, resized } from "./raster.js";
+import { layerOf, padded, resized } from "./raster.js";
 import { pixelsOfImage } from "./png.js";
 
 export const PAPER = 255;
@@ -14,7 +14,7 @@ export class Document {
     this.palette = palette;
     this.values = { ...DEFAULTS };
     this.layers = { mask: layerOf(side, side), sketch: layerOf(side, side, PAPER) };
-    this.history = new History(this.layers);
+    this.history = new History(this.layers, this.values);
   }
 
   get hasMask() { return this.layers.mask.data.some((value) => value !== 0); }
@@ -26,18 +26,25 @@ export class Document {
 
   set photo(photo) { this.history.photo = photo; }
 
-  /** Replaces a layer by another of any size, as one step of the history. */
-  replace(name, layer) {
-    const { width, height } = this.layers[name];
-    this.layers[name].data.set(resized(layer, width, height).data);
-    this.history.commit();
+  /** Replaces layers by others of any size, and values, as one step of the history. */
+  replace(layers, values = {}) {
+    for (const [name, layer] of Object.entries(layers)) {
+      const square = padded(layer, name === "mask" ? 0 : PAPER);
+      this.layers[name].data.set(resized(square, this.side, this.side, name === "sketch").data);
+    }
+    Object.assign(this.values, values);
+    this.history.commit(true);
+  }
+
+  /** Empty layers. */
+  blank() {
+    return { mask: layerOf(this.side, this.side), sketch: layerOf(this.side, this.side, PAPER) };
   }
 
   reset() {
+    this.history.begin();
     this.photo = null;
-    this.layers.mask.data.fill(0);
-    this.layers.sketch.data.fill(PAPER);
-    this.history.commit();
+    this.replace(this.blank());
   }
 
   /** Layer of an image in canonical form: a Blob, or an <img>. */
@@ -46,10 +53,17 @@ export class Document {
     const layer = layerOf(width, height);
     const index = new Map(this.palette.map(([r, g, b], i) => [(r << 16) | (g << 8) | b, i]));
     for (let i = 0; i < layer.data.length; i++) {
-      const color = (data[4 * i] << 16) | (data[4 * i + 1] << 8) | data[4 * i + 2];
-      layer.data[i] = name === "mask" ? (index.get(color) ?? 0) : data[4 * i];
+      const [r, g, b] = data.subarray(4 * i), color = (r << 16) | (g << 8) | b;
+      if (name === "mask" && !index.has(color)) index.set(color, this.nearest(r, g, b)); // browsers may add noise
+      layer.data[i] = name === "mask" ? index.get(color) : r;
     }
     return layer;
+  }
+
+  /** Class with the nearest color. */
+  nearest(r, g, b) {
+    const distances = this.palette.map(([u, v, w]) => (r - u) ** 2 + (g - v) ** 2 + (b - w) ** 2);
+    return distances.indexOf(Math.min(...distances));
   }
 
   /** Keeps the state for a reload. Layers are run-length coded. */
@@ -66,12 +80,14 @@ export class Document {
     try {
       kept = JSON.parse(sessionStorage.getItem("document"));
     } catch { /* as in `save` */ }
-    if (kept?.side !== this.side) return false;
-    Object.assign(this.values, kept.values);
+    if (!kept) return false;
+    const layers = {};
     for (const [name, list] of Object.entries(kept.layers)) {
       let at = 0;
-      for (const [value, count] of list) this.layers[name].data.fill(value, at, (at += count));
+      layers[name] = layerOf(kept.side, kept.side);
+      for (const [value, count] of list) layers[name].data.fill(value, at, (at += count));
     }
+    this.replace(layers, kept.values);
     this.history.clear();
     return true;
   }

@@ -2,9 +2,21 @@
 
 const $ = (id) => document.getElementById(id);
 
+const READING = 6000; // ms for which an error stays
+
 export function say(text, error = false) {
-  $("status").textContent = text;
+  clearTimeout(say.timer);
+  say.until = error ? performance.now() + READING : 0;
+  if ($("status").textContent !== text) $("status").textContent = text;
   $("status").classList.toggle("error", error);
+}
+
+/** Ends a message of progress; an error stays until it could be read. */
+export function done() {
+  const left = (say.until ?? 0) - performance.now();
+  if (left <= 0) return say("");
+  clearTimeout(say.timer);
+  say.timer = setTimeout(() => say(""), left);
 }
 
 /** Opens a file dialog; resolves to the file. */

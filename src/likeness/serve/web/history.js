@@ -1,10 +1,10 @@
-// Undo and redo without limit in practice: each step keeps the rectangle that it changed and the photograph, before and
-// after.
+// Undo and redo without limit in practice: each step keeps the rectangle that it changed, the photograph, and the values
+// if it replaced them, before and after.
 
 export class History {
-  /** @param layers name -> layer of raster.js; their data is changed in place. */
-  constructor(layers) {
-    this.layers = layers;
+  /** @param layers name -> layer of raster.js, @param values of the document; both are changed in place. */
+  constructor(layers, values) {
+    Object.assign(this, { layers, values });
     this.photo = null; // the photograph that the mask belongs to
     this.clear();
   }
@@ -18,17 +18,20 @@ export class History {
   /** Remembers the layers before a change. */
   begin() {
     this.photoBefore = this.photo;
+    this.valuesBefore = { ...this.values };
     this.before = Object.fromEntries(Object.entries(this.layers).map(([name, layer]) => [name, layer.data.slice()]));
   }
 
-  /** Records what changed since `begin` as one step; returns whether anything did. */
-  commit() {
+  /** Records what changed since `begin` as one step, the values if `withValues`; returns whether anything did. */
+  commit(withValues = false) {
     const parts = Object.entries(this.layers)
       .map(([name, layer]) => difference(name, this.before[name], layer))
       .filter(Boolean);
-    const step = { parts, before: this.photoBefore, after: this.photo };
+    const values = { before: this.valuesBefore, after: { ...this.values } };
+    const replaced = withValues && Object.keys(values.after).some((name) => values.before[name] !== values.after[name]);
+    const step = { parts, photo: { before: this.photoBefore, after: this.photo }, values: replaced ? values : null };
     this.begin();
-    if (!parts.length && step.before === step.after) return false;
+    if (!parts.length && !replaced && step.photo.before === step.photo.after) return false;
     this.steps.length = this.position;
     this.steps.push(step);
     this.position++;
@@ -50,8 +53,9 @@ export class History {
     return this.position < this.steps.length && this.apply(this.steps[this.position++], "after");
   }
 
-  apply({ parts, ...photos }, side) {
-    this.photo = photos[side];
+  apply({ parts, photo, values }, side) {
+    this.photo = photo[side];
+    Object.assign(this.values, values?.[side]);
     for (const { name, x, y, width, height, ...content } of parts) {
       const layer = this.layers[name];
       for (let row = 0; row < height; row++)

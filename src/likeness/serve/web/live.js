@@ -6,12 +6,13 @@ export class Live {
    * @param render async (kind, signal, given) => result
    * @param show (kind, result) => void
    * @param failed (error) => void
+   * @param stopped () => void, a job was cancelled
    * @param busy (boolean) => void, whether a job is in flight
    * @param resting () => boolean, whether the hand does not paint
    * @param rest milliseconds after the last change until the full image
    */
-  constructor({ render, show, failed, busy, resting, rest = 700 }) {
-    Object.assign(this, { render, show, failed, busy, resting, rest, job: null, timer: null, cancelled: 0 });
+  constructor({ render, show, failed, stopped, busy, resting, rest = 700 }) {
+    Object.assign(this, { render, show, failed, stopped, busy, resting, rest, job: null, timer: null, cancelled: 0 });
   }
 
   /** Starts a job now: a "preview", which the "full" image follows, or another kind that `render` knows. */
@@ -27,6 +28,7 @@ export class Live {
       this.cancelled++;
       this.job.abort();
       this.end();
+      this.stopped();
     }
   }
 

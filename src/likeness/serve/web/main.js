@@ -3,7 +3,7 @@
 import * as api from "./api.js";
 import { build, refresh, wire } from "./controls.js";
 import { Document } from "./document.js";
-import { say, pickFile, saveFile } from "./files.js";
+import { done, say, pickFile, saveFile } from "./files.js";
 import { Live } from "./live.js";
 import { encodePng, fromBase64, toBase64 } from "./png.js";
 import { smooth } from "./raster.js";
@@ -37,7 +37,8 @@ const elements = ["image", "other", "compare", "comparison", "note", "strip", "h
 const shown = Object.fromEntries(elements.map((id) => [id, $(id)]));
 const results = new Results({ ...shown, save: $("save-image") }, restore);
 const live = new Live({
-  render, show, failed, busy: (on) => { $("result").ariaBusy = String(on); }, resting: () => !tools.action,
+  render, show, failed, stopped: done, busy: (on) => { $("result").ariaBusy = String(on); },
+  resting: () => !tools.action,
 });
 const pause = (time) => new Promise((done) => setTimeout(done, time));
 const random = () => Math.floor(Math.random() * 2 ** 31);
@@ -62,7 +63,7 @@ async function attempt(text, work) {
   say(text);
   try {
     await work();
-    say("");
+    done();
   } catch (error) {
     failed(error);
   }
@@ -99,7 +100,7 @@ async function request(kind) {
 
 /** Called after every change of the document. */
 function changed() {
-  if ($("live").checked) live.start("preview"); else live.stop(); // first: the preview does not wait for the rest
+  if ($("live").checked) live.start("preview"); // first: the preview does not wait for the rest
   settle();
 }
 
@@ -125,7 +126,7 @@ async function render(kind, signal, given) {
 }
 
 function show(kind, { entries, times }, started) {
-  say("");
+  done();
   if (kind === "animation") return results.animate(entries);
   if (kind === "variations") return results.variations(entries);
   const [entry] = entries;
@@ -165,10 +166,11 @@ function noteOf(photo, certificate) {
 function restore(entry) {
   live.stop();
   results.stopComparison();
-  doc.values = { ...entry.values };
+  doc.history.commit(); // of a stroke that is not complete
   doc.photo = entry.photo;
   for (const [name, data] of Object.entries(entry.layers)) doc.layers[name].data.set(data);
-  doc.history.commit();
+  Object.assign(doc.values, entry.values);
+  doc.history.commit(true);
   results.show(entry, false);
   underlay(entry.blob);
   showLayer();
@@ -206,12 +208,16 @@ function picked(value) {
   refresh(state, doc);
 }
 
-/** Replaces a layer by a condition in canonical form, a Blob or an <img>, of the photograph or of none. */
-async function load(name, image, photo = doc.photo) {
-  const layer = await doc.layerOfImage(image, name);
+/** Replaces a layer by a condition in canonical form, a Blob or an <img>, of the photograph or of none, and values. */
+async function load(name, image, photo = doc.photo, values = {}) {
+  replace({ [name]: await doc.layerOfImage(image, name) }, name, photo, values);
+}
+
+/** Replaces layers and values in one step, and shows one of the layers. */
+function replace(layers, name, photo, values) {
   doc.history.commit(); // of a stroke that is not complete
   doc.photo = photo;
-  doc.replace(name, layer);
+  doc.replace(layers, values);
   state.layer = name;
   showLayer();
 }
@@ -221,9 +227,10 @@ async function openFile(file) {
   const recipe = await api.recipeOf(file).catch((error) => { if (error.offline) throw error; return null; });
   if (recipe) {
     const { prompt, negative_prompt: negative, seed, control_image: control, conditioning_scale: scale } = recipe;
-    Object.assign(doc.values, { prompt, negative, seed, maskScale: scale.mask ?? 1, sketchScale: scale.sketch ?? 1 });
-    doc.reset();
-    for (const name of Object.keys(control)) if (name in doc.layers) await load(name, fromBase64(control[name]));
+    const values = { prompt, negative, seed, maskScale: scale.mask ?? 1, sketchScale: scale.sketch ?? 1 };
+    const layers = doc.blank(), names = Object.keys(control).filter((name) => name in layers);
+    for (const name of names) layers[name] = await doc.layerOfImage(fromBase64(control[name]), name);
+    replace(layers, names.at(-1) ?? state.layer, null, values);
   } else {
     const { condition, b64_json: base64 } = await api.inspect(file).catch((error) => {
       if (error.code !== "unknown-condition") throw error;
@@ -265,8 +272,8 @@ const edit = (operation, fields) => {
 };
 
 /** Starts from a mask that belongs to no photograph: a Blob, or an <img>. */
-async function startFrom(image) {
-  await load("mask", image, null);
+async function startFrom(image, values = {}) {
+  await load("mask", image, null, values);
   changed();
 }
 
@@ -310,9 +317,8 @@ async function propose() {
 
 /** Generates a face from the prompt only, and parses it. */
 async function randomFace() {
-  doc.values.seed = random();
-  const [image] = await api.generate({ prompt: doc.values.prompt, seed: doc.values.seed });
-  await startFrom(fromBase64((await api.extract("mask", image.blob, about.defaults.size)).b64_json));
+  const seed = random(), [image] = await api.generate({ prompt: doc.values.prompt, seed });
+  await startFrom(fromBase64((await api.extract("mask", image.blob, about.defaults.size)).b64_json), { seed });
 }
 
 /** Images between the mask and another one. */
@@ -337,10 +343,10 @@ const withFile = (text, work, accept) => async () => {
 };
 
 const actions = {
-  undo: () => { if (doc.history.undo()) changed(); },
-  redo: () => { if (doc.history.redo()) changed(); },
+  undo: () => { if (!tools.cancel() && doc.history.undo()) changed(); },
+  redo: () => { if (!tools.cancel() && doc.history.redo()) changed(); },
   generate: () => live.start("full"),
-  variations: () => { say("Generating variations…"); live.start("variations"); },
+  variations: () => { live.start("variations"); say("Generating variations…"); },
   examples,
   propose: () => attempt("Generating masks…", propose),
   random: () => attempt("Generating…", randomFace),
@@ -350,7 +356,13 @@ const actions = {
   grow: () => edit("grow", { classes: [className()], by: "1" }),
   shrink: () => edit("shrink", { classes: [className()], by: "1" }),
   remove: () => edit("remove", { classes: [className()] }),
-  smooth: () => { doc.history.begin(); smooth(doc.layers.mask); if (doc.history.commit()) changed(); },
+  smooth: () => {
+    doc.history.begin();
+    smooth(doc.layers.mask, state.value);
+    state.layer = "mask";
+    showLayer();
+    if (doc.history.commit()) changed();
+  },
   paste: withFile("Copying…", async (file) => {
     edit("paste", { classes: [className()], other: await maskOf(file), align: true });
   }),

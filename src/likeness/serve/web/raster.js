@@ -93,8 +93,9 @@ export function contour(layer, points, put) {
   for (const [a, b] of edges) line(...a, ...b, put);
 }
 
-/** Each pixel takes the most frequent value of its 3 x 3 neighbourhood. Ties: its own value, else the smallest. */
-export function smooth(layer) {
+/** Each pixel takes the most frequent value of its 3 x 3 neighbourhood. Ties: its own value, else the smallest.
+ * `only`: pixels that have or get this value. */
+export function smooth(layer, only) {
   const { data, width, height } = layer, before = data.slice();
   for (let y = 0; y < height; y++) for (let x = 0; x < width; x++) {
     const own = before[y * width + x], count = new Map();
@@ -105,7 +106,8 @@ export function smooth(layer) {
       }
     const most = Math.max(...count.values());
     if (count.get(own) === most) continue;
-    data[y * width + x] = Math.min(...[...count.keys()].filter((value) => count.get(value) === most));
+    const value = Math.min(...[...count.keys()].filter((value) => count.get(value) === most));
+    if (only === undefined || own === only || value === only) data[y * width + x] = value;
   }
 }
 
@@ -160,12 +162,30 @@ export function move(layer, pixels, dx, dy, scale = 1) {
     }
 }
 
-/** Resizes to another size by nearest neighbour. */
-export function resized(layer, width, height) {
-  const out = layerOf(width, height);
+/** Resizes to another size by nearest neighbour; to a smaller one by averages if `average`. */
+export function resized(layer, width, height, average = false) {
+  const out = layerOf(width, height), down = average && layer.width > width && layer.height > height;
   for (let y = 0; y < height; y++) for (let x = 0; x < width; x++) {
     const v = Math.floor(((y + 0.5) * layer.height) / height), u = Math.floor(((x + 0.5) * layer.width) / width);
-    out.data[y * width + x] = layer.data[v * layer.width + u];
+    out.data[y * width + x] = down ? mean(layer, x, y, width, height) : layer.data[v * layer.width + u];
   }
+  return out;
+}
+
+/** Mean of the pixels of a layer that a pixel of a smaller one covers. */
+function mean({ data, width, height }, x, y, smallWidth, smallHeight) {
+  const [left, right] = [x, x + 1].map((place) => Math.floor((place * width) / smallWidth));
+  const [top, bottom] = [y, y + 1].map((place) => Math.floor((place * height) / smallHeight));
+  let sum = 0;
+  for (let v = top; v < bottom; v++) for (let u = left; u < right; u++) sum += data[v * width + u];
+  return Math.round(sum / ((bottom - top) * (right - left)));
+}
+
+/** The layer in the middle of a square of another value. */
+export function padded(layer, value) {
+  const side = Math.max(layer.width, layer.height), out = layerOf(side, side, value);
+  const left = Math.floor((side - layer.width) / 2), top = Math.floor((side - layer.height) / 2);
+  for (let y = 0; y < layer.height; y++)
+    out.data.set(layer.data.subarray(y * layer.width, (y + 1) * layer.width), (top + y) * side + left);
   return out;
 }

@@ -17,7 +17,7 @@ export class Results {
     this.note.textContent = entry.note;
     this.current = entry;
     this.save.disabled = false;
-    if (!keep) return;
+    if (!keep || this.history.firstChild?.entry.blob === entry.blob) return; // the photograph, again
     this.history.prepend(this.button(entry));
     while (this.history.children.length > LONGEST_HISTORY) this.history.lastChild.remove();
   }
@@ -46,10 +46,12 @@ export class Results {
     this.strip.replaceChildren(...entries.map((entry) => this.button(entry)));
   }
 
-  /** Plays images forth and back. */
+  /** Plays images forth and back until one of them, or another one, is chosen. */
   animate(entries) {
     this.stopAnimation();
     this.stopComparison();
+    this.variations(entries);
+    if (matchMedia("(prefers-reduced-motion: reduce)").matches) return;
     const order = [...entries, ...entries.slice(1, -1).reverse()];
     let at = 0;
     this.timer = setInterval(() => this.put(this.image, order[at++ % order.length].blob), 160);
@@ -62,7 +64,7 @@ export class Results {
 
   /** Button with an image: a click returns to it, or compares it with the current one. */
   button(entry) {
-    const button = document.createElement("button"), image = document.createElement("img");
+    const button = Object.assign(document.createElement("button"), { entry }), image = document.createElement("img");
     this.put(image, entry.blob);
     image.alt = button.title = `Seed ${entry.seed}`;
     button.append(image);

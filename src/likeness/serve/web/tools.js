@@ -15,6 +15,7 @@ export const TOOLS = {
 };
 
 const ERASER_BUTTON = 32;
+const ALONG = ["brush", "eraser", "contour"]; // tools that depend on the way
 
 export class Tools {
   /**
@@ -40,11 +41,11 @@ export class Tools {
   /** The tool in use: keys and the pen's eraser override the chosen one. */
   toolOf(event) {
     if (this.erase || event.buttons & ERASER_BUTTON) return "eraser";
-    return event.altKey ? "pick" : this.state.tool;
+    return event.altKey || event.button === 2 ? "pick" : this.state.tool;
   }
 
   rows(tool, event) {
-    const pressure = event.pointerType === "pen" && event.pressure ? event.pressure : 1;
+    const pressure = event.pointerType === "pen" && tool !== "line" && event.pressure ? event.pressure : 1;
     const size = Math.max(1, Math.round(this.state.sizes[tool] * pressure));
     return brushRows(size, this.state.square ? "square" : "round");
   }
@@ -92,7 +93,7 @@ export class Tools {
     if (!action || !previous) return this.view.draw();
     if (action.kind === "pan") return this.view.pan(event.clientX - previous[0], event.clientY - previous[1]);
     if (action.kind === "pinch") return this.pointers.size > 1 && this.pinch(action);
-    const parts = event.getCoalescedEvents?.() ?? [];
+    const parts = ALONG.includes(action.kind) ? event.getCoalescedEvents?.() ?? [] : []; // of others, the last counts
     for (const part of parts.length ? parts : [event]) this.drag(action, part);
     this.view.draw();
   }
@@ -124,11 +125,19 @@ export class Tools {
     this.action = null;
     if (action.kind === "contour" && event.type === "pointerup")
       contour(this.layer, action.points, this.painter("contour"));
-    if (action.kind !== "select" || action.pixels) this.view.path = null;
-    if (action.kind === "select" && action.pixels) this.area = null;
+    if (action.kind !== "select" || action.pixels) this.view.path = this.area = null;
     if (event.type === "pointercancel") this.doc.history.revert();
     if (this.doc.history.commit()) this.on.changed();
     this.view.draw();
+  }
+
+  /** Takes back the stroke that is not complete; returns whether there was one. */
+  cancel() {
+    if (!this.action) return false;
+    this.action = this.view.path = null;
+    this.doc.history.revert();
+    this.view.draw();
+    return true;
   }
 
   /** Two fingers zoom and pan; what the first one painted is taken back. */
@@ -137,7 +146,7 @@ export class Tools {
     const now = { x: (a[0] + b[0]) / 2, y: (a[1] + b[1]) / 2, distance: Math.hypot(a[0] - b[0], a[1] - b[1]) || 1 };
     if (!action) {
       this.doc.history.revert();
-      this.view.path = null;
+      this.view.path = this.area = null;
       this.action = { kind: "pinch", ...now };
       return;
     }

@@ -8,7 +8,8 @@ export class View {
     this.x = this.y = 0; // of the layer's corner, in CSS pixels
     this.buffer = document.createElement("canvas");
     this.cursor = null;
-    new ResizeObserver(() => { this.fit(); }).observe(canvas);
+    this.fitted = true; // until the user zooms or pans
+    new ResizeObserver(() => { this.resize(); }).observe(canvas);
   }
 
   /** Shows a layer. `colors`: Uint32Array, value -> RGBA in memory order. */
@@ -21,10 +22,19 @@ export class View {
     if (first) this.fit(); else this.draw();
   }
 
+  /** Adapts to the size of the canvas and the density of the screen; the middle stays, or the layer fits as before. */
+  resize() {
+    const { clientWidth: width, clientHeight: height } = this.canvas, before = this.size ?? [width, height];
+    this.ratio = devicePixelRatio;
+    this.size = [width, height];
+    this.canvas.width = Math.round(width * this.ratio);
+    this.canvas.height = Math.round(height * this.ratio);
+    if (this.fitted) this.fit(); else this.pan((width - before[0]) / 2, (height - before[1]) / 2);
+  }
+
   fit() {
-    const { clientWidth: width, clientHeight: height } = this.canvas, ratio = devicePixelRatio;
-    this.canvas.width = Math.round(width * ratio);
-    this.canvas.height = Math.round(height * ratio);
+    const { clientWidth: width, clientHeight: height } = this.canvas;
+    this.fitted = true;
     if (!this.layer) return;
     this.zoom = Math.min(width / this.layer.width, height / this.layer.height) * 0.96;
     this.x = (width - this.layer.width * this.zoom) / 2;
@@ -38,10 +48,12 @@ export class View {
     this.x = x - ((x - this.x) * zoom) / this.zoom;
     this.y = y - ((y - this.y) * zoom) / this.zoom;
     this.zoom = zoom;
+    this.fitted = false;
     this.draw();
   }
 
   pan(dx, dy) {
+    this.fitted = false;
     this.x += dx;
     this.y += dy;
     this.draw();
@@ -63,7 +75,8 @@ export class View {
   }
 
   paint() {
-    const { context, layer, colors, zoom } = this, ratio = devicePixelRatio;
+    if (this.ratio !== devicePixelRatio) this.resize(); // moved to another screen
+    const { context, layer, colors, zoom, ratio } = this;
     const words = new Uint32Array(this.pixels.data.buffer);
     for (let i = 0; i < words.length; i++) words[i] = colors[layer.data[i]];
     this.buffer.getContext("2d").putImageData(this.pixels, 0, 0);
