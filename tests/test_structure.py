@@ -56,7 +56,7 @@ def test_torchvision_stays_out():
 
 
 def test_settings_of_a_protocol_are_documented():
-    page = (SOURCE.parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
     table = page[page.index("| setting |") : page.index("## How it works")]
     documented = {name for line in table.strip().splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[1])}
     assert documented == {field.name for field in fields(Protocol)}

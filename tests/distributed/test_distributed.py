@@ -204,7 +204,7 @@ def test_machines_communicate_once_per_step(programs):
 def test_killed_at_any_time(root, tmp_path, programs):
     """SIGKILL while a checkpoint is written, after it, and while the model is published: bit-identical in the end."""
     values = job(root, checkpoint_every=4, preview=[{"prompt": "a face", "seed": 1}])
-    whole = alone(values, tmp_path / "whole")
+    whole = load_checkpoint(alone(values, tmp_path / "whole"))
     (tmp_path / "recipe.json").write_text(json.dumps(values))
     moments = [
         "checkpoints/000000000004",

@@ -25,7 +25,6 @@ from likeness import (
 )
 from likeness.annotators.face_parser import load_face_parser, parse_faces
 from likeness.conditions import CONDITIONS
-from likeness.conditions.base import Reading
 from likeness.conditions.framing import TRAINED
 from likeness.conditions.keypoints import STROKES
 from likeness.conditions.mask.classes import CLASS_INDEX
@@ -471,17 +470,20 @@ def drawn_landmarks(place: tuple[int, int], side: int) -> np.ndarray:
     return points
 
 
-def test_only_what_was_painted_changes():
+def test_only_what_was_painted_changes(tmp_path):
     """A mask of the photograph's own size or twice its size, as pages paint on it, differs in the strokes only."""
     file, parser = Path(__file__).parents[2] / "examples/faces/images/1.png", load_face_parser()
     photo = open_photo(file)
     (own,) = parse_faces(parser[0], [photo.pixels], size=parser[1])
+    change = Change(mask=tmp_path / "mask.png")
     for factor in (1, 2):
         mask = np.kron(own, np.ones((factor, factor), np.uint8))
+        change.mask.write_bytes(CONDITIONS["mask"].encode(mask))
         with pytest.raises(InputError, match="the region is empty: the mask does not change"):
-            plan_edit(photo, Change(mask=Reading(raw=mask, scheme="mask")), 128, parser=parser)
+            plan_edit(photo, change, 128, parser=parser)
         mask[: 20 * factor, : 30 * factor] = CLASS_INDEX["hat"]
-        plan = plan_edit(photo, Change(mask=Reading(raw=mask, scheme="mask")), 128, parser=parser)
+        change.mask.write_bytes(CONDITIONS["mask"].encode(mask))
+        plan = plan_edit(photo, change, 128, parser=parser)
         assert (plan.before != plan.after).sum() == 20 * 30
         assert not plan.region[40:].any()
 

@@ -65,7 +65,7 @@ def test_fine_tuning_needs_what_annotate_makes():
     assert "keypoints" in condition_names(recipe.data)
 
 
-def checkpoints(path: Path, parameters: int) -> bool:
+def comment_states(path: Path, parameters: int) -> bool:
     """Return whether the comment of a recipe states these parameters, the memory and the time."""
     comment = " ".join(itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines()))
     return f"{parameters:,}" in comment and " GB" in comment and bool(re.search(r" h\b|hours|minutes", comment))
@@ -80,7 +80,7 @@ def test_recipe(path):
         network = load(recipe.teacher).transformer
         assert max(recipe.discriminator.blocks) < len(blocks_of(network)[0])
         assert set(condition_names(recipe.data)) <= set(network.config.condition_names)
-        assert checkpoints(path, sum(p.numel() for p in network.parameters()))
+        assert comment_states(path, sum(p.numel() for p in network.parameters()))
         assert recipe.optimizer.images % recipe.optimizer.batch == 0
         return
     if recipe.kind != "transformer":
@@ -88,18 +88,18 @@ def test_recipe(path):
     check(recipe)
     channels, text = WIDTHS.get(path.stem, (16, 192))
     if isinstance(recipe.network, AdapterNetwork):
+        flux = isinstance(recipe.network, MDiTFaceAdapter)
+        base = None if flux else load(recipe.network.base).transformer
         with torch.device("meta"):
-            flux = isinstance(recipe.network, MDiTFaceAdapter)
-            base = MDiTFaceTransformer(condition_names=()) if flux else load(recipe.network.base).transformer
-            model = add_new_adapter(base, adapter_of(recipe))
+            model = add_new_adapter(base or MDiTFaceTransformer(condition_names=()), adapter_of(recipe))
         assert sum(p.numel() for p in trainable_parameters(model).values()) == TRAINED[path.stem]
-        assert checkpoints(path, TRAINED[path.stem])
+        assert comment_states(path, TRAINED[path.stem])
         return
     with torch.device("meta"):
         model = build_network(recipe, channels=channels, text_dim=text, pooled_dim=text, text_tokens=77)
     freeze_others(model, recipe.trainable)
     assert sum(p.numel() for p in trainable_parameters(model).values()) == PARAMETERS[path.stem]
-    assert checkpoints(path, PARAMETERS[path.stem])
+    assert comment_states(path, PARAMETERS[path.stem])
     make_objective(recipe.objective)
     assert recipe.optimizer.images % recipe.optimizer.batch == 0
 
