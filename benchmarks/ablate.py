@@ -336,7 +336,6 @@ METRICS = (
     "complete_faces", "kid_text_image",
 )  # fmt: skip
 
-
 SETS_ONLY = {"kid_text_image/mask"}
 """Metrics of sets of images: they have no values by face."""
 

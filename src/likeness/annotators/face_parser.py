@@ -59,10 +59,11 @@ def load_face_parser(source: str | Path = "bundled", *, swapped: bool = False) -
 
     source = BUNDLED / COMMON / "face_parser" if str(source) == "bundled" else source
     config = read_json(checkpoint_file(source, "config.json"))
-    if Path(source).is_dir():
+    packed = (Path(source) / PACKED).is_file()
+    if Path(source).is_dir() and not packed:  # `load_component` checks the files itself
         check_files(Path(source))
     try:
-        if (Path(source) / PACKED).is_file():
+        if packed:
             network = load_component(Path(source), "transformers", config["architectures"][0])
         else:
             network = AutoModelForSemanticSegmentation.from_pretrained(

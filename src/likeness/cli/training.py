@@ -44,7 +44,7 @@ class Train:
         quiet_libraries()
         if not self.plan:
             options = {"--compare-sharding": self.compare_sharding, "--device": self.device, "--gpus": self.gpus}
-            if given := [name for name, value in options.items() if value]:
+            if given := [name for name, value in options.items() if value is not None and value is not False]:
                 raise InputError(f"{given[0]} requires --plan; training uses the accelerators that PyTorch finds")
             run = self.out or Path("runs") / file.stem
             train_recipe(config, run)
@@ -52,7 +52,7 @@ class Train:
             return
         if config.kind != "transformer":
             raise InputError(f"the recipe {file} has kind = {config.kind!r}; --plan is for transformers")
-        if self.compare_sharding and self.gpus:
+        if self.compare_sharding and self.gpus is not None:
             raise InputError("--compare-sharding tries 1 to 512 devices: leave --gpus out")
         from likeness.train.plan import describe, describe_shardings
 

@@ -151,7 +151,8 @@ async function underlay(blob) {
 /** Function that joins images with the state at this time, which makes them. */
 function snapshots() {
   const { photo } = doc, values = { ...doc.values };
-  const layers = Object.fromEntries(Object.entries(doc.layers).map(([name, { data }]) => [name, data.slice()]));
+  const copy = ([name, layer]) => [name, { ...layer, data: layer.data.slice() }];
+  const layers = Object.fromEntries(Object.entries(doc.layers).map(copy));
   return ({ blob, seed, certificate }) =>
     ({ blob, seed, photo, values: { ...values, seed }, note: noteOf(photo, certificate), layers });
 }
@@ -166,14 +167,9 @@ function noteOf(photo, certificate) {
 function restore(entry) {
   live.stop();
   results.stopComparison();
-  doc.history.commit(); // of a stroke that is not complete
-  doc.photo = entry.photo;
-  for (const [name, data] of Object.entries(entry.layers)) doc.layers[name].data.set(data);
-  Object.assign(doc.values, entry.values);
-  doc.history.commit(true);
+  replace(entry.layers, state.layer, entry.photo, entry.values);
   results.show(entry, false);
   underlay(entry.blob);
-  showLayer();
   settle();
 }
 
