@@ -142,6 +142,25 @@ def test_discriminator_is_ignored_at_first(root, tmp_path):
     assert not torch.equal(weights["none"], weights["last"])
 
 
+def test_weights_of_the_losses(root, tmp_path):
+    """`perceptual_weight` changes the decoder, `gradient_penalty` the discriminator."""
+    given = {"images": 4, "probabilities": {"image": 1.0}, "checkpoint_every": 4}
+    runs = {"same": {}, "perceptual": {"perceptual_weight": 0.0}, "penalty": {"gradient_penalty": 0.0}}
+    stored = {}
+    for name, changes in runs.items():
+        train_decoder(recipe(root, **given, **changes), tmp_path / name)
+        weights = load_checkpoint(tmp_path / name)
+        stored[name] = {
+            part: torch.cat([v.flatten() for key, v in weights.items() if key.startswith(f"model/{part}.")])
+            for part in ("autoencoder", "discriminator")
+        }
+    equal = {
+        name: [part for part, values in stored["same"].items() if torch.equal(stored[name][part], values)]
+        for name in ("perceptual", "penalty")
+    }
+    assert equal == {"perceptual": ["discriminator"], "penalty": ["autoencoder"]}
+
+
 def test_batches_are_of_one_kind(root):
     starts = range(0, 400, 4)
     kinds = lambda probabilities: [  # noqa: E731

@@ -342,3 +342,28 @@ def test_bad_input(folder, tmp_path, capsys, arguments, message):
     assert run("generate", "a man", "--model", folder / "mini", "--out", tmp_path / "face.png", *arguments) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_verify(folder, tmp_path, capsys):
+    """`likeness verify mditface` measures what the paper measured, and counts what its Table 4 counts."""
+    faces, out = tmp_path / "faces", tmp_path / "verified"
+    assert run("prepare", "synthetic", faces, "--count", 3, "--size", 64) == 0
+    settings = (
+        "--steps",
+        1,
+        "--guidance-scale",
+        2,
+        "--caption",
+        "first",
+        "--file-format",
+        "png",
+        "--resizing",
+        "pillow",
+    )
+    assert run("verify", "mditface", folder / "mini", faces, "--out", out, *settings) == 0
+    printed = capsys.readouterr().out
+    assert "Counted: a mask adds 9.95 T (table 4: 9.95), with holistic attention" in printed
+    found = json.loads((out / "verification.json").read_text())
+    assert found["published"]["pixel_accuracy"] == pytest.approx(0.9464)
+    (trial,) = found["trials"]
+    assert 0 <= trial["pixel_accuracy"][0] <= 1

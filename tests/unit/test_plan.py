@@ -113,6 +113,9 @@ def test_command(capsys):
     assert "364,224 trainable" in out
     assert "unchanged" in out
     assert out.splitlines()[-1].startswith("512 images, about ")
+    main(command)  # the device that PyTorch finds
+    default = capsys.readouterr().out
+    assert "364,224 trainable" in default
     main([*command, "--compare-sharding", "--device", "h200", "optimizer.batch=8"])
     lines = capsys.readouterr().out.splitlines()
     assert "8 images per device, 8 devices per machine" in lines[0]

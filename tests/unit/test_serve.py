@@ -571,7 +571,11 @@ def test_restart(tmp_path, database):
     other.create("again", owner="", request="", key="own")
     other.finish("elsewhere", "completed", response={"id": "elsewhere"}, files=[])
     assert other.find("elsewhere", "")["response"] == {"id": "elsewhere"}
+    upload = other.add_upload(b"content", ".png")
+    other.expire(3600)
+    assert other.find_upload(upload).read_bytes() == b"content"
     assert other.expire(-1) == 3
+    assert other.find_upload(upload) is None
     assert other.find("done", "")["state"] == "expired"
     other._update(JOBS.c.id == "done", finished=time.time() - FORGOTTEN - 1)
     other.expire(0)
