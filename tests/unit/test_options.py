@@ -11,7 +11,7 @@ import pytest
 import tyro
 
 from builders import tiny_pipeline
-from likeness.cli import COMMANDS, execute
+from likeness.cli import COMMANDS, execute, main
 
 VALUES = ("", "²", "-1", "nan", "1e999", "1000000000", "9" * 5000, "\udcff", "a\x1b[31m\nb")
 """Values that are malformed for most options."""
@@ -63,6 +63,17 @@ def outcome(command: type, arguments: list[str]) -> int:
     except SystemExit as stopped:
         return int(stopped.code or 0)
     return 0
+
+
+@pytest.mark.parametrize("command", ["", "edit", "train", "evaluate", "compare", "verify"])
+def test_help_has_no_empty_defaults(command, capsys):
+    """The text of an option without a value says what happens; tyro's "(default: None)" would contradict it."""
+    with pytest.raises(SystemExit):
+        main([command, "--help"] if command else [])
+    shown = " ".join(capsys.readouterr().out.replace("│", "").split())
+    assert not [text for text in ("None", "(default: )", "(default: '')") if text in shown]
+    assert command or "--version" in shown
+    assert command not in ("evaluate", "compare", "verify") or shown.count("(required)") == 2
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)

@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import tyro
 
@@ -84,14 +84,30 @@ LISTS = {"train": "overrides", "evaluate": "sources", "compare": "sources", "ver
 """Commands that accept any number of positional arguments, and their field for them."""
 
 
+def default_text(default: str) -> str:
+    """Return what follows a help text. A text says itself what happens without a value."""
+    return "" if default in ("None", "''", "") else f"(default: {default})"
+
+
+def with_defaults(command: type) -> type:
+    """Set the text of the default of each field of a command."""
+    for name, kind in get_type_hints(command, include_extras=True).items():
+        hint = "(required)" if name == "sources" else default_text  # for tyro, lists are optional
+        command.__annotations__[name] = Annotated[kind, tyro.conf.arg(help_behavior_hint=hint)]
+    return command
+
+
 def union(commands: Mapping[str, Any]) -> Any:
     """Return the union of types that tyro offers as subcommands."""
     members: list[Any] = [Annotated[None, tyro.conf.Suppress]]  # the union of a single type is no union
     for name, command in commands.items():
         description, command = command if isinstance(command, tuple) else (None, command)
-        command = union(command) if isinstance(command, dict) else command
+        command = union(command) if isinstance(command, dict) else with_defaults(command)
         members.append(Annotated[command, tyro.conf.subcommand(name, description=description)])
     return functools.reduce(operator.or_, members)
+
+
+SUBCOMMANDS = union(COMMANDS)
 
 
 def parse(arguments: list[str]) -> Callable[[], None]:
@@ -101,11 +117,16 @@ def parse(arguments: list[str]) -> Callable[[], None]:
     """
     cli = functools.partial(
         tyro.cli,
-        union(COMMANDS),
+        SUBCOMMANDS,
         prog="likeness",
-        description="Generate face images from text, semantic masks, sketches and keypoints.",
+        description="Generate face images from text, semantic masks, sketches and keypoints. `likeness --version` "
+        "prints the version.",
         args=arguments,
-        config=(tyro.conf.PositionalMetavarFromFieldName, tyro.conf.OmitSubcommandPrefixes),
+        config=(
+            tyro.conf.PositionalMetavarFromFieldName,
+            tyro.conf.OmitSubcommandPrefixes,
+            tyro.conf.DisallowNone,  # files and models may have this name
+        ),
     )
     if field := LISTS.get(arguments[0]):
         command, rest = cli(return_unknown_args=True)

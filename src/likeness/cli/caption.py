@@ -36,7 +36,7 @@ class Caption:
     """Attributes of the grammar: given by the rows, or bundled, which also predicts those of faces with neither
     attributes nor captions."""
     vlm_name: str | None = None
-    """Name of the model at the endpoint; default the only one that it serves."""
+    """Name of the model at the endpoint. Default: the only one that it serves."""
     refiner_name: str | None = None
     """The same for the refiner."""
     vlm_fields: str = "{}"
@@ -44,15 +44,15 @@ class Caption:
     refiner_fields: str = "{}"
     """The same for the refiner, such as '{"chat_template_kwargs": {"enable_thinking": false}}'."""
     vlm_key_variable: str | None = None
-    """Environment variable with the endpoint's API key; default LIKENESS_API_KEY, else OPENAI_API_KEY
+    """Environment variable with the endpoint's API key. Default: LIKENESS_API_KEY, else OPENAI_API_KEY
     for api.openai.com."""
     refiner_key_variable: str | None = None
     """The same for the refiner."""
     prompts: tuple[str, ...] = ()
-    """Names of the prompts to use: natural, brief, cues, hair, face, expression, accessories, age, light, portrait;
-    default all."""
+    """Names of the prompts to use: natural, brief, cues, hair, face, expression, accessories, age, light, portrait.
+    Default: all."""
     components: Path | None = None
-    """Folder of the model to train, whose tokenizer counts the tokens; default the bundled one, which makes about two
+    """Folder of the model to train, whose tokenizer counts the tokens. Default: the bundled one, which makes about two
     tokens per word."""
     max_tokens: int = 77
     """Most tokens of a caption, including start and end; longer ones are cut after a sentence."""

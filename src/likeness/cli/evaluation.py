@@ -77,8 +77,8 @@ class Evaluate(Measurement):
     out: Path
     """Folder for images, results.json, report.md and report.html."""
     images: Path | None = None
-    """Folder with images of any method, each named like the photograph of its face. Set given=mask or whichever
-    condition they were made from. The autoencoder of MODEL then gives the ceiling."""
+    """Folder with images of any method, each named like the photograph of its face. Set given= to the condition
+    that they were made from, such as given=mask. The autoencoder of MODEL then gives the ceiling."""
     base: str | None = None
     """Base model of an adapter, if it is not the one that the adapter names."""
 

@@ -31,13 +31,13 @@ class ModelOptions:
     base: str | None = None
     """Base model of an adapter. Default: the one that the adapter names."""
     steps: int | None = None
-    """Sampling steps. Default: that of the model."""
+    """Sampling steps, 1 to 1000. Default: that of the model."""
     guidance_scale: float | None = None
     """Classifier-free guidance scale; 1 disables guidance. Default: that of the model."""
     device: str = "auto"
     """Device, for example cuda or cpu; auto takes an accelerator if present."""
     dtype: DtypeName = "auto"
-    """Dtype; auto is fp32 on a CPU, bf16 or fp16 on an accelerator."""
+    """Number format; auto is fp32 on a CPU, bf16 or fp16 on an accelerator."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class RequestOptions(ModelOptions):
     negative_prompt: str = ""
     """What the image should not show."""
     mask: Path | None = None
-    """Semantic mask; `likeness inspect` lists the supported forms."""
+    """Semantic mask: index or palette PNG, color image, one-hot array, or folder of part files (docs/masks.md)."""
     sketch: Path | None = None
     """Sketch, dark lines on white."""
     keypoints: Path | None = None
@@ -117,7 +117,8 @@ class Generate(RequestOptions):
     count: int = 1
     """Number of images, at most 1000. Each is written as soon as it is generated."""
     upscale: bool = False
-    """If the model was not trained at SIZE, generate at the nearest trained size and resample (Lanczos)."""
+    """If the model was not trained at SIZE, generate at the nearest trained size and resample (Lanczos) to at
+    most 4096 pixels per side."""
     out: str | None = None
     """File, its stem for several images, or a folder (with a trailing slash it is created if missing). Default: the
     current folder. In a folder, images get the next free name portrait-001, portrait-002, ..."""
