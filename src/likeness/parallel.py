@@ -8,7 +8,7 @@ runs the plain modules: its results are bit-identical to those without this modu
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from likeness.device import choose_precision
-from likeness.types import InputError
+from likeness.types import InputError, TryAgain
 
 Sharding = Literal["replicate", "shard", "hybrid"]
 
@@ -62,15 +62,21 @@ class World:
     @contextmanager
     def joint_errors(self) -> Iterator[None]:
         """Raise an `InputError` of one rank within a `with` block on all ranks at its end, so that none waits for a
-        rank that has stopped.
+        rank that has stopped. All raise `TryAgain` if no rank has another error.
         """
         problem = None
         try:
             yield
         except InputError as error:
             problem = error
-        if not self.all_true(problem is None):
-            raise problem or InputError("another process stopped with an error; see its message")
+        good = self.all_true(problem is None)
+        temporary = self.all_true(problem is None or isinstance(problem, TryAgain))
+        if good:
+            return
+        if problem is None or isinstance(problem, TryAgain) != temporary:
+            message = str(problem or "another process stopped with an error; see its message")
+            raise (TryAgain if temporary else InputError)(message) from problem
+        raise problem
 
 
 SINGLE_PROCESS = World()
@@ -97,34 +103,44 @@ def init_world(sharding: Sharding = "shard") -> World:
         sharding: how weights are distributed over the ranks (`mesh_shape`).
 
     Raises:
-        InputError: this number of ranks does not support it.
+        InputError: this number of ranks does not support it, or the environment variables of torchrun are missing.
     """
     cuda = torch.cuda.is_available()
     _, size = rank_and_world()
     if size == 1:
         return World(device="cuda" if cuda else "cpu")
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        value = os.environ.get(name, "")
+        if not value or (name != "MASTER_ADDR" and not value.isdigit()):
+            raise InputError(f"WORLD_SIZE is {size}, but {name} is {value!r}: start the processes with torchrun")
     local = int(os.environ["LOCAL_RANK"])
     if cuda:
         torch.cuda.set_device(local)
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    shape = mesh_shape(sharding, size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+    machine = torch.tensor(int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+    machines = [torch.empty_like(machine) for _ in range(size)]
+    dist.all_gather(machines, machine)
+    shape = mesh_shape(sharding, [int(count) for count in machines])
     mesh = init_device_mesh("cuda" if cuda else "cpu", shape, mesh_dim_names=("replicate", "shard"))
     return World(rank=dist.get_rank(), size=size, device=f"cuda:{local}" if cuda else "cpu", mesh=mesh)
 
 
-def mesh_shape(sharding: Sharding, size: int, local: int) -> tuple[int, int]:
+def mesh_shape(sharding: Sharding, machines: Sequence[int]) -> tuple[int, int]:
     """Return the ranks along (replicate, shard): `replicate` replicates everything on each rank, `shard` shards it over
-    all ranks, `hybrid` shards it within a machine of `local` ranks and replicates it on each machine.
+    all ranks, `hybrid` shards it within a machine and replicates it on each machine. `machines` are the numbers of
+    ranks on the machine of each rank.
 
     Raises:
         InputError: hybrid, and machines of unequal size.
     """
-    if sharding == "hybrid" and size % local:
+    size, sizes = len(machines), sorted(set(machines))
+    if sharding == "hybrid" and (len(sizes) > 1 or size % sizes[0]):
         raise InputError(
-            f"hybrid sharding needs machines of equal size: {size} processes are not a multiple of {local}"
+            f"hybrid sharding needs machines of equal size, but {size} processes are on machines of "
+            f"{' and '.join(map(str, sizes))}: use shard or replicate"
         )
-    shard = {"replicate": 1, "shard": size, "hybrid": local}[sharding]
+    shard = {"replicate": 1, "shard": size, "hybrid": sizes[0]}[sharding]
     return size // shard, shard
 
 

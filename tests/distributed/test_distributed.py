@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from builders import run
 from likeness.config import build
 from likeness.data.store import Store
 from likeness.parallel import mesh_shape
@@ -183,11 +184,32 @@ def test_all_processes_stop_together(runs):
 
 
 def test_shardings():
-    assert mesh_shape("replicate", 16, 8) == (16, 1)
-    assert mesh_shape("shard", 16, 8) == (1, 16)
-    assert mesh_shape("hybrid", 16, 8) == (2, 8)
-    with pytest.raises(InputError, match="equal size"):
-        mesh_shape("hybrid", 12, 8)
+    assert mesh_shape("replicate", [8] * 16) == (16, 1)
+    assert mesh_shape("shard", [8] * 16) == (1, 16)
+    assert mesh_shape("hybrid", [8] * 16) == (2, 8)
+    for machines in ([8] * 12, [8] * 8 + [4] * 4):
+        with pytest.raises(InputError, match="equal size"):
+            mesh_shape("hybrid", machines)
+
+
+def test_all_ranks_raise_the_same_error(programs):
+    """One rank has exit code 75: so have all, unless another must be fixed first. Unequal machines are found by all."""
+    for output in execute(programs, HERE / "errors.py", ranks=3):
+        message, *kinds = output.splitlines()
+        assert message.startswith("hybrid sharding needs machines of equal size")
+        assert kinds == ["TryAgain", "InputError"]
+
+
+@pytest.mark.parametrize("missing", ["LOCAL_RANK", "MASTER_PORT"])
+def test_ranks_without_torchrun_are_rejected(tmp_path, monkeypatch, capsys, missing):
+    given = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(missing)
+    overrides = ['data.shards=["x"]', 'data.components="x"']
+    assert run("train", "debug", *overrides, "--out", tmp_path / "run") == 2
+    assert f"WORLD_SIZE is 2, but {missing} is ''" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_machines_communicate_once_per_step(programs):
