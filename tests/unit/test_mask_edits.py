@@ -15,10 +15,12 @@ from scipy import ndimage
 from builders import run
 from likeness.conditions.mask import edits, flip, read, resize
 from likeness.conditions.mask.classes import CLASS_INDEX, CLASSES
+from likeness.conditions.mask.commands import apply_commands
 from likeness.conditions.mask.edits import BENEATH, SHOWS
 from likeness.data.synthetic import draw_face
 from likeness.data.synthetic.drawing import draw
 from likeness.data.synthetic.traits import sample_traits
+from likeness.prepare.edit import changeable
 from likeness.types import InputError
 
 FACES = [draw_face(3, index, 96).mask for index in range(8)]
@@ -414,6 +416,22 @@ def test_changes():
     assert edits.changes(labels([0, 13]), labels([13, 0])) == "positions changed, areas did not"
 
 
+def test_lists_of_classes():
+    """Commas and spaces separate classes everywhere; the space of a name does not."""
+    face = FACES[1]
+    wanted = edits.remove(face, ("hair", "cloth", "l_eye"))
+    for names in ("hair,cloth,left eye", "hair cloth l_eye", ("hair, cloth", "left eye"), ("hair", "", "cloth l_eye,")):
+        np.testing.assert_array_equal(edits.remove(face, names), wanted)
+    wanted = edits.grow(edits.swap(face, "l_eye", "r_eye"), ("hair", "cloth"), 5, ("l_brow", "skin"))
+    for text in (
+        "swap l_eye,r_eye; grow hair,cloth 5px over l_brow,skin",
+        "swap l_eye r_eye; grow hair, cloth 5px over l_brow skin",
+    ):
+        np.testing.assert_array_equal(apply_commands(face, text, lambda file: FACES[2]), wanted)
+    kept = changeable("skin, left eye", face, face)
+    np.testing.assert_array_equal(changeable("skin l_eye", face, face), kept)
+
+
 # The command line
 
 
@@ -434,6 +452,7 @@ def test_commands(files, tmp_path, capsys):
         (["grow", first, "--class", "hair", "--by", "9", "--over", "l_brow"], edits.grow(one, "hair", 8.64, "l_brow")),
         (["shrink", first, "--class", "skin", "--by", "3px"], edits.shrink(one, "skin", 3)),
         (["remove", first, "--class", "hair", "cloth"], edits.remove(one, ("hair", "cloth"))),
+        (["remove", first, "--class", "hair,cloth"], edits.remove(one, ("hair", "cloth"))),
         (["mirror", first], flip(one)),
         (["mirror", first, "--class", "l_brow"], edits.mirror(one, "l_brow")),
         (["paste", first, second, "--class", "hair"], edits.paste(one, two, "hair")),
@@ -447,6 +466,7 @@ def test_commands(files, tmp_path, capsys):
         (["rename", first, "--class", "clothes", "--to", "glasses"], edits.rename(one, "cloth", "eye_g")),
         (["rename", first, "--class", "hair", "--to", "hat"], edits.rename(one, "hair", "hat")),
         (["swap", first, "--class", "l_eye", "r_eye"], edits.swap(one, "l_eye", "r_eye")),
+        (["swap", first, "--class", "l_eye,r_eye"], edits.swap(one, "l_eye", "r_eye")),
         (["interpolate", first, second, "--at", "0.3"], edits.interpolate(one, two, 0.3)),
     ]
     for arguments, expected in cases:
@@ -480,6 +500,7 @@ def test_rejected_commands_write_nothing(files, tmp_path, capsys):
         "cannot write": ["remove", first, "--class", "hair", "--out", second / "out.png"],
         "at least one class": ["remove", first, "--class", *out],
         "crop or pad": ["paste", first, tmp_path / "narrow.png", "--class", "hair", *out],
+        "swap requires two classes, not 3": ["swap", first, "--class", "hair,eyes", "cloth", *out],
         "position between the masks is 7": ["interpolate", first, second, "--at", "7", *out],
     }
     for message, arguments in cases.items():

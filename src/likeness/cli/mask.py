@@ -48,7 +48,7 @@ class EditClasses(Edit):
     """Edit classes of a mask."""
 
     classes: Annotated[tuple[str, ...], arg(name="class")]
-    """Classes to edit, such as hair."""
+    """Classes to edit, such as hair,hat."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class Grow(EditClasses):
     by: str
     """Distance: 4 for 4 % of the shorter side, or 5px."""
     over: tuple[str, ...] = ()
-    """Additional classes that may be covered, such as l_brow r_brow by hair."""
+    """Additional classes that may be covered, such as l_brow,r_brow by hair."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class Paste(EditClasses):
     other: PathArgument
     """The other mask, in any supported format."""
     over: tuple[str, ...] = ()
-    """Additional classes that may be covered, such as l_brow r_brow by hair."""
+    """Additional classes that may be covered, such as l_brow,r_brow by hair."""
     align: bool = False
     """Align the other face with this one instead of keeping positions."""
 
@@ -116,10 +116,10 @@ class Rename(Edit):
 
 @dataclass(frozen=True, kw_only=True)
 class Swap(Edit):
-    """Swap two classes, such as l_eye and r_eye."""
+    """Swap two classes."""
 
-    classes: Annotated[tuple[str, str], arg(name="class")]
-    """The two classes."""
+    classes: Annotated[tuple[str, ...], arg(name="class")]
+    """The two classes, such as l_eye,r_eye."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -118,6 +118,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 """Names of several classes."""
 
+ALIASES: dict[str, tuple[str, ...]] = {name: (own,) for own, names in NAMES.items() for name in names} | GROUPS
+"""Every name in lower case with underscores -> its classes."""
+
 
 def plain_name(name: str) -> str:
     """Return a name in lower case with underscores."""

@@ -3,7 +3,7 @@
 | command | example |
 |---|---|
 | `grow CLASSES BY`, `shrink CLASSES BY` | `grow hair 8 over brows`: 8 % of the shorter side; `shrink skin 3px` |
-| `remove CLASSES`, `fill CLASSES`, `clean CLASSES` | `remove eye_g earring` |
+| `remove CLASSES`, `fill CLASSES`, `clean CLASSES` | `remove eye_g earring`, `remove hair,hat` |
 | `mirror CLASSES` | `mirror l_brow` |
 | `paste CLASSES from FILE` | `paste hat from "other face.png"`; the faces are aligned |
 | `rename CLASS to CLASS`, `swap CLASS CLASS` | `rename hat to hair` |
@@ -52,7 +52,8 @@ def apply_commands(labels: np.ndarray, text: str, read: Callable[[str], np.ndarr
         for word in rest:
             if word in KEYWORDS:
                 key = word
-            words.setdefault(key, []).extend([] if word in KEYWORDS else [word.rstrip(",")])
+            parts = word.split(",") if key in ("", "over") else [word.rstrip(",")]
+            words.setdefault(key, []).extend([] if word in KEYWORDS else filter(None, parts))
         form, fields = FORMS[name]
         needed = {word for word in form.split() if word in KEYWORDS}
         optional = {"over"} & set(signature(OPERATIONS[name]).parameters)
@@ -64,6 +65,13 @@ def apply_commands(labels: np.ndarray, text: str, read: Callable[[str], np.ndarr
     return labels
 
 
+def pair(classes: Sequence[str]) -> list[str]:
+    """Return the names of two classes. Raises `InputError` for another number."""
+    if len(names := edits.class_names(classes)) != 2:
+        raise InputError(f"swap requires two classes, not {len(names)}")
+    return names
+
+
 OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
     "grow": lambda mask, classes, by, over=(): edits.grow(mask, classes, edits.radius_of(by, mask.shape), over),
     "shrink": lambda mask, classes, by: edits.shrink(mask, classes, edits.radius_of(by, mask.shape)),
@@ -73,7 +81,7 @@ OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
     "fill": edits.fill_holes,
     "clean": edits.clean,
     "rename": lambda mask, old, to: edits.rename(mask, old, to),
-    "swap": lambda mask, classes: edits.swap(mask, *classes),
+    "swap": lambda mask, classes: edits.swap(mask, *pair(classes)),
     "interpolate": lambda mask, other, at=0.5: edits.interpolate(mask, other, at),
 }
 """Name -> operation of `likeness mask`, of commands and of the service: labels and named options to labels."""

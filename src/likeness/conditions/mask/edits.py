@@ -19,13 +19,13 @@ from scipy import ndimage
 
 from likeness.conditions.images import ASPECT_TOLERANCE, png_bytes
 from likeness.conditions.mask import flip, mask_image, resize, swap_classes
-from likeness.conditions.mask.classes import CLASS_INDEX, CLASSES, COUNTERPART, GROUPS, NAMES, plain_name
+from likeness.conditions.mask.classes import ALIASES, CLASS_INDEX, CLASSES, COUNTERPART, plain_name
 from likeness.conditions.mask.geometry import INSIDE, measure, specks, swapped_pairs
 from likeness.files import writing_whole
 from likeness.types import InputError
 
 Names = str | Sequence[str]
-"""One or more class names."""
+"""Class names, each text one or several, separated by commas or spaces."""
 
 BENEATH: dict[str, tuple[str, ...]] = {
     "background": (),
@@ -192,7 +192,7 @@ def swap(labels: np.ndarray, first: str, second: str) -> np.ndarray:
     """Swap two classes, of which one may be absent."""
     labels, pair = checked(labels), (class_index(first), class_index(second))
     if not np.isin(pair, labels).any():
-        raise InputError(f"the mask has neither {first} nor {second}: name classes that `likeness inspect` lists")
+        raise InputError(f"the mask has neither {first} nor {second}: `likeness inspect` lists its classes")
     return swap_classes(labels, (pair,))
 
 
@@ -291,19 +291,22 @@ def class_index(name: str) -> int:
     return found[0]
 
 
+def class_names(classes: Names) -> list[str]:
+    """Split class names at commas and at spaces, except the space of a name such as "left eye"."""
+    parts = [part for text in ([classes] if isinstance(classes, str) else classes) for part in text.split(",")]
+    return [name for part in parts for name in ([part] if plain_name(part) in ALIASES else part.split())]
+
+
 def _named(name: str) -> list[int]:
     """The classes of a name."""
-    plain = plain_name(name)
-    names = GROUPS.get(plain) or [own for own, others in NAMES.items() if plain in others]
-    if not names:
+    if plain_name(name) not in ALIASES:
         raise InputError(f"Unknown class {name!r}. Available: {', '.join(CLASSES)}")
-    return [CLASS_INDEX[own] for own in names]
+    return [CLASS_INDEX[own] for own in ALIASES[plain_name(name)]]
 
 
 def class_indices(classes: Names, *, background: bool = False) -> list[int]:
     """Return the classes of those names in ascending order, without duplicates; `background` allows the background."""
-    names = (classes,) if isinstance(classes, str) else classes
-    chosen = sorted({index for name in names for index in _named(name)})
+    chosen = sorted({index for name in class_names(classes) for index in _named(name)})
     if not chosen:
         raise InputError(f"name at least one class: {', '.join(CLASSES[1:])}")
     if chosen[0] == 0 and not background:
@@ -313,7 +316,7 @@ def class_indices(classes: Names, *, background: bool = False) -> list[int]:
 
 def present_classes(labels: np.ndarray, classes: Names, *, background: bool = False) -> list[int]:
     """As `class_indices`, without absent classes. Raises `InputError` if nothing of a name is in `labels`."""
-    for name in (classes,) if isinstance(classes, str) else classes:
+    for name in class_names(classes):
         if not np.isin(_named(name), labels).any():
             present = ", ".join(CLASSES[index] for index in np.unique(labels) if index) or "background only"
             raise InputError(f"the mask has no {name}: it has {present}")
