@@ -18,6 +18,7 @@ from likeness.train.components.autoencoder import (
     AutoencoderRecipe,
     TrainingImages,
     build,
+    check,
     measure,
     pixel_loss,
     reconstruction_loss,
@@ -146,5 +147,29 @@ def test_missing_column_is_rejected(faces):
 
 
 def test_channels_must_be_a_multiple_of_the_latents(faces):
-    with pytest.raises(InputError, match="encoder_channels end in 12: choose a multiple of latent_channels, 8"):
-        build(recipe(faces, encoder_channels=(4, 8, 12), latent_channels=8))
+    with pytest.raises(InputError, match="encoder_channels end in 4: choose a multiple of latent_channels, 8"):
+        check(recipe(faces, encoder_channels=(4, 8, 4), latent_channels=8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size": 30}, "size is 30: it must be a multiple of 8"),
+        ({"probabilities": {}}, "the sum of probabilities is 0"),
+        ({"probabilities": {"image": 0.0}}, "the sum of probabilities is 0"),
+        ({"probabilities": {"image": 1.0, "mask": -0.5}}, "probabilities.mask is -0.5: it must be at least 0"),
+        ({"encoder_channels": (7, 8, 8)}, r"encoder_channels is \[7, 8, 8\]: it must be above 0, each a divisor"),
+        ({"decoder_layers": (1, 0, 1)}, r"decoder_layers is \[1, 0, 1\]: it must be at least 1 each"),
+        ({"latent_channels": 0}, "latent_channels is 0"),
+        ({"ema": 0.0}, "ema is 0.0: it must be above 0, at most 0.28"),
+        ({"ema": 0.5}, "ema is 0.5"),
+        ({"ema": -0.1}, "ema is -0.1"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0: it must be above 0"),
+        ({"warmup": -8}, "warmup is -8: it must be at least 0"),
+        ({"threads": -1}, "threads is -1"),
+    ],
+)
+def test_invalid_values(faces, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        train_autoencoder(recipe(faces, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -129,3 +129,17 @@ def test_no_masks(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n')
     with pytest.raises(InputError, match="mask_file_name"):
         Examples((str(tmp_path),), 64, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size": 0}, "size is 0: it must be at least 32"),
+        ({"widths": (8, 16, 24, 100)}, r"widths is \[8, 16, 24, 100\]: it must be above 0, each a multiple"),
+        ({"depths": (1, 0, 1, 1)}, r"depths is \[1, 0, 1, 1\]"),
+    ],
+)
+def test_invalid_values(faces, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        train_face_parser(recipe(faces, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -33,7 +33,7 @@ from likeness.train.components.text_image import (
     train_tokenizer,
 )
 from likeness.types import InputError
-from runs import check_resume, metrics, sigterm_in_step
+from runs import check_resume, load_checkpoint, metrics, sigterm_in_step
 
 COLORS = ("red", "green", "blue", "yellow", "white", "black")
 SIDES = ("left", "right")
@@ -245,6 +245,25 @@ def test_the_published_head_names_attributes(run, recipe, models):
         right = [found[name] == str(row["attributes"][name]) for found, row in zip(named, rows, strict=True)]
         assert np.mean(right) >= 0.9
     assert load_attribute_head(run) is None
+    stored = load_checkpoint(run)
+    assert torch.equal(head.weight, stored["average/0/head.weight"])
+    assert not torch.equal(head.weight, stored["model/head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vision_heads": 3}, "vision_width is 32: it must be a multiple of vision_heads, 3"),
+        ({"text_heads": 0}, "text_heads is 0: it must be at least 1"),
+        ({"size": 4}, "size is 4: it must be at least 8"),
+        ({"crop": 2.0}, "crop is 2.0: it must be above 0, at most 1"),
+        ({"retrieval_candidates": 0}, "retrieval_candidates is 0"),
+    ],
+)
+def test_invalid_values(recipe, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        train_text_image(dataclasses.replace(recipe, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_folders_without_captions_are_rejected(tmp_path, recipe):

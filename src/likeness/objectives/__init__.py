@@ -21,7 +21,7 @@ def make_objective(config: Mapping[str, Any]) -> Objective:
     """
     fields = dict(config)
     name = fields.pop("name", None)
-    if name not in OBJECTIVES:
+    if not isinstance(name, str) or name not in OBJECTIVES:
         raise InputError(f"Unknown objective {name!r}. Available: {', '.join(OBJECTIVES)}")
     try:
         return OBJECTIVES[name](**fields)

@@ -5,11 +5,14 @@ Every objective is x_t = alpha(t) x_0 + sigma(t) noise with t growing from data 
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
+
+from likeness.types import InputError
 
 
 class Objective(Protocol):
@@ -50,6 +53,15 @@ class Objective(Protocol):
 
     def config(self) -> dict[str, Any]:
         """Configuration for `make_objective`, stored in pipelines."""
+
+
+def check_numbers(objective: Any, *names: str, positive: bool = False) -> None:
+    """Check that fields of an objective are finite numbers, and above 0 if `positive`. Raises `InputError`."""
+    for name in names:
+        value = getattr(objective, name)
+        valid = type(value) in (int, float) and math.isfinite(value) and (value > 0 or not positive)
+        if not valid:
+            raise InputError(f"the objective's {name} is {value!r}: it must be a finite number{' above 0' * positive}")
 
 
 def column(values: Tensor, like: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
-from likeness.objectives.base import column
+from likeness.objectives.base import check_numbers, column
 from likeness.types import InputError
 
 
@@ -37,8 +37,13 @@ class DDPM:
     def __post_init__(self) -> None:
         if self.prediction not in ("epsilon", "v_prediction"):
             raise InputError(f"prediction is {self.prediction!r}; choose epsilon or v_prediction")
-        if self.snr_gamma is not None and self.snr_gamma <= 0:
-            raise InputError("snr_gamma must be positive, or null for no weight")
+        if self.snr_gamma is not None:
+            check_numbers(self, "snr_gamma", positive=True)
+        check_numbers(self, "timesteps", "beta_start", "beta_end", positive=True)
+        if type(self.timesteps) is not int:
+            raise InputError(f"the objective's timesteps is {self.timesteps}: it must be a whole number")
+        if max(self.beta_start, self.beta_end) >= 1:
+            raise InputError(f"the objective's betas are {self.beta_start} to {self.beta_end}: they must be below 1")
 
     @cached_property
     def alpha_squared(self) -> Tensor:

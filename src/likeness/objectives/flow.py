@@ -15,7 +15,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from likeness.objectives.base import column
+from likeness.objectives.base import check_numbers, column
 from likeness.types import InputError
 
 TIMESTEPS = 1000  # diffusers' flow schedulers count time in thousandths
@@ -45,8 +45,8 @@ class RectifiedFlow:
             raise InputError(f"time_sampling is {self.time_sampling!r}; choose uniform or logit_normal")
         if self.sampler not in ("euler", "dpm++", "renoise"):
             raise InputError(f"sampler is {self.sampler!r}; choose euler, dpm++ or renoise")
-        if self.shift <= 0 or self.logit_std <= 0 or self.time_scale <= 0:
-            raise InputError("shift, logit_std and time_scale must be positive")
+        check_numbers(self, "logit_mean")
+        check_numbers(self, "shift", "logit_std", "time_scale", positive=True)
 
     def sample_time(self, uniform: Tensor) -> Tensor:
         time = uniform.to(torch.float32)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -382,13 +383,14 @@ def check_values(*rows: tuple[str, Any, bool, str]) -> None:
 
 
 def check_minimum(recipe: Any, minimum: float, *keys: str, exclusive: bool = False) -> None:
-    """Check that numbers of a recipe, such as `optimizer.batch`, are at least `minimum`, or above it if `exclusive`.
-    Raises `InputError` at the first invalid number.
+    """Check that numbers of a recipe, such as `optimizer.batch`, are finite and at least `minimum`, or above it if
+    `exclusive`; None is valid. Raises `InputError` at the first invalid number.
     """
+    expected = f"{'above' if exclusive else 'at least'} {minimum}"
     for key in keys:
-        value = attrgetter(key)(recipe)
-        valid = value > minimum if exclusive else value >= minimum
-        check_values((key, value, valid, f"{'above' if exclusive else 'at least'} {minimum}"))
+        if (value := attrgetter(key)(recipe)) is not None:
+            valid = value > minimum if exclusive else value >= minimum
+            check_values((key, value, valid, expected), (key, value, math.isfinite(value), "finite"))
 
 
 def check_single_conditions(data: DataRecipe) -> None:
@@ -397,49 +399,97 @@ def check_single_conditions(data: DataRecipe) -> None:
         raise InputError(f"condition_probabilities has {combined[0]!r}, but MMFace-DiT takes one condition at a time")
 
 
+def check_component(recipe: ComponentRecipe) -> None:
+    """Check the values that all components have. Raises `InputError` if a value is out of range."""
+    check_minimum(recipe, 1, "images", "batch", "checkpoint_every", "threads")
+    check_minimum(recipe, 0, "seed", "warmup")
+    check_minimum(recipe, 0, "learning_rate", exclusive=True)
+    check_values(("ema", recipe.ema, 0 < recipe.ema <= MAX_EMA_WIDTH, f"above 0, at most {MAX_EMA_WIDTH}"))
+
+
+def check_probabilities(probabilities: Mapping[str, float], key: str) -> None:
+    """Check relative probabilities, `key` in the recipe. Raises `InputError` if one is negative or all are 0."""
+    total = sum(probabilities.values())
+    check_values(
+        *((f"{key}.{name}", p, p >= 0 and math.isfinite(p), "at least 0") for name, p in probabilities.items()),
+        (f"the sum of {key}", total, total > 0, "above 0"),
+    )
+
+
+def check_defaults(defaults: Mapping[str, Any]) -> None:
+    """Check the default arguments of a pipeline. Raises `InputError` if one is unknown or has an invalid value."""
+    if unknown := sorted(defaults.keys() - set(PIPELINE_DEFAULTS)):
+        known = ", ".join(sorted(PIPELINE_DEFAULTS))
+        raise InputError(f"the recipe's defaults: unknown key {unknown[0]!r}; known are {known}")
+    number = lambda value: type(value) in (int, float) and math.isfinite(value)  # noqa: E731
+    for key, value in defaults.items():
+        if key == "guidance_interval":
+            two = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(number, value))
+            valid, expected = two and 0 <= value[0] <= value[1] <= 1, "two numbers from 0 to 1 in ascending order"
+        elif key == "guidance_scale":
+            valid, expected = number(value), "a finite number"
+        else:
+            valid, expected = type(value) is int and value >= 1, "a whole number of at least 1"
+        check_values((f"defaults.{key}", value, valid, expected))
+
+
 def check(recipe: RunRecipe) -> None:
     """Check the values of a transformer's or student's recipe. Raises `InputError` if a value is out of range."""
     o, data = recipe.optimizer, recipe.data
-    probabilities, widths = data.condition_probabilities, (o.ema, *o.posthoc_emas)
-    total = sum(probabilities.values())
-    check_minimum(recipe, 1, "optimizer.batch", "keep_checkpoints", "log_every", "checkpoint_every")
+    widths = (o.ema, *o.posthoc_emas)
+    check_minimum(recipe, 1, "optimizer.batch", "keep_checkpoints", "log_every", "checkpoint_every", "threads")
     check_minimum(recipe, 0, "optimizer.warmup", "optimizer.weight_decay", "seed")
-    check_minimum(recipe, 0, "optimizer.learning_rate", "optimizer.max_grad_norm", exclusive=True)
+    check_minimum(recipe, 0, "optimizer.learning_rate", exclusive=True)
+    check_probabilities(data.condition_probabilities, "data.condition_probabilities")
+    check_defaults(recipe.defaults)
     check_values(
         ("optimizer.images", o.images, o.images >= o.batch, f"at least a batch, {o.batch}"),
         ("optimizer.betas", list(o.betas), all(0 <= beta < 1 for beta in o.betas), "from 0 to below 1"),
         *(("optimizer.ema", w, 0 < w <= MAX_EMA_WIDTH, f"above 0, at most {MAX_EMA_WIDTH}") for w in widths),
+        (
+            "optimizer.posthoc_emas",
+            list(o.posthoc_emas),
+            len(set(widths)) == len(widths),
+            f"different from each other and from optimizer.ema, {o.ema}",
+        ),
+        ("optimizer.max_grad_norm", o.max_grad_norm, o.max_grad_norm > 0, "above 0"),
         ("data.text_dropout", data.text_dropout, 0 <= data.text_dropout <= 1, "from 0 to 1"),
-        *((f"data.condition_probabilities.{key}", p, p >= 0, "at least 0") for key, p in probabilities.items()),
-        ("the sum of data.condition_probabilities", total, total > 0, "above 0"),
         ("data.shards", list(data.shards), bool(data.shards), "one folder of shards or more"),
     )
     if data.target != "image" and PHOTO in condition_names(data):
         raise InputError(f"condition_probabilities has photo, but the network generates {data.target}: leave photo out")
-    if unknown := sorted(recipe.defaults.keys() - set(PIPELINE_DEFAULTS)):
-        known = ", ".join(sorted(PIPELINE_DEFAULTS))
-        raise InputError(f"the recipe's defaults: unknown key {unknown[0]!r}; known are {known}")
     if isinstance(recipe, TrainRecipe):
         check_minimum(recipe, 0, "diagnostics_every")
+        check_minimum(recipe, 1, "micro_batch")
+        check_network(recipe)
         frozen_flux = isinstance(recipe.network, MDiTFaceAdapter)
         check_values(("precision", recipe.precision, not frozen_flux or recipe.precision != "fp32", "bf16 on FLUX.1"))
     if isinstance(recipe, StudentRecipe):
         check_student(recipe)
 
 
+def check_network(recipe: TrainRecipe) -> None:
+    """Check the values of a network. Raises `InputError`."""
+    n = recipe.network
+    sizes = ("patch_size", "hidden_size", "depth", "heads", "rank", "alpha")
+    check_minimum(recipe, 1, *(f"network.{name}" for name in sizes if hasattr(n, name)))
+    if isinstance(n, MMFaceNetwork):
+        check_minimum(recipe, 0, "network.mlp_ratio", exclusive=True)
+    if isinstance(n, MDiTFaceNetwork):
+        check_minimum(recipe, 0, "network.single_depth")
+
+
 def check_student(recipe: StudentRecipe) -> None:
     """Check the values that only a student's recipe has. Raises `InputError`."""
-    d, data, rate = recipe.discriminator, recipe.data, recipe.frozen_learning_rate
+    d, data = recipe.discriminator, recipe.data
     steps = recipe.defaults.get("steps", recipe.steps)
     check_minimum(recipe, 1, "steps", "discriminator.width")
     check_minimum(recipe, 0, "flow_weight")
     nested = lambda *keys: (f"discriminator.{key}" for key in keys)  # noqa: E731
     check_minimum(recipe, 0, *nested("frozen_images", "warmup", "penalty", "mismatch"))
     positive = nested("learning_rate", "head_learning_rate", "penalty_noise", "time_std")
-    check_minimum(recipe, 0, *positive, exclusive=True)
+    check_minimum(recipe, 0, *positive, "frozen_learning_rate", exclusive=True)
     check_values(
-        ("defaults.steps", steps, isinstance(steps, int) and steps >= 1, "a whole number of at least 1"),
-        ("frozen_learning_rate", rate, (rate or 1) > 0, "above 0"),
         ("data.components", data.components, data.components is None, "omitted: those of the teacher are used"),
         ("data.validation", list(data.validation), not data.validation, "omitted: it is not used"),
         ("discriminator.blocks", list(d.blocks), len(d.blocks) > 0, "one block or more"),

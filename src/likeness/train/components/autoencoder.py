@@ -7,6 +7,7 @@ Noise on the latents during training keeps the decoder smooth around them, as th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from likeness.data.ahead import read_ahead
 from likeness.data.folder import column_of, read_folder, read_photo
 from likeness.encoders.latent import LatentCodec, reconstruct, to_tensor
 from likeness.train.components import steps
-from likeness.train.config import ComponentRecipe
+from likeness.train.config import ComponentRecipe, check_minimum, check_probabilities, check_values
 from likeness.train.progress import Progress
 from likeness.types import InputError
 
@@ -59,15 +60,27 @@ class AutoencoderRecipe(ComponentRecipe):
     """Weight of the L1 distance of horizontal and vertical differences, which preserves edges."""
 
 
-def build(recipe: AutoencoderRecipe) -> AutoencoderDC:
-    """Create the network. A first stage without layers lets the stem reduce to half the size. Raises `InputError` if
-    the last channels are not a multiple of the latent's, as the shortcuts between them require.
-    """
-    for name, channels in (("encoder", recipe.encoder_channels), ("decoder", recipe.decoder_channels)):
-        if channels[-1] % recipe.latent_channels:
+def check(recipe: AutoencoderRecipe) -> None:
+    """Check the values that only this recipe has. Raises `InputError`."""
+    check_minimum(recipe, 1, "latent_channels")
+    check_minimum(recipe, 0, "latent_noise", "latent_penalty", "detail")
+    check_values(("size", recipe.size, recipe.size >= 8 and recipe.size % 8 == 0, "a multiple of 8"))
+    check_probabilities(recipe.probabilities, "probabilities")
+    for part in ("encoder", "decoder"):
+        layers, channels = list(getattr(recipe, f"{part}_layers")), list(getattr(recipe, f"{part}_channels"))
+        fit = min(channels) > 0 and all(4 * one % other == 0 for one, other in itertools.pairwise(channels))
+        check_values(
+            (f"{part}_layers", layers, min(layers) >= 1, "at least 1 each"),
+            (f"{part}_channels", channels, fit, "above 0, each a divisor of 4 times the previous one"),
+        )
+        if channels[-1] % recipe.latent_channels:  # for the shortcuts between them
             raise InputError(
-                f"{name}_channels end in {channels[-1]}: choose a multiple of latent_channels, {recipe.latent_channels}"
+                f"{part}_channels end in {channels[-1]}: choose a multiple of latent_channels, {recipe.latent_channels}"
             )
+
+
+def build(recipe: AutoencoderRecipe) -> AutoencoderDC:
+    """Create the network. A first stage without layers lets the stem reduce to half the size."""
     return AutoencoderDC(
         latent_channels=recipe.latent_channels,
         encoder_block_out_channels=(recipe.encoder_channels[0] // 2, *recipe.encoder_channels),
@@ -138,6 +151,7 @@ def train_autoencoder(recipe: AutoencoderRecipe, run: Path) -> None:
     """Train, or resume, in the folder `run`, and publish the EMA weights to `run/model`. Raises as
     `steps.open_component`.
     """
+    check(recipe)
     with steps.open_component(recipe, run) as (world, signals):
         torch.manual_seed(recipe.seed)
         model: Any = build(recipe).to(world.device, memory_format=torch.channels_last)

@@ -28,7 +28,7 @@ from likeness.models.patch_discriminator import GROUPS, PatchDiscriminator
 from likeness.models.squeezenet import Normalization, SqueezeNetFeatures, perceptual_distance
 from likeness.train.components import steps
 from likeness.train.components.autoencoder import TrainingImages, pixel_loss, report_and_publish
-from likeness.train.config import ComponentRecipe, check_minimum, check_values
+from likeness.train.config import ComponentRecipe, check_minimum, check_probabilities, check_values
 from likeness.types import InputError
 from likeness.weights.catalog import BUNDLED, COMMON
 from likeness.weights.packed import load_component
@@ -89,12 +89,14 @@ def check(recipe: DecoderRecipe) -> None:
     first, *groups = recipe.discriminator_channels
     check_minimum(recipe, 0, "latent_noise", "detail", "perceptual_weight", "adversarial_weight", "gradient_penalty")
     check_minimum(recipe, 0, "discriminator_warmup")
-    check_minimum(recipe, 0, "learning_rate", "discriminator_rate", "max_grad_norm", "penalty_noise", exclusive=True)
+    check_minimum(recipe, 0, "learning_rate", "discriminator_rate", "penalty_noise", exclusive=True)
+    check_minimum(recipe, 1, "size")
     p = recipe.probabilities
+    check_probabilities(p, "probabilities")
     check_values(
         ("betas", list(recipe.betas), all(0 <= beta < 1 for beta in recipe.betas), "at least 0 and below 1"),
         ("probabilities", p, p.get("image", 0) > 0, 'a table with "image" above 0'),
-        ("probabilities", p, all(value >= 0 for value in p.values()), "at least 0 each"),
+        ("max_grad_norm", recipe.max_grad_norm, recipe.max_grad_norm > 0, "above 0"),
         (
             "discriminator_channels",
             list(recipe.discriminator_channels),

@@ -31,7 +31,7 @@ from likeness.data.ahead import read_ahead
 from likeness.data.folder import column_of, read_photo
 from likeness.data.sampler import stream
 from likeness.train.components import steps
-from likeness.train.config import ComponentRecipe
+from likeness.train.config import ComponentRecipe, check_minimum, check_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,23 @@ class FaceParserRecipe(ComponentRecipe):
     """Use torch.compile. On a CPU it makes the backward pass slower, by half."""
 
 
+def check(recipe: FaceParserRecipe) -> None:
+    """Check the values that only this recipe has. Raises `InputError`."""
+    check_minimum(recipe, 32, "size")
+    check_minimum(recipe, 1, "test_size", "decoder_width")
+    check_minimum(recipe, 0, "weight_power")
+    whole = all(width > 0 and width % heads_of(width) == 0 for width in recipe.widths)
+    check_values(
+        ("widths", list(recipe.widths), whole, "above 0, each a multiple of its number of heads, width // 32"),
+        ("depths", list(recipe.depths), min(recipe.depths) > 0, "at least 1 each"),
+    )
+
+
+def heads_of(width: int) -> int:
+    """Return the number of SegFormer's attention heads at a width."""
+    return max(1, width // 32)
+
+
 def build(recipe: FaceParserRecipe) -> Any:
     """Create the network: logits [B, 19, h, w] at a quarter of the input size (SegFormer) or at the input size."""
     labels = dict(enumerate(CLASSES))
@@ -68,7 +85,7 @@ def build(recipe: FaceParserRecipe) -> Any:
         config = SegformerConfig(
             hidden_sizes=list(recipe.widths),
             depths=list(recipe.depths),
-            num_attention_heads=[max(1, width // 32) for width in recipe.widths],
+            num_attention_heads=[*map(heads_of, recipe.widths)],
             decoder_hidden_size=recipe.decoder_width,
             classifier_dropout_prob=0.1,
             drop_path_rate=0.0,
@@ -204,6 +221,7 @@ def train_face_parser(recipe: FaceParserRecipe, run: Path) -> None:
     """Train, or resume, in the folder `run`, and publish the EMA weights to `run/model`. Raises as
     `steps.open_component`.
     """
+    check(recipe)
     with steps.open_component(recipe, run) as (world, signals):
         examples = Examples(recipe.train, recipe.size, recipe.seed)
         test = steps.rows_with(column_of("mask"), recipe.test)

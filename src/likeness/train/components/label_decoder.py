@@ -110,6 +110,7 @@ def train_label_decoder(recipe: LabelDecoderRecipe, run: Path) -> None:
     """Train, or resume, in the folder `run`, and publish the EMA weights to `run/model`. Raises as
     `steps.open_component`.
     """
+    check_minimum(recipe, 1, "size")
     check_minimum(recipe, 0, "layers", "latent_noise")
     valid = all(width > 0 and width % GROUPS == 0 for width in recipe.channels)
     check_values(("channels", list(recipe.channels), valid, f"multiples of {GROUPS}"))

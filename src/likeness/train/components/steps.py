@@ -16,7 +16,7 @@ from likeness.data.folder import column_of, read_folder
 from likeness.device import choose_device
 from likeness.files import writing_folder
 from likeness.parallel import World
-from likeness.train.config import ComponentRecipe, check_minimum
+from likeness.train.config import ComponentRecipe, check_component
 from likeness.train.ema import Ema
 from likeness.train.optim import learning_rate
 from likeness.train.progress import Progress
@@ -36,8 +36,7 @@ def open_component(recipe: Any, run: Path) -> Iterator[tuple[World, list[int]]]:
             or SIGTERM was received and a checkpoint saved: the same command resumes.
     """
     check_single_process(recipe.kind)
-    check_minimum(recipe, 1, "images", "batch", "checkpoint_every")
-    check_minimum(recipe, 0, "seed")
+    check_component(recipe)
     with open_run(recipe, run) as signals:
         yield World(device=choose_device("auto")), signals
 

@@ -41,7 +41,7 @@ from likeness.encoders.text_image import (
 from likeness.files import writing_folder
 from likeness.train.checkpoint import newest
 from likeness.train.components import steps
-from likeness.train.config import ComponentRecipe
+from likeness.train.config import ComponentRecipe, check_minimum, check_values
 from likeness.train.muon import Muon
 from likeness.types import InputError
 
@@ -96,6 +96,18 @@ class TextImageRecipe(ComponentRecipe):
     retrieval_candidates: int = 50
     """Number of captions among which the measurement searches the right one."""
     checkpoint_every: int = 12_800
+
+
+def check(recipe: TextImageRecipe) -> None:
+    """Check the values that only this recipe has. Raises `InputError`."""
+    for part in ("text", "vision"):
+        check_minimum(recipe, 1, *(f"{part}_{name}" for name in ("width", "layers", "heads")))
+        width, heads = getattr(recipe, f"{part}_width"), getattr(recipe, f"{part}_heads")
+        check_values((f"{part}_width", width, width % heads == 0, f"a multiple of {part}_heads, {heads}"))
+    check_minimum(recipe, 1, "patch", "projection", "retrieval_candidates")
+    check_minimum(recipe, recipe.patch, "size")
+    check_minimum(recipe, 0, "weight_decay", "brightness", "attribute_weight")
+    check_values(("crop", recipe.crop, 0 < recipe.crop <= 1, "above 0, at most 1"))
 
 
 class Batch(NamedTuple):
@@ -345,6 +357,7 @@ def train_text_image(recipe: TextImageRecipe, run: Path) -> None:
     `text_encoder` its `CLIPTextModel`, `tokenizer` the `CLIPTokenizer`, and `attributes.safetensors` the attribute
     head. Raises as `steps.open_component`.
     """
+    check(recipe)
     with steps.open_component(recipe, run) as (world, signals):
         rows, test = (steps.rows_with("text", folders) for folders in (recipe.train, recipe.test))
         stored = run / "tokenizer"
@@ -361,7 +374,7 @@ def train_text_image(recipe: TextImageRecipe, run: Path) -> None:
         sizes = [len(values) for values in classes.values()]
         head = nn.Linear(recipe.vision_width, sum(sizes)).to(world.device) if classes else None
         both = nn.ModuleDict({"clip": clip} if head is None else {"clip": clip, "head": head})
-        progress = steps.resume(recipe, run, world, signals, both, make_optimizers(both, recipe), published=clip)
+        progress = steps.resume(recipe, run, world, signals, both, make_optimizers(both, recipe))
         if world.device_type == "cpu":
             clip.set_attn_implementation("eager")  # faster for so few tokens, most of all in the backward pass
         loss_of = torch.compile(losses) if recipe.compile else losses
@@ -369,12 +382,15 @@ def train_text_image(recipe: TextImageRecipe, run: Path) -> None:
 
         def save(published: Any, folder: Path) -> None:
             tokenizer.save_pretrained(folder / "tokenizer")
-            published.save_pretrained(folder / "clip")
-            published.text_model.save_pretrained(folder / "text_encoder")
+            published["clip"].save_pretrained(folder / "clip")
+            published["clip"].text_model.save_pretrained(folder / "text_encoder")
             if head is not None:
-                save_attribute_head(AttributeHead(head.weight, head.bias, classes), folder)
+                own = published["head"]
+                save_attribute_head(AttributeHead(own.weight, own.bias, classes), folder)
 
-        measure = lambda clip: [retrieval(clip, tokenizer, test, recipe.size, recipe.retrieval_candidates)]  # noqa: E731
+        def measure(published: Any) -> list[dict[str, float]]:
+            return [retrieval(published["clip"], tokenizer, test, recipe.size, recipe.retrieval_candidates)]
+
         for start, batch in progress.steps(Pairs(recipe, rows, tokenizer, classes).batches(progress.starts)):
             batch = Batch(*(tensor.to(world.device) for tensor in batch))
             with world.autocast("auto"):
