@@ -23,6 +23,7 @@ from likeness.conditions.mask.classes import CLASS_INDEX
 from likeness.data.folder import read_folder, read_photo
 from likeness.data.synthetic import draw_face
 from likeness.pipelines.image_recipe import COMPOSITE
+from likeness.prepare import paste
 from likeness.prepare.align import JOURNAL, align_files, cut_portrait, photo_files
 from likeness.prepare.annotate import annotate_folder
 from likeness.prepare.paste import paste_file, paste_portrait
@@ -299,11 +300,29 @@ def test_splits(photos, tmp_path):
     for held_out in (None, 1):
         assert align(photos, out, held_out=held_out).splits == {"train": 4, "test": 1}
     assert json.loads((out / "dataset.json").read_text())["test"] == [held]
-    for held_out, said in ((2, "was written with held_out 1, not 2"), (5, "cannot hold out 5 of 5 complete faces")):
+    for held_out, said in (
+        (2, "was written with held_out 1, not 2"),
+        (5, "cannot hold out 5 of 5 complete"),
+        (-3, "must be at least 0, not -3"),
+    ):
         with pytest.raises(InputError, match=said):
             align(photos, out if held_out == 2 else tmp_path / "new", held_out=held_out)
     edited, portrait = tmp_path / "edited.png", read_folder(out / "test")[0]["file_name"]
     assert paste_file(portrait, out, photos / held, edited) == f"images/{portrait.name}"
+
+
+def test_photographs_are_never_reduced(photos, tmp_path, monkeypatch):
+    """A JPEG of too many pixels would be read at a half of its size."""
+    photo = photos / "large.jpg"
+    Image.open(photos / "one.png").convert("RGB").save(photo)
+    align(photos, tmp_path / "out")
+    (portrait,) = [
+        row["file_name"] for row in read_folder(tmp_path / "out/train") if row["aligned"]["photo"] == "large.jpg"
+    ]
+    monkeypatch.setattr(paste, "MAX_PIXELS", 1000)
+    with pytest.raises(InputError, match=f"{photo} is .* which has too many pixels"):
+        paste_file(portrait, tmp_path / "out", photo, tmp_path / "pasted.png")
+    assert not (tmp_path / "pasted.png").exists()
 
 
 def read_journal(out: Path) -> list[str]:

@@ -13,12 +13,13 @@ import pytest
 import sample_datasets
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from builders import run, save_components, tiny_flux_pipeline
 from likeness import cli
 from likeness.conditions import CONDITIONS
-from likeness.data.folder import captions_of, column_of, read_folder, read_photo
-from likeness.data.store import Store
+from likeness.data.folder import captions_of, column_of, mirrored_caption, read_folder, read_photo
+from likeness.data.store import Store, write_part
 from likeness.encoders.components import Components, load_components
 from likeness.encoders.latent import LatentCodec, to_tensor
 from likeness.prepare.encode import encode_folder
@@ -100,7 +101,10 @@ def test_augmentations_mirror_and_vary(prepared, parts, tmp_path):
     encode_folder(prepared / "faces", tmp_path / "augmented", parts, size=SIZE, augmentations=2)
     store, plain = Store(tmp_path / "augmented"), Store(prepared / "shards")
     assert len(store) == 20
-    assert store[3].captions == store[13].captions
+    for number, row in enumerate(read_folder(prepared / "faces")):
+        assert list(store[number].captions) == list(captions_of(row))
+        assert list(store[number + 10].captions) == [mirrored_caption(caption) for caption in captions_of(row)]
+    assert any("right" in caption for number in range(10) for caption in store[number].captions)
     assert torch.allclose(store[3].latents, plain[3].latents, atol=2e-3)
     photo = read_photo(read_folder(prepared / "faces")[3]["file_name"], SIZE)
     mirrored = LatentCodec(parts.vae).encode(to_tensor([photo[:, ::-1]]))[0]
@@ -110,6 +114,19 @@ def test_augmentations_mirror_and_vary(prepared, parts, tmp_path):
     exact = LatentCodec(parts.vae).encode(to_tensor([mask.render(mask.flip(labels), SIZE, SIZE)]))[0]
     off = (store[13].conditions["mask"] - exact).abs().mean()
     assert 0.01 < off / exact.std() < 0.7  # varied, but still the mirrored mask of this face
+
+
+@pytest.mark.parametrize(
+    ("caption", "mirrored"),
+    [
+        ("A light from the left, right eyes closed.", "A light from the right, left eyes closed."),
+        ("Left: a hat. RIGHT-handed", "Right: a hat. LEFT-handed"),
+        ("bright cheeks, upright, all right", "bright cheeks, upright, all right"),
+    ],
+)
+def test_mirrored_captions_name_the_other_side(caption, mirrored):
+    assert mirrored_caption(caption) == mirrored
+    assert mirrored_caption(mirrored) == caption
 
 
 def test_faces_without_a_condition_keep_the_others(faces, parts, tmp_path):
@@ -357,13 +374,37 @@ def test_text_features_replace_the_text_encoder(faces, parts, tmp_path):
         assert torch.allclose(stored, fresh, atol=2e-3, rtol=2e-3)
 
 
+def test_mirrored_captions_have_text_features(faces, parts, tmp_path):
+    rows, out = read_rows(faces), tmp_path / "s"
+    for number, row in enumerate(rows):
+        row["text"] = [f"face {number}", "turned to the left", "light from the right"][: number % 4]
+    write_rows(faces, rows)
+    encode_folder(faces, out, parts, size=SIZE, text_features=True)
+    assert encode_folder(faces, out, parts, size=SIZE, augmentations=2)["captions"] == 2
+    store = Store(out)
+    for sample in (store[3], store[FACES + 3]):
+        fresh = parts.text_features([*sample.captions, ""])
+        for number, stored in enumerate(sample.text):
+            assert torch.allclose(stored.tokens.float(), fresh.tokens[number], atol=2e-3, rtol=2e-3)
+    assert list(store[FACES + 3].captions) == ["face 3", "turned to the right", "light from the left"]
+    manifest = json.loads((out / "manifest.json").read_text())  # as earlier versions wrote it
+    places = load_file(out / manifest["places"])
+    del places["mirrored_captions"]
+    manifest["places"] = write_part(out, "places", places)
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="no text features of mirrored captions"):
+        Store(out)
+    encode_folder(faces, out, parts, size=SIZE, augmentations=2)
+    assert list(Store(out)[FACES + 3].captions) == list(store[FACES + 3].captions)
+
+
 def test_rejected_input(prepared, faces, parts, tmp_path):
     with pytest.raises(InputError, match="encoded with another size"):
         encode_folder(prepared / "faces", prepared / "shards", parts, size=64)
     with pytest.raises(InputError, match="encoded with another precision"):
         encode_folder(prepared / "faces", prepared / "shards", parts, size=SIZE, precision="bf16")
     assert encode_folder(prepared / "faces", prepared / "shards", parts, size=SIZE, precision="auto")["encoded"] == 0
-    with pytest.raises(InputError, match="not a multiple"):
+    with pytest.raises(InputError, match="must be a multiple of 8. Nearest: 32"):
         encode_folder(prepared / "faces", tmp_path / "s", parts, size=SIZE + 1)
     (faces / "train/masks/000004.png").write_bytes(b"")
     with pytest.raises(InputError, match=r"000004.png is empty"):
@@ -454,6 +495,21 @@ def test_photographs_without_captions(tmp_path, capsys):
     assert "3 faces, 30 captions" in capsys.readouterr().out
 
 
+def test_only_faces_without_captions_are_captioned(prepared, tmp_path):
+    """One face without captions among others with attributes: the own captions are not diluted."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    rows = [{"file_name": f"{n}.png", "attributes": {"Smiling": True}, "text": [f"own {n}"]} for n in range(4)]
+    del rows[2]["text"]
+    for number, row in enumerate(rows):
+        sample_datasets.put(source, row["file_name"], sample_datasets.image(number))
+    sample_datasets.put(source, "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["prepare", "shards", source, out, "--size", SIZE, "--components", prepared / "components"]
+    assert run(*arguments, "--parser", "none") == 0
+    texts = [captions_of(row) for row in read_folder(out / "faces")]
+    assert [len(text) for text in texts] == [1, 1, 10, 1]
+    assert texts[3] == ("own 3",)
+
+
 def test_only_train_is_encoded_and_reported(prepared, faces, tmp_path, capsys):
     shutil.copytree(faces / "train", faces / "test")
     arguments = (faces, tmp_path / "s", "--components", prepared / "components", "--size", SIZE)
@@ -461,6 +517,20 @@ def test_only_train_is_encoded_and_reported(prepared, faces, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "only train is encoded, not test" in printed.err
     assert f"{FACES} faces" in printed.out
+
+
+@pytest.mark.parametrize(("option", "value"), [("--size", 100), ("--size", 0), ("--size", -8), ("--augmentations", 0)])
+@pytest.mark.parametrize("command", ["encode", "shards"])
+def test_invalid_sizes(prepared, tmp_path, command, option, value, capsys):
+    arguments = [prepared / "faces", tmp_path / "out", "--components", prepared / "components"]
+    assert run("prepare", command, *arguments, option, value) == 2
+    message = (
+        f"size {value} is not supported: it must be a multiple of 8"
+        if option == "--size"
+        else "must be at least 1, not 0"
+    )
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("wrong", ["components", "landmarker", "split"])

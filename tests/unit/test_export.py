@@ -115,6 +115,17 @@ def test_arrays_keep_their_suffix(folder, tmp_path):
     assert (CONDITIONS["mask"].read(row["mask_file_name"]).raw == draw_face(0, 0, 64).mask).all()
 
 
+@pytest.mark.parametrize("form", WRITERS)
+def test_changed_files_are_not_mixed(folder, tmp_path, form, capsys):
+    """An export of files that changed since is rejected: its shards are those of the former files."""
+    command = ("prepare", "export", folder, tmp_path / "out", "--format", form)
+    assert run(*command) == run(*command) == 0
+    Image.new("RGB", (64, 64), "blue").save(read_folder(folder)[0]["file_name"])
+    capsys.readouterr()
+    assert run(*command) == 2
+    assert f"{tmp_path / 'out'} was written with files " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("again", ["export", "ingest"])
 def test_removed_rows_stay_removed(folder, tmp_path, again):
     train = folder / "train"

@@ -853,6 +853,15 @@ def test_limit(tmp_path):
         ingest(tmp_path / "source", tmp_path / "none", limit=0)
 
 
+@pytest.mark.parametrize("option", ["held-out", "seed"])
+def test_negative_numbers_are_rejected(tmp_path, option, capsys):
+    sample_datasets.celeba(tmp_path / "source")
+    for command in ("ingest", "shards") if option == "held-out" else ("ingest",):
+        assert run("prepare", command, tmp_path / "source", tmp_path / "out", f"--{option}", -3) == 2
+        assert f"{option.replace('-', '_')} must be at least 0, not -3" in capsys.readouterr().err
+        assert not (tmp_path / "out" / "dataset.json").exists()
+
+
 def test_own_images_and_masks_are_not_taken_for_celebamask(tmp_path):
     """Folders named images and masks prove nothing: no licence of CelebAMask-HQ is recorded, unless a name says so."""
     for name, layout in (("mine", "images_and_masks"), ("CelebAMask-HQ", "celebamask")):

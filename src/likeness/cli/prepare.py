@@ -391,6 +391,7 @@ class Shards(ImportOptions, EncodeOptions):
         from likeness.cli.caption import Caption
         from likeness.data.folder import captions_of, each_row, splits_of
         from likeness.encoders.components import load_components
+        from likeness.prepare.encode import check_sizes
 
         only_ingest = {field.name for field in fields(Ingest)} - {field.name for field in fields(Align)} - {"source"}
         ignored = [
@@ -402,8 +403,8 @@ class Shards(ImportOptions, EncodeOptions):
             raise InputError(f"--{ignored[0]} has no effect on photos that --align cuts: leave it out")
         if self.align and self.landmarker is None:
             raise InputError("--align finds faces with MediaPipe: pass its model as --landmarker face_landmarker.task")
-        if self.components is not None:  # fail before hours of work
-            load_components(self.components)
+        components = load_components(self.components) if self.components else load_components()
+        check_sizes(components, self.size, self.augmentations)  # before hours of work
         if self.landmarker is not None:
             with open_landmarker(self.landmarker):
                 pass
@@ -427,11 +428,23 @@ class Shards(ImportOptions, EncodeOptions):
         run("annotating", Annotate, folder=faces)
         rows = (row for split in splits for row in each_row(faces / split))
         if self.captioner == "bundled" and not all(map(captions_of, rows)):
-            run("captioning", Caption, Caption.caption, folder=faces, grammar=True, attributes="bundled")
+            run("captioning", Caption, caption_uncaptioned, folder=faces)
         run("checking", Check, Check.check, folder=faces)
         for split in splits:
             out = self.out / ("shards" if split == "train" else f"{split}_shards")
             run(f"encoding {split}", Encode, folder=faces / split, out=out, replace=True)
+
+
+def caption_uncaptioned(command: Any) -> None:
+    """Write captions of the faces of a folder that have none, from attributes that the bundled model predicts."""
+    from likeness.prepare.caption.folder import CaptionSettings, caption_folder
+    from likeness.prepare.caption.models import load_attributes, load_counter
+
+    settings = CaptionSettings(grammar=True, predict=load_attributes(), only_uncaptioned=True)
+    count = load_counter(command.components) if command.components else load_counter()
+    with progress_bar("Captioning") as advance:
+        report = caption_folder(command.folder, settings, count, progress=advance)
+    print(f"{command.folder}: {report.faces} faces, {report.used} captions")
 
 
 @dataclass(frozen=True, kw_only=True)

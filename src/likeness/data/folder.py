@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -35,6 +36,9 @@ HOW_TO_PREPARE = "`likeness prepare ingest IMAGES OUT` writes a prepared folder"
 
 MAX_LINE = 2**26
 """Most bytes of a line of the metadata."""
+
+SIDE = re.compile(r"(?<!\ball )\b(?:left|right)\b", re.IGNORECASE)
+"""Words that `mirrored_caption` swaps."""
 
 
 def read_folder(folder: str | Path) -> list[dict[str, Any]]:
@@ -245,6 +249,16 @@ def captions_of(row: dict[str, Any]) -> Sequence[str]:
     """Return the captions of a row: `text` may be a string, a list, or absent."""
     text = row.get("text", ())
     return (text,) if isinstance(text, str) else tuple(text)
+
+
+def mirrored_caption(caption: str) -> str:
+    """Return the caption of the mirrored image: with the words "left" and "right" swapped, except in "all right"."""
+
+    def other(found: re.Match[str]) -> str:
+        word, new = found[0], "right" if found[0].lower() == "left" else "left"
+        return new.upper() if word.isupper() else new.capitalize() if word[0].isupper() else new
+
+    return SIDE.sub(other, caption)
 
 
 def read_photo(path: Path, size: int | None = None) -> np.ndarray:

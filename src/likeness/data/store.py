@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from likeness.data.folder import mirrored_caption
 from likeness.files import read_json, write_whole
 from likeness.types import InputError, TextFeatures
 from likeness.weights.hashes import file_hash
@@ -45,7 +46,7 @@ class Sample:
     conditions: dict[str, Tensor]
     """Condition -> raw latent of its rendering, float32 [C, h, w]; only the conditions that the face has."""
     captions: Sequence[str]
-    """May be empty."""
+    """May be empty. In those of a mirrored face, left and right are swapped."""
     log_variance: Tensor | None = None
     """Log variance of the latent, float32 [C, h, w], if the autoencoder returns a distribution."""
     text: Sequence[TextFeatures] = ()
@@ -65,6 +66,11 @@ class Store:
         """Hash of the text encoders of the stored features (`Components.text_hash`)."""
         self.text = Parts(self.folder, self.manifest["texts"], ("tokens", "pooled"))
         self.places = read_part(self.folder / self.manifest["places"])
+        if self.text_hash and len(self) > len(self.rows) and "mirrored_captions" not in self.places:
+            raise InputError(
+                f"{self.folder} has no text features of mirrored captions, in which left and right are swapped: run "
+                "`likeness prepare encode` again"
+            )
 
     def __len__(self) -> int:
         return self.manifest["count"]
@@ -100,10 +106,14 @@ class Store:
         lines, ends, offset = self.rows.find(row)
         start = int(ends[offset - 1]) if offset else 0
         _, captions = json.loads(lines[start : int(ends[offset])].numpy().tobytes())
+        mirrored = index // len(self.rows) % 2 == 1
+        if mirrored:
+            captions = [mirrored_caption(caption) for caption in captions]
         text: Sequence[TextFeatures] = ()
         if self.text_hash:
             end = int(self.places["caption_ends"][row])
-            entries = self.places["captions"][end - len(captions) : end].tolist()
+            column = self.places["mirrored_captions" if mirrored else "captions"]
+            entries = column[end - len(captions) : end].tolist()
             text = [TextFeatures(*self.text[entry]) for entry in (*entries, self.manifest["empty_caption"])]
         conditions = {name: latents[name] for name in self.conditions if name in latents}
         return Sample(latents[IMAGE], conditions, captions, latents.get(LOG_VARIANCE), text)

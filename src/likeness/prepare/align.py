@@ -54,7 +54,7 @@ from likeness.prepare.annotate import keypoints_file, made_by_column, mask_annot
 from likeness.prepare.ingest.faces import plain_name
 from likeness.prepare.ingest.formats import UNKNOWN_TERMS
 from likeness.prepare.ingest.source import IMAGES, walk
-from likeness.prepare.ingest.splits import SPLITS, default_held_out, random_split
+from likeness.prepare.ingest.splits import SPLITS, check_minimum, default_held_out, random_split
 from likeness.types import InputError, Note, Progress
 from likeness.weights.hashes import file_hash
 
@@ -124,6 +124,7 @@ def align_files(
     progress: Progress = lambda done, total: None,
 ) -> Aligned:
     """Align photos below `root` with a face detector; `settings` has `size`, `every`, `strict` and `landmarker`."""
+    check_minimum(held_out=held_out)
     aligned = Aligned()
     rows: dict[str, dict[str, str]] = {"train": {}, "test": {}}  # split -> file name -> JSON, which takes less memory
     names = [file.relative_to(root).as_posix() for file in files]

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from likeness.conditions import CONDITIONS
 from likeness.data.ahead import read_ahead
-from likeness.data.folder import captions_of, column_of, each_row, read_photo, root_of
+from likeness.data.folder import captions_of, column_of, each_row, mirrored_caption, read_photo, root_of
 from likeness.data.store import (
     IMAGE,
     LOG_VARIANCE,
@@ -148,15 +148,12 @@ def encode_folder(
         InputError: a file cannot be read, `out` contains something else or images that the folder does not contain, or
             the device does not exist.
     """
-    factor = spatial_factor(components.vae)
-    if size % factor:
-        raise InputError(f"size {size} is not a multiple of the autoencoder's downsampling factor {factor}")
-    if augmentations < 1:
-        raise InputError(f"augmentations must be at least 1, not {augmentations}")
+    check_sizes(components, size, augmentations)
     root = root_of(folder)
     vae = components.vae.to(device=choose_device(device), memory_format=torch.channels_last)
     codec = LatentCodec(vae, batched=True)
-    trial = torch.zeros(1, 3, 2 * factor, 2 * factor, device=vae.device)
+    side = 2 * spatial_factor(vae)
+    trial = torch.zeros(1, 3, side, side, device=vae.device)
     existing = read_manifest(out) if (out / MANIFEST).is_file() else {}
     names = os.listdir(out) if out.is_dir() and not existing else []
     if other := sorted(name for name in names if not PART.fullmatch(name) and not is_unfinished(name)):
@@ -203,6 +200,16 @@ def encode_folder(
     counts = {"encoded": encoded, "captions": captions, "damaged": len(damaged), "missing": missing}
     faces = {"faces": len(captioned), "uncaptioned": captioned.count(False)}
     return {**faces, "removed": 0 if missing else len(removed), **counts}
+
+
+def check_sizes(components: Components, size: int, augmentations: int) -> None:
+    """Check that faces can be encoded at `size` pixels in this number of augmentations. Raises `InputError`."""
+    factor = spatial_factor(components.vae)
+    if size < factor or size % factor:
+        nearest = max(1, round(size / factor)) * factor
+        raise InputError(f"size {size} is not supported: it must be a multiple of {factor}. Nearest: {nearest}")
+    if augmentations < 1:
+        raise InputError(f"augmentations must be at least 1, not {augmentations}")
 
 
 # Images and conditions
@@ -311,11 +318,15 @@ def encode_captions(
 def missing_captions(
     root: Path, out: Path, settings: EncodeSettings, share: tuple[int, int]
 ) -> Iterator[tuple[int, str, bytes]]:
-    """Yield (rows read, caption, key) of captions without an entry, also the empty one. Ranks divide them by key."""
+    """Yield (rows read, caption, key) of captions without an entry, also the empty one and those of mirrored faces.
+    Ranks divide them by key.
+    """
     rank, world = share
     known = {key for _, keys in stored_keys(out, "text") for key in keys}
     for number, row in enumerate(each_row(root), start=1):
-        for caption in ("", *captions_of(row)):
+        captions = captions_of(row)
+        mirrored = map(mirrored_caption, captions if settings.augmentations > 1 else ())
+        for caption in ("", *captions, *mirrored):
             key = settings.caption_key(caption)
             if int.from_bytes(key[:2], "big") % world == rank and key not in known:
                 known.add(key)
@@ -468,7 +479,7 @@ def digest(*parts: Any) -> np.ndarray:
 def finish(root: Path, out: Path, settings: EncodeSettings) -> int:
     """Write the manifest if no entry is missing, and delete unused files. Returns the number of missing entries."""
     hashes, missing = read_hashes(out), 0
-    rows, image_keys, counts, caption_keys = [], [], [], [settings.caption_key("")] if settings.text else []
+    rows, image_keys, counts, caption_keys, mirrored_keys = [], [], [], [], []
     for block in each_block(root):
         stamps, sources = hash_files(root, block, hashes, read=False)
         unknown = np.any(stamps, axis=-1) & ~np.any(sources, axis=-1)  # another process has not reached these files yet
@@ -477,9 +488,12 @@ def finish(root: Path, out: Path, settings: EncodeSettings) -> int:
             rows.append((write_rows(out, root, block, stamps, sources), len(block)))
             image_keys.append(settings.keys(sources))  # [R, A, C, 16]
             if settings.text:
-                captions = [captions_of(row) for row in block]
-                counts += [len(found) for found in captions]
-                caption_keys += [settings.caption_key(caption) for found in captions for caption in found]
+                found = [captions_of(row) for row in block]
+                captions = [caption for each in found for caption in each]
+                counts += map(len, found)
+                caption_keys += map(settings.caption_key, captions)
+                if settings.augmentations > 1:
+                    mirrored_keys += map(settings.caption_key, map(mirrored_caption, captions))
     if missing:
         return missing
     keys = np.concatenate(image_keys).swapaxes(0, 1)  # [A, R, C, 16]: one augmentation after the other
@@ -487,13 +501,17 @@ def finish(root: Path, out: Path, settings: EncodeSettings) -> int:
     used = np.flatnonzero(np.any(present, axis=0)).tolist()
     columns = [settings.columns[number] for number in used]
     latents, places = place_entries(out, "latents", split_keys(keys[:, :, used]))
-    texts, text_places = place_entries(out, "text", caption_keys)
+    empty = [settings.caption_key("")] if settings.text else []
+    texts, text_places = place_entries(out, "text", [*empty, *caption_keys, *mirrored_keys])
     missing = int((places[present[:, used].ravel()] < 0).sum() + (text_places < 0).sum())
     if missing:
         return missing
     tensors = {"pictures": torch.from_numpy(places.reshape(-1, len(columns)))}  # [A R, C]
     if settings.text:
-        tensors |= {"captions": torch.from_numpy(text_places[1:]), "caption_ends": torch.tensor(counts).cumsum(0)}
+        end = len(caption_keys) + 1
+        tensors |= {"captions": torch.from_numpy(text_places[1:end]), "caption_ends": torch.tensor(counts).cumsum(0)}
+        if settings.augmentations > 1:
+            tensors["mirrored_captions"] = torch.from_numpy(text_places[end:])
     places_file = write_part(out, "places", tensors)
     manifest = {
         **settings.manifest(),

@@ -1,7 +1,7 @@
 """Export a prepared folder to Hugging Face's imagefolder or Parquet, or to WebDataset shards.
 
 Images, masks and sketches are copied byte by byte. Keypoints become values of their row, because these formats have no
-files other than images. Existing shards are kept, so an interrupted export can be resumed.
+files other than images. Existing shards are kept, so an interrupted export of unchanged files can be resumed.
 """
 
 from __future__ import annotations
@@ -61,14 +61,20 @@ def export(
         Faces by split, and `skipped`: missing file -> reason.
 
     Raises:
-        InputError: the metadata is missing, a row is broken, or `out` contains something else or cannot be written.
+        InputError: the metadata is missing, a row is broken, or `out` contains something else, an export of other files
+            included, or cannot be written.
     """
     skipped: dict[str, str] = {}
-    counts, metadata = Counter(face[0] for face in faces_of(folder, format, skipped)), hashlib.sha256()
+    counts, metadata, files = Counter[str](), hashlib.sha256(), hashlib.sha256()
+    for split, name, images, columns in faces_of(folder, format, skipped):
+        counts[split] += 1
+        states = [(key, path.stat().st_size, path.stat().st_mtime_ns) for key, path in images.items()]
+        files.update(json.dumps([split, name, states, columns.get("keypoints")]).encode())
     for split in splits_of(folder):
         for _, line in metadata_lines(folder, split):
             metadata.update(line)
     arguments = {"kind": "likeness export", "format": format, "shard": shard, "metadata": metadata.hexdigest()}
+    arguments["files"] = files.hexdigest()
     known = read_record(folder)
     columns = columns_of(faces_of(folder, format, {})) if format == "parquet" else {}
     template, write = WRITERS[format]

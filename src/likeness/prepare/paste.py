@@ -64,7 +64,7 @@ def paste_file(
     kind = format_of(out)
     row = row_of(aligned, photo, portrait, face)
     edited = open_image(portrait)
-    original = open_image(photo, max_pixels=MAX_PIXELS)
+    original = open_image(photo, max_pixels=MAX_PIXELS, exact=True)
     pixels = read_photo(portrait)
     weight = region_weight(pixels, only, parser, feather / 4) if only else None
     transform = np.array(row["transform"])

@@ -64,6 +64,8 @@ class CaptionSettings:
     predict: Callable[[np.ndarray], dict[str, bool]] | None = None
     """Image uint8 RGB [H, W, 3] -> its attributes, for the grammar: called for rows with neither attributes nor
     captions. None: such rows are not captioned."""
+    only_uncaptioned: bool = False
+    """Whether to leave rows with captions unchanged."""
     prompts: Sequence[str] = tuple(PROMPTS)
     """Names of `PROMPTS`, one caption each."""
     max_tokens: int = 77
@@ -211,6 +213,8 @@ def caption_face(
     Raises:
         InputError: a model does not respond, or its answer cannot be stored.
     """
+    if settings.only_uncaptioned and captions_of(row):
+        return FaceCaptions([])
     vlm, labels, texts, image = settings.vlm, None, {}, None
     try:
         captions = grammar_captions(row, name, settings) if settings.grammar else []

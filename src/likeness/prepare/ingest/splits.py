@@ -66,6 +66,13 @@ def default_held_out(count: int) -> int:
     return min(HELD_OUT, max(1, count // 10)) if count > 1 else 0
 
 
+def check_minimum(**numbers: int | None) -> None:
+    """Raise `InputError` if a number of faces or a seed is below 0."""
+    for name, number in numbers.items():
+        if number is not None and number < 0:
+            raise InputError(f"{name} must be at least 0, not {number}")
+
+
 def random_split(split: str, identities: list[str | None], held_out: int, seed: int) -> list[str | None]:
     """Assign the splits `person`, with at least `held_out` faces in test, and `random`.
 

@@ -24,7 +24,7 @@ from likeness.prepare.ingest.convert import COPIED, convert_condition, crop_and_
 from likeness.prepare.ingest.faces import AHEAD, SPLIT_NAMES, SPLIT_ORDER, Entries, Skipped, SourceFace, unique_name
 from likeness.prepare.ingest.formats import FORMATS, UNKNOWN_TERMS, detect_format
 from likeness.prepare.ingest.source import Source, join, open_source, parse_json
-from likeness.prepare.ingest.splits import SPLITS, default_held_out, named_split, random_split
+from likeness.prepare.ingest.splits import SPLITS, check_minimum, default_held_out, named_split, random_split
 from likeness.types import InputError, Progress
 
 SKIPPED = "skipped.jsonl"
@@ -73,6 +73,7 @@ def ingest(
         raise InputError(f"size must be between 8 and 8192 pixels, not {size}")
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, not {limit}")
+    check_minimum(held_out=held_out, seed=seed)
     for kind, name, known in (("dataset format", format, FORMATS), ("split", split, SPLITS)):
         if name not in ("auto", *known):
             raise InputError(f"unknown {kind} {name!r}. Available: {', '.join(known)}")
