@@ -411,6 +411,22 @@ def test_every_other_pixel_is_that_of_the_photograph(name, model, tmp_path, caps
     assert again.read_bytes() == out.read_bytes()
 
 
+def test_an_edit_without_metadata(model, tmp_path, capsys):
+    """The pixels and the color profile are the same; nothing else is in the file."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    photo = saved(face_image(), tmp_path / "photo.png", icc_profile=profile)
+    command = ("edit", photo, "red hair", "--region", "hair", "--model", model, "--seed", 4)
+    for suffix in ("png", "webp"):
+        whole, bare = tmp_path / f"whole.{suffix}", tmp_path / f"bare.{suffix}"
+        assert run(*command, "--out", whole) == 0, capsys.readouterr().err
+        assert run(*command, "--out", bare, "--no-metadata") == 0, capsys.readouterr().err
+        with Image.open(whole) as one, Image.open(bare) as other:
+            np.testing.assert_array_equal(np.array(one), np.array(other))
+            assert one.info["icc_profile"] == other.info["icc_profile"] == profile
+        assert b"likeness" in whole.read_bytes()
+        assert not [text for text in (b"likeness", b"red hair", COMPOSITE.encode()) if text in bare.read_bytes()]
+
+
 def test_a_face_in_a_photograph(model, tmp_path, capsys):
     """Through the alignment, with a rotated face among two; masks of the photograph and of the aligned face."""
     canvas = Image.fromarray(np.random.default_rng(0).integers(90, 110, (300, 400, 3), np.uint8))
@@ -563,7 +579,7 @@ REJECTED = {
     "folder": (lambda p: (p / "d.png").mkdir() or saved(face_image(), p / "a.png"), ("--out", "d.png"), "is a folder"),
     "onto itself": (None, ("--out", "a.png"), "would overwrite the input"),
     "onto a mask": (None, ("--mask-edit", "paste hair from black.png", "--out", "black.png"), "would overwrite the"),
-    "nothing": (None, ("--region", ""), "there is nothing to edit"),
+    "nothing": (None, ("--region", ""), "nothing to edit: pass --mask-edit, --mask, --region, --region-mask or"),
     "class": (None, ("--region", "hear"), "Unknown class 'hear'"),
     "absent class": (None, ("--region", "necklace"), "the region is empty"),
     "kept": (None, ("--region", "hair", "--keep", "hair"), "the region is empty"),

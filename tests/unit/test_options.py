@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tyro
 
-from builders import tiny_pipeline
+from builders import run, tiny_pipeline
 from likeness.cli import COMMANDS, execute, main
 
 VALUES = ("", "²", "-1", "nan", "1e999", "1000000000", "9" * 5000, "\udcff", "a\x1b[31m\nb")
@@ -74,6 +74,20 @@ def test_help_has_no_empty_defaults(command, capsys):
     assert not [text for text in ("None", "(default: )", "(default: '')") if text in shown]
     assert command or "--version" in shown
     assert command not in ("evaluate", "compare", "verify") or shown.count("(required)") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "--quantize", "int8", "--model", "mmface-mini"), "leave --quantize out"),
+        (("convert", "mmface-release", "absent", "out"), "absent does not exist"),
+    ],
+)
+def test_messages(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)

@@ -15,7 +15,7 @@ from likeness.cli.output import exit_on_sigterm, image_names
 from likeness.cli.portraits import ModelOptions, adapt_threads, load_pipeline
 from likeness.cli.terminal import PathArgument, listed, print_notes, progress_bar
 from likeness.runtime import optional_packages_hidden
-from likeness.types import PortraitRequest
+from likeness.types import InputError, PortraitRequest
 from likeness.weights.catalog import bundled_models
 
 if TYPE_CHECKING:
@@ -58,15 +58,22 @@ class Edit(ModelOptions):
     """What the region should not show."""
     seed: int | None = None
     """Seed. Default: random."""
+    metadata: bool = True
+    """Write the recipe and the mark of generated media into the file."""
 
     def __call__(self) -> None:
         from likeness.annotators.face_parser import load_face_parser
         from likeness.annotators.landmarks import open_face_finder
         from likeness.files import write_whole
+        from likeness.pipelines.image_recipe import encode_image
         from likeness.prepare.edit import Change, edit_photo, lossless_format, open_photo, read_labels
         from likeness.weights.hashes import pipeline_hash
 
         kind = lossless_format(self.out)
+        given = self.mask_edit or self.mask or listed(self.region) or self.region_mask or self.strength is not None
+        if not given:
+            options = "--mask-edit, --mask, --region, --region-mask or --strength"
+            raise InputError(f"there is nothing to edit: pass {options}")
 
         def read(file: str | Path) -> np.ndarray:
             check([Path(file)])
@@ -113,7 +120,8 @@ class Edit(ModelOptions):
                 on_step=stack.enter_context(progress_bar("Generating")),
             )
         print_notes(edited.notes)
-        write_whole(self.out, edited.content)
+        content = edited.content if self.metadata else encode_image(edited.image, kind, None)
+        write_whole(self.out, content)
         counts = edited.certificate
         share = counts["region_pixels"] / counts["photo_pixels"]
         print(f"{self.out}  seed {seed}  region {share:.1%}, pixels changed outside it: {counts['changed_outside']}")

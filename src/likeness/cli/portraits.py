@@ -136,6 +136,8 @@ class Generate(RequestOptions):
             raise InputError(f"--count is {self.count}; it must be from 1 to {MAX_COUNT}")
         if self.via_mask and self.mask is not None:
             raise InputError("--via-mask generates a mask: leave --mask out")
+        if self.quantize and self.model in bundled_models():
+            raise InputError(f"--quantize is for FLUX.1, and {self.model} is not: leave --quantize out")
         files = self.files()
         names, overwrite = image_names(self.out, self.format, self.count, files.values())
         first = secrets.randbelow(2**31) if self.seed is None else self.seed

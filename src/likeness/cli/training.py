@@ -114,6 +114,8 @@ class ConvertMMFace:
     """Number of attention heads, if they are not 72 wide as in all releases."""
 
     def __call__(self) -> None:
+        if not self.path.exists():
+            raise InputError(f"{self.path} does not exist: pass a released checkpoint-<step> folder or its file")
         from likeness.convert.mmface_release import convert_release
 
         missing = convert_release(**vars(self))
