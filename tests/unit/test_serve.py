@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import io
 import json
 import os
@@ -276,7 +277,9 @@ WRONG = {
     "huge size": ({"prompt": "a", "size": "999999999x999999999"}, "size"),
     "previews without stream": ({"prompt": "a", "partial_images": 1}, None),
     "compression of PNG": ({"prompt": "a", "output_compression": 5}, None),
-    "unknown condition": ({"prompt": "a", "control_image": {"pose": "AA=="}}, "control_image.pose.[key]"),
+    "URL in a stream": ({"prompt": "a", "stream": True, "response_format": "url"}, None),
+    "long prompt in a JPEG": ({"prompt": "ä" * 12_000, "output_format": "jpeg"}, "output_format"),
+    "unknown condition": ({"prompt": "a", "control_image": {"pose": "AA=="}}, "control_image.pose"),
     "no base64": ({"prompt": "a", "control_image": {"mask": "***"}}, "control_image.mask"),
     "base64 of no image": ({"prompt": "a", "control_image": {"mask": b64(b"hello")}}, "control_image.mask"),
     "bomb": ({"prompt": "a", "control_image": {"mask": b64(png(40_000, 40_000))}}, "control_image.mask"),
@@ -315,12 +318,41 @@ def test_invalid_bodies(server, case):
     assert len(error["message"]) < 500
 
 
+MESSAGES = {
+    '{"prompt": "a", "n": 11}': "n is 11: it must be less than or equal to 10",
+    '{"prompt": "a", "conditioning_scale": {"mask": "x"}}': "conditioning_scale.mask is 'x': it must be a valid number",
+    '{"prompt": "a", "conditioning_scale": "x"}': "conditioning_scale is 'x': it must be a valid number",
+    "[]": "The body is not a JSON object: send one, with Content-Type: application/json",
+    b'{"prompt": "\xff"}': "The body is not JSON in UTF-8",
+}
+
+
+@pytest.mark.parametrize("body", MESSAGES)
+def test_messages_have_the_field_the_value_and_the_correction(server, body):
+    answer = post(server, data=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == MESSAGES[body]
+
+
+def test_a_body_without_its_type(server):
+    answer = post(server, data='{"prompt": "a"}')
+    assert answer.status_code == 400
+    assert "Content-Type: application/json" in answer.json()["error"]["message"]
+
+
+def test_base64_in_lines(server):
+    """That is how the program `base64` writes it."""
+    body = {"prompt": "a", "steps": 1, "control_image": {"mask": base64.encodebytes(MASK.read_bytes()).decode()}}
+    assert post(server, json=body).ok
+
+
 @pytest.mark.parametrize(
     ("method", "path", "options", "status"),
     [
         ("POST", "images/generations", {"data": b"x" * 3_000_001}, 413),
         ("POST", "images/generations", {"data": iter([b"x" * 1_000_000] * 4)}, 413),
         ("POST", "images/generations", {"json": {"prompt": "a"}, "headers": {"x-request-id": "../a"}}, 400),
+        ("POST", "images/generations", {"json": {"prompt": "a"}, "headers": {"Idempotency-Key": ""}}, 400),
         ("GET", "jobs/..%2F..%2Fetc%2Fpasswd", {}, 404),
         ("GET", "jobs/unknown", {}, 404),
         ("DELETE", "jobs/unknown", {}, 404),
@@ -332,6 +364,7 @@ def test_invalid_bodies(server, case):
         ("POST", "conditions/mask", {"files": {"photo": b"x"}}, 400),
         ("POST", "conditions/mask", {"files": {"image": b"x"}}, 400),
         ("POST", "conditions/mask", {"files": {"image": MASK.read_bytes()}, "data": {"size": "1e9"}}, 400),
+        ("POST", "conditions/mask", {"files": {"image": MASK.read_bytes()}, "data": {"size": "0"}}, 400),
         ("POST", "conditions/mask", {"files": {"image": encoded(Image.new("RGB", (64, 64), "teal"))}}, 400),
         ("POST", "conditions/keypoints", {"files": {"image": MASK.read_bytes()}}, 501),
         ("POST", "inspect", {"files": {"file": b"{"}}, 400),
@@ -358,6 +391,7 @@ def test_limits_and_keys(tmp_path):
         with pytest.raises(openai.RateLimitError) as error:
             server.client.images.generate(prompt="a", n=3)
         assert int(error.value.response.headers["retry-after"]) >= 1
+        assert "0 images are waiting, of at most 2" in str(error.value)
         one, two = ({"Authorization": f"Bearer {key}", "x-request-id": "mine"} for key in ("one", "two"))
         assert post(server, json={"prompt": "a"}, headers=one).headers["x-request-id"] == "mine"
         assert post(server, json={"prompt": "a"}, headers=one).status_code == 409
@@ -411,6 +445,20 @@ def test_web_pages_of_other_origins(tmp_path, origin):
         assert answer.status_code == (400 if origin == "https://one.example" else 403)
         answer = post(server, "recipes", files={"image": MASK.read_bytes()}, headers=headers | {"Origin": server.url})
         assert answer.status_code == 400
+        headers["Sec-Fetch-Site"] = "same-site"  # another port of this machine, for example
+        answer = post(server, "recipes", files={"image": MASK.read_bytes()}, headers=headers)
+        assert answer.status_code == (400 if origin == "https://one.example" else 403)
+
+
+def test_a_local_service_has_only_local_names(tmp_path):
+    """A web page cannot reach it by a host name of its own that leads to this machine (DNS rebinding)."""
+    with serving(tmp_path, local=True, cors=("https://one.example",)) as server:
+        for host, ok in {"evil.example:8000": False, "": False, "localhost:1": True, "[::1]:1": True}.items():
+            assert requests.get(f"{server.url}/v1/models", headers={"Host": host}, timeout=60).ok == ok
+        assert requests.get(f"{server.url}/v1/models", headers={"Host": "one.example"}, timeout=60).ok
+    with serving(tmp_path, local=True, keys=("one",)) as server:
+        headers = {"Host": "evil.example", "Authorization": "Bearer one"}
+        assert requests.get(f"{server.url}/v1/models", headers=headers, timeout=60).ok
 
 
 # Jobs
@@ -454,6 +502,87 @@ def test_cancel(server, path):
     assert not list(server.store.images.glob(f"{id}*"))
 
 
+def test_cancelling_deletes_the_images_that_are_complete(server):
+    headers, folder = {"x-request-id": "partly"}, server.store.images / "partly"
+    with ThreadPoolExecutor(1) as pool:  # the last images wait until the first are complete
+        sent = pool.submit(post, server, json={"prompt": "a", "steps": 60, "n": 10}, headers=headers)
+        wait_for(lambda: list(folder.glob("*.png")))
+        assert requests.delete(f"{server.url}/v1/jobs/partly", timeout=60).json()["state"] == "cancelled"
+        assert sent.result().status_code == 409
+    assert not folder.exists()
+
+
+def test_cancelling_during_acceptance(server, monkeypatch):
+    """A job that is not accepted yet is cancelled as soon as it is."""
+    accept, accepted = Service.request_of, threading.Event()
+    monkeypatch.setattr(Service, "request_of", lambda *given: accepted.wait(30) and accept(*given))
+    with ThreadPoolExecutor(2) as pool:
+        sent = pool.submit(post, server, json={"prompt": "a", "steps": 100}, headers={"x-request-id": "early"})
+        time.sleep(0.5)
+        deleted = pool.submit(requests.delete, f"{server.url}/v1/jobs/early", timeout=60)
+        time.sleep(0.5)
+        accepted.set()
+        assert deleted.result().json().get("state") == "cancelled"
+        assert sent.result().status_code == 409
+
+
+def test_a_poll_at_the_end_of_a_job(server, monkeypatch):
+    """A job that ends while its row is read is not reported as queued."""
+    find, thread = server.store.find, long_request(server, "polled")
+
+    def late(*given):
+        row = find(*given)
+        if row["state"] == "queued":
+            thread.join(60)
+        return row
+
+    monkeypatch.setattr(server.store, "find", late)
+    found = requests.get(f"{server.url}/v1/jobs/polled", timeout=60).json()
+    assert (found["state"], found["progress"]) == ("completed", 1)
+
+
+def test_a_job_that_another_replica_gave_up(server):
+    """It is interrupted for its client, too, and leaves no image."""
+    headers, url = {"x-request-id": "given-up"}, f"{server.url}/v1/jobs/given-up"
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(post, server, json={"prompt": "a", "steps": 100}, headers=headers)
+        wait_for(lambda: requests.get(url, timeout=60).json().get("progress", 0) > 0)
+        server.store._interrupt(JOBS.c.id == "given-up")
+        assert (sent.result().status_code, sent.result().json()["error"]["code"]) == (503, "interrupted")
+    assert requests.get(url, timeout=60).json()["state"] == "interrupted"
+    assert not (server.store.images / "given-up").exists()
+
+
+def test_a_full_disk(server, monkeypatch, caplog):
+    """It is the service's failure, which its log explains; the response has no path."""
+
+    def full(*given):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    failed = 'likeness_images_total{result="failed"}'
+    before = figure(server, failed)
+    monkeypatch.setattr("likeness.files.os.replace", full)
+    mask = {"mask": b64(MASK), "operation": "mirror"}
+    answers = [post(server, json={"prompt": "a", "steps": 1}), post(server, "masks/edit", json=mask)]
+    assert [answer.status_code for answer in answers] == [500, 500]
+    assert not [answer for answer in answers if str(server.folder) in answer.text]
+    assert figure(server, failed) == before + 1
+    assert caplog.text.count("Traceback") >= 2
+    assert "could not be stored" in caplog.text
+
+
+def test_an_upload_that_expires_while_it_is_read(server, monkeypatch):
+    monkeypatch.setattr(server.store, "find_upload", lambda id: server.folder / "gone.png")
+    answer = post(server, "masks/check", json={"mask": "file-0"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "file_not_found")
+
+
+def test_a_mask_model_that_cannot_be_used(tmp_path):
+    """It is not the client's fault."""
+    with serving(tmp_path, mask_model=str(tmp_path / "missing")) as server:
+        assert post(server, "masks/propose", json={"prompt": "a"}).status_code == 500
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_disconnected_clients_leave_no_job(server, stream):
     body = json.dumps({"prompt": "a", "steps": 100, "n": 2, "stream": stream}).encode()
@@ -488,6 +617,8 @@ def test_idempotency_key_keeps_the_form_of_the_response(server):
     first, again = (events_in(post(server, json=body, headers={"Idempotency-Key": "stream"}).text) for _ in range(2))
     assert [event for event in first if event["type"] == "image_generation.completed"] == again
     assert len(again) == 2
+    (event,) = events_in(post(server, json={"prompt": "smile " * 100, "steps": 1, "stream": True}).text)
+    assert "truncated" in event["notes"][0]
 
 
 def test_requests_with_one_idempotency_key_at_the_same_time(server):
@@ -664,7 +795,20 @@ def test_model_information(server):
     assert told["conditions"] == ["mask", "sketch", "keypoints"]
     assert told["batch_size"] == 1
     assert told["seconds_per_image"] > 0
+    assert {"mask_side", "mask_edit", "photo_pixels", "candidates"} <= set(told["limits"])
     assert requests.get(f"{server.url}/healthz", timeout=60).json() == {"status": "ok"}
+
+
+def test_openapi(server):
+    """Every body is described, and errors in the form in which they are sent."""
+    paths = requests.get(f"{server.url}/openapi.json", timeout=60).json()["paths"]
+    posted = {path: found["post"] for path, found in paths.items() if "post" in found}
+    assert [path for path, found in posted.items() if "requestBody" not in found] == []
+    form = posted["/v1/images/edits"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    assert {"image", "mask", "prompt", "region"} <= set(form["properties"])
+    assert form["required"] == ["image", "prompt"]
+    responses = [method["responses"] for found in paths.values() for method in found.values()]
+    assert [found for found in responses if "422" in found or "default" not in found] == []
 
 
 # The command
@@ -708,6 +852,7 @@ def test_command(tmp_path):
     try:
         url = process.stdout.readline().split()[-1]
         wait_for(lambda: ready(url), 120)
+        assert requests.get(f"{url}/healthz", headers={"Host": "evil.example"}, timeout=60).status_code == 403
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
         body = {"prompt": "a man", "candidates": 1}
         mask = requests.post(f"{url}/v1/masks/propose", json=body, timeout=60).json()
@@ -739,3 +884,15 @@ def test_data_of_another_version(tmp_path):
         database.execute("CREATE TABLE jobs (id TEXT PRIMARY KEY, state TEXT)")
     with pytest.raises(InputError, match="another version of likeness: choose another data folder"):
         Store(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"replica": "a" * 65}, "has 65 characters: give --replica one of at most 64"),
+        ({"url": "sqlite://"}, "is in memory: give a file"),
+    ],
+)
+def test_invalid_databases(tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        Store(tmp_path, **options)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import logging
+import re
 import socket
 import sys
 import threading
 import webbrowser
 from contextlib import nullcontext
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal
 
 from likeness.cli.output import exit_on_sigterm
 from likeness.types import DtypeName, InputError
-from likeness.weights.catalog import DEFAULT, MASK_MODEL
+from likeness.weights.catalog import DEFAULT, MASK_MODEL, find_model
 
 LARGEST = 10**9
 """Bound of all numeric options."""
+
+ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/?#@\sA-Z]+")
+"""Form of the values of --cors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +89,8 @@ class Serve:
 
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
         with locked(self.data) if self.database is None else nullcontext():
-            app = self.application(self.replica or f"{socket.gethostname()}:{port}")
+            replica = self.replica or f"{socket.gethostname()}:{port}"
+            app = self.application(replica, local=is_loopback(listener))
             from uvicorn import Config
 
             from likeness.serve.server import Server
@@ -106,19 +112,27 @@ class Serve:
         """Called before the service runs."""
 
     def check(self) -> None:
-        """Check the numbers. Raises `InputError`."""
+        """Check the numbers and origins. Raises `InputError`."""
         least = {"queue": 10, "keep": 1, "max_steps": 1, "max_side": 8, "max_body": 1, "shutdown_timeout": 0}
         for name, value in least.items():
             if not value <= getattr(self, name) < LARGEST:  # also NaN
                 option = f"--{name.replace('_', '-')}"
                 raise InputError(f"{option} is {getattr(self, name)}; it must be at least {value} and below {LARGEST}")
+        for origin in self.cors:
+            if not ORIGIN.fullmatch(origin):
+                text = "it must be *, or an origin as browsers send it: scheme://host or scheme://host:port"
+                raise InputError(f"--cors is {origin!r}; {text}, in lower case")
 
-    def application(self, replica: str) -> Any:
-        """Load the model and return the ASGI application. `replica` is the name of this replica in a shared database.
+    def application(self, replica: str, *, local: bool = False) -> Any:
+        """Load the model and return the ASGI application.
+
+        Args:
+            replica: name of this replica in a shared database.
+            local: whether the service listens on a loopback address.
 
         Raises:
-            InputError: the model, the data folder, the database or the keys cannot be read, the model's defaults exceed
-                a limit, or a package is missing.
+            InputError: the model, the mask model, the data folder, the database or the keys cannot be read, the model's
+                defaults exceed a limit, or a package is missing.
         """
         keys = read_keys(self.api_key_file)
         try:
@@ -142,7 +156,9 @@ class Serve:
                 )
             },
             studio=self.studio,
+            local=local,
         )
+        find_model(self.mask_model)
         store = Store(self.data, self.database, replica if self.database else "")
         pipeline = load_pipeline(self.model, self.dtype, self.device, self.base, self.quantize)
         adapt_threads(pipeline)
@@ -166,6 +182,11 @@ class Studio(Serve):
         print(f"The studio is at {address}", flush=True)
         if self.browser:
             threading.Timer(1, webbrowser.open, [address]).start()
+
+
+def is_loopback(listener: socket.socket) -> bool:
+    """Whether a socket accepts connections of this machine only."""
+    return ip_address(listener.getsockname()[0]).is_loopback
 
 
 def in_url(host: str) -> str:

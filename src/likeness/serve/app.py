@@ -10,8 +10,10 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -24,13 +26,24 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from likeness.conditions import CONDITIONS
+from likeness.conditions.images import MAX_PIXELS
 from likeness.pipelines.sizes import format_sizes, trained_sizes
 from likeness.serve.engine import Closed, Engine, Full, measure_batch, warm_up
-from likeness.serve.errors import FINAL, ApiError, handle, respond
+from likeness.serve.errors import FINAL, RESPONSES, ApiError, handle, respond
 from likeness.serve.job import Job, response_of
 from likeness.serve.jobs import SHARE, Jobs
-from likeness.serve.schema import MAX_PROMPT, ConditionName, Generation, MaskCheck, MaskEdit, PhotoEdit, Proposal
-from likeness.serve.service import Service
+from likeness.serve.schema import (
+    MAX_CANDIDATES,
+    MAX_EDIT,
+    MAX_PROMPT,
+    ConditionName,
+    Generation,
+    MaskCheck,
+    MaskEdit,
+    PhotoEdit,
+    Proposal,
+)
+from likeness.serve.service import LARGEST_EDIT, Service
 from likeness.serve.store import IDENTIFIER, LOST, UNFINISHED, Taken
 from likeness.serve.studio import add_studio, check_mask, mask_classes, read_image_recipe
 from likeness.types import InputError
@@ -79,6 +92,7 @@ class Frame:
     def __init__(self, app: ASGIApp, service: Service, metrics: Metrics) -> None:
         self.app, self.service, self.metrics = app, service, metrics
         self.keys = [hashlib.sha256(key.encode()).digest() for key in service.settings.keys]
+        self.local = service.settings.local and not self.keys and "*" not in service.settings.cors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -109,15 +123,19 @@ class Frame:
             if id and not IDENTIFIER.fullmatch(id):
                 scope["state"]["id"] = own
                 raise ApiError(400, "x-request-id must be 1 to 64 letters, digits, - and _", param="x-request-id")
+            host, origins = headers.get(b"host", ""), self.service.settings.cors
+            if self.local and not is_loopback(host) and host not in [origin.partition("://")[2] for origin in origins]:
+                message = f"The host {host[:80]!r} is not this machine: set API keys, or allow its origin with --cors"
+                raise ApiError(403, message, param="host", code="unknown_host")
             page = scope["path"] in ("/", "/studio") or scope["path"].startswith("/studio/")
             if self.keys and not (page and self.service.settings.studio) and scope["path"] not in OPEN:
                 scope["state"]["owner"] = self.owner(headers.get(b"authorization", ""))
             if (
                 scope["method"] not in READING
                 and is_foreign(headers)
-                and not ({headers.get(b"origin"), "*"} & set(self.service.settings.cors))
+                and not ({headers.get(b"origin"), "*"} & set(origins))
             ):
-                message = "Web pages of other sites may not send requests: allow them with the option --cors"
+                message = "Web pages of other origins may not send requests: allow them with the option --cors"
                 raise ApiError(403, message, code="cross_site")
             length = headers.get(b"content-length", "0")
             if not length.isdecimal() or int(length) > self.service.settings.max_bytes:
@@ -153,13 +171,22 @@ class Frame:
 
 
 def is_foreign(headers: Mapping[bytes, str]) -> bool:
-    """Whether a web page of another site sent a request. Browsers say so themselves to servers on this machine or with
-    TLS; to others they send the page's origin.
+    """Whether a web page of another origin sent a request. To servers on this machine or with TLS browsers say so
+    themselves, except that another port is the same site; to others they send the page's origin.
     """
-    if site := headers.get(b"sec-fetch-site"):
+    site, origin = headers.get(b"sec-fetch-site"), headers.get(b"origin")
+    if site in ("cross-site", "same-origin", "none"):
         return site == "cross-site"
-    origin = headers.get(b"origin")
     return origin is not None and origin.partition("://")[2] != headers.get(b"host")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a `Host` header names this machine."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 def create_app(service: Service) -> FastAPI:
@@ -175,6 +202,7 @@ def create_app(service: Service) -> FastAPI:
     metrics.running.set_function(lambda: len(engine.running))
     jobs = Jobs(engine, service, lambda kind: metrics.images.labels(kind).inc())
     state: dict[str, Any] = {"ready": False, "side": 0, "error": None}
+    accepting: dict[tuple[str, str], asyncio.Event] = {}  # id and owner of a request -> set when its job has started
 
     def prepare() -> None:
         """Generate a warm-up image, then start the engine with a measured batch size."""
@@ -208,7 +236,7 @@ def create_app(service: Service) -> FastAPI:
         sharing.cancel()
         await asyncio.to_thread(service.close)
 
-    app = FastAPI(title="likeness", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="likeness", lifespan=lifespan, docs_url=None, redoc_url=None, responses=RESPONSES)
     app.state.end_jobs = lambda: jobs.close(settings.shutdown)
     for kind in (HTTPException, RequestValidationError, InputError):
         app.add_exception_handler(kind, handle)
@@ -237,7 +265,7 @@ def create_app(service: Service) -> FastAPI:
 
         return await images(request, body, b"", asyncio.to_thread, accept)
 
-    @app.post("/v1/images/edits")
+    @app.post("/v1/images/edits", openapi_extra=form_body(("image", "mask"), PhotoEdit.model_json_schema()))
     async def edit_image(request: Request) -> Any:
         form = await read_form(
             request, files=("image", "mask"), fields=tuple(PhotoEdit.model_fields), size=settings.max_bytes
@@ -266,6 +294,9 @@ def create_app(service: Service) -> FastAPI:
         digest = hashlib.sha256(body.model_dump_json().encode() + files).hexdigest()
         key = request.headers.get("idempotency-key")
         if key is not None:
+            if not key.strip():
+                message = "The Idempotency-Key is empty: send a key of its own with each request, or none"
+                raise ApiError(400, message, param="Idempotency-Key", code="invalid_value")
             key = hashlib.sha256(f"{owner}\0{key}".encode()).hexdigest()
             if (known := await earlier(id, key, digest)) is not None:
                 return await result_of(request, body, *known)
@@ -275,10 +306,11 @@ def create_app(service: Service) -> FastAPI:
             raise full()
 
         def create() -> Job:
-            accepted = accept()
+            checked = accept()
             store.create(id, owner=owner, request=digest, key=key)
-            return Job(id=id, body=body, **accepted)
+            return Job(id=id, body=body, **checked)
 
+        accepted = accepting[id, owner] = asyncio.Event()
         try:
             job = await run(create)
             jobs.start(job)
@@ -290,6 +322,9 @@ def create_app(service: Service) -> FastAPI:
         except (Full, Closed) as error:
             await asyncio.to_thread(store.remove, id)
             raise full() from error
+        finally:
+            accepting.pop((id, owner), None)
+            accepted.set()
         if isinstance(body, Generation) and body.stream:
             return EventSourceResponse(
                 events_of(job, keep=key is not None),
@@ -410,10 +445,12 @@ def create_app(service: Service) -> FastAPI:
             raise ApiError(404, f"There is no job {id[:80]!r}", param="id", code="job_not_found")
         if row["state"] == "expired":
             raise expired(id)
+        if row["state"] in UNFINISHED and row["replica"] == store.replica and id not in jobs.live:  # ended meanwhile
+            row = await asyncio.to_thread(store.find, id, owner) or row
         return row
 
     async def description(request: Request, row: dict[str, Any]) -> dict[str, Any]:
-        job = jobs.live.get(row["id"])
+        job = jobs.live.get(row["id"]) if row["state"] in UNFINISHED else None
         told = {"id": row["id"], "object": "job", "state": row["state"], "created_at": int(row["created"])}
         if job is None:
             told["progress"] = row["progress"]
@@ -434,6 +471,8 @@ def create_app(service: Service) -> FastAPI:
 
     @app.delete("/v1/jobs/{id}")
     async def cancel_job(request: Request, id: str) -> dict[str, Any]:
+        if (accepted := accepting.get((id, request.state.owner))) is not None:
+            await accepted.wait()
         row = await found(id, request.state.owner)
         if (job := jobs.live.get(id)) is not None:
             jobs.cancel(job)
@@ -452,7 +491,7 @@ def create_app(service: Service) -> FastAPI:
 
     # Conditions and masks
 
-    @app.post("/v1/conditions/{name}")
+    @app.post("/v1/conditions/{name}", openapi_extra=form_body(("image",), text_fields("size", "align")))
     async def extract(request: Request, name: ConditionName) -> Any:
         form = await read_form(request, files=("image",), fields=("size", "align"))
         size, align = form.get("size"), form.get("align")
@@ -463,7 +502,7 @@ def create_app(service: Service) -> FastAPI:
         wanted = None if align is None else align == "true"
         return await beside(service.extract, name, form["image"], None if size is None else int(size), wanted)
 
-    @app.post("/v1/inspect")
+    @app.post("/v1/inspect", openapi_extra=form_body(("file",), text_fields("condition")))
     async def inspect(request: Request) -> Any:
         form = await read_form(request, files=("file",), fields=("condition",))
         condition = form.get("condition")
@@ -484,7 +523,7 @@ def create_app(service: Service) -> FastAPI:
     async def check(body: MaskCheck) -> Any:
         return await beside(lambda: check_mask(service.read_mask(body.mask, "mask"), body.prompt))
 
-    @app.post("/v1/recipes")
+    @app.post("/v1/recipes", openapi_extra=form_body(("image",), text_fields()))
     async def recipe(request: Request) -> Any:
         form = await read_form(request, files=("image",), fields=())
         return await beside(read_image_recipe, form["image"])
@@ -523,6 +562,10 @@ def create_app(service: Service) -> FastAPI:
                 "steps": settings.max_steps,
                 "side": settings.max_side,
                 "prompt": MAX_PROMPT,
+                "mask_edit": MAX_EDIT,
+                "mask_side": LARGEST_EDIT,
+                "photo_pixels": MAX_PIXELS,
+                "candidates": MAX_CANDIDATES,
                 "body_bytes": settings.max_bytes,
                 "queue": settings.queue,
                 "keep_seconds": settings.keep,
@@ -547,7 +590,8 @@ def create_app(service: Service) -> FastAPI:
         if not engine.open:
             return ApiError(503, "The service is shutting down", code="shutting_down", headers={"Retry-After": "5"})
         wait = {"Retry-After": str(engine.seconds_until_free())}
-        return ApiError(429, f"{settings.queue} images are waiting: try again later", code="queue_full", headers=wait)
+        message = f"{len(engine.waiting)} images are waiting, of at most {settings.queue}: try again later"
+        return ApiError(429, message, code="queue_full", headers=wait)
 
     if settings.studio:
         add_studio(app)
@@ -561,7 +605,9 @@ def event_of(
     """Return an event of a stream, `completed` or `partial_image`: an image in base64, of the job of a response."""
     type = f"image_generation.{kind}"
     shared = {name: response[name] for name in ("size", "quality", "background", "output_format", "id")}
-    own = {"seed": response["seeds"][index]} if number is None else {"partial_image_index": number}
+    own = {"partial_image_index": number}
+    if number is None:
+        own = {"seed": response["seeds"][index], "notes": response["notes"]}
     data = {"type": type, "created_at": response["created"], **shared, "b64_json": content, "image_index": index, **own}
     return JSONServerSentEvent(data, event=type)
 
@@ -570,6 +616,18 @@ async def disconnected(request: Request) -> None:
     """Return when the client has closed the connection. The body must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def form_body(files: tuple[str, ...], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe a form that `read_form` reads, for OpenAPI. `fields`: JSON schema of the text fields."""
+    properties = {**{name: {"type": "string", "format": "binary"} for name in files}, **fields["properties"]}
+    schema = {**fields, "properties": properties, "required": [files[0], *fields.get("required", [])]}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+
+
+def text_fields(*names: str) -> dict[str, Any]:
+    """Return the JSON schema of optional text fields."""
+    return {"type": "object", "additionalProperties": False, "properties": {name: {"type": "string"} for name in names}}
 
 
 async def read_form(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+import reprlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -17,6 +19,37 @@ TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 FINAL = {"x-should-retry": "false"}
 """Headers of errors that OpenAI's clients would otherwise answer by sending the request again."""
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    "default": {
+        "description": "An error",
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "error": {
+                            "type": "object",
+                            "properties": {
+                                "message": {"type": "string"},
+                                "type": {"type": "string"},
+                                "param": {"type": ["string", "null"]},
+                                "code": {"type": ["string", "null"]},
+                            },
+                        }
+                    },
+                }
+            }
+        },
+    }
+}
+"""Error responses in OpenAPI."""
+
+UNREADABLE = "There was an error parsing the body"
+"""FastAPI's message on JSON that is no UTF-8, or too deep."""
+
+NUMBER = "constrained-float"
+"""pydantic's name of the first member of a union of a number and numbers by name."""
 
 LONGEST = 400
 """Characters of a message."""
@@ -55,8 +88,9 @@ def respond(error: ApiError) -> JSONResponse:
 
 def of_validation(error: RequestValidationError) -> ApiError:
     """Return the first error of a body that breaks the schema."""
-    found: Mapping[str, Any] = error.errors()[0]
-    names = [str(part) for part in found["loc"][1:] if part not in ("float", "dict[str,float]")]
+    errors: Sequence[Mapping[str, Any]] = error.errors()
+    found = next(each for each in errors if each["loc"][-1] != NUMBER or not isinstance(each["input"], dict))
+    names = [str(part) for part in found["loc"][1:] if part not in (NUMBER, "[key]") and "dict[" not in str(part)]
     param = ".".join(names) or None
     match found["type"]:
         case "json_invalid":
@@ -65,9 +99,13 @@ def of_validation(error: RequestValidationError) -> ApiError:
             message = f"Unknown field {param!r}: leave it out, or check its name"
         case "missing":
             message = f"{param or 'The body'} is required"
+        case "model_attributes_type":
+            message = "The body is not a JSON object: send one, with Content-Type: application/json"
+        case "value_error":
+            message = str(found["msg"]).removeprefix("Value error, ")
         case _:
-            text = str(found["msg"]).removeprefix("Value error, ")
-            message = f"{param}: {text}" if param else text
+            text = re.sub("^(Input|String) should", "it must", found["msg"])
+            message = f"{param} is {reprlib.repr(found['input'])}: {text}"
     return ApiError(400, message, param=param, code=found["type"])
 
 
@@ -80,4 +118,5 @@ async def handle(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, ApiError):
         return respond(error)
     assert isinstance(error, HTTPException)  # of the framework: unknown path or method, malformed form
-    return respond(ApiError(error.status_code, error.detail, headers=error.headers))
+    message = "The body is not JSON in UTF-8" if error.detail == UNREADABLE else error.detail
+    return respond(ApiError(error.status_code, message, headers=error.headers))

@@ -98,7 +98,6 @@ class Jobs:
             _, content = await self.in_pool(self.service.save, job, index, event.image, True)
             job.events.put_nowait({"kind": "partial_image", "b64_json": content, "index": index, "number": event.index})
             return
-        self.counted(event.kind)
         if event.kind == "image":
             assert event.image is not None
             job.notes += [note for note in event.notes if note not in job.notes]
@@ -106,10 +105,11 @@ class Jobs:
                 content = await self.in_pool(self._keep, job, index, event.image)
                 job.events.put_nowait({"kind": "completed", "b64_json": content, "index": index})
             except Exception as error:  # such as a full disk
+                log.exception("Image %d of the job %s could not be stored", index, job.id)
                 event = Event("failed", error=error)
+        self.counted(event.kind)
         if event.kind == "failed" and job.error is None:
-            text = str(event.error) if isinstance(event.error, InputError) else "The image could not be generated"
-            job.error = ApiError(400 if isinstance(event.error, InputError) else 500, text, code="generation_failed")
+            job.error = failure(event.error)
             self.engine.cancel(job.tasks)
         job.open -= 1
         if not job.open:
@@ -120,7 +120,9 @@ class Jobs:
         job.files[index], job.contents[index] = self.service.save(job, index, image, False)
         if len(job.files) == len(job.tasks):
             files = [job.files[index] for index in sorted(job.files)]
-            self.store.finish(job.id, "completed", response=response_of(job), files=files)
+            if not self.store.finish(job.id, "completed", response=response_of(job), files=files):
+                message = "Another replica gave the job up, because this one was silent: send the request again"
+                raise ApiError(503, message, code="interrupted")
         return job.contents[index]
 
     async def _end(self, job: Job) -> None:
@@ -142,6 +144,7 @@ class Jobs:
                 await self.in_pool(lambda: self.store.finish(job.id, state, error=error))
             job.state = state
         except Exception:  # the database is gone: never report what is not stored
+            log.exception("The end of the job %s could not be stored", job.id)
             job.state, job.error = "failed", ApiError(500, "The job could not be stored", code="internal_error")
         del self.live[job.id]
         job.tasks.clear()
@@ -157,3 +160,12 @@ class Jobs:
         await asyncio.to_thread(self.engine.close)
         while self.live:
             await asyncio.sleep(0.01)  # their last events are being stored
+
+
+def failure(error: Exception | None) -> ApiError:
+    """Return the response to a request of which an image failed."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, InputError):
+        return ApiError(400, str(error), code="generation_failed")
+    return ApiError(500, "The image could not be generated: the log has the reason", code="generation_failed")

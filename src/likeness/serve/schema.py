@@ -16,6 +16,9 @@ MAX_PROMPT = 32_000
 MAX_EDIT = 2000
 """Characters of commands that edit a mask: each takes time."""
 
+MAX_CANDIDATES = 16
+"""Masks that are generated for a proposal."""
+
 Prompt = Annotated[str, Field(max_length=MAX_PROMPT)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 ConditionName = Literal["mask", "sketch", "keypoints"]
@@ -67,6 +70,8 @@ class Generation(Images):
         """Check fields that depend on others."""
         if self.partial_images and not self.stream:
             raise ValueError("partial_images requires stream")
+        if self.stream and self.response_format == "url":
+            raise ValueError("stream sends images as b64_json: leave response_format out, or stream")
         if self.output_compression is not None and self.output_format == "png":
             raise ValueError("output_compression requires output_format jpeg or webp")
         for name in ("conditioning_scale", "control_guidance_start", "control_guidance_end"):
@@ -106,7 +111,7 @@ class Proposal(Body):
 
     prompt: Prompt
     seed: Seed | None = Field(None, description="Default: random.")
-    candidates: int = Field(4, ge=1, le=16, description="Masks to generate; the best is returned.")
+    candidates: int = Field(4, ge=1, le=MAX_CANDIDATES, description="Masks to generate; the best is returned.")
 
 
 class MaskCheck(Body):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import io
 import json
@@ -14,7 +15,6 @@ import secrets
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,6 @@ from likeness.conditions.images import MAX_PIXELS, load_array, open_image, png_b
 from likeness.conditions.mask import edits, mask_image
 from likeness.conditions.mask.commands import OPERATIONS
 from likeness.conditions.mask.geometry import shows_face
-from likeness.files import write_whole
 from likeness.pipelines.generate import resolve
 from likeness.pipelines.image_recipe import encode_image, environment, recipe_of
 from likeness.pipelines.load import load
@@ -45,7 +44,7 @@ from likeness.serve.engine import CACHE
 from likeness.serve.errors import ApiError, invalid
 from likeness.serve.job import Job
 from likeness.serve.schema import Generation, Images, MaskEdit, PhotoEdit, Proposal
-from likeness.serve.store import Store
+from likeness.serve.store import Store, write
 from likeness.types import ConditionInput, InputError, PortraitRequest
 from likeness.weights.hashes import pipeline_hash
 
@@ -80,6 +79,8 @@ class Settings:
     deterministic: bool = False
     """Generate every image by itself on an accelerator, too."""
     mask_model: str = "mask-mini"
+    local: bool = False
+    """Without keys, accept only requests to an address of this machine."""
     studio: bool = False
     """Whether to serve the page on which masks are painted."""
     landmarker: Path | None = None
@@ -103,7 +104,7 @@ class Service:
         self.source = getattr(pipeline, "source", {"model": settings.model})  # as `likeness.load` records it
         self.fingerprint = pipeline_hash(pipeline) if settings.metadata else ""
         self.environment = environment(pipeline)
-        self.stack = ExitStack()
+        self.stack = contextlib.ExitStack()
         self.find = None
         if settings.landmarker is not None:
             self.find = self.stack.enter_context(open_face_finder(settings.landmarker))
@@ -155,9 +156,20 @@ class Service:
             raise invalid(InputError(message), f"control_image.{unknown[0]}")
         request = replace(request, conditions=conditions, width=width, height=height, upscale=body.upscale)
         try:
-            return resolve(request, self.pipeline), notes
+            request = resolve(request, self.pipeline)
         except InputError as error:
             raise invalid(error, "size") from error
+        if body.output_format == "jpeg" and self.settings.metadata:
+            try:
+                encode_image(Image.new("RGB", (1, 1)), "JPEG", self.recipe(request))
+            except InputError as error:
+                message = "The prompts are too long for the recipe in a JPEG: shorten them, or use output_format png"
+                raise invalid(InputError(message), "output_format") from error
+        return request, notes
+
+    def recipe(self, request: PortraitRequest) -> dict[str, Any]:
+        """Return the recipe of the image of a resolved request."""
+        return recipe_of(request, self.pipeline, **self.source, fingerprint=self.fingerprint, known=self.environment)
 
     def common_request(self, body: Images) -> PortraitRequest:
         """Return the request of the fields that generations and edits share. Raises `ApiError`."""
@@ -244,13 +256,14 @@ class Service:
             ApiError: it is none of these.
         """
         if text.startswith("file-"):
-            file = self.store.find_upload(text)
-            if file is None:
-                raise ApiError(404, f"{param}: there is no file {text[:80]!r}", param=param, code="file_not_found")
-            return file.read_bytes()
+            with contextlib.suppress(FileNotFoundError):  # it may expire meanwhile
+                if file := self.store.find_upload(text):
+                    return file.read_bytes()
+            raise ApiError(404, f"{param}: there is no file {text[:80]!r}", param=param, code="file_not_found")
         head, comma, tail = text.partition(",")
+        encoded = "".join((tail if comma and head.startswith("data:") else text).split())
         try:
-            return base64.b64decode(tail if comma and head.startswith("data:") else text, validate=True)
+            return base64.b64decode(encoded, validate=True)
         except (binascii.Error, ValueError) as error:
             message = f"{param} is not base64, a data URL or the id of an uploaded file"
             raise ApiError(400, message, param=param, code="invalid_base64") from error
@@ -280,8 +293,7 @@ class Service:
         body, recipe = job.body, None
         kind = body.output_format.upper()
         if self.settings.metadata and not preview:
-            own = replace(job.request, seed=job.seed(index))
-            recipe = recipe_of(own, self.pipeline, **self.source, fingerprint=self.fingerprint, known=self.environment)
+            recipe = self.recipe(replace(job.request, seed=job.seed(index)))
         if job.edit is not None:
             edited = composed(*job.edit, image, recipe, kind=kind, **how_of(body))
             job.certificates[index], content = edited.certificate, edited.content
@@ -289,7 +301,7 @@ class Service:
             content = encode_image(image, kind, recipe, quality=body.output_compression)
         name = f"{job.id}/{index}.{body.output_format}"
         if not preview:
-            write_whole(self.store.images / name, content)
+            write(self.store.images / name, content)
         return name, base64.b64encode(content).decode()
 
     # Conditions and masks
@@ -304,7 +316,8 @@ class Service:
         """Extract a condition from a photograph, aligned as the images that models are trained on."""
         if align and self.find is None:
             raise ApiError(501, "Alignment requires the option --landmarker of the service", param="align")
-        size = size or self.pipeline.config.defaults["size"]
+        if size is None:
+            size = self.pipeline.config.defaults["size"]
         if not 32 <= size <= self.settings.max_side:
             raise invalid(InputError(f"size is {size}; it must be from 32 to {self.settings.max_side}"), "size")
         annotate = self.annotators.get(condition)
@@ -369,7 +382,10 @@ class Service:
     def propose(self, body: Proposal) -> dict[str, Any]:
         """Generate a mask for a sentence."""
         seed = secrets.randbelow(2**31) if body.seed is None else body.seed
-        found = propose_mask(self.mask_pipeline, body.prompt, seed, candidates=body.candidates)
+        try:
+            found = propose_mask(self.mask_pipeline, body.prompt, seed, candidates=body.candidates)
+        except InputError as error:  # the schema has checked the request
+            raise RuntimeError(f"--mask-model {self.settings.mask_model} cannot be used") from error
         return {**self.uploaded("mask", found.labels), "seed": seed, "broken": list(found.broken)}
 
     def edit(self, body: MaskEdit) -> dict[str, Any]:

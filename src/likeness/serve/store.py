@@ -84,13 +84,16 @@ class Store:
     Args:
         folder: the data folder; created if missing.
         url: SQLAlchemy URL of the database. Default: SQLite in the folder.
-        replica: name of this replica, if several share a database and a folder.
+        replica: name of this replica, at most 64 characters, if several share a database and a folder.
 
     Raises:
-        InputError: the folder or the database cannot be used.
+        InputError: the folder or the database cannot be used, or the name is too long.
     """
 
     def __init__(self, folder: Path, url: str | None = None, replica: str = "") -> None:
+        if len(replica) > 64:
+            text = f"The name of the replica, {replica}, has {len(replica)} characters"
+            raise InputError(f"{text}: give --replica one of at most 64")
         self.images, self.uploads = folder / "images", folder / "uploads"
         try:
             self.images.mkdir(parents=True, exist_ok=True)
@@ -160,13 +163,15 @@ class Store:
             row = connection.execute(select(JOBS).where(condition)).mappings().first()
         return None if row is None else dict(row)
 
-    def finish(self, id: str, state: str, **values: Any) -> None:
-        """Record the final state of a job; a job that is finished already stays as it is."""
-        self._update((JOBS.c.id == id) & JOBS.c.state.in_(UNFINISHED), state=state, finished=time.time(), **values)
+    def finish(self, id: str, state: str, **values: Any) -> bool:
+        """Record the final state of a job; returns False if it is finished already, and stays as it is."""
+        unfinished = (JOBS.c.id == id) & JOBS.c.state.in_(UNFINISHED)
+        return self._update(unfinished, state=state, finished=time.time(), **values) > 0
 
-    def _update(self, condition: Any, **values: Any) -> None:
+    def _update(self, condition: Any, **values: Any) -> int:
+        """Change jobs; returns their number."""
         with self.database.begin() as connection:
-            connection.execute(update(JOBS).where(condition).values(**values))
+            return connection.execute(update(JOBS).where(condition).values(**values)).rowcount
 
     def expire(self, keep: float) -> int:
         """Delete the files of jobs that finished more than `keep` seconds ago, and old uploads; returns their number.
@@ -197,7 +202,7 @@ class Store:
     def add_upload(self, content: bytes, suffix: str) -> str:
         """Store a condition file; returns its id."""
         id = f"file-{secrets.token_hex(16)}"
-        write_whole(self.uploads / f"{id}{suffix}", content)
+        write(self.uploads / f"{id}{suffix}", content)
         return id
 
     def find_upload(self, id: str) -> Path | None:
@@ -208,6 +213,14 @@ class Store:
     def close(self) -> None:
         """Close the connections."""
         self.database.dispose()
+
+
+def write(file: Path, content: bytes) -> None:
+    """Write a file atomically. Raises `OSError`, since a full disk is no fault of the request."""
+    try:
+        write_whole(file, content)
+    except InputError as error:
+        raise OSError(str(error)) from error
 
 
 def create_table(database: Engine) -> None:
@@ -225,9 +238,13 @@ def create_table(database: Engine) -> None:
 
 
 def connect(url: str) -> Engine:
-    """Open a database. SQLite writes a log ahead, so that readers and the writer do not wait for each other."""
+    """Open a database. SQLite writes a log ahead, so that readers and the writer do not wait for each other. Raises
+    `InputError` for one in memory, which every thread would have for itself.
+    """
     database = create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
     if database.dialect.name == "sqlite":
+        if database.url.database in (None, "", ":memory:"):
+            raise InputError(f"The database {url} is in memory: give a file, sqlite:///FILE")
 
         @event.listens_for(database, "connect")
         def configure(connection: Any, record: Any) -> None:
