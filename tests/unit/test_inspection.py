@@ -75,7 +75,7 @@ def test_problems():
         "not square": inspect(PALETTE[FACE[:, 8:120]]).problems,
         "not multiples of 8": inspect(PALETTE[FACE[:121, :121]]).problems,
         "sides look swapped": inspect(swap_classes(FACE, FLIP_PAIRS)).problems,
-        "blended colours": inspect(np.asarray(Image.fromarray(PALETTE[FACE]).resize((256, 256), 1))).problems,
+        "blended colors": inspect(np.asarray(Image.fromarray(PALETTE[FACE]).resize((256, 256), 1))).problems,
         "inverted": inspect(255 - drawn_sketch()).problems,
     }
     for sentence, problems in cases.items():

@@ -190,7 +190,7 @@ def test_rejected_sources(tmp_path):
     two_colours = np.array([[9, 120, 33], [240, 10, 90]], np.uint8)[(FACE > 0).astype(int)]
     cases = {
         "photograph, not a mask": ("off-palette", noise),
-        "grey values from": ("off-palette", FACE * 10),
+        "gray values from": ("off-palette", FACE * 10),
         "match no known mask palette": ("off-palette", two_colours),
         "no face": ("blank", np.zeros((64, 64), np.uint8)),
         "mostly white": ("off-palette", np.full((64, 64), 255, np.uint8)),

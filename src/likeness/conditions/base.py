@@ -28,7 +28,7 @@ class Reading:
     """labels: uint8 [H, W], class index; lines: uint8 [H, W], 0 (stroke) to 255 (paper); points: float32 [P, 2],
     (x, y) as fractions of the image size."""
     scheme: str
-    """The recognized format, for example "palette PNG, CelebAMask-HQ colours"."""
+    """The recognized format, for example "palette PNG, CelebAMask-HQ colors"."""
     notes: tuple[Note, ...] = ()
     """What the reader repaired and what looks wrong."""
     size: tuple[float, float] | None = None

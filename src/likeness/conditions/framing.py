@@ -56,10 +56,10 @@ class Framing(NamedTuple):
 
 
 def anchors_of(points: np.ndarray) -> Anchors:
-    """Compute eyes and mouth of landmarks [68 or 478, 2]. Raises `InputError` for another number of points."""
+    """Compute eyes and mouth of landmarks [68, 468 or 478, 2]. Raises `InputError` for another number of points."""
     count = len(points)
     if count not in MOUTH_CORNERS:
-        raise InputError(f"{count} landmarks are not supported: use the 68 of iBUG or the 478 of MediaPipe")
+        raise InputError(f"{count} landmarks are not supported: use the 68 of iBUG, or the 468 or 478 of MediaPipe")
     points = np.asarray(points, dtype=np.float64)
     parts = part_points("l_eye", count), part_points("r_eye", count), MOUTH_CORNERS[count]
     return Anchors(*(points[part].mean(axis=0) for part in parts))
@@ -67,7 +67,8 @@ def anchors_of(points: np.ndarray) -> Anchors:
 
 def portrait_transform(points: np.ndarray, size: int) -> np.ndarray:
     """Compute the similarity transform, float64 [2, 3], from a photo to the framing of CelebA-HQ and FFHQ, for
-    landmarks [68 or 478, 2] in its pixels and a portrait of `size` pixels. Raises `InputError` if all are on one spot.
+    landmarks [68, 468 or 478, 2] in its pixels and a portrait of `size` pixels. Raises `InputError` if all are on one
+    spot.
     """
     left_eye, right_eye, mouth = anchors_of(points)
     middle = (left_eye + right_eye) / 2
@@ -109,7 +110,7 @@ def beyond(transform: np.ndarray, size: int, width: int, height: int) -> np.ndar
 
 
 def framing_of(points: np.ndarray, width: int, height: int, size: int) -> Framing:
-    """Measure landmarks [68 or 478, 2] in pixels of a `width` x `height` photo, for a portrait of `size` pixels."""
+    """Measure landmarks [68, 468 or 478, 2] in pixels of a `width` x `height` photo, for portraits of `size` pixels."""
     transform = portrait_transform(points, size)
     nose, right, left = move(points[NOSE_AND_SIDES[len(points)]], transform)
     # At yaw a, the half width is reduced to cos a, and the nose moves from the middle by its protrusion times sin a.
@@ -135,7 +136,7 @@ def framing_faults(framing: Framing) -> list[Note]:
 
 def misplacement(points: np.ndarray) -> dict[str, float]:
     """Compute the distance of each part of `TRAINED` from its place in the training data, as a fraction of the side,
-    for landmarks [68 or 478, 2] as fractions of a square portrait.
+    for landmarks [68, 468 or 478, 2] as fractions of a square portrait.
     """
     found = anchors_of(points)
     return {part: float(np.hypot(*(own - place))) for own, (part, place) in zip(found, TRAINED.items(), strict=True)}

@@ -192,7 +192,7 @@ def _formats(name: str) -> tuple[str, ...]:
 
 
 def check_pixels(width: int, height: int, name: str, max_pixels: int) -> None:
-    """Raise `InputError` if an image or array has more than `most` pixels."""
+    """Raise `InputError` if an image or array has more than `max_pixels` pixels."""
     if width * height > max_pixels:
         raise unreadable(_too_large(f"{name} is {width}x{height}, which", max_pixels))
 

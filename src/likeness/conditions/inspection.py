@@ -172,8 +172,8 @@ def format_report(report: Report) -> str:
     size = f", {report.size[0]}x{report.size[1]}" if report.size else ""
     lines = [f"{report.condition}: {report.scheme}{size}"]
     if report.classes:
-        lines += ["", f"{'class':<12}{'pixels':>9}{'share':>9}"]
-        lines += [f"{name:<12}{pixels:>9}{100 * fraction:>7.2f} %" for name, pixels, fraction in report.classes]
+        lines += ["", f"{'class':<12}{'pixels':>9}{'fraction':>10}"]
+        lines += [f"{name:<12}{pixels:>9}{100 * fraction:>8.2f} %" for name, pixels, fraction in report.classes]
     count = len(report.problems)
     lines += ["", f"{count} problem{'s' * (count != 1)}" if count else "no problems"]
     return "\n".join([*lines, *(f"  - {problem.text}" for problem in report.problems)])

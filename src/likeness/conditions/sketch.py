@@ -125,7 +125,7 @@ def _reject_mask(rgb: np.ndarray, name: str) -> None:
     for rows, distance in nearest_colours(rgb, UNION, UNION[:, ::-1]):
         exact = (distance == 0) & (np.ptp(rgb, axis=2) > 0)
         if exact.mean() > 0.1 and len(np.unique(rows[exact])) >= 2:
-            raise no_sketch(f"{name} looks like a mask (flat class colours): pass it as --mask")
+            raise no_sketch(f"{name} looks like a mask (flat class colors): pass it as --mask")
 
 
 def _clean(grey: np.ndarray, colourfulness: np.ndarray, name: str) -> tuple[np.ndarray, bool]:
@@ -138,7 +138,7 @@ def _clean(grey: np.ndarray, colourfulness: np.ndarray, name: str) -> tuple[np.n
 
     if np.median(grey) >= PAPER and (grey >= PAPER).mean() > 0.5 and np.percentile(grey, 0.5) <= 110:
         if np.mean(colourfulness[grey < 200] > 96) > 0.5 and (grey < 200).mean() > 0.3:
-            raise no_sketch(f"{name} is a colour image, not a sketch: {extraction(name)}")
+            raise no_sketch(f"{name} is a color image, not a sketch: {extraction(name)}")
         return np.ascontiguousarray(grey), False
     window = max(9, min(grey.shape) // 12)
     # The envelope is smooth and a large closing is slow: close a reduced copy.

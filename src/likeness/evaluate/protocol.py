@@ -27,7 +27,8 @@ DEFAULT_METRICS = (
     "ssim", "ms_ssim", "fd_text_image", "kid_text_image", "precision_text_image", "recall_text_image", "diversity",
     "diversity_of_seeds", "nearest_training",
 )  # fmt: skip
-"""The metrics that do not need a download."""
+"""The metrics that are measured by default. `ssim` and `ms_ssim` require torchmetrics, `keypoint_error` MediaPipe and
+its model."""
 
 
 @dataclass(frozen=True, kw_only=True)

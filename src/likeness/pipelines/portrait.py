@@ -72,7 +72,7 @@ class EncodedCondition(NamedTuple):
 class PortraitPipeline(DiffusionPipeline, Loras):
     """The base of `MMFacePipeline` and `MDiTFacePipeline`: components `transformer`, `vae`, `text_encoder`,
     `tokenizer` and `scheduler`; settings `objective`, `latent_mean`, `latent_std`, `max_text_tokens`,
-    `condition_resize` and `defaults`.
+    `text_layer`, `condition_resize`, `sizes` and `defaults`.
     """
 
     _callback_tensor_inputs: ClassVar = ["latents"]

@@ -47,7 +47,7 @@ MAX_SIDE = 2048
 MAX_IGNORED = 0.25
 """Largest fraction of ignored pixels."""
 
-HOW = "save it as an index PNG (0 to 18, CelebAMask-HQ order) or in the CelebAMask-HQ colours"
+HOW = "save it as an index PNG (0 to 18, CelebAMask-HQ order) or in the CelebAMask-HQ colors"
 
 
 def _class_of_rows(palette: np.ndarray) -> np.ndarray:
@@ -154,7 +154,7 @@ def _read_array(array: np.ndarray, name: str) -> Reading:
     if array.shape[2] not in (3, 4):
         raise off_palette(f"{name} has shape {list(array.shape)}: a mask has 1, 3, 4 or {count} channels")
     if array.min() < 0 or array.max() > 255:
-        raise off_palette(f"{name} has colours from {array.min()} to {array.max()}: the range is 0 to 255")
+        raise off_palette(f"{name} has colors from {array.min()} to {array.max()}: the range is 0 to 255")
     rgb, mode, notes = array[..., :3].astype(np.uint8), "RGB", ()
     if array.shape[2] == 4:
         mode, alpha = "RGBA", array[..., 3]
@@ -208,7 +208,7 @@ def _read_numbers(values: np.ndarray, scheme: str, name: str, *, coloured: bool 
         return dataclasses.replace(reading, notes=(Note("ignored-pixels", text), *reading.notes))
     low, high = int(values.min()), int(values.max())
     if low < 0 or high >= len(CLASSES):
-        raise off_palette(f"{name} has grey values from {low} to {high}, but a mask has class numbers 0 to 18: {HOW}")
+        raise off_palette(f"{name} has gray values from {low} to {high}, but a mask has class numbers 0 to 18: {HOW}")
     labels = values.astype(np.uint8)
     if not labels.any():
         return _finish(labels, scheme, (), name)
@@ -248,7 +248,7 @@ def _read_palette(indices: np.ndarray, colours: np.ndarray, name: str) -> Readin
     used = np.unique(indices)
     for palette_name, palette in PALETTES.items():
         if 0 < used[-1] < len(CLASSES) and np.array_equal(colours[used], palette[used]):
-            return _read_numbers(indices, f"palette PNG, {palette_name} colours", name, coloured=True)
+            return _read_numbers(indices, f"palette PNG, {palette_name} colors", name, coloured=True)
     if len(used) > 1 and (colours[used][:, None] == UNION).all(axis=2).any(axis=1).all():
         return _read_colours(colours[indices], "palette PNG", name)
     if used[-1] < len(CLASSES):
@@ -280,7 +280,7 @@ def _choose_palette(rows: np.ndarray) -> tuple[str, np.ndarray, tuple[Note, ...]
     labels = labels.astype(np.uint8)
     wrong = swapped_pairs(measure(labels))
     texts = (
-        f"the {name} colours put {CLASSES[a]} on the person's right: {CLASSES[a]} and {CLASSES[b]} were swapped"
+        f"the {name} colors put {CLASSES[a]} on the person's right: {CLASSES[a]} and {CLASSES[b]} were swapped"
         for a, b in wrong
     )
     return name, swap_classes(labels, wrong), tuple(Note("swapped-sides", text) for text in texts)
@@ -306,12 +306,12 @@ def _read_colours(rgb: np.ndarray, mode: str, name: str) -> Reading:
                 continue
             changed = 100 * float(((near == UNKNOWN) | (near != rows)).mean())
             text = (
-                f"{changed:.1f} % of the pixels have blended colours (smooth resize or JPEG) and took the class of a "
-                "clean neighbour"
+                f"{changed:.1f} % of the pixels have blended colors (smooth resize or JPEG) and took the class of a "
+                "clean neighbor"
             )
             notes = (Note("blended-labels", text),)
         palette, labels, sides = _choose_palette(rows)
-        scheme = f"{mode}, {palette} colours"
+        scheme = f"{mode}, {palette} colors"
         if channels == "BGR":
             notes = (Note("colour-order", "the channels are in BGR order and were converted to RGB"), *notes)
             scheme += ", BGR"
@@ -321,10 +321,10 @@ def _read_colours(rgb: np.ndarray, mode: str, name: str) -> Reading:
         count = len(np.unique(rgb.reshape(-1, 3), axis=0))
         if count > 512:
             raise off_palette(
-                f"{name} looks like a photograph, not a mask ({count} colours): `likeness extract {name} --out DIR` "
+                f"{name} looks like a photograph, not a mask ({count} colors): `likeness extract {name} --out DIR` "
                 "makes its mask, sketch and keypoints"
             )
-        raise off_palette(f"the {count} colours of {name} match no known mask palette: {HOW}")
+        raise off_palette(f"the {count} colors of {name} match no known mask palette: {HOW}")
     return _finish(*readings[0][2:], name)
 
 
