@@ -5,7 +5,7 @@
         database=postgresql+psycopg://likeness@HOST/likeness min_replicas=1 max_replicas=8
 
 Each replica loads the model once. Ray starts another when each has more than `target` requests in progress. The other
-arguments are the options of `likeness serve`.
+arguments are the options of `likeness serve`; `cors` has its origins separated by commas.
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ def deployment_of(arguments: dict[str, str]) -> serve.Application:
         available = ", ".join((*scale_names, *option_names))
         raise InputError(f"Unknown argument {unknown[0]!r}. Available: {available}")
     scale = TypeAdapter(Scale).validate_python({name: arguments[name] for name in scale_names if name in arguments})
-    options = TypeAdapter(Serve).validate_python({name: arguments[name] for name in option_names if name in arguments})
+    given: dict[str, Any] = {name: arguments[name] for name in option_names if name in arguments}
+    if "cors" in given:
+        given["cors"] = tuple(given["cors"].split(","))
+    options = TypeAdapter(Serve).validate_python(given)
     options.check()
     if options.database is None:
         raise InputError("Replicas share their jobs: give database=postgresql+psycopg://... and a shared data=FOLDER")

@@ -27,12 +27,15 @@ def send(path: str, *, server: str, timeout: float = 600, **body: Any) -> dict[s
     """POST to the service (`json=`, or `files=` and `data=`) and return its answer.
 
     Raises:
-        RuntimeError: it cannot be reached, or rejects the request; the message is the service's.
+        RuntimeError: it cannot be reached, does not answer in time, or rejects the request; the message is the
+            service's.
     """
     key = os.environ.get("LIKENESS_API_KEY")
     headers = {"Authorization": f"Bearer {key}".encode()} if key else {}
     try:
         response = requests.post(f"{server.rstrip('/')}/v1/{path}", headers=headers, timeout=timeout, **body)
+    except requests.ReadTimeout as error:
+        raise RuntimeError(f"The likeness service at {server!r} did not answer within {timeout:g} s") from error
     except requests.RequestException as error:
         message = (
             f"The likeness service at {server!r} cannot be reached: start `likeness serve`, and give its http://..."

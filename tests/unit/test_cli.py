@@ -94,6 +94,18 @@ def test_unusual_streams(redirection, code, message):
     assert done.returncode == code or redirection == "| true"  # a pipe may be read before it is closed
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--cors", "https://x.org/", "--cors is 'https://x.org/'; it must be"),
+        ("--mask-model", "mask-mimi", "Unknown model 'mask-mimi'"),
+    ],
+)
+def test_options_of_serve(tmp_path, capsys, option, value, message):
+    assert run("serve", "--port", 0, "--data", tmp_path / "data", option, value) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_names_cannot_control_the_terminal(tmp_path, capsys):
     assert run("inspect", tmp_path / "\x1b[31mred.png") == 2
     reported = capsys.readouterr().err

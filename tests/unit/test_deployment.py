@@ -152,6 +152,14 @@ def test_comfyui_nodes_name_another_service(nodes):
             nodes.send("models", server=f"http://127.0.0.1:{other.server_port}", json={})
 
 
+def test_comfyui_nodes_say_that_the_service_is_slow(nodes):
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        pytest.raises(RuntimeError, match=r"did not answer within 0\.1 s"),
+    ):
+        nodes.send("models", server=f"http://127.0.0.1:{silent.getsockname()[1]}", timeout=0.1, json={})
+
+
 def test_a_comfyui_workflow_edits_a_photograph(nodes, server):
     """The area is generated anew, near pixels may be blended, and all others stay; a proposed mask is in colors."""
     photo = Image.open(ROOT / "examples/faces/images/1.png").convert("RGB")
@@ -215,6 +223,7 @@ def test_two_replicas_of_ray_serve(tmp_path):
         "max_replicas=0": "max_replicas=0: ",
         "queue=1": "must be at least 10",
         "model=x": "share their jobs",
+        "cors=https://x.org,https://y.org": "share their jobs",
     }
     tiny_pipeline().save_pretrained(tmp_path / "model")
     database = tmp_path / "jobs.sqlite"
