@@ -121,7 +121,7 @@ def test_configuration_round_trip(objective):
     [
         ({"name": "score"}, "score"),
         ({"name": "ddpm", "shift": 1}, "shift"),
-        ({"name": "rectified_flow", "shift": 0}, "positive"),
+        ({"name": "rectified_flow", "shift": 0}, "shift is 0: it must be a finite number above 0"),
         ({"name": "rectified_flow", "sampler": "heun"}, "choose euler, dpm"),
         ({"name": "ddpm", "prediction": "x0"}, "x0"),
     ],
