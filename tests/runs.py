@@ -73,9 +73,9 @@ def weights_of(model: Path) -> dict[str, torch.Tensor]:
     return load_file(model / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
-def load_checkpoint(run: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the newest checkpoint of a run."""
-    path = checkpoint.newest(run)
+def load_checkpoint(run: Path, path: Path | None = None) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint of a run, by default the newest."""
+    path = path or checkpoint.newest(run)
     assert path is not None
     entries = checkpoint.checkpoint_entries(path)
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}

@@ -14,10 +14,14 @@ import torch
 
 from likeness.models.mmface import MMFaceTransformer
 from likeness.objectives import RectifiedFlow, make_objective
+from likeness.train import loop
+from likeness.train.checkpoint import checkpoints
 from likeness.train.config import TrainRecipe, load_recipe
+from likeness.train.ema import exponent
 from likeness.train.networks import build_network
 from likeness.train.optim import learning_rate
 from likeness.types import TextFeatures
+from runs import load_checkpoint, small
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -94,3 +98,18 @@ def test_text_has_positions():
     assert (sines[4:].abs().sum(dim=1) > 0).tolist() == [False, True, True, True, True]
     released = MMFaceTransformer(hidden_size=32, depth=1, heads=2, text_dim=16, text_rope="none")
     assert released.rope(4, 4, 5)[1][4:].abs().sum() == 0
+
+
+def test_ema_is_updated_after_every_step(prepared_faces, tmp_path):
+    """Weights after every step give the published EMA; a step of several passes is one update."""
+    recipe = small(prepared_faces, micro_batch=1, checkpoint_every=4, keep_checkpoints=6)
+    loop.train(recipe, tmp_path)
+    expected: dict[str, torch.Tensor] = {}
+    for step, path in enumerate(checkpoints(tmp_path), start=1):
+        found = load_checkpoint(tmp_path, path)
+        beta = (1 - 1 / step) ** (exponent(recipe.optimizer.ema) + 1)
+        for name in (name for name in found if name.startswith("average/0/")):
+            weight = found[name.replace("average/0/", "model/")]
+            expected[name] = beta * expected[name] + (1 - beta) * weight if step > 1 else weight
+            assert torch.allclose(found[name], expected[name], atol=1e-6), (step, name)
+    assert step == 6

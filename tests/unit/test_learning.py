@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hostile import full_disk
 from PIL import Image
 
-from builders import run, tiny_vae
+from builders import run, tiny_text_encoder, tiny_vae
 from likeness.cli import main, parse
 from likeness.encoders.components import load_components
 from likeness.files import locked
@@ -22,7 +24,7 @@ from likeness.prepare.encode import encode_folder
 from likeness.train import batches, loop
 from likeness.train.checkpoint import checkpoints, save_checkpoint
 from likeness.train.ema import Ema, exponent, posthoc_ema, solve
-from likeness.train.metrics import Reporter
+from likeness.train.metrics import Reporter, read_metrics
 from likeness.train.optim import make_optimizers
 from likeness.train.report import write_report
 from likeness.types import ConditionInput, InputError, PortraitRequest, TryAgain
@@ -129,6 +131,37 @@ def test_an_unknown_option_is_an_error(capsys):
         ({"preview": [{"mask": "no.png"}]}, r"no\.png"),
         ({"network": {"patch_size": 3}}, r"cannot be divided into patches of 3"),
         ({"network": {"heads": 3}}, "must be a multiple of 12"),
+        ({"network": {"heads": 0}}, "network.heads is 0: it must be at least 1"),
+        ({"network": {"patch_size": 0}}, "network.patch_size is 0"),
+        ({"network": {"hidden_size": 0}}, "network.hidden_size is 0"),
+        ({"network": {"depth": 0}}, "network.depth is 0"),
+        ({"network": {"mlp_ratio": -1.0}}, "network.mlp_ratio is -1.0: it must be above 0"),
+        ({"network": {"name": "mditface", "single_depth": -1}}, "network.single_depth is -1: it must be at least 0"),
+        ({"network": {"name": "mditface", "single_depth": 1, "heads": 0}}, "network.heads is 0"),
+        ({"network": {"name": "mmface_adapter", "base": "x", "rank": 0}}, "network.rank is 0"),
+        ({"threads": -1}, "threads is -1: it must be at least 1"),
+        ({"micro_batch": 0}, "micro_batch is 0: it must be at least 1"),
+        ({"optimizer": {"learning_rate": float("inf")}}, "learning_rate is inf: it must be finite"),
+        ({"optimizer": {"posthoc_emas": [0.2, 0.1]}}, "must be different from each other and from optimizer.ema, 0.1"),
+        ({"defaults": {"size": SIZE, "steps": 0}}, "defaults.steps is 0: it must be a whole number of at least 1"),
+        (
+            {"defaults": {"size": SIZE, "guidance_scale": "x"}},
+            "defaults.guidance_scale is x: it must be a finite number",
+        ),
+        (
+            {"defaults": {"size": SIZE, "guidance_interval": [0.9]}},
+            r"guidance_interval is \[0.9\]: it must be two numbers",
+        ),
+        ({"objective": {"name": "rectified_flow", "shift": float("nan")}}, "the objective's shift is nan"),
+        ({"objective": {"name": "rectified_flow", "logit_mean": "x"}}, "the objective's logit_mean is 'x'"),
+        (
+            {"objective": {"name": "ddpm", "timesteps": 0}},
+            "the objective's timesteps is 0: it must be a finite number abo",
+        ),
+        ({"objective": {"name": "ddpm", "timesteps": 9.5}}, "timesteps is 9.5: it must be a whole number"),
+        ({"objective": {"name": "ddpm", "beta_start": -1}}, "the objective's beta_start is -1"),
+        ({"objective": {"name": "ddpm", "beta_end": 1.5}}, "0.00085 to 1.5: they must be below 1"),
+        ({"objective": {"name": ["ddpm"]}}, r"Unknown objective \['ddpm'\]"),
     ],
 )
 def test_invalid_recipes(root, tmp_path, changes, message):
@@ -189,6 +222,40 @@ def test_components_were_replaced(root, tmp_path):
             loop.train(small(now, init_from=start), tmp_path / folder)
 
 
+def test_text_encoder_was_replaced(root, tmp_path):
+    """Runs and models are rejected that were trained with another text encoder."""
+    now, new = tmp_path / "now", tmp_path / "new"
+    shutil.copytree(root / "components", new / "components")
+    (new / "shards").symlink_to(root / "shards")
+    now.symlink_to(new)
+    old = loop.train(small(now, optimizer={"images": 4}), tmp_path / "run")
+    encoder = tiny_text_encoder()
+    with torch.no_grad():
+        next(encoder.parameters()).mul_(1.1)
+    encoder.save_pretrained(new / "components" / "text_encoder")
+    for folder, start in (("run", None), ("other", str(old))):
+        with pytest.raises(InputError, match="run/model was trained with another text encoder"):
+            loop.train(small(now, init_from=start, optimizer={"images": 8}), tmp_path / folder)
+
+
+def test_resume_after_the_initial_model_has_changed(root, tmp_path):
+    """Frozen weights, which are not in the checkpoint, must be the same; without any, the model is not needed."""
+    first = tmp_path / "first"
+    loop.train(small(root, optimizer={"images": 4}), first)
+    shutil.copytree(first, tmp_path / "old")
+    start = str(tmp_path / "old" / "model")
+    frozen = {"init_from": start, "trainable": ["condition_embed"]}
+    part = loop.train(small(root, **frozen, optimizer={"images": 8}), tmp_path / "part").parent
+    whole = loop.train(small(root, init_from=start, optimizer={"images": 8}), tmp_path / "whole").parent
+    loop.train(small(root, optimizer={"images": 8}), tmp_path / "old")
+    with pytest.raises(InputError, match=f"{part} was started with other frozen weights"):
+        loop.train(small(root, **frozen, optimizer={"images": 12}), part)
+    shutil.rmtree(tmp_path / "old")
+    loop.train(small(root, init_from=start, optimizer={"images": 12}), whole)
+    shutil.copytree(first, tmp_path / "old")
+    loop.train(small(root, **frozen, optimizer={"images": 12}), part)
+
+
 def test_one_training_per_folder(root, tmp_path):
     """A second one is rejected until the first one ends."""
     given = small(root, optimizer={"images": 4})
@@ -218,14 +285,56 @@ def test_full_disk(root, tmp_path, capsys):
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["000000000008", "000000000016"]
 
 
-def test_reports_on_a_full_disk(tmp_path, capsys):
+@pytest.mark.parametrize("most", [0, 100])
+def test_reports_on_a_full_disk(tmp_path, capsys, most):
+    """A line is lost, even if a part of it was written; the next one is not."""
     reporter = Reporter(tmp_path, 100, 0)
-    with full_disk(0):
-        reporter.report(10, loss=2.0)
+    with full_disk(most):
+        reporter.write(10, {"messages": ["x" * 200]})
+    assert (tmp_path / "metrics.jsonl").stat().st_size == most
     assert "metrics.jsonl: File too large; training continues" in capsys.readouterr().err
     reporter.report(20, loss=1.0)
+    reporter.report(30, loss=1.0)
     reporter.close()
-    assert [line["seen"] for line in metrics(tmp_path)] == [20]
+    assert [line["seen"] for line in read_metrics(tmp_path)] == [20, 30]
+
+
+def test_runs_of_equal_names_differ_in_weights_and_biases(tmp_path, monkeypatch):
+    started: list[dict] = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: started.append(options)))
+    recipe = SimpleNamespace(tensorboard=False, wandb="faces")
+    for folder in ("a/run", "b/run", "a/run"):
+        Reporter(tmp_path / folder, 100, 0, recipe)
+    one, other, again = (options["id"] for options in started)
+    assert one == again != other
+
+
+def test_remains_of_killed_processes_are_deleted(root, tmp_path):
+    run = loop.train(small(root, optimizer={"images": 4}), tmp_path / "run").parent
+    kept = [path.name for path in checkpoints(run)]
+    (run / "checkpoints" / "000000000010").mkdir()
+    (run / "checkpoints" / "000000000010" / "__0_0.distcp").touch()
+    (run / "averages").mkdir()
+    left = run / "averages" / ".000000000010-0.1.safetensors.0123abcd.partial"
+    left.touch()
+    loop.train(small(root, optimizer={"images": 4}), run)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == kept
+    assert not left.exists()
+
+
+def test_faces_without_a_condition_are_reported(root, tmp_path, capsys):
+    for folder in ("faces", "components"):
+        shutil.copytree(root / folder, tmp_path / folder)
+    path = tmp_path / "faces/train/metadata.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows[:3]:
+        del row["keypoints_file_name"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    encode_folder(tmp_path / "faces", tmp_path / "shards", load_components(root / "components"), size=SIZE)
+    loop.train(small(tmp_path, {"mask": 0.0, "keypoints": 1.0}, optimizer={"images": 4}), tmp_path / "run")
+    printed = capsys.readouterr().err
+    assert f"3 of {len(rows)} samples have no keypoints: in its place they are trained without condition" in printed
+    assert "no mask" not in printed
 
 
 def test_new_condition(root, tmp_path):

@@ -390,3 +390,17 @@ def test_another_recipe_in_the_same_folder(prepared, tmp_path):
     train_student(recipe(prepared, optimizer={"images": 3}, preview=[]), tmp_path)
     with pytest.raises(InputError, match="started with another discriminator"):
         train_student(recipe(prepared, discriminator={"width": 4}, preview=[]), tmp_path)
+
+
+def test_teacher_that_changes_in_stage_1_is_rejected(prepared, tmp_path):
+    """Checkpoints of stage 1 do not contain the frozen copy of the teacher."""
+    for name in ("faces", "shards"):
+        (tmp_path / name).symlink_to(prepared / name)
+    teacher = tiny_pipeline()
+    teacher.save_pretrained(tmp_path / "mmface")
+    train_student(recipe(tmp_path, optimizer={"images": 3}, preview=[]), tmp_path / "run")
+    with torch.no_grad():
+        next(teacher.transformer.parameters()).mul_(1.1)
+    teacher.save_pretrained(tmp_path / "mmface")
+    with pytest.raises(InputError, match="was started with other frozen weights"):
+        train_student(recipe(tmp_path, optimizer={"images": 6}, preview=[]), tmp_path / "run")

@@ -67,7 +67,7 @@ def save_checkpoint(
         raise
     if world.main:
         for old in checkpoints(run)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)  # what remains is deleted with the next one
+            shutil.rmtree(old, ignore_errors=True)  # what remains is deleted when the run is resumed
 
 
 @contextmanager
@@ -84,6 +84,13 @@ def write_errors(path: Path) -> Iterator[None]:
 def checkpoints(run: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
     return sorted(path.parent for path in (run / FOLDER).glob("*/.metadata") if path.parent.name.isdigit())
+
+
+def delete_incomplete(run: Path) -> None:
+    """Delete the incomplete checkpoints that killed processes left in a locked run."""
+    for path in (run / FOLDER).glob("*"):
+        if path.name.isdigit() and not (path / METADATA).is_file():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def newest(run: Path) -> Path | None:

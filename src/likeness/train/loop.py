@@ -26,7 +26,7 @@ from likeness.train.ema import Ema
 from likeness.train.networks import (
     adapter_of,
     build_network,
-    check_same_latents,
+    check_same_components,
     freeze_others,
     load_initial_weights,
     with_precision,
@@ -34,7 +34,7 @@ from likeness.train.networks import (
 from likeness.train.optim import learning_rate, make_optimizers
 from likeness.train.progress import Progress
 from likeness.train.publish import Publication, checkpoint, preview, preview_requests
-from likeness.train.run_folder import open_run, record_data
+from likeness.train.run_folder import open_run, record_data, record_frozen
 from likeness.train.train_state import TrainState
 from likeness.types import PortraitRequest
 from likeness.weights.catalog import BUNDLED, COMMON, find_model
@@ -52,6 +52,7 @@ def train(recipe: TrainRecipe, run: Path) -> Path:
     world = parallel.init_world(recipe.sharding)
     with world.joint_errors():
         check(recipe)
+        make_objective(recipe.objective)
         micro_batch(recipe, world.size)
         previews = preview_requests(recipe)
     with open_run(recipe, run, world) as signals:
@@ -71,7 +72,7 @@ def train_in(
         patch_size = getattr(recipe.network, "patch_size", 2)
         stores = open_stores(recipe, recipe.data.shards, components, patch_size)
         if world.main:
-            record_data(stores, run)
+            record_data(stores, run, recipe.data)
         validation = open_stores(recipe, recipe.data.validation, components, patch_size)
         objective = make_objective(recipe.objective)
         torch.manual_seed(recipe.seed)  # for the initial weights; later random numbers have their own generators
@@ -83,12 +84,15 @@ def train_in(
             pooled_dim=widths[0],
             text_tokens=components.settings["max_text_tokens"],
         )
-        load_initial_weights(model, recipe, components)
+        if recipe.trainable or not newest(run):  # a checkpoint contains the trainable weights
+            load_initial_weights(model, recipe, components)
         if adapter:
-            check_same_latents(find_model(adapter.base), components)
+            check_same_components(find_model(adapter.base), components)
         if newest(run):
-            check_same_latents(run / "model", components)
+            check_same_components(run / "model", components)
         freeze_others(model, recipe.trainable)
+        if world.main:
+            record_frozen(model, run)
     if recipe.network.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     use_explicit_attention(model, world.device_type == "cpu" and recipe.precision == "bf16")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import resource
+import secrets
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ class Reporter:
     """
 
     def __init__(self, run: Path, total: int, seen: int, recipe: Any = None) -> None:
-        self.path, self.total = run / METRICS, total
+        self.path, self.total, self.line_ended = run / METRICS, total, True
         lines = read_metrics(run)
         write_whole(self.path, "".join(f"{json.dumps(line)}\n" for line in lines if line["seen"] <= seen))
         self.last_seen, self.last_time, self.speed = seen, time.monotonic(), 0.0
@@ -45,7 +46,12 @@ class Reporter:
                 import wandb  # pyrefly: ignore
             except ImportError as error:
                 raise InputError("the recipe's wandb needs Weights & Biases: pip install wandb") from error
-            self.wandb = wandb.init(project=project, name=run.name, id=run.name, dir=str(run), resume="allow")
+            file = run / "wandb_id"  # folders of other runs may have the same name
+            if not file.is_file():
+                write_whole(file, secrets.token_hex(8))
+            self.wandb = wandb.init(
+                project=project, name=run.name, id=file.read_text().strip(), dir=str(run), resume="allow"
+            )
 
     def report(self, seen: int, **values: float) -> None:
         """Report `values` after `seen` images, with speed and remaining time."""
@@ -73,8 +79,11 @@ class Reporter:
         """Write a line to all targets but the terminal. If the disk is full, the line is lost with a warning."""
         numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
         try:
+            line = "\n" * (not self.line_ended) + json.dumps({"seen": seen, **values}) + "\n"
+            self.line_ended = False  # a full disk may cut the line off; `read_metrics` skips what remains of it
             with self.path.open("a") as file:
-                file.write(json.dumps({"seen": seen, **values}) + "\n")
+                file.write(line)
+            self.line_ended = True
             if self.tensorboard:
                 for name, value in numbers.items():
                     self.tensorboard.add_scalar(name, value, seen)

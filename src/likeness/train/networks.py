@@ -158,13 +158,16 @@ def rope_axes(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * each, each, each
 
 
-def check_same_latents(model: Path, components: Components) -> None:
-    """Check that a model was trained on the latents of these components: same encoder, same statistics. What its folder
-    does not record is not checked. Raises `InputError` if it was trained on others.
+def check_same_components(model: Path, components: Components) -> None:
+    """Check that a model was trained with these components: same encoder of images, latent statistics and text
+    encoders. What its folder does not record is not checked. Raises `InputError` if it was trained with others.
     """
     advice = "name the components that it was trained on, or start a new run"
-    if (model / CODEC).is_file() and not components.same_encoder(read_json(model / CODEC)["codec"]):
+    recorded = read_json(model / CODEC) if (model / CODEC).is_file() else {}
+    if "codec" in recorded and not components.same_encoder(recorded["codec"]):
         raise InputError(f"{model} was trained on the latents of another encoder: {advice}")
+    if "text" in recorded and recorded["text"] != components.text_hash():
+        raise InputError(f"{model} was trained with another text encoder: {advice}")
     index = read_json(model / "model_index.json") if (model / "model_index.json").is_file() else {}
     for key in ("latent_mean", "latent_std"):
         if key in index and not np.allclose(index[key], components.settings[key]):  # one number, or one per channel
@@ -181,7 +184,7 @@ def load_initial_weights(network: Any, recipe: TrainRecipe, components: Componen
     folder = find_model(recipe.init_from)
     if not (folder / "model_index.json").is_file() or isinstance(recipe.network, AdapterNetwork):
         raise InputError(f"init_from is {recipe.init_from}: training continues from whole networks, not from adapters")
-    check_same_latents(folder, components)
+    check_same_components(folder, components)
     index = read_json(folder / "model_index.json")
     if index.get("objective"):  # FLUX.1's folder has none
         check_same_objective(recipe.init_from, make_objective(index["objective"]), recipe)

@@ -12,14 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from likeness.config import build, rename_keys, to_dict
 from likeness.data.store import Store
 from likeness.files import delete_partials, locked, read_json, write_whole
 from likeness.parallel import SINGLE_PROCESS, World, rank_and_world
-from likeness.train.checkpoint import newest
-from likeness.train.config import RENAMED_KEYS, RESUMABLE_CHANGES
-from likeness.types import InputError
+from likeness.train.checkpoint import delete_incomplete, newest
+from likeness.train.config import (
+    RENAMED_KEYS,
+    RESUMABLE_CHANGES,
+    DataRecipe,
+    condition_names,
+    condition_probability,
+)
+from likeness.types import PHOTO, InputError
+from likeness.weights.hashes import weights_hash
 
 
 @contextmanager
@@ -37,8 +45,9 @@ def open_run(recipe: Any, run: Path, world: World = SINGLE_PROCESS) -> Iterator[
         with world.joint_errors():
             if world.main:
                 stack.enter_context(locked(run))
-                delete_partials(run, ("previews",))
                 store_recipe(recipe, run)
+                delete_partials(run, ("previews", "averages", "checkpoints"))
+                delete_incomplete(run)
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
         yield stack.enter_context(collected_sigterms())
@@ -86,9 +95,25 @@ def store_recipe(recipe: Any, run: Path) -> None:
     write_whole(path, json.dumps(values, indent=2))
 
 
-def record_data(stores: Sequence[Store], run: Path) -> None:
+def record_frozen(model: nn.Module, run: Path) -> None:
+    """Write `run/frozen.json`, the hash of the frozen weights, if any. Raises `InputError` if a run is resumed with
+    others: checkpoints do not contain them.
+    """
+    path = run / "frozen.json"
+    trained = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    if all(name in trained for name, _ in model.named_parameters()):
+        return
+    now = {"weights": weights_hash(model, without=trained)}
+    if path.is_file() and newest(run) and read_json(path) != now:
+        raise InputError(
+            f"{run} was started with other frozen weights: restore the model that the recipe names, or start a new run"
+        )
+    write_whole(path, json.dumps(now, indent=2))
+
+
+def record_data(stores: Sequence[Store], run: Path, recipe: DataRecipe) -> None:
     """Write `run/data.json`, the hashes of the shards. Report on stderr if a run is resumed with other shards, or faces
-    have no captions.
+    have no captions or lack a condition of the recipe.
     """
     path = run / "data.json"
     now: list[dict[str, Any]] = [{"faces": len(store), "hash": store.content_hash()} for store in stores]
@@ -104,6 +129,12 @@ def record_data(stores: Sequence[Store], run: Path) -> None:
             "caption FOLDER --grammar --attributes bundled` writes captions; encode the folder again afterwards"
         )
         print(message, file=sys.stderr, flush=True)
+    for name in condition_names(recipe):
+        lacking = 0 if name == PHOTO else sum(store.lacking(name) for store in stores)
+        if lacking and condition_probability(recipe, name):
+            total = sum(store["faces"] for store in now)
+            message = f"{lacking} of {total} samples have no {name}: in its place they are trained without condition"
+            print(message, file=sys.stderr, flush=True)
     write_whole(path, json.dumps({"shards": now}, indent=2))
 
 

@@ -46,10 +46,11 @@ from likeness.train.batches import Batch, open_stores, read_batches
 from likeness.train.checkpoint import checkpoint_entries, newest, read_into
 from likeness.train.config import DiscriminatorRecipe, StudentRecipe, check, check_single_conditions, condition_names
 from likeness.train.ema import Ema
+from likeness.train.networks import check_same_components
 from likeness.train.optim import learning_rate, make_optimizers
 from likeness.train.progress import Progress
 from likeness.train.publish import Publication, checkpoint, preview_requests
-from likeness.train.run_folder import check_single_process, open_run, record_data
+from likeness.train.run_folder import check_single_process, open_run, record_data, record_frozen
 from likeness.train.train_state import TrainState
 from likeness.types import InputError, TextFeatures
 from likeness.weights.catalog import find_model
@@ -378,7 +379,9 @@ def train_in(
     recipe = dataclasses.replace(recipe, precision=choose_precision(recipe.precision, world.device_type))
     patch_size = blocks_of(student)[2]
     stores = open_stores(recipe, recipe.data.shards, components, patch_size)
-    record_data(stores, run)
+    record_data(stores, run, recipe.data)
+    if newest(run):
+        check_same_components(run / "model", components)
     torch.manual_seed(recipe.seed)  # initial weights of the heads; later random numbers have their own generators
     use_explicit_attention(student, world.device_type == "cpu" and recipe.precision == "bf16")
     discriminator = Discriminator(student, d.blocks, d.width).to(world.device).train()
@@ -406,6 +409,7 @@ def train_in(
 
     # 2. Resume
     states.resume(run)
+    record_frozen(discriminator.backbone, run)
     if recipe.compile:
         student.compile(dynamic=False)
         discriminator.compile(dynamic=False)
