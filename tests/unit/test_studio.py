@@ -6,6 +6,7 @@ import base64
 import io
 import math
 import shutil
+import socket
 import time
 from collections import Counter
 from itertools import pairwise
@@ -21,6 +22,7 @@ from likeness.conditions.mask.classes import CLASSES, COUNTERPART, PALETTE
 from likeness.conditions.mask.commands import OPERATIONS
 from likeness.data.synthetic import draw_face
 from likeness.pipelines.image_recipe import read_recipe
+from likeness.serve import engine
 from serving import serving
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -416,6 +418,14 @@ def test_a_dropped_image_restores_its_request(page, server):
     assert page.input_value("#prompt") == "a man with a hat"
 
 
+def test_an_image_with_a_seed_that_the_page_cannot_represent(page, server, tmp_path):
+    answer = server.client.images.generate(prompt="a man", extra_body={"seed": 2**53 + 1, "steps": 1})
+    (tmp_path / "face.png").write_bytes(base64.b64decode(answer.data[0].b64_json))
+    open_file(page, tmp_path / "face.png")
+    wait(page, "document.getElementById('status').textContent.includes('2^53')")
+    assert (page.input_value("#seed"), page.input_value("#prompt")) == ("1", "")
+
+
 def test_sketches_of_other_shapes(page, tmp_path):
     """They are padded to a square, and thin lines of large ones stay."""
     sketch = Image.new("L", (2048, 1024), 255)
@@ -534,6 +544,10 @@ def test_controls_have_names_and_the_keyboard_leaves_the_canvas(page):
     names = "[...document.querySelectorAll('button, input:not([hidden]), textarea, canvas')].filter((each) =>"
     names += " !each.labels?.length && !each.ariaLabel && !each.textContent.trim()).map((each) => each.outerHTML)"
     assert page.evaluate(names) == []
+    named = "(selector) => [...document.querySelectorAll(selector)].filter((each) =>"
+    named += " !document.getElementById(each.getAttribute('aria-labelledby')))"
+    assert page.evaluate(f"({named})('dialog').map((each) => each.id)") == []
+    assert page.locator("div[aria-label]:not([role])").count() == 0
     page.locator("#canvas").focus()
     page.keyboard.press("Shift+Tab")
     assert page.evaluate("document.activeElement.id") != "canvas"
@@ -552,7 +566,13 @@ def test_the_page_fits_the_screen(page, size):
         assert 0 <= box["y"] <= size[1] - box["height"]
 
 
-def test_a_preview_appears_and_a_newer_one_cancels_it(page, server):
+def figures(server) -> dict[str, float]:
+    """The figures of /metrics without parameters, and the images by result."""
+    rows = [row.split() for row in requests.get(f"{server.url}/metrics", timeout=9).text.splitlines()]
+    return {name.removeprefix("likeness_"): float(value) for name, value, *_ in rows if name.startswith("likeness_")}
+
+
+def test_a_preview_appears_and_a_newer_one_cancels_it(page, server, monkeypatch):
     """A stroke starts a preview, then the full image; a stroke during a job cancels it in the service, too."""
     page.evaluate("document.getElementById('live').checked = true")
     choose(page, tool="brush", value="skin", size=40)
@@ -560,7 +580,7 @@ def test_a_preview_appears_and_a_newer_one_cancels_it(page, server):
     page.wait_for_selector("#timing[data-kind=full]")
     assert page.locator("#image").is_visible()
     assert page.locator("#history img").count() == 1
-    page.evaluate("studio.live.start('preview')")
+    page.evaluate("studio.live.rest = 4000; studio.live.start('preview')")  # it can be saved before the full image
     page.wait_for_selector("#timing[data-kind=preview]")
     with page.expect_download() as download:
         page.click("#save-image")
@@ -572,12 +592,19 @@ def test_a_preview_appears_and_a_newer_one_cancels_it(page, server):
     page.wait_for_selector("#timing[data-kind=full]")
     assert page.evaluate("studio.live.cancelled") == 1
     assert page.evaluate("studio.live.job") is None
-    states = Counter(
-        row.split('result="')[1].split('"')[0]
-        for row in requests.get(f"{server.url}/metrics", timeout=9).text.splitlines()
-        if row.startswith("likeness_images_total")
-    )
-    assert set(states) <= {"image", "cancelled"}
+    advance = engine.advance
+    monkeypatch.setattr(engine, "advance", lambda *given, **options: (time.sleep(0.2), advance(*given, **options)))
+    before = figures(server).get('images_total{result="cancelled"}', 0)
+    page.evaluate("studio.live.start('full')")
+    deadline = time.monotonic() + 20
+    while not figures(server)["running_images"]:
+        page.wait_for_timeout(20)
+        assert time.monotonic() < deadline
+    page.evaluate("studio.live.start('preview')")
+    while figures(server).get('images_total{result="cancelled"}', 0) == before:
+        page.wait_for_timeout(20)
+        assert time.monotonic() < deadline
+    assert 'images_total{result="failed"}' not in figures(server)
 
 
 def test_work_survives_a_lost_service_and_a_reload(page, server):
@@ -606,6 +633,78 @@ def test_work_survives_a_lost_service_and_a_reload(page, server):
     drag(other, PATH)
     assert layer_of(other).any()
     other.close()
+
+
+def test_a_service_that_cannot_generate_is_asked_once(page, server):
+    """The page waits until the service is ready; if it then has another model, the page is loaded again."""
+    page.evaluate("document.getElementById('live').checked = true")
+    broken = {"status": 503, "json": {"error": {"message": "The warm-up image failed", "code": "not_ready"}}}
+    sent, about = [], requests.get(f"{server.url}/v1/capabilities", timeout=9).json() | {"model": "other"}
+    page.route("**/v1/images/generations", lambda route: (sent.append(route), route.fulfill(**broken)))
+    page.route("**/readyz", lambda route: route.fulfill(**broken))
+    drag(page, PATH)
+    painted = layer_of(page)
+    page.wait_for_timeout(3500)
+    assert len(sent) == 1
+    assert page.inner_text("#status") == "The warm-up image failed"
+    page.route("**/v1/capabilities", lambda route: route.fulfill(json=about))
+    with page.expect_event("load"):
+        page.unroute("**/readyz")
+    page.wait_for_selector("html[data-ready]")
+    np.testing.assert_array_equal(layer_of(page), painted)
+
+
+def test_a_response_that_is_cut_off(page):
+    page.route("**/v1/images/generations", lambda route: route.fulfill(status=200, body='{"data": ['))
+    page.click("#generate")
+    wait(page, "document.getElementById('status').textContent.includes('does not answer')")
+
+
+def test_a_stroke_stays_on_its_layer(page):
+    """The result of an operation waits for the end of a stroke on the sketch."""
+    put(page, FACE)
+    choose(page, tool="brush", value="hair", size=8)
+    page.locator("input[name=layer][value=sketch]").check(force=True)
+    held = []
+    page.route("**/v1/masks/edit", lambda route: held.append(route))
+    page.click("#grow")
+    while not held:
+        page.wait_for_timeout(20)
+    box = page.locator("#canvas").bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    with page.expect_response("**/v1/masks/edit"):
+        held[0].continue_()
+    page.wait_for_timeout(500)
+    assert page.evaluate("studio.state.layer") == "sketch"
+    page.mouse.move(x + 60, y)
+    page.mouse.up()
+    wait(page, "studio.state.layer === 'mask'")
+    np.testing.assert_array_equal(layer_of(page), OPERATIONS["grow"](FACE, classes=["hair"], by="1"))
+    assert (layer_of(page, "sketch") == 0).any(axis=0).sum() > 20
+
+
+def test_a_frame_of_an_animation_has_its_own_mask(page):
+    """While it plays, the image that is shown can be saved; a click on a frame shows the mask that made it."""
+    put(page, FACE)
+    open_file(page, ROOT / "examples/masks/wide-hat.png", "#interpolate")
+    page.wait_for_selector("#strip button:nth-child(7)", timeout=120_000)
+    wait(page, "!document.getElementById('save-image').disabled")
+    shown = "[...document.querySelectorAll('#strip button')].some(({entry}) => entry === studio.results.current)"
+    assert page.evaluate(shown)
+    page.locator("#strip button").last.click()
+    np.testing.assert_array_equal(layer_of(page), CONDITIONS["mask"].read(ROOT / "examples/masks/wide-hat.png").raw)
+    assert page.inner_text("#note") == ""
+
+
+def test_redo_brings_back_what_was_typed(page):
+    page.fill("#prompt", "first")
+    page.evaluate("studio.doc.history.begin(); studio.doc.replace({}, {prompt: ''})")
+    page.fill("#prompt", "a long description")
+    for button, prompt in (("#undo", "first"), ("#redo", "a long description")):
+        page.click(button)
+        assert page.input_value("#prompt") == prompt
 
 
 def test_problems_have_corrections(page):
@@ -679,14 +778,15 @@ def test_painting_on_a_photograph_changes_only_what_was_painted(page, server):
 
 def test_the_page_needs_no_key_but_the_service_does(tmp_path, browser):
     """With API keys the page loads and takes its key from the address; nothing may be loaded from elsewhere."""
-    with serving(tmp_path, studio=True, keys=("secret",)) as server:
+    with serving(tmp_path, studio=True, keys=("sec+ret&",)) as server:
         for path in ("", "studio"):
             answer = requests.get(f"{server.url}/{path}", timeout=9)
             assert answer.url.endswith("/studio/")
         assert "default-src 'none'" in answer.headers["content-security-policy"]
-        assert requests.get(f"{server.url}/studio/../v1/models", timeout=9).status_code == 401
+        for path in ("/studio/../v1/models", "/studio/%2e%2e/v1/models"):
+            assert b" 404 " in first_line_of(server.url, path)
         page = browser.new_page()
-        page.goto(f"{server.url}/studio/#key=secret")
+        page.goto(f"{server.url}/studio/#key=sec+ret&")
         page.wait_for_selector("html[data-ready]", timeout=20_000)
         page.close()
     with serving(tmp_path / "plain") as server:
@@ -696,3 +796,11 @@ def test_the_page_needs_no_key_but_the_service_does(tmp_path, browser):
         answer = requests.post(f"{server.url}/v1/recipes", files={"image": image.getvalue()}, timeout=9)
         assert answer.status_code == 400
         assert "has no recipe" in answer.json()["error"]["message"]
+
+
+def first_line_of(url: str, path: str) -> bytes:
+    """The status line of the response to a path that is sent as it is."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(f"GET {path} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n".encode())
+        return connection.makefile("rb").readline()

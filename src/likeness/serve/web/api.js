@@ -2,22 +2,21 @@
 
 import { fromBase64 } from "./png.js";
 
-const key = new URLSearchParams(location.hash.slice(1)).get("key");
+const key = new URLSearchParams(location.hash.slice(1).replace(/[+&]/g, encodeURIComponent)).get("key");
+
+function unreachable(error) {
+  if (error.name === "AbortError") throw error;
+  const message = "The service does not answer. Your work is kept in this browser.";
+  throw Object.assign(new Error(message), { offline: true });
+}
 
 async function send(path, { json, form, signal } = {}) {
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
   if (json) headers["Content-Type"] = "application/json";
-  let response;
-  try {
-    response = await fetch(`/v1/${path}`, {
-      method: json || form ? "POST" : "GET", headers, signal, body: json ? JSON.stringify(json) : form,
-    });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    const offline = new Error("The service does not answer. Your work is kept in this browser.");
-    throw Object.assign(offline, { offline: true });
-  }
-  const answer = await response.json().catch(() => null);
+  const response = await fetch(`/v1/${path}`, {
+    method: json || form ? "POST" : "GET", headers, signal, body: json ? JSON.stringify(json) : form,
+  }).catch(unreachable);
+  const answer = await response.json().catch((error) => response.ok ? unreachable(error) : null);
   if (!response.ok) {
     const error = new Error(answer?.error?.message ?? `The service answered with status ${response.status}`);
     const offline = [502, 503, 504].includes(response.status); // of a proxy, or a restart
@@ -33,6 +32,9 @@ const formOf = (values) => {
 };
 
 export const capabilities = () => send("capabilities");
+
+/** Whether the service generates images; an error with `offline` if not. */
+export const ready = () => send("../readyz");
 
 /** Images of an answer: [{blob, seed, certificate}], the latter of edits. */
 const imagesOf = ({ data, seeds, certificates, output_format: format }) => data.map((image, i) => (

@@ -55,7 +55,10 @@ export class History {
 
   apply({ parts, photo, values }, side) {
     this.photo = photo[side];
-    Object.assign(this.values, values?.[side]);
+    if (values) {
+      values[side === "before" ? "after" : "before"] = { ...this.values }; // also what was typed since
+      Object.assign(this.values, values[side]);
+    }
     for (const { name, x, y, width, height, ...content } of parts) {
       const layer = this.layers[name];
       for (let row = 0; row < height; row++)

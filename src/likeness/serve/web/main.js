@@ -20,7 +20,7 @@ const EXAMPLES = [
 ];
 const PHOTO_OPACITY = 60;
 
-const about = await connect();
+const about = await answered(api.capabilities);
 const palette = about.mask_classes.map(({ color }) => color);
 const side = Math.max(256, about.defaults.size);
 const doc = new Document(side, palette);
@@ -45,11 +45,11 @@ const random = () => Math.floor(Math.random() * 2 ** 31);
 
 // The service
 
-/** Waits until the service answers; returns its capabilities. */
-async function connect() {
+/** Asks until the service answers; returns the answer. */
+async function answered(ask) {
   for (;;) {
     try {
-      return await api.capabilities();
+      return await ask();
     } catch (error) {
       say(error.message, true);
       if (!error.offline) throw error;
@@ -73,8 +73,17 @@ function failed(error) {
   say(error.message, true);
   if (!error.offline || failed.waiting) return;
   failed.waiting = true;
-  pause(1000).then(connect).then(() => { say("Connected again"); changed(); }).catch(() => {}) // `connect` reports it
+  pause(1000).then(() => answered(api.ready)).then(() => answered(api.capabilities)).then(({ model }) => {
+    if (model !== about.model) return location.reload(); // its classes and sizes differ
+    say("Connected again");
+    changed();
+  }).catch(() => {}) // `answered` reports it
     .finally(() => { failed.waiting = false; });
+}
+
+/** Waits until no stroke is in progress. */
+async function resting() {
+  while (tools.action) await pause(50);
 }
 
 const content = async (name) => toBase64(await encodePng(doc.layers[name], name === "mask" ? palette : null));
@@ -206,12 +215,15 @@ function picked(value) {
 
 /** Replaces a layer by a condition in canonical form, a Blob or an <img>, of the photograph or of none, and values. */
 async function load(name, image, photo = doc.photo, values = {}) {
-  replace({ [name]: await doc.layerOfImage(image, name) }, name, photo, values);
+  const layer = await doc.layerOfImage(image, name);
+  await resting();
+  replace({ [name]: layer }, name, photo, values);
 }
 
 /** Replaces layers and values in one step, and shows one of the layers. */
 function replace(layers, name, photo, values) {
-  doc.history.commit(); // of a stroke that is not complete
+  tools.action = null; // a stroke that is not complete ends
+  doc.history.commit();
   doc.photo = photo;
   doc.replace(layers, values);
   state.layer = name;
@@ -223,9 +235,12 @@ async function openFile(file) {
   const recipe = await api.recipeOf(file).catch((error) => { if (error.offline) throw error; return null; });
   if (recipe) {
     const { prompt, negative_prompt: negative, seed, control_image: control, conditioning_scale: scale } = recipe;
+    if (!Number.isSafeInteger(seed))
+      throw new Error(`The seed of ${file.name} is larger than 2^53 - 1, the limit of the page: use likeness replay`);
     const values = { prompt, negative, seed, maskScale: scale.mask ?? 1, sketchScale: scale.sketch ?? 1 };
     const layers = doc.blank(), names = Object.keys(control).filter((name) => name in layers);
     for (const name of names) layers[name] = await doc.layerOfImage(fromBase64(control[name]), name);
+    await resting();
     replace(layers, names.at(-1) ?? state.layer, null, values);
   } else {
     const { condition, b64_json: base64 } = await api.inspect(file).catch((error) => {
@@ -241,8 +256,8 @@ async function openFile(file) {
 async function openPhoto(file) {
   const found = await api.extract("mask", file, about.defaults.size), blob = fromBase64(found.image);
   const photo = about.edits ? { blob } : null;
-  live.stop();
   await load("mask", fromBase64(found.b64_json), photo);
+  live.stop();
   if (photo) photo.before = doc.layers.mask.data.slice();
   results.stopComparison();
   results.show(snapshots()({ blob, seed: doc.values.seed }), true);
@@ -257,8 +272,10 @@ async function openPhoto(file) {
 async function apply(operation, fields) {
   const { data } = doc.layers.mask, sent = data.slice();
   const { b64_json: base64 } = await api.editMask(await content("mask"), operation, fields);
+  const mask = await doc.layerOfImage(fromBase64(base64), "mask");
+  await resting();
   if (data.some((value, i) => value !== sent[i])) return apply(operation, fields);
-  await load("mask", fromBase64(base64));
+  replace({ mask }, "mask", doc.photo, {});
   changed();
 }
 
@@ -323,8 +340,10 @@ async function frames(other, signal) {
   const own = await content("mask"), { control_image: control, ...body } = await request("animation");
   for (let i = 0; i < FRAMES; i++) {
     say(`Generating ${i + 1} of ${FRAMES} faces…`);
-    const { b64_json: mask } = await api.editMask(own, "interpolate", { other, at: i / (FRAMES - 1) });
-    entries.push(entryOf((await api.generate({ ...body, control_image: { ...control, mask } }, signal))[0]));
+    const { b64_json: base64 } = await api.editMask(own, "interpolate", { other, at: i / (FRAMES - 1) });
+    const [image] = await api.generate({ ...body, control_image: { ...control, mask: base64 } }, signal);
+    const entry = entryOf(image), mask = await doc.layerOfImage(fromBase64(base64), "mask");
+    entries.push({ ...entry, photo: null, note: "", layers: { ...entry.layers, mask } });
   }
   return entries;
 }
@@ -383,4 +402,4 @@ showLayer();
 settle();
 say(restored ? "Your last work is back" : "Paint, open a file, or start with Masks from text");
 document.documentElement.dataset.ready = "true";
-window.studio = { doc, state, view, live }; // for tests and the curious
+window.studio = { doc, state, view, live, results }; // for tests and the curious

@@ -13,13 +13,17 @@ export class Results {
   /** Shows an image. `entry`: {blob, seed, values, layers, note}; `keep`: it enters the history. */
   show(entry, keep) {
     this.stopAnimation();
+    this.display(entry);
+    if (!keep || this.history.firstChild?.entry.blob === entry.blob) return; // the photograph, again
+    this.history.prepend(this.button(entry));
+    while (this.history.children.length > LONGEST_HISTORY) this.history.lastChild.remove();
+  }
+
+  display(entry) {
     this.put(this.image, entry.blob);
     this.note.textContent = entry.note;
     this.current = entry;
     this.save.disabled = false;
-    if (!keep || this.history.firstChild?.entry.blob === entry.blob) return; // the photograph, again
-    this.history.prepend(this.button(entry));
-    while (this.history.children.length > LONGEST_HISTORY) this.history.lastChild.remove();
   }
 
   /** Compares the current image with another one. */
@@ -54,7 +58,7 @@ export class Results {
     if (matchMedia("(prefers-reduced-motion: reduce)").matches) return;
     const order = [...entries, ...entries.slice(1, -1).reverse()];
     let at = 0;
-    this.timer = setInterval(() => this.put(this.image, order[at++ % order.length].blob), 160);
+    this.timer = setInterval(() => this.display(order[at++ % order.length]), 160);
   }
 
   stopAnimation() {
