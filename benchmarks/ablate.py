@@ -12,7 +12,7 @@ captions, noise and times. Measured are the loss of the faces of --test with the
 and images of the first --count faces of --faces, generated with the same seeds. `train` stores every run in a folder
 below --out, after those that the variant is based on; the same command resumes a stopped run and skips finished ones.
 `compare` pairs two variants by seed and face, and prints the mean difference with its 95 % interval, which includes
-the variance between seeds, and so that of training, and between faces (`interval`). `baselines/` contains other
+the variance between these seeds, and so that of training, and between faces (`interval`). `baselines/` contains other
 methods. The channel concatenation of a single stream, the design of many baselines, is the variant `mmface-single`.
 """
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import re
 import subprocess
@@ -70,6 +71,7 @@ from likeness.train.run_folder import open_run
 from likeness.train.train_state import TrainState
 from likeness.types import InputError, TextFeatures, TryAgain
 from likeness.weights.catalog import BUNDLED, COMMON
+from likeness.weights.hashes import file_hash
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "ablations.json"
@@ -328,25 +330,35 @@ CONFLICT_FACES = 40
 SEEDS = (0, 1, 2)
 """Seeds of a headline claim. A comparison of fewer takes the variance between seeds from other variants."""
 
-SAME = ("images", "count", "fingerprint")
-"""Facts that the results of a variant have in common."""
+SAME = ("images", "count", "faces", "precision")
+"""Facts that the results of all seeds of a variant have in common, and those of two variants that are compared."""
 
 METRICS = (
     "pixel_accuracy", "mean_iou", "rare_class_recall", "edge_f_score", "retrieval", "attribute_recall",
     "complete_faces", "kid_text_image",
 )  # fmt: skip
 
-SETS_ONLY = {"kid_text_image/mask"}
-"""Metrics of sets of images: they have no values by face."""
+SETS_ONLY = "kid_text_image"
+"""The metric of sets of images: it has no values by face."""
+
+FINGERPRINT_RATE = 0.003
+"""Learning rate of the step of a fingerprint: halves the loss, and orthogonalizing in bf16 changes it by 1e-4 only."""
 
 
-def recipe_of(name: str, seed: int, options: argparse.Namespace) -> TrainRecipe:
-    """Return the recipe of a variant."""
+def tables_of(name: str) -> dict[str, Any]:
+    """Return what the recipe of a variant sets, by table."""
     variant = VARIANTS[name]
     values: dict[str, Any] = {table: dict(content) for table, content in {**BASE, **variant.recipe}.items()}
     for table, content in variant.changes.items():
         values[table] = (values[table] if table != "objective" else {}) | content
-    values["data"] |= {"shards": options.shards, "text_dropout": values["data"].get("text_dropout", 0.1)}
+    values["data"].setdefault("text_dropout", 0.1)
+    return values
+
+
+def recipe_of(name: str, seed: int, options: argparse.Namespace) -> TrainRecipe:
+    """Return the recipe of a variant."""
+    variant, values = VARIANTS[name], tables_of(name)
+    values["data"]["shards"] = options.shards
     images = round(options.images * (variant.budget or 1))
     values["optimizer"] |= {"images": images, "warmup": min(values["optimizer"]["warmup"], images // 10)}
     return build(
@@ -484,24 +496,38 @@ def fit(
 
 def measure(name: str, pipeline: Any, run: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Measure a network: metric -> mean; values by face go to `loss.npz` and to the evaluation's
-    `scores.npz`, those by pair of a mask and a prompt that contradicts it to `conflict.npz`."""
+    `scores.npz`, those by pair of a mask and a prompt that contradicts it to `conflict.npz` (`conflict_scores`)."""
     variant, means = VARIANTS[name], {}
     if "mask" in variant.given:
         losses = condition_losses_by_face(pipeline, Store(options.test), "mask", count=options.count)
         np.savez(run / "loss.npz", **losses)
         means |= {f"loss/{kind}": float(values.mean()) for kind, values in losses.items()}
-        masks = read_masks(options.faces, CONFLICT_FACES, 128)
-        conflicts = measure_conflicts(pipeline, masks, load_face_parser())
-        by_pair = {"text": np.array([one.text for one in conflicts]), "mask": np.array([one.mask for one in conflicts])}
+        by_pair = conflict_scores(pipeline, options.faces)
         np.savez(run / "conflict.npz", **by_pair)
         means |= {f"conflict/{kind}": float(values.mean()) for kind, values in by_pair.items() if len(values)}
     protocol = Protocol(given=variant.given, count=options.count, metrics=METRICS)
     results = evaluate(options.faces, run / "evaluation", protocol, pipeline=pipeline, model=name)
     assert results is not None
     means |= {f"{one.metric}/{one.given}": one.value for one in results.numbers if one.against == "own"}
-    parameters = sum(parameter.numel() for parameter in pipeline.transformer.parameters())
-    facts = {"images": options.images, "count": options.count, "parameters": parameters, "commit": commit()}
-    return {**facts, "fingerprint": fingerprint(name), "means": means}
+    facts = {
+        "images": options.images,
+        "count": options.count,
+        "faces": results.protocol["faces"],
+        "precision": PRECISION,
+        "parameters": sum(parameter.numel() for parameter in pipeline.transformer.parameters()),
+        "commit": commit(),
+        "fingerprint": fingerprint(name),
+    }
+    return {**facts, "means": means}
+
+
+def conflict_scores(pipeline: Any, faces: Path) -> dict[str, np.ndarray]:
+    """Return scores of images whose prompt contradicts their mask, [P] each: `text`, how much more often they agree
+    with the prompt than those of a neutral one, and `mask`, the accuracy of their pixels against the mask.
+    """
+    conflicts = measure_conflicts(pipeline, read_masks(faces, CONFLICT_FACES, 128), load_face_parser())
+    text = np.array([one.text - one.neutral for one in conflicts])
+    return {"text": text, "mask": np.array([one.mask for one in conflicts])}
 
 
 def commit() -> str:
@@ -510,12 +536,12 @@ def commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
-@torch.no_grad()
-def fingerprint(name: str) -> float:
-    """Return the loss of a variant with random weights on random latents: it changes when what the variant computes
-    does. A result is out of date if its fingerprint differs. Data, optimizer and precision do not change it.
+def fingerprint(name: str) -> dict[str, Any]:
+    """Return what changes when a variant does: `losses`, its training loss with random weights on random latents,
+    before and after a step of its optimizer, and `settings`, a hash of what its recipe sets, of how it treats captions
+    and of the bundled networks that encode and measure. A result is out of date if `is_same_code` denies it.
     """
-    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    variant, draw = VARIANTS[name], partial(torch.randn, generator=torch.Generator().manual_seed(0))
     network, recipe = random_network(name, draw)
     objective = make_objective(recipe.objective)
     text, index = TextFeatures(draw(4, 8, 32), draw(4, 32)), torch.tensor([[0], [0], [-1], [0]])
@@ -523,7 +549,30 @@ def fingerprint(name: str) -> float:
     if not network.config.condition_names:
         latents["condition_latents"], index = latents["condition_latents"][:, :0], index[:, :0]
     batch = Batch(**latents, uniform=torch.linspace(0.1, 0.9, 4), condition_index=index, captions=[], text=text)
-    return float(f"{denoising_losses(network, objective, batch).mean():.5g}")
+
+    def loss() -> Tensor:
+        return variant.losses(network, objective, batch).mean()
+
+    losses = [loss()]
+    if variant.budget:
+        losses[0].backward()
+        optimizers = make_optimizers(network, recipe.optimizer)
+        TrainState(model=network, optimizers=optimizers, emas=[]).step(FINGERPRINT_RATE, recipe.optimizer.max_grad_norm)
+        losses.append(loss())
+    caption = "A young woman with red hair, smiling."
+    components = [file_hash(file) for file in sorted((BUNDLED / COMMON).rglob("*.safetensors"))]
+    settings = [tables_of(name), variant.budget, variant.caption and variant.caption(caption), variant.progressive]
+    content = json.dumps([*settings, variant.given, components], sort_keys=True)
+    return {
+        "losses": [float(f"{one.item():.6g}") for one in losses],
+        "settings": hashlib.sha256(content.encode()).hexdigest()[:16],
+    }
+
+
+def is_same_code(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether two fingerprints are equal, apart from the rounding of different processors."""
+    losses = one["losses"], other["losses"]
+    return one["settings"] == other["settings"] and len(losses[0]) == len(losses[1]) and np.allclose(*losses, rtol=2e-4)
 
 
 @torch.no_grad()
@@ -688,7 +737,7 @@ def variance_between_seeds(results: Mapping[str, Any], pair: Sequence[str], metr
     same network as `pair` that were trained with three seeds; None if there are fewer than two, or for a GAN, whose
     trainings differ more. Adapters take that of whole networks.
     """
-    if any(VARIANTS[name].losses is gan_losses for name in pair):
+    if any(is_gan(name) for name in pair):
         return None
 
     def is_mmface(name: str) -> bool:
@@ -697,7 +746,7 @@ def variance_between_seeds(results: Mapping[str, Any], pair: Sequence[str], metr
     rows = [
         [one["seeds"][str(seed)][metric] for seed in SEEDS]
         for name, one in results["variants"].items()
-        if VARIANTS[name].budget and is_mmface(name) == is_mmface(pair[0])
+        if VARIANTS[name].budget and not is_gan(name) and is_mmface(name) == is_mmface(pair[0])
         if all(metric in one["seeds"].get(str(seed), {}) for seed in SEEDS)
     ]
     if len(rows) < 2:
@@ -706,6 +755,11 @@ def variance_between_seeds(results: Mapping[str, Any], pair: Sequence[str], metr
     residual = values - values.mean(axis=1, keepdims=True) - values.mean(axis=0) + values.mean()
     freedom = (len(rows) - 1) * (len(SEEDS) - 1)
     return 2 * float((residual**2).sum()) / freedom, freedom
+
+
+def is_gan(name: str) -> bool:
+    """Return whether a variant is a GAN."""
+    return VARIANTS[name].losses is gan_losses
 
 
 def read_results() -> dict[str, Any]:
@@ -721,9 +775,10 @@ def read_scores(name: str) -> dict[str, np.ndarray]:
 
 def collect(wanted: Sequence[Sequence[str]], out: Path, seeds: Sequence[int]) -> None:
     """Add the finished runs and the wanted comparisons, (variant, reference, metric) each, to the committed results.
-    Runs of other code, budget or faces than the committed ones replace these and their comparisons. A comparison of
-    fewer than three seeds takes the variance between seeds from other variants (`variance_between_seeds`). One without
-    committed scores by face, or of a metric that has none, pairs the means of the seeds.
+    Runs of other code, budget, faces or precision than the committed ones replace these and their comparisons. The
+    variance between seeds of a comparison is that of all variants (`variance_between_seeds`), or, with a GAN, that of
+    its own two or more seeds. A comparison without committed scores by face, or of a metric that has none, pairs the
+    means of the seeds.
     """
     results, metrics = read_results(), {metric for _, _, metric in wanted}
     for name in VARIANTS:
@@ -731,21 +786,24 @@ def collect(wanted: Sequence[Sequence[str]], out: Path, seeds: Sequence[int]) ->
         found = {seed: read_json(file) for seed, file in files.items() if file.is_file()}
         if not found:
             continue
-        for key in SAME:
-            if len({one[key] for one in found.values()}) > 1:
-                values = ", ".join(f"{one[key]} (seed {seed})" for seed, one in found.items())
-                raise InputError(f"the runs of {name} have different {key}: {values}; remove the old ones")
-        latest, known, scores = list(found.values())[-1], results["variants"].get(name, {}), read_scores(name)
-        if any(known.get(key) != latest[key] for key in SAME):
-            known, scores = {}, {}
+        latest, known, scores = list(found.values())[-1], results["variants"].get(name), read_scores(name)
+        for seed, one in found.items():
+            if different := difference(one, latest):
+                raise InputError(f"the runs of {name} have different {different} (seed {seed}); remove the old ones")
+        if known is None or difference(known, latest):
+            known, scores = {"seeds": {}, "commits": {}}, {}
             kept = {key: one for key, one in results["comparisons"].items() if name not in key.split()[:2]}
             results["comparisons"] = kept
-        facts = {key: latest[key] for key in ("images", "count", "parameters", "commit", "fingerprint", "trainable")}
+        facts = {key: latest[key] for key in (*SAME, "fingerprint", "parameters", "trainable")}
         means = {str(seed): one["means"] for seed, one in found.items()}
-        results["variants"][name] = {**facts, "seeds": known.get("seeds", {}) | means}
+        commits = {str(seed): one["commit"] for seed, one in found.items()}
+        results["variants"][name] = {
+            **facts, "seeds": known["seeds"] | means, "commits": known["commits"] | commits,
+        }  # fmt: skip
         for seed, one in found.items():
-            for metric in one["means"].keys() & metrics - SETS_ONLY:
-                scores[f"{seed}/{metric}"] = values_by_face(out, name, seed, metric).astype(np.float32)
+            for metric in one["means"].keys() & metrics:
+                if not metric.startswith(SETS_ONLY):
+                    scores[f"{seed}/{metric}"] = values_by_face(out, name, seed, metric).astype(np.float32)
         with writing_whole(SCORES / f"{name}.npz") as file:
             np.savez_compressed(file, **dict(sorted(scores.items())))
     scores_of = {name: read_scores(name) for name in results["variants"]}
@@ -754,19 +812,28 @@ def collect(wanted: Sequence[Sequence[str]], out: Path, seeds: Sequence[int]) ->
         mean = [results["variants"][name]["seeds"][str(seed)][metric]]
         return scores_of[name].get(f"{seed}/{metric}", np.array(mean))
 
+    results["comparisons"] = {}
     for variant, reference, metric in wanted:
-        pair = [results["variants"].get(name, {"seeds": {}})["seeds"] for name in (variant, reference)]
-        common = [seed for seed in SEEDS if all(metric in seeds.get(str(seed), {}) for seeds in pair)]
-        between = variance_between_seeds(results, (variant, reference), metric) if len(common) < len(SEEDS) else None
-        if common and (between or len(common) == len(SEEDS)):
+        pair = [results["variants"].get(name) for name in (variant, reference)]
+        if None in pair or any(pair[0][key] != pair[1][key] for key in SAME):
+            continue
+        common = [seed for seed in SEEDS if all(metric in one["seeds"].get(str(seed), {}) for one in pair)]
+        between = variance_between_seeds(results, (variant, reference), metric)
+        if len(common) > 1 or (common and between):
             found = compare(variant, reference, metric, read, common, between)
-            found["images"] = results["variants"][variant]["images"]
             results["comparisons"][" ".join((variant, reference, metric))] = found
     write_whole(RESULTS, json.dumps(results, indent=1, sort_keys=True) + "\n")
 
 
+def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Return the fact in which two results of a variant differ, or an empty string."""
+    different = next((key for key in SAME if one[key] != other[key]), "")
+    return different or ("" if is_same_code(one["fingerprint"], other["fingerprint"]) else "fingerprint")
+
+
 COLUMNS = {
     "mask accuracy": ("pixel_accuracy/mask", 1),
+    "of text only": ("pixel_accuracy/none", 1),
     "rare classes": ("rare_class_recall/mask", 1),
     "edges F": ("edge_f_score/sketch", 1),
     "retrieval, mask": ("retrieval/mask", 1),
@@ -778,11 +845,16 @@ COLUMNS = {
 
 def table() -> str:
     """Return the collected results as a Markdown table: means over the seeds, with 95 % intervals if there are three or
-    more, and the costs.
+    more, and the costs. The first row has the scores of photographs.
     """
     results = read_results()
     lines = ["| " + " | ".join(["variant", "seeds", *COLUMNS, "parameters", "trained", "step", "image"]) + " |"]
     lines.append("|---" * (lines[0].count("|") - 1) + "|")
+    photographs = results["variants"]["mmface"]["seeds"]["0"]  # equal for all
+    ceilings = [
+        f"{factor * photographs[metric.partition('/')[0] + '/ceiling']:.3f}" for metric, factor in COLUMNS.values()
+    ]
+    lines.append("| " + " | ".join(["*photographs*", "", *ceilings, *[""] * 4]) + " |")
     for name, found in results["variants"].items():
         cells = [name, str(len(found["seeds"]))]
         for metric, factor in COLUMNS.values():
@@ -847,7 +919,7 @@ def execute(options: argparse.Namespace) -> None:
         print(table())
     elif options.command == "collect":
         claims = tomllib.loads((ROOT / "benchmarks" / "claims.toml").read_text(encoding="utf-8"))
-        wanted = [claim["compare"] for claim in claims.values() if "compare" in claim]
+        wanted = [(*claim["pair"], metric) for claim in claims.values() for metric in claim.get("metrics", ())]
         collect(wanted, options.out, options.seeds)
     else:
         found = compare(*options.variants, options.metric, partial(values_by_face, options.out), options.seeds)

@@ -4,10 +4,10 @@ python benchmarks/claims.py                 # write docs/claims.md
 python benchmarks/claims.py check           # list claims whose result is out of date
 python benchmarks/claims.py record NAME     # after its command was run and `result` in claims.toml was written
 
-`claims.toml` contains the claims. Those with `compare` are decided by `ablations.json`, which `ablate.py collect`
-writes: the verdict follows from the 95 % interval of the difference. For the others, result and verdict are written by
-hand, and `claims.json` stores a fingerprint of everything that the result depends on (`depends`): a script or module
-without comments, the weights of a bundled model, or a variant of `ablate.py`. A result is out of date if one has
+`claims.toml` contains the claims. Those with a `pair` of variants are decided by `ablations.json`, which `ablate.py
+collect` writes: the verdict of each metric follows from the 95 % interval of the difference. For the others, result and
+verdict are written by hand, and `claims.json` stores a fingerprint of everything that the result depends on
+(`depends`): a script or module without comments, or the files of a bundled model. A result is out of date if one has
 changed.
 """
 
@@ -20,7 +20,7 @@ import json
 import sys
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,17 +29,14 @@ import ablate
 from likeness.config import build
 from likeness.files import read_json, write_whole
 from likeness.types import InputError
-from likeness.weights.catalog import find_model
+from likeness.weights.catalog import BUNDLED, COMMON, find_model
 from likeness.weights.hashes import file_hash
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 CLAIMS, RECORDS, PAGE = HERE / "claims.toml", HERE / "claims.json", ROOT / "docs" / "claims.md"
 
-REPRODUCED, CONTRADICTED, UNDECIDED, UNREACHABLE, OPEN = (
-    "reproduced at mini scale", "contradicted at mini scale", "undecided at mini scale", "not reachable here",
-    "not run yet",
-)  # fmt: skip
+REPRODUCED, CONTRADICTED, UNDECIDED, OPEN = "reproduced", "contradicted", "undecided", "not run yet"
 
 HEADER = """# Claims of the papers, tested
 
@@ -48,26 +45,48 @@ their open questions, and what could not be tested. `python benchmarks/claims.py
 `benchmarks/claims.toml` and `benchmarks/ablations.json`.
 
 *Micro* networks are 128 wide and 6 deep, have 64 image tokens (128 px), and were trained on photographs of CelebA and
-CelebA-HQ with `benchmarks/ablate.py`, all with the same budget, in bf16 or, on processors without it, in fp32.
-Differences are paired by seed and face; their intervals include the variance between seeds, which a comparison of fewer
-than three seeds takes from the variants of the same network that were trained with three. A claim is *reproduced* if
-its interval excludes zero on the claimed side, *contradicted* if it excludes zero on the other, else *undecided*. A
-claim that two variants are equal, or that one is not worse, is reproduced if the interval is within the stated margin,
-contradicted if it is beyond. There is no correction for the number of claims: of twenty differences, one excludes zero
-by chance. None of this says what holds at full scale.
+CelebA-HQ with `benchmarks/ablate.py`, all with the same budget and precision. *Mini* are the bundled models. None of
+this says what holds at full scale.
+
+Differences of micro networks are paired by seed and face. A metric is *reproduced* if the 95 % interval of its
+difference excludes zero on the claimed side, *contradicted* if it excludes zero on the other, else *undecided*. That
+two variants are equal, or that one is not lower, is reproduced if the interval is within the stated margin,
+contradicted if it is beyond. Intervals include the variance between faces and that between seeds, which is estimated
+from all variants of the same network with three seeds (analysis of variance); comparisons with a GAN, whose trainings
+differ more, take that of their own seeds. It is assumed to be equal for all variants: one that varies more than others
+has too narrow an interval. Verdicts of one seed are marked. There is no correction for the number of comparisons: of
+twenty differences, one excludes zero by chance.
 """
 
 
 TABLE = """## All variants and baselines
 
-Measured so far, on 200 held-out faces: means over the seeds, with three or more their 95 % intervals. A metric of the
-prompt has mask and prompt unless it says otherwise. Variants of MMFace-DiT and the baselines take masks and sketches
-and were trained with a mask in 40 % of the images; those of MDiTFace take masks only, in 80 %. So compare within one
-network. `step` and `image` are CPU times of a training step and of an image, relative to `mmface`.
+Means over the seeds on 200 held-out faces, with three or more seeds their 95 % intervals. The first row has the scores
+of photographs that were encoded and decoded. Metrics are those of images of mask and prompt, unless the column says
+otherwise; retrieval is among 50 captions, by chance 0.020. Variants of MMFace-DiT and the baselines take masks and
+sketches and were trained with a mask in 40 % of the images; those of MDiTFace take masks only, in 80 %. So compare
+within one network. `step` and `image` are CPU times of a training step and of an image, relative to `mmface`.
 `python benchmarks/ablate.py list` describes the variants; `baselines/` contains ControlNet, the composition and the
 GAN. `mmface-single` is also the baseline of channel concatenation in a single stream, and `easycontrol` that of a cache
 of the condition alone.
 """
+
+TITLES = {
+    "pixel_accuracy": "mask accuracy",
+    "mean_iou": "mIoU",
+    "rare_class_recall": "rare classes",
+    "edge_f_score": "edges F",
+    "retrieval": "retrieval",
+    "attribute_recall": "attributes",
+    "complete_faces": "complete faces",
+    "kid_text_image": "KID x 1000",
+    "loss": "loss",
+    "conflict": "contradiction",
+}
+"""Name of a metric in tables."""
+
+GIVEN = {"mask": "", "sketch": ", sketch", "none": ", text only", "right": ""}
+"""What is added to it for a condition set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,24 +97,25 @@ class Claim:
     source: str
     """Table, section or open question."""
     claim: str
-    command: str
-    """Command that tests it; {shards} etc. are the user's data."""
-    scale: str = ""
-    """What was trained or measured."""
-    compare: tuple[str, str, str] | None = None
-    """Variant, reference and metric of `ablate.py`."""
-    expect: Literal["higher", "lower", "equal", "not lower"] = "higher"
-    """What the paper claims about variant minus reference."""
-    within: float = 0.0
-    """Largest difference that counts as equal, or as not lower."""
-    verdict: Literal["reproduced", "contradicted", "undecided", "not reachable"] | None = None
-    """Of a claim without `compare`."""
-    result: str = ""
-    """Of a claim without `compare`, with numbers; or why it is not reachable."""
-    depends: tuple[str, ...] = ()
-    """Files of the repository, `model:NAME` or `variant:NAME`."""
     change: str
     """What would change the verdict."""
+    scale: str = ""
+    """What was trained or measured."""
+    pair: tuple[str, str] | None = None
+    """Variant and reference of `ablate.py`."""
+    metrics: dict[str, str] = field(default_factory=dict)
+    """Metric/condition set -> what the paper claims about variant minus reference: higher, lower, "equal 0.02" or "not
+    lower 0.02", up to this margin.
+    """
+    command: str = ""
+    """Of a claim without `pair`: the command that tests it; SHARDS etc. are the user's data."""
+    size: Literal["", "tiny", "mini", "full size"] = ""
+    """Of the network that was measured."""
+    verdict: Literal["reproduced", "contradicted", "undecided", "not reachable"] | None = None
+    result: str = ""
+    """With numbers; or why it is not reachable."""
+    depends: tuple[str, ...] = ()
+    """Files of the repository, or `model:NAME`."""
 
 
 def read_claims() -> dict[str, Claim]:
@@ -105,56 +125,92 @@ def read_claims() -> dict[str, Claim]:
         for name, values in tomllib.loads(CLAIMS.read_text(encoding="utf-8")).items()
     }
     for name, claim in claims.items():
-        decided = claim.verdict is not None and bool(claim.result)
-        if (claim.compare is not None) == decided:
-            raise InputError(f"{CLAIMS.name}: {name} needs either `compare`, or `verdict` and `result`")
-        if claim.verdict not in (None, "not reachable") and not claim.depends:
-            raise InputError(f"{CLAIMS.name}: {name} needs `depends`: the code and models of its result")
+        written = claim.verdict is not None and bool(claim.result) and bool(claim.command)
+        if written == (claim.pair is not None and bool(claim.metrics)):
+            raise InputError(f"{CLAIMS.name}: {name} needs either pair and metrics, or command, verdict and result")
+        if claim.verdict not in (None, "not reachable") and not (claim.depends and claim.size):
+            raise InputError(f"{CLAIMS.name}: {name} needs size, and depends: the code and models of its result")
+        for expected in claim.metrics.values():
+            parse(expected)
     return claims
 
 
-def verdict_of(claim: Claim, comparisons: Mapping[str, Any]) -> tuple[str, str]:
-    """Return verdict and result of a claim."""
-    if claim.compare is None:
-        verdicts = {"reproduced": REPRODUCED, "contradicted": CONTRADICTED, "undecided": UNDECIDED}
-        return verdicts.get(claim.verdict or "", UNREACHABLE), claim.result
-    found = comparisons.get(key_of(claim.compare))
-    if found is None:
-        return OPEN, ""
-    seeds = ", ".join(f"{value:+.4f}" for value in found["by_seed"])
-    if len(found["by_seed"]) < len(ablate.SEEDS):
-        seeds += " alone"
-    faces = f"{found['n']} faces" if found["n"] > 1 else "means of all faces, whose variance is left out"
-    text = (
-        f"{claim.compare[0]} {found['means'][0]:.4f}, {claim.compare[1]} {found['means'][1]:.4f}: difference "
-        f"{found['value']:+.4f}, 95 % interval {found['low']:+.4f} to {found['high']:+.4f}; by seed {seeds}; "
-        f"p {found['p']:.3f}; {faces}, {found['images']:,} training images each"
-    )
-    low, high = found["low"], found["high"]
-    if claim.expect in ("equal", "not lower"):
-        text += f"; margin {claim.within}"
-        inside, outside = low >= -claim.within, high < -claim.within
-        if claim.expect == "equal":
-            inside, outside = inside and high <= claim.within, outside or low > claim.within
+def parse(expected: str) -> tuple[str, float]:
+    """Split what is claimed about a difference into its kind and margin. Raises `InputError` if it is unknown."""
+    kind, _, margin = expected.rpartition(" ") if expected[-1].isdigit() else (expected, "", "0")
+    if kind not in ("higher", "lower", "equal", "not lower"):
+        raise InputError(f"{CLAIMS.name}: {expected!r} is not higher, lower, equal MARGIN or not lower MARGIN")
+    return kind, float(margin)
+
+
+def decide(expected: str, low: float, high: float) -> str:
+    """Return the verdict of a difference with the 95 % interval [low, high]."""
+    kind, margin = parse(expected)
+    if kind in ("equal", "not lower"):
+        inside, outside = low >= -margin, high < -margin
+        if kind == "equal":
+            inside, outside = inside and high <= margin, outside or low > margin
     else:
-        sign = 1 if claim.expect == "higher" else -1
+        sign = 1 if kind == "higher" else -1
         inside, outside = min(sign * low, sign * high) > 0, max(sign * low, sign * high) < 0
-    return REPRODUCED if inside else CONTRADICTED if outside else UNDECIDED, text
+    return REPRODUCED if inside else CONTRADICTED if outside else UNDECIDED
 
 
-def key_of(compare: tuple[str, str, str]) -> str:
-    """Name of a comparison in `ablations.json`."""
-    return " ".join(compare)
+def title_of(metric: str) -> str:
+    """Return the name of a metric in tables."""
+    kind, _, given = metric.partition("/")
+    return f"{given} of contradictions" if kind == "conflict" else TITLES[kind] + GIVEN[given]
+
+
+def verdicts_of(claim: Claim, comparisons: Mapping[str, Any]) -> dict[str, str]:
+    """Return title of each metric -> verdict, with the number of seeds if it is not three; of claims without a pair,
+    "" -> verdict.
+    """
+    if claim.pair is None:
+        return {"": "not reachable here" if claim.verdict == "not reachable" else f"{claim.verdict} ({claim.size})"}
+    verdicts = {}
+    for metric, expected in claim.metrics.items():
+        found = comparisons.get(" ".join((*claim.pair, metric)))
+        verdict, seeds = OPEN, len(ablate.SEEDS)
+        if found is not None:
+            verdict, seeds = decide(expected, found["low"], found["high"]), len(found["by_seed"])
+        few = "" if seeds == len(ablate.SEEDS) else f" ({seeds} seed{'s' * (seeds > 1)})"
+        verdicts[title_of(metric)] = verdict + few
+    return verdicts
+
+
+def comparison_table(claim: Claim, comparisons: Mapping[str, Any]) -> list[str]:
+    """Return the lines of a table with a row for each metric of a claim."""
+    assert claim.pair is not None
+    lines = [
+        f"| | {claim.pair[0]} | {claim.pair[1]} | difference, 95 % interval | by seed | p | n | claimed | verdict |"
+    ]
+    lines.append("|---" * (lines[0].count("|") - 1) + "|")
+    for (metric, expected), (title, verdict) in zip(
+        claim.metrics.items(), verdicts_of(claim, comparisons).items(), strict=True
+    ):
+        found = comparisons.get(" ".join((*claim.pair, metric)))
+        cells = [""] * 6
+        if found is not None:
+            factor = 1000 if metric.startswith(ablate.SETS_ONLY) else 1
+            value, low, high, *by_seed = (
+                f"{factor * one:+.4f}" for one in (found["value"], found["low"], found["high"], *found["by_seed"])
+            )
+            unit = "pairs" if metric.startswith("conflict") else "faces"
+            cells = [f"{factor * mean:.4f}" for mean in found["means"]]
+            cells += [f"{value}, {low} to {high}", " ".join(by_seed), f"{found['p']:.3f}"]
+            cells += [f"{found['n']} {unit}" if found["n"] > 1 else "means"]
+        lines.append("| " + " | ".join([title, *cells, expected, verdict]) + " |")
+    return lines
 
 
 def fingerprint(name: str) -> str:
     """Return a fingerprint of something that a result depends on. Raises `InputError` if it does not exist."""
     kind, _, rest = name.rpartition(":")
     if kind == "model":
-        files = sorted(find_model(rest).rglob("*.safetensors"))
+        folder = BUNDLED / COMMON if rest == COMMON else find_model(rest)
+        files = sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors"))
         return hashlib.sha256("".join(file_hash(file) for file in files).encode()).hexdigest()[:16]
-    if kind == "variant":
-        return str(ablate.fingerprint(rest))
     if not (ROOT / name).is_file():
         raise InputError(f"{CLAIMS.name} depends on {name}, which does not exist")
     return hashlib.sha256(ast.dump(ast.parse((ROOT / name).read_text(encoding="utf-8"))).encode()).hexdigest()[:16]
@@ -169,9 +225,9 @@ def out_of_date(claims: Mapping[str, Claim]) -> list[str]:
             if known.get(one) != fingerprint(one):
                 faults.append(f"{name}: its result is older than {one}; run its command again, then `record {name}`")
     results = ablate.read_results()
-    for variant in sorted({one for claim in claims.values() if claim.compare for one in claim.compare[:2]}):
+    for variant in sorted({one for claim in claims.values() for one in claim.pair or ()}):
         stored = results["variants"].get(variant)
-        if stored and stored["fingerprint"] != ablate.fingerprint(variant):
+        if stored and not ablate.is_same_code(stored["fingerprint"], ablate.fingerprint(variant)):
             faults.append(f"the results of the variant {variant} are older than its code: delete and train it again")
     return faults
 
@@ -179,33 +235,34 @@ def out_of_date(claims: Mapping[str, Claim]) -> list[str]:
 def page(claims: Mapping[str, Claim]) -> str:
     """Return the content of docs/claims.md."""
     comparisons = ablate.read_results()["comparisons"]
-    found = {name: verdict_of(claim, comparisons) for name, claim in claims.items()}
-    lines = [
-        HEADER,
-        "| claim | paper | verdict |",
-        "|---|---|---|",
-        *(
-            f"| [{name}](#{name}) | {claim.paper}, {claim.source} | {found[name][0]} |"
-            for name, claim in claims.items()
-        ),
-        "",
-        TABLE,
-        ablate.table(),
-        "",
-    ]
+    lines = [HEADER, "| claim | paper | verdict |", "|---|---|---|"]
     for name, claim in claims.items():
-        verdict, result = found[name]
-        lines += [
-            f"## {name}",
-            "",
-            f"{claim.claim} ({claim.paper}, {claim.source})",
-            "",
-            f"**{verdict.capitalize()}.**",
-        ]
-        lines += [f"{result}." if result and not result.endswith(".") else result, ""]
+        by_verdict: dict[str, list[str]] = {}
+        for metric, verdict in verdicts_of(claim, comparisons).items():
+            by_verdict.setdefault(verdict, []).append(metric)
+        cell = "; ".join(verdict + f": {', '.join(one)}" * any(one) for verdict, one in by_verdict.items())
+        lines.append(f"| [{name}](#{name}) | {claim.paper}, {claim.source} | {cell} |")
+    lines += ["", TABLE, ablate.table(), ""]
+    for name, claim in claims.items():
+        lines += [f"## {name}", "", f"{claim.claim} ({claim.paper}, {claim.source})", ""]
+        if claim.pair is None:
+            verdict = verdicts_of(claim, comparisons)[""]
+            lines += [f"**{verdict.capitalize()}.**", f"{claim.result}.", ""]
+        else:
+            lines += [*comparison_table(claim, comparisons), ""]
         lines += [f"- Scale: {claim.scale}"] if claim.scale else []
-        lines += [f"- Command: `{claim.command}`", f"- What would change it: {claim.change}", ""]
+        lines += [f"- Command: `{command_of(claim)}`", f"- What would change it: {claim.change}", ""]
     return "\n".join(lines)
+
+
+def command_of(claim: Claim) -> str:
+    """Return the command that tests a claim."""
+    if claim.pair is None:
+        return claim.command
+    small = " --small-shards SHARDS64" if any(ablate.VARIANTS[name].progressive for name in claim.pair) else ""
+    return (
+        f"python benchmarks/ablate.py train {' '.join(claim.pair)}{small} --shards SHARDS --test SHARDS --faces FACES"
+    )
 
 
 def record(names: list[str], claims: Mapping[str, Claim]) -> None:

@@ -4,8 +4,10 @@
 
 FOLDER is a prepared folder of held-out faces with masks. Every prompt of `PROMPTS` that contradicts the mask of a face
 (`find_contradictions`) is a pair. Its image is parsed by the bundled face parser. *text*: the fraction of images whose
-parsed mask does not contradict the prompt; *mask*: the accuracy of its pixels; *agreed*: the same with the prompt "a
-person"; *part*: the intersection over union of the disputed class. Intervals are 95 % bootstrap intervals over pairs.
+parsed mask does not contradict the prompt; *neutral*: the same with the prompt "a person", which a model that ignores
+text attains with any prompt; *mask*: the accuracy of the pixels of the mask; *agreed*: the same with the prompt "a
+person"; *part*: the intersection over union of the disputed class. Intervals are 95 % bootstrap intervals of text minus
+neutral over pairs.
 """
 
 from __future__ import annotations
@@ -57,7 +59,9 @@ class Scores(NamedTuple):
     face: int
     prompt: str
     text: float
-    """Whether the image agrees with the prompt."""
+    """Whether the image agrees with the prompt, 0 or 1."""
+    neutral: float
+    """Whether the image of a prompt that does not contradict the mask agrees with this one."""
     mask: float
     """Accuracy of the pixels against the mask."""
     part: float
@@ -88,17 +92,21 @@ def measure_conflicts(
         image = np.asarray(image.resize(mask.shape[::-1]))
         return parse_faces(network, [image], size=size)[0]
 
-    agreed = {}
+    def follows(labels: np.ndarray, prompt: str) -> float:
+        return float(not find_contradictions(measure(labels), prompt))
+
+    neutral: dict[int, np.ndarray] = {}  # the parsed images of a neutral prompt
     scores = []
     for face, prompt, part in find_pairs(masks):
         mask = masks[face]
-        if face not in agreed:
-            agreed[face] = pixel_accuracy(mask, parsed(mask, NEUTRAL, face))
+        if face not in neutral:
+            neutral[face] = parsed(mask, NEUTRAL, face)
         labels = parsed(mask, prompt, face)
         given, found = mask == CLASS_INDEX[part], labels == CLASS_INDEX[part]
         overlap = float((given & found).sum() / union) if (union := (given | found).sum()) else 1.0
-        text = float(not find_contradictions(measure(labels), prompt))
-        scores.append(Scores(face, prompt, text, pixel_accuracy(mask, labels), overlap, agreed[face]))
+        text = follows(labels, prompt), follows(neutral[face], prompt)
+        accuracy = pixel_accuracy(mask, labels), pixel_accuracy(mask, neutral[face])
+        scores.append(Scores(face, prompt, *text, accuracy[0], overlap, accuracy[1]))
     return scores
 
 
@@ -116,7 +124,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=40, help="number of faces")
     parser.add_argument("--guidance-scale", type=float, help="text guidance; the model's default otherwise")
     options = parser.parse_args()
-    print(f"{'model':18} {'prompt':26} {'pairs':>5}  {'text':>5} {'mask':>6} {'agreed':>6} {'part':>5}")
+    columns = ("text", "neutral", "mask", "agreed", "part")
+    print(f"{'model':18} {'prompt':26} {'pairs':>5}" + "".join(f"{name:>9}" for name in columns))
     for model in options.model:
         pipeline = likeness.load(model)
         pipeline.set_progress_bar_config(disable=True)
@@ -126,13 +135,11 @@ def main() -> None:
             rows[score.prompt].append(score)
             rows["all"].append(score)
         for prompt, scores in rows.items():
-            values = {
-                name: np.array([getattr(one, name) for one in scores]) for name in ("text", "mask", "agreed", "part")
-            }
-            means = {name: value.mean() for name, value in values.items()}
-            print(f"{model:18} {prompt:26} {len(scores):5}  {means['text']:5.2f} {means['mask']:6.3f} ", end="")
-            low, high = bootstrap_interval(values["text"])
-            print(f"{means['agreed']:6.3f} {means['part']:5.2f}  text in [{low:.2f}, {high:.2f}]", flush=True)
+            values = {name: np.array([getattr(one, name) for one in scores]) for name in columns}
+            low, high = bootstrap_interval(values["text"] - values["neutral"])
+            print(f"{model:18} {prompt:26} {len(scores):5}", end="")
+            print("".join(f"{value.mean():9.3f}" for value in values.values()), end="")
+            print(f"  text - neutral in [{low:.2f}, {high:.2f}]", flush=True)
 
 
 if __name__ == "__main__":

@@ -340,9 +340,13 @@ def test_cached_equals_recomputed_in_bfloat16():
     for name in ("latents", "condition_latents"):
         given[name] = given[name].bfloat16()
     given["text"] = TextFeatures(*(x.bfloat16() for x in given["text"]))
-    output = model(**given)
-    assert output.dtype == torch.bfloat16
-    assert torch.equal(model(**given, static_cache=cache_of(model, given)), output)
+    cache = cache_of(model, given)
+    for time in (900.0, 500.0, 10.0):
+        step = {**given, "time": torch.full_like(given["time"], time), "latents": given["latents"] * time}
+        for strength in (None, torch.full(given["condition_index"].shape, 0.7)):
+            output = model(**step, condition_scale=strength)
+            assert output.dtype == torch.bfloat16
+            assert torch.equal(model(**step, condition_scale=strength, static_cache=cache), output)
 
 
 def test_static_cache_does_not_depend_on_guidance_or_time():
