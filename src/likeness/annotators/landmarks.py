@@ -52,7 +52,7 @@ def open_face_finder(model: Path, *, max_faces: int = MAX_FACES) -> Iterator[Fac
     except ImportError as error:
         raise InputError("landmarks need MediaPipe: pip install 'likeness[data]'") from error
     if not model.is_file():
-        raise InputError(f"{model} does not exist: download MediaPipe's face_landmarker.task")
+        raise InputError(f"{model} does not exist: download MediaPipe's face_landmarker.task (address: docs/data.md)")
     base = BaseOptions(model_asset_buffer=model.read_bytes())
     try:
         with stderr_discarded():

@@ -37,7 +37,7 @@ class ImportOptions:
     crop: bool = False
     """Crop the centre of images that are not square instead of skipping them."""
     held_out: int | None = None
-    """Faces held out by the splits person (at least) and random: 1000 by default, a tenth of smaller sets."""
+    """Faces held out by the splits person (at least) and random. Default: a tenth of the faces, at most 1000."""
     limit: int | None = None
     """Maximum number of faces."""
     follow_links: bool = False
@@ -143,7 +143,7 @@ class Align:
     strict: bool = False
     """Skip faces that are turned, tilted, small or cut off instead of only reporting them."""
     held_out: int | None = None
-    """Photos held out in the split test: 1000 by default, a tenth of smaller sets."""
+    """Photos held out in the split test. Default: a tenth of the photos, at most 1000."""
     follow_links: bool = False
     """Also read links that lead outside the folder of photos."""
 
@@ -197,7 +197,7 @@ class Paste:
     face: str | None = None
     """File name of the aligned portrait, if the photo has several faces."""
     feather: float = 0.1
-    """Width of the blended border as a fraction of the portrait's side."""
+    """Width of the blended border as a fraction of the portrait's side, above 0 and at most 0.5."""
     only: tuple[str, ...] = ()
     """Classes to paste, such as hair,hat,skin; a face parser finds them. Default: the whole portrait."""
     parser: str = "bundled"

@@ -14,6 +14,8 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal
 
+import tyro
+
 from likeness.cli.output import exit_on_sigterm
 from likeness.types import DtypeName, InputError
 from likeness.weights.catalog import DEFAULT, MASK_MODEL, find_model
@@ -172,7 +174,7 @@ class Serve:
 class Studio(Serve):
     """Paint a mask or a sketch in the browser and see the face change (docs/studio.md)."""
 
-    studio: bool = True
+    studio: tyro.conf.Suppress[bool] = True
     browser: bool = True
     """Open the page in the default browser."""
 
