@@ -13,7 +13,7 @@ import tyro
 
 from likeness.cli.output import exit_on_sigterm, image_names
 from likeness.cli.portraits import ModelOptions, adapt_threads, load_pipeline
-from likeness.cli.terminal import PathArgument, listed, print_notes, progress_bar
+from likeness.cli.terminal import PathArgument, print_notes, progress_bar
 from likeness.runtime import optional_packages_hidden
 from likeness.types import InputError, PortraitRequest
 from likeness.weights.catalog import bundled_models
@@ -70,7 +70,7 @@ class Edit(ModelOptions):
         from likeness.weights.hashes import pipeline_hash
 
         kind = lossless_format(self.out)
-        given = self.mask_edit or self.mask or listed(self.region) or self.region_mask or self.strength is not None
+        given = self.mask_edit or self.mask or any(self.region) or self.region_mask or self.strength is not None
         if not given:
             options = "--mask-edit, --mask, --region, --region-mask or --strength"
             raise InputError(f"there is nothing to edit: pass {options}")
@@ -85,7 +85,7 @@ class Edit(ModelOptions):
         change = Change(
             mask_edit=self.mask_edit,
             mask=self.mask,
-            region=listed(self.region),
+            region=self.region,
             region_mask=self.region_mask,
             keep=self.keep,
             face=self.face,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,6 @@ from typing import Any
 import tyro
 
 PathArgument = tyro.conf.Positional[Path]
-
-
-def listed(texts: Sequence[str]) -> list[str]:
-    """Return the names of an option that takes several words, also with commas, such as `--region hair,hat skin`."""
-    return [name for text in texts for name in text.split(",") if name.strip()]
 
 
 def quiet_libraries() -> None:
