@@ -29,7 +29,7 @@ import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -560,13 +560,18 @@ def fingerprint(name: str) -> dict[str, Any]:
         TrainState(model=network, optimizers=optimizers, emas=[]).step(FINGERPRINT_RATE, recipe.optimizer.max_grad_norm)
         losses.append(loss())
     caption = "A young woman with red hair, smiling."
-    components = [file_hash(file) for file in sorted((BUNDLED / COMMON).rglob("*.safetensors"))]
     settings = [tables_of(name), variant.budget, variant.caption and variant.caption(caption), variant.progressive]
-    content = json.dumps([*settings, variant.given, components], sort_keys=True)
+    content = json.dumps([*settings, variant.given, component_hashes()], sort_keys=True)
     return {
         "losses": [float(f"{one.item():.6g}") for one in losses],
         "settings": hashlib.sha256(content.encode()).hexdigest()[:16],
     }
+
+
+@cache
+def component_hashes() -> list[str]:
+    """Return the hashes of the bundled networks that encode and measure."""
+    return [file_hash(file) for file in sorted((BUNDLED / COMMON).rglob("*.safetensors"))]
 
 
 def is_same_code(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -792,8 +797,6 @@ def collect(wanted: Sequence[Sequence[str]], out: Path, seeds: Sequence[int]) ->
                 raise InputError(f"the runs of {name} have different {different} (seed {seed}); remove the old ones")
         if known is None or difference(known, latest):
             known, scores = {"seeds": {}, "commits": {}}, {}
-            kept = {key: one for key, one in results["comparisons"].items() if name not in key.split()[:2]}
-            results["comparisons"] = kept
         facts = {key: latest[key] for key in (*SAME, "fingerprint", "parameters", "trainable")}
         means = {str(seed): one["means"] for seed, one in found.items()}
         commits = {str(seed): one["commit"] for seed, one in found.items()}
@@ -821,8 +824,13 @@ def collect(wanted: Sequence[Sequence[str]], out: Path, seeds: Sequence[int]) ->
         between = variance_between_seeds(results, (variant, reference), metric)
         if len(common) > 1 or (common and between):
             found = compare(variant, reference, metric, read, common, between)
-            results["comparisons"][" ".join((variant, reference, metric))] = found
+            results["comparisons"][key_of((variant, reference), metric)] = found
     write_whole(RESULTS, json.dumps(results, indent=1, sort_keys=True) + "\n")
+
+
+def key_of(pair: Sequence[str], metric: str) -> str:
+    """Return the name of a comparison in the committed results."""
+    return " ".join((*pair, metric))
 
 
 def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:

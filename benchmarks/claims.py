@@ -170,7 +170,7 @@ def verdicts_of(claim: Claim, comparisons: Mapping[str, Any]) -> dict[str, str]:
         return {"": "not reachable here" if claim.verdict == "not reachable" else f"{claim.verdict} ({claim.size})"}
     verdicts = {}
     for metric, expected in claim.metrics.items():
-        found = comparisons.get(" ".join((*claim.pair, metric)))
+        found = comparisons.get(ablate.key_of(claim.pair, metric))
         verdict, seeds = OPEN, len(ablate.SEEDS)
         if found is not None:
             verdict, seeds = decide(expected, found["low"], found["high"]), len(found["by_seed"])
@@ -189,7 +189,7 @@ def comparison_table(claim: Claim, comparisons: Mapping[str, Any]) -> list[str]:
     for (metric, expected), (title, verdict) in zip(
         claim.metrics.items(), verdicts_of(claim, comparisons).items(), strict=True
     ):
-        found = comparisons.get(" ".join((*claim.pair, metric)))
+        found = comparisons.get(ablate.key_of(claim.pair, metric))
         cells = [""] * 6
         if found is not None:
             factor = 1000 if metric.startswith(ablate.SETS_ONLY) else 1
