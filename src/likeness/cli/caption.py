@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import tyro
+
 from likeness.cli.terminal import PathArgument, print_notes, progress_bar, quiet_libraries
 from likeness.types import InputError
 
@@ -60,6 +62,8 @@ class Caption:
     """Largest side length of the images for the model, in pixels."""
     replace: bool = False
     """Drop captions of other origin from the metadata; captions.jsonl keeps them."""
+    only_uncaptioned: tyro.conf.Suppress[bool] = False
+    """Leave faces with captions unchanged, for `prepare shards`."""
     parallel: int = 8
     """Number of faces processed in parallel; 1 is enough for a checkpoint."""
     requests_per_minute: float | None = None
@@ -108,7 +112,8 @@ class Caption:
             for role in ("vlm", "refiner")
             if (source := getattr(self, role)) is not None
         }
-        shared = {name: getattr(self, name) for name in ("grammar", "max_tokens", "pixels", "replace", "seed")}
+        names = ("grammar", "only_uncaptioned", "max_tokens", "pixels", "replace", "seed")
+        shared = {name: getattr(self, name) for name in names}
         settings = CaptionSettings(
             **models,
             **shared,

@@ -65,7 +65,6 @@ class Edit(ModelOptions):
         from likeness.annotators.face_parser import load_face_parser
         from likeness.annotators.landmarks import open_face_finder
         from likeness.files import write_whole
-        from likeness.pipelines.image_recipe import encode_image
         from likeness.prepare.edit import Change, edit_photo, lossless_format, open_photo, read_labels
         from likeness.weights.hashes import pipeline_hash
 
@@ -116,12 +115,12 @@ class Edit(ModelOptions):
                 find=find,
                 read=read,
                 parser=load_face_parser(self.parser),
-                fingerprint=pipeline_hash(pipeline),
+                metadata=self.metadata,
+                fingerprint=pipeline_hash(pipeline) if self.metadata else "",
                 on_step=stack.enter_context(progress_bar("Generating")),
             )
         print_notes(edited.notes)
-        content = edited.content if self.metadata else encode_image(edited.image, kind, None)
-        write_whole(self.out, content)
+        write_whole(self.out, edited.content)
         counts = edited.certificate
         share = counts["region_pixels"] / counts["photo_pixels"]
         print(f"{self.out}  seed {seed}  region {share:.1%}, pixels changed outside it: {counts['changed_outside']}")

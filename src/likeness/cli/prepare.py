@@ -428,23 +428,12 @@ class Shards(ImportOptions, EncodeOptions):
         run("annotating", Annotate, folder=faces)
         rows = (row for split in splits for row in each_row(faces / split))
         if self.captioner == "bundled" and not all(map(captions_of, rows)):
-            run("captioning", Caption, caption_uncaptioned, folder=faces)
+            options = {"grammar": True, "attributes": "bundled", "only_uncaptioned": True}
+            run("captioning", Caption, Caption.caption, folder=faces, **options)
         run("checking", Check, Check.check, folder=faces)
         for split in splits:
             out = self.out / ("shards" if split == "train" else f"{split}_shards")
             run(f"encoding {split}", Encode, folder=faces / split, out=out, replace=True)
-
-
-def caption_uncaptioned(command: Any) -> None:
-    """Write captions of the faces of a folder that have none, from attributes that the bundled model predicts."""
-    from likeness.prepare.caption.folder import CaptionSettings, caption_folder
-    from likeness.prepare.caption.models import load_attributes, load_counter
-
-    settings = CaptionSettings(grammar=True, predict=load_attributes(), only_uncaptioned=True)
-    count = load_counter(command.components) if command.components else load_counter()
-    with progress_bar("Captioning") as advance:
-        report = caption_folder(command.folder, settings, count, progress=advance)
-    print(f"{command.folder}: {report.faces} faces, {report.used} captions")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,7 +92,7 @@ class Serve:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
         with locked(self.data) if self.database is None else nullcontext():
             replica = self.replica or f"{socket.gethostname()}:{port}"
-            app = self.application(replica, local=is_loopback(listener))
+            app = self.application(replica, local=ip_address(listener.getsockname()[0]).is_loopback)
             from uvicorn import Config
 
             from likeness.serve.server import Server
@@ -184,11 +184,6 @@ class Studio(Serve):
         print(f"The studio is at {address}", flush=True)
         if self.browser:
             threading.Timer(1, webbrowser.open, [address]).start()
-
-
-def is_loopback(listener: socket.socket) -> bool:
-    """Whether a socket accepts connections of this machine only."""
-    return ip_address(listener.getsockname()[0]).is_loopback
 
 
 def in_url(host: str) -> str:

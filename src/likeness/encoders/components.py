@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,11 @@ class Components:
         """Return whether a recorded hash is of this encoder. Raw latents do not depend on the decoder."""
         return recorded in (self.codec_hash, *self.encoder_of) or recorded == weights_hash(self.vae)
 
+    @cached_property
     def text_hash(self) -> str:
-        """Return the SHA-256 of text encoders, vocabularies and settings, which stored text features record."""
+        """The SHA-256 of text encoders, vocabularies and settings, which models and stored text features record. It is
+        computed once: for large encoders it takes seconds.
+        """
         encoders = [weights_hash(encoder) for encoder in self.text_encoders]
         vocabularies = [sorted(t.get_vocab().items()) for t in (self.tokenizer, self.tokenizer_2) if t is not None]
         settings = [self.settings.get(key) for key in ("max_text_tokens", "text_layer")]

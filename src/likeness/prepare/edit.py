@@ -278,6 +278,7 @@ def carry_out(
     kind: str = "PNG",
     strength: float = 1.0,
     method: str | None = None,
+    metadata: bool = True,
     fingerprint: str = "",
     on_step: Progress | None = None,
 ) -> Edited:
@@ -291,6 +292,7 @@ def carry_out(
         kind: PNG or WEBP.
         strength: fraction of the steps that run (`likeness.pipelines.editing.edit_steps`).
         method: name in `METHODS`. Default: `best_method`.
+        metadata: whether to write the recipe into the file.
         fingerprint: hash of the pipeline's weights, for the recipe.
         on_step: called as (steps done, total steps).
 
@@ -301,7 +303,7 @@ def carry_out(
     method = best_method(pipeline, plan, request) if method is None else method
     how = {"strength": strength, "method": method}
     output = last(region_steps(pipeline, photo, plan, request, **how), on_step)
-    recipe = recipe_of(request, pipeline, **pipeline.source, fingerprint=fingerprint)
+    recipe = recipe_of(request, pipeline, **pipeline.source, fingerprint=fingerprint) if metadata else None
     return composed(photo, plan, output.images[0], recipe, kind=kind, notes=output.notes, **how)
 
 

@@ -167,7 +167,7 @@ def encode_folder(
         size=size,
         precision=precision,
         augmentations=augmentations,
-        text=components.text_hash() if text_features or existing.get("text") else None,
+        text=components.text_hash if text_features or existing.get("text") else None,
     )
     # Reject settings under which no existing entry could be used: they are most likely a mistake.
     names = {"codec": "encoder", "size": "size", "precision": "precision", "text": "text encoder"}

@@ -166,7 +166,7 @@ def open_stores(recipe: RunRecipe, folders: Sequence[str], components: Component
     text_hashes = {store.text_hash for store in stores}
     if len(text_hashes) > 1:
         raise InputError("the recipe's shards differ in their text features: encode all with the same options")
-    if text_hashes - {None} and text_hashes != {components.text_hash()}:
+    if text_hashes - {None} and text_hashes != {components.text_hash}:
         raise InputError(f"{stores[0].folder} has text features of another text encoder: encode it again")
     if empty := [store.folder for store in stores if not len(store)]:
         raise InputError(f"{empty[0]} is empty: encode a folder with faces")

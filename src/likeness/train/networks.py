@@ -166,7 +166,7 @@ def check_same_components(model: Path, components: Components) -> None:
     recorded = read_json(model / CODEC) if (model / CODEC).is_file() else {}
     if "codec" in recorded and not components.same_encoder(recorded["codec"]):
         raise InputError(f"{model} was trained on the latents of another encoder: {advice}")
-    if "text" in recorded and recorded["text"] != components.text_hash():
+    if "text" in recorded and recorded["text"] != components.text_hash:
         raise InputError(f"{model} was trained with another text encoder: {advice}")
     index = read_json(model / "model_index.json") if (model / "model_index.json").is_file() else {}
     for key in ("latent_mean", "latent_std"):

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +43,6 @@ class Publication:
     defaults: dict[str, Any]  # default arguments of the pipeline, with `size`
     previews: Sequence[PortraitRequest]  # images to generate
     adapter: Adapter | MMFaceLora | None = None  # configuration of an adapter; None if the whole network is trained
-
-    @cached_property
-    def text_hash(self) -> str:
-        """Hash of the text encoders (`Components.text_hash`); takes seconds for large ones."""
-        return self.components.text_hash()
 
 
 def preview_requests(recipe: RunRecipe) -> list[PortraitRequest]:
@@ -165,7 +159,8 @@ def publish(publication: Publication, pipeline: Any, weights: dict[str, Tensor],
                 save_adapter(pipeline.transformer, folder, publication.adapter, weights)
             else:
                 pipeline.save_pretrained(folder)
-            hashes = {"codec": publication.components.codec_hash, "text": publication.text_hash}
+            components = publication.components
+            hashes = {"codec": components.codec_hash, "text": components.text_hash}
             write_whole(folder / CODEC, json.dumps(hashes))
     except SafetensorError as error:
         raise InputError(f"cannot write {run / 'model'}: {error}") from error
