@@ -4,7 +4,7 @@ python benchmarks/masks.py                                  # synthetic faces
 python benchmarks/masks.py --folder data/hq/test            # the masks of a prepared folder
 
 Each mask is written in 4 palettes x 5 class orders x 6 formats: class numbers (index), a palette PNG whose numbers
-follow the order and whose colours follow the palette, RGB, BGR, one-hot planes, and one file per part. A correct result
+follow the order and whose colors follow the palette, RGB, BGR, one-hot planes, and one file per part. A correct result
 equals the labels in canonical order; an `InputError` is a rejection; anything else is wrong. A format that does not
 depend on the palette or the order is read once and weighted accordingly.
 """

@@ -45,9 +45,9 @@ def drawn_sketch(size: int = 128) -> np.ndarray:
 def drawn_points() -> np.ndarray:
     """float64 [68, 2] in [0, 1], iBUG order: a frontal face."""
 
-    def ring(centre: tuple[float, float], radius: tuple[float, float], degrees: list[float]) -> list[list[float]]:
+    def ring(center: tuple[float, float], radius: tuple[float, float], degrees: list[float]) -> list[list[float]]:
         turns = np.deg2rad(degrees)
-        return [[centre[0] + radius[0] * np.cos(a), centre[1] - radius[1] * np.sin(a)] for a in turns]
+        return [[center[0] + radius[0] * np.cos(a), center[1] - radius[1] * np.sin(a)] for a in turns]
 
     points = ring((0.5, 0.45), (0.28, 0.42), list(np.linspace(180, 360, 17)))  # jaw
     points += ring((0.37, 0.38), (0.08, 0.04), list(np.linspace(160, 20, 5)))  # brows

@@ -22,7 +22,7 @@ FILES = {"ear_r": "earring", "neck_l": "necklace"}
 
 
 def image(index: int, size: tuple[int, int] = (SIDE, SIDE)) -> Image.Image:
-    """A synthetic face in the colours of its classes; the lighting depends on the index."""
+    """A synthetic face in the colors of its classes; the lighting depends on the index."""
     light = Image.fromarray(np.random.default_rng(index).integers(0, 256, (5, 5, 3), dtype=np.uint8))
     face = Image.fromarray(PALETTE[drawn_mask(SIDE)])
     return Image.blend(face, light.resize(face.size, Image.Resampling.BILINEAR), 0.6).resize(size)

@@ -48,7 +48,7 @@ def similarity(scale: float, degrees: float, shift: tuple[float, float]) -> np.n
 def draw(photo: Image.Image, where: np.ndarray) -> None:
     """Draw a face of dots, 100 wide before `where` is applied."""
     drawing, scale = ImageDraw.Draw(photo), float(np.hypot(*where[:, 0]))
-    for place, radius, colour in (
+    for place, radius, color in (
         ((50, 50), 48, (205, 160, 130)),
         ((30, 40), 6, DOTS["red"]),
         ((70, 40), 6, DOTS["blue"]),
@@ -56,14 +56,14 @@ def draw(photo: Image.Image, where: np.ndarray) -> None:
     ):
         x, y = move(np.array(place), where)
         reach = radius * scale
-        drawing.ellipse((x - reach, y - reach, x + reach, y + reach), fill=colour)
+        drawing.ellipse((x - reach, y - reach, x + reach, y + reach), fill=color)
 
 
 def find_dots(image: np.ndarray) -> list[np.ndarray]:
     """Detect such faces from left to right; like a real detector it misses small ones."""
     spots = []
-    for colour in DOTS.values():
-        near = np.abs(image.astype(np.int16) - np.array(colour, np.int16)).max(axis=2) < 60
+    for color in DOTS.values():
+        near = np.abs(image.astype(np.int16) - np.array(color, np.int16)).max(axis=2) < 60
         labels, _ = ndimage.label(near)
         big = [i for i, area in enumerate(np.bincount(labels.ravel())) if i and area > 1e-4 * labels.size]
         spots.append(sorted(ndimage.center_of_mass(near, labels, big), key=lambda place: place[1]))
@@ -115,12 +115,12 @@ def photos(tmp_path) -> Path:
 def test_pixels_come_from_where_the_transform_says(scale):
     """On a slope every resampling gives the value at the very place: half a pixel of offset would show."""
     y, x = np.mgrid[0:600, 0:800] + 0.5
-    slope = np.stack([x / 4, y / 3, 60 + (x + y) / 10], axis=-1)  # values at pixel centres
+    slope = np.stack([x / 4, y / 3, 60 + (x + y) / 10], axis=-1)  # values at pixel centers
     photo = np.rint(slope).astype(np.uint8)
     size = int(min(64, 250 * scale))
-    centre = np.array([400.0, 300.0])
+    center = np.array([400.0, 300.0])
     transform = similarity(scale, 17, (0, 0))
-    transform[:, 2] = size / 2 - transform[:, :2] @ centre
+    transform[:, 2] = size / 2 - transform[:, :2] @ center
     portrait = cut_portrait(photo, transform, size)
     places = move(np.stack(np.meshgrid(np.arange(size) + 0.5, np.arange(size) + 0.5), axis=-1), inverse(transform))
     wanted = np.stack([places[..., 0] / 4, places[..., 1] / 3, 60 + places.sum(-1) / 10], axis=-1)
@@ -131,7 +131,7 @@ def test_pixels_come_from_where_the_transform_says(scale):
 def test_borders_fade_outside_only():
     rng = np.random.default_rng(0)
     photo = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    transform = np.array([[1.0, 0, 32], [0, 1.0, 32]])  # the photo is the centre of a portrait of 128
+    transform = np.array([[1.0, 0, 32], [0, 1.0, 32]])  # the photo is the center of a portrait of 128
     portrait = cut_portrait(photo, transform, 128)
     assert np.array_equal(portrait[32:96, 32:96], photo)
     assert portrait[:4, :4].std() < 0.2 * photo.std()  # far outside: uniform

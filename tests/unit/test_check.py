@@ -127,7 +127,7 @@ IMAGE_FAULTS: list[tuple[str, Injection]] = [
     ("corrupt-file", lambda path: path.write_bytes(b"")),
     ("blank", pixels(lambda rgb: np.full_like(rgb, 7))),
     ("wrong-size", pixels(lambda rgb: rgb[::2, ::2])),
-    ("colour-order", pixels(lambda rgb: rgb[..., ::-1])),
+    ("color-order", pixels(lambda rgb: rgb[..., ::-1])),
 ]
 
 FAULTS: dict[str, list[tuple[str, Injection]]] = {
@@ -136,7 +136,7 @@ FAULTS: dict[str, list[tuple[str, Injection]]] = {
         ("corrupt-file", truncate),
         ("blank", pixels(np.zeros_like)),
         ("wrong-size", pixels(lambda labels: np.pad(labels, ((0, 0), (12, 12))))),
-        ("colour-order", pixels(lambda labels: PALETTE[labels][..., ::-1])),
+        ("color-order", pixels(lambda labels: PALETTE[labels][..., ::-1])),
         ("off-palette", pixels(lambda labels: STRANGE[labels])),
         ("off-palette", pixels(lambda labels: labels * 13)),
         ("class-order", pixels(lambda labels: NUMBERS_OF_OTHERS[labels])),

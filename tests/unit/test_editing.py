@@ -369,7 +369,7 @@ PHOTOS = {
 
 
 def alpha_photo(path: Path) -> Path:
-    """Colours are hidden under transparent pixels."""
+    """Colors are hidden under transparent pixels."""
     image = face_image().convert("RGBA")
     image.putalpha(Image.linear_gradient("L").resize((SIDE, SIDE)))
     return saved(image, path, icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
@@ -645,7 +645,7 @@ def test_recipes_of_other_photographs(model, tmp_path, capsys):
     assert not (tmp_path / "lossy.jpg").exists()
 
 
-def test_generated_colours_are_converted_to_the_profile(tmp_path):
+def test_generated_colors_are_converted_to_the_profile(tmp_path):
     """A photograph whose profile swaps red and blue looks the same, and so does its edit."""
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     swapped = Image.fromarray(np.ascontiguousarray(np.array(face_image())[..., ::-1]))

@@ -268,8 +268,8 @@ def mutate(faces: Path, kind: str, rng: random.Random, number: int) -> None:
         rng.shuffle(rows)
     elif kind == "insert":
         new = f"images/new_{number}.png"
-        colour = (number * 7 % 256, number % 256, 3)
-        Image.new("RGB", (SIZE, SIZE), colour).save(root / new)
+        color = (number * 7 % 256, number % 256, 3)
+        Image.new("RGB", (SIZE, SIZE), color).save(root / new)
         rows.insert(rng.randrange(len(rows)), {"file_name": new, "text": f"a new face {number}"})
     elif kind == "duplicate":
         rows.append(dict(row))

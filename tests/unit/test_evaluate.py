@@ -50,7 +50,7 @@ def root(tmp_path_factory) -> Path:
     tiny_clip().save_pretrained(root / "pair" / "clip")
     tiny_tokenizer().save_pretrained(root / "pair" / "tokenizer")
     rows = [row["attributes"] for row in read_folder(root / "faces")]
-    name = "hair_colour" if any("hair_colour" in attributes for attributes in rows) else next(iter(rows[0]))
+    name = "hair_color" if any("hair_color" in attributes for attributes in rows) else next(iter(rows[0]))
     values = sorted({str(attributes[name]) for attributes in rows if name in attributes})
     torch.manual_seed(0)
     head = AttributeHead(torch.randn(len(values), 16), torch.zeros(len(values)), {name: values})

@@ -61,14 +61,14 @@ def test_round_trip(folder, tmp_path, form, capsys):
 
 
 @pytest.mark.parametrize("form", WRITERS)
-def test_licence_and_split_are_kept(tmp_path, form):
+def test_license_and_split_are_kept(tmp_path, form):
     sample_datasets.celebamask(tmp_path / "CelebAMask-HQ")
     ingest(tmp_path / "CelebAMask-HQ", tmp_path / "folder", held_out=1)
     export(tmp_path / "folder", tmp_path / "out", form)
     ingest(tmp_path / "out", tmp_path / "back")
     first, back = read_record(tmp_path / "folder"), read_record(tmp_path / "back")
-    assert "no redistribution" in back["licence"]
-    assert back["licence"] == first["licence"]
+    assert "no redistribution" in back["license"]
+    assert back["license"] == first["license"]
     assert read_record(tmp_path / "out")["split_is"] == first["split_is"]
 
 

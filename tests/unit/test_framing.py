@@ -29,23 +29,23 @@ def face_of(right_eye, left_eye, mouth, count: int = 68, turned: float = 0.0) ->
     right_eye, left_eye, mouth = (np.array(place, dtype=np.float64) for place in (right_eye, left_eye, mouth))
     which = 2 if count == 68 else 3
     corners, nose, sides = ((48, 54), 30, (0, 16)) if count == 68 else ((61, 291), 4, (234, 454))
-    centre = (right_eye + left_eye + mouth) / 3
+    center = (right_eye + left_eye + mouth) / 3
     across = (left_eye - right_eye) / np.hypot(*(left_eye - right_eye))
-    points = np.tile(centre, (count, 1))
+    points = np.tile(center, (count, 1))
     for part, place in (("r_eye", right_eye), ("l_eye", left_eye)):
         contour = list(STROKES[part][which])
         ring = np.linspace(0, 2 * np.pi, len(contour), endpoint=False)
         points[contour] = place + 3 * np.stack([np.cos(ring), np.sin(ring)], axis=-1)
     angle, half = np.radians(turned), 100.0
     points[list(corners)] = mouth + np.outer([-20, 20], across)
-    points[list(sides)] = centre + np.outer([-half * np.cos(angle), half * np.cos(angle)], across)
-    points[nose] = centre + PROTRUSION * half * np.sin(angle) * across
+    points[list(sides)] = center + np.outer([-half * np.cos(angle), half * np.cos(angle)], across)
+    points[nose] = center + PROTRUSION * half * np.sin(angle) * across
     return points
 
 
 @pytest.mark.parametrize("count", [68, 478])
 def test_published_crop(count):
-    # eyes 200 apart, 200 above the mouth: half a side is max(2 * 200, 1.8 * 200), the centre 0.1 * 200 below the eyes
+    # eyes 200 apart, 200 above the mouth: half a side is max(2 * 200, 1.8 * 200), the center 0.1 * 200 below the eyes
     points = face_of((400, 500), (600, 500), (500, 700), count)
     assert np.allclose(portrait_transform(points, 800), [[1, 0, -100], [0, 1, -120]])
     # a long face: the distance to the mouth decides, 1.8 * 300

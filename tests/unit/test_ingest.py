@@ -97,7 +97,7 @@ def test_every_format(case, packed, tmp_path, capsys):
     assert f"split {record['split']}: {record['split_is']}" in printed.err
     assert record["layout"] == format
     assert record["faces"] == counts
-    assert record["licence"]
+    assert record["license"]
     first = read_folder(out / "train")[0]
     assert first | FIRST.get(case, {}) == first
     for split in counts:
@@ -212,12 +212,12 @@ def test_masks_and_captions_with_padded_numbers(tmp_path):
     assert "2 faces: 2 with a mask, 0 with a sketch, 0 with keypoints, 2 with captions" in messages
 
 
-def test_ffhq_keeps_the_licence_of_each_image(tmp_path):
+def test_ffhq_keeps_the_license_of_each_image(tmp_path):
     out = ingested(tmp_path, sample_datasets.ffhq, size=32)
     row = read_folder(out)[1]
     assert (row["license"], row["author"], row["photo_url"]) == ("CC BY 2.0", "A. Nobody", "photo 1")
     assert json.loads(row["keypoints_file_name"].read_text())["size"] == [1024, 1024]
-    assert "CC BY-NC-SA 4.0" in read_record(out)["licence"]
+    assert "CC BY-NC-SA 4.0" in read_record(out)["license"]
 
 
 def test_mmface_dit_reads_both_parts(tmp_path):
@@ -487,7 +487,7 @@ BAD = {
     "invalid JSON": (lambda root: put(root, "metadata.jsonl", "{"), "line 1 is not valid JSON"),
     "only a bomb": (lambda root: put(root, "0.png", bomb()), "too many pixels"),
     "only corrupt": (lambda root: put(root, "0.jpg", CONTENT[:500]), "may be truncated"),
-    "not square": (lambda root: put(root, "0.jpg", image(0, (64, 80))), "crop the centre with --crop"),
+    "not square": (lambda root: put(root, "0.jpg", image(0, (64, 80))), "crop the center with --crop"),
     "invalid Parquet": (lambda root: put(root, "0.parquet", b"PAR1 nothing PAR1"), "not a readable Parquet file"),
     "invalid tar": (lambda root: put(root, "0.tar", b"\x1f\x8b nothing"), "not a complete, uncompressed tar archive"),
 }  # fmt: skip
@@ -583,7 +583,7 @@ def test_suggested_fix_works(tmp_path, capsys):
     put(tmp_path / "source", "0.jpg", image(0, (64, 80)))
     command = ("prepare", "ingest", tmp_path / "source", tmp_path / "out")
     assert run(*command) == 2
-    assert "crop the centre with --crop" in capsys.readouterr().err
+    assert "crop the center with --crop" in capsys.readouterr().err
     assert run(*command, "--crop") == 0
     assert len(read_folder(tmp_path / "out")) == 1
 
@@ -863,7 +863,7 @@ def test_negative_numbers_are_rejected(tmp_path, option, capsys):
 
 
 def test_own_images_and_masks_are_not_taken_for_celebamask(tmp_path):
-    """Folders named images and masks prove nothing: no licence of CelebAMask-HQ is recorded, unless a name says so."""
+    """Folders named images and masks prove nothing: no license of CelebAMask-HQ is recorded, unless a name says so."""
     for name, layout in (("mine", "images_and_masks"), ("CelebAMask-HQ", "celebamask")):
         sample_datasets.celebamask(tmp_path / name)
         ingest(tmp_path / name, tmp_path / f"out-{name}", held_out=1)

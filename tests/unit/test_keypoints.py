@@ -138,7 +138,7 @@ def test_rejected_sources(tmp_path):
 @pytest.mark.parametrize("points", [POINTS, mesh()], ids=["68", "478"])
 def test_flip_mirrors_and_renumbers(points):
     raw = read(points).raw
-    raw = raw + np.float32([0.03, 0])  # off centre, so that a missing mirror shows
+    raw = raw + np.float32([0.03, 0])  # off center, so that a missing mirror shows
     mirrored = flip(raw)
     np.testing.assert_allclose(flip(mirrored), raw, atol=1e-6)
     assert not read(mirrored).notes  # the person's left eye is still on the viewer's right

@@ -17,7 +17,7 @@ from likeness.conditions.mask.classes import (
     PALETTES,
     order_table,
 )
-from likeness.conditions.mask.repair import unique_colours
+from likeness.conditions.mask.repair import unique_colors
 from likeness.types import InputError
 
 FACE = drawn_mask(128)
@@ -43,7 +43,7 @@ def test_palettes_and_formats(tmp_path, name, form):
     if form == "palette":
         image = Image.fromarray(FACE)
         image.putpalette(PALETTES[name].ravel().tolist())
-    elif form == "adaptive":  # another arrangement of the colour table
+    elif form == "adaptive":  # another arrangement of the color table
         image = Image.fromarray(rgb).quantize(32, dither=Image.Dither.NONE)
     else:
         image = Image.fromarray(rgb[..., ::-1] if form == "BGR" else rgb)
@@ -153,10 +153,10 @@ def test_transparent_pixels_of_grey_masks_are_background():
     assert reading.notes[0].kind == "transparency"
 
 
-def test_unique_colours_of_large_images():
+def test_unique_colors_of_large_images():
     packed = np.random.default_rng(0).integers(0, 1 << 24, (1024, 1024)).astype(np.int32)
     packed[:1000] = 7
-    values, which = unique_colours(packed)
+    values, which = unique_colors(packed)
     np.testing.assert_array_equal(values[which], packed)
     np.testing.assert_array_equal(values, np.unique(packed))
 
@@ -187,11 +187,11 @@ def test_rejected_sources(tmp_path):
     Image.fromarray(FACE).save(tmp_path / "numbers.jpg")
     (tmp_path / "folder").mkdir()
     blended = np.asarray(Image.fromarray(drawn_mask(512)).resize((256, 256), Image.Resampling.BILINEAR))
-    two_colours = np.array([[9, 120, 33], [240, 10, 90]], np.uint8)[(FACE > 0).astype(int)]
+    two_colors = np.array([[9, 120, 33], [240, 10, 90]], np.uint8)[(FACE > 0).astype(int)]
     cases = {
         "photograph, not a mask": ("off-palette", noise),
         "gray values from": ("off-palette", FACE * 10),
-        "match no known mask palette": ("off-palette", two_colours),
+        "match no known mask palette": ("off-palette", two_colors),
         "no face": ("blank", np.zeros((64, 64), np.uint8)),
         "mostly white": ("off-palette", np.full((64, 64), 255, np.uint8)),
         "blended by a smooth resize": ("blended-labels", blended),
@@ -226,7 +226,7 @@ def test_resize_takes_the_majority():
     small = resize(drawn_mask(512), 64, 64)
     assert set(np.unique(small)) <= set(np.unique(FACE))
     checks = np.array([[1, 1, 2, 2], [1, 2, 2, 1], [5, 5, 0, 13], [5, 5, 13, 0]], np.uint8)
-    # three of four; three of four; all; a tie of 0 and 13, which the centre pixel decides
+    # three of four; three of four; all; a tie of 0 and 13, which the center pixel decides
     assert resize(checks, 2, 2).tolist() == [[1, 2], [5, 0]]
     np.testing.assert_array_equal(resize(FACE, 256, 256), FACE.repeat(2, 0).repeat(2, 1))
     np.testing.assert_array_equal(resize(resize(FACE, 256, 256), 128, 128), FACE)
@@ -243,7 +243,7 @@ def test_flip_swaps_sides_and_is_its_own_inverse():
     assert not read(mirrored).notes
 
 
-def test_one_class_alone_is_read_by_its_colour():
+def test_one_class_alone_is_read_by_its_color():
     for index in range(1, len(CLASSES)):
         image = Image.fromarray(np.full((16, 16), index, np.uint8))
         image.putpalette(PALETTE.ravel().tolist())

@@ -177,7 +177,7 @@ def test_packing_again_replaces_all(bundle, tmp_path):
     ]
 
 
-def test_statistics_normalise_latents(bundle):
+def test_statistics_normalize_latents(bundle):
     parts = load_components(bundle / "common")
     assert len(parts.settings["latent_mean"]) == 4
     assert parts.settings["max_text_tokens"] == 12

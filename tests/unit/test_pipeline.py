@@ -75,7 +75,7 @@ def test_order_of_conditions_does_not_matter(pipeline, faces):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_picture_depends_on_its_own_request_only(pipeline, faces, threads):
-    """Bit for bit: alone, in batches of several sizes, in another order, with neighbours of every kind."""
+    """Bit for bit: alone, in batches of several sizes, in another order, with neighbors of every kind."""
     torch.set_num_threads(threads)
     requests = [
         (PROMPT, {}, 11),

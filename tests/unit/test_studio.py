@@ -79,7 +79,7 @@ def strokes(points, size: int, shape: str = "round"):
 
 
 def area_of(points, height: int):
-    """Pixels inside a polygon (even-odd at pixel centres) and of its outline."""
+    """Pixels inside a polygon (even-odd at pixel centers) and of its outline."""
     edges = list(zip(points, [*points[1:], points[0]], strict=True))
     for y in range(height):
         crossings = sorted(
@@ -92,7 +92,7 @@ def area_of(points, height: int):
 
 
 def region(layer: np.ndarray, x: int, y: int):
-    """Connected pixels (4 neighbours) of the value at (x, y)."""
+    """Connected pixels (4 neighbors) of the value at (x, y)."""
     found, stack = {(x, y)}, [(x, y)]
     while stack:
         x, y = stack.pop()

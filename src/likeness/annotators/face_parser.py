@@ -186,7 +186,7 @@ def translated(network: Any, classes: Sequence[int], settings: Mapping[str, Any]
     if not isinstance(size, int) or not settings.get("do_resize", True):
         raise InputError(f"{where} does not take squares of one size (size of its processor: {settings.get('size')})")
     if settings.get("do_center_crop"):
-        raise InputError(f"{where} crops the centre of an image (do_center_crop): its masks would lack the border")
+        raise InputError(f"{where} crops the center of an image (do_center_crop): its masks would lack the border")
     # (255 p rescale - mean) / std of a pixel p in [0, 1] equals (p - mean / r) / (std / r) with r = 255 rescale.
     rescale = 255 * settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 255.0
     mean, std = [0.0] * 3, [1.0] * 3

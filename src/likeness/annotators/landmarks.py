@@ -134,7 +134,7 @@ def uncut(face: np.ndarray, left: int, top: int, part: tuple[int, ...], photo: t
 
 
 def same(face: np.ndarray, other: np.ndarray) -> bool:
-    """Return whether two sets of landmarks are of one face: their centres are less than half a face apart."""
+    """Return whether two sets of landmarks are of one face: their centers are less than half a face apart."""
     apart = np.hypot(*(face.mean(axis=0) - other.mean(axis=0)))
     return bool(apart < 0.5 * max(np.ptp(face, axis=0).max(), np.ptp(other, axis=0).max()))
 

@@ -35,7 +35,7 @@ class ImportOptions:
     split: Split = "auto"
     """Split into training and held-out faces; auto takes the usual one of the format, or random with held_out."""
     crop: bool = False
-    """Crop the centre of images that are not square instead of skipping them."""
+    """Crop the center of images that are not square instead of skipping them."""
     held_out: int | None = None
     """Faces held out by the splits person (at least) and random. Default: a tenth of the faces, at most 1000."""
     limit: int | None = None

@@ -24,7 +24,7 @@ def augment_lines(raw: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     width = rng.uniform(-1, 1)
     if width > 0:  # blur to widen, then restore the contrast
         ink = ndimage.gaussian_filter(ink, width * min(raw.shape) / 160) * (1 + 1.5 * width)
-    else:  # keep the centres of the strokes
+    else:  # keep the centers of the strokes
         ink = ink ** (1 - width)
     return np.rint(255 * (1 - np.clip(ink, 0, 1))).astype(np.uint8)
 

@@ -1,6 +1,6 @@
 """Face framing from landmarks: the square crop of CelebA-HQ and FFHQ, and what deviates from it.
 
-Coordinates are continuous, as in Pillow's transforms: an image W pixels wide spans [0, W], and the centre of its first
+Coordinates are continuous, as in Pillow's transforms: an image W pixels wide spans [0, W], and the center of its first
 pixel is at 0.5. The crop is that of T. Karras, S. Laine, T. Aila, "A Style-Based Generator Architecture for Generative
 Adversarial Networks" (2019) and of appendix C of T. Karras et al., "Progressive Growing of GANs" (2018).
 """
@@ -36,7 +36,7 @@ class Anchors(NamedTuple):
     """The three points that frame a face, each float64 (x, y)."""
 
     left_eye: np.ndarray
-    """Centre of the person's left eye, on the viewer's right."""
+    """Center of the person's left eye, on the viewer's right."""
     right_eye: np.ndarray
     mouth: np.ndarray
     """Midpoint of its corners."""
@@ -79,10 +79,10 @@ def portrait_transform(points: np.ndarray, size: int) -> np.ndarray:
     length = np.hypot(*direction)
     if not np.isfinite(half + length) or min(half, length) < 1e-6:
         raise InputError("the landmarks are all on one spot, not on a face: detect them again")
-    centre = middle + 0.1 * down
+    center = middle + 0.1 * down
     x, y = direction / length * size / (2 * half)
     rotation = np.array([[x, y], [-y, x]])
-    return np.concatenate([rotation, (size / 2 - rotation @ centre)[:, None]], axis=1)  # [2, 2], [2, 1] -> [2, 3]
+    return np.concatenate([rotation, (size / 2 - rotation @ center)[:, None]], axis=1)  # [2, 2], [2, 1] -> [2, 3]
 
 
 def move(points: np.ndarray, transform: np.ndarray) -> np.ndarray:
@@ -103,8 +103,8 @@ def rescaled(transform: np.ndarray, size: int, wanted: int) -> np.ndarray:
 
 def beyond(transform: np.ndarray, size: int, width: int, height: int) -> np.ndarray:
     """Compute the distance of each portrait pixel from the photo: float64 [size, size], portrait pixels, 0 inside."""
-    centres = np.arange(size) + 0.5
-    grid = np.stack(np.meshgrid(centres, centres), axis=-1)  # [S, S, 2]
+    centers = np.arange(size) + 0.5
+    grid = np.stack(np.meshgrid(centers, centers), axis=-1)  # [S, S, 2]
     x, y = np.moveaxis(move(grid, inverse(transform)), -1, 0)
     return np.maximum.reduce([-x, x - width, -y, y - height, np.zeros_like(x)]) * np.hypot(*transform[:, 0])
 

@@ -127,7 +127,7 @@ def read_rgb(source: str | Path | Image.Image | bytes, name: str = "") -> Image.
     """Read a photograph (a path, a PIL image, or the content of a file) in any supported form as 8-bit sRGB, mode RGB.
     Errors are those of `open_image`, with `MAX_PIXELS`; `name` replaces the path in them.
 
-    Transparent pixels are composited on white, so colours hidden under them never appear. Embedded ICC profiles are
+    Transparent pixels are composited on white, so colors hidden under them never appear. Embedded ICC profiles are
     converted to sRGB, CMYK and 16-bit or float values to 8 bits per channel (`to_8_bit`).
     """
     image = open_image(source, name, max_pixels=MAX_PIXELS)

@@ -1,6 +1,6 @@
 """Recognize a condition file, list its problems, and write its canonical form.
 
-`fix` repairs only what is certain: sides, blended colours, class order and inversion. It does not invent missing parts.
+`fix` repairs only what is certain: sides, blended colors, class order and inversion. It does not invent missing parts.
 """
 
 from __future__ import annotations

@@ -37,10 +37,10 @@ Found by mapping the published tessellation to the plane with the face oval on a
 image: all contours and 2552 of 2556 edges map onto one another (the mesh is asymmetric at four)."""
 
 IRIS_PAIRS_478 = ((468, 473), (469, 476), (470, 475), (471, 474), (472, 477))
-"""Mirrored pairs of the irises: centre, then right, top, left and bottom edge."""
+"""Mirrored pairs of the irises: center, then right, top, left and bottom edge."""
 
 STROKES: dict[str, tuple[tuple[int, int, int], bool, tuple[int, ...], tuple[int, ...]]] = {
-    # part: colour, closed, iBUG points, MediaPipe points; from the viewer's left to the right
+    # part: color, closed, iBUG points, MediaPipe points; from the viewer's left to the right
     "jaw": ((160, 160, 160), False, tuple(range(17)),
             (127, 234, 93, 132, 58, 172, 136, 150, 149, 176, 148, 152,
              377, 400, 378, 379, 365, 397, 288, 361, 323, 454, 356)),
@@ -58,7 +58,7 @@ STROKES: dict[str, tuple[tuple[int, int, int], bool, tuple[int, ...], tuple[int,
                    (78, 191, 80, 81, 82, 13, 312, 311, 310, 415, 308, 324, 318, 402, 317, 14, 87, 178, 88, 95)),
 }
 # fmt: on
-"""Part -> how it is rendered. The person's right has warm colours, the left cool ones."""
+"""Part -> how it is rendered. The person's right has warm colors, the left cool ones."""
 
 TEXT_SUFFIXES = (".json", ".txt", ".pts", ".csv")
 
@@ -256,7 +256,7 @@ def flip(raw: np.ndarray) -> np.ndarray:
 
 
 def render(raw: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Render the skeleton in colours on black, uint8 [height, width, 3].
+    """Render the skeleton in colors on black, uint8 [height, width, 3].
 
     Rendered at four times the size and averaged. Lines are 1/100 of the shorter side wide, at least 1.25 pixels.
     """
@@ -265,11 +265,11 @@ def render(raw: np.ndarray, height: int, width: int) -> np.ndarray:
     draw = ImageDraw.Draw(canvas)
     thick = max(5, round(min(height, width) * scale / 100))
     pixels = np.nan_to_num(raw.astype(np.float64)).clip(-1, 2) * [width * scale, height * scale]
-    for part, (colour, closed, _, _) in STROKES.items():
+    for part, (color, closed, _, _) in STROKES.items():
         path = [(float(x), float(y)) for x, y in pixels[part_points(part, len(raw))]]
-        draw.line(path + path[:1] if closed else path, fill=colour, width=thick, joint="curve")
+        draw.line(path + path[:1] if closed else path, fill=color, width=thick, joint="curve")
         for x, y in path:
-            draw.ellipse((x - thick / 2, y - thick / 2, x + thick / 2, y + thick / 2), fill=colour)
+            draw.ellipse((x - thick / 2, y - thick / 2, x + thick / 2, y + thick / 2), fill=color)
     return np.asarray(canvas.reduce(scale))
 
 

@@ -23,7 +23,7 @@ from likeness.conditions.images import (
     to_8_bit,
 )
 from likeness.conditions.mask.formats import UNION
-from likeness.conditions.mask.repair import nearest_colours
+from likeness.conditions.mask.repair import nearest_colors
 from likeness.types import InputError, Note
 
 PAPER = 250
@@ -62,9 +62,9 @@ def read(source: Source, *, name: str = "") -> Reading:
     if pixels.ndim == 3:
         _reject_mask(pixels, name)
         grey = np.asarray(Image.fromarray(pixels).convert("L"))
-        colourfulness = np.ptp(pixels.astype(np.int16), axis=2)
+        colorfulness = np.ptp(pixels.astype(np.int16), axis=2)
     else:
-        grey, colourfulness = pixels, np.zeros(pixels.shape, np.int16)
+        grey, colorfulness = pixels, np.zeros(pixels.shape, np.int16)
         if grey.max() < 19 and len(np.unique(grey)) > 2:
             raise no_sketch(f"{name} has small numbers like a class mask: pass it as --mask")
     if int(grey.max()) - int(grey.min()) < 16:
@@ -73,7 +73,7 @@ def read(source: Source, *, name: str = "") -> Reading:
         grey = 255 - grey
         scheme = "inverted " + scheme
         notes.append(Note("inverted-sketch", "light lines on a dark background were inverted"))
-    lines, cleaned = _clean(grey, colourfulness, name)
+    lines, cleaned = _clean(grey, colorfulness, name)
     if cleaned:
         text = "the paper was made white and the lines dark (uneven light, off-white paper or faint lines)"
         notes.append(Note("uneven-paper", text))
@@ -117,18 +117,18 @@ def _on_white(pixels: np.ndarray) -> tuple[np.ndarray, bool]:
     # Light lines on a transparent background would vanish on white: invert them.
     visible = pixels[pixels[..., 3] > 127][:, :3]
     light = len(visible) and np.median(visible) > 160 and (alpha < 0.5).mean() > 0.3
-    colour = 255 - pixels[..., :3].astype(np.float32) if light else pixels[..., :3].astype(np.float32)
-    return np.rint(colour * alpha + 255 * (1 - alpha)).astype(np.uint8), True
+    color = 255 - pixels[..., :3].astype(np.float32) if light else pixels[..., :3].astype(np.float32)
+    return np.rint(color * alpha + 255 * (1 - alpha)).astype(np.uint8), True
 
 
 def _reject_mask(rgb: np.ndarray, name: str) -> None:
-    for rows, distance in nearest_colours(rgb, UNION, UNION[:, ::-1]):
+    for rows, distance in nearest_colors(rgb, UNION, UNION[:, ::-1]):
         exact = (distance == 0) & (np.ptp(rgb, axis=2) > 0)
         if exact.mean() > 0.1 and len(np.unique(rows[exact])) >= 2:
             raise no_sketch(f"{name} looks like a mask (flat class colors): pass it as --mask")
 
 
-def _clean(grey: np.ndarray, colourfulness: np.ndarray, name: str) -> tuple[np.ndarray, bool]:
+def _clean(grey: np.ndarray, colorfulness: np.ndarray, name: str) -> tuple[np.ndarray, bool]:
     """Make the paper white and the strokes dark; also return whether that changed anything.
 
     The paper is estimated as the large-scale upper envelope (a grey closing, then a blur) and divided out. Ink above
@@ -137,7 +137,7 @@ def _clean(grey: np.ndarray, colourfulness: np.ndarray, name: str) -> tuple[np.n
     from scipy import ndimage
 
     if np.median(grey) >= PAPER and (grey >= PAPER).mean() > 0.5 and np.percentile(grey, 0.5) <= 110:
-        if np.mean(colourfulness[grey < 200] > 96) > 0.5 and (grey < 200).mean() > 0.3:
+        if np.mean(colorfulness[grey < 200] > 96) > 0.5 and (grey < 200).mean() > 0.3:
             raise no_sketch(f"{name} is a color image, not a sketch: {extraction(name)}")
         return np.ascontiguousarray(grey), False
     window = max(9, min(grey.shape) // 12)
@@ -154,7 +154,7 @@ def _clean(grey: np.ndarray, colourfulness: np.ndarray, name: str) -> tuple[np.n
     noise = float(np.median(ink)) + 3 * 1.4826 * float(np.median(np.abs(ink - np.median(ink)))) + 0.01
     inked = ink > max(noise, 0.04)
     # A shadow on paper rarely halves the light, and paper grain stays below 0.1. Photographs nearly always exceed one.
-    if low < 0.55 * high or noise > 0.18 or inked.mean() > 0.45 or (colourfulness > 60).mean() > 0.15:
+    if low < 0.55 * high or noise > 0.18 or inked.mean() > 0.45 or (colorfulness > 60).mean() > 0.15:
         raise no_sketch(f"{name} has continuous tones and is not a sketch: {extraction(name)}")
     if inked.mean() < 0.0005 or ink.max() < 0.06:
         raise InputError(f"the sketch is blank: {name} has no lines; draw dark lines on white", kind="blank")

@@ -1,7 +1,7 @@
 """Convert the released MMFace-DiT checkpoints to pipeline folders.
 
 Differences in conventions are folded into the weights: flow time from noise to data, the sign of the velocity, the
-order of values inside a patch, and rotary pairs that are neighbours instead of halves. Differences that cannot be
+order of values inside a patch, and rotary pairs that are neighbors instead of halves. Differences that cannot be
 folded are settings of the pipeline.
 """
 

@@ -27,7 +27,7 @@ from likeness.types import InputError
 METADATA = "metadata.jsonl"
 
 RECORD = "dataset.json"
-"""File next to the splits: contents, source, split and licence of the folder."""
+"""File next to the splits: contents, source, split and license of the folder."""
 
 ORIGINALS = "before"
 """Folder next to the splits in which `likeness prepare check --apply` keeps the files that it replaces or removes."""

@@ -122,7 +122,7 @@ def is_complete_face(labels: np.ndarray) -> bool:
     eyes have similar areas, and the skin is connected. Faces in profile fail.
     """
     at, geometry = CLASS_INDEX, measure(labels)
-    pixels, center = geometry.pixels, geometry.centre
+    pixels, center = geometry.pixels, geometry.center
     if any(max(pixels[at[name]] for name in names) < MIN_PART * labels.size for names in REQUIRED_PARTS):
         return False
     if broken_rules(geometry):

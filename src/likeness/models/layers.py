@@ -69,7 +69,7 @@ def local_part(x: Tensor, parallel: Any) -> Tensor:
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotate each pair (x_i, x_(i + d/2)) of x [B, H, N, d] by its angle. Pairs are halves, not neighbours: the two
+    """Rotate each pair (x_i, x_(i + d/2)) of x [B, H, N, d] by its angle. Pairs are halves, not neighbors: the two
     are equal up to a permutation of the weights, and halves are contiguous in memory.
     """
     cos, sin = rope  # [N, d / 2]

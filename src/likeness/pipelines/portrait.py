@@ -644,7 +644,7 @@ class PortraitPipeline(DiffusionPipeline, Loras):
 def render(condition: Condition, raw: np.ndarray, height: int, width: int, resize: str) -> np.ndarray:
     """Render the image of a condition, uint8 [height, width, 3].
 
-    `exact` resizes the raw form, so that labels are not mixed; `lanczos` resizes the image and crops its centre.
+    `exact` resizes the raw form, so that labels are not mixed; `lanczos` resizes the image and crops its center.
     """
     if resize == "exact" or condition.raw == "points":
         return condition.render(condition.resize(raw, height, width), height, width)

@@ -19,7 +19,7 @@ from likeness.conditions.mask import swap_classes
 from likeness.conditions.mask.classes import PALETTE
 from likeness.conditions.mask.contradictions import contradictions
 from likeness.conditions.mask.geometry import broken_rules, measure, swapped_pairs
-from likeness.conditions.mask.repair import nearest_colours
+from likeness.conditions.mask.repair import nearest_colors
 from likeness.pipelines.generate import check_seed
 from likeness.types import ConditionInput, InputError, PortraitRequest
 
@@ -63,7 +63,7 @@ def propose_mask(
     best: Proposal | None = None
     for number in range(1, candidates + 1):
         (image,) = pipeline(prompt, generator=generator, encoded=encoded).images
-        ((labels, _),) = nearest_colours(np.asarray(image), PALETTE)  # [H, W], exact colors
+        ((labels, _),) = nearest_colors(np.asarray(image), PALETTE)  # [H, W], exact colors
         labels = labels.astype(np.uint8)
         labels = swap_classes(labels, swapped_pairs(measure(labels)))
         broken = broken_rules(measure(labels)) + contradictions(labels, prompt)

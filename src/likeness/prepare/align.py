@@ -137,7 +137,7 @@ def align_files(
             splits = random_split("random", [None] * len(names), count, 0)
             test = [name for name, split in zip(names, splits, strict=True) if split == "test"]
             record = {**arguments, "held_out": count, "split": "random", "split_is": SPLITS["random"]}
-            record |= {"test": test, "licence": UNKNOWN_TERMS, "licence_source": ""}
+            record |= {"test": test, "license": UNKNOWN_TERMS, "license_source": ""}
         write_record(out, record)
         test = set(record["test"])
         locks.enter_context(changing(out, ["train", *(["test"] if test else [])]))

@@ -229,7 +229,7 @@ def mask_annotator(source: str | Path, *, swapped_sides: bool = False, device: s
 
 
 def sketch_annotator(weights: Path | None, *, device: str | None = None) -> Annotator:
-    """Make greyscale PNGs with U2-Net or the extractor without weights."""
+    """Make grayscale PNGs with U2-Net or the extractor without weights."""
     draw, name = load_sketcher(weights, device=device)
     return Annotator(name, lambda images: [png_bytes(Image.fromarray(draw(image)), name) for image in images])
 

@@ -29,7 +29,7 @@ from likeness.prepare.near_duplicates import first_duplicates, image_hash
 from likeness.types import InputError, Progress
 
 SKIN_GAIN = 0.4
-"""Fraction of the face that must gain the colour of skin when red and blue are swapped, to count as BGR.
+"""Fraction of the face that must gain the color of skin when red and blue are swapped, to count as BGR.
 
 Of 20,000 CelebA faces 8, in blue light, exceed it unchanged, and 2.5 % do not reach it as BGR."""
 
@@ -182,8 +182,8 @@ def check_image(checked: CheckedRow, path: Path) -> tuple[int, int] | None:
     checked.hashes["image"] = np.frombuffer(image_hash(small), np.uint64)
     face = np.asarray(small, dtype=np.float32)[10:24, 8:24]  # brows to chin of an aligned face
     if skin_fraction(face[..., ::-1]) - skin_fraction(face) > SKIN_GAIN:
-        sentence = "the face has the colour of skin only after red and blue are swapped: BGR, or blue light"
-        checked.add("file_name", "colour-order", sentence, None)
+        sentence = "the face has the color of skin only after red and blue are swapped: BGR, or blue light"
+        checked.add("file_name", "color-order", sentence, None)
     return image.height, image.width
 
 
@@ -228,7 +228,7 @@ def distance_of_parts(labels: np.ndarray, points: np.ndarray) -> float:
         labels: uint8 [H, W].
         points: float32 [P, 2], (x, y) in fractions of the image.
     """
-    step = max(1, min(labels.shape) // 128)  # enough for centres
+    step = max(1, min(labels.shape) // 128)  # enough for centers
     labels = labels[::step, ::step]
     geometry = measure(labels)
     size = labels.shape[::-1]
@@ -239,7 +239,7 @@ def distance_of_parts(labels: np.ndarray, points: np.ndarray) -> float:
         index: list[int] = []
         for stroke in strokes:
             index += part_points(stroke, len(points))
-        offsets.append(geometry.centre[CLASS_INDEX[part]] / size - points[index].mean(axis=0))
+        offsets.append(geometry.center[CLASS_INDEX[part]] / size - points[index].mean(axis=0))
     distances = np.linalg.norm(offsets, axis=1)  # [4], NaN if the mask lacks the part
     distances = distances[np.isfinite(distances)]
     return float(distances.mean() / skin) if len(distances) and skin > 0 else 0.0

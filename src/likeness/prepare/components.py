@@ -1,7 +1,7 @@
 """Join the components of a transformer into one folder: autoencoder, text encoder, tokenizer and latent statistics, and
 optionally the image encoder and the face parser for annotation and evaluation.
 
-The statistics are measured once on real images. Latents are normalised with them in training and sampling. `pack_model`
+The statistics are measured once on real images. Latents are normalized with them in training and sampling. `pack_model`
 writes a trained model with packed weights, as the bundled ones.
 """
 

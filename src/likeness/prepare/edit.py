@@ -46,7 +46,7 @@ MANY_STEPS = 8
 """Sampling steps from which an inversion is accurate."""
 
 RING = 0.08
-"""Width of the ring outside the region from which colours are matched, of S."""
+"""Width of the ring outside the region from which colors are matched, of S."""
 
 MODES = {"1": "L", "L": "L", "LA": "LA", "P": "RGB", "PA": "RGBA", "RGB": "RGB", "RGBA": "RGBA"}
 """Pillow mode of a photograph -> mode of its result, in which the pixels are the same."""
@@ -63,7 +63,7 @@ class Photo:
     """A photograph."""
 
     image: Image.Image
-    """Upright, in its own colours, mode L, LA, RGB or RGBA."""
+    """Upright, in its own colors, mode L, LA, RGB or RGBA."""
     pixels: np.ndarray
     """In sRGB on white, uint8 [H, W, 3]."""
     profile: bytes | None
@@ -142,7 +142,7 @@ def open_photo(source: str | Path | bytes, name: str = "") -> Photo:
     """
     image, name = open_image(source, name, max_pixels=MAX_PIXELS, exact=True), name or str(source)
     if image.mode not in MODES:
-        raise InputError(f"{name} is a {image.mode} image, whose colours would be converted: save it as 8-bit RGB")
+        raise InputError(f"{name} is a {image.mode} image, whose colors would be converted: save it as 8-bit RGB")
     mode = MODES[image.mode]
     if "transparency" in image.info and not mode.endswith("A"):
         mode += "A"
@@ -252,8 +252,8 @@ def in_portrait(values: np.ndarray, photo: Photo, transform: np.ndarray, side: i
     if values.shape != (height, width):
         wanted = f"{width}x{height} as the photograph, or square as the aligned face"
         raise InputError(f"the {what} is {values.shape[1]}x{values.shape[0]}: it must be {wanted}")
-    centres = np.arange(side) + 0.5
-    x, y = np.moveaxis(move(np.stack(np.meshgrid(centres, centres), axis=-1), inverse(transform)), -1, 0)
+    centers = np.arange(side) + 0.5
+    x, y = np.moveaxis(move(np.stack(np.meshgrid(centers, centers), axis=-1), inverse(transform)), -1, 0)
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     found = np.zeros((side, side), values.dtype)
     found[inside] = values[y[inside].astype(int), x[inside].astype(int)]
@@ -358,7 +358,7 @@ def composed(
     side, (width, height) = len(plan.region), photo.image.size
     portrait = cut_portrait(photo.pixels, plan.transform, side)
     made = np.array(generated.resize((side, side), Image.Resampling.LANCZOS))
-    image, inside = paste_region(photo, match_colour(made, portrait, plan.region), plan)
+    image, inside = paste_region(photo, match_color(made, portrait, plan.region), plan)
     after = np.array(image.convert("RGBA"))
     certificate = certify(np.array(photo.image.convert("RGBA")), after, inside)
     entry = {
@@ -380,8 +380,8 @@ def composed(
     return Edited(image=image, content=content, certificate=certificate, recipe=recipe, notes=[*plan.notes, *notes])
 
 
-def match_colour(made: np.ndarray, portrait: np.ndarray, region: np.ndarray) -> np.ndarray:
-    """Shift the colours of a generated portrait, uint8 [S, S, 3], so that it continues that of the photograph around a
+def match_color(made: np.ndarray, portrait: np.ndarray, region: np.ndarray) -> np.ndarray:
+    """Shift the colors of a generated portrait, uint8 [S, S, 3], so that it continues that of the photograph around a
     region, bool [S, S].
 
     The difference on a ring outside the region, smoothed, is added: normalized convolution (Knutsson and Westin, 1993).
@@ -430,7 +430,7 @@ def paste_region(photo: Photo, made: np.ndarray, plan: Plan) -> tuple[Image.Imag
 
 
 def from_srgb(image: np.ndarray, photo: Photo) -> np.ndarray:
-    """Convert uint8 [S, S, 3] from sRGB to the colours of an RGB photograph. An unusable profile is ignored."""
+    """Convert uint8 [S, S, 3] from sRGB to the colors of an RGB photograph. An unusable profile is ignored."""
     if not photo.profile or photo.image.mode in ("L", "LA"):
         return image
     try:

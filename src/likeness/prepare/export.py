@@ -90,7 +90,7 @@ def export(
     with changing(out, ["."]):
         delete_partials(out, [*SPLIT_ORDER, "data"])
         open_record(out, arguments, "export")
-        kept = {key: known[key] for key in ("licence", "licence_source", "split_is") if key in known}
+        kept = {key: known[key] for key in ("license", "license_source", "split_is") if key in known}
         write_record(out, {**arguments, **kept, "faces": dict(counts)})
         for split, faces in groupby(faces_of(folder, format, {}), key=lambda face: face[0]):
             size = counts[split] if format == "imagefolder" else shard
@@ -211,7 +211,7 @@ def columns_of(faces: Iterator[Face]) -> Columns:
 
 
 def schema_of(pa: Any, columns: Columns) -> Any:
-    """Return the schema of a Parquet file, with the metadata by which `datasets` recognises images."""
+    """Return the schema of a Parquet file, with the metadata by which `datasets` recognizes images."""
     types = {
         "image": pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
         "captions": pa.list_(pa.string()),

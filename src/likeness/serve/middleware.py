@@ -70,7 +70,7 @@ class Frame:
                 raise self.too_large()
             return message
 
-        async def labelled(message: Message) -> None:
+        async def labeled(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -98,14 +98,14 @@ class Frame:
             length = headers.get(b"content-length", "0")
             if not length.isdecimal() or int(length) > self.service.settings.max_bytes:
                 raise self.too_large()
-            await self.app(scope, limited, labelled)
+            await self.app(scope, limited, labeled)
         except ApiError as error:  # of this method: the application handles its own
-            await respond(error)(scope, receive, labelled)
+            await respond(error)(scope, receive, labeled)
         except Exception:
             log.exception("The request %s failed", scope["state"]["id"])
             if status is None:
                 message = "The service failed: its log has the reason"
-                await respond(ApiError(500, message, code="internal_error"))(scope, receive, labelled)
+                await respond(ApiError(500, message, code="internal_error"))(scope, receive, labeled)
         finally:
             seconds = time.perf_counter() - start
             path = getattr(scope.get("route"), "path", "other")  # as declared: an id is no label

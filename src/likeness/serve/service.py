@@ -39,7 +39,7 @@ from likeness.pipelines.sizes import parse_size
 from likeness.prepare.align import cut_portrait, face_transform
 from likeness.prepare.annotate import keypoints_annotator, mask_annotator, sketch_annotator
 from likeness.prepare.edit import Change, Photo, Plan, composed, open_photo, plan_edit, region_steps, request_for
-from likeness.prepare.ingest.convert import centre_square, crop_and_resize
+from likeness.prepare.ingest.convert import center_square, crop_and_resize
 from likeness.serve.engine import CACHE
 from likeness.serve.errors import ApiError, invalid
 from likeness.serve.job import Job
@@ -335,7 +335,7 @@ class Service:
                 raise invalid(error, "image") from error
             pixels = cut_portrait(np.asarray(image), transform, size)
         else:
-            pixels = np.asarray(crop_and_resize(image, centre_square(*image.size), size))
+            pixels = np.asarray(crop_and_resize(image, center_square(*image.size), size))
         (content,) = annotate([pixels])
         reading = None if content is None else CONDITIONS[condition].read(source_of(condition, content, condition))
         if reading is None or (condition == "mask" and not shows_face(reading.raw)):

@@ -30,13 +30,13 @@ class Page(StaticFiles):
     """The files of the page."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def labelled(message: Message) -> None:
+        async def labeled(message: Message) -> None:
             if message["type"] == "http.response.start":
                 own = [(b"content-security-policy", POLICY), (b"cache-control", b"no-cache")]
                 message["headers"] = [*message["headers"], *own, (b"x-content-type-options", b"nosniff")]
             await send(message)
 
-        await super().__call__(scope, receive, labelled)
+        await super().__call__(scope, receive, labeled)
 
 
 def add_studio(app: FastAPI) -> None:

@@ -130,10 +130,10 @@ def random_region(height: int, width: int, patch_size: int, rng: np.random.Gener
     y, x = np.mgrid[:rows, :columns] + 0.5
     tokens = np.zeros((rows, columns), bool)
     for _ in range(rng.integers(1, 4)):
-        centre, half = rng.uniform(0, 1, 2), rng.uniform(0.05, 0.4, 2)
-        distances = np.abs([y / rows - centre[0], x / columns - centre[1]]) / half[:, None, None]  # 1 at the edge
+        center, half = rng.uniform(0, 1, 2), rng.uniform(0.05, 0.4, 2)
+        distances = np.abs([y / rows - center[0], x / columns - center[1]]) / half[:, None, None]  # 1 at the edge
         shape = (distances.max(axis=0) if rng.random() < 0.5 else np.hypot(*distances)) < 1
-        shape[int(centre[0] * rows), int(centre[1] * columns)] = True
+        shape[int(center[0] * rows), int(center[1] * columns)] = True
         if not tokens.any() or (tokens | shape).mean() <= 0.6:
             tokens |= shape
     if rng.random() < 1 / 7 and not tokens.all():

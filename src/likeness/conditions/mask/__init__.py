@@ -26,7 +26,7 @@ def resize(raw: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resize labels, uint8 [H, W], without mixing classes.
 
     Enlarging takes the nearest pixel. Shrinking gives each cell the class that covers most of it, so that thin parts
-    keep their place. On a tie, the class at the cell's centre wins, then the higher class, which is the one on top.
+    keep their place. On a tie, the class at the cell's center wins, then the higher class, which is the one on top.
     Raises `InputError` if the aspect ratio would change by more than 1 %.
     """
     check_aspect(raw.shape[:2], (height, width), "mask")
@@ -34,15 +34,15 @@ def resize(raw: np.ndarray, height: int, width: int) -> np.ndarray:
         return raw.copy()
     rows = ((np.arange(height) + 0.5) * raw.shape[0] / height).astype(np.intp)
     columns = ((np.arange(width) + 0.5) * raw.shape[1] / width).astype(np.intp)
-    centre = raw[rows[:, None], columns]  # [height, width]
+    center = raw[rows[:, None], columns]  # [height, width]
     if height >= raw.shape[0] and width >= raw.shape[1]:
-        return centre
+        return center
     down, across = _overlap(raw.shape[0], height), _overlap(raw.shape[1], width)
     area = down.sum(1).mean() * across.sum(1).mean()  # source pixels per cell
-    result, most = np.zeros_like(centre), np.full(centre.shape, -1.0, dtype=np.float32)
+    result, most = np.zeros_like(center), np.full(center.shape, -1.0, dtype=np.float32)
     for index in np.unique(raw):
         cover = down @ (raw == index).astype(np.float32) @ across.T  # [height, width]
-        cover += np.where(centre == index, 2e-3 * area, 0).astype(np.float32)
+        cover += np.where(center == index, 2e-3 * area, 0).astype(np.float32)
         wins = cover >= most - 1e-3 * area
         result[wins] = index
         most = np.maximum(most, cover)
@@ -55,12 +55,12 @@ def flip(raw: np.ndarray) -> np.ndarray:
 
 
 def render(raw: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Render labels in the CelebAMask-HQ colours, uint8 [height, width, 3]."""
+    """Render labels in the CelebAMask-HQ colors, uint8 [height, width, 3]."""
     return PALETTE[resize(raw, height, width)]
 
 
 def mask_image(labels: np.ndarray) -> Image.Image:
-    """Convert labels to a palette image (mode P): index = class, in the CelebAMask-HQ colours."""
+    """Convert labels to a palette image (mode P): index = class, in the CelebAMask-HQ colors."""
     image = Image.fromarray(labels)
     image.putpalette(PALETTE.tobytes())  # sets mode P and keeps the indices
     return image
@@ -72,7 +72,7 @@ MASK = Condition(
     folder="masks",
     suffix=".png",
     input_suffixes=IMAGE_SUFFIXES + ARRAY_SUFFIXES,
-    repairable=frozenset({"colour-order", "blended-labels", "class-order", "swapped-sides"}),
+    repairable=frozenset({"color-order", "blended-labels", "class-order", "swapped-sides"}),
     read=read,
     resize=resize,
     flip=flip,

@@ -30,14 +30,14 @@ TITLES: dict[str, str] = {
 }  # fmt: skip
 """Class -> its name in words; the names of the others are words already."""
 
-COMMON_COLOURS: dict[int, tuple[int, int, int]] = {
+COMMON_COLORS: dict[int, tuple[int, int, int]] = {
     0: (0, 0, 0), 1: (204, 0, 0), 2: (76, 153, 0), 3: (204, 204, 0), 10: (102, 204, 0), 11: (255, 255, 0),
     12: (0, 0, 153), 13: (0, 0, 204), 14: (255, 51, 153), 15: (0, 204, 204), 16: (0, 51, 0), 17: (255, 153, 51),
     18: (0, 204, 0),
 }  # fmt: skip
 """Class -> RGB, for the classes on which all four palettes agree."""
 
-SIDE_COLOURS: dict[str, tuple[tuple[int, int, int], ...]] = {
+SIDE_COLORS: dict[str, tuple[tuple[int, int, int], ...]] = {
     # l_eye, r_eye, l_brow, r_brow, l_ear, r_ear: classes 4 to 9
     "CelebAMask-HQ": ((51, 51, 255), (204, 0, 204), (0, 255, 255), (255, 204, 204), (102, 51, 0), (255, 0, 0)),
     "labelcolormap": ((51, 51, 255), (204, 0, 204), (0, 255, 255), (51, 255, 255), (102, 51, 0), (255, 0, 0)),
@@ -47,22 +47,22 @@ SIDE_COLOURS: dict[str, tuple[tuple[int, int, int], ...]] = {
 """Palette name -> RGB of classes 4 to 9, in which the palettes differ.
 
 Sources: CelebAMask-HQ `g_color.py`; `utils.labelcolormap` of the face parser in that repository; its MaskGAN demo; the
-Face-MoGLE demo. Three of the six differences only swap left and right, so colours alone do not identify the palette.
+Face-MoGLE demo. Three of the six differences only swap left and right, so colors alone do not identify the palette.
 """
 
 
 def _palette(name: str) -> np.ndarray:
-    colours = COMMON_COLOURS | dict(enumerate(SIDE_COLOURS[name], start=4))
-    palette = np.array([colours[index] for index in range(len(CLASSES))], dtype=np.uint8)  # [19, 3]
+    colors = COMMON_COLORS | dict(enumerate(SIDE_COLORS[name], start=4))
+    palette = np.array([colors[index] for index in range(len(CLASSES))], dtype=np.uint8)  # [19, 3]
     palette.setflags(write=False)
     return palette
 
 
-PALETTES: dict[str, np.ndarray] = {name: _palette(name) for name in SIDE_COLOURS}
+PALETTES: dict[str, np.ndarray] = {name: _palette(name) for name in SIDE_COLORS}
 """Palette name, as in `Reading.scheme` -> uint8 [19, 3]."""
 
 PALETTE: np.ndarray = PALETTES["CelebAMask-HQ"]
-"""uint8 [19, 3], the colours in which masks are rendered, those that the released weights were trained on."""
+"""uint8 [19, 3], the colors in which masks are rendered, those that the released weights were trained on."""
 
 ORDERS: dict[str, tuple[str, ...]] = {
     "canonical": CLASSES,

@@ -72,7 +72,7 @@ def grow(labels: np.ndarray, classes: Names, radius: float, over: Names = ()) ->
     """Grow classes of labels, uint8 [H, W], over what is beneath them.
 
     A pixel of a class in `BENEATH` or `over` (for example brows, which hair may cover) joins the nearest growing class
-    within `radius`, a distance of at least 0 between pixel centres; on a tie, the class with the higher number.
+    within `radius`, a distance of at least 0 between pixel centers; on a tie, the class with the higher number.
     """
     labels, chosen = checked(labels), present_classes(labels, classes)
     _check_radius(radius)
@@ -143,7 +143,7 @@ def paste(labels: np.ndarray, other: np.ndarray, classes: Names, over: Names = (
     """Replace classes with those of another mask, of the same aspect ratio unless `align`.
 
     The classes are removed from `labels` first. The others cover only what is beneath them, and `over`: a pasted hat
-    leaves the brows and pasted glasses leave the eyes. `align` aligns the other face with this one, by the centres of
+    leaves the brows and pasted glasses leave the eyes. `align` aligns the other face with this one, by the centers of
     the parts inside both faces (translation, rotation and one scale), of which at least three must be in both masks.
     """
     labels, other = checked(labels), checked(other)
@@ -203,7 +203,7 @@ def interpolate(first: np.ndarray, second: np.ndarray, t: float) -> np.ndarray:
     t = 0 returns `first` and t = 1 returns `second`, exactly. Large classes (background, skin, hair ...) come first,
     without what is on top of them: each pixel takes the class with the largest distance, so that a pixel that is equal
     in both never changes. Then `FEATURES` are painted where their ground is. Features inside the face move with their
-    centres, since a displaced brow would otherwise vanish midway. A class that only one mask has grows from its
+    centers, since a displaced brow would otherwise vanish midway. A class that only one mask has grows from its
     innermost pixels. Thin classes that do not overlap and do not move (necklaces, frames of glasses) vanish midway.
 
     Signed distances as shapes: S. Osher and J. Sethian, "Fronts propagating with curvature-dependent speed" (1988).
@@ -343,7 +343,7 @@ def _may_cover(index: int, over: Names = (), spared: Collection[int] = ()) -> np
 
 
 def _distance(region: np.ndarray) -> np.ndarray:
-    """float64 [H, W]: distance to the nearest pixel of a non-empty region, between centres; 0 inside."""
+    """float64 [H, W]: distance to the nearest pixel of a non-empty region, between centers; 0 inside."""
     return np.asarray(ndimage.distance_transform_edt(~region))
 
 
@@ -400,10 +400,10 @@ def _same_size(other: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _fit(other: np.ndarray, labels: np.ndarray, without: Collection[int] = ()) -> tuple[complex, complex, complex]:
-    """Return the rotation and scale that align the face of `other` with that of `labels`, and both centres: factor,
+    """Return the rotation and scale that align the face of `other` with that of `labels`, and both centers: factor,
     source, target of p -> factor * (p - source) + target.
 
-    Least squares over the centres of the parts inside the face that both have. Points are complex numbers x + iy in
+    Least squares over the centers of the parts inside the face that both have. Points are complex numbers x + iy in
     units of the height of their mask, so that a product rotates and scales.
     """
     # Swapped sides would mirror the face: correct them for measuring.
@@ -413,7 +413,7 @@ def _fit(other: np.ndarray, labels: np.ndarray, without: Collection[int] = ()) -
     if len(parts) < 3:
         raise InputError("too few parts in common: three of eyes, brows, nose, mouth and lips are needed to align")
     theirs, ours = (
-        (geometry.centre[parts] + 0.5) @ np.array([1, 1j]) / mask.shape[0]
+        (geometry.center[parts] + 0.5) @ np.array([1, 1j]) / mask.shape[0]
         for geometry, mask in zip(geometries, (other, labels), strict=True)
     )
     source, target = theirs.mean(), ours.mean()

@@ -1,6 +1,6 @@
-"""Read masks: recognize class numbers, class colours, one-hot planes and part files, their class order and palette.
+"""Read masks: recognize class numbers, class colors, one-hot planes and part files, their class order and palette.
 
-Colours identify the class except for left and right, on which the published palettes contradict one another: the
+Colors identify the class except for left and right, on which the published palettes contradict one another: the
 geometry of the face decides. Class numbers may be in another order: a mask that does not clearly fit one known order is
 rejected rather than guessed.
 """
@@ -25,11 +25,11 @@ from likeness.conditions.mask.classes import (
     order_table,
 )
 from likeness.conditions.mask.geometry import Geometry, broken_rules, measure, rank_orders, swapped_pairs
-from likeness.conditions.mask.repair import TOLERANCE, UNKNOWN, looks_blended, nearest_colours, unblend
+from likeness.conditions.mask.repair import TOLERANCE, UNKNOWN, looks_blended, nearest_colors, unblend
 from likeness.types import InputError, Note
 
 UNION = np.unique(np.concatenate(list(PALETTES.values())), axis=0)
-"""uint8 [20, 3], every colour of the four palettes."""
+"""uint8 [20, 3], every color of the four palettes."""
 
 PART_NAMES: dict[str, int] = {
     **{name: index for name, index in CLASS_INDEX.items() if index},
@@ -56,7 +56,7 @@ def _class_of_rows(palette: np.ndarray) -> np.ndarray:
 
 
 TABLES: dict[str, np.ndarray] = {name: _class_of_rows(palette) for name, palette in PALETTES.items()}
-"""Palette name -> int16 [20], the class of each row of `UNION`, `UNKNOWN` if the palette lacks that colour."""
+"""Palette name -> int16 [20], the class of each row of `UNION`, `UNKNOWN` if the palette lacks that color."""
 
 
 def off_palette(text: str) -> InputError:
@@ -91,7 +91,7 @@ def read(source: Source, *, name: str = "") -> Reading:
     """Read a mask as canonical class numbers 0 to 18, uint8 [H, W].
 
     The source is a path (image, .npy, .npz, or a folder of part files), a PIL image, or an array: class numbers [H, W],
-    colours [H, W, 3 or 4], or one-hot [19, H, W] or [H, W, 19]; `name` replaces the path in error messages. Raises
+    colors [H, W, 3 or 4], or one-hot [19, H, W] or [H, W, 19]; `name` replaces the path in error messages. Raises
     `InputError` if it is not a mask in a known format.
     """
     name = name or describe(source)
@@ -111,10 +111,10 @@ def _read_image(image: Image.Image, name: str, jpeg: bool) -> Reading:
     if (step := max(image.size) // MAX_SIDE) > 1:  # every step-th pixel: classes stay as they are
         image = image.resize((image.width // step, image.height // step), Image.Resampling.NEAREST)
     if image.mode == "P":
-        colours = np.zeros((256, 3), dtype=np.uint8)
+        colors = np.zeros((256, 3), dtype=np.uint8)
         used = np.array(image.getpalette("RGB") or [], dtype=np.uint8).reshape(-1, 3)[:256]
-        colours[: len(used)] = used
-        return _read_palette(np.asarray(image), colours, name)
+        colors[: len(used)] = used
+        return _read_palette(np.asarray(image), colors, name)
     if image.mode == "1":
         raise off_palette(f"{name} is black and white: a mask needs a class per pixel; pass a sketch as --sketch")
     if image.mode == "LA" and image.getchannel(1).getextrema() == (255, 255):
@@ -169,7 +169,7 @@ def _read_array(array: np.ndarray, name: str) -> Reading:
         _reject_sketch(rgb[..., 0], name)
         reading = _read_numbers(rgb[..., 0], f"index mask stored as {mode}", name)
     else:
-        reading = _read_colours(rgb, mode, name)
+        reading = _read_colors(rgb, mode, name)
     return dataclasses.replace(reading, notes=notes + reading.notes)
 
 
@@ -192,18 +192,18 @@ def _finish(labels: np.ndarray, scheme: str, notes: tuple[Note, ...], name: str)
     return Reading(raw=np.ascontiguousarray(labels, dtype=np.uint8), scheme=scheme, notes=notes)
 
 
-def _read_numbers(values: np.ndarray, scheme: str, name: str, *, coloured: bool = False) -> Reading:
+def _read_numbers(values: np.ndarray, scheme: str, name: str, *, colored: bool = False) -> Reading:
     """Read class numbers, integers [H, W], in one of `ORDERS`.
 
     The geometry decides. The canonical order is accepted if it breaks at most one rule of `mask.geometry`; another
     order if it breaks none and every other order at least four. Of 800 masks of CelebAMask-HQ, 0.5 % break more.
-    `coloured`: a colour table confirms the canonical order.
+    `colored`: a color table confirms the canonical order.
     """
     if (ignored := values == IGNORE).any() and not ignored.all():
         fraction = float(ignored.mean())
         if fraction > MAX_IGNORED:
             raise off_palette(f"{100 * fraction:.0f} % of {name} is {IGNORE} (ignored): give each pixel a class")
-        reading = _read_numbers(fill_nearest(values, ignored), scheme, name, coloured=coloured)
+        reading = _read_numbers(fill_nearest(values, ignored), scheme, name, colored=colored)
         text = f"{100 * fraction:.1f} % of the pixels are {IGNORE} (ignore) and took the class of the nearest pixel"
         return dataclasses.replace(reading, notes=(Note("ignored-pixels", text), *reading.notes))
     low, high = int(values.min()), int(values.max())
@@ -212,7 +212,7 @@ def _read_numbers(values: np.ndarray, scheme: str, name: str, *, coloured: bool 
     labels = values.astype(np.uint8)
     if not labels.any():
         return _finish(labels, scheme, (), name)
-    if not coloured and looks_blended(labels):
+    if not colored and looks_blended(labels):
         text = f"the class numbers of {name} were blended by a smooth resize: resize with nearest instead"
         raise InputError(text, kind="blended-labels")
     geometry = measure(labels)
@@ -227,33 +227,33 @@ def _read_numbers(values: np.ndarray, scheme: str, name: str, *, coloured: bool 
     broken, margin = len(ranked[best]), min(rivals, default=99) - len(ranked[best])
     notes: tuple[Note, ...] = ()
     if best == "canonical" and (broken == 0 or (broken == 1 and margin >= 2)):
-        if not margin and not coloured:
+        if not margin and not colored:
             notes = (Note("unproven-order", "too few parts to identify the class order: read in the canonical order"),)
     elif best != "canonical" and not broken and margin >= 4:
         table = order_table(best)
         text = f"the class numbers are in {best} order and were converted to the canonical order"
         notes = (Note("class-order", text), *side_notes(geometry.permuted(table)))
         return _finish(table[labels], f"{scheme}, {best} order", notes, name)
-    elif not coloured:
+    elif not colored:
         odd = "; ".join(ranked["canonical"][:2]) or "several orders fit"
         raise off_palette(f"the class numbers of {name} do not clearly fit a known class order ({odd}): {HOW}")
     return _finish(labels, f"{scheme}, canonical order", notes + side_notes(geometry), name)
 
 
-def _read_palette(indices: np.ndarray, colours: np.ndarray, name: str) -> Reading:
-    """Read an image with a colour table: uint8 [H, W] and uint8 [256, 3].
+def _read_palette(indices: np.ndarray, colors: np.ndarray, name: str) -> Reading:
+    """Read an image with a color table: uint8 [H, W] and uint8 [256, 3].
 
     A known palette, in any arrangement, identifies the classes. With another table, indices below 19 are class numbers.
     """
     used = np.unique(indices)
     for palette_name, palette in PALETTES.items():
-        if 0 < used[-1] < len(CLASSES) and np.array_equal(colours[used], palette[used]):
-            return _read_numbers(indices, f"palette PNG, {palette_name} colors", name, coloured=True)
-    if len(used) > 1 and (colours[used][:, None] == UNION).all(axis=2).any(axis=1).all():
-        return _read_colours(colours[indices], "palette PNG", name)
+        if 0 < used[-1] < len(CLASSES) and np.array_equal(colors[used], palette[used]):
+            return _read_numbers(indices, f"palette PNG, {palette_name} colors", name, colored=True)
+    if len(used) > 1 and (colors[used][:, None] == UNION).all(axis=2).any(axis=1).all():
+        return _read_colors(colors[indices], "palette PNG", name)
     if used[-1] < len(CLASSES):
         return _read_numbers(indices, "palette PNG, class by index", name)
-    return _read_colours(colours[indices], "palette PNG", name)  # possibly a damaged mask
+    return _read_colors(colors[indices], "palette PNG", name)  # possibly a damaged mask
 
 
 def _choose_palette(rows: np.ndarray) -> tuple[str, np.ndarray, tuple[Note, ...]]:
@@ -261,16 +261,16 @@ def _choose_palette(rows: np.ndarray) -> tuple[str, np.ndarray, tuple[Note, ...]
     geometry = measure(rows, len(UNION))
     present = geometry.pixels > 0
     nose, skin = (int(np.flatnonzero(TABLES["CelebAMask-HQ"] == CLASS_INDEX[part])[0]) for part in ("nose", "skin"))
-    middle = next((geometry.centre[row, 0] for row in (nose, skin) if present[row]), rows.shape[1] / 2)
+    middle = next((geometry.center[row, 0] for row in (nose, skin) if present[row]), rows.shape[1] / 2)
     scores = {}
     for name, table in TABLES.items():
         agree = 0.0
         for weight, pair in zip((3.0, 2.0, 1.0), FLIP_PAIRS, strict=True):
             a, b = (int(np.flatnonzero(table == side)[0]) for side in pair)
             if present[a] and present[b]:
-                agree += weight * np.sign(geometry.centre[a, 0] - geometry.centre[b, 0])
+                agree += weight * np.sign(geometry.center[a, 0] - geometry.center[b, 0])
             elif present[a] or present[b]:  # one side only: on which side of the nose?
-                side = geometry.centre[a, 0] - middle if present[a] else middle - geometry.centre[b, 0]
+                side = geometry.center[a, 0] - middle if present[a] else middle - geometry.center[b, 0]
                 agree += 0.2 * weight * np.sign(side)
         scores[name] = (int(geometry.pixels[table != UNKNOWN].sum()), float(agree))
     name = max(scores, key=lambda key: scores[key])
@@ -286,13 +286,13 @@ def _choose_palette(rows: np.ndarray) -> tuple[str, np.ndarray, tuple[Note, ...]
     return name, swap_classes(labels, wrong), tuple(Note("swapped-sides", text) for text in texts)
 
 
-def _read_colours(rgb: np.ndarray, mode: str, name: str) -> Reading:
-    """Read class colours, uint8 [H, W, 3], of one of `PALETTES`, in RGB or BGR order, also if slightly blended."""
+def _read_colors(rgb: np.ndarray, mode: str, name: str) -> Reading:
+    """Read class colors, uint8 [H, W, 3], of one of `PALETTES`, in RGB or BGR order, also if slightly blended."""
     found = []
-    coloured = rgb.max(axis=2) > 40  # black alone proves nothing: dark photographs have it too
+    colored = rgb.max(axis=2) > 40  # black alone proves nothing: dark photographs have it too
     palettes = {"RGB": UNION, "BGR": UNION[:, ::-1]}
-    for channels, (rows, distance) in zip(palettes, nearest_colours(rgb, *palettes.values()), strict=True):
-        near = float((distance[coloured] <= TOLERANCE).mean()) if coloured.any() else 1.0
+    for channels, (rows, distance) in zip(palettes, nearest_colors(rgb, *palettes.values()), strict=True):
+        near = float((distance[colored] <= TOLERANCE).mean()) if colored.any() else 1.0
         found.append((bool((distance == 0).all()), near, channels, rows, distance))
     found = [entry for entry in found if entry[0]] or [entry for entry in found if entry[1] >= 0.6]
     readings = []
@@ -313,7 +313,7 @@ def _read_colours(rgb: np.ndarray, mode: str, name: str) -> Reading:
         palette, labels, sides = _choose_palette(rows)
         scheme = f"{mode}, {palette} colors"
         if channels == "BGR":
-            notes = (Note("colour-order", "the channels are in BGR order and were converted to RGB"), *notes)
+            notes = (Note("color-order", "the channels are in BGR order and were converted to RGB"), *notes)
             scheme += ", BGR"
         readings.append((len(broken_rules(measure(labels))), exact, labels, scheme, notes + sides))
     readings.sort(key=lambda reading: reading[0])  # stable: RGB first if both fit equally well

@@ -29,7 +29,7 @@ ABOVE: dict[str, str] = {
     "hat": "nose skin",
     "eye_g": "u_lip",
 }
-"""Class -> classes whose centre is below its own."""
+"""Class -> classes whose center is below its own."""
 
 SMALLER: dict[tuple[str, str], float] = {
     ("l_eye", "skin"): 0.15, ("r_eye", "skin"): 0.15, ("l_brow", "skin"): 0.2, ("r_brow", "skin"): 0.2,
@@ -45,12 +45,12 @@ HEIGHTS: dict[str, tuple[float, float]] = {
     "l_lip": (0.45, 1.0), "hair": (-1.0, 1.0), "hat": (-2.0, 0.65), "earring": (0.25, 1.3), "necklace": (0.65, 2.0),
     "neck": (0.55, 2.0), "cloth": (0.6, 3.0),
 }  # fmt: skip
-"""Class -> range of its centre's height, relative to the bounding box of the skin (0 top, 1 bottom).
+"""Class -> range of its center's height, relative to the bounding box of the skin (0 top, 1 bottom).
 
 The extremes of 800 CelebAMask-HQ masks, widened by about 0.1 for hand-drawn masks."""
 
 INSIDE: tuple[str, ...] = ("nose", "l_eye", "r_eye", "l_brow", "r_brow", "mouth", "u_lip", "l_lip")
-"""Classes whose centre is between the left and right end of the skin."""
+"""Classes whose center is between the left and right end of the skin."""
 
 TOUCHES: dict[str, str] = {
     "nose": "skin eye_g",
@@ -66,7 +66,7 @@ TOUCHES: dict[str, str] = {
     "l_ear": "skin hair background earring neck hat eye_g",
     "r_ear": "skin hair background earring neck hat eye_g",
 }
-"""Class -> its neighbours, which make up at least 0.6 of its outline."""
+"""Class -> its neighbors, which make up at least 0.6 of its outline."""
 
 SPECK = 2e-4
 """Fraction of the pixels below which a separate region of a class is a speck."""
@@ -82,36 +82,36 @@ class Geometry(NamedTuple):
 
     pixels: np.ndarray
     """int [C], number of pixels."""
-    centre: np.ndarray
+    center: np.ndarray
     """float [C, 2], (x, y) of the mean pixel; NaN if the class is absent."""
     box: np.ndarray
     """float [C, 4], (left, top, right, bottom) in pixels, inclusive; NaN if the class is absent."""
     contact: np.ndarray
-    """int [C, C], number of neighbouring pixel pairs of two classes; symmetric with a zero diagonal."""
+    """int [C, C], number of neighboring pixel pairs of two classes; symmetric with a zero diagonal."""
 
     def permuted(self, table: np.ndarray) -> Geometry:
         """Return the geometry of `table[labels]` for a one-to-one `table`."""
         back = np.argsort(table)
-        return Geometry(self.pixels[back], self.centre[back], self.box[back], self.contact[back][:, back])
+        return Geometry(self.pixels[back], self.center[back], self.box[back], self.contact[back][:, back])
 
 
 def measure(labels: np.ndarray, count: int = len(CLASSES)) -> Geometry:
     """Measure labels, uint8 [H, W], with values below `count`."""
     (by_row, beside), (by_column, below) = _runs(labels, count), _runs(np.ascontiguousarray(labels.T), count)
     pixels = by_row.sum(1)  # [C]
-    box, centre = np.full((count, 4), np.nan), np.full((count, 2), np.nan)
+    box, center = np.full((count, 4), np.nan), np.full((count, 2), np.nan)
     for index in np.flatnonzero(pixels):
         columns, rows = np.flatnonzero(by_column[index]), np.flatnonzero(by_row[index])
         box[index] = columns[0], rows[0], columns[-1], rows[-1]
-        centre[index] = by_column[index] @ np.arange(labels.shape[1]), by_row[index] @ np.arange(labels.shape[0])
-        centre[index] /= pixels[index]
+        center[index] = by_column[index] @ np.arange(labels.shape[1]), by_row[index] @ np.arange(labels.shape[0])
+        center[index] /= pixels[index]
     contact = beside + below
     contact = contact + contact.T
-    return Geometry(pixels, centre, box, contact)
+    return Geometry(pixels, center, box, contact)
 
 
 def _runs(labels: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the pixels per class and row, int [C, H], and the neighbouring pairs of two classes in a row, int [C, C].
+    """Return the pixels per class and row, int [C, H], and the neighboring pairs of two classes in a row, int [C, C].
 
     Runs of one class are counted, of which a mask has far fewer than pixels.
     """
@@ -135,7 +135,7 @@ def broken_rules(geometry: Geometry) -> tuple[str, ...]:
 
 def _broken_rules(geometry: Geometry) -> Iterator[str]:
     at = CLASS_INDEX
-    pixels, centre, box, contact = geometry
+    pixels, center, box, contact = geometry
 
     def present(*names: str) -> bool:
         return all(pixels[at[name]] for name in names)
@@ -144,34 +144,34 @@ def _broken_rules(geometry: Geometry) -> Iterator[str]:
         yield "no skin"
     for upper, lowers in ABOVE.items():
         for lower in lowers.split():
-            if present(upper, lower) and centre[at[upper], 1] >= centre[at[lower], 1]:
+            if present(upper, lower) and center[at[upper], 1] >= center[at[lower], 1]:
                 yield f"{upper} not above {lower}"
     for (small, large), ratio in SMALLER.items():
         if present(small, large) and pixels[at[small]] > ratio * pixels[at[large]]:
             yield f"{small} too large compared with {large}"
     if present("skin"):
         left, top, right, bottom = box[at["skin"]]
-        height = (centre[:, 1] - top) / max(bottom - top, 1)
-        across = np.abs((centre[:, 0] - left) / max(right - left, 1) - 0.5)
+        height = (center[:, 1] - top) / max(bottom - top, 1)
+        across = np.abs((center[:, 0] - left) / max(right - left, 1) - 0.5)
         for name, (low, high) in HEIGHTS.items():
             if present(name) and not low <= height[at[name]] <= high:
                 yield f"{name} too high or low"
         for name in INSIDE:
-            if present(name) and not left <= centre[at[name], 0] <= right:
+            if present(name) and not left <= center[at[name], 0] <= right:
                 yield f"{name} outside the skin"
         for name in ("l_ear", "r_ear"):
             if present(name) and across[at[name]] < 0.2:
                 yield f"{name} in the middle of the face"
     for a, b in FLIP_PAIRS:
-        dx, dy = np.abs(centre[a] - centre[b])
+        dx, dy = np.abs(center[a] - center[b])
         if dy > dx:  # NaN if one is absent
             yield f"{CLASSES[a]} not level with {CLASSES[b]}"
-    if present("hair", "nose") and box[at["hair"], 1] > centre[at["nose"], 1]:
+    if present("hair", "nose") and box[at["hair"], 1] > center[at["nose"], 1]:
         yield "hair starts below the nose"
-    for name, neighbours in TOUCHES.items():
+    for name, neighbors in TOUCHES.items():
         outline = contact[at[name]]
-        if present(name) and outline[[at[other] for other in neighbours.split()]].sum() < 0.6 * outline.sum():
-            yield f"{name} has unexpected neighbours"
+        if present(name) and outline[[at[other] for other in neighbors.split()]].sum() < 0.6 * outline.sum():
+            yield f"{name} has unexpected neighbors"
 
 
 def rank_orders(geometry: Geometry) -> dict[str, tuple[str, ...]]:
@@ -187,9 +187,9 @@ def swapped_pairs(geometry: Geometry) -> tuple[tuple[int, int], ...]:
     profile. Within 0.15 of the face's width from the nose it counts as correct.
     """
     swapped = []
-    nose, width = geometry.centre[CLASS_INDEX["nose"], 0], np.ptp(geometry.box[CLASS_INDEX["skin"], [0, 2]])
+    nose, width = geometry.center[CLASS_INDEX["nose"], 0], np.ptp(geometry.box[CLASS_INDEX["skin"], [0, 2]])
     for a, b in FLIP_PAIRS:
-        left, right = geometry.centre[a, 0], geometry.centre[b, 0]
+        left, right = geometry.center[a, 0], geometry.center[b, 0]
         if geometry.pixels[a] and geometry.pixels[b]:
             wrong = left < right
         else:  # NaN, if the part, the nose or the skin is absent, compares as False

@@ -1,8 +1,8 @@
-"""Convert class colours to classes, also if a smooth resize or JPEG has blended them.
+"""Convert class colors to classes, also if a smooth resize or JPEG has blended them.
 
-The nearest palette colour of a blended pixel is often an unrelated class: halfway between black and hair is the colour
-of the lower lip. Blended pixels therefore take a label from a nearby pixel that has a palette colour. Thin lines of a
-palette colour that is a mixture of the colours on both sides count as blended, so that thin parts may lose a pixel.
+The nearest palette color of a blended pixel is often an unrelated class: halfway between black and hair is the color
+of the lower lip. Blended pixels therefore take a label from a nearby pixel that has a palette color. Thin lines of a
+palette color that is a mixture of the colors on both sides count as blended, so that thin parts may lose a pixel.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 TOLERANCE = 12
-"""Largest difference per channel from a palette colour: flat areas of JPEGs at quality 60 stay within it."""
+"""Largest difference per channel from a palette color: flat areas of JPEGs at quality 60 stay within it."""
 
 REACH = 3
 """Distance in pixels at which the two parts of a mixture are searched: the support of a Lanczos filter."""
@@ -19,29 +19,29 @@ SPECK = 4e-5
 """Fraction of the pixels below which a region of a blended mask is considered noise: 10 pixels of 512x512."""
 
 UNKNOWN = -1
-"""Label of pixels without a palette colour."""
+"""Label of pixels without a palette color."""
 
 
-def nearest_colours(rgb: np.ndarray, *palettes: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Find the nearest colours of an image, uint8 [H, W, 3], in palettes, uint8 [P, 3]. For each palette: int16 [H, W],
+def nearest_colors(rgb: np.ndarray, *palettes: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Find the nearest colors of an image, uint8 [H, W, 3], in palettes, uint8 [P, 3]. For each palette: int16 [H, W],
     the row, and int16 [H, W], the largest difference over the channels.
     """
     packed = (rgb[..., 0].astype(np.int32) << 16) | (rgb[..., 1].astype(np.int32) << 8) | rgb[..., 2]
-    values, where = unique_colours(packed)  # [N], [H, W]
+    values, where = unique_colors(packed)  # [N], [H, W]
     unpacked = np.stack([values >> 16, values >> 8 & 255, values & 255], axis=1).astype(np.int16)  # [N, 3]
     found = []
-    for colours in palettes:
+    for colors in palettes:
         best = np.zeros(len(values), dtype=np.int16)
         distance = np.full(len(values), 256, dtype=np.int16)
-        for row, colour in enumerate(colours.astype(np.int16)):
-            candidate = np.abs(unpacked - colour).max(axis=1).astype(np.int16)
+        for row, color in enumerate(colors.astype(np.int16)):
+            candidate = np.abs(unpacked - color).max(axis=1).astype(np.int16)
             best[candidate < distance] = row
             distance = np.minimum(distance, candidate)
         found.append((best[where], distance[where]))
     return found
 
 
-def unique_colours(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def unique_colors(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """`np.unique` with inverse for values below 2^24, [H, W] -> [N], [H, W]; six times as fast for large images."""
     if packed.size < 1 << 20:
         values, inverse = np.unique(packed, return_inverse=True)
@@ -53,9 +53,9 @@ def unique_colours(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values, inverse[packed]
 
 
-def _mixtures(colours: np.ndarray) -> np.ndarray:
-    """bool [P, P, P]: whether colour c is close to the line segment from colour a to colour b, indexed [a, b, c]."""
-    points = colours.astype(np.float32)
+def _mixtures(colors: np.ndarray) -> np.ndarray:
+    """bool [P, P, P]: whether color c is close to the line segment from color a to color b, indexed [a, b, c]."""
+    points = colors.astype(np.float32)
     a, b, c = points[:, None, None], points[None, :, None], points[None, None, :]
     along = ((c - a) * (b - a)).sum(-1) / np.maximum(((b - a) ** 2).sum(-1), 1.0)
     off = np.abs(a + along[..., None] * (b - a) - c).max(-1)
@@ -64,11 +64,11 @@ def _mixtures(colours: np.ndarray) -> np.ndarray:
     return different & (off <= 2 * TOLERANCE) & (along > 0.02) & (along < 0.98)
 
 
-def unblend(near: np.ndarray, colours: np.ndarray, rgb: np.ndarray | None = None) -> np.ndarray:
-    """Label blended pixels from clean pixels nearby: rows of `colours`, uint8 [P, 3], where `near`, int16 [H, W], is
+def unblend(near: np.ndarray, colors: np.ndarray, rgb: np.ndarray | None = None) -> np.ndarray:
+    """Label blended pixels from clean pixels nearby: rows of `colors`, uint8 [P, 3], where `near`, int16 [H, W], is
     `UNKNOWN`.
 
-    With the image `rgb`, uint8 [H, W, 3], a pixel takes the label of the nearest colour among the labels within two
+    With the image `rgb`, uint8 [H, W, 3], a pixel takes the label of the nearest color among the labels within two
     pixels. Without it, or farther from clean pixels, it takes the label of the nearest clean pixel. Raises `ValueError`
     if no clean pixel remains.
     """
@@ -78,8 +78,8 @@ def unblend(near: np.ndarray, colours: np.ndarray, rgb: np.ndarray | None = None
     solid = np.full(near.shape, UNKNOWN, dtype=np.int16)
     for row in np.unique(near[near != UNKNOWN]):
         solid[ndimage.binary_opening(near == row, np.ones((3, 3)))] = row
-    rows, columns = np.nonzero((near != UNKNOWN) & (solid == UNKNOWN))  # thin: a part, or a line of mixed colours
-    mixture = _mixtures(colours)
+    rows, columns = np.nonzero((near != UNKNOWN) & (solid == UNKNOWN))  # thin: a part, or a line of mixed colors
+    mixture = _mixtures(colors)
     blended = np.zeros(len(rows), dtype=bool)
     for down, right in ((0, 1), (1, 0), (1, 1), (1, -1)):
         sides = []
@@ -94,13 +94,13 @@ def unblend(near: np.ndarray, colours: np.ndarray, rgb: np.ndarray | None = None
         blended |= both & mixture[sides[0], sides[1], near[rows, columns]]
     kept = near.copy()
     kept[rows[blended], columns[blended]] = UNKNOWN
-    # Small regions of a palette colour among blended pixels are noise.
+    # Small regions of a palette color among blended pixels are noise.
     for row in np.unique(kept[kept != UNKNOWN]):
         components, count = ndimage.label(kept == row, structure=np.ones((3, 3)))
         sizes = np.bincount(components.ravel(), minlength=count + 1)
         kept[(sizes < max(4, SPECK * near.size))[components] & (components > 0)] = UNKNOWN
     if (kept == UNKNOWN).all():
-        raise ValueError("no pixel has a palette colour")
+        raise ValueError("no pixel has a palette color")
     nearest = np.asarray(ndimage.distance_transform_edt(kept == UNKNOWN, return_distances=False, return_indices=True))
     result = kept[nearest[0], nearest[1]]
     if rgb is not None:
@@ -108,7 +108,7 @@ def unblend(near: np.ndarray, colours: np.ndarray, rgb: np.ndarray | None = None
         pixels, least = rgb[rows, columns].astype(np.float32), np.full(len(rows), np.inf, dtype=np.float32)
         for row in np.unique(kept[kept != UNKNOWN]):
             nearby = ndimage.maximum_filter(kept == row, size=5)[rows, columns]
-            off = np.where(nearby, np.abs(pixels - colours[row]).sum(axis=1), np.inf)
+            off = np.where(nearby, np.abs(pixels - colors[row]).sum(axis=1), np.inf)
             closer = off < least
             result[rows[closer], columns[closer]] = row
             least = np.minimum(least, off)

@@ -73,12 +73,12 @@ def ribbon(curve: np.ndarray, width: float | np.ndarray) -> np.ndarray:
 
 
 def mix(first: object, second: object, amount: float) -> np.ndarray:
-    """Interpolate two colours: `amount` 0 is the first, 1 the second."""
+    """Interpolate two colors: `amount` 0 is the first, 1 the second."""
     return np.asarray(first, dtype=np.float32) * (1 - amount) + np.asarray(second, dtype=np.float32) * amount
 
 
 def toned(color: object, light: np.ndarray) -> np.ndarray:
-    """Shade a colour with a light field in about -1..1: [3], [S, S] -> [S, S, 3].
+    """Shade a color with a light field in about -1..1: [3], [S, S] -> [S, S, 3].
 
     Shadows are darker and more saturated, highlights paler, rather than black and white.
     """
@@ -95,8 +95,8 @@ class Canvas:
     def __init__(self, size: int) -> None:
         self.size = size
         self.factor = 4 if size <= 256 else 2
-        centre = (np.arange(size, dtype=np.float32) + 0.5) / size
-        self.x, self.y = np.meshgrid(centre, centre)
+        center = (np.arange(size, dtype=np.float32) + 0.5) / size
+        self.x, self.y = np.meshgrid(center, center)
         self.image = np.zeros((size, size, 3), dtype=np.float32)
         self.mask = np.zeros((size, size), dtype=np.uint8)
         self.fine = size * self.factor
@@ -148,15 +148,15 @@ class Canvas:
         return np.asarray(soft, dtype=np.float32) / 255
 
     def glow(
-        self, centre: np.ndarray | tuple[float, float], radius_x: float, radius_y: float | None = None
+        self, center: np.ndarray | tuple[float, float], radius_x: float, radius_y: float | None = None
     ) -> np.ndarray:
-        """Gaussian spot with peak 1, centre and radii in image units."""
-        x, y = centre
+        """Gaussian spot with peak 1, center and radii in image units."""
+        x, y = center
         height = radius_x if radius_y is None else radius_y
         return np.exp(-(((self.x - x) / radius_x) ** 2) - ((self.y - y) / height) ** 2)
 
     def tint(self, alpha: np.ndarray, color: object) -> None:
-        """Blend a colour ([3] or [S, S, 3]) over the image; mask and sketch are unchanged."""
+        """Blend a color ([3] or [S, S, 3]) over the image; mask and sketch are unchanged."""
         rows = np.flatnonzero(alpha.max(axis=1) > 0.004)
         if not len(rows):
             return

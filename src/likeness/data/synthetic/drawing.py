@@ -93,7 +93,7 @@ def face_outline(traits: Traits, head: Head, keypoints: np.ndarray) -> np.ndarra
 
 
 def ear_places(head: Head) -> list[tuple[int, float, float]]:
-    """Return (side, x of the centre, half width) of each visible ear."""
+    """Return (side, x of the center, half width) of each visible ear."""
     ears: list[tuple[int, float, float]] = []
     if head.traits.hair_style in LONG and not head.traits.tucked:
         return ears
@@ -143,8 +143,8 @@ def draw_skin(
     canvas.paint([outline], toned(skin, head.light), SKIN)
 
     def spot(x: float, y: float, radius_x: float, radius_y: float) -> np.ndarray:
-        centre_x, centre_y = head.surface([(x, y)])[0]
-        return canvas.glow((centre_x, centre_y), radius_x * head.scale, radius_y * head.scale)
+        center_x, center_y = head.surface([(x, y)])[0]
+        return canvas.glow((center_x, center_y), radius_x * head.scale, radius_y * head.scale)
 
     blush = 0.34 if traits.makeup else 0.2
     rosy = skin * (1.0, 0.62, 0.58) + (0.06, 0, 0)
@@ -181,7 +181,7 @@ def draw_skin(
 
 
 def draw_beard(canvas: Canvas, traits: Traits, head: Head, face: np.ndarray, random: np.random.Generator) -> None:
-    """Draw beard and moustache as colour on the skin: the mask has no class for them."""
+    """Draw beard and moustache as color on the skin: the mask has no class for them."""
     color = np.array(natural_hair(traits)) * 0.85
     if traits.beard != "none":
         jaw = [(1.1, 0.12), (1.1, 0.8), (0.8, 1.3), (0.4, 1.6)]
@@ -351,15 +351,15 @@ def draw_eye(canvas: Canvas, traits: Traits, head: Head, side: int, keypoints: n
         return place(round_shape[:, 0], np.clip(round_shape[:, 1], upper(round_shape[:, 0]), lower(round_shape[:, 0])))
 
     iris = np.array(traits.eye)
-    centre_x, centre_y = place(np.array([gaze]), np.array([middle]))[0]
-    below = np.clip((canvas.y - centre_y) / (radius * head.scale), -1, 1)
+    center_x, center_y = place(np.array([gaze]), np.array([middle]))[0]
+    below = np.clip((canvas.y - center_y) / (radius * head.scale), -1, 1)
     canvas.paint([disc(radius)], np.clip(iris * 0.55, 0, 1), None, outline=60)
     canvas.paint([disc(radius * 0.82)], toned(iris, below * 0.9), None, outline=None)
     canvas.paint([disc(radius * 0.45)], (0.05, 0.04, 0.05), None, outline=40)
     canvas.tint(canvas.blur(canvas.cover(ribbon(lid, 0.02)), 0.006, (0, 0.007)) * opening * 0.45, (0.2, 0.14, 0.16))
     large, small = (0.3 * traits.light_side, -0.3, 0.34, 1.0), (-0.35 * traits.light_side, 0.4, 0.16, 0.55)
     for dx, dy, size, strength in (large, small):
-        x, y = centre_x + dx * radius * head.scale, centre_y + dy * radius * head.scale
+        x, y = center_x + dx * radius * head.scale, center_y + dy * radius * head.scale
         shine = ellipse(x, y, radius * head.scale * size, steps=12)
         canvas.tint(canvas.cover(shine) * opening * strength, (1, 1, 1))
     thick = 0.017 if traits.makeup else (0.013 if traits.presentation == "woman" else 0.011)

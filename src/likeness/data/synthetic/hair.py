@@ -17,7 +17,7 @@ Lock = tuple[np.ndarray, np.ndarray]
 
 
 def natural_hair(traits: Traits) -> tuple[float, float, float]:
-    """Return the colour of brows and beard: that of the hair, unless it is dyed."""
+    """Return the color of brows and beard: that of the hair, unless it is dyed."""
     if traits.hair_color in ("blue", "pink"):
         red, green, blue = (value / 255 for value in HAIR_COLORS["dark brown"])
         return red, green, blue

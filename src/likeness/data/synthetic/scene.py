@@ -22,11 +22,11 @@ class Head:
     def __init__(self, traits: Traits, canvas: Canvas) -> None:
         self.traits = traits
         self.scale = traits.scale
-        self.centre = np.array([0.5 + traits.shift[0], 0.475 + traits.shift[1]])
+        self.center = np.array([0.5 + traits.shift[0], 0.475 + traits.shift[1]])
         self.sine, self.cosine = np.sin(traits.yaw * YAW_LIMIT), np.cos(traits.yaw * YAW_LIMIT)
         cosine, sine = np.cos(traits.roll), np.sin(traits.roll)
         self.rotation = np.array([[cosine, sine], [-sine, cosine]])
-        across, down = (canvas.x - self.centre[0]) / self.scale, (canvas.y - self.centre[1]) / self.scale
+        across, down = (canvas.x - self.center[0]) / self.scale, (canvas.y - self.center[1]) / self.scale
         self.u = (across * cosine + down * sine).astype(np.float32)
         self.v = (down * cosine - across * sine).astype(np.float32)
         """Head coordinates of each pixel, without yaw: [S, S]."""
@@ -37,7 +37,7 @@ class Head:
 
     def flat(self, points: object) -> np.ndarray:
         """Head coordinates -> image units, without yaw: [N, 2]."""
-        return np.asarray(points, dtype=np.float64) @ self.rotation * self.scale + self.centre
+        return np.asarray(points, dtype=np.float64) @ self.rotation * self.scale + self.center
 
     def rim(self, points: object) -> np.ndarray:
         """As `flat` for points of the silhouette: yaw moves the chin more than the skull."""
@@ -55,7 +55,7 @@ class Head:
 
     def body(self, points: object) -> np.ndarray:
         """As `flat` for points of neck and shoulders, without yaw and roll."""
-        return np.asarray(points, dtype=np.float64) * self.scale + self.centre
+        return np.asarray(points, dtype=np.float64) * self.scale + self.center
 
 
 def draw_background(canvas: Canvas, traits: Traits, random: np.random.Generator) -> None:
@@ -97,7 +97,7 @@ def draw_background(canvas: Canvas, traits: Traits, random: np.random.Generator)
 
 
 def cloth_colors(traits: Traits) -> tuple[np.ndarray, np.ndarray]:
-    """Colour of the clothes, and a contrasting one for stripes."""
+    """Color of the clothes, and a contrasting one for stripes."""
     cloth = np.array(CLOTH_COLORS[traits.clothing_color], dtype=np.float32) / 255
     return cloth, mix(cloth, (1, 1, 1), 0.55) if cloth.mean() < 0.6 else mix(cloth, (0.15, 0.17, 0.3), 0.7)
 
@@ -105,8 +105,8 @@ def cloth_colors(traits: Traits) -> tuple[np.ndarray, np.ndarray]:
 def draw_body(canvas: Canvas, traits: Traits, head: Head, face: np.ndarray) -> None:
     """Draw neck, clothes and necklace."""
     cloth, second = cloth_colors(traits)
-    across = (canvas.x - head.centre[0]) / head.scale
-    down = (canvas.y - head.centre[1]) / head.scale
+    across = (canvas.x - head.center[0]) / head.scale
+    down = (canvas.y - head.center[1]) / head.scale
     slope = (across * traits.light_side * 0.3 - (np.abs(across) / 2.6) ** 2 * 0.5 + 0.1).astype(np.float32)
     stout = 0.56 if traits.presentation == "woman" else 0.64
     reach = 1.95 if traits.presentation == "woman" else 2.12

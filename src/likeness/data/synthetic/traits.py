@@ -51,7 +51,7 @@ OPEN_NECK = ("t-shirt", "v-neck", "striped shirt", "dress", "shirt")
 
 @dataclass(frozen=True, kw_only=True)
 class Traits:
-    """One face. Colours are RGB in 0..1, angles in radians, lengths in half face widths unless stated otherwise."""
+    """One face. Colors are RGB in 0..1, angles in radians, lengths in half face widths unless stated otherwise."""
 
     presentation: str
     age: str

@@ -57,13 +57,13 @@ WEARS: dict[str, Sequence[str]] = {
 }
 """Attribute -> phrases after "wearing"."""
 
-COLOURS: dict[str, Sequence[str]] = {
+COLORS: dict[str, Sequence[str]] = {
     "Black_Hair": ("black", "dark black", "jet-black"),
     "Blond_Hair": ("blond", "blonde", "fair", "golden"),
     "Brown_Hair": ("brown", "brunette", "chestnut"),
     "Gray_Hair": ("grey", "gray", "silver"),
 }
-"""Attribute -> hair colours."""
+"""Attribute -> hair colors."""
 
 TEXTURES: dict[str, Sequence[str]] = {"Straight_Hair": ("straight", "sleek"), "Wavy_Hair": ("wavy", "curly", "wavy")}
 """Attribute -> hair textures."""
@@ -115,9 +115,9 @@ def draw_traits(attributes: Mapping[str, bool], rng: np.random.Generator) -> Tra
     if has("Bald"):
         traits.has.append(pick(("a bald head", "no hair on the head")))
     else:
-        colours = [pick(phrases) for name, phrases in COLOURS.items() if has(name)]
+        colors = [pick(phrases) for name, phrases in COLORS.items() if has(name)]
         textures = [pick(phrases) for name, phrases in TEXTURES.items() if has(name)]
-        adjectives = [pick(found) for found in (textures, colours) if found]
+        adjectives = [pick(found) for found in (textures, colors) if found]
         if adjectives:
             traits.has.append(" ".join([*adjectives, "hair"]))
         if has("Bangs"):

@@ -22,7 +22,7 @@ PROMPTS: dict[str, str] = {
     "brief": "Describe the face in one sentence of at most twenty words, with what strikes the eye first.",
     "cues": "Give the visible cues as short phrases in lower case, separated by commas, in this order: kind of person, "
     "apparent age, hair, eyebrows, eyes, nose, mouth, skin, facial hair, expression, accessories.",
-    "hair": "Describe the hair in one or two sentences that begin with the person: colour, length, texture, parting or "
+    "hair": "Describe the hair in one or two sentences that begin with the person: color, length, texture, parting or "
     "fringe, where it falls, and beard or moustache where there is one.",
     "face": "Describe the shape of the face in one or two sentences that begin with the person: outline, forehead, "
     "eyebrows, eyes, nose, cheeks, lips, chin, skin.",
@@ -33,7 +33,7 @@ PROMPTS: dict[str, str] = {
     "age": "Say in one sentence what kind of person this is and about how old, with the visible signs of it: skin, "
     "lines, hair, fullness of the face.",
     "light": "Describe in one or two sentences that begin with the person how the portrait is lit and framed: where "
-    "the light comes from and how soft it is, background and its colour, how close the face is.",
+    "the light comes from and how soft it is, background and its color, how close the face is.",
     "portrait": "Write the one line a photographer would use to stage this portrait again: the person, hair, look, "
     "what is worn, light and background, as phrases in lower case separated by commas.",
 }

@@ -50,9 +50,9 @@ def open_face(face: SourceFace, size: int | None, crop: bool) -> tuple[Image.Ima
     box = face.box
     if box is None and width != height:
         if not crop:
-            way = "crop the centre with --crop or the face with `likeness prepare align`"
+            way = "crop the center with --crop or the face with `likeness prepare align`"
             raise InputError(f"{name} is {width}x{height}, not square: {way}")
-        box = centre_square(width, height)
+        box = center_square(width, height)
     suffix = ""
     if box is None and size in (None, width):
         with Image.open(io.BytesIO(content)) as head:
@@ -65,8 +65,8 @@ def open_face(face: SourceFace, size: int | None, crop: bool) -> tuple[Image.Ima
     return image, box, content, suffix
 
 
-def centre_square(width: int, height: int) -> tuple[int, int, int, int]:
-    """Return the largest square in the centre, as (left, top, right, bottom)."""
+def center_square(width: int, height: int) -> tuple[int, int, int, int]:
+    """Return the largest square in the center, as (left, top, right, bottom)."""
     side, left, top = min(width, height), max(0, width - height) // 2, max(0, height - width) // 2
     return left, top, left + side, top + side
 

@@ -52,7 +52,7 @@ class SourceFace:
     split: str | None = None
     """Split in the source, or the assigned one."""
     more: Mapping[str, Any] = field(default_factory=dict)
-    """Further columns of its row, such as the licence of the image."""
+    """Further columns of its row, such as the license of the image."""
     image_size: tuple[int, int] | None = None
     """(width, height) that the image must have."""
     box: tuple[int, int, int, int] | None = None

@@ -1,4 +1,4 @@
-"""Dataset formats: how to read and detect each one, and its licence.
+"""Dataset formats: how to read and detect each one, and its license.
 
 Every format is one function from the files of a source to its faces. It reads lists, but no images. A format is
 detected only if no other one matches.
@@ -38,14 +38,14 @@ TABLE = "metadata.csv"
 
 FFHQ_FOLDERS = ("images1024x1024", "thumbnails128x128")
 FFHQ_COLUMNS = ("photo_url", "author", "license", "license_url")
-"""Columns to keep for each image: its licence may require attribution."""
+"""Columns to keep for each image: its license may require attribution."""
 FFHQ_KEYS = ("category", "metadata", "image", "face_landmarks", "pixel_size", *FFHQ_COLUMNS)
 
 
 def ffhq(source: Source) -> Entries:
     """FFHQ: `images1024x1024/00000/00000.png` (or the thumbnails) and optionally `ffhq-dataset-v2.json`.
 
-    The 68 landmarks become keypoints; split, origin and licence are kept for each image.
+    The 68 landmarks become keypoints; split, origin and license are kept for each image.
     """
     metadata = read_ffhq(source.find("ffhq-dataset-v2.json", "ffhq-dataset-v1.json"))
     for face in (face for folder in ffhq_folders(source) for face in matching_faces(source, folder)):
@@ -240,9 +240,9 @@ class Format:
     """The files by which it is detected."""
     split: str = "given"
     """Default split, one of `splits.SPLITS`."""
-    licence: str = UNKNOWN_TERMS
+    license: str = UNKNOWN_TERMS
     """Terms of the publishers, as in MODEL_LICENSES.md."""
-    licence_source: str = ""
+    license_source: str = ""
     """Where the publishers state them."""
 
 
@@ -278,16 +278,16 @@ FORMATS: dict[str, Format] = {
         matches=lambda source: bool(source.find("list_attr_celeba.txt") and source.folder("img_align_celeba")),
         files="img_align_celeba and list_attr_celeba.txt",
         split="person",
-        licence="non-commercial research only",
-        licence_source="the agreement on CelebA's page, mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
+        license="non-commercial research only",
+        license_source="the agreement on CelebA's page, mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
     ),
     "celebamask": Format(
         read=celeba.celeba_hq,
         matches=lambda source: hq_format(source) == "celebamask",
         files="CelebA-HQ-img or images, with part masks or whole masks",
         split="random",
-        licence=HQ_TERMS,
-        licence_source="README of github.com/switchablenorms/CelebAMask-HQ",
+        license=HQ_TERMS,
+        license_source="README of github.com/switchablenorms/CelebAMask-HQ",
     ),
     "images_and_masks": Format(
         read=partial(celeba.celeba_hq, captions=HQ_CAPTIONS, sketches=HQ_SKETCHES),
@@ -300,15 +300,15 @@ FORMATS: dict[str, Format] = {
         matches=lambda source: hq_format(source) == "mm_celeba",
         files="CelebA-HQ-img or images, with celeba-caption or text",
         split="mm_celeba",
-        licence=HQ_TERMS,
-        licence_source="README of github.com/IIGROUP/MM-CelebA-HQ-Dataset",
+        license=HQ_TERMS,
+        license_source="README of github.com/IIGROUP/MM-CelebA-HQ-Dataset",
     ),
     "ffhq": Format(
         read=ffhq,
         matches=lambda source: bool(ffhq_folders(source)) and source.folder("FFHQ_Captions_Final") is None,
         files="images1024x1024 or thumbnails128x128",
-        licence="dataset CC BY-NC-SA 4.0, each image under its own licence (in its row); not for face recognition",
-        licence_source="README of github.com/NVlabs/ffhq-dataset",
+        license="dataset CC BY-NC-SA 4.0, each image under its own license (in its row); not for face recognition",
+        license_source="README of github.com/NVlabs/ffhq-dataset",
     ),
     "face_mogle": Format(
         read=face_mogle,
@@ -317,15 +317,15 @@ FORMATS: dict[str, Format] = {
         ),
         files="face with mask or text.json",
         split="face_mogle",
-        licence=f"derived from CelebA-HQ, FFHQ or FairFace, whose terms apply; of MM-CelebA-HQ: {HQ_TERMS}",
-        licence_source="README of github.com/XavierJiezou/Face-MoGLE and of the datasets it is derived from",
+        license=f"derived from CelebA-HQ, FFHQ or FairFace, whose terms apply; of MM-CelebA-HQ: {HQ_TERMS}",
+        license_source="README of github.com/XavierJiezou/Face-MoGLE and of the datasets it is derived from",
     ),
     "mmface_dit": Format(
         read=mmface_dit,
         matches=lambda source: bool(mmface_dit_splits(source)) or source.folder("FFHQ_Captions_Final") is not None,
         files="train or test with images and masks or sketches",
-        licence=f"derived from CelebA-HQ and FFHQ, whose terms apply: {HQ_TERMS}; FFHQ CC BY-NC-SA 4.0",
-        licence_source="README of the MMFace-DiT code (arXiv 2603.29029) and of the datasets it is derived from",
+        license=f"derived from CelebA-HQ and FFHQ, whose terms apply: {HQ_TERMS}; FFHQ CC BY-NC-SA 4.0",
+        license_source="README of the MMFace-DiT code (arXiv 2603.29029) and of the datasets it is derived from",
     ),
     "imagefolder": Format(
         read=imagefolder, matches=lambda source: bool(metadata_folders(source)), files="metadata.jsonl or metadata.csv"

@@ -138,7 +138,7 @@ def ingest(
     else:
         splits = named_split(split, (entry for entry in entries() if isinstance(entry, SourceFace)), opened)
     report(f"split {split}: {SPLITS[split]}")
-    record = {**arguments, "split_is": SPLITS[split], **licence_of(opened, format)}
+    record = {**arguments, "split_is": SPLITS[split], **license_of(opened, format)}
     with ExitStack() as stack:
         stack.enter_context(changing(out, ["."]))
         open_record(out, arguments, "ingest")  # again, now that no other process writes it
@@ -171,14 +171,14 @@ def ingest(
     return {**written, **({"repaired": repaired} if repaired else {}), "skipped": skipped}
 
 
-def licence_of(source: Source, format: str) -> dict[str, str]:
+def license_of(source: Source, format: str) -> dict[str, str]:
     """Return the terms of a format's publishers, or those that a prepared folder records."""
     found = source.find(RECORD)
-    if FORMATS[format].licence == UNKNOWN_TERMS and found:
+    if FORMATS[format].license == UNKNOWN_TERMS and found:
         known = found.json()
-        if isinstance(known, dict) and isinstance(known.get("licence"), str):
-            return {"licence": known["licence"], "licence_source": str(known.get("licence_source", ""))}
-    return {"licence": FORMATS[format].licence, "licence_source": FORMATS[format].licence_source}
+        if isinstance(known, dict) and isinstance(known.get("license"), str):
+            return {"license": known["license"], "license_source": str(known.get("license_source", ""))}
+    return {"license": FORMATS[format].license, "license_source": FORMATS[format].license_source}
 
 
 def caption_files(source: Source) -> dict[str, str]:

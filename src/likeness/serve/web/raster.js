@@ -6,13 +6,13 @@ export const layerOf = (width, height, value = 0) => ({
   data: new Uint8Array(width * height).fill(value), width, height,
 });
 
-/** Rows [dy, x0, x1] of a brush of `size` pixels, relative to the pixel right below its centre. */
+/** Rows [dy, x0, x1] of a brush of `size` pixels, relative to the pixel right below its center. */
 export function brushRows(size, shape) {
   const rows = [], half = size >> 1;
   for (let y = 0; y < size; y++) {
     const inside = [];
     for (let x = 0; x < size; x++) {
-      const dx = 2 * x - size + 1, dy = 2 * y - size + 1; // distance from the centre in half pixels
+      const dx = 2 * x - size + 1, dy = 2 * y - size + 1; // distance from the center in half pixels
       if (shape === "square" || dx * dx + dy * dy <= size * size - size) inside.push(x);
     }
     if (inside.length) rows.push([y - half, inside[0] - half, inside.at(-1) - half]);
@@ -55,7 +55,7 @@ export function stroke(put, from, to, rows) {
   line(from[0], from[1], to[0], to[1], (x, y) => stamp(put, x, y, rows));
 }
 
-/** Sets the connected pixels (4 neighbours) of the value at (x, y), or all pixels of that value. */
+/** Sets the connected pixels (4 neighbors) of the value at (x, y), or all pixels of that value. */
 export function fill(layer, x, y, put, everywhere = false) {
   const { data, width, height } = layer, old = data[y * width + x];
   if (everywhere) {
@@ -79,7 +79,7 @@ export function fill(layer, x, y, put, everywhere = false) {
   found.forEach((i) => put(i % width, Math.floor(i / width)));
 }
 
-/** Closed contour through points [x, y]: its inside (even-odd rule at pixel centres) and its outline. */
+/** Closed contour through points [x, y]: its inside (even-odd rule at pixel centers) and its outline. */
 export function contour(layer, points, put) {
   const edges = points.map((point, i) => [point, points[(i + 1) % points.length]]);
   for (let y = 0; y < layer.height; y++) {
@@ -93,7 +93,7 @@ export function contour(layer, points, put) {
   for (const [a, b] of edges) line(...a, ...b, put);
 }
 
-/** Each pixel takes the most frequent value of its 3 x 3 neighbourhood. Ties: its own value, else the smallest.
+/** Each pixel takes the most frequent value of its 3 x 3 neighborhood. Ties: its own value, else the smallest.
  * `only`: pixels that have or get this value. */
 export function smooth(layer, only) {
   const { data, width, height } = layer, before = data.slice();
@@ -123,7 +123,7 @@ export function pixelsOf(layer, value, box = null) {
 }
 
 /**
- * Moves pixels by (dx, dy) and scales them around their centre. What they leave takes the value of the nearest pixel
+ * Moves pixels by (dx, dy) and scales them around their center. What they leave takes the value of the nearest pixel
  * that stays, found ring by ring.
  */
 export function move(layer, pixels, dx, dy, scale = 1) {
@@ -162,7 +162,7 @@ export function move(layer, pixels, dx, dy, scale = 1) {
     }
 }
 
-/** Resizes to another size by nearest neighbour; to a smaller one by averages if `average`. */
+/** Resizes to another size by nearest neighbor; to a smaller one by averages if `average`. */
 export function resized(layer, width, height, average = false) {
   const out = layerOf(width, height), down = average && layer.width > width && layer.height > height;
   for (let y = 0; y < height; y++) for (let x = 0; x < width; x++) {
