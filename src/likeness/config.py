@@ -131,7 +131,10 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if origin is dict and isinstance(value, Mapping):
         return {key: _coerce(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise InputError(f"{where} is too large for a float") from error
     if hint is Any or (isinstance(hint, type) and type(value) is hint):
         return value
     raise InputError(f"{where} is {value!r}, which is not of type {getattr(hint, '__name__', hint)}")

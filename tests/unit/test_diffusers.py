@@ -263,7 +263,7 @@ def test_callbacks_change_the_guidance_scale(make):
         image(pipeline, callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.5))
 
 
-def test_prompts_are_encoded_once(make, tmp_path):
+def test_prompts_are_encoded_once(make, tmp_path, caplog):
     """`encode_prompt`, then a pipeline without text encoders: bit-identical images."""
     pipeline = make()
     pipeline.save_pretrained(tmp_path)
@@ -274,6 +274,9 @@ def test_prompts_are_encoded_once(make, tmp_path):
     small = type(pipeline).from_pretrained(tmp_path, text_encoder=None, tokenizer=None)
     small.set_progress_bar_config(disable=True)
     assert np.array_equal(image(small, "", guidance_scale=2.0, **embeds), expected)
+    assert torch.equal(pipeline.encode_prompt([PROMPT, None])[0], torch.cat(pipeline.encode_prompt(PROMPT)[:2]))
+    pipeline.encode_prompt("a blue hat " * 9)
+    assert "the prompt is longer than 12 tokens; truncated: " in caplog.text
     both = {name: torch.cat([x, x]) for name, x in embeds.items()}
     assert np.array_equal(image(small, "", guidance_scale=2.0, num_images_per_prompt=1, **both)[:1], expected)
     assert not image_requests(small, **embeds)

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
+from diffusers.callbacks import SDCFGCutoffCallback
 from PIL import Image, ImageCms, ImageOps
 from scipy import ndimage
 from test_images import swap_primaries
@@ -27,11 +29,12 @@ from likeness.annotators.face_parser import load_face_parser, parse_faces
 from likeness.conditions import CONDITIONS
 from likeness.conditions.framing import TRAINED
 from likeness.conditions.keypoints import STROKES
-from likeness.conditions.mask.classes import CLASS_INDEX
+from likeness.conditions.mask.classes import CLASS_INDEX, PALETTE
 from likeness.data.synthetic import draw_face
 from likeness.encoders.latent import to_tensor
+from likeness.models.label_decoder import LabelDecoder
 from likeness.objectives import DDPM, RectifiedFlow
-from likeness.pipelines.editing import DESCRIBED, METHODS, edit_steps, last
+from likeness.pipelines.editing import DESCRIBED, METHODS, edit_steps, last, latent_region
 from likeness.pipelines.editing.langevin import renoised
 from likeness.pipelines.image_recipe import COMPOSITE, XMP_KEY, decode_raw, encode_raw, read_recipe, write_image
 from likeness.pipelines.load import load
@@ -167,11 +170,43 @@ def test_a_langevin_step_keeps_the_marginal(objective):
         ({"image": FACE.image[:16]}, "the image to edit is 32x16, but the image is 32x32"),
         ({"num_inference_steps": 0}, "number of steps is 0"),
         ({"method": "inpainting"}, "inpainting requires a network with the condition photo, .* recipes/inpaint_mini"),
+        ({"callback_on_step_end": SDCFGCutoffCallback()}, "Callbacks receive latents, not prompt_embeds"),
     ],
 )
 def test_rejected_arguments(changes, said):
     with pytest.raises(InputError, match=said):
         edit(tiny_pipeline(), **{"image": FACE.image, **changes})
+
+
+@pytest.mark.parametrize("side", [8, 12, 16, 40])
+def test_regions_of_masks_of_any_size(side):
+    """Of 16 tokens a side, all that a white pixel touches, also if it is larger than a token or crosses its border."""
+    latents = [32, 32]
+    assert latent_region(np.ones((side, side), bool), latents, 2).all()
+    mask = np.zeros((side, side), bool)
+    mask[2, side - 1] = True
+    rows, columns = (
+        [token for token in range(16) if token < (i + 1) * 16 / side and token + 1 > i * 16 / side]
+        for i in (2, side - 1)
+    )
+    wanted = np.zeros((16, 16), bool)
+    wanted[np.ix_(rows, columns)] = True
+    assert np.array_equal(latent_region(mask, latents, 2)[0, 0, ::2, ::2], wanted)
+
+
+def test_models_of_masks_edit_no_images():
+    pipeline = tiny_pipeline()
+    pipeline.vae = LabelDecoder(palette=PALETTE.tolist(), latent_channels=4, block_out_channels=(8, 8), layers=1)
+    with pytest.raises(InputError, match="has a LabelDecoder, which cannot encode images"):
+        edit(pipeline, image=FACE.image)
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, DDPMScheduler, PNDMScheduler])
+def test_schedulers_without_an_index(scheduler):
+    pipeline = PIPELINES["ddpm"]()
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    images = edit(pipeline, image=FACE.image, strength=0.5, generator=seeded(), output_type="latent").images
+    assert images.isfinite().all()
 
 
 CLASSES = {
@@ -217,6 +252,8 @@ def test_classes_of_diffusers(name, tmp_path):
             changing("hair", FACE.image, strength=strength)
     with pytest.raises(InputError, match="image is of type NoneType; it must be a path"):
         changing("hair")
+    with pytest.raises(InputError, match=r"Unknown component 'sampler'\. Available: .*scheduler"):
+        image_class.from_pipe(pipeline, sampler=3)
     for other in CLASSES.values():
         if other[0] is not generation:
             with pytest.raises(InputError, match="the networks differ"):
@@ -257,6 +294,12 @@ def test_batches_and_forms_of_images():
         )
         assert torch.equal(by_text, by_embeds)
         assert torch.equal(empty, none)
+    some, empty = (
+        pipeline(texts, FACE.image, generator=seeded(), **options).images for texts in (["a", None], ["a", ""])
+    )
+    assert torch.equal(some, empty)
+    (note,) = pipeline("hair", FACE.image, source_prompt="face", generator=seeded(), **options).notes
+    assert note == "source_prompt and source_control_image have no effect with the method replacement"
     with pytest.raises(InputError, match="2 values of image do not match 3 of prompt"):
         pipeline(["a", "b", "c"], faces)
     with pytest.raises(InputError, match=r"mask_image has shape \[2, 2, 2\]"):
@@ -409,6 +452,12 @@ def test_every_other_pixel_is_that_of_the_photograph(name, model, tmp_path, caps
     again = tmp_path / f"again{out.suffix}"
     assert run("replay", out, "--model", model, "--photo", photo, "--out", again) == 0, capsys.readouterr().err
     assert again.read_bytes() == out.read_bytes()
+    if name == "alpha.png":
+        with Image.open(out) as written:
+            written.putalpha(255)
+            write_image(written, again, recipe)
+        assert run("replay", again, "--model", model, "--photo", photo) == 2
+        assert "its pixels were modified, or it is a lossy WebP" in capsys.readouterr().err
 
 
 def test_an_edit_without_metadata(model, tmp_path, capsys):
@@ -452,8 +501,9 @@ def test_a_face_in_a_photograph(model, tmp_path, capsys):
         assert box[0] - 60 <= columns.min() <= columns.max() <= box[2] + 60
         assert (columns.mean() > 250) == (box[0] == 300)
         assert edited.certificate["changed_outside"] == 0 < edited.certificate["changed_inside"]
-    with pytest.raises(InputError, match="has 2 faces; there is no face 3"):
-        edit_photo(pipeline, photo, Change(region=["hair"], face=3), request, **options)
+    for face in (0, 3):
+        with pytest.raises(InputError, match=f"has 2 faces; there is no face {face}"):
+            edit_photo(pipeline, photo, Change(region=["hair"], face=face), request, **options)
     # a face at the border
     cropped = canvas.crop((0, 0, 365, 300))
     cut = open_photo(saved(cropped, tmp_path / "cut.png"))

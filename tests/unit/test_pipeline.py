@@ -32,7 +32,7 @@ from likeness.objectives import DDPM, RectifiedFlow
 from likeness.pipelines.load import load
 from likeness.pipelines.mmface import MMFacePipeline
 from likeness.pipelines.portrait import PortraitPipeline
-from likeness.types import InputError
+from likeness.types import ConditionInput, InputError
 
 PROMPT = "a woman with red hair"
 
@@ -151,6 +151,10 @@ def test_autoguidance_formula(pipeline, faces, scale):
     found = latents(pipeline, guidance_model=weaker, autoguidance_scale=scale)
     torch.testing.assert_close(found, v_0 + scale * (v_1 - v_0), atol=1e-4, rtol=1e-4)
     assert not torch.allclose(v_0, v_1, atol=1e-2)
+    runs = []
+    weaker.register_forward_hook(lambda *_: runs.append(1))
+    latents(pipeline, guidance_model=weaker, autoguidance_scale=1.0)
+    assert not runs
     outside = latents(pipeline, guidance_model=weaker, autoguidance_interval=(0.0, 0.5))
     assert torch.equal(outside, v_1)
 
@@ -332,13 +336,32 @@ def test_what_diffusers_users_bring(pipeline, faces):
     )
     assert np.array_equal(made.images, make(pipeline, control={"mask": faces[0]["mask"]}))
     assert steps == 4 * [(4, False)]
+    images = [
+        pipeline(["a", none], [none, "x"], generator=seeds(1, 2), output_type="latent").images for none in (None, "")
+    ]
+    assert torch.equal(*images)
 
 
-@pytest.mark.parametrize("setting", [{"condition_resize": "nearest"}, {"defaults": {"stepz": 2}}])
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"condition_resize": "nearest"}, "nearest"),
+        ({"defaults": {"stepz": 2}}, "stepz"),
+        ({"defaults": {"steps": "four"}}, "steps is 'four'"),
+        ({"defaults": 3}, "defaults is 3"),
+        ({"objective": 3}, "objective is 3"),
+        ({"latent_mean": "a"}, "latent_mean is 'a'"),
+        ({"latent_mean": [0.0] * 3}, "latent_mean is .*; it must be a finite number or a list of 4"),
+        ({"latent_std": float("nan")}, "latent_std is nan"),
+        ({"latent_std": [1.0, 1.0, 0.0, 1.0]}, "latent_std is .*; all values must be greater than 0"),
+        ({"text_layer": 99}, "text_layer is 99; it must be a whole number from -3 to 2"),
+        ({"max_text_tokens": -5}, "max_text_tokens is -5"),
+    ],
+)
 @pytest.mark.parametrize("made", [tiny_pipeline, tiny_mditface_pipeline])
-def test_settings_that_nothing_knows_are_rejected(made, setting):
+def test_invalid_settings_are_rejected(made, setting, message):
     whole = made()
-    with pytest.raises(InputError, match=r"nearest|stepz"):
+    with pytest.raises(InputError, match=message):
         type(whole)(**whole.components, **setting)
 
 
@@ -385,6 +408,14 @@ def test_arguments_without_effect_are_noted(pipeline, faces):
     for options in ({"conditioning_scale": 0.5}, {"control_guidance_end": 0.5}):
         assert "no effect without a condition" in pipeline(PROMPT, **options).notes[0]
         assert "no effect" not in " ".join(pipeline(PROMPT, control_image=faces[0]["mask"], **options).notes)
+        own = {"mask": ConditionInput(image=faces[0]["mask"])}
+        assert "or on a ConditionInput" in " ".join(pipeline(PROMPT, control_image=own, **options).notes)
+    for options, missing in (
+        ({"autoguidance_scale": 3.0}, "guidance_model"),
+        ({"autoguidance_interval": (0.0, 0.5)}, "guidance_model"),
+        ({"attention_kwargs": {"scale": 0.2}}, "a LoRA"),
+    ):
+        assert pipeline(PROMPT, **options).notes[0].endswith(f"no effect without {missing}")
 
 
 def test_the_kind_of_a_single_condition_is_recognized(pipeline, faces, tmp_path):
@@ -409,6 +440,10 @@ def test_prompts_must_be_unicode(pipeline):
     """Bytes of another encoding become lone surrogates on the command line."""
     with pytest.raises(InputError, match="is not valid UTF-8"):
         pipeline("caf\udce9 girl")
+    with pytest.raises(InputError, match="is not valid UTF-8"):
+        pipeline.encode_prompt("a girl", "caf\udce9")
+    with pytest.raises(InputError, match="A prompt is 5; it must be a string"):
+        pipeline.encode_prompt(5)
 
 
 def test_truncated_text_begin_with_a_word(pipeline):
@@ -417,6 +452,11 @@ def test_truncated_text_begin_with_a_word(pipeline):
         cut = truncated_text(pipeline.tokenizer, prompt, limit)
         assert cut in ("extraordinarily unusual words", "unusual words", "words")
     assert truncated_text(pipeline.tokenizer, prompt, 100) == ""
+    assert truncated_text(pipeline.tokenizer, "unusual\nwords\tof many lines", 9) in (
+        "words\tof many lines",
+        "of many lines",
+    )
+    assert len(truncated_text(pipeline.tokenizer, "x" * 100, 50)) == 100 - 48
 
 
 @pytest.mark.parametrize(
@@ -430,9 +470,12 @@ def test_truncated_text_begin_with_a_word(pipeline):
         ({"width": 8, "force_size": True}, "multiples of 16"),
         ({"height": 64, "width": 64, "upscale": True, "force_size": True}, "exclude each other"),
         ({"height": 64, "width": 64, "upscale": True, "output_type": "latent"}, "Latents cannot be upscaled"),
-        ({"height": 8192, "width": 8192, "upscale": True}, "at most 4096"),
+        ({"height": 8192, "width": 8192, "upscale": True}, "from 8 to 4096"),
         ({"guidance_scale": float("nan")}, "guidance scale"),
         ({"guidance_scale": -1.0}, "guidance scale"),
+        ({"guidance_scale": 10**400}, "guidance_scale is too large"),
+        ({"guidance_interval": (0, 10**400)}, "guidance_interval is"),
+        ({"latents": np.zeros((1, 4, 4, 4))}, "latents is of type ndarray"),
         ({"output_type": "jpeg"}, "output_type"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt"),
         ({"prompt": ["a", "b", "c"], "negative_prompt": ["x", "y"]}, "2 values of negative prompt do not match 3"),

@@ -55,13 +55,18 @@ def test_size_to_generate_at(size, options, found):
         ((512, 512), {}, "trained at 128x128, 256x256, 256x320. Use a trained size, upscale .*, or force_size"),
         ((320, 256), {"upscale": True}, "none with its aspect ratio. Use a trained size, or force_size"),
         ((500, 640), {"upscale": True}, "none with its aspect ratio"),
-        ((5000, 5000), {"upscale": True}, "at most 4096"),
+        ((5000, 5000), {"upscale": True}, "from 8 to 4096 pixels"),
+        ((128, 99999), {"force_size": True}, "Size 128x99999 is not supported: both sides must be from 8 to 4096"),
+        ((4, 4), {"upscale": True}, "from 8 to 4096 pixels"),
         ((512, 512), {"upscale": True, "force_size": True}, "exclude each other"),
     ],
 )
 def test_rejected_sizes(size, options, message):
     with pytest.raises(InputError, match=message):
         generation_size(SEVERAL, size, **options)
+    if max(size) > 4096:
+        with pytest.raises(InputError, match=message):
+            generation_size({"sizes": "any", "defaults": {"size": 512}}, size, **options)
 
 
 def test_parse_size():

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from likeness.types import InputError
+
 
 class LatentCodec:
     """An autoencoder with the statistics that normalize its latents: z = (latent - mean) / std.
@@ -22,6 +24,9 @@ class LatentCodec:
         mean: of the latents, one number or one per channel.
         std: of the latents, likewise.
         batched: one pass for a whole batch also on a CPU: faster, but rounding then depends on the batch.
+
+    Raises:
+        InputError: mean or std are not finite numbers, of another count than 1 or C, or std is not positive.
     """
 
     def __init__(
@@ -33,8 +38,9 @@ class LatentCodec:
         batched: bool = False,
     ) -> None:
         self.vae, self.batched = vae, batched
-        self.mean = torch.tensor(mean, dtype=torch.float32).reshape(1, -1, 1, 1)  # [1, 1 | C, 1, 1]
-        self.std = torch.tensor(std, dtype=torch.float32).reshape(1, -1, 1, 1)
+        self.mean, self.std = statistic(vae, "latent_mean", mean), statistic(vae, "latent_std", std)
+        if not (self.std > 0).all():
+            raise InputError(f"latent_std is {std!r}; all values must be greater than 0")
 
     def encode(self, images: Tensor) -> Tensor:
         """Encode images in [-1, 1], [B, 3, H, W], to normalized latents, float32 [B, C, H/f, W/f].
@@ -64,6 +70,18 @@ class LatentCodec:
     def _chunks(self, batch: Tensor) -> Sequence[Tensor]:
         # One image at a time on a CPU, so that the images of a batch are independent.
         return batch.split(1) if batch.device.type == "cpu" and not self.batched else (batch,)
+
+
+def statistic(vae: Any, name: str, value: Any) -> Tensor:
+    """Return one number, or one per channel of an autoencoder, as float32 [1, 1 | C, 1, 1]. Raises `InputError`."""
+    channels = vae.config.latent_channels
+    try:
+        found = torch.tensor(value, dtype=torch.float32).reshape(1, -1, 1, 1)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InputError(f"{name} is {value!r}; it must be a number or a list of {channels} numbers") from error
+    if found.numel() not in (1, channels) or not found.isfinite().all():
+        raise InputError(f"{name} is {value!r}; it must be a finite number or a list of {channels} finite numbers")
+    return found
 
 
 def spatial_factor(vae: Any) -> int:

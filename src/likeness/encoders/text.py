@@ -6,6 +6,7 @@ token. All captions are padded to the same length without a padding mask, as in 
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor
 
 from likeness.types import TextFeatures
+
+LONGEST_WORD = 20
+"""Characters without whitespace above which text is not taken for one word."""
 
 TOKENIZING = threading.Lock()
 """Locked while a tokenizer is called: a call changes its padding and truncation, which threads share."""
@@ -74,4 +78,5 @@ def truncated_text(tokenizer: Any, caption: str, max_tokens: int) -> str:
     if len(encoded.input_ids) <= max_tokens:
         return ""
     start, _ = encoded.offset_mapping[max_tokens - 1]  # the last position is the end token's
-    return caption[caption.rfind(" ", 0, start + 1) + 1 :].strip()
+    word = len(re.split(r"\s", caption[: start + 1])[-1])  # of a language without spaces: all before
+    return caption[start + 1 - word if word <= LONGEST_WORD else start :].strip()

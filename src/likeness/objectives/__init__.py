@@ -19,6 +19,8 @@ def make_objective(config: Mapping[str, Any]) -> Objective:
     """Return the objective of a configuration, `{"name": "rectified_flow" | "ddpm", ...fields}`. Raises `InputError`
     for an unknown name or field, or a value out of range.
     """
+    if not isinstance(config, Mapping):
+        raise InputError(f"objective is {config!r}; it must be a mapping, such as {{'name': 'rectified_flow'}}")
     fields = dict(config)
     name = fields.pop("name", None)
     if not isinstance(name, str) or name not in OBJECTIVES:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL import Image
 from torch import Tensor
 
 from likeness.conditions import CONDITIONS
 from likeness.types import ConditionInput, InputError, TextFeatures
+
+MAX_STEPS = 1000
+"""Largest number of sampling steps: that of the training of DDPM."""
 
 
 def whole_number(value: Any, name: str) -> int:
@@ -30,6 +34,8 @@ def number(value: Any, name: str) -> float:
     """Convert to float. Raises `InputError` for values that are not numbers."""
     try:
         return float(value)
+    except OverflowError as error:
+        raise InputError(f"{name} is too large for a float: pass a smaller number") from error
     except (TypeError, ValueError) as error:
         raise InputError(f"{name} is {value!r}; it must be a number") from error
 
@@ -38,11 +44,26 @@ def noise_interval(value: Any, name: str) -> tuple[float, float]:
     """Convert an interval to two noise levels. Raises `InputError`."""
     try:
         low, high = (float(level) for level in value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{name} is {value!r}; it must be two numbers, such as (0.15, 0.85)") from error
     if not low <= high:
         raise InputError(f"{name} is ({low}, {high}); the lower noise level comes first")
     return low, high
+
+
+def checked_defaults(given: Any, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the known defaults of a pipeline, updated by those of a checkpoint or an adapter. Raises `InputError` for
+    other names and types.
+    """
+    if not isinstance(given, Mapping):
+        raise InputError(f"defaults is {given!r}; it must be a mapping, such as {{'steps': 4}}")
+    if unknown := sorted(set(given) - set(known)):
+        raise InputError(f"Unknown default {unknown[0]!r} of the checkpoint. Available: {', '.join(known)}")
+    defaults = {**known, **given}
+    for name, check in (("size", whole_number), ("steps", whole_number), ("guidance_scale", number)):
+        check(defaults[name], name)
+    noise_interval(defaults["guidance_interval"], "guidance_interval")
+    return defaults
 
 
 def per_image(arguments: Mapping[str, Any], repeats: int) -> list[dict[str, Any]]:
@@ -68,11 +89,11 @@ def per_image(arguments: Mapping[str, Any], repeats: int) -> list[dict[str, Any]
 
 def embedded(name: str, text: Any, tokens: Tensor | None, pooled: Tensor | None) -> Any:
     """Return the embeddings of a prompt, tokens [B, L, D] and pooled [B, P], as one `TextFeatures` per image; the text
-    ("" for None) if there are none. Raises `InputError` if one is missing, their shapes do not match, or there is a
-    text, too.
+    or list of texts ("" for None) if there are none. Raises `InputError` if one is missing, their shapes do not match,
+    or there is a text, too.
     """
     if tokens is None and pooled is None:
-        return "" if text is None else text
+        return ["" if each is None else each for each in text] if isinstance(text, (list, tuple)) else text or ""
     if tokens is None or pooled is None:
         raise InputError(f"{name}_embeds and its pooled embeddings belong together: pass both, from `encode_prompt`")
     if text:
@@ -81,6 +102,24 @@ def embedded(name: str, text: Any, tokens: Tensor | None, pooled: Tensor | None)
         shapes = f"{tuple(tokens.shape)} and {tuple(pooled.shape)}"
         raise InputError(f"{name}_embeds and its pooled embeddings have shapes {shapes}, not [B, L, D] and [B, P]")
     return [TextFeatures(*row) for row in zip(tokens.split(1), pooled.split(1), strict=True)]
+
+
+def check_texts(texts: Iterable[Any]) -> None:
+    """Raise `InputError` if a prompt is no text that can be encoded; `TextFeatures` are encoded already."""
+    for text in texts:
+        if isinstance(text, TextFeatures):
+            continue
+        if not isinstance(text, str):
+            raise InputError(f"A prompt is {text!r}; it must be a string")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # lone surrogates: undecodable bytes of the command line
+            raise InputError(f"The prompt {text!r} is not valid UTF-8: check the terminal's encoding") from error
+
+
+def callback_inputs(callback: Any, given: Sequence[str]) -> Sequence[str]:
+    """Return the names of the tensors that a callback receives: a callback object of diffusers names them itself."""
+    return callback.tensor_inputs if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)) else given
 
 
 def named_conditions(images: Any) -> Any:

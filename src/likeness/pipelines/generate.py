@@ -27,7 +27,7 @@ def resolve(request: PortraitRequest, pipeline: Any) -> PortraitRequest:
     check_seed(request.seed)
     defaults = pipeline.config.defaults
     request, _ = read_conditions(request)
-    width, height = request.width or defaults["size"], request.height or defaults["size"]
+    width, height = (defaults["size"] if side is None else side for side in (request.width, request.height))
     generation_size(pipeline.config, (width, height), upscale=request.upscale, force_size=request.force_size)
     return dataclasses.replace(
         request,

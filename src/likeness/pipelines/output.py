@@ -12,8 +12,11 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
+from likeness.pipelines.adapters import active_adapters
 from likeness.pipelines.formats import numbered
+from likeness.pipelines.image_recipe import environment, recipe_of, write_image
 from likeness.types import InputError, PortraitRequest
+from likeness.weights.hashes import pipeline_hash
 
 
 @dataclass
@@ -28,30 +31,39 @@ class PortraitOutput(BaseOutput):
     requests: list[PortraitRequest] = field(default_factory=list, repr=False)
     """The request of each image with its seed; empty if requests cannot describe the call."""
     pipeline: Any = field(default=None, repr=False)
-    """The pipeline as it was during the call."""
+    """A copy of the pipeline with its scheduler and settings during the call; the networks are shared."""
+    adapters: dict[str, Any] = field(default_factory=dict, repr=False)
+    """`active_adapters` of the call, if it has requests."""
+    environment: dict[str, Any] = field(default_factory=dict, repr=False)
+    """`likeness.pipelines.image_recipe.environment` of the call, likewise."""
 
     def save(self, path: str | Path) -> list[Path]:
         """Write the images with their recipes, as `likeness generate` does; `likeness replay` generates them again.
 
         `path` is a .png, .jpg or .webp file. Several images are numbered: `face.png` becomes `face-1.png`, ... Return
-        the files. Raises `InputError` if the images are no PIL images or have no recipe, or a file cannot be written.
+        the files. Raises `InputError` if the images are no PIL images or have no recipe, the adapters or the dtype of
+        the pipeline have changed since the call, or a file cannot be written.
         """
-        from likeness.pipelines.image_recipe import recipe_of, write_image
-        from likeness.weights.hashes import pipeline_hash
-
         if not all(isinstance(image, Image.Image) for image in self.images):
             raise InputError("Only PIL images can be saved with a recipe: leave output_type out")
         if not self.requests:
             raise InputError(
                 "These images have no recipe: pass generator=[torch.Generator().manual_seed(seed)], one new generator "
                 "per image, without latents, guidance_interval, guidance_model, attention_kwargs and callback, or save "
-                "images[0] instead"
+                "images[0] instead; recipes of edits are written by likeness.prepare.edit.edit_photo"
+            )
+        now = active_adapters(self.pipeline), environment(self.pipeline)["dtype"]
+        if now != (self.adapters, self.environment["dtype"]):
+            raise InputError(
+                "The adapters or the dtype of the pipeline have changed since the call, so its recipe cannot be "
+                "written: save the images before the change, or save images[0] instead"
             )
         file, fingerprint = Path(path), pipeline_hash(self.pipeline)
         source = getattr(self.pipeline, "source", {"model": self.pipeline.config.get("_name_or_path") or "unknown"})
         files = numbered(file, len(self.images))
         for image, request, name in zip(self.images, self.requests, files, strict=True):
-            write_image(image, name, recipe_of(request, self.pipeline, **source, fingerprint=fingerprint))
+            recipe = recipe_of(request, self.pipeline, **source, fingerprint=fingerprint, known=self.environment)
+            write_image(image, name, recipe)
         return files
 
 

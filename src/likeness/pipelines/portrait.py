@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,6 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
@@ -34,9 +34,13 @@ from likeness.encoders.text import encode_text, truncated_text
 from likeness.models.caching import stateful_hooks
 from likeness.objectives import make_objective
 from likeness.objectives.flow import dynamic_shift
-from likeness.pipelines.adapters import Loras, scaled_loras
+from likeness.pipelines.adapters import Loras, active_adapters, scaled_loras
 from likeness.pipelines.arguments import (
+    MAX_STEPS,
+    callback_inputs,
     changed_latents,
+    check_texts,
+    checked_defaults,
     condition_inputs,
     embedded,
     named_conditions,
@@ -46,6 +50,7 @@ from likeness.pipelines.arguments import (
     seeds_of,
     whole_number,
 )
+from likeness.pipelines.image_recipe import environment
 from likeness.pipelines.output import PortraitOutput, check_latent_size, check_output_type, resample
 from likeness.pipelines.sampling import EncodedBatch, Passes, Sampling, advance
 from likeness.pipelines.sizes import format_sizes, generation_size, trained_sizes
@@ -54,9 +59,7 @@ from likeness.types import ConditionInput, InputError, PortraitRequest, TextFeat
 SYNTAX = re.compile(r"\([^()]*:\s*\d*\.?\d+\s*\)|<lora:[^>]*>|\bBREAK\b")
 """Syntax of other tools in prompts: weights such as (smiling:1.4), LoRA tags, BREAK."""
 
-
-MAX_STEPS = 1000
-"""Largest number of sampling steps: that of the training of DDPM."""
+log = logging.getLogger(__name__)
 
 
 class EncodedCondition(NamedTuple):
@@ -96,18 +99,20 @@ class PortraitPipeline(DiffusionPipeline, Loras):
         """Check and store the settings of a checkpoint; `known`: `defaults` of the network. Raises `InputError`."""
         if condition_resize not in ("exact", "lanczos"):
             raise InputError(f"condition_resize is {condition_resize!r}; choose exact or lanczos")
-        if unknown := sorted(set(defaults or {}) - set(known)):
-            raise InputError(f"Unknown default {unknown[0]!r} of the checkpoint. Available: {', '.join(known)}")
-        settings |= {"defaults": {**known, **(defaults or {})}, "sizes": sizes}
+        settings |= {"defaults": checked_defaults(defaults or {}, known), "sizes": sizes}
         trained_sizes(settings)
+        objective = objective or {"name": "rectified_flow"}
+        make_objective(objective)
+        check_text_settings(self.text_encoder, settings["text_layer"], settings["max_text_tokens"])
         self.loras: dict[str, dict[str, Any]] = {}  # LoRA -> how it was loaded, for recipes
         self.base_settings: dict[str, Any] = {}  # of the base of an adapter folder
-        objective = dict(objective or {"name": "rectified_flow"})
-        self.register_to_config(objective=objective, condition_resize=condition_resize, **settings)
-        if self.vae is not None and getattr(self.vae, "_group_offload_block_modules", None) is None:
-            # encoding and decoding do not run the autoencoder's own `forward`, at which diffusers loads the other parts
-            parts = [name for name in ("encoder", "decoder") if hasattr(self.vae, name)]
-            self.vae._group_offload_block_modules = parts or None
+        self.register_to_config(objective=dict(objective), condition_resize=condition_resize, **settings)
+        if self.vae is not None:
+            _ = self.codec  # checks the latent statistics
+            if getattr(self.vae, "_group_offload_block_modules", None) is None:
+                # encoding and decoding do not run the autoencoder's `forward`, at which diffusers loads other parts
+                parts = [name for name in ("encoder", "decoder") if hasattr(self.vae, name)]
+                self.vae._group_offload_block_modules = parts or None
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in diffusers, but rejected while adapters are loaded: the folder could not be loaded again."""
@@ -240,8 +245,9 @@ class PortraitPipeline(DiffusionPipeline, Loras):
         interval = noise_interval(default(guidance_interval, "guidance_interval"), "guidance_interval")
         auto_interval = noise_interval(autoguidance_interval, "autoguidance_interval")
         auto_scale = number(autoguidance_scale, "autoguidance_scale")
+        sources = named_conditions(control_image)
         controls = condition_inputs(
-            named_conditions(control_image),
+            sources,
             list(self.transformer.config.condition_names),
             scale=conditioning_scale,
             start=control_guidance_start,
@@ -255,22 +261,13 @@ class PortraitPipeline(DiffusionPipeline, Loras):
         }
         conditions: list[dict[str, Any]] = per_image({**texts_of, **controls}, num_images_per_prompt)
         prompts, negatives = ([row.pop(name) for row in conditions] for name in texts_of)
-        for text in (*prompts, *negatives):
-            if isinstance(text, TextFeatures):
-                continue
-            if not isinstance(text, str):
-                raise InputError(f"A prompt is {text!r}; it must be a string")
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:  # lone surrogates: undecodable bytes of the command line
-                raise InputError(f"The prompt {text!r} is not valid UTF-8: check the terminal's encoding") from error
+        check_texts((*prompts, *negatives))
         self.check_network(prompts, negatives)
         width, height = generation_size(self.config, size, upscale=upscale, force_size=force_size)
         if output_type == "latent":
             check_latent_size(size, (width, height))
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        self.check_inputs(height, width, steps, guidance, output_type, callback_on_step_end_tensor_inputs)
+        tensor_inputs = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        self.check_inputs(height, width, steps, guidance, output_type, tensor_inputs)
         self.check_guidance_model(guidance_model, auto_scale)
         self.check_caches(guidance_model, steps)
         objective = make_objective(self.config.objective)
@@ -279,12 +276,16 @@ class PortraitPipeline(DiffusionPipeline, Loras):
         if force_size and (sizes := trained_sizes(self.config)) and size not in sizes:
             trained = format_sizes(sizes)
             notes.append(f"warning: the model was trained at {trained}, not at {width}x{height}: expect artifacts")
-        if not controls and (conditioning_scale or 1.0, control_guidance_start, control_guidance_end) != (
-            1.0,
-            0.0,
-            1.0,
-        ):
-            notes.append("conditioning_scale and control_guidance have no effect without a condition")
+        each = [one for source in sources.values() for one in (source if isinstance(source, list) else [source])]
+        acts = conditioning_scale or 1.0, control_guidance_start, control_guidance_end
+        if acts != (1.0, 0.0, 1.0) and all(isinstance(source, ConditionInput) for source in each):
+            notes.append(
+                "conditioning_scale and control_guidance have no effect without a condition, or on a ConditionInput"
+            )
+        if guidance_model is None and (auto_scale, auto_interval) != (1.7, (0.0, 1.0)):
+            notes.append("autoguidance_scale and autoguidance_interval have no effect without guidance_model")
+        if attention_kwargs and not active_adapters(self):
+            notes.append("attention_kwargs has no effect without a LoRA")
         if guidance == 1 and any(negatives):
             notes.append("the negative prompt has no effect with guidance_scale 1: choose a larger one")
         seeds = seeds_of(generator, len(prompts))
@@ -365,7 +366,7 @@ class PortraitPipeline(DiffusionPipeline, Loras):
                 advance([sampling])
                 if callback_on_step_end is not None:
                     i = sampling.step - 1
-                    tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, sampling.latents)
+                    tensors = dict.fromkeys(tensor_inputs, sampling.latents)
                     changed = callback_on_step_end(call, i, scheduler.timesteps[i], tensors)
                     sampling.latents = changed_latents(changed, sampling.latents)
                     sampling.guide(call._guidance_scale)
@@ -392,7 +393,8 @@ class PortraitPipeline(DiffusionPipeline, Loras):
             )
             for item in (range(len(prompts)) if seeds and all(option is None for option in options) else ())
         ]
-        output = PortraitOutput(images=images, notes=notes, requests=requests, pipeline=call)
+        state = {"adapters": active_adapters(self), "environment": environment(self)} if requests else {}
+        output = PortraitOutput(images=images, notes=notes, requests=requests, pipeline=call, **state)
         return output if return_dict else cast(Any, (images,))
 
     @classmethod
@@ -405,11 +407,13 @@ class PortraitPipeline(DiffusionPipeline, Loras):
             changes: Other components, such as `scheduler`, and `dtype`.
 
         Raises:
-            InputError: The pipeline has another network.
+            InputError: The pipeline has another network, or no component of a name.
         """
         if type(pipeline).__init__ is not cls.__init__:
             raise InputError(f"A {cls.__name__} cannot be made from a {type(pipeline).__name__}: the networks differ")
         dtype = changes.pop("dtype", changes.pop("torch_dtype", None))
+        if unknown := sorted(set(changes) - set(pipeline.components)):
+            raise InputError(f"Unknown component {unknown[0]!r}. Available: {', '.join(pipeline.components)}")
         new = copy.copy(pipeline)
         new.__class__ = cls
         new.register_modules(**changes)
@@ -511,12 +515,20 @@ class PortraitPipeline(DiffusionPipeline, Loras):
 
         Returns:
             prompt_embeds [B, L, D], negative_prompt_embeds [B, L, D], pooled_prompt_embeds [B, P] and
-            negative_pooled_prompt_embeds [B, P], as in diffusers' Stable Diffusion 3.
+            negative_pooled_prompt_embeds [B, P], as in diffusers' Stable Diffusion 3. Truncated words are logged.
+
+        Raises:
+            InputError: A prompt is no valid text, or the pipeline has no text encoder.
         """
-        rows = per_image({"prompt": prompt, "negative": negative_prompt or ""}, 1)
-        texts = [row["prompt"] for row in rows] + [row["negative"] for row in rows]
+        given = {"prompt": prompt, "negative_prompt": negative_prompt}
+        rows = per_image({name: embedded(name, text, None, None) for name, text in given.items()}, 1)
+        prompts, negatives = ([row[name] for row in rows] for name in given)
+        texts, notes = [*prompts, *negatives], []
+        check_texts(texts)
         distinct = list(dict.fromkeys(texts))
-        text = self.encode_prompts(distinct, [], {}, [])
+        text = self.encode_prompts(distinct, prompts, {}, notes)
+        for note in notes:
+            log.warning(note)
         columns = (x[[distinct.index(each) for each in texts]].chunk(2) for x in text)  # [2 B, L, D], [2 B, P]
         (tokens, negative_tokens), (pooled, negative_pooled) = columns
         return tokens, negative_tokens, pooled, negative_pooled
@@ -604,6 +616,8 @@ class PortraitPipeline(DiffusionPipeline, Loras):
         """
         device, shape = conditions.device, tuple(conditions.shape[1:])
         if latents is not None:
+            if not isinstance(latents, Tensor):
+                raise InputError(f"latents is of type {type(latents).__name__}; pass a tensor")
             if tuple(latents.shape) != (count, *shape):
                 raise InputError(f"latents has shape {tuple(latents.shape)}; this call requires {(count, *shape)}")
             return latents.to(device, torch.float32)
@@ -639,6 +653,15 @@ class PortraitPipeline(DiffusionPipeline, Loras):
             return [Image.fromarray(image) for image in to_pixels(images)]
         images = images.add(1).div(2).clamp(0, 1)
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def check_text_settings(text_encoder: Any, layer: Any, max_tokens: Any) -> None:
+    """Raise `InputError` if a text encoder has no such hidden state, or start and end exceed `max_tokens`."""
+    if type(max_tokens) is not int or max_tokens < 2:
+        raise InputError(f"max_text_tokens is {max_tokens!r}; it must be a whole number of at least 2")
+    states = getattr(getattr(text_encoder, "config", None), "num_hidden_layers", math.inf) + 1
+    if type(layer) is not int or not -states <= layer < states:
+        raise InputError(f"text_layer is {layer!r}; it must be a whole number from {-states} to {states - 1}")
 
 
 def render(condition: Condition, raw: np.ndarray, height: int, width: int, resize: str) -> np.ndarray:

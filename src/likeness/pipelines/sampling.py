@@ -209,7 +209,8 @@ def network_output(sampling: Sampling, latents: Tensor, times: Tensor, arguments
     """Run the network, and the weaker one of autoguidance; float32 [P, C, h, w]."""
     outputs = sampling.pipeline.transformer(latents, times, **arguments).float()
     low, high = sampling.guidance_model_interval
-    if sampling.guidance_model is not None and low <= sampling.levels[sampling.step] <= high:
+    acts = sampling.guidance_model is not None and sampling.guidance_model_scale != 1
+    if acts and low <= sampling.levels[sampling.step] <= high:
         arguments = {name: value for name, value in arguments.items() if name != "static_cache"}  # of the other weights
         weaker = sampling.guidance_model(latents, times, **arguments).float()
         outputs = weaker + sampling.guidance_model_scale * (outputs - weaker)

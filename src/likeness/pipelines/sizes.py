@@ -17,8 +17,8 @@ from likeness.types import InputError
 ANY = "any"
 """Value of `sizes` of a model without preferred sizes, such as FLUX.1."""
 
-LARGEST_SIDE = 4096
-"""Largest side of a resampled image, in pixels."""
+SMALLEST_SIDE, LARGEST_SIDE = 8, 4096
+"""Smallest and largest side of an image, in pixels; smaller ones are rejected by `likeness.conditions.images`."""
 
 
 def parse_size(text: str, name: str = "size") -> tuple[int, int]:
@@ -60,15 +60,18 @@ def generation_size(
     """Return the size to generate at for a requested size; both are (width, height) in pixels. With `upscale` it is the
     nearest trained size of that aspect ratio, and the caller resamples the result; `force_size` generates at any size.
 
-    Raises `InputError` if the model was not trained at the size and neither option is given, or `upscale` does not
-    apply.
+    Raises `InputError` if the model was not trained at the size and neither option is given, `upscale` does not apply,
+    or a side is not from `SMALLEST_SIDE` to `LARGEST_SIDE`.
     """
     sizes = trained_sizes(config)
     if upscale and force_size:
         raise InputError("upscale and force_size exclude each other: choose one")
+    wanted, trained = format_sizes([size]), format_sizes(sizes)
+    if min(size) < SMALLEST_SIDE or max(size) > LARGEST_SIDE:
+        sides = f"from {SMALLEST_SIDE} to {LARGEST_SIDE} pixels"
+        raise InputError(f"Size {wanted} is not supported: both sides must be {sides}")
     if not sizes or size in sizes or force_size:
         return size
-    wanted, trained = format_sizes([size]), format_sizes(sizes)
     same_aspect = [other for other in sizes if abs(size[0] * other[1] - size[1] * other[0]) < max(other)]
     force = f"force_size (--force-size) to generate at {wanted} with artifacts"
     if not same_aspect:
@@ -81,6 +84,4 @@ def generation_size(
             f"Size {wanted} is not supported: the model was trained at {trained}. "
             f"Use a trained size, upscale (--upscale) to resample to {wanted}, or {force}"
         )
-    if max(size) > LARGEST_SIDE:
-        raise InputError(f"Size {wanted} is too large: an upscaled image has sides of at most {LARGEST_SIDE}")
     return min(same_aspect, key=lambda other: abs(math.log(other[0] * other[1] / (size[0] * size[1]))))

@@ -288,7 +288,7 @@ def face_transform(
     faces = find_faces(find, photo, every=True)
     if not faces:
         raise InputError(f"{name} has no face that can be found: use a larger or more frontal photograph")
-    number = number or 1
+    number = 1 if number is None else number
     if not 1 <= number <= len(faces):
         raise InputError(f"{name} has {len(faces)} faces; there is no face {number}")
     points, notes = faces[number - 1], []

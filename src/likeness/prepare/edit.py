@@ -30,7 +30,7 @@ from likeness.conditions.mask import resize
 from likeness.conditions.mask.commands import apply_commands
 from likeness.conditions.mask.edits import class_indices
 from likeness.conditions.mask.geometry import shows_face
-from likeness.pipelines.editing import DEFAULT_METHOD, METHODS, edit_steps, last
+from likeness.pipelines.editing import DEFAULT_METHOD, DESCRIBED, METHODS, edit_steps, last
 from likeness.pipelines.formats import format_of
 from likeness.pipelines.generate import call_options, resolve
 from likeness.pipelines.image_recipe import decode_raw, encode_image, encode_raw, recipe_of
@@ -331,13 +331,14 @@ def region_steps(
     pipeline: Any, photo: Photo, plan: Plan, request: PortraitRequest, *, strength: float, method: str
 ) -> Generator[tuple[int, int], None, PortraitOutput]:
     """Generate the region of a plan with the output of `request_for`, as `edit_steps`."""
+    source = {"mask": Reading(raw=plan.before, scheme="mask of the photograph")}
     steps = edit_steps(
         pipeline,
         image=cut_portrait(photo.pixels, plan.transform, len(plan.region)),
         mask_image=plan.region,
         strength=strength,
         method=method,
-        source_control_image={"mask": Reading(raw=plan.before, scheme="mask of the photograph")},
+        source_control_image=source if method in DESCRIBED else None,
         **call_options(request, [request.seed]),
     )
     return (yield from steps)  # all work is done by who asks for the steps

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from likeness.conditions.mask.commands import OPERATIONS
-from likeness.pipelines.portrait import MAX_STEPS
+from likeness.pipelines.arguments import MAX_STEPS
 
 MAX_PROMPT = 32_000
 """Characters of a prompt, as in OpenAI's API."""

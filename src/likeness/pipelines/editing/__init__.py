@@ -20,7 +20,7 @@ from torch import Tensor
 from likeness.conditions.images import check_aspect, read_rgb
 from likeness.encoders.latent import spatial_factor, to_tensor
 from likeness.objectives.flow import RectifiedFlow
-from likeness.pipelines.arguments import changed_latents, embedded, number, per_image
+from likeness.pipelines.arguments import callback_inputs, changed_latents, embedded, number, per_image
 from likeness.pipelines.editing.base import Editing
 from likeness.pipelines.editing.flow_edit import flow_edit
 from likeness.pipelines.editing.inpainting import inpainting
@@ -110,6 +110,9 @@ def edit_steps(
     strength = number(strength, "strength")
     if not 0 < strength <= 1:
         raise InputError(f"strength is {strength:g}; it must be greater than 0 and at most 1")
+    if not hasattr(pipeline.vae, "encode"):
+        name = type(pipeline.vae).__name__
+        raise InputError(f"This model has a {name}, which cannot encode images: edit with a model of face images")
     if method == "inpainting" and PHOTO not in pipeline.transformer.config.condition_names:
         raise InputError(
             "inpainting requires a network with the condition photo, and this model has none: train one with "
@@ -120,8 +123,8 @@ def edit_steps(
     rows = per_image({"prompt": prompt, "image": one_by_one(image), "mask_image": one_by_one(mask_image)}, 1)
     generate: Any = partial(PortraitPipeline.__call__, pipeline, output_type="sampling")
     prompts = prompt if len(rows) == 1 else [row["prompt"] for row in rows]
-    tensor_inputs = {"callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs}
-    target = generate(prompts, generator=generator, **tensor_inputs, **arguments)
+    tensor_inputs = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
+    target = generate(prompts, generator=generator, callback_on_step_end_tensor_inputs=tensor_inputs, **arguments)
     if getattr(target.scheduler, "init_noise_sigma", 1.0) != 1.0:
         name = type(target.scheduler).__name__
         raise InputError(f"{name} scales the noise, which edits do not support: use the scheduler of the checkpoint")
@@ -141,6 +144,8 @@ def edit_steps(
             if isinstance(own.get(name), Mapping):  # of the conditions of the edited image
                 own[name] = {key: value for key, value in own[name].items() if key in given}
         source = generate([source_prompt] * len(rows), latents=target.latents, **own)
+    elif source_prompt or source_control_image is not None:
+        target.notes.append(f"source_prompt and source_control_image have no effect with the method {method}")
     count, _, *grid = target.latents.shape
     factor = spatial_factor(pipeline.vae)
     if output_type == "latent":
@@ -162,7 +167,7 @@ def edit_steps(
     call._guidance_scale = target.guidance_scale
     for i, _ in enumerate(METHODS[method](editing)):
         if callback_on_step_end is not None:
-            tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, target.latents)
+            tensors = dict.fromkeys(tensor_inputs, target.latents)
             timestep = target.scheduler.timesteps[target.step - 1]
             target.latents = changed_latents(callback_on_step_end(call, i, timestep, tensors), target.latents)
             target.guide(call._guidance_scale)
@@ -217,9 +222,14 @@ def latent_region(mask: Any, grid: Sequence[int], patch: int) -> np.ndarray:
         tokens = np.ones((height, width), bool)
     else:
         found = np.asarray(read_pixels(mask, "mask_image").convert("L"))
-        rows, columns = np.nonzero(found >= 128)
-        tokens = np.zeros((height, width), bool)
-        tokens[rows * height // found.shape[0], columns * width // found.shape[1]] = True
+        rows, columns = overlaps(height, found.shape[0]), overlaps(width, found.shape[1])
+        tokens = rows @ (found >= 128) @ columns.T > 0
         if not tokens.any():
             raise InputError("mask_image is all black (below 128, or 0.5): paint white where the image is to change")
     return tokens.repeat(patch, 0).repeat(patch, 1)[None, None]
+
+
+def overlaps(tokens: int, pixels: int) -> np.ndarray:
+    """Return which tokens along a side overlap which pixels of a mask: 1 or 0, float32 [tokens, pixels]."""
+    token, pixel = np.arange(tokens)[:, None], np.arange(pixels)
+    return ((token * pixels < (pixel + 1) * tokens) & (pixel * tokens < (token + 1) * pixels)).astype(np.float32)

@@ -20,7 +20,7 @@ def replacement(editing: Editing) -> Iterator[None]:
     target.latents, target.step = editing.noised(noise, editing.start), editing.start
     if editing.start == 0:
         target.latents = torch.where(editing.region, noise, target.latents)
-    else:
+    elif hasattr(target.scheduler, "set_begin_index"):  # others, such as DDIM, keep no index
         target.scheduler.set_begin_index(editing.start)
     while target.step < target.steps:
         advance([target])
