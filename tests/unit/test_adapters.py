@@ -397,6 +397,10 @@ def changed(root: Path, out: Path, weights: dict | None = None, **values) -> Pat
         ({"attention": "soft"}, "attention is 'soft'"),
         ({"ranks": 4}, "unknown key 'ranks'"),
         ({"base": "/nowhere/flux"}, "Unknown model '/nowhere/flux'"),
+        ({"rank": 0}, "rank is 0 and alpha 2; the rank must be at least 1"),
+        ({"alpha": 0}, "rank is 4 and alpha 0; .* alpha must not be 0"),
+        ({"defaults": {"stepz": 3}}, "Unknown default 'stepz'"),
+        ({"defaults": {"steps": "x"}}, "steps is 'x'"),
     ],
 )
 def test_wrong_configurations(root, tmp_path, values, message):
@@ -518,9 +522,54 @@ def test_recipes_hold_what_acts(root, mask):
     pipeline.load_lora_weights(kohya(), "numbers")
     with pytest.raises(InputError, match="'numbers' was loaded from a state dict, not from a file"):
         restore_adapters(load(root / "adapter"), active_adapters(pipeline))
+    with pytest.raises(InputError, match=r"adapter_name is 'my\.style'; it must not contain a dot"):
+        pipeline.load_lora_weights(root / "style", "my.style")
     pipeline.unload_lora_weights()
     assert active_adapters(pipeline) == pipeline.loras == {}
     assert active_adapters(tiny_pipeline()) == {}
+
+
+def test_adapters_that_are_off_stay_off(mmface):
+    """An image that was generated without the adapter of a folder is repeated without it."""
+    pipeline, again = load(mmface / "all"), load(mmface / "all")
+    pipeline.disable_lora()
+    restore_adapters(again, active_adapters(pipeline))
+    assert active_adapters(again) == {}
+    assert torch.equal(make(again), make(pipeline))
+
+
+def test_recipes_are_of_the_call(mmface, tmp_path):
+    """`save` rejects a pipeline whose adapters or dtype have changed since."""
+    pipeline = load(mmface / "base")
+    pipeline.load_lora_weights(mmface / "style", "style")
+    pipeline.set_adapters("style", 0.5)
+    output = pipeline(PROMPT, generator=torch.Generator().manual_seed(1))
+    changes = [
+        lambda: pipeline.set_adapters("style", 1.0),
+        lambda: pipeline.set_adapters("style", 0.5) or pipeline.to(torch.bfloat16),
+        lambda: pipeline.to(torch.float32) and pipeline.unload_lora_weights(),
+    ]
+    (file,) = output.save(tmp_path / "a.png")
+    assert read_recipe(file)[0]["adapters"]["style"]["scale"] == 0.5
+    for change in changes:
+        change()
+        with pytest.raises(InputError, match="adapters or the dtype of the pipeline have changed since the call"):
+            output.save(tmp_path / "b.png")
+
+
+def test_pipelines_that_share_networks_share_loras(mmface):
+    one = load(mmface / "base")
+    other = MMFaceImg2ImgPipeline.from_pipe(one)
+    one.load_lora_weights(mmface / "style")
+    other.unload_lora_weights()
+    for _ in range(2):
+        other.load_lora_weights(mmface / "all")
+    assert one.loras == other.loras
+    assert list(active_adapters(one)) == ["lora_1", "lora_2"]
+    assert all(entry["source"] == str(mmface / "all") for entry in active_adapters(one).values())
+    one.delete_adapters("lora_1")
+    other.load_lora_weights(mmface / "style")
+    assert list(one.loras) == list(active_adapters(one)) == ["lora_2", "lora_1"]
 
 
 def test_strengths_are_recorded_to_the_bit(root, tmp_path):

@@ -209,6 +209,10 @@ def test_keys_that_do_not_match_are_listed(pipeline, tmp_path, name):
             {"adapter_model.safetensors": GOOD, "adapter_config.json": b'{"lora_alpha": NaN}'},
             "lora_alpha of the LoRA .* is nan",
         ),
+        (
+            {"adapter_model.safetensors": GOOD, "adapter_config.json": b'{"alpha_pattern": {"(": 4}}'},
+            r"alpha_pattern of the LoRA .* has '\(', which is not a regular expression",
+        ),
     ],
 )
 def test_files_that_are_no_lora(flux, tmp_path, files, message):

@@ -26,7 +26,7 @@ from likeness.config import build, to_dict
 from likeness.files import read_json, write_whole
 from likeness.models.mditface import MDiTFaceTransformer
 from likeness.models.tied_weights import NEW
-from likeness.pipelines.arguments import number
+from likeness.pipelines.arguments import checked_defaults, number
 from likeness.pipelines.lora_files import METADATA, match, read_lora
 from likeness.pipelines.sizes import trained_sizes
 from likeness.types import InputError
@@ -96,7 +96,11 @@ def read_adapter(folder: Path) -> Adapter | MMFaceLora:
     """Read the configuration of an adapter folder. Raises `InputError` if it is missing or has invalid entries."""
     path = folder / ADAPTER
     values = read_json(path)
-    return build(MMFaceLora if "kind" in values else Adapter, values, where=str(path))
+    adapter = build(MMFaceLora if "kind" in values else Adapter, values, where=str(path))
+    if adapter.rank < 1 or adapter.alpha == 0:
+        given = f"rank is {adapter.rank} and alpha {adapter.alpha}"
+        raise InputError(f"{path}: {given}; the rank must be at least 1, and alpha must not be 0")
+    return adapter
 
 
 def own_name(transformer: nn.Module) -> str:
@@ -187,6 +191,7 @@ def load_adapter(pipeline: Any, folder: str | Path) -> None:
     folder, transformer = Path(folder), pipeline.transformer
     adapter = read_adapter(folder)
     check_network(transformer, adapter)
+    defaults = checked_defaults(adapter.defaults, pipeline.config.defaults)
     state = read_weights(folder / WEIGHTS)
     pipeline.base_settings = {name: pipeline.config[name] for name in ("sizes", "defaults")}
     add_adapter(transformer, adapter)
@@ -209,7 +214,7 @@ def load_adapter(pipeline: Any, folder: str | Path) -> None:
             transformer.get_parameter(name).copy_(state[name])
     if (size := adapter.defaults.get("size")) and (size, size) not in trained_sizes(pipeline.config):
         pipeline.register_to_config(sizes=None)  # FLUX.1 supports any size, but its conditions were trained at this one
-    pipeline.register_to_config(defaults={**pipeline.config.defaults, **adapter.defaults})
+    pipeline.register_to_config(defaults=defaults)
 
 
 def unload_adapter(pipeline: Any) -> None:
@@ -293,8 +298,10 @@ def load_lora(
     if strict or not lora.state:
         reject(lora.reasons, f"{what} was not made for this network")
     name = name or free_name(pipeline)
-    if name in getattr(transformer, "peft_config", {}) or name in getattr(encoder, "peft_config", {}):
+    if name in loaded_names(pipeline):
         raise InputError(f"An adapter named {name!r} exists already: choose another adapter_name")
+    if "." in name:
+        raise InputError(f"adapter_name is {name!r}; it must not contain a dot")
     common = {"network_alphas": None, "metadata": lora.config, "adapter_name": name, "_pipeline": pipeline}
     for part, network in networks.items():
         if not any(key.startswith(f"{part}.") for key in lora.state):
@@ -327,7 +334,13 @@ def add_loras(pipeline: Any, loras: Sequence[tuple[str, float]], *, strict: bool
 
 def free_name(pipeline: Any) -> str:
     """Return the first unused name of lora_1, lora_2, ..."""
-    return next(name for name in (f"lora_{number}" for number in count(1)) if name not in pipeline.loras)
+    return next(name for name in (f"lora_{number}" for number in count(1)) if name not in loaded_names(pipeline))
+
+
+def loaded_names(pipeline: Any) -> set[str]:
+    """Return the names of all loaded adapters, active or not; pipelines that share networks share them."""
+    networks = pipeline.transformer, pipeline.text_encoder
+    return {name for network in networks for name in getattr(network, "peft_config", {})}
 
 
 def scaled_loras(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -402,7 +415,8 @@ class Loras(FluxLoraLoaderMixin):
             unload_adapter(self)
         if others := [name for name in names if name != own]:
             super().delete_adapters(others)
-            self.loras = {name: entry for name, entry in self.loras.items() if name not in others}
+            for name in others:
+                self.loras.pop(name, None)  # in place: pipelines that share the networks share it
         for network in (self.transformer, self.text_encoder):
             if network is not None and not getattr(network, "peft_config", {}):
                 recurse_remove_peft_layers(network)  # remaining wrappers would rename the weights in a saved folder
@@ -411,7 +425,7 @@ class Loras(FluxLoraLoaderMixin):
         """Remove all LoRAs and the adapter of an adapter folder."""
         unload_adapter(self)
         super().unload_lora_weights(*args, **kwargs)
-        self.loras = {}
+        self.loras.clear()
 
 
 # --- Recipes
@@ -453,8 +467,9 @@ def strength(layers: Sequence[Any], name: str) -> float | None:
 
 
 def restore_adapters(pipeline: Any, recorded: Mapping[str, Mapping[str, Any]]) -> None:
-    """Activate the adapters of a recipe (`active_adapters`); an adapter folder is loaded with the model. Raises
-    `InputError` if a LoRA was not loaded from a file, its strength differed between layers, or it cannot be loaded.
+    """Activate the adapters of a recipe (`active_adapters`), and no others; an adapter folder is loaded with the model.
+    Raises `InputError` if a LoRA was not loaded from a file, its strength differed between layers, or it cannot be
+    loaded.
     """
     for name, entry in recorded.items():
         options = {key: value for key, value in entry.items() if key not in ("scale", "source")}
@@ -469,3 +484,5 @@ def restore_adapters(pipeline: Any, recorded: Mapping[str, Mapping[str, Any]]) -
         raise InputError(f"The model of the recipe has no adapter {missing[0]!r}: it is another model now")
     if recorded:
         pipeline.set_adapters(list(recorded), [entry["scale"] for entry in recorded.values()])
+    elif active_adapters(pipeline):
+        pipeline.disable_lora()

@@ -91,6 +91,12 @@ def read_lora(source: str | Path, weight_name: str | None, subfolder: str | None
         for number in numbers.get(name.rpartition(".")[2], []):
             if not isinstance(number, int | float) or not math.isfinite(number) or number == 0:
                 raise InputError(f"{name} of the LoRA {path} is {value!r}; it must be a finite number other than 0")
+        for pattern in value if name.endswith("alpha_pattern") and isinstance(value, dict) else ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                message = f"{name} of the LoRA {path} has {pattern!r}, which is not a regular expression: {error}"
+                raise InputError(message) from error
     return read_weights(path), config
 
 
