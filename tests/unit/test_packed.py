@@ -293,6 +293,44 @@ def test_incomplete_files_are_named(folder, tmp_path, capsys, file, damage):
     assert not (tmp_path / "a.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("model_index.json", {"_class_name": ["MMFacePipeline"]}, "is a ['MMFacePipeline']. Supported"),
+        ("model_index.json", {"vae": ["diffusers", None]}, "diffusers.None is not supported"),
+        ("model_index.json", {"vae": ["diffusers", ["AutoencoderDC"]]}, "is not supported"),
+        ("model_index.json", {"defaults": 3}, "defaults is 3"),
+        ("model_index.json", {"text_layer": 99}, "text_layer is 99"),
+        ("transformer/config.json", {"heads": 0}, "cannot be loaded"),
+        ("transformer/config.json", {"hidden_size": "64"}, "cannot be loaded"),
+        ("transformer/config.json", {"condition_names": 7}, "cannot be loaded"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": "a"}, "cannot be loaded"),
+    ],
+)
+def test_values_of_wrong_types(folder, tmp_path, file, change, message):
+    shutil.copytree(folder, tmp_path / "model")
+    path = tmp_path / "model" / file
+    path.write_text(json.dumps({**read_json(path), **change}))
+    with pytest.raises(InputError) as raised:
+        load(tmp_path / "model")
+    assert message in str(raised.value)
+    assert str(tmp_path) in str(raised.value) or "not supported" in message
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+def test_pickles_are_not_loaded(folder, tmp_path, part):
+    """In the folder of a pipeline, and of a component that models share."""
+    shutil.copytree(folder, tmp_path / "model")
+    (file,) = (tmp_path / "model" / part).glob("*.safetensors")
+    torch.save(load_file(file), file.with_name("pytorch_model.bin" if file.stem == "model" else f"{file.stem}.bin"))
+    file.unlink()
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load(tmp_path / "model")
+    entry = read_json(folder / "model_index.json")[part]
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_component(tmp_path / "model" / part, *entry)
+
+
 @pytest.mark.parametrize(("part", "message"), [("transformer", "The latents are"), ("vae", "The images are")])
 def test_weights_that_are_not_finite_are_no_image(folder, tmp_path, capsys, part, message):
     shutil.copytree(folder, tmp_path / "model")
@@ -308,6 +346,11 @@ def test_weights_that_are_not_finite_are_no_image(folder, tmp_path, capsys, part
 def test_devices_that_are_not_there_are_rejected(device):
     with pytest.raises(InputError, match=f"Device '{device}' is not available. Available: .*cpu"):
         load(device=device)
+
+
+def test_unknown_quantization(folder):
+    with pytest.raises(InputError, match="quantize is 'int4'; choose int8"):
+        load(folder, quantize="int4")
 
 
 def test_hub_ids_fail_with_a_sentence(monkeypatch):

@@ -94,6 +94,8 @@ def load(
             the device is not available, `offload` without an accelerator, or `quantize` for a model other than FLUX.1
             or without torchao.
     """
+    if quantize not in (None, "int8"):
+        raise InputError(f"quantize is {quantize!r}; choose int8, or leave it out")
     device = choose_device("auto" if offload and device is None else device)
     if offload and device == "cpu":
         raise InputError("Offload requires an accelerator, but the device is the CPU: leave offload out")
@@ -133,7 +135,7 @@ def load_folder(
     class_name = index.get("_class_name")
     flux = class_name == FLUX
     name = "MDiTFacePipeline" if flux else class_name
-    if name not in PIPELINES:
+    if not isinstance(name, str) or name not in PIPELINES:
         raise InputError(f"{folder} is a {class_name}. Supported pipelines: {', '.join(PIPELINES)}, {FLUX}")
     if network and name != "MDiTFacePipeline":
         raise InputError(f"{folder} is a {name}: the base of an adapter must be FLUX.1")
@@ -159,8 +161,9 @@ def load_folder(
         if flux:
             parts |= flux_parts(folder, dtype, network or {}, quantize)
         pipeline_class = getattr(importlib.import_module(PIPELINES[name]), name)
-        return pipeline_class.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **parts)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        options = {"use_safetensors": True, "trust_remote_code": False}  # neither pickles nor code of the folder
+        return pipeline_class.from_pretrained(folder, dtype=dtype, **options, **parts)
+    except Exception as error:  # of many types: files may contain any values
         raise InputError(f"The {class_name} in {folder} cannot be loaded: {first_line(error)}") from error
 
 
@@ -191,6 +194,8 @@ def flux_parts(
             except ImportError as error:
                 raise InputError("8-bit weights require torchao: pip install 'likeness[quantize]'") from error
             options["quantization_config"] = TorchAoConfig(Int8WeightOnlyConfig())
-        transformer = MDiTFaceTransformer.from_pretrained(folder / "transformer", dtype=dtype, **options)
+        transformer = MDiTFaceTransformer.from_pretrained(
+            folder / "transformer", dtype=dtype, use_safetensors=True, **options
+        )
     defaults = {} if transformer.config.guidance_embeds else SCHNELL
     return {"transformer": transformer, "defaults": defaults, "sizes": ANY}

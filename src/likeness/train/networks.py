@@ -61,7 +61,9 @@ def build_network(
             return add_new_adapter(transformer, adapter)
         # the condition embeddings are part of the adapter
         options = {name: value for name, value in adapter.network.items() if name != "condition_names"}
-        transformer = MDiTFaceTransformer.from_pretrained(base / "transformer", dtype=torch.bfloat16, **options)
+        transformer = MDiTFaceTransformer.from_pretrained(
+            base / "transformer", dtype=torch.bfloat16, use_safetensors=True, **options
+        )
         return add_new_adapter(transformer, adapter)
     if isinstance(n, MDiTFaceNetwork):
         if n.hidden_size % (8 * n.heads):  # heads of pairs of values along three axes

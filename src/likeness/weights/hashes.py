@@ -45,7 +45,9 @@ def encoder_hash(vae: torch.nn.Module) -> str:
 
 
 def pipeline_hash(pipeline: Any) -> str:
-    """Return the SHA-256 of all weights of a pipeline, which identifies a checkpoint. Recipes call it `fingerprint`."""
+    """Return the SHA-256 of all weights of a pipeline, which identifies a checkpoint. Recipes call it `fingerprint`. It
+    includes LoRAs that are loaded, also inactive ones.
+    """
     parts = [pipeline.transformer, pipeline.vae, pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)]
     return hashlib.sha256("".join(weights_hash(part) for part in parts if part is not None).encode()).hexdigest()
 

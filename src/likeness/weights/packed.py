@@ -157,8 +157,9 @@ def load_component(folder: Path, library: str, class_name: str, dtype: torch.dty
     check_files(folder)
     try:
         if not is_packed(folder):
-            loaded = cls.from_pretrained(folder)
-            return loaded.to(dtype) if isinstance(loaded, torch.nn.Module) else loaded
+            is_network = issubclass(cls, torch.nn.Module)
+            loaded = cls.from_pretrained(folder, **({"use_safetensors": True} if is_network else {}))  # no pickles
+            return loaded.to(dtype) if is_network else loaded
         config = read_json(folder / "config.json")
         with init_empty_weights(include_buffers=False):
             model = cls(cls.config_class.from_dict(config)) if library == "transformers" else cls.from_config(config)
@@ -175,7 +176,8 @@ def component_class(library: str, class_name: str) -> Any:
     `COMPONENT_CLASSES`: a model folder must not choose the code that runs.
     """
     classes = COMPONENT_CLASSES.get(library, ()) if isinstance(library, str) else ()
-    if class_name not in classes and not (library == "diffusers" and class_name.endswith("Scheduler")):
+    scheduler = library == "diffusers" and isinstance(class_name, str) and class_name.endswith("Scheduler")
+    if class_name not in classes and not scheduler:
         known = ", ".join(name for names in COMPONENT_CLASSES.values() for name in names)
         raise InputError(f"Component {library}.{class_name} is not supported. Supported: {known} and schedulers")
     found = getattr(importlib.import_module(library), class_name, None)
