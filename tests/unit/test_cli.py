@@ -164,11 +164,13 @@ def test_options_without_effect_and_the_model_of_a_run(folder, tmp_path, capsys)
     """A run folder stands for its model."""
     command = ["generate", "a man", "--model", folder, "--guidance-scale", 1, "--out", tmp_path / "face.png"]
     idle = ["--mask-scale", 0.5, "--control-guidance-end", 0.5, "--negative-prompt", "a hat", "--mask-model", "other"]
+    idle.append("--no-lora-strict")
     assert run(*command, *idle) == 0
     assert capsys.readouterr().err.splitlines() == [
         "--mask-scale has no effect without --mask",
         "--control-guidance-end has no effect without a condition",
         "--mask-model has no effect without --via-mask",
+        "--lora-strict has no effect without --lora",
         "the negative prompt has no effect with guidance_scale 1: choose a larger one",
     ]
     assert run(*command, "--mask-scale", 0.5, "--mask", folder / "mask.png") == 0
@@ -211,6 +213,8 @@ def test_unconditional_face_default_name_and_stripping(folder, tmp_path, capsys,
         (["--size", "40", "--force-size"], "multiples of 16"),
         (["--size", "64"], "Size 64x64 is not supported: the model was trained at 32x32"),
         (["--size", "big"], "--size"),
+        (["--size", "999999936", "--force-size"], "both sides must be from 8 to 4096 pixels"),
+        (["--negative-prompt", "ü" * 40_000, "--out", "{}/long.jpg", "--count", "2"], "too long for a JPEG"),
         (["--steps", "-4"], "steps is -4"),
         (["--count", "0"], "--count is 0; it must be from 1 to 1000"),
         (["--count", "1001"], "--count is 1001; it must be from 1 to 1000"),
@@ -240,6 +244,7 @@ def test_bad_input(folder, tmp_path, capsys, arguments, message):
     assert reported[-1].startswith("likeness: ")
     assert message in reported[-1]
     assert list(tmp_path.iterdir()) == []  # nothing half-written
+    assert not list(folder.glob("long*"))
 
 
 def test_inspect_and_fix(folder, tmp_path, capsys):

@@ -141,6 +141,13 @@ def test_jpeg_without_room_keeps_the_hashes(made, tmp_path):
     assert not (tmp_path / "b.jpg").exists()
 
 
+EDIT = {
+    **{"method": "replacement", "strength": 1.0, "photo": "", "width": 32, "height": 32},
+    **{"transform": [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]], "region": {}, "before": {}, "certificate": {}},
+}
+"""An edit of a photograph of 32 pixels."""
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -150,6 +157,10 @@ def test_jpeg_without_room_keeps_the_hashes(made, tmp_path):
         ({"steps": "4"}, "steps is '4', which is not of type int"),
         ({"steps": True}, "steps is True"),
         ({"steps": 10**9}, "1000000000 steps"),
+        ({"steps": 5000}, "5000 steps"),
+        ({"edit": EDIT, "width": 2**18, "height": 2**18}, "at 262144x262144; there are at most"),
+        ({"edit": EDIT, "width": -1}, "at -1x32; there are at most"),
+        ({"guidance_scale": 10**400}, "guidance_scale is too large for a float"),
         ({"steps": 10**9}, "digits"),  # more than Python converts
         ({"width": 4096, "height": 4096}, "of 4096x4096 pixels, the image has 32x32: it was edited"),
         ({"guidance_scale": "high"}, "guidance_scale is 'high'"),

@@ -81,6 +81,29 @@ def test_folders(folder, tmp_path, capsys):
     assert names_in(tmp_path / "again") == ["portrait-001.webp"]
     assert run(*given, "--out", f"{folder}/mask.png/") == 2
     assert "is not a writable folder" in capsys.readouterr().err
+    (tmp_path / "c" / "portrait-001.webp").rename(tmp_path / "c" / "noext")
+    for out in ("new", "d/"):
+        assert run("replay", tmp_path / "c" / "noext", "--model", folder / "model", "--out", f"{tmp_path}/{out}") == 0
+    assert (tmp_path / "new.png").is_file()
+    assert names_in(tmp_path / "d") == ["portrait-001.png"]
+
+
+def test_unreachable_folders(tmp_path):
+    """Without permission to enter, and a loop of links."""
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "one").symlink_to("other")
+    (tmp_path / "other").symlink_to("one")
+    (tmp_path / "closed").chmod(0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)  # nobody
+    try:
+        for out in ("closed/sub/x.png", "closed/x.png", "closed/", "one/x.png", "one/"):
+            with pytest.raises(InputError, match="Cannot write to"):
+                image_names(f"{tmp_path}/{out}", "png", 1, [])
+    finally:
+        os.seteuid(user)
+        (tmp_path / "closed").chmod(0o755)
 
 
 def test_a_file_is_written_again(folder, tmp_path):

@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.utils import logging as diffusers_logging
+from PIL import Image
 
 import likeness
 from builders import run, tiny_pipeline
-from likeness.pipelines.image_recipe import read_recipe
+from likeness.pipelines.adapters import MMFaceLora, add_adapter, save_adapter
+from likeness.pipelines.image_recipe import read_recipe, write_image
+from likeness.pipelines.load import load
 from likeness.runtime import SMALL_WORK, THREAD_VARIABLES, choose_threads, mute_noise
 
 VARIABLES = (*THREAD_VARIABLES, "OMP_WAIT_POLICY")
@@ -146,6 +149,11 @@ def test_threads_of_the_user_are_kept(model, tmp_path, no_variables, monkeypatch
     torch.set_num_threads(1)
     run("replay", out, "--model", model)
     assert "threads: 2 then, 1 now" in capsys.readouterr().err
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    recipe, pixels = read_recipe(out)
+    recipe["environment"]["threads"] = True
+    write_image(Image.fromarray(pixels), out, recipe)
+    assert run("replay", out, "--model", model) == 0
 
 
 def test_generate_imports_what_it_needs(tmp_path):
@@ -158,6 +166,18 @@ def test_generate_imports_what_it_needs(tmp_path):
     code += f"    sys.argv[1:] = [*{given}, model]\n    main()\nprint({absent} & set(sys.modules))"
     done = python(code, OMP_NUM_THREADS="1")
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_a_mask_model_that_is_an_adapter_imports_peft(model, tmp_path):
+    """Although the model of the image is bundled."""
+    pipeline, adapter = load(model), MMFaceLora(base=str(model), rank=2)
+    add_adapter(pipeline.transformer, adapter)
+    save_adapter(pipeline.transformer, tmp_path / "adapter", adapter)
+    given = ["generate", "--via-mask", "--mask-model", str(tmp_path / "adapter"), "--out", str(tmp_path / "a.png")]
+    code = f"import sys\nfrom likeness.cli import main\nsys.argv[1:] = {given}\ntry:\n    main()\n"
+    done = python(code + "except SystemExit as end:\n    print(end.code)", OMP_NUM_THREADS="1")
+    assert done.stdout.splitlines()[-1] == "2"
+    assert "this model does not generate masks" in done.stderr
 
 
 def test_hidden_packages_come_back():

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from likeness.files import first_line
 from likeness.pipelines.formats import format_of, numbered
 from likeness.types import InputError
 
@@ -35,7 +36,7 @@ def image_names(
     free, since other processes may take some in the meantime. Raises `InputError` if the folder cannot be written, the
     file format is unknown, or an input would be overwritten.
     """
-    if out is None or out.endswith(("/", os.sep)) or Path(out).is_dir():
+    if out is None or out.endswith(("/", os.sep)) or os.path.isdir(out):  # False without permission
         folder = Path(out or ".")
         check_writable(folder)
         return free_names(folder, suffix, stem), False
@@ -62,9 +63,12 @@ def free_names(folder: Path, suffix: str, stem: str) -> Iterator[Path]:
 
 def check_writable(folder: Path) -> None:
     """Reject a folder that cannot be written or created. Raises `InputError`."""
-    folder = folder.resolve()
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
+    try:
+        folder = folder.resolve()
+        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    except (OSError, RuntimeError) as error:  # no permission, or a loop of links
+        raise InputError(f"Cannot write to {folder}: {first_line(error)}") from error
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"Cannot write to {folder}: {existing} is not a writable folder")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import secrets
@@ -16,6 +17,7 @@ import tyro
 from likeness.cli.output import MAX_COUNT, exit_on_sigterm, image_names, save_image
 from likeness.cli.terminal import PathArgument, print_notes, progress_bar, quiet_libraries
 from likeness.files import read_json
+from likeness.pipelines.formats import FORMATS, format_of
 from likeness.pipelines.sizes import format_sizes, parse_size, trained_sizes
 from likeness.runtime import choose_threads, optional_packages_hidden, set_threads
 from likeness.types import ConditionInput, DtypeName, InputError, PortraitRequest
@@ -150,12 +152,15 @@ class Generate(RequestOptions):
         print_notes([*notes, *self.idle_options()])
         loras = [parse_lora(text) for text in self.lora]
 
-        core_only = self.model in bundled_models() and not (loras or self.quantize)
+        models = {self.model, *([self.mask_model] if self.via_mask else [])}
+        core_only = models <= set(bundled_models()) and not (loras or self.quantize)
         with progress_bar(f"Loading {self.model}"), optional_packages_hidden() if core_only else nullcontext():
+            from PIL import Image
+
             from likeness.pipelines.adapters import add_loras
             from likeness.pipelines.generate import batches, resolve
             from likeness.pipelines.generate import generate as generate_images
-            from likeness.pipelines.image_recipe import recipe_of
+            from likeness.pipelines.image_recipe import encode_image, recipe_of
             from likeness.weights.hashes import pipeline_hash
 
             pipeline = load_pipeline(self.model, self.dtype, self.device, self.base, self.quantize, self.offload)
@@ -166,6 +171,11 @@ class Generate(RequestOptions):
         total = self.count * units
         adapt_threads(pipeline, requests[0].height, requests[0].width)
         fingerprint = pipeline_hash(pipeline) if self.metadata else ""
+        if self.metadata:
+            first_name = next(names)
+            names = itertools.chain([first_name], names)
+            recipe = recipe_of(requests[0], pipeline, **pipeline.source, fingerprint=fingerprint)
+            encode_image(Image.new("RGB", (1, 1)), format_of(first_name), recipe)  # rejects what a JPEG cannot store
         encoded: dict[Any, Any] = {}
         reported: set[str] = set()
         with exit_on_sigterm(), progress_bar("Generating") as advance:
@@ -199,6 +209,8 @@ class Generate(RequestOptions):
             idle |= dict.fromkeys(("control_guidance_start", "control_guidance_end"), "a condition")
         if not self.via_mask:
             idle["mask_model"] = "--via-mask"
+        if not self.lora:
+            idle["lora_strict"] = "--lora"
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         return [
             f"--{name.replace('_', '-')} has no effect without {needed}"
@@ -233,6 +245,7 @@ class Replay:
 
     def __call__(self) -> None:
         import numpy as np
+        from PIL import Image
 
         from likeness.pipelines.image_recipe import DTYPES, confirmed, differences, read_recipe, recipe_of, request_of
 
@@ -240,9 +253,10 @@ class Replay:
         request = request_of(recipe)
         model, base, adapters = confirmed(recipe, self.model, self.base, self.lora)
         request = dataclasses.replace(request, force_size=not request.upscale)  # accepted when the image was generated
-        suffix = self.image.suffix.removeprefix(".")
+        suffix = self.image.suffix.lower().removeprefix(".")
         names, overwrite = iter(()), False
         if self.out is not None:
+            suffix = suffix if suffix in FORMATS else "png"
             names, overwrite = image_names(self.out, suffix, 1, filter(None, (self.image, self.photo)))
         edited = bool(recipe.get("edit"))
         if edited and self.photo is None:
@@ -265,7 +279,7 @@ class Replay:
         pipeline = load_pipeline(model, dtype, device, base, quantize, self.offload)
         restore_adapters(pipeline, adapters)
         threads = environment.get("threads")
-        if isinstance(threads, int) and 1 <= threads <= (os.cpu_count() or 1):
+        if type(threads) is int and 1 <= threads <= (os.cpu_count() or 1):
             set_threads(threads)  # the rounding of matrix products depends on them
         with exit_on_sigterm(), progress_bar("Generating") as advance:
             request, fingerprint = resolve(request, pipeline), pipeline_hash(pipeline)
@@ -277,7 +291,7 @@ class Replay:
             else:
                 (image,), _ = generate(pipeline, request, [request.seed], advance)
                 own = recipe_of(request, pipeline, model=model, base=base, quantize=quantize, fingerprint=fingerprint)
-            values = np.asarray(image.convert("RGB"))
+            values, pixels = (np.asarray(each.convert("RGBA")) for each in (image, Image.fromarray(pixels)))
             if self.out is not None:
                 print(save_image(image, own, names, overwrite))
         changes = differences(recipe, pipeline, fingerprint)
@@ -285,10 +299,10 @@ class Replay:
         if values.shape == pixels.shape and (values == pixels).all():
             print(f"{self.image}: bit-identical")
             return
-        lossy = self.image.suffix.lower() in (".jpg", ".jpeg")
-        changed = np.abs(values.astype(int) - pixels) if values.shape == pixels.shape else np.array([255])
-        reason = "JPEG is lossy" if lossy else "see above" if changes else "its pixels were modified"
-        fraction = f"{(changed > 0).mean():.1%} of values differ, by at most {changed.max()}"
+        changed = np.abs(values.astype(int) - pixels) if values.shape == pixels.shape else np.array([[255]])
+        modified = "its pixels were modified" + (", or it is a lossy WebP" if suffix == "webp" else "")
+        reason = "JPEG is lossy" if suffix in ("jpg", "jpeg") else "see above" if changes else modified
+        fraction = f"{(changed > 0).any(-1).mean():.1%} of pixels differ, by at most {changed.max()}"
         raise InputError(f"{self.image} is not reproduced: {fraction} ({reason})")
 
 

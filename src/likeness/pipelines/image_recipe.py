@@ -33,15 +33,14 @@ from likeness.conditions.mask.classes import CLASSES
 from likeness.config import build
 from likeness.files import writing_whole
 from likeness.pipelines.adapters import active_adapters
+from likeness.pipelines.arguments import MAX_STEPS
 from likeness.pipelines.formats import format_of
+from likeness.pipelines.sizes import LARGEST_SIDE
 from likeness.types import ConditionInput, DtypeName, InputError, PortraitRequest
 from likeness.weights.catalog import bundled_models
 
 SCHEMA = 1
 """Version of the recipe's format."""
-
-MAX_STEPS = 10_000
-"""Most steps of an image that is generated again."""
 
 DTYPES: dict[str, DtypeName] = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 """Dtype in a recipe -> `DtypeName`."""
@@ -146,13 +145,16 @@ def check_recipe(recipe: Any, where: str, shape: tuple[int, ...] | None = None) 
         raise InputError(f"{where} is damaged: it is a {type(recipe).__name__}")
     checked = build(Recipe, recipe, where=f"{where} is damaged")
     image = checked.edit or checked
-    size = image.width, image.height
+    size, generated = (image.width, image.height), (checked.width, checked.height)
     if shape is not None and size != (shape[1], shape[0]):
         raise InputError(
             f"{where} is of {size[0]}x{size[1]} pixels, the image has {shape[1]}x{shape[0]}: it was edited"
         )
-    if not 1 <= checked.steps <= MAX_STEPS or min(size) < 1:
-        raise InputError(f"{where} is damaged: {checked.steps} steps at {size[0]}x{size[1]}, at most {MAX_STEPS} steps")
+    if not 1 <= checked.steps <= MAX_STEPS or min(*size, *generated) < 1 or max(generated) > LARGEST_SIDE:
+        raise InputError(
+            f"{where} is damaged: {checked.steps} steps at {checked.width}x{checked.height}; there are at most "
+            f"{MAX_STEPS} steps and {LARGEST_SIDE} pixels per side"
+        )
     if checked.environment.get("dtype") not in list(DTYPES):  # it may not be hashable
         raise InputError(f"{where} is damaged: the dtype is {checked.environment.get('dtype')!r}")
 
@@ -189,7 +191,8 @@ def recipe_of(
     quantize: str | None = None,
     known: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return the recipe of an image: everything that determines its pixels.
+    """Return the recipe of an image: everything that determines its pixels. A scheduler that replaced that of the
+    checkpoint is recorded by its name and in `settings_hash` only: `likeness replay` reports it and does not use it.
 
     `request` is the output of `resolve`, `model` and `base` are the names from which the pipeline was loaded,
     `fingerprint` is its `pipeline_hash`, and `known` its `environment`, if that does not change between images.
@@ -422,13 +425,13 @@ def write_image(
 
 
 def read_recipe(source: Path | bytes) -> tuple[dict[str, Any], np.ndarray]:
-    """Read the recipe of an image file, or of its content, and its pixels (uint8 [H, W, 3]). Raises `InputError` if it
-    cannot be read as an image, or has no recipe of this image.
+    """Read the recipe of an image file, or of its content, and its pixels (uint8 [H, W, 3], with transparency
+    [H, W, 4]). Raises `InputError` if it cannot be read as an image, or has no recipe of this image.
     """
     path = source if isinstance(source, Path) else "The image"
     image = open_image(source, str(path), max_pixels=MAX_PIXELS)
     packet = image.info.get(XMP_KEY) or image.info.get("xmp") or ""
-    pixels = np.array(image.convert("RGB"))
+    pixels = np.array(image.convert("RGBA" if image.has_transparency_data else "RGB"))
     text = packet.decode("utf-8", "replace") if isinstance(packet, bytes) else packet
     body = re.search(r"<x:xmpmeta.*</x:xmpmeta>", text, re.DOTALL)
     try:
