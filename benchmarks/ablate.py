@@ -40,7 +40,7 @@ from baselines.composed import composed, without_text
 from baselines.controlnet import controlnet
 from baselines.spade import gan, gan_losses
 from condition_losses import condition_losses_by_face
-from conflicts import measure_conflicts, read_masks
+from conflicts import means_by_face, measure_conflicts, read_masks
 from scipy import optimize, stats
 from torch import Tensor, nn
 from training_losses import contrastive_losses, dispersive_losses, record_features
@@ -52,6 +52,7 @@ from likeness.config import build
 from likeness.data.store import Store
 from likeness.device import DTYPES, choose_precision
 from likeness.encoders.components import load_components
+from likeness.evaluate.distances import kernel_distance
 from likeness.evaluate.protocol import Protocol
 from likeness.evaluate.run import evaluate
 from likeness.files import read_json, write_whole, writing_whole
@@ -338,8 +339,8 @@ METRICS = (
     "complete_faces", "kid_text_image",
 )  # fmt: skip
 
-SETS_ONLY = "kid_text_image"
-"""The metric of sets of images: it has no values by face."""
+KID = "kid_text_image"
+"""The metric of sets of images."""
 
 FINGERPRINT_RATE = 0.003
 """Learning rate of the step of a fingerprint: halves the loss, and orthogonalizing in bf16 changes it by 1e-4 only."""
@@ -496,15 +497,15 @@ def fit(
 
 def measure(name: str, pipeline: Any, run: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Measure a network: metric -> mean; values by face go to `loss.npz` and to the evaluation's
-    `scores.npz`, those by pair of a mask and a prompt that contradicts it to `conflict.npz` (`conflict_scores`)."""
+    `scores.npz`, those of prompts that contradict the face's mask to `conflict.npz` (`conflict_scores`)."""
     variant, means = VARIANTS[name], {}
     if "mask" in variant.given:
         losses = condition_losses_by_face(pipeline, Store(options.test), "mask", count=options.count)
         np.savez(run / "loss.npz", **losses)
         means |= {f"loss/{kind}": float(values.mean()) for kind, values in losses.items()}
-        by_pair = conflict_scores(pipeline, options.faces)
-        np.savez(run / "conflict.npz", **by_pair)
-        means |= {f"conflict/{kind}": float(values.mean()) for kind, values in by_pair.items() if len(values)}
+        conflicts = conflict_scores(pipeline, options.faces)
+        np.savez(run / "conflict.npz", **conflicts)
+        means |= {f"conflict/{kind}": float(values.mean()) for kind, values in conflicts.items() if len(values)}
     protocol = Protocol(given=variant.given, count=options.count, metrics=METRICS)
     results = evaluate(options.faces, run / "evaluation", protocol, pipeline=pipeline, model=name)
     assert results is not None
@@ -522,12 +523,14 @@ def measure(name: str, pipeline: Any, run: Path, options: argparse.Namespace) ->
 
 
 def conflict_scores(pipeline: Any, faces: Path) -> dict[str, np.ndarray]:
-    """Return scores of images whose prompt contradicts their mask, [P] each: `text`, how much more often they agree
-    with the prompt than those of a neutral one, and `mask`, the accuracy of their pixels against the mask.
+    """Return scores of images whose prompt contradicts their mask, means by face, [F] each: `text`, how much more often
+    they agree with the prompt than those of a neutral one, and `mask`, the accuracy of their pixels against the mask.
     """
     conflicts = measure_conflicts(pipeline, read_masks(faces, CONFLICT_FACES, 128), load_face_parser())
-    text = np.array([one.text - one.neutral for one in conflicts])
-    return {"text": text, "mask": np.array([one.mask for one in conflicts])}
+    return {
+        "text": means_by_face(conflicts, lambda one: one.text - one.neutral),
+        "mask": means_by_face(conflicts, lambda one: one.mask),
+    }
 
 
 def commit() -> str:
@@ -607,13 +610,14 @@ def costs(options: argparse.Namespace) -> None:
     Each is the shortest of five, measured in turn with that of `mmface`, not compiled, with random weights.
     """
     torch.set_num_threads(1)  # threads that wait would count
-    components, results = load_components(BUNDLED / COMMON), read_results()
+    components = load_components(BUNDLED / COMMON)
     reference = workload("mmface", components, options)
     for name in options.variants or VARIANTS:
         parts = zip(workload(name, components, options), reference, strict=True)
         ratios = [None if own is None else ratio(own, other) for own, other in parts]
         found = {key: round(value, 2) for key, value in zip(("step", "image"), ratios, strict=True) if value}
         print(name, *(f"{key} {value}" for key, value in found.items()), flush=True)
+        results = read_results()  # `collect` may have written meanwhile
         results["costs"][name] = found
         write_whole(RESULTS, json.dumps(results, indent=1, sort_keys=True) + "\n")
 
@@ -662,18 +666,27 @@ def ratio(own: Callable[[], Any], other: Callable[[], Any]) -> float:
 
 
 def values_by_face(out: Path, name: str, seed: int, metric: str) -> np.ndarray:
-    """Return the values of a metric of one run below `out`, [N]; NaN for a face that has none. Raises `InputError` if
-    the run lacks the metric.
+    """Return the values of a metric of one run below `out`, [N]; NaN for a face that has none; of KID, those of
+    `kid_by_face`. Raises `InputError` if the run lacks the metric.
     """
     run = out / name / f"seed-{seed}"
     kind, _, given = metric.partition("/")
     if kind in ("loss", "conflict"):
         file, key = run / f"{kind}.npz", given
     else:
-        file, key = run / "evaluation" / "scores.npz", metric
+        file, key = run / "evaluation" / "scores.npz", f"text_image/{given}/features" if kind == KID else metric
     if not file.is_file() or key not in (values := np.load(file)):
         raise InputError(f"{run} has no {metric}: train the variant first, with faces that this metric can measure")
-    return values[key]
+    return kid_by_face(values[key][0], values["text_image/real/features"]) if kind == KID else values[key]
+
+
+def kid_by_face(generated: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """Return N values whose mean is the KID of two sets of features [N, D] of the same faces, and whose variance over N
+    is that of KID between faces: pseudo-values of the jackknife (Tukey 1958), without its correction of the mean.
+    """
+    kid, count = kernel_distance(generated, real), len(generated)
+    without = [kernel_distance(np.delete(generated, face, 0), np.delete(real, face, 0)) for face in range(count)]
+    return kid - (count - 1) * (np.array(without) - np.mean(without))
 
 
 def compare(
@@ -782,8 +795,7 @@ def collect(wanted: Sequence[Sequence[str]], out: Path, seeds: Sequence[int]) ->
     """Add the finished runs and the wanted comparisons, (variant, reference, metric) each, to the committed results.
     Runs of other code, budget, faces or precision than the committed ones replace these and their comparisons. The
     variance between seeds of a comparison is that of all variants (`variance_between_seeds`), or, with a GAN, that of
-    its own two or more seeds. A comparison without committed scores by face, or of a metric that has none, pairs the
-    means of the seeds.
+    its own two or more seeds. A comparison without committed scores by face pairs the means of the seeds.
     """
     results, metrics = read_results(), {metric for _, _, metric in wanted}
     for name in VARIANTS:
@@ -805,8 +817,7 @@ def collect(wanted: Sequence[Sequence[str]], out: Path, seeds: Sequence[int]) ->
         }  # fmt: skip
         for seed, one in found.items():
             for metric in one["means"].keys() & metrics:
-                if not metric.startswith(SETS_ONLY):
-                    scores[f"{seed}/{metric}"] = values_by_face(out, name, seed, metric).astype(np.float32)
+                scores[f"{seed}/{metric}"] = values_by_face(out, name, seed, metric).astype(np.float32)
         with writing_whole(SCORES / f"{name}.npz") as file:
             np.savez_compressed(file, **dict(sorted(scores.items())))
     scores_of = {name: read_scores(name) for name in results["variants"]}
@@ -856,6 +867,8 @@ def table() -> str:
     more, and the costs. The first row has the scores of photographs.
     """
     results = read_results()
+    if "mmface" not in results["variants"]:
+        raise InputError("There are no results of mmface: train it, then collect")
     lines = ["| " + " | ".join(["variant", "seeds", *COLUMNS, "parameters", "trained", "step", "image"]) + " |"]
     lines.append("|---" * (lines[0].count("|") - 1) + "|")
     photographs = results["variants"]["mmface"]["seeds"]["0"]  # equal for all

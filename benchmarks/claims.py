@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 import ablate
 
+from likeness.cli.terminal import print_error
 from likeness.config import build
 from likeness.files import read_json, write_whole
 from likeness.types import InputError
@@ -51,11 +52,11 @@ this says what holds at full scale.
 Differences of micro networks are paired by seed and face. A metric is *reproduced* if the 95 % interval of its
 difference excludes zero on the claimed side, *contradicted* if it excludes zero on the other, else *undecided*. That
 two variants are equal, or that one is not lower, is reproduced if the interval is within the stated margin,
-contradicted if it is beyond. Intervals include the variance between faces and that between seeds, which is estimated
-from all variants of the same network with three seeds (analysis of variance); comparisons with a GAN, whose trainings
-differ more, take that of their own seeds. It is assumed to be equal for all variants: one that varies more than others
-has too narrow an interval. Verdicts of one seed are marked. There is no correction for the number of comparisons: of
-twenty differences, one excludes zero by chance.
+contradicted if it is beyond. Intervals include the variance between faces (of KID, by the jackknife) and that between
+seeds, which is estimated from all variants of the same network with three seeds (analysis of variance); comparisons
+with a GAN, whose trainings differ more, take that of their own seeds. It is assumed to be equal for all variants: one
+that varies more than others has too narrow an interval. Verdicts of one seed are marked. There is no correction for the
+number of comparisons: of twenty differences, one excludes zero by chance.
 """
 
 
@@ -192,14 +193,13 @@ def comparison_table(claim: Claim, comparisons: Mapping[str, Any]) -> list[str]:
         found = comparisons.get(ablate.key_of(claim.pair, metric))
         cells = [""] * 6
         if found is not None:
-            factor = 1000 if metric.startswith(ablate.SETS_ONLY) else 1
+            factor = 1000 if metric.startswith(ablate.KID) else 1
             value, low, high, *by_seed = (
                 f"{factor * one:+.4f}" for one in (found["value"], found["low"], found["high"], *found["by_seed"])
             )
-            unit = "pairs" if metric.startswith("conflict") else "faces"
             cells = [f"{factor * mean:.4f}" for mean in found["means"]]
             cells += [f"{value}, {low} to {high}", " ".join(by_seed), f"{found['p']:.3f}"]
-            cells += [f"{found['n']} {unit}" if found["n"] > 1 else "means"]
+            cells += [f"{found['n']} faces" if found["n"] > 1 else "means"]
         lines.append("| " + " | ".join([title, *cells, expected, verdict]) + " |")
     return lines
 
@@ -280,15 +280,19 @@ def main() -> None:
     parser.add_argument("command", nargs="?", choices=["write", "check", "record"], default="write")
     parser.add_argument("names", nargs="*", help="claims to record")
     options = parser.parse_args()
-    claims = read_claims()
-    if options.command == "record":
-        record(options.names, claims)
-    elif options.command == "check":
-        faults = out_of_date(claims)
-        print("\n".join(faults or ["all results are up to date"]))
-        sys.exit(bool(faults))
-    else:
-        write_whole(PAGE, page(claims))
+    try:
+        claims = read_claims()
+        if options.command == "record":
+            record(options.names, claims)
+        elif options.command == "check":
+            faults = out_of_date(claims)
+            print("\n".join(faults or ["all results are up to date"]))
+            sys.exit(bool(faults))
+        else:
+            write_whole(PAGE, page(claims))
+    except InputError as error:
+        print_error(str(error))
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,14 @@ FOLDER is a prepared folder of held-out faces with masks. Every prompt of `PROMP
 parsed mask does not contradict the prompt; *neutral*: the same with the prompt "a person", which a model that ignores
 text attains with any prompt; *mask*: the accuracy of the pixels of the mask; *agreed*: the same with the prompt "a
 person"; *part*: the intersection over union of the disputed class. Intervals are 95 % bootstrap intervals of text minus
-neutral over pairs.
+neutral over faces.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,6 +110,12 @@ def measure_conflicts(
     return scores
 
 
+def means_by_face(scores: Sequence[Scores], value: Callable[[Scores], float]) -> np.ndarray:
+    """Return the mean of a value over the pairs of each face that has any, [F]: pairs of a face are not independent."""
+    faces = sorted({one.face for one in scores})
+    return np.array([np.mean([value(one) for one in scores if one.face == face]) for face in faces])
+
+
 def read_masks(folder: Path, count: int, size: int) -> list[np.ndarray]:
     """Return the masks of the first faces of a prepared folder, uint8 [size, size]."""
     faces, _ = read_faces(folder, Protocol(given=("mask",), count=count))
@@ -136,7 +142,7 @@ def main() -> None:
             rows["all"].append(score)
         for prompt, scores in rows.items():
             values = {name: np.array([getattr(one, name) for one in scores]) for name in columns}
-            low, high = bootstrap_interval(values["text"] - values["neutral"])
+            low, high = bootstrap_interval(means_by_face(scores, lambda one: one.text - one.neutral))
             print(f"{model:18} {prompt:26} {len(scores):5}", end="")
             print("".join(f"{value.mean():9.3f}" for value in values.values()), end="")
             print(f"  text - neutral in [{low:.2f}, {high:.2f}]", flush=True)

@@ -22,6 +22,7 @@ from likeness.evaluate.results import Results
 from likeness.evaluate.run import evaluate
 from likeness.objectives import make_objective
 from likeness.pages import Section, markdown_table
+from likeness.weights.hashes import weights_hash
 
 SETTINGS = (
     "euler:20:2", "euler:12:2", "dpm++:6:2", "dpm++:8:2", "dpm++:12:2", "dpm++:20:2", "dpm++:12:1", "dpm++:12:1.5",
@@ -98,8 +99,11 @@ def measure(options: argparse.Namespace, setting: str, weak: str | None) -> tupl
         landmarker=options.landmarker,
     )
     passes = count_passes(pipeline, networks, protocol)
-    name = f"{setting.replace(':', '-')}{'-autoguidance' if weak else ''}"
-    results = evaluate(options.faces, options.out / options.model / name, protocol, pipeline=pipeline, model=name)
+    name = setting.replace(":", "-")
+    if weak:
+        name += f"-autoguidance-{options.scale:g}-{weights_hash(networks[1])[:8]}"
+    folder = options.out / Path(options.model).name / name
+    results = evaluate(options.faces, folder, protocol, pipeline=pipeline, model=name)
     assert results is not None
     return passes, results
 

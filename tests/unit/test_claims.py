@@ -30,6 +30,7 @@ from builders import randomise, whole_pipeline
 from likeness.conditions.mask.classes import CLASS_INDEX
 from likeness.data.synthetic import draw_face
 from likeness.encoders.components import load_components
+from likeness.evaluate.distances import kernel_distance
 from likeness.objectives import RectifiedFlow
 from likeness.pipelines.mmface import MMFacePipeline
 from likeness.prepare.encode import encode_folder
@@ -74,13 +75,13 @@ def test_verdicts(expected, low, high, verdict):
 
 
 def test_page():
-    """Verdicts name their metric and their seeds, KID is in thousandths, and pairs are no faces."""
+    """Verdicts name their metric and their seeds, and KID is in thousandths."""
     metrics = {"kid_text_image/mask": "lower", "conflict/text": "higher", "edge_f_score/sketch": "higher"}
     claim = claims.Claim(paper="MDiTFace", source="", claim="", change="", pair=("hard", "decoupled"), metrics=metrics)
     numbers = {"value": -0.002, "low": -0.003, "high": -0.001, "p": 0.02, "means": [0.001, 0.003], "n": 1}
     comparisons = {
         "hard decoupled kid_text_image/mask": numbers | {"by_seed": [-0.002]},
-        "hard decoupled conflict/text": numbers | {"by_seed": [-0.002] * 3, "n": 132},
+        "hard decoupled conflict/text": numbers | {"by_seed": [-0.002] * 3, "n": 40},
     }
     assert claims.verdicts_of(claim, comparisons) == {
         "KID x 1000": "reproduced (1 seed)",
@@ -89,7 +90,7 @@ def test_page():
     }
     _, _, first, second, third = claims.comparison_table(claim, comparisons)
     assert "| 1.0000 | 3.0000 | -2.0000, -3.0000 to -1.0000 | -2.0000 | 0.020 | means | lower |" in first
-    assert "| 132 pairs | higher | contradicted |" in second
+    assert "| 40 faces | higher | contradicted |" in second
     assert third == "| edges F, sketch |  |  |  |  |  |  | higher | not run yet |"
     assert claims.command_of(claim).startswith("python benchmarks/ablate.py train hard decoupled --shards")
 
@@ -112,6 +113,19 @@ def test_interval_of_equal_seeds_depends_on_faces():
     rng = np.random.default_rng(0)
     found = [ablate.interval(0.05 + 0.1 * rng.standard_normal((1, 100)) * np.ones((3, 1))) for _ in range(100)]
     assert sum(one["p"] < 0.05 for one in found) > 95
+
+
+def test_kid_by_face():
+    """Its mean is KID; its variance over N is that of KID over draws of N faces."""
+    rng = np.random.default_rng(0)
+
+    def draw() -> np.ndarray:
+        return ablate.kid_by_face(rng.standard_normal((30, 4)) + 0.5, rng.standard_normal((30, 4)))
+
+    sets = rng.standard_normal((2, 30, 4))
+    assert ablate.kid_by_face(*sets).mean() == pytest.approx(kernel_distance(*sets))
+    values = np.array([draw() for _ in range(200)])  # [draws, N]
+    assert np.sqrt(values.var(axis=1, ddof=1).mean() / 30) == pytest.approx(values.mean(axis=1).std(), rel=0.2)
 
 
 def test_interval_of_equal_differences():
@@ -320,6 +334,9 @@ def test_conflicts(monkeypatch, obeys):
     assert (hat.text, hat.neutral, hat.agreed) == (float(obeys), 0.0, 1.0)
     assert (hat.mask < 1) == obeys
     assert all(one.text == one.neutral == 0 and one.mask == 1 for one in scores if one is not hat)
+    twice = [*scores, *(one._replace(face=3, text=0.5) for one in scores[:2])]
+    means = conflicts.means_by_face(twice, lambda one: one.text)
+    assert means.tolist() == [float(obeys) / len(scores), 0.5]
 
 
 def random_inputs() -> tuple:
