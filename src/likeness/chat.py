@@ -162,8 +162,9 @@ def open_endpoint(
     defaults = (KEY_VARIABLE, OPENAI_KEY) if urlsplit(root).hostname == OPENAI_HOST else (KEY_VARIABLE,)
     key = read_key(defaults if key_variable is None else (key_variable,))
     if model is None:
-        entries = send("GET", f"{root}/models", key, meter).get("data") or []
-        served = sorted(entry["id"] for entry in entries if isinstance(entry, dict) and "id" in entry)
+        entries = send("GET", f"{root}/models", key, meter).get("data")
+        ids = [entry.get("id") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+        served = sorted(id for id in ids if isinstance(id, str))
         if len(served) != 1:
             listed = ", ".join(served[:8]) or "no model"
             raise InputError(f"{root} serves {listed}: choose a model with --vlm-name or --refiner-name")
@@ -254,7 +255,7 @@ def read_reply(response: requests.Response, method: str) -> tuple[str, dict[str,
     """Return the error of a response, or "", and its content."""
     try:
         reply = response.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         reply = None
     message = reply  # the server's error message
     while isinstance(message, dict):

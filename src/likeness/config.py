@@ -41,7 +41,7 @@ def load_toml(
             raise InputError(f"the override {override!r} must have the form section.key=value")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (tomllib.TOMLDecodeError, RecursionError):
             value = text
         *tables, last = key.strip().split(".")
         table = values
@@ -63,7 +63,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:  # of the encoding, or of TOML
+    except (ValueError, RecursionError) as error:  # of the encoding, or of TOML
         backslash = re.search(r"\\|[Hh]ex", str(error))
         hint = "; in Windows paths, use forward slashes or single quotes" if backslash else ""
         raise InputError(f"{path} is not valid TOML: {error}{hint}") from error

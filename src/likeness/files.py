@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import glob
 import json
 import os
 import re
@@ -18,10 +19,10 @@ from typing import Any, BinaryIO
 from likeness.types import InputError, TryAgain
 
 PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
-"""Names of unfinished files (`partial_name`)."""
+"""Names of unfinished files and folders (`partial_name`)."""
 
 ABANDONED = 3600
-"""Age in seconds from which an unfinished file is deleted where several processes write without a lock."""
+"""Age in seconds from which an unfinished file or folder is deleted where several processes write without a lock."""
 
 LOCK = ".lock"
 """File in a folder that a process has locked."""
@@ -94,10 +95,12 @@ def writing_folder(folder: Path) -> Iterator[Path]:
         InputError: it cannot be written; its former content is unchanged.
     """
     folder = folder.resolve()  # the folder that a symbolic link names, on its file system
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial = partial_name(folder)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        for other in folder.parent.glob(f".{glob.escape(folder.name)}.*"):
+            if PARTIAL.fullmatch(other.name) and time.time() - last_change(other) > ABANDONED:
+                shutil.rmtree(other, ignore_errors=True)  # of a process that was killed
         yield partial
         for path in (*partial.rglob("*"), partial):
             sync(path)
@@ -110,6 +113,14 @@ def writing_folder(folder: Path) -> Iterator[Path]:
         raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # incomplete, or the former content
+
+
+def last_change(folder: Path) -> float:
+    """Return the time of the last change of a folder or of anything in it."""
+    times = [time.time()]  # of one that disappears meanwhile
+    with contextlib.suppress(OSError):
+        times = [path.stat().st_mtime for path in (folder, *folder.rglob("*"))]
+    return max(times)
 
 
 def exchange(one: Path, other: Path) -> None:

@@ -265,7 +265,7 @@ def test_permanent_errors_are_reported(folder, monkeypatch, capsys):
             caption(folder, "--vlm", server.address, "--parallel", "1", code=2)
             assert len(server.requests) == (3 if status == 400 else 1)
         assert message in capsys.readouterr().err
-    with chat_server(answering, ("a", "b")) as server:
+    with chat_server(answering, ("a", 1, "b")) as server:  # an id that is no text is ignored
         caption(folder, "--vlm", server.address, code=2)
         assert "serves a, b: choose a model with --vlm-name" in capsys.readouterr().err
         caption(folder, "--vlm", server.address, "--vlm-key-variable", "sk-secret", code=2)
@@ -282,6 +282,21 @@ def test_permanent_errors_are_reported(folder, monkeypatch, capsys):
     with chat_server(lambda *_: failed(429, "quota", Retry_After="86400")) as server:
         caption(folder, "--vlm", server.address, "--vlm-name", "c", code=2)
         assert "requests a wait of 86400 s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--grammar", "--refiner-name", "x"), "--refiner-name has no effect without --refiner"),
+        (("--grammar", "--vlm-key-variable", "x"), "--vlm-key-variable has no effect without --vlm"),
+        (("--vlm", "a/b", "--vlm-key-variable", "x"), "a/b is a checkpoint"),
+        (("--grammar", "--timeout", "inf"), "timeout must be from 0.001 to 1000000, not inf"),
+        (("--grammar", "--requests-per-minute", "1e-9"), "requests per minute must be from 0.001"),
+    ],
+)
+def test_options_without_effect(folder, capsys, options, message):
+    caption(folder, *options, code=2)
+    assert message in capsys.readouterr().err
 
 
 def test_rejected_image_does_not_stop_the_run(folder, capsys):

@@ -18,6 +18,7 @@ from scipy.stats import ttest_1samp
 
 from builders import randomise, run, tiny_clip, tiny_face_parser, tiny_pipeline, tiny_tokenizer
 from likeness.annotators.face_parser import parse_faces
+from likeness.chat import Meter, open_endpoint
 from likeness.cli import main
 from likeness.data.folder import read_folder
 from likeness.encoders.text_image import AttributeHead, save_attribute_head
@@ -70,7 +71,7 @@ def evaluate_model(root: Path, out: Path, faces: Path | None = None, **changes) 
 
 def evaluate_images(root: Path, out: Path, images: Path, **changes) -> Results:
     """Evaluate existing images."""
-    results = evaluate(root / "faces", out, protocol_of(root, **changes), images=images)
+    results = evaluate(root / "faces", out, protocol_of(root, **{"steps": None, **changes}), images=images)
     assert results is not None
     return results
 
@@ -163,6 +164,43 @@ def test_other_sampling_settings_are_rejected(root, results):
         evaluate_model(root, root / "first", steps=3)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "number of steps is 0"),
+        ({"train": "absent"}, "absent"),
+        ({"mask_model": "mask-mini", "given": ("mask",)}, "mask_model is mask-mini, but has no effect"),
+    ],
+)
+def test_rejected_settings_leave_nothing(root, tmp_path, settings, message):
+    """They are found before the first image; the corrected command can use the same folder."""
+    with pytest.raises(InputError, match=message):
+        evaluate_model(root, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_photographs_that_are_not_square(root, tmp_path):
+    """One of them is a fault, also if it is the first; several are an error before any image is generated."""
+    shutil.copytree(root / "faces" / "train", tmp_path / "faces")
+    photos = [row["file_name"] for row in read_folder(tmp_path / "faces")]
+    Image.new("RGB", (32, 40)).save(photos[0])
+    settings = {"faces": tmp_path / "faces", "given": ("mask",), "metrics": ("ssim",)}
+    found = evaluate_model(root, tmp_path / "out", **settings)
+    assert photos[0].stem in found.faults
+    assert number(found, "ssim", "mask").n == COUNT - 1
+    for photo in photos:
+        Image.new("RGB", (32, 40)).save(photo)
+    with pytest.raises(InputError, match="None of the 12 photographs"):
+        evaluate_model(root, tmp_path / "other", **settings)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("given", [(), ("mask", "mask"), ("mask+sketch", "sketch+mask"), ("mask+mask",)])
+def test_condition_sets_are_different(given):
+    with pytest.raises(InputError, match="name each set of conditions once"):
+        Protocol(given=given)
+
+
 # --- Numbers
 
 
@@ -253,6 +291,25 @@ def test_contents_are_part_of_the_key_of_the_cache(root, tmp_path):
         os.utime(file, ns=(0, 0))
         keys.add(cache_key(extractor, [file], faces[:1], 32, file_digest))
     assert len(keys) == 2
+
+
+def test_damaged_caches_are_written_again(root, tmp_path):
+    settings = {"given": ("none",), "metrics": ("ssim",), "count": 2}
+    first = evaluate_model(root, tmp_path, **settings)
+    for file in (tmp_path / "seen").rglob("*.npz"):
+        file.write_bytes(file.read_bytes()[:100])
+    assert evaluate_model(root, tmp_path, **settings).numbers == first.numbers
+
+
+def test_the_input_size_is_part_of_the_hash_of_a_parser(root, tmp_path):
+    """The same weights with images of another size are another extractor."""
+    hashes = set()
+    for size in (32, 64):
+        network = tiny_face_parser()
+        network.config.image_size = size
+        network.save_pretrained(tmp_path / f"{size}")
+        hashes.add(extractors.face_parser(Protocol(face_parser=str(tmp_path / f"{size}")), 32, "cpu").hash)
+    assert len(hashes) == 2
 
 
 def test_missing_metrics_say_what_to_provide(root, tmp_path):
@@ -355,6 +412,20 @@ def test_images_must_match_faces(root, tmp_path):
         evaluate_images(root, tmp_path / "out", tmp_path / "absent", **FEW)
     with pytest.raises(InputError, match="--images requires one condition set"):
         evaluate_images(root, tmp_path / "out", images)
+    with pytest.raises(InputError, match="steps is 3, but has no effect: --images are finished"):
+        evaluate_images(root, tmp_path / "out", images, **FEW, steps=3)
+
+
+def test_the_ceiling_is_that_of_the_model(root, tmp_path):
+    """Also if images of a method are measured again, with another autoencoder."""
+    images, ceilings = copy_photos(root, tmp_path / "photos"), []
+    for seed in (0, 1):
+        pipeline = tiny_pipeline()
+        randomise(pipeline.vae, seed)
+        protocol = protocol_of(root, **FEW, steps=None)
+        found = evaluate(root / "faces", tmp_path / "out", protocol, pipeline=pipeline, images=images)
+        ceilings.append(number(found, "ssim", "ceiling").value)
+    assert ceilings[0] != ceilings[1]
 
 
 def test_faces_without_a_condition_are_skipped(root, tmp_path):
@@ -429,6 +500,34 @@ def test_different_protocols_are_rejected(root, results, tmp_path):
         compare_evaluations(pair, allow=("faces",))
     with pytest.raises(InputError, match="does not contain a finished evaluation"):
         read_evaluation(tmp_path)
+    scores = tmp_path / "fewer" / "scores.npz"
+    np.savez(scores, **{"ssim/mask": np.zeros(COUNT, np.float32)})
+    with pytest.raises(InputError, match=r"scores\.npz has no '.*': run likeness evaluate again"):
+        compare_evaluations({"two": first, "one": read_evaluation(tmp_path / "fewer")}, allow=("steps",))
+    scores.write_bytes(scores.read_bytes()[:100])
+    with pytest.raises(InputError, match="does not contain a finished evaluation"):
+        read_evaluation(tmp_path / "fewer")
+
+
+def test_allowed_differences(results):
+    """A setting allows another extractor for its own metrics only; metrics of other versions are skipped."""
+    names = ("ssim", "pixel_accuracy", "edge_f_score", "beauty")
+
+    def evaluation(**hashes: str) -> Evaluation:
+        facts = {name: {"n": COUNT, "extractor_hash": hashes.get(name, "same")} for name in names}
+        numbers = [Measurement(name, "mask", "own", 0, 0, 0, COUNT, [], "", facts[name]) for name in names]
+        return Evaluation(numbers, [], {f"{name}/mask": np.zeros(COUNT) for name in names})
+
+    pair = {"one": evaluation(), "other": evaluation(pixel_accuracy="another")}
+    for allow in ((), ("size",)):
+        with pytest.raises(InputError, match="extractor_hash is same in one and another in other"):
+            compare_evaluations(pair, allow=allow)
+    found = compare_evaluations(pair, allow=("face_parser",))
+    assert {difference.metric for difference in found.differences} == {"ssim", "pixel_accuracy", "edge_f_score"}
+    assert "one has beauty, which this version does not have" in found.notes
+    assert compare_evaluations({"one": evaluation(), "other": evaluation(edge_f_score="another")}, allow=("size",))
+    with pytest.raises(InputError, match="Unknown part of a protocol 'stepz' in allow"):
+        compare_evaluations(pair, allow=("stepz",))
 
 
 @pytest.mark.parametrize("setting", ["size", "caption"])
@@ -470,15 +569,19 @@ def test_p_of_few_faces(differences, p):
 
 
 class Llm(BaseHTTPRequestHandler):
-    """Scores any caption 0.25, but does not answer for the caption "nobody"."""
+    """Scores any caption 0.25, but only every second request; does not score "nobody", and rejects "forbidden"."""
+
+    requests = 0
 
     def do_POST(self):
+        Llm.requests += 1
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         text, image = body["messages"][0]["content"]
         valid = text["text"].strip() and image["image_url"]["url"].startswith("data:image/png;base64,")
         content = None if text["text"].endswith("nobody") else "Score: 0.25" if valid else "?"
         answer = json.dumps({"choices": [{"message": {"content": content}}]}).encode()
-        self.send_response(200)
+        rejected = 400 if text["text"].endswith("forbidden") else 200
+        self.send_response(429 if Llm.requests % 2 else rejected)
         self.end_headers()
         self.wfile.write(answer)
 
@@ -495,14 +598,17 @@ def test_addresses_with_credentials_are_rejected(tmp_path, capsys):
         assert "hunter2" not in error
 
 
-def test_llm_score(root, tmp_path):
+def test_llm_score(root, tmp_path, monkeypatch):
+    """A rate limit is waited for, a rejected question has no score, and a server that is gone is reported."""
+    monkeypatch.setattr(Meter, "wait", lambda meter, seconds: None)
     server = HTTPServer(("127.0.0.1", 0), Llm)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/v1"
     settings = {"metrics": ("llm_score",), "given": ("none",), "llm_url": url, "llm_model": "m"}
     try:
         assert number(evaluate_model(root, tmp_path, count=3, **settings), "llm_score", "none").value == 0.25
-        assert np.isnan(query_llm(url, "m", np.zeros((8, 8, 3), np.uint8), "nobody"))
+        assert np.isnan(query_llm(open_endpoint(url, "m"), np.zeros((8, 8, 3), np.uint8), "nobody"))
+        assert np.isnan(query_llm(open_endpoint(url, "m"), np.zeros((8, 8, 3), np.uint8), "forbidden"))
     finally:
         server.shutdown()
         server.server_close()
@@ -578,6 +684,11 @@ def test_report_escapes_html(results, tmp_path):
     assert "<script" not in page
 
 
+def test_names_that_are_not_utf8(results, tmp_path):
+    write_report(dataclasses.replace(results, faults={"bad \udce9.png": "cannot be read"}), tmp_path)
+    assert all("bad ?.png" in (tmp_path / f"report.{suffix}").read_text() for suffix in ("md", "html"))
+
+
 def test_small_numbers_keep_their_digits():
     numbers = {3e-5: "3.0e-05", -0.0002: "-2.0e-04", 0.0: "0.0000", 0.25: "0.2500", 31.6942: "31.69"}
     assert {value: format_number(value) for value in numbers} == numbers
@@ -600,6 +711,7 @@ def test_command_line(root, tmp_path, capsys):
     assert all("significant: " in one for one in (page, text))
     assert page.count("data:image/webp;base64,") == 2 * 4  # an image of both, for each face
     assert page.count("<svg") == 1
+    (second,) = [path for path in (tmp_path / "compared").iterdir() if path.is_dir()]
     (tmp_path / "p.toml").write_text("count = 4\nsteeps = 2\n")
     absent = tmp_path / "x"
     for arguments, text in (
@@ -611,6 +723,8 @@ def test_command_line(root, tmp_path, capsys):
         (["compare", out, "--out", absent], "at least two"),
         (["compare", out, f"{root}/model@count=3", "--faces", root, "--out", absent], "different faces"),
         (["compare", out, root / "model", "--out", absent], "pass --faces"),
+        (["compare", out, second, "count=1", "--out", absent], "All sources are finished evaluations"),
+        (["evaluate", root / "faces", "--images", root, "--base", "x", "--out", absent], "there is no MODEL"),
     ):
         assert run(*arguments) == 2
         assert text in capsys.readouterr().err

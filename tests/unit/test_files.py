@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -67,6 +68,20 @@ def test_folders_behind_links_are_replaced(tmp_path):
         assert (tmp_path / "disk" / "model" / "a.txt").read_text() == content
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "model"]
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["model"]
+
+
+def test_two_writers_of_one_folder(tmp_path):
+    """The folder of the last one to finish remains, complete; what a killed process left is deleted."""
+    left = tmp_path / ".model.0123abcd.partial"
+    left.mkdir()
+    os.utime(left, (1e9, 1e9))
+    with writing_folder(tmp_path / "model") as slow:
+        (slow / "a0").touch()
+        with writing_folder(tmp_path / "model") as quick:
+            (quick / "b0").touch()
+        (slow / "a1").touch()
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["a0", "a1"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_folders_are_exchanged_without_the_system_call(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import io
 import os
 import struct
 import sys
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -160,7 +161,11 @@ def test_arrays_are_checked_before_loading(tmp_path):
     huge = np.lib.format.open_memmap(tmp_path / "a.npy", "w+", np.float64, (50_000, 50_000))  # sparse
     del huge
     np.savez_compressed(tmp_path / "b.npz", np.zeros((19, 2048, 2048), np.uint8))
-    for name in ("a.npy", "b.npz"):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (-1,)})
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.npy", header.getvalue() + bytes(1_000_000))
+    for name in ("a.npy", "b.npz", "bomb.npz"):
         with pytest.raises(InputError, match="at most 20 million values"):
             load_array(tmp_path / name)
     labels = np.arange(64, dtype=np.uint8).reshape(8, 8)

@@ -86,6 +86,14 @@ def test_openpose(tmp_path):
         read(openpose(POINTS * SIZE, people=2, **canvas))
     with pytest.raises(InputError, match="unknown size"):
         read(openpose(POINTS * 512))
+    huge = 10**400  # too large for a float
+    for document in (
+        openpose(POINTS * SIZE, canvas_width=huge, canvas_height=huge),
+        {"points": [[huge, 1]] * 68},
+        {"points": POINTS.tolist(), "size": [huge, 5]},
+    ):
+        with pytest.raises(InputError, match=r"must be \[width, height\] in pixels|are not plain numbers"):
+            read(document)
     missing = openpose(POINTS * SIZE, **canvas)
     missing["people"][0]["face_keypoints_2d"][2] = 0.0  # the confidence of the first point
     with pytest.raises(InputError, match=r"1 of the 68 points .* are \(0, 0\)"):

@@ -69,6 +69,8 @@ FINE_ON_PLAIN = (
     "a portrait",
     "a balding man",
     "a partly bald man",
+    "an almost bald man",
+    "a man who is going bald",
     "a man with a bald spot",
     "a woman with brown hair",
     "not bald",

@@ -290,6 +290,8 @@ def test_verify_takes_the_conditions_of_a_protocol(tmp_path, capsys):
         (["release", "mmface-mini", "FACES", "given=keypoints"], "the paper has numbers for mask, sketch"),
         (["mditface", "mmface-mini", "FACES"], "mmface-mini is a MMFacePipeline"),
         (["paper", "mmface-mini", "FACES"], "verify requires release or mditface"),
+        (["release", "mmface-mini", "FACES", "steps=20"], "use --steps, not steps="),
+        (["release", "mmface-mini", "FACES", "metrics=fid"], "omit the setting metrics"),
         (["release", "mmface-mini", "FACES", "given=mask,sketch"], "given is mask"),
     ],
 )

@@ -204,7 +204,12 @@ def test_other_architectures(tmp_path):
         ({"size": {"height": 32, "width": 48}}, "does not take squares of one size"),
         ({"size": {"longest_edge": 32}}, "does not take squares of one size"),
         ({"do_resize": False}, "does not take squares of one size"),
-        ({"image_mean": None}, "has no valid image_mean and image_std"),
+        ({"size": 0}, "does not take squares of one size"),
+        ({"size": {"height": [32]}}, "does not take squares of one size"),
+        ({"image_mean": None}, "has no valid normalization"),
+        ({"image_std": ["a", "b", "c"]}, "has no valid normalization"),
+        ({"rescale_factor": 0}, "has no valid normalization"),
+        ({"rescale_factor": None}, "has no valid normalization"),
     ],
 )
 def test_rejected_processors(tmp_path, changes, message):

@@ -139,6 +139,7 @@ def test_files_from_windows(tmp_path):
         file.write_text(f'[data]\nshards = ["{path}"]\n')
         with pytest.raises(InputError, match="use forward slashes or single quotes"):
             load_toml(file, TrainRecipe)
-    file.write_bytes(b'kind = "\xff"')
-    with pytest.raises(InputError, match="is not valid TOML"):
-        load_toml(file, TrainRecipe)
+    for content in (b'kind = "\xff"', b"kind = " + b"[" * 100_000):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match="is not valid TOML"):
+            load_toml(file, TrainRecipe)

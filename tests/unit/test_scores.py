@@ -75,6 +75,8 @@ def test_keypoint_error_is_relative_to_the_eye_distance():
     for _, _, ibug, mediapipe in STROKES.values():
         many[list(mediapipe)] = points[list(ibug)].mean(axis=0)
     assert keypoint_error(points, many, STROKES) == pytest.approx(0, abs=0.02)  # the same centers
+    noisy = many + np.random.default_rng(0).normal(0, 0.02, many.shape)
+    assert keypoint_error(many[:468], noisy, STROKES) == keypoint_error(many, noisy, STROKES)  # irises do not count
 
 
 def line(column: int) -> np.ndarray:

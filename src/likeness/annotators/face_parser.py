@@ -181,21 +181,29 @@ def translated(network: Any, classes: Sequence[int], settings: Mapping[str, Any]
     """
     size = settings.get("size")
     if isinstance(size, Mapping):
-        sides = {size[key] for key in ("height", "width", "shortest_edge") if key in size}
-        size = sides.pop() if len(sides) == 1 else None
-    if not isinstance(size, int) or not settings.get("do_resize", True):
+        sides = [size[key] for key in ("height", "width", "shortest_edge") if key in size]
+        size = sides[0] if sides and all(side == sides[0] for side in sides) else None
+    if not isinstance(size, int) or size < 32 or not settings.get("do_resize", True):
         raise InputError(f"{where} does not take squares of one size (size of its processor: {settings.get('size')})")
     if settings.get("do_center_crop"):
         raise InputError(f"{where} crops the center of an image (do_center_crop): its masks would lack the border")
     # (255 p rescale - mean) / std of a pixel p in [0, 1] equals (p - mean / r) / (std / r) with r = 255 rescale.
-    rescale = 255 * settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 255.0
-    mean, std = [0.0] * 3, [1.0] * 3
+    factor = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1.0
+    mean: Any = [0.0] * 3
+    std: Any = [1.0] * 3
     if settings.get("do_normalize", True):
-        mean, std = settings.get("image_mean", []), settings.get("image_std", [])
-        if not all(isinstance(values, list) and len(values) == 3 for values in (mean, std)) or min(std) <= 0:
-            raise InputError(f"{where} has no valid image_mean and image_std: add them, or set do_normalize to false")
-    mean, std = ([value / rescale for value in values] for values in (mean, std))
+        mean, std = settings.get("image_mean"), settings.get("image_std")
+    if not (is_numbers([factor], 1) and is_numbers(mean, 3) and is_numbers(std, 3) and min(factor, *std) > 0):
+        wanted = "a positive rescale_factor, and image_mean and image_std of three numbers (or do_normalize false)"
+        raise InputError(f"{where} has no valid normalization: its processor needs {wanted}")
+    mean, std = ([value / (255 * factor) for value in values] for values in (mean, std))
     return Translated(network, classes, mean, std, bool(settings.get("do_flip_channel_order"))).eval(), size
+
+
+def is_numbers(values: Any, count: int) -> bool:
+    """Return whether this is a list of so many finite numbers."""
+    plain = isinstance(values, list) and all(type(value) in (int, float) for value in values)
+    return plain and len(values) == count and bool(np.isfinite(values).all())
 
 
 def sides_swapped(masks: Sequence[np.ndarray]) -> bool:

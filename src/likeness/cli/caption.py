@@ -94,9 +94,14 @@ class Caption:
         if self.attributes == "bundled" and not self.grammar:
             raise InputError("--attributes bundled requires --grammar, which writes the captions")
         limits = read_budget(self.budget)
-        for name in ("requests_per_minute", "tries", "timeout"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise InputError(f"{name.replace('_', ' ')} must be greater than 0, not {value}")
+        for name, least in {"requests_per_minute": 0.001, "tries": 1, "timeout": 0.001}.items():
+            if (value := getattr(self, name)) is not None and not least <= value <= 1e6:
+                raise InputError(f"{name.replace('_', ' ')} must be from {least} to 1000000, not {value}")
+        for role in ("vlm", "refiner"):
+            for option, default in {"name": None, "fields": "{}", "key_variable": None}.items():
+                if getattr(self, role) is None and getattr(self, f"{role}_{option}") != default:
+                    flag = f"--{role}-{option.replace('_', '-')}"
+                    raise InputError(f"{flag} has no effect without --{role}: give the model, or omit it")
         meter = Meter(
             self.requests_per_minute, limits.get("requests"), limits.get("tokens"), self.tries, timeout=self.timeout
         )

@@ -88,6 +88,8 @@ class Evaluate(Measurement):
             expected = "MODEL FACES" if self.images is None else "FACES, or MODEL FACES for the ceiling"
             raise InputError(f"evaluate requires {expected}, not {' '.join(names) or 'nothing'}")
         model, faces = names if len(names) == 2 else (None, names[0])
+        if model is None and self.base is not None:
+            raise InputError("--base is the base of MODEL, but there is no MODEL")
         results = self.measure(model, faces, self.out, settings, self.base, self.images)
         if results is not None:
             from likeness.evaluate.report import numbers_table
@@ -119,16 +121,20 @@ class Compare(Measurement):
         from likeness.evaluate.report import comparison_table, write_comparison
         from likeness.evaluate.results import RESULTS, read_evaluation
         from likeness.pages import markdown_table
+        from likeness.parallel import rank_and_world
 
         names, settings = split_sources(self.sources)
         if len(names) < 2:
             raise InputError(f"compare requires at least two evaluations or models, not {' '.join(names) or 'nothing'}")
         if len(set(names)) < len(names):
             raise InputError(f"compare received a source twice: {', '.join(names)}")
+        models = [name for name in names if not (Path(name) / RESULTS).is_file()]
+        if not models and (settings or self.faces or self.protocol):
+            raise InputError("All sources are finished evaluations: settings, --faces and --protocol are for models")
         evaluations, allowed = {}, set(self.allow)
         for name in names:
             folder = Path(name)
-            if not (folder / RESULTS).is_file():
+            if name in models:
                 if self.faces is None:
                     raise InputError(f"{name} has no {RESULTS}, so it is a model: pass --faces")
                 model, _, text = name.partition("@")
@@ -139,8 +145,10 @@ class Compare(Measurement):
                 allowed |= keys
                 folder = self.out / re.sub(r"[^\w.=,@-]+", "-", name).strip("-")
                 if self.measure(model, str(self.faces), folder, (*settings, *own)) is None:
-                    return
+                    continue  # of torchrun's processes, the first compares
             evaluations[name] = read_evaluation(folder)
+        if rank_and_world()[0]:
+            return
         comparison = compare_evaluations(evaluations, allow=tuple(sorted(allowed)))
         write_comparison(comparison, evaluations, self.out)
         print_notes(comparison.notes)
@@ -186,9 +194,15 @@ class Verify(Measurement):
                 f"verify requires release or mditface, MODEL and FACES, not {' '.join(names) or 'nothing'}"
             )
         what, model, faces = names
-        chosen = any(setting.startswith("given=") for setting in settings)
-        chosen = chosen or (self.protocol is not None and "given" in read_toml(self.protocol))
-        given = () if chosen else ("given=mask",)
+        chosen = {setting.partition("=")[0] for setting in settings}
+        chosen |= set() if self.protocol is None else read_toml(self.protocol).keys()
+        if "metrics" in chosen:
+            raise InputError("verify measures the published metrics: omit the setting metrics")
+        grid = {name: getattr(self, name) for name in ("steps", "guidance_scale", "caption", "file_format", "resizing")}
+        if replaced := sorted(chosen & grid.keys()):
+            name = replaced[0]
+            raise InputError(f"verify tries several values of {name}: use --{name.replace('_', '-')}, not {name}=")
+        given = () if "given" in chosen else ("given=mask",)
         quiet_libraries()
         protocol, device = read_protocol(self.protocol, (*given, *settings)), choose_device(self.device)
         pipeline = load_pipeline(model, self.dtype, device, self.base)
@@ -196,7 +210,6 @@ class Verify(Measurement):
         if type(pipeline).__name__ != kind:
             raise InputError(f"{model} is a {type(pipeline).__name__}, but verify {what} measures a {kind}")
         published = published_row(what, protocol.given[0], pipeline.config.objective["name"])
-        grid = {name: getattr(self, name) for name in ("steps", "guidance_scale", "caption", "file_format", "resizing")}
         with progress_bar("Verifying") as advance:
             trials = verify(
                 Path(faces),

@@ -229,7 +229,7 @@ def _read_array(file: IO[bytes], name: str) -> np.ndarray:
     version = np.lib.format.read_magic(start)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read_header(start)
-    if math.prod(shape) > MAX_VALUES or dtype.itemsize > 16:
+    if min(shape, default=0) < 0 or math.prod(shape) > MAX_VALUES or dtype.itemsize > 16:
         million = f"{MAX_VALUES / 1e6:.0f} million"
         raise unreadable(f"{name} has shape {list(shape)}: at most {million} values are read, reduce its size")
     content = start.getvalue() + file.read(math.prod(shape) * dtype.itemsize)

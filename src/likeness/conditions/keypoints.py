@@ -159,7 +159,7 @@ def _as_points(values: Any, name: str) -> np.ndarray:
     """float64 [P, 2], P 68 or 478."""
     try:
         points = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise bad_points(f"the points of {name} are not plain numbers: use [[x, y], ...]") from error
     if points.ndim == 3 and points.shape[0] == 1:
         points = points[0]  # [1, P, 2] -> [P, 2]
@@ -222,10 +222,7 @@ def _from_document(document: Any, name: str) -> Loaded:
     if "points" not in document:
         raise bad_points(f'{name} has no "points": use {{"points": [[x, y], ...], "size": [width, height]}}')
     size = document.get("size")
-    try:
-        return "JSON", document["points"], None if size is None else tuple(float(side) for side in size)
-    except (TypeError, ValueError) as error:
-        raise bad_points(f"the size in {name} is {size!r}: it must be [width, height] in pixels") from error
+    return "JSON", document["points"], None if size is None else _size_of(size, name)
 
 
 def _from_openpose(document: dict[str, Any], name: str) -> Loaded:
@@ -238,14 +235,21 @@ def _from_openpose(document: dict[str, Any], name: str) -> Loaded:
         raise bad_points(f"{name} has the faces of {len(faces)} people in OpenPose's format: it must have exactly one")
     try:
         values = np.asarray(faces[0], dtype=np.float64).reshape(-1, 3)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise bad_points(f"the face_keypoints_2d of {name} are not triples of x, y and confidence") from error
     points = np.where(values[:, 2:] > 0, values[:, :2], 0)  # confidence 0: undetected
     if len(points) == 70:
         points = points[:68]
-    size = document.get("canvas_width"), document.get("canvas_height")
-    known = all(isinstance(side, int | float) for side in size)
-    return "OpenPose JSON", points, (float(size[0] or 0), float(size[1] or 0)) if known else None
+    width, height = document.get("canvas_width"), document.get("canvas_height")
+    known = all(isinstance(side, int | float) for side in (width, height))
+    return "OpenPose JSON", points, _size_of([width, height], name) if known else None
+
+
+def _size_of(size: Any, name: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(side) for side in size)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise bad_points(f"the size in {name} is {size!r}: it must be [width, height] in pixels") from error
 
 
 def flip(raw: np.ndarray) -> np.ndarray:

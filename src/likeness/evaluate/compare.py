@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from likeness.evaluate.metrics import METRICS, MIN_SET, SetMetric
-from likeness.evaluate.protocol import CEILING, REAL
+from likeness.evaluate.protocol import CEILING, REAL, Protocol
 from likeness.evaluate.results import Evaluation, Measurement
 from likeness.evaluate.stats import holm, subsets, t_test
 from likeness.types import InputError
@@ -29,16 +29,19 @@ DERIVED = ("n", "train_n", "extractor")
 """Facts that follow from the faces or the hash of the extractor. Pairs use the faces that both evaluations have."""
 OPTIONAL = ("steps", "guidance_scale", "device", "dtype")
 """Facts that images of other methods, and evaluations of earlier versions, may lack."""
-EXTRACTOR_SETTINGS = (
-    "face_parser", "text_image", "landmarker", "inception", "resizing", "clip_large", "dinov2", "lpips", "topiq",
-    "llm_url", "llm_model",
-)  # fmt: skip
+SETTING_EXTRACTORS = {
+    "size": ("sketch",), "face_parser": ("face_parser",), "text_image": ("text_image", "attributes"),
+    "landmarker": ("landmarks",), "inception": ("inception",), "resizing": ("inception",),
+    "clip_large": ("clip_large",), "dinov2": ("dinov2",), "lpips": ("lpips",), "topiq": ("topiq",), "llm_url": ("llm",),
+    "llm_model": ("llm",),
+}  # fmt: skip
+"""Setting -> the extractors whose `extractor_hash` it changes."""
 SETTING_FACTS = {
-    "size": ("resolution", "extractor_hash"),
+    **dict.fromkeys(SETTING_EXTRACTORS, ()),
+    "size": ("resolution",),
     "caption": ("caption", "faces"),
-    **dict.fromkeys(EXTRACTOR_SETTINGS, ("extractor_hash",)),
 }
-"""Setting -> the facts that it changes; other settings have the same name in the facts."""
+"""Setting -> the other facts that it changes; settings that are not listed have the same name in the facts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,13 +94,22 @@ def compare_evaluations(evaluations: Mapping[str, Evaluation], allow: Sequence[s
     or the evaluations have nothing in common.
     """
     names, notes = list(evaluations), []
-    allow = [fact for name in allow for fact in SETTING_FACTS.get(name, (name,))]
-    if "faces" in allow:
+    known = {fact for evaluation in evaluations.values() for number in evaluation.numbers for fact in number.protocol}
+    known |= {*SETTING_FACTS, *(setting.name for setting in dataclasses.fields(Protocol))}
+    if unknown := sorted(set(allow) - known):
+        raise InputError(f"Unknown part of a protocol {unknown[0]!r} in allow. Available: {', '.join(sorted(known))}")
+    facts = {fact for name in allow for fact in SETTING_FACTS.get(name, (name,))}
+    if "faces" in facts:
         check_faces(evaluations)
     by_place = [
         {(number.metric, number.given): number for number in evaluation.numbers if number.against == "own"}
         for evaluation in evaluations.values()
     ]
+    for name, numbers in zip(names, by_place, strict=True):
+        if newer := sorted({metric for metric, _ in numbers if metric not in METRICS}):
+            notes.append(f"{name} has {', '.join(newer)}, which this version does not have")
+            for place in [place for place in numbers if place[0] in newer]:
+                del numbers[place]
     shared = [place for place in by_place[0] if place[1] != CEILING and all(place in other for other in by_place)]
     for name, numbers in zip(names, by_place, strict=True):
         only = sorted({metric for metric, given in numbers if given != CEILING} - {metric for metric, _ in shared})
@@ -111,12 +123,18 @@ def compare_evaluations(evaluations: Mapping[str, Evaluation], allow: Sequence[s
     differences: list[Difference] = []
     for metric, given in shared:
         values[metric, given] = {name: by_name[metric, given] for name, by_name in zip(names, by_place, strict=True)}
-        notes += check_protocols(values[metric, given], allow)
+        extractor = METRICS[metric].extractor
+        changed = {"extractor_hash"} if any(extractor in SETTING_EXTRACTORS.get(name, ()) for name in allow) else set()
+        notes += check_protocols(values[metric, given], facts | changed)
         for name, number in values[metric, given].items():
             if number.warning:
                 notes.append(f"{METRICS[metric].title} of {name}, n = {number.n}: {number.warning}")
         for first, second in combinations(names, 2):
-            test = difference_test(metric, given, evaluations[first], evaluations[second])
+            try:
+                test = difference_test(metric, given, evaluations[first], evaluations[second])
+            except KeyError as error:
+                message = f"{first} or {second} is incomplete, scores.npz has no {error}: run likeness evaluate again"
+                raise InputError(message) from error
             if test is not None:
                 differences.append(Difference(metric=metric, given=given, of=second, minus=first, **test))
     if not differences:
@@ -137,7 +155,7 @@ def check_faces(evaluations: Mapping[str, Evaluation]) -> None:
             )
 
 
-def check_protocols(numbers: Mapping[str, Measurement], allow: Sequence[str]) -> list[str]:
+def check_protocols(numbers: Mapping[str, Measurement], allow: Collection[str]) -> list[str]:
     """Check that measurements of the same metric, by the name of the evaluation, have the same protocol except for the
     facts in `allow`; return notes on facts that one of them lacks. Raises `InputError` if a fact differs.
     """

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from likeness.chat import Meter, image_part, open_endpoint
+from likeness.chat import Endpoint, Rejected, image_part
 from likeness.data.folder import read_photo
 from likeness.evaluate.faces import Face
 from likeness.evaluate.features import Extractor, MissingError
@@ -170,13 +170,15 @@ def topiq(protocol: Protocol, size: int, device: str) -> Extractor:
 # --- LLM score
 
 
-def query_llm(url: str, model: str, image: np.ndarray, caption: str) -> float:
-    """Request a score from an OpenAI-compatible API; NaN if the answer is not a number from 0 to 1. Raises
-    `MissingError` if the API does not respond.
+def query_llm(endpoint: Endpoint, image: np.ndarray, caption: str) -> float:
+    """Request a score from an OpenAI-compatible API; NaN if it rejects the question, or the answer is not a number from
+    0 to 1. Raises `MissingError` if the API does not respond.
     """
     content = [{"type": "text", "text": QUESTION + caption}, image_part(Image.fromarray(image), "PNG")]
     try:
-        answer = open_endpoint(url, model, Meter(tries=1), fields={"temperature": 0}).ask(content)
+        answer = endpoint.ask(content)
+    except Rejected:  # such as by a content filter
+        return np.nan
     except InputError as error:
         raise MissingError(f"{error}. Run the command again when the API responds") from error
     return parse_score(answer.text)

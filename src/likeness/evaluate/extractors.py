@@ -17,6 +17,7 @@ from torch import Tensor
 from likeness.annotators.face_parser import confusion_of, load_face_parser, parse_faces
 from likeness.annotators.landmarks import open_landmarker
 from likeness.annotators.sketch import DRAWING, extract_sketch
+from likeness.chat import open_endpoint
 from likeness.conditions.keypoints import STROKES
 from likeness.data.folder import read_photo
 from likeness.encoders import text_image as pair
@@ -25,7 +26,7 @@ from likeness.encoders.text_image import load_text_image
 from likeness.evaluate import external
 from likeness.evaluate.external import Faces, Images
 from likeness.evaluate.faces import read_condition
-from likeness.evaluate.features import Extractor, MissingError
+from likeness.evaluate.features import BATCH, Extractor, MissingError
 from likeness.evaluate.protocol import BUNDLED, Protocol
 from likeness.evaluate.scores import class_counts, edge_f_score, is_complete_face, keypoint_error, sharpness
 from likeness.weights import catalog
@@ -98,7 +99,7 @@ def face_parser(protocol: Protocol, size: int, device: str) -> Extractor:
 
     other = f"{network_name(network).split()[0]} in {source}"
     description = "bundled face parser" if source == BUNDLED else other
-    weights = weights_hash(network)[:16]
+    weights = hash_of(weights_hash(network), str(side))
     return Extractor(name="face_parser", description=description, hash=weights, extract=extract, form=2)
 
 
@@ -130,7 +131,9 @@ def landmarks(protocol: Protocol, size: int, device: str) -> Extractor:
 
     content = file_hash(file)[:16]
     description = f"MediaPipe's {file.name}"
-    return Extractor(name="landmarks", description=description, hash=content, extract=extract, close=stack.close)
+    return Extractor(
+        name="landmarks", description=description, hash=content, extract=extract, form=2, close=stack.close
+    )
 
 
 # --- Text
@@ -203,13 +206,14 @@ def llm(protocol: Protocol, size: int, device: str) -> Extractor:
     if protocol.llm_url is None:
         raise MissingError("The LLM score queries an OpenAI-compatible API: set llm_url=http://host/v1")
     url, model = protocol.llm_url, protocol.llm_model
+    endpoint = open_endpoint(url, model, fields={"temperature": 0})
 
     def extract(images: Images, faces: Faces) -> np.ndarray:
         pairs = zip(images, faces, strict=True)
-        return np.array([[external.query_llm(url, model, image, face.caption)] for image, face in pairs])
+        return np.array([[external.query_llm(endpoint, image, face.caption)] for image, face in pairs])
 
     weights = hash_of(model, external.QUESTION)
-    return Extractor(name="llm", description=f"{model} at {url}", hash=weights, extract=extract)
+    return Extractor(name="llm", description=f"{model} at {url}", hash=weights, extract=extract, chunk=BATCH)
 
 
 # --- Photographs

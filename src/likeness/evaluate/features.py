@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from likeness.types import InputError
 from likeness.weights.hashes import file_hash
 
 CHUNK = 256
-"""Images per file of the cache."""
+"""Images per file of the cache, unless an extractor has another number."""
 BATCH = 16
 """Images per call of an extractor."""
 
@@ -49,6 +50,8 @@ class Extractor:
     extract: Extract
     form: int = 1
     """Version of the form of its output: caches of others are not read."""
+    chunk: int = CHUNK
+    """Images per file of the cache."""
     close: Callable[[], None] = field(default=lambda: None)
     """Called when it is no longer needed."""
 
@@ -75,15 +78,18 @@ def extract_cached(
     """
     chunks: list[tuple[np.ndarray, np.ndarray]] = []
     faults: dict[str, str] = {}
-    for start in range(0, len(files), CHUNK):
-        chunk, chunk_faces = files[start : start + CHUNK], faces[start : start + CHUNK]
+    for start in range(0, len(files), extractor.chunk):
+        chunk, chunk_faces = files[start : start + extractor.chunk], faces[start : start + extractor.chunk]
         file = cache / f"{extractor.name}-{start:06d}-{cache_key(extractor, chunk, chunk_faces, size, digest)}.npz"
-        if not file.is_file():
+        stored = read_chunk(file)
+        if stored is None:
             report = lambda done, start=start: progress(start + done, len(files))  # noqa: E731
             write_whole(file, extract_chunk(extractor, chunk, chunk_faces, size, report))
-        with np.load(file) as stored:
-            chunks.append((stored["rows"] + start, stored["values"]))
-            faults |= json.loads(str(stored["faults"]))
+            stored = read_chunk(file)
+            assert stored is not None
+        rows, values, chunk_faults = stored
+        chunks.append((rows + start, values))
+        faults |= chunk_faults
         progress(start + len(chunk), len(files))
     shape = next((values.shape[1:] for rows, values in chunks if len(rows)), (1,))
     output = np.full((len(files), *shape), np.nan, dtype=np.float32)
@@ -91,6 +97,15 @@ def extract_cached(
         if len(rows):
             output[rows] = values
     return output, faults
+
+
+def read_chunk(file: Path) -> tuple[np.ndarray, np.ndarray, dict[str, str]] | None:
+    """Read the rows with output, their values, and the faults of a cache file; None if it is missing or damaged."""
+    try:
+        with np.load(file) as stored:
+            return stored["rows"], stored["values"], json.loads(str(stored["faults"]))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
 
 
 def extract_chunk(

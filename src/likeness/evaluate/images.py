@@ -7,8 +7,9 @@ be resumed.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from likeness.pipelines.image_recipe import hash_of, read_recipe, recipe_of, set
 from likeness.pipelines.load import load
 from likeness.pipelines.propose import add_mask
 from likeness.types import ConditionInput, InputError, PortraitRequest
-from likeness.weights.hashes import file_hash, pipeline_hash
+from likeness.weights.hashes import file_hash, pipeline_hash, weights_hash
 
 SEED_STRIDE = 1_000_000
 """Difference between two seeds of the same face."""
@@ -85,6 +86,7 @@ def generate_images(task: Task) -> ImageSets:
         **({} if mask_pipeline is None else {"mask_model": pipeline_hash(mask_pipeline)[:16]}),
     }
     recorded = {**source, "model": None, "caption": protocol.caption, "faces": str(task.folder.resolve())}
+    recorded = {key: value for key, value in recorded.items() if value is not None}
     check_source(task.out, recorded)
 
     faults: dict[str, str] = {}
@@ -106,6 +108,7 @@ def generate_images(task: Task) -> ImageSets:
                     continue
                 if not is_current(file, request):
                     images, _ = generate(pipeline, request, [request.seed])
+                    record_source(task.out, recorded)
                     recipe = recipe_of(request, pipeline, model=task.model, fingerprint=fingerprint)
                     write_image(images[0], file, recipe)
                 task.progress(f"images from {given}", done + 1, len(faces))
@@ -147,14 +150,15 @@ def reconstruct_photos(task: Task) -> tuple[list[Path], dict[str, str]]:
     """Encode and decode the photographs with the pipeline's autoencoder, for the ceiling. Return the files, and for
     each face whose photograph cannot be read, why.
     """
-    codec, faults = LatentCodec(task.pipeline.vae), {}
+    codec, size, faults = LatentCodec(task.pipeline.vae), task.pipeline.config.defaults["size"], {}
+    autoencoder = f"autoencoder {weights_hash(task.pipeline.vae)[:12]}, {size} px"
     files = [task.out / "pictures" / "ceiling" / f"{face.name}.png" for face in task.faces]
     for done, index in enumerate(work_order(len(files), *rank_and_world())):
         face, file = task.faces[index], files[index]
-        source = f"autoencoder of {hash_of_file(face.photo)}"
+        source = f"{autoencoder}, of {hash_of_file(face.photo)}"
         if not is_made_by(file, source):
             try:
-                image = reconstruct(codec, read_photo(face.photo, task.pipeline.config.defaults["size"]))
+                image = reconstruct(codec, read_photo(face.photo, size))
             except InputError as error:
                 faults[face.name] = str(error)
                 continue
@@ -191,7 +195,9 @@ def user_images(task: Task, files: Sequence[Path]) -> ImageSets:
     by_name = {file.stem: file for file in files}
     matched = [by_name[face.name] for face in task.faces]
     size = task.protocol.size or image_size(matched)
-    check_source(task.out, {"pictures": str(matched[0].parent.resolve())})
+    recorded = {"pictures": str(matched[0].parent.resolve())}
+    check_source(task.out, recorded)
+    record_source(task.out, recorded)
     ceiling, faults = ([], {}) if task.pipeline is None else reconstruct_photos(task)
     source = {
         "model": str(matched[0].parent),
@@ -227,6 +233,16 @@ def check_names(files: Sequence[Path], task: Task) -> None:
         )
 
 
+def photo_size(faces: Sequence[Face]) -> int:
+    """Return the side of the first photograph that can be read and is square. Raises `InputError` if there is none."""
+    for face in faces:
+        with contextlib.suppress(InputError):
+            height, width = read_photo(face.photo).shape[:2]
+            if height == width:
+                return height
+    raise InputError(f"None of the {len(faces)} photographs of {faces[0].photo.parent} is a readable square: crop them")
+
+
 def image_size(files: Sequence[Path]) -> int:
     """Return the side of the first readable image. Raises `InputError` if it is not square or none is readable."""
     for file in files:
@@ -240,17 +256,18 @@ def image_size(files: Sequence[Path]) -> int:
     raise InputError(f"None of the {len(files)} images in {files[0].parent} can be read")
 
 
-def check_source(out: Path, source: dict[str, Any]) -> None:
-    """Record how the images of `out` are made. Raises `InputError` if it has images that were made in another way."""
-    file = out / SOURCE_FILE
-    source = {key: value for key, value in source.items() if value is not None}
-    if not file.is_file():
-        write_whole(file, json.dumps(source, indent=1))
-        return
-    existing = read_json(file)
+def check_source(out: Path, source: Mapping[str, Any]) -> None:
+    """Raise `InputError` if `out` has images that were made in another way than `source`."""
+    existing = read_json(out / SOURCE_FILE) if (out / SOURCE_FILE).is_file() else source
     for key in sorted(set(source) | set(existing)):
         if source.get(key) != existing.get(key):
             raise InputError(
                 f"{out} contains another evaluation: {key} was {existing.get(key)} and is now {source.get(key)}. "
                 "Choose another --out"
             )
+
+
+def record_source(out: Path, source: Mapping[str, Any]) -> None:
+    """Record how the images of `out` are made, with the first one: a rejected setting leaves nothing behind."""
+    if not (out / SOURCE_FILE).is_file():
+        write_whole(out / SOURCE_FILE, json.dumps(source, indent=1))

@@ -87,8 +87,10 @@ class Protocol:
     """Bootstrap samples of a mean. Distances between sets use a twentieth of them."""
 
     def __post_init__(self) -> None:
-        if not self.given or len(set(self.given)) != len(self.given):
-            raise InputError(f"given is {', '.join(self.given) or 'empty'}: name each condition set once")
+        sets = [conditions_of(given) for given in self.given]
+        different = {frozenset(names) for names in sets}
+        if not sets or len(different) < len(sets) or sum(map(len, different)) < sum(map(len, sets)):
+            raise InputError(f"given is {', '.join(self.given) or 'empty'}: name each set of conditions once")
         for given in self.given:
             for name in conditions_of(given):
                 if name not in CONDITIONS:

@@ -18,7 +18,7 @@ from likeness.evaluate.metrics import METRICS
 from likeness.evaluate.protocol import CEILING, conditions_of
 from likeness.evaluate.results import ClassScore, Evaluation, Measurement, Results
 from likeness.files import write_whole
-from likeness.pages import SIDE, Figure, Section, embed, markdown, write_page
+from likeness.pages import SIDE, Figure, Section, embed, write_markdown, write_page
 from likeness.pages.charts import Chart, bar_chart, interval_chart
 
 PUBLISHED = Path(__file__).with_name("published.toml")
@@ -65,7 +65,7 @@ def write_comparison(comparison: Comparison, evaluations: Mapping[str, Evaluatio
 def write(stem: Path, title: str, sections: Sequence[Section]) -> None:
     """Write a report as a page and as Markdown."""
     write_page(stem.with_name(f"{stem.name}.html"), title, sections)
-    write_whole(stem.with_name(f"{stem.name}.md"), markdown(title, sections))
+    write_markdown(stem.with_name(f"{stem.name}.md"), title, sections)
 
 
 # --- Numbers

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -139,7 +140,7 @@ def read_evaluation(folder: Path) -> Evaluation:
             notes += content["notes"]
             faces = [face["name"] for face in content["faces"]]
             return Evaluation(numbers, faces, dict(scores), images=content["portraits"], notes=notes)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise InputError(
             f"{folder} does not contain a finished evaluation: run likeness evaluate --out {folder}"
         ) from error

@@ -18,9 +18,9 @@ from likeness.evaluate.aggregate import class_scores, measure, nearest_photos
 from likeness.evaluate.extractors import EXTRACTORS
 from likeness.evaluate.faces import Face, faces_hash, read_faces, read_training_faces
 from likeness.evaluate.features import Extractor, MissingError, extract_cached, file_digest
-from likeness.evaluate.images import ImageSets, Progress, Task, find_images, generate_images, image_size, user_images
+from likeness.evaluate.images import ImageSets, Progress, Task, find_images, generate_images, photo_size, user_images
 from likeness.evaluate.metrics import METRICS, Metric, SetMetric
-from likeness.evaluate.protocol import BUNDLED, CEILING, REAL, TRAIN, Protocol
+from likeness.evaluate.protocol import BUNDLED, CEILING, NONE, REAL, TRAIN, Protocol
 from likeness.evaluate.results import Results
 from likeness.files import ABANDONED, delete_partials
 from likeness.parallel import rank_and_world
@@ -65,18 +65,24 @@ def evaluate(
     if unknown := [name for name in protocol.metrics if name not in METRICS]:
         raise InputError(f"Unknown metric {unknown[0]!r}. Available: {', '.join(METRICS)}")
     if images is not None and (len(protocol.given) > 1 or protocol.seeds > 1):
-        raise InputError(
-            f"--images requires one condition set, such as given=mask, and seeds=1; given is {protocol.given}"
-        )
+        values = f"given is {', '.join(protocol.given)} and seeds is {protocol.seeds}"
+        raise InputError(f"{values}: --images requires one condition set, such as given=mask, and seeds=1")
+    unused = [] if images is None else ["steps", "guidance_scale", "mask_model"]
+    unused += [] if NONE in protocol.given else ["mask_model"]
+    for name in unused:
+        if getattr(protocol, name) is not None:
+            why = "--images are finished" if images is not None else f"{NONE} is not in given"
+            raise InputError(f"{name} is {getattr(protocol, name)}, but has no effect: {why}")
     files = None if images is None else find_images(images)
     faces, notes = read_faces(folder, protocol, files)
+    train = [] if protocol.train is None else read_training_faces(Path(protocol.train))
+    side = photo_size(faces)
     task = Task(folder, out, protocol, faces, pipeline, model, progress)
     sets = generate_images(task) if files is None else user_images(task, files)
     if rank_and_world()[0]:
         return None
     delete_partials(out, ("pictures", "seen"), age=ABANDONED)
-    train = [] if protocol.train is None else read_training_faces(Path(protocol.train))
-    if (side := image_size([face.photo for face in faces])) < sets.size:
+    if side < sets.size:
         notes.append(f"The photographs have {side} px and were enlarged to {sets.size} px for the comparison")
     facts = {
         "split": folder.resolve().name,

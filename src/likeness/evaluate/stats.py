@@ -14,8 +14,10 @@ MAX_SUBSET = 1000
 
 def bootstrap_interval(values: np.ndarray, *, seed: int = 0, samples: int = 2000) -> tuple[float, float]:
     """Return the 95 % bootstrap interval of the mean of values [N]."""
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(len(values), size=(samples, len(values)))].mean(axis=1)
+    rng, count = np.random.default_rng(seed), len(values)
+    block = max(1, 10_000_000 // count)  # samples at a time, for memory
+    sizes = [min(block, samples - start) for start in range(0, samples, block)]
+    means = np.concatenate([values[rng.integers(count, size=(size, count))].mean(axis=1) for size in sizes])
     low, high = np.percentile(means, (2.5, 97.5))
     return float(low), float(high)
 

@@ -104,7 +104,8 @@ def verify(
         InputError: the folder or the protocol cannot be used.
     """
     if len(protocol.given) != 1 or protocol.seeds != 1:
-        raise InputError(f"given is {', '.join(protocol.given)}: verify measures one condition with one seed")
+        values = f"given is {', '.join(protocol.given)} and seeds is {protocol.seeds}"
+        raise InputError(f"{values}: verify measures one condition with one seed")
     metrics, trials = tuple(name for name in published if name in METRICS), []
     for values in itertools.product(*(grid[name] for name in GENERATION)):
         how = dict(zip(GENERATION, values, strict=True))
@@ -126,7 +127,7 @@ def verify(
                 measured = evaluate(
                     faces,
                     folder / f"{file_format}-{resizing}",
-                    dataclasses.replace(own, resizing=resizing, metrics=names),
+                    dataclasses.replace(own, resizing=resizing, metrics=names, steps=None, guidance_scale=None),
                     images=images,
                     device=device,
                     progress=progress,

@@ -72,14 +72,14 @@ def write_page(file: Path, title: str, sections: Iterable[Section]) -> None:
     write_whole(file, page.encode(errors="replace"))  # captions may have lone surrogates, which cannot be encoded
 
 
-def markdown(title: str, sections: Iterable[Section]) -> str:
-    """Render sections as Markdown."""
-    return render("page.md.jinja", title, sections)
+def write_markdown(file: Path, title: str, sections: Iterable[Section]) -> None:
+    """Write Markdown, likewise."""
+    write_whole(file, render("page.md.jinja", title, sections).encode(errors="replace"))
 
 
 def markdown_table(section: Section) -> str:
     """Render the table of a section as Markdown."""
-    return markdown("", [Section(header=section.header, rows=section.rows)]).strip()
+    return render("page.md.jinja", "", [Section(header=section.header, rows=section.rows)]).strip()
 
 
 def embed(read: Callable[[], np.ndarray | Image.Image], size: tuple[int, int] = (SIDE, SIDE)) -> str:

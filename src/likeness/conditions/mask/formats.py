@@ -15,7 +15,15 @@ import numpy as np
 from PIL import Image
 
 from likeness.conditions.base import ARRAY_SUFFIXES, Reading, Source, describe
-from likeness.conditions.images import TRANSPARENT, WIDE, check_size, existing_path, load_array, open_image
+from likeness.conditions.images import (
+    MINIMUM_SIDE,
+    TRANSPARENT,
+    WIDE,
+    check_size,
+    existing_path,
+    load_array,
+    open_image,
+)
 from likeness.conditions.mask.classes import (
     CLASS_INDEX,
     CLASSES,
@@ -108,7 +116,8 @@ def read(source: Source, *, name: str = "") -> Reading:
 
 
 def _read_image(image: Image.Image, name: str, jpeg: bool) -> Reading:
-    if (step := max(image.size) // MAX_SIDE) > 1:  # every step-th pixel: classes stay as they are
+    step = min(max(image.size) // MAX_SIDE, min(image.size) // MINIMUM_SIDE)
+    if step > 1:  # every step-th pixel: classes stay as they are
         image = image.resize((image.width // step, image.height // step), Image.Resampling.NEAREST)
     if image.mode == "P":
         colors = np.zeros((256, 3), dtype=np.uint8)

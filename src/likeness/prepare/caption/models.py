@@ -81,9 +81,9 @@ def open_model(
         InputError: it cannot be opened, or an option is for endpoints only.
     """
     if not source.startswith(("http://", "https://")):
-        if name is not None or fields != "{}":
+        if name is not None or fields != "{}" or key_variable is not None:
             raise InputError(
-                f"{source} is a checkpoint: names and fields are for endpoints, whose address begins with http"
+                f"{source} is a checkpoint: names, fields and keys are for endpoints, whose address begins with http"
             )
         return open_checkpoint(source, vision=vision, device=device)
     try:
