@@ -1,6 +1,6 @@
 """Train in child processes that are killed at given moments, then in one that finishes.
 
-    killed.py recipe.json RUN MOMENT...      MOMENT: kill when this path below RUN appears
+    killed.py recipe.json RUN MOMENT...      MOMENT: kill when a path of this pattern below RUN appears
 
 The children are forked: imports take longer than the training.
 """
@@ -28,7 +28,7 @@ for moment in (*sys.argv[3:], None):
     if not child:
         loop.train(recipe, run)
         os._exit(0)
-    while moment and not (run / moment).exists():
+    while moment and not any(run.glob(moment)):
         time.sleep(0.0005)
         if os.waitpid(child, os.WNOHANG)[0]:
             sys.exit(f"training ended before {moment} appeared")

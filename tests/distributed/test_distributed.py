@@ -231,7 +231,7 @@ def test_killed_at_any_time(root, tmp_path, programs):
     moments = [
         "checkpoints/000000000004",
         "checkpoints/000000000008/.metadata",
-        "model.partial",
+        ".model.*.partial",
         "previews/000000000012.png",
     ]
     execute(programs, HERE / "killed.py", tmp_path / "recipe.json", tmp_path / "run", *moments)

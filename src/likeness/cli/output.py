@@ -36,7 +36,7 @@ def image_names(
     free, since other processes may take some in the meantime. Raises `InputError` if the folder cannot be written, the
     file format is unknown, or an input would be overwritten.
     """
-    if out is None or out.endswith(("/", os.sep)) or os.path.isdir(out):  # False without permission
+    if not out or out.endswith(("/", os.sep)) or os.path.isdir(out):  # False without permission
         folder = Path(out or ".")
         check_writable(folder)
         return free_names(folder, suffix, stem), False

@@ -158,6 +158,7 @@ class Generate(RequestOptions):
             from PIL import Image
 
             from likeness.pipelines.adapters import add_loras
+            from likeness.pipelines.arguments import check_texts
             from likeness.pipelines.generate import batches, resolve
             from likeness.pipelines.generate import generate as generate_images
             from likeness.pipelines.image_recipe import encode_image, recipe_of
@@ -171,6 +172,7 @@ class Generate(RequestOptions):
         total = self.count * units
         adapt_threads(pipeline, requests[0].height, requests[0].width)
         fingerprint = pipeline_hash(pipeline) if self.metadata else ""
+        check_texts((request.prompt, request.negative_prompt))
         if self.metadata:
             first_name = next(names)
             names = itertools.chain([first_name], names)
