@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import random
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -303,6 +306,16 @@ def run(*arguments: object) -> int:
     except SystemExit as stopped:
         return int(stopped.code or 0)
     return 0
+
+
+def free_port() -> int:
+    """Return a free port below those that the system gives to connections (from 32768 on Linux), so that no connection
+    takes it before its server starts.
+    """
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def load_script(file: Path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from builders import run
+from builders import free_port, run
 from likeness.config import build
 from likeness.data.store import Store
 from likeness.parallel import mesh_shape
@@ -48,9 +47,7 @@ def alone(values: dict[str, Any], run: Path) -> Path:
 
 def execute(programs: Path, *words: object, ranks: int = 1) -> list[str]:
     """Run a script of this folder, as torchrun starts it if there are several ranks; return the output of each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     where |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     command = [programs / "python", *map(str, words)]
     started = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from builders import free_port
 from likeness.train import loop
 from likeness.train.checkpoint import checkpoints
 from likeness.train.config import TrainRecipe, load_recipe
@@ -42,12 +42,11 @@ def environment(programs: Path, **given: str) -> dict[str, str]:
 
 def test_two_machines(root, tmp_path, programs):
     """Hybrid sharding between two machines, with two passes per step: the weights are those of one process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     given = shortened(root)
     command = [TORCHRUN, DEBUG, "--out", tmp_path / "run", *given, "sharding=hybrid", "micro_batch=1"]
-    where = environment(programs, PROCESSES="1", MACHINES="2", MASTER=f"127.0.0.1:{port}", RUN_ID="test", RESTARTS="0")
+    where = environment(
+        programs, PROCESSES="1", MACHINES="2", MASTER=f"127.0.0.1:{free_port()}", RUN_ID="test", RESTARTS="0"
+    )
     machines = [subprocess.Popen(command, env=where, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [machine.communicate(timeout=900)[1] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said[0][-3000:] + said[1][-3000:]

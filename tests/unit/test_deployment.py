@@ -23,7 +23,7 @@ import requests
 import torch
 from PIL import Image
 
-from builders import load_script, tiny_pipeline
+from builders import free_port, load_script, tiny_pipeline
 from likeness.conditions import CONDITIONS
 from likeness.conditions.mask.classes import PALETTE
 from likeness.data.synthetic import draw_face
@@ -228,8 +228,7 @@ def test_two_replicas_of_ray_serve(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "model")
     database = tmp_path / "jobs.sqlite"
     given = {"model": str(tmp_path / "model"), "data": str(tmp_path / "data"), "database": f"sqlite:///{database}"}
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
     path = os.pathsep.join([str(ROOT / "launch"), *sys.path])
     command = [sys.executable, "-c", RAY, json.dumps([port, {**given, "min_replicas": "2", "num_cpus": "0.5"}, wrong])]
     options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
