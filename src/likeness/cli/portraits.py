@@ -155,13 +155,11 @@ class Generate(RequestOptions):
         models = {self.model, *([self.mask_model] if self.via_mask else [])}
         core_only = models <= set(bundled_models()) and not (loras or self.quantize)
         with progress_bar(f"Loading {self.model}"), optional_packages_hidden() if core_only else nullcontext():
-            from PIL import Image
-
             from likeness.pipelines.adapters import add_loras
             from likeness.pipelines.arguments import check_texts
             from likeness.pipelines.generate import batches, resolve
             from likeness.pipelines.generate import generate as generate_images
-            from likeness.pipelines.image_recipe import encode_image, recipe_of
+            from likeness.pipelines.image_recipe import check_fits, recipe_of
             from likeness.weights.hashes import pipeline_hash
 
             pipeline = load_pipeline(self.model, self.dtype, self.device, self.base, self.quantize, self.offload)
@@ -176,8 +174,9 @@ class Generate(RequestOptions):
         if self.metadata:
             first_name = next(names)
             names = itertools.chain([first_name], names)
-            recipe = recipe_of(requests[0], pipeline, **pipeline.source, fingerprint=fingerprint)
-            encode_image(Image.new("RGB", (1, 1)), format_of(first_name), recipe)  # rejects what a JPEG cannot store
+            check_fits(
+                recipe_of(requests[0], pipeline, **pipeline.source, fingerprint=fingerprint), format_of(first_name)
+            )
         encoded: dict[Any, Any] = {}
         reported: set[str] = set()
         with exit_on_sigterm(), progress_bar("Generating") as advance:

@@ -6,6 +6,7 @@ token. All captions are padded to the same length without a padding mask, as in 
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from likeness.types import TextFeatures
+from likeness.types import InputError, TextFeatures
 
 LONGEST_WORD = 20
 """Characters without whitespace above which text is not taken for one word."""
@@ -54,6 +55,15 @@ def encode_text(
         chunks = token_chunks(tokenizer_2, captions, max_tokens, batched, device)
         tokens = [text_encoder_2(chunk).last_hidden_state for chunk in chunks]  # [b, L, D] each
     return TextFeatures(torch.cat(tokens), torch.cat([output.pooler_output for output in outputs]))
+
+
+def check_text_settings(text_encoder: Any, layer: Any, max_tokens: Any) -> None:
+    """Raise `InputError` if a text encoder has no such hidden state, or start and end exceed `max_tokens`."""
+    if type(max_tokens) is not int or max_tokens < 2:
+        raise InputError(f"max_text_tokens is {max_tokens!r}; it must be a whole number of at least 2")
+    states = getattr(getattr(text_encoder, "config", None), "num_hidden_layers", math.inf) + 1
+    if type(layer) is not int or not -states <= layer < states:
+        raise InputError(f"text_layer is {layer!r}; it must be a whole number from {-states} to {states - 1}")
 
 
 def token_ids(tokenizer: Any, captions: Sequence[str], max_tokens: int) -> Tensor:

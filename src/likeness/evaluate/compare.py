@@ -101,15 +101,13 @@ def compare_evaluations(evaluations: Mapping[str, Evaluation], allow: Sequence[s
     facts = {fact for name in allow for fact in SETTING_FACTS.get(name, (name,))}
     if "faces" in facts:
         check_faces(evaluations)
+    for name, evaluation in evaluations.items():
+        if newer := sorted({number.metric for number in evaluation.numbers} - METRICS.keys()):
+            notes.append(f"{name} has {', '.join(newer)}, which this version does not have")
     by_place = [
-        {(number.metric, number.given): number for number in evaluation.numbers if number.against == "own"}
+        {(n.metric, n.given): n for n in evaluation.numbers if n.against == "own" and n.metric in METRICS}
         for evaluation in evaluations.values()
     ]
-    for name, numbers in zip(names, by_place, strict=True):
-        if newer := sorted({metric for metric, _ in numbers if metric not in METRICS}):
-            notes.append(f"{name} has {', '.join(newer)}, which this version does not have")
-            for place in [place for place in numbers if place[0] in newer]:
-                del numbers[place]
     shared = [place for place in by_place[0] if place[1] != CEILING and all(place in other for other in by_place)]
     for name, numbers in zip(names, by_place, strict=True):
         only = sorted({metric for metric, given in numbers if given != CEILING} - {metric for metric, _ in shared})

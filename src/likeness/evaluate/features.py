@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -81,15 +82,13 @@ def extract_cached(
     for start in range(0, len(files), extractor.chunk):
         chunk, chunk_faces = files[start : start + extractor.chunk], faces[start : start + extractor.chunk]
         file = cache / f"{extractor.name}-{start:06d}-{cache_key(extractor, chunk, chunk_faces, size, digest)}.npz"
-        stored = read_chunk(file)
-        if stored is None:
+        found = read_chunk(file)
+        if found is None:
             report = lambda done, start=start: progress(start + done, len(files))  # noqa: E731
-            write_whole(file, extract_chunk(extractor, chunk, chunk_faces, size, report))
-            stored = read_chunk(file)
-            assert stored is not None
-        rows, values, chunk_faults = stored
-        chunks.append((rows + start, values))
-        faults |= chunk_faults
+            found = extract_chunk(extractor, chunk, chunk_faces, size, report)
+            write_chunk(file, found)
+        chunks.append((found.rows + start, found.values))
+        faults |= found.faults
         progress(start + len(chunk), len(files))
     shape = next((values.shape[1:] for rows, values in chunks if len(rows)), (1,))
     output = np.full((len(files), *shape), np.nan, dtype=np.float32)
@@ -99,19 +98,37 @@ def extract_cached(
     return output, faults
 
 
-def read_chunk(file: Path) -> tuple[np.ndarray, np.ndarray, dict[str, str]] | None:
-    """Read the rows with output, their values, and the faults of a cache file; None if it is missing or damaged."""
+class Chunk(NamedTuple):
+    """The content of a cache file: the output of some images."""
+
+    rows: np.ndarray
+    """int64 [n], the indices of the images with output."""
+    values: np.ndarray
+    """float32 [n, ...], their output."""
+    faults: dict[str, str]
+    """File or face -> why it has no output."""
+
+
+def read_chunk(file: Path) -> Chunk | None:
+    """Read a cache file; None if it is missing or damaged."""
     try:
         with np.load(file) as stored:
-            return stored["rows"], stored["values"], json.loads(str(stored["faults"]))
+            return Chunk(stored["rows"], stored["values"], json.loads(str(stored["faults"])))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         return None
 
 
+def write_chunk(file: Path, chunk: Chunk) -> None:
+    """Write a cache file."""
+    buffer = io.BytesIO()
+    np.savez(buffer, rows=chunk.rows, values=chunk.values, faults=json.dumps(chunk.faults))
+    write_whole(file, buffer.getvalue())
+
+
 def extract_chunk(
     extractor: Extractor, files: Sequence[Path], faces: Sequence[Face], size: int, progress: Callable[[int], None]
-) -> bytes:
-    """Return the content of a cache file: the rows with output, their values, and the faults."""
+) -> Chunk:
+    """Run an extractor on the images of a chunk."""
     outputs: dict[int, np.ndarray] = {}
     faults: dict[str, str] = {}
 
@@ -133,11 +150,8 @@ def extract_chunk(
                 except InputError as error:
                     faults[f"{faces[row].name} ({extractor.name})"] = str(error)
         progress(start + len(images))
-    buffer = io.BytesIO()
-    rows = np.array(list(outputs), dtype=np.int64)
     values = np.stack(list(outputs.values())) if outputs else np.zeros((0, 1), np.float32)
-    np.savez(buffer, rows=rows, values=values, faults=json.dumps(faults))
-    return buffer.getvalue()
+    return Chunk(np.array(list(outputs), dtype=np.int64), values, faults)
 
 
 def read_batches(files: Sequence[Path], size: int) -> Iterator[tuple[int, list[np.ndarray | str]]]:

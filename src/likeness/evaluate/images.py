@@ -85,8 +85,8 @@ def generate_images(task: Task) -> ImageSets:
         "dtype": str(pipeline.transformer.dtype).removeprefix("torch."),
         **({} if mask_pipeline is None else {"mask_model": pipeline_hash(mask_pipeline)[:16]}),
     }
-    recorded = {**source, "model": None, "caption": protocol.caption, "faces": str(task.folder.resolve())}
-    recorded = {key: value for key, value in recorded.items() if value is not None}
+    recorded = {**source, "caption": protocol.caption, "faces": str(task.folder.resolve())}
+    del recorded["model"]  # its fingerprint says which it is
     check_source(task.out, recorded)
 
     faults: dict[str, str] = {}

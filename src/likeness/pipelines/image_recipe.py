@@ -405,6 +405,11 @@ def encode_image(
     return buffer.getvalue()
 
 
+def check_fits(recipe: Mapping[str, Any], kind: str) -> None:
+    """Check before the work that files of a format can contain a recipe. Raises `InputError` as `encode_image`."""
+    encode_image(Image.new("RGB", (1, 1)), kind, recipe)
+
+
 def write_image(
     image: Image.Image,
     path: Path,

@@ -30,7 +30,7 @@ from likeness.conditions import CONDITIONS, read_condition
 from likeness.conditions.base import Condition, Reading, Source
 from likeness.conditions.images import check_aspect
 from likeness.encoders.latent import LatentCodec, spatial_factor, to_pixels, to_tensor
-from likeness.encoders.text import encode_text, truncated_text
+from likeness.encoders.text import check_text_settings, encode_text, truncated_text
 from likeness.models.caching import stateful_hooks
 from likeness.objectives import make_objective
 from likeness.objectives.flow import dynamic_shift
@@ -653,15 +653,6 @@ class PortraitPipeline(DiffusionPipeline, Loras):
             return [Image.fromarray(image) for image in to_pixels(images)]
         images = images.add(1).div(2).clamp(0, 1)
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def check_text_settings(text_encoder: Any, layer: Any, max_tokens: Any) -> None:
-    """Raise `InputError` if a text encoder has no such hidden state, or start and end exceed `max_tokens`."""
-    if type(max_tokens) is not int or max_tokens < 2:
-        raise InputError(f"max_text_tokens is {max_tokens!r}; it must be a whole number of at least 2")
-    states = getattr(getattr(text_encoder, "config", None), "num_hidden_layers", math.inf) + 1
-    if type(layer) is not int or not -states <= layer < states:
-        raise InputError(f"text_layer is {layer!r}; it must be a whole number from {-states} to {states - 1}")
 
 
 def render(condition: Condition, raw: np.ndarray, height: int, width: int, resize: str) -> np.ndarray:

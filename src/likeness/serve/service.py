@@ -31,7 +31,7 @@ from likeness.conditions.mask import edits, mask_image
 from likeness.conditions.mask.commands import OPERATIONS
 from likeness.conditions.mask.geometry import shows_face
 from likeness.pipelines.generate import resolve
-from likeness.pipelines.image_recipe import encode_image, environment, recipe_of
+from likeness.pipelines.image_recipe import check_fits, encode_image, environment, recipe_of
 from likeness.pipelines.load import load
 from likeness.pipelines.output import PortraitOutput
 from likeness.pipelines.propose import propose_mask
@@ -161,7 +161,7 @@ class Service:
             raise invalid(error, "size") from error
         if body.output_format == "jpeg" and self.settings.metadata:
             try:
-                encode_image(Image.new("RGB", (1, 1)), "JPEG", self.recipe(request))
+                check_fits(self.recipe(request), "JPEG")
             except InputError as error:
                 message = "The prompts are too long for the recipe in a JPEG: shorten them, or use output_format png"
                 raise invalid(InputError(message), "output_format") from error
