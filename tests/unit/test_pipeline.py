@@ -29,6 +29,7 @@ from builders import randomise, tiny_mditface_pipeline, tiny_pipeline, tiny_tran
 from likeness.data.synthetic import draw_face
 from likeness.encoders.text import truncated_text
 from likeness.objectives import DDPM, RectifiedFlow
+from likeness.pipelines.inputs import encode_prompts
 from likeness.pipelines.load import load
 from likeness.pipelines.mmface import MMFacePipeline
 from likeness.pipelines.portrait import PortraitPipeline
@@ -535,7 +536,7 @@ def concurrently(function: Callable[[int], Any], count: int) -> list[Any]:
 def test_texts_of_many_threads():
     """A call must not see the padding and truncation of another."""
     pipeline, texts = tiny_pipeline(), ["a woman", "a man with a beard", "", "a smiling person " * 8]
-    encode = lambda k: pipeline.encode_prompts(texts[k % 4 : k % 4 + 1], [], {}, [])  # noqa: E731
+    encode = lambda k: encode_prompts(pipeline, texts[k % 4 : k % 4 + 1], [], {}, [])  # noqa: E731
     wanted = [encode(k) for k in range(4)]
     for k, found in enumerate(concurrently(encode, 1000)):
         assert torch.equal(found.tokens, wanted[k % 4].tokens)

@@ -101,3 +101,21 @@ class Caches(CacheMixin):
         super()._reset_stateful_cache(recurse)
         for hook in stateful_hooks(self):
             vars(hook).pop("states", None)
+
+
+def check_caches(network: Any, guidance_model: Any, steps: int) -> None:
+    """Raise `InputError` if a cache between steps is not that of `enable_cache`, or is for other steps."""
+    if hooks := [] if network.is_cache_enabled else stateful_hooks(network):
+        raise InputError(
+            f"The transformer has a {type(hooks[0]).__name__}: load the pipeline again, and enable caches with "
+            "pipeline.transformer.enable_cache(config)"
+        )
+    if guidance_model is not None and stateful_hooks(guidance_model):
+        raise InputError("guidance_model has a cache between steps: only the transformer can have one")
+    config = network._cache_config
+    if config is not None and network._parallel_config is not None:
+        raise InputError("A cache between steps cannot be combined with context parallelism: call disable_cache()")
+    if (own := getattr(config, "num_inference_steps", steps)) != steps:
+        raise InputError(
+            f"{type(config).__name__} has num_inference_steps={own}, but the call has {steps} steps: set the same"
+        )

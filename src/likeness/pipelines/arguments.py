@@ -206,6 +206,20 @@ def condition_inputs(
     }
 
 
+def check_guidance_model(network: Any, guidance_model: Any, scale: float) -> None:
+    """Raise `InputError` if a network cannot be used for autoguidance."""
+    if not math.isfinite(scale):
+        raise InputError(f"autoguidance_scale is {scale}; it must be a finite number")
+    if guidance_model is None:
+        return
+    if not isinstance(guidance_model, type(network)):
+        name = type(guidance_model).__name__
+        raise InputError(f"guidance_model is a {name}; it must be a {type(network).__name__}")
+    ours, theirs = ({k: v for k, v in m.config.items() if k[0] != "_"} for m in (network, guidance_model))
+    if different := [name for name, value in ours.items() if theirs.get(name) != value]:
+        raise InputError(f"guidance_model has another {different[0]} than the network: both must be equal")
+
+
 def changed_latents(returned: Mapping[str, Any] | None, latents: Tensor) -> Tensor:
     """Return the latents after a callback, from what it returned. Raises `InputError` if it returned anything else."""
     if others := sorted(set(returned or {}) - {"latents"}):

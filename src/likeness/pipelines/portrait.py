@@ -13,25 +13,21 @@ import copy
 import inspect
 import logging
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, cast
 
 import diffusers
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
-from likeness.conditions import CONDITIONS, read_condition
-from likeness.conditions.base import Condition, Reading, Source
-from likeness.conditions.images import check_aspect
-from likeness.encoders.latent import LatentCodec, spatial_factor, to_pixels, to_tensor
-from likeness.encoders.text import check_text_settings, encode_text, truncated_text
-from likeness.models.caching import stateful_hooks
+from likeness.conditions.base import Source
+from likeness.encoders.latent import LatentCodec, spatial_factor, to_pixels
+from likeness.encoders.text import check_text_settings, encode_text
+from likeness.models.caching import check_caches
 from likeness.objectives import make_objective
 from likeness.objectives.flow import dynamic_shift
 from likeness.pipelines.adapters import Loras, active_adapters, scaled_loras
@@ -39,6 +35,7 @@ from likeness.pipelines.arguments import (
     MAX_STEPS,
     callback_inputs,
     changed_latents,
+    check_guidance_model,
     check_texts,
     checked_defaults,
     condition_inputs,
@@ -51,25 +48,13 @@ from likeness.pipelines.arguments import (
     whole_number,
 )
 from likeness.pipelines.image_recipe import environment
+from likeness.pipelines.inputs import encode_conditions, encode_prompts
 from likeness.pipelines.output import PortraitOutput, check_latent_size, check_output_type, resample
 from likeness.pipelines.sampling import EncodedBatch, Passes, Sampling, advance
 from likeness.pipelines.sizes import format_sizes, generation_size, trained_sizes
 from likeness.types import ConditionInput, InputError, PortraitRequest, TextFeatures
 
-SYNTAX = re.compile(r"\([^()]*:\s*\d*\.?\d+\s*\)|<lora:[^>]*>|\bBREAK\b")
-"""Syntax of other tools in prompts: weights such as (smiling:1.4), LoRA tags, BREAK."""
-
 log = logging.getLogger(__name__)
-
-
-class EncodedCondition(NamedTuple):
-    """A condition in the cache."""
-
-    latent: Tensor
-    """[C, h, w]."""
-    reading: Reading
-    source: Any
-    """The object that was passed, so that its id stays unique."""
 
 
 class PortraitPipeline(DiffusionPipeline, Loras):
@@ -268,8 +253,8 @@ class PortraitPipeline(DiffusionPipeline, Loras):
             check_latent_size(size, (width, height))
         tensor_inputs = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self.check_inputs(height, width, steps, guidance, output_type, tensor_inputs)
-        self.check_guidance_model(guidance_model, auto_scale)
-        self.check_caches(guidance_model, steps)
+        check_guidance_model(self.transformer, guidance_model, auto_scale)
+        check_caches(self.transformer, guidance_model, steps)
         objective = make_objective(self.config.objective)
         objective.check_scheduler(self.scheduler)
         notes: list[str] = []
@@ -301,9 +286,9 @@ class PortraitPipeline(DiffusionPipeline, Loras):
         encoded = {} if encoded is None else encoded
         texts = list(dict.fromkeys([*prompts, *negatives]))
         number_of = {text: i for i, text in enumerate(texts)}
-        text = self.encode_prompts(texts, prompts, encoded, notes)
-        condition_latents, condition_ids, latent_indices = self.encode_conditions(
-            conditions, height, width, text.tokens.device, encoded, notes
+        text = encode_prompts(self, texts, prompts, encoded, notes)
+        condition_latents, condition_ids, latent_indices = encode_conditions(
+            self, conditions, height, width, text.tokens.device, encoded, notes
         )
 
         # 3. Draw the noise and set the timesteps
@@ -473,36 +458,6 @@ class PortraitPipeline(DiffusionPipeline, Loras):
                 "To disable guidance, set pipeline._guidance_scale to 1 in the callback"
             )
 
-    def check_caches(self, guidance_model: Any, steps: int) -> None:
-        """Raise `InputError` if a cache between steps is not that of `enable_cache`, or is for other steps."""
-        if hooks := [] if self.transformer.is_cache_enabled else stateful_hooks(self.transformer):
-            raise InputError(
-                f"The transformer has a {type(hooks[0]).__name__}: load the pipeline again, and enable caches with "
-                "pipeline.transformer.enable_cache(config)"
-            )
-        if guidance_model is not None and stateful_hooks(guidance_model):
-            raise InputError("guidance_model has a cache between steps: only the transformer can have one")
-        config = self.transformer._cache_config
-        if config is not None and self.transformer._parallel_config is not None:
-            raise InputError("A cache between steps cannot be combined with context parallelism: call disable_cache()")
-        if (own := getattr(config, "num_inference_steps", steps)) != steps:
-            raise InputError(
-                f"{type(config).__name__} has num_inference_steps={own}, but the call has {steps} steps: set the same"
-            )
-
-    def check_guidance_model(self, guidance_model: Any, scale: float) -> None:
-        """Raise `InputError` if a network cannot be used for autoguidance."""
-        if not math.isfinite(scale):
-            raise InputError(f"autoguidance_scale is {scale}; it must be a finite number")
-        if guidance_model is None:
-            return
-        if not isinstance(guidance_model, type(self.transformer)):
-            name = type(guidance_model).__name__
-            raise InputError(f"guidance_model is a {name}; it must be a {type(self.transformer).__name__}")
-        ours, theirs = ({k: v for k, v in m.config.items() if k[0] != "_"} for m in (self.transformer, guidance_model))
-        if different := [name for name, value in ours.items() if theirs.get(name) != value]:
-            raise InputError(f"guidance_model has another {different[0]} than the network: both must be equal")
-
     @torch.no_grad()
     def encode_prompt(
         self, prompt: str | Sequence[str] = "", negative_prompt: str | Sequence[str] | None = None
@@ -526,83 +481,12 @@ class PortraitPipeline(DiffusionPipeline, Loras):
         texts, notes = [*prompts, *negatives], []
         check_texts(texts)
         distinct = list(dict.fromkeys(texts))
-        text = self.encode_prompts(distinct, prompts, {}, notes)
+        text = encode_prompts(self, distinct, prompts, {}, notes)
         for note in notes:
             log.warning(note)
         columns = (x[[distinct.index(each) for each in texts]].chunk(2) for x in text)  # [2 B, L, D], [2 B, P]
         (tokens, negative_tokens), (pooled, negative_pooled) = columns
         return tokens, negative_tokens, pooled, negative_pooled
-
-    def encode_prompts(
-        self, texts: Sequence[str | TextFeatures], prompts: Sequence[Any], encoded: dict[Any, Any], notes: list[str]
-    ) -> TextFeatures:
-        """Encode distinct texts, tokens [T, L, D], if they are not embeddings; add notes on truncated words."""
-        limit, written = self.config.max_text_tokens, [text for text in texts if isinstance(text, str)]
-        if written and (self.text_encoder is None or self.tokenizer is None):
-            raise InputError(
-                f"This pipeline has no text encoder for {written[0]!r}: pass prompt_embeds and negative_prompt_embeds"
-            )
-        for text in written:
-            if match := SYNTAX.search(text):
-                notes.append(f"{match[0]!r} is read as plain text: weights and LoRA tags in prompts are not supported")
-            if cut := truncated_text(getattr(self, "tokenizer_2", None) or self.tokenizer, text, limit):
-                which = "prompt" if text in prompts else "negative prompt"
-                notes.append(f"the {which} is longer than {limit} tokens; truncated: {cut!r}")
-        if new := [text for text in written if ("text", text) not in encoded]:
-            features = self.text_features(new)
-            for i, text in enumerate(new):
-                encoded["text", text] = TextFeatures(*(x[i : i + 1] for x in features))
-        found = [encoded["text", text] if isinstance(text, str) else text for text in texts]
-        config = self.transformer.config
-        widths = config.get("joint_attention_dim", config.get("text_dim")), config.get("pooled_projection_dim")
-        for tokens, pooled in found:
-            wanted = found[0].tokens.shape[1], widths[0], widths[1] or widths[0]
-            if (*tokens.shape[1:], pooled.shape[1]) != wanted:
-                raise InputError(
-                    f"The embeddings of a prompt have {tokens.shape[1]} tokens and widths {tokens.shape[2]} and "
-                    f"{pooled.shape[1]}; this call requires {wanted[0]} tokens and widths {wanted[1]} and {wanted[2]}"
-                )
-        device, dtype = self._execution_device, self.transformer.dtype
-        return TextFeatures(*(torch.cat([x.to(device, dtype) for x in part]) for part in zip(*found, strict=True)))
-
-    def encode_conditions(
-        self,
-        conditions: Sequence[Mapping[str, ConditionInput]],
-        height: int,
-        width: int,
-        device: torch.device,
-        encoded: dict[Any, Any],
-        notes: list[str],
-    ) -> tuple[Tensor, Tensor, list[dict[str, int]]]:
-        """Encode the distinct conditions of all images; add notes on how they were read. Return latents [M + 1, C, h,
-        w], the first of which is an absent condition (zeros); their ids in the condition embedding [M + 1], -1 for
-        absent; and for each image, condition name -> index.
-        """
-        factor = spatial_factor(self.vae)
-        sources = {(name, id(c.image), height, width): c.image for row in conditions for name, c in row.items()}
-        new: dict[Any, np.ndarray] = {}
-        readings: dict[Any, Reading] = {}
-        for key, source in sources.items():
-            if key in encoded:
-                continue
-            name = key[0]
-            reading, lines = read_condition(name, source.cpu().numpy() if isinstance(source, Tensor) else source)
-            notes.extend(lines)
-            if reading.size is not None:
-                size = round(reading.size[1]), round(reading.size[0])
-                check_aspect(size, (height, width), f"image of the {name}")
-            readings[key] = reading
-            new[key] = render(CONDITIONS[name], reading.raw, height, width, self.config.condition_resize)
-        if new:
-            images = to_tensor(list(new.values())).to(device)  # [new, 3, H, W]
-            for key, latent in zip(new, self.codec.encode(images).cpu(), strict=True):
-                encoded[key] = EncodedCondition(latent, readings[key], sources[key])
-        latents = [torch.zeros(self.vae.config.latent_channels, height // factor, width // factor)]
-        latents += [encoded[key].latent for key in sources]
-        names, index = list(self.transformer.config.condition_names), {key: i for i, key in enumerate(sources, start=1)}
-        ids = [-1, *(names.index(name) for name, *_ in sources)]
-        indices = [{n: index[n, id(c.image), height, width] for n, c in row.items()} for row in conditions]
-        return torch.stack(latents).to(device, self.transformer.dtype), torch.tensor(ids, device=device), indices
 
     def prepare_latents(
         self,
@@ -653,18 +537,3 @@ class PortraitPipeline(DiffusionPipeline, Loras):
             return [Image.fromarray(image) for image in to_pixels(images)]
         images = images.add(1).div(2).clamp(0, 1)
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def render(condition: Condition, raw: np.ndarray, height: int, width: int, resize: str) -> np.ndarray:
-    """Render the image of a condition, uint8 [height, width, 3].
-
-    `exact` resizes the raw form, so that labels are not mixed; `lanczos` resizes the image and crops its center.
-    """
-    if resize == "exact" or condition.raw == "points":
-        return condition.render(condition.resize(raw, height, width), height, width)
-    image = Image.fromarray(condition.render(raw, *raw.shape))
-    scale = max(height / image.height, width / image.width)
-    size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-    image = image.resize(size, Image.Resampling.LANCZOS)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return np.asarray(image.crop((left, top, left + width, top + height)))

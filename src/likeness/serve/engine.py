@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 
 from likeness.pipelines.generate import call_options, resolve
+from likeness.pipelines.inputs import EncodedCondition
 from likeness.pipelines.output import PortraitOutput
-from likeness.pipelines.portrait import EncodedCondition
 from likeness.pipelines.sampling import Sampling, advance
 from likeness.types import InputError, PortraitRequest, TextFeatures
 
