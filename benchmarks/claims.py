@@ -57,6 +57,9 @@ seeds, which is estimated from all variants of the same network with three seeds
 with a GAN, whose trainings differ more, take that of their own seeds. It is assumed to be equal for all variants: one
 that varies more than others has too narrow an interval. Verdicts of one seed are marked. There is no correction for the
 number of comparisons: of twenty differences, one excludes zero by chance.
+
+The commands train three seeds and need the prepared data of `benchmarks/README.md` (`SHARDS`, `SHARDS64`, `FACES`);
+`ablate.py collect` and `claims.py` then write the results. *Not run yet* also means too few seeds for a verdict.
 """
 
 
@@ -86,7 +89,7 @@ TITLES = {
 }
 """Name of a metric in tables."""
 
-GIVEN = {"mask": "", "sketch": ", sketch", "none": ", text only", "right": ""}
+GIVEN = {"mask": "", "sketch": " (sketch)", "none": " (text only)", "right": ""}
 """What is added to it for a condition set."""
 
 

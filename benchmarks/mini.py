@@ -2,7 +2,8 @@
 conditions, and `likeness evaluate` with networks that did not annotate the training data.
 
 python benchmarks/mini.py data/celeba/test --shards data/shards/test --photos data/celebamask/test \
-    --face-parser runs/face_parser_judge --text-image runs/text_image_judge --train data/celeba/train --out runs/mini
+    --face-parser runs/face_parser_evaluator --text-image runs/text_image_evaluator --train data/celeba/train \
+    --out runs/mini
 
 Run the same command again to resume.
 """

@@ -1,9 +1,9 @@
-"""Make the example conditions from portraits of the bundled model, which are nobody's photographs.
+"""Make the example conditions from images of the bundled model.
 
 python examples/make.py [face_landmarker.task]
 
-Each portrait is made from words, enlarged to 256 px, and parsed, sketched and (with MediaPipe's file given) searched
-for landmarks by the same annotators that prepare training data.
+Each image is generated from a prompt, enlarged to 256 px, and annotated by the annotators that prepare training data
+(with landmarks if MediaPipe's file is given).
 """
 
 from __future__ import annotations

@@ -86,12 +86,12 @@ def test_page():
     assert claims.verdicts_of(claim, comparisons) == {
         "KID x 1000": "reproduced (1 seed)",
         "text of contradictions": "contradicted",
-        "edges F, sketch": claims.OPEN,
+        "edges F (sketch)": claims.OPEN,
     }
     _, _, first, second, third = claims.comparison_table(claim, comparisons)
     assert "| 1.0000 | 3.0000 | -2.0000, -3.0000 to -1.0000 | -2.0000 | 0.020 | means | lower |" in first
     assert "| 40 faces | higher | contradicted |" in second
-    assert third == "| edges F, sketch |  |  |  |  |  |  | higher | not run yet |"
+    assert third == "| edges F (sketch) |  |  |  |  |  |  | higher | not run yet |"
     assert claims.command_of(claim).startswith("python benchmarks/ablate.py train hard decoupled --shards")
 
 

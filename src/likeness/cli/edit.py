@@ -59,7 +59,7 @@ class Edit(ModelOptions):
     seed: int | None = None
     """Seed. Default: random."""
     metadata: bool = True
-    """Write the recipe and the mark of generated media into the file."""
+    """Write the recipe and the label for generated media into the file."""
 
     def __call__(self) -> None:
         from likeness.annotators.face_parser import load_face_parser

@@ -160,8 +160,7 @@ class Compare(Measurement):
 class Verify(Measurement):
     """Find the protocols that explain published numbers: `likeness verify release MODEL FACES --out DIR`.
 
-    The model is generated with and measured under every combination of the settings below. Run the same command again
-    to resume.
+    Generate and measure images under every combination of the settings below. Run the same command again to resume.
     """
 
     sources: tyro.conf.Positional[tuple[str, ...]]

@@ -127,7 +127,7 @@ class Generate(RequestOptions):
     format: Literal["png", "jpg", "webp"] = "png"
     """File format if OUT has no suffix."""
     metadata: bool = True
-    """Write the recipe and the mark of generated media into the file."""
+    """Write the recipe and the label for generated media into the file."""
     quantize: Literal["int8"] | None = None
     """Store the matrices of FLUX.1's transformer in 8 bits."""
     offload: bool = False
@@ -224,7 +224,7 @@ class Generate(RequestOptions):
 class Replay:
     """Generate an image again from the recipe in its file, and report whether it is bit-identical.
 
-    The recipe alone chooses among the bundled models only: name other models and LoRAs, wherever they are stored now.
+    Bundled models are loaded by the name in the recipe. Pass any other model or LoRA with --model, --base and --lora.
     """
 
     image: PathArgument

@@ -65,11 +65,11 @@ class Serve:
     cors: tuple[str, ...] = ()
     """Origins of web pages that may send requests, for example https://example.org. Default: none."""
     metadata: bool = True
-    """Write the recipe and the mark of generated media into images."""
+    """Write the recipe and the label for generated media into images."""
     log_prompts: bool = False
     """Write prompts to the access log."""
     deterministic: bool = False
-    """On an accelerator, generate every image by itself, so that it does not depend on other requests."""
+    """On an accelerator, generate each image individually, so that it does not depend on other requests."""
     mask_model: str = MASK_MODEL
     """Model that generates masks."""
     landmarker: Path | None = None

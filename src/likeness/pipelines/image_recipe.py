@@ -1,4 +1,4 @@
-"""The metadata of generated images: recipe, IPTC mark of generated media, and a line for A1111-style galleries.
+"""The metadata of generated images: recipe, IPTC label for generated media, and a line for A1111-style galleries.
 
 PNG, JPEG and WebP carry an XMP packet with IPTC's `trainedAlgorithmicMedia` and the recipe (JSON), and an A1111
 `parameters` line. The recipe includes the conditions, so that an image can be generated again from its file alone.
@@ -348,7 +348,7 @@ def parameters_line(recipe: Mapping[str, Any]) -> str:
 
 
 def xmp_packet(recipe: Mapping[str, Any] | None, mark: str = GENERATED) -> str:
-    """Return the XMP packet: the mark of generated media and the recipe."""
+    """Return the XMP packet: the label for generated media and the recipe."""
     text = "" if recipe is None else quoteattr(json.dumps(recipe, ensure_ascii=True, separators=(",", ":")))
     return (
         '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'

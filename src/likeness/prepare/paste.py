@@ -77,7 +77,7 @@ def paste_file(
         image.putalpha(original.getchannel("A"))
     packet = edited.info.get(XMP_KEY) or edited.info.get("xmp") or b""
     packet = packet.decode("utf-8", "replace") if isinstance(packet, bytes) else packet
-    mark = COMPOSITE if GENERATED in packet else None  # IPTC's mark of generated media
+    mark = COMPOSITE if GENERATED in packet else None  # IPTC's label for generated media
     write_whole(out, encode_image(image, kind, None, mark=mark))
     return f"images/{row['file_name'].name}"
 
