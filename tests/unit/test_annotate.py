@@ -16,10 +16,11 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 from likeness.annotators.face_parser import MEAN, STD, load_face_parser, parse_faces
 from likeness.annotators.u2net import PORTRAIT, U2Net
 from likeness.cli import main
+from likeness.conditions.images import made_by
 from likeness.conditions.mask.classes import FLIP_PAIRS
 from likeness.data.folder import read_folder
 from likeness.data.synthetic import draw_face
-from likeness.prepare.annotate import annotate_folder, made_by
+from likeness.prepare.annotate import annotate_folder
 from likeness.train.components.face_parser import FaceParserRecipe, build
 from likeness.types import InputError
 from likeness.weights.hashes import network_name

@@ -190,7 +190,7 @@ def test_photographs_that_are_not_square(root, tmp_path):
     assert number(found, "ssim", "mask").n == COUNT - 1
     for photo in photos:
         Image.new("RGB", (32, 40)).save(photo)
-    with pytest.raises(InputError, match="None of the 12 photographs"):
+    with pytest.raises(InputError, match="None of the 12 images"):
         evaluate_model(root, tmp_path / "other", **settings)
     assert not (tmp_path / "other").exists()
 

@@ -6,7 +6,6 @@ misses faces that are small relative to the image: `find_faces` searches for tho
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +15,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from likeness.files import first_line
 from likeness.types import InputError
+from likeness.weights.hashes import file_hash
 
 WORKING_SIDE = 256
 """Smallest shorter side of the detector's input in pixels."""
@@ -62,8 +63,7 @@ def open_face_finder(model: Path, *, max_faces: int = MAX_FACES) -> Iterator[Fac
             blank = np.zeros((WORKING_SIDE, WORKING_SIDE, 3), np.uint8)  # the first image logs, too
             detector.detect(mediapipe.Image(image_format=mediapipe.ImageFormat.SRGB, data=blank))
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{model} is not a model of MediaPipe's FaceLandmarker: {reason}") from error
+        raise InputError(f"{model} is not a model of MediaPipe's FaceLandmarker: {first_line(error)}") from error
 
     def find(image: np.ndarray) -> list[np.ndarray]:
         height, width = image.shape[:2]
@@ -141,4 +141,4 @@ def same(face: np.ndarray, other: np.ndarray) -> bool:
 
 def landmarker_name(model: Path) -> str:
     """Return the name of the landmarker with the start of its file's SHA-256."""
-    return f"FaceLandmarker {hashlib.sha256(model.read_bytes()).hexdigest()[:12]}"
+    return f"FaceLandmarker {file_hash(model)[:12]}"

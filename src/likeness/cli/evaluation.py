@@ -57,7 +57,7 @@ class Measurement:
                 model=model or "",
                 images=images,
                 device=device,
-                progress=lambda task, done, total: advance(done, total),
+                progress=lambda task, done, total: advance(done, total, task),
             )
         if results is not None:
             write_report(results, out)
@@ -219,7 +219,7 @@ class Verify(Measurement):
                 pipeline=pipeline,
                 model=model,
                 device=device,
-                progress=lambda task, done, total: advance(done, total),
+                progress=lambda task, done, total: advance(done, total, task),
             )
         if not trials:
             return

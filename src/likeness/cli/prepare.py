@@ -342,13 +342,14 @@ class Encode(EncodeOptions):
         from likeness.encoders.components import load_components
         from likeness.parallel import rank_and_world
         from likeness.prepare.encode import encode_folder
+        from likeness.weights.catalog import BUNDLED, COMMON
 
         quiet_libraries()
         share = rank_and_world()
         others = sorted(set(splits := splits_of(self.folder)) - {"train"})
         if "train" in splits and others and not share[0]:
             print_notes([f"only train is encoded, not {', '.join(others)}: give the folder of a split to encode it"])
-        components = load_components(self.components) if self.components else load_components()
+        components = load_components(self.components or BUNDLED / COMMON)
         with progress_bar("Encoding") as advance:
             progress = (lambda done, total: None) if share[0] else advance
             options = vars(self) | {"components": components, "share": share}
@@ -392,6 +393,7 @@ class Shards(ImportOptions, EncodeOptions):
         from likeness.data.folder import captions_of, each_row, splits_of
         from likeness.encoders.components import load_components
         from likeness.prepare.encode import check_sizes
+        from likeness.weights.catalog import BUNDLED, COMMON
 
         only_ingest = {field.name for field in fields(Ingest)} - {field.name for field in fields(Align)} - {"source"}
         ignored = [
@@ -403,7 +405,7 @@ class Shards(ImportOptions, EncodeOptions):
             raise InputError(f"--{ignored[0]} has no effect on photos that --align cuts: leave it out")
         if self.align and self.landmarker is None:
             raise InputError("--align finds faces with MediaPipe: pass its model as --landmarker face_landmarker.task")
-        components = load_components(self.components) if self.components else load_components()
+        components = load_components(self.components or BUNDLED / COMMON)
         check_sizes(components, self.size, self.augmentations)  # before hours of work
         if self.landmarker is not None:
             with open_landmarker(self.landmarker):

@@ -49,8 +49,8 @@ def printable(text: str) -> str:
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar on stderr, updated by calls with (done, total)."""
+def progress_bar(title: str) -> Iterator[Callable[..., None]]:
+    """Show a progress bar on stderr, updated by calls with (done, total) or (done, total, another title)."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -61,4 +61,4 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
         *columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=own
     ) as progress:
         task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+        yield lambda done, total, title=title: progress.update(task, description=title, completed=done, total=total)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import zipfile
 from contextlib import nullcontext, suppress
@@ -261,3 +262,15 @@ def png_bytes(image: Image.Image, made_by: str = "") -> bytes:
         info.add_text(MADE_BY, made_by)
     image.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
+
+
+def made_by(file: Path) -> str | None:
+    """Return the annotator that a mask, sketch or keypoints file names."""
+    try:
+        if file.suffix == ".json":
+            document = json.loads(file.read_text(encoding="utf-8"))
+            return document.get("made_by") if isinstance(document, dict) else None
+        with Image.open(file) as image:
+            return image.info.get(MADE_BY)
+    except (OSError, ValueError, SyntaxError):
+        return None

@@ -13,7 +13,7 @@ from typing import Any
 from likeness.encoders.text import encode_text
 from likeness.files import read_json
 from likeness.types import InputError, TextFeatures
-from likeness.weights.catalog import BUNDLED, COMMON, COMPONENTS, find_model
+from likeness.weights.catalog import COMMON, COMPONENTS, find_model
 from likeness.weights.hashes import encoder_hash, weights_hash
 from likeness.weights.packed import load_component
 
@@ -73,7 +73,7 @@ class Components:
         )
 
 
-def load_components(source: str | Path = BUNDLED / COMMON) -> Components:
+def load_components(source: str | Path) -> Components:
     """Load the components of a pipeline folder, FLUX.1's included, or of a components folder such as `common/`. Raises
     `InputError` if one is missing or cannot be read.
     """

@@ -18,7 +18,6 @@ from likeness.annotators.face_parser import confusion_of, load_face_parser, pars
 from likeness.annotators.landmarks import open_landmarker
 from likeness.annotators.sketch import DRAWING, extract_sketch
 from likeness.chat import open_endpoint
-from likeness.conditions.keypoints import STROKES
 from likeness.data.folder import read_photo
 from likeness.encoders import text_image as pair
 from likeness.encoders.text import token_ids
@@ -126,8 +125,7 @@ def landmarks(protocol: Protocol, size: int, device: str) -> Extractor:
     detect = stack.enter_context(open_landmarker(file))
 
     def extract(images: Images, faces: Faces) -> np.ndarray:
-        score = lambda given, found: keypoint_error(given, found, STROKES)  # noqa: E731
-        return compare_conditions("keypoints", [detect(image) for image in images], faces, size, score)
+        return compare_conditions("keypoints", [detect(image) for image in images], faces, size, keypoint_error)
 
     content = file_hash(file)[:16]
     description = f"MediaPipe's {file.name}"

@@ -170,8 +170,11 @@ def read_batches(files: Sequence[Path], size: int) -> Iterator[tuple[int, list[n
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file, "-" if it does not exist."""
-    return file_hash(path) if path.is_file() else "-"
+    """Return the SHA-256 of a file, "-" if it cannot be read."""
+    try:
+        return file_hash(path)
+    except OSError:
+        return "-"
 
 
 def cache_key(

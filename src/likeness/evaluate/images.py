@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from likeness.conditions.images import MADE_BY, png_bytes
+from likeness.conditions.base import IMAGE_SUFFIXES
+from likeness.conditions.images import made_by, png_bytes
 from likeness.data.folder import read_folder, read_photo
 from likeness.encoders.latent import LatentCodec, reconstruct
 from likeness.evaluate.faces import Face
+from likeness.evaluate.features import file_digest
 from likeness.evaluate.protocol import NONE, Protocol, conditions_of
 from likeness.files import read_json, write_whole
 from likeness.parallel import rank_and_world
@@ -27,14 +29,13 @@ from likeness.pipelines.image_recipe import hash_of, read_recipe, recipe_of, set
 from likeness.pipelines.load import load
 from likeness.pipelines.propose import add_mask
 from likeness.types import ConditionInput, InputError, PortraitRequest
-from likeness.weights.hashes import file_hash, pipeline_hash, weights_hash
+from likeness.weights.hashes import pipeline_hash, weights_hash
 
 SEED_STRIDE = 1_000_000
 """Difference between two seeds of the same face."""
 
 SOURCE_FILE = "made.json"
 """Records how the images of an evaluation were made."""
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 Progress = Callable[[str, int, int], None]
 """Called as (task, done, total)."""
@@ -155,8 +156,8 @@ def reconstruct_photos(task: Task) -> tuple[list[Path], dict[str, str]]:
     files = [task.out / "pictures" / "ceiling" / f"{face.name}.png" for face in task.faces]
     for done, index in enumerate(work_order(len(files), *rank_and_world())):
         face, file = task.faces[index], files[index]
-        source = f"{autoencoder}, of {hash_of_file(face.photo)}"
-        if not is_made_by(file, source):
+        source = f"{autoencoder}, of {file_digest(face.photo)}"
+        if made_by(file) != source:
             try:
                 image = reconstruct(codec, read_photo(face.photo, size))
             except InputError as error:
@@ -165,23 +166,6 @@ def reconstruct_photos(task: Task) -> tuple[list[Path], dict[str, str]]:
             write_whole(file, png_bytes(Image.fromarray(image), source))
         task.progress("photographs through the autoencoder", done + 1, len(files))
     return files, faults
-
-
-def hash_of_file(photo: Path) -> str:
-    """Return the SHA-256 of a photograph, "" if it cannot be read."""
-    try:
-        return file_hash(photo)
-    except OSError:
-        return ""
-
-
-def is_made_by(file: Path, source: str) -> bool:
-    """Return whether a PNG file exists and names its source as `png_bytes` writes it."""
-    try:
-        with Image.open(file) as image:
-            return image.info.get(MADE_BY) == source
-    except (OSError, ValueError, SyntaxError):
-        return False
 
 
 # --- Images of the user
@@ -194,7 +178,7 @@ def user_images(task: Task, files: Sequence[Path]) -> ImageSets:
     check_names(files, task)
     by_name = {file.stem: file for file in files}
     matched = [by_name[face.name] for face in task.faces]
-    size = task.protocol.size or image_size(matched)
+    size = task.protocol.size or side_of(matched)
     recorded = {"pictures": str(matched[0].parent.resolve())}
     check_source(task.out, recorded)
     record_source(task.out, recorded)
@@ -209,7 +193,8 @@ def user_images(task: Task, files: Sequence[Path]) -> ImageSets:
 
 def find_images(folder: Path) -> list[Path]:
     """List the images of a folder. Raises `InputError` if there are none."""
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES) if folder.is_dir() else []
+    paths = folder.iterdir() if folder.is_dir() else ()
+    files = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise InputError(f"{folder} contains no images: name the folder with the images of a method")
     return files
@@ -233,27 +218,14 @@ def check_names(files: Sequence[Path], task: Task) -> None:
         )
 
 
-def photo_size(faces: Sequence[Face]) -> int:
-    """Return the side of the first photograph that can be read and is square. Raises `InputError` if there is none."""
-    for face in faces:
+def side_of(files: Sequence[Path]) -> int:
+    """Return the side of the first readable square image. Raises `InputError` if there is none."""
+    for file in files:
         with contextlib.suppress(InputError):
-            height, width = read_photo(face.photo).shape[:2]
+            height, width = read_photo(file).shape[:2]
             if height == width:
                 return height
-    raise InputError(f"None of the {len(faces)} photographs of {faces[0].photo.parent} is a readable square: crop them")
-
-
-def image_size(files: Sequence[Path]) -> int:
-    """Return the side of the first readable image. Raises `InputError` if it is not square or none is readable."""
-    for file in files:
-        try:
-            height, width = read_photo(file).shape[:2]
-        except InputError:
-            continue
-        if height != width:
-            raise InputError(f"{file} is {width}x{height}: images must be square. Crop them or set size=...")
-        return height
-    raise InputError(f"None of the {len(files)} images in {files[0].parent} can be read")
+    raise InputError(f"None of the {len(files)} images of {files[0].parent} is a readable square: crop them")
 
 
 def check_source(out: Path, source: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from likeness.evaluate.aggregate import class_scores, measure, nearest_photos
 from likeness.evaluate.extractors import EXTRACTORS
 from likeness.evaluate.faces import Face, faces_hash, read_faces, read_training_faces
 from likeness.evaluate.features import Extractor, MissingError, extract_cached, file_digest
-from likeness.evaluate.images import ImageSets, Progress, Task, find_images, generate_images, photo_size, user_images
+from likeness.evaluate.images import ImageSets, Progress, Task, find_images, generate_images, side_of, user_images
 from likeness.evaluate.metrics import METRICS, Metric, SetMetric
 from likeness.evaluate.protocol import BUNDLED, CEILING, NONE, REAL, TRAIN, Protocol
 from likeness.evaluate.results import Results
@@ -76,7 +76,7 @@ def evaluate(
     files = None if images is None else find_images(images)
     faces, notes = read_faces(folder, protocol, files)
     train = [] if protocol.train is None else read_training_faces(Path(protocol.train))
-    side = photo_size(faces)
+    side = side_of([face.photo for face in faces])
     task = Task(folder, out, protocol, faces, pipeline, model, progress)
     sets = generate_images(task) if files is None else user_images(task, files)
     if rank_and_world()[0]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
+from likeness.conditions.keypoints import STROKES, part_points
 from likeness.conditions.mask.classes import CLASS_INDEX
 from likeness.conditions.mask.geometry import broken_rules, measure
 
@@ -98,16 +96,16 @@ def edge_f_score(given: np.ndarray, found: np.ndarray, *, tolerance: float = 1.5
     return float(2 * precision * recall / max(precision + recall, 1e-12))
 
 
-def keypoint_error(given: np.ndarray, found: np.ndarray, strokes: Mapping[str, Any]) -> float:
+def keypoint_error(given: np.ndarray, found: np.ndarray) -> float:
     """Return the mean distance of keypoints, (x, y) in [0, 1], [68 | 468 | 478, 2] both, over the distance between the
     eye centers (Sagonas et al. 2013). Of MediaPipe's points the first 468 are compared, without the irises. Between
     iBUG's 68 and MediaPipe's points, only the centers of the common parts are, without the jaw: this error is several
-    times smaller. `strokes` is `conditions.keypoints.STROKES`.
+    times smaller.
     """
 
     def centers(points: np.ndarray) -> dict[str, np.ndarray]:
-        column = 2 if len(points) == 68 else 3
-        return {part: points[list(stroke[column])].mean(axis=0) for part, stroke in strokes.items() if part != "jaw"}
+        parts = (part for part in STROKES if part != "jaw")
+        return {part: points[part_points(part, len(points))].mean(axis=0) for part in parts}
 
     parts, others = centers(given), centers(found)
     eye_distance = max(float(np.linalg.norm(parts["l_eye"] - parts["r_eye"])), 1e-6)

@@ -28,6 +28,7 @@ from scipy import ndimage
 
 from likeness.annotators.landmarks import FaceFinder, find_faces, landmarker_name, open_face_finder, same
 from likeness.conditions import CONDITIONS
+from likeness.conditions.base import IMAGE_SUFFIXES
 from likeness.conditions.framing import (
     beyond,
     framing_faults,
@@ -53,7 +54,7 @@ from likeness.files import write_whole, writing_whole
 from likeness.prepare.annotate import keypoints_file, made_by_column, mask_annotator, sketch_annotator
 from likeness.prepare.ingest.faces import plain_name
 from likeness.prepare.ingest.formats import UNKNOWN_TERMS
-from likeness.prepare.ingest.source import IMAGES, walk
+from likeness.prepare.ingest.source import walk
 from likeness.prepare.ingest.splits import SPLITS, check_minimum, default_held_out, random_split
 from likeness.types import InputError, Note, Progress
 from likeness.weights.hashes import file_hash
@@ -175,9 +176,9 @@ def photo_files(photos: Path, out: Path, follow_links: bool = False) -> list[Pat
     if photos.resolve().is_relative_to(out.resolve()):
         raise InputError(f"{photos} is inside {out}: write to another folder")
     files = [photos / folder / name for folder, names in walk(photos, out, follow_links=follow_links) for name in names]
-    files = sorted(path for path in files if path.suffix.lower() in IMAGES)
+    files = sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
-        raise InputError(f"{photos} has no photos ({', '.join(IMAGES)})")
+        raise InputError(f"{photos} has no photos ({', '.join(IMAGE_SUFFIXES)})")
     return files
 
 

@@ -23,7 +23,7 @@ from likeness.annotators.face_parser import Translated, load_face_parser, parse_
 from likeness.annotators.landmarks import Landmarker, landmarker_name, open_landmarker
 from likeness.annotators.u2net import load_sketcher
 from likeness.conditions import CONDITIONS
-from likeness.conditions.images import MADE_BY, png_bytes
+from likeness.conditions.images import made_by, png_bytes
 from likeness.conditions.mask import mask_image
 from likeness.data.folder import (
     METADATA,
@@ -195,18 +195,6 @@ def place_of(row: dict[str, Any], name: str, root: Path) -> str:
 def made_by_column(condition: str) -> str:
     """Return the column with the annotator of a condition."""
     return f"{condition}_made_by"
-
-
-def made_by(file: Path) -> str | None:
-    """Return the annotator that a mask, sketch or keypoints file names."""
-    try:
-        if file.suffix == ".json":
-            document = json.loads(file.read_text(encoding="utf-8"))
-            return document.get("made_by") if isinstance(document, dict) else None
-        with Image.open(file) as image:
-            return image.info.get(MADE_BY)
-    except (OSError, ValueError, SyntaxError):
-        return None
 
 
 def mask_annotator(source: str | Path, *, swapped_sides: bool = False, device: str | None = None) -> Annotator:

@@ -26,8 +26,7 @@ from likeness.pipelines.sizes import format_sizes, trained_sizes
 from likeness.serve.engine import Closed, Engine, Full, measure_batch, warm_up
 from likeness.serve.errors import FINAL, RESPONSES, ApiError, handle
 from likeness.serve.forms import form_body, read_form, text_fields
-from likeness.serve.job import Job, response_of
-from likeness.serve.jobs import SHARE, Jobs
+from likeness.serve.jobs import SHARE, Job, Jobs, response_of
 from likeness.serve.middleware import Frame, Metrics, access
 from likeness.serve.schema import (
     MAX_CANDIDATES,

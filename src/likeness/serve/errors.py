@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -76,9 +77,18 @@ class ApiError(HTTPException):
         self.error = {"message": message, "type": kind, "param": param, "code": code}
 
 
-def invalid(error: InputError, param: str | None = None) -> ApiError:
+def invalid(error: InputError | str, param: str | None = None) -> ApiError:
     """Return the response to invalid input."""
-    return ApiError(400, str(error), param=param, code=error.kind or "invalid_value")
+    return ApiError(400, str(error), param=param, code=getattr(error, "kind", "") or "invalid_value")
+
+
+@contextmanager
+def invalid_input(param: str | None = None) -> Iterator[None]:
+    """Raise `ApiError` for each `InputError` of a `with` block."""
+    try:
+        yield
+    except InputError as error:
+        raise invalid(error, param) from error
 
 
 def respond(error: ApiError) -> JSONResponse:

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from likeness.serve.engine import BATCHES
 from likeness.serve.errors import ApiError, respond
 from likeness.serve.service import Service
 from likeness.serve.store import IDENTIFIER
@@ -36,8 +37,7 @@ class Metrics:
         own: dict[str, Any] = {"registry": self.registry}
         self.queue = Gauge("likeness_queue_length", "Waiting images", **own)
         self.running = Gauge("likeness_running_images", "Images in progress", **own)
-        batches = (1, 2, 4, 8, 16, 32)
-        self.batch = Histogram("likeness_batch_size", "Images per step of the engine", buckets=batches, **own)
+        self.batch = Histogram("likeness_batch_size", "Images per step of the engine", buckets=BATCHES, **own)
         self.step = Histogram("likeness_step_seconds", "Time of a step of the engine", **own)
         self.images = Counter("likeness_images", "Images by result", ["result"], **own)
         self.requests = Counter("likeness_requests", "Requests by path and status", ["path", "status"], **own)

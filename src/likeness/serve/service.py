@@ -18,10 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from likeness.annotators.face_parser import load_face_parser
 from likeness.annotators.landmarks import landmarker_name, open_face_finder
@@ -39,14 +39,15 @@ from likeness.pipelines.sizes import parse_size
 from likeness.prepare.align import cut_portrait, face_transform
 from likeness.prepare.annotate import keypoints_annotator, mask_annotator, sketch_annotator
 from likeness.prepare.edit import Change, Photo, Plan, composed, open_photo, plan_edit, region_steps, request_for
-from likeness.prepare.ingest.convert import center_square, crop_and_resize
 from likeness.serve.engine import CACHE
-from likeness.serve.errors import ApiError, invalid
-from likeness.serve.job import Job
+from likeness.serve.errors import ApiError, invalid, invalid_input
 from likeness.serve.schema import Generation, Images, MaskEdit, PhotoEdit, Proposal
 from likeness.serve.store import Store, write
 from likeness.types import ConditionInput, InputError, PortraitRequest
 from likeness.weights.hashes import pipeline_hash
+
+if TYPE_CHECKING:
+    from likeness.serve.jobs import Job
 
 LARGEST_EDIT = 2048
 """Largest side of a mask that is edited or interpolated."""
@@ -133,13 +134,11 @@ class Service:
         request = self.common_request(body)
         width = height = None
         if body.size not in (None, "auto"):
-            try:
+            with invalid_input("size"):
                 width, height = parse_size(body.size)
-            except InputError as error:
-                raise invalid(error, "size") from error
-            if max(width, height) > settings.max_side:
-                message = f"size is {body.size}; this service allows sides of at most {settings.max_side} pixels"
-                raise invalid(InputError(message), "size")
+                if max(width, height) > settings.max_side:
+                    limit = settings.max_side
+                    raise InputError(f"size is {body.size}; this service allows sides of at most {limit} pixels")
         conditions, notes = {}, []
         for name, text in body.control_image.items():
             param = f"control_image.{name}"
@@ -147,24 +146,22 @@ class Service:
             notes += [f"{name}: {line}" for line in (reading.scheme, *(note.text for note in reading.notes))]
             start, end = body.of("control_guidance_start", name), body.of("control_guidance_end", name)
             if start > end:
-                raise invalid(InputError(f"{name} is active from {start} to {end}: the start comes first"), param)
+                raise invalid(f"{name} is active from {start} to {end}: the start comes first", param)
             scale = body.of("conditioning_scale", name)
             conditions[name] = ConditionInput(image=reading, scale=scale, start=start, end=end)
         trained = self.conditions
         if unknown := [name for name in conditions if name not in trained]:
             message = f"The model was not trained with {unknown[0]}: it takes {', '.join(trained) or 'text only'}"
-            raise invalid(InputError(message), f"control_image.{unknown[0]}")
+            raise invalid(message, f"control_image.{unknown[0]}")
         request = replace(request, conditions=conditions, width=width, height=height, upscale=body.upscale)
-        try:
+        with invalid_input("size"):
             request = resolve(request, self.pipeline)
-        except InputError as error:
-            raise invalid(error, "size") from error
         if body.output_format == "jpeg" and self.settings.metadata:
             try:
                 check_fits(self.recipe(request), "JPEG")
             except InputError as error:
                 message = "The prompts are too long for the recipe in a JPEG: shorten them, or use output_format png"
-                raise invalid(InputError(message), "output_format") from error
+                raise invalid(message, "output_format") from error
         return request, notes
 
     def recipe(self, request: PortraitRequest) -> dict[str, Any]:
@@ -178,12 +175,10 @@ class Service:
             message = f"Unknown model {body.model!r}. Available: {settings.model}"
             raise ApiError(404, message, param="model", code="model_not_found")
         if body.steps is not None and body.steps > settings.max_steps:
-            raise invalid(InputError(f"steps is {body.steps}; this service allows {settings.max_steps}"), "steps")
+            raise invalid(f"steps is {body.steps}; this service allows {settings.max_steps}", "steps")
         seed = secrets.randbelow(2**31) if body.seed is None else body.seed
-        try:
+        with invalid_input("seed"):
             resolve(PortraitRequest(seed=seed + body.n - 1), self.pipeline)
-        except InputError as error:
-            raise invalid(error, "seed") from error
         return PortraitRequest(
             prompt=body.prompt,
             negative_prompt=body.negative_prompt,
@@ -205,18 +200,14 @@ class Service:
             message = "A mask limits the change to its transparent pixels: leave mask_edit, wanted_mask and region out"
             raise ApiError(400, message, param="mask", code="invalid_value")
         wanted = None if body.wanted_mask is None else self.read_mask(body.wanted_mask, "wanted_mask")
-        try:
+        with invalid_input("image"):
             photo = open_photo(image, "image")
             if self.find is None and photo.image.width != photo.image.height:
                 width, height = photo.image.size
                 raise InputError(f"image is {width}x{height}: without --landmarker the service edits square faces only")
-        except InputError as error:
-            raise invalid(error, "image") from error
-        try:
+        with invalid_input("mask"):
             region = None if mask is None else transparent(mask)
-        except InputError as error:
-            raise invalid(error, "mask") from error
-        try:
+        with invalid_input():
             change = Change(
                 mask_edit=body.mask_edit,
                 mask=None if wanted is None else mask_image(wanted),
@@ -230,8 +221,6 @@ class Service:
             side = self.pipeline.config.defaults["size"]
             plan = plan_edit(photo, change, side, parser=self.parser, find=self.find, read=read)
             return request_for(self.pipeline, photo, plan, request, body.output_format.upper()), photo, plan
-        except InputError as error:
-            raise invalid(error) from error
 
     @cached_property
     def parser(self) -> tuple[Any, int]:
@@ -276,10 +265,8 @@ class Service:
         key = name, hashlib.sha256(content).digest()
         reading = self.readings.get(key)
         if reading is None:
-            try:
+            with invalid_input(param):
                 reading = CONDITIONS[name].read(source_of(name, content, param), name=param)
-            except InputError as error:
-                raise invalid(error, param) from error
             with self.changing:
                 self.readings[key] = reading
                 while sum(each.raw.nbytes for each in self.readings.values()) > CACHE:
@@ -319,23 +306,18 @@ class Service:
         if size is None:
             size = self.pipeline.config.defaults["size"]
         if not 32 <= size <= self.settings.max_side:
-            raise invalid(InputError(f"size is {size}; it must be from 32 to {self.settings.max_side}"), "size")
+            raise invalid(f"size is {size}; it must be from 32 to {self.settings.max_side}", "size")
         annotate = self.annotators.get(condition)
         if annotate is None:
             raise ApiError(501, "Keypoints require the option --landmarker of the service", code="not_available")
-        try:
-            image = read_rgb(photo, "image")
-        except InputError as error:
-            raise invalid(error, "image") from error
         aligned = self.find is not None and align is not False
-        if aligned:
-            try:
+        with invalid_input("image"):
+            image = read_rgb(photo, "image")
+            if aligned:
                 transform, _, _ = face_transform(np.asarray(image), "image", self.find, size)
-            except InputError as error:
-                raise invalid(error, "image") from error
-            pixels = cut_portrait(np.asarray(image), transform, size)
-        else:
-            pixels = np.asarray(crop_and_resize(image, center_square(*image.size), size))
+                pixels = cut_portrait(np.asarray(image), transform, size)
+            else:
+                pixels = np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
         (content,) = annotate([pixels])
         reading = None if content is None else CONDITIONS[condition].read(source_of(condition, content, condition))
         if reading is None or (condition == "mask" and not shows_face(reading.raw)):
@@ -362,10 +344,8 @@ class Service:
         """Report what a condition file contains, and store its canonical form."""
         if condition is None and content.lstrip()[:1] in (b"{", b"["):
             condition = "keypoints"
-        try:
+        with invalid_input("file"):
             report = inspection.inspect(source_of(condition or "mask", content, "file"), condition)
-        except InputError as error:
-            raise invalid(error, "file") from error
         return {
             **self.uploaded(report.condition, report.raw),
             "format": report.scheme,
@@ -394,12 +374,10 @@ class Service:
         options = {name: getattr(body, name) for name in body.model_fields_set - {"mask", "operation"}}
         if body.other:
             options["other"] = self.read_mask(body.other, "other")
-        try:
+        with invalid_input():
             after = OPERATIONS[body.operation](before, **options)
-        except InputError as error:
-            raise invalid(error) from error
         if not after.any():
-            raise invalid(InputError("Nothing but background would remain: a mask needs a face"), "classes")
+            raise invalid("Nothing but background would remain: a mask needs a face", "classes")
         return {**self.uploaded("mask", after), "changes": edits.changes(before, after)}
 
     def read_mask(self, text: str, param: str) -> np.ndarray:
@@ -407,7 +385,7 @@ class Service:
         labels = self.read_condition("mask", text, param).raw
         if max(labels.shape) > LARGEST_EDIT:
             message = f"{param} is {labels.shape[1]}x{labels.shape[0]}: at most {LARGEST_EDIT} pixels a side are edited"
-            raise invalid(InputError(message), param)
+            raise invalid(message, param)
         return labels
 
 

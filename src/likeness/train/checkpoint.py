@@ -94,13 +94,8 @@ def delete_incomplete(run: Path) -> None:
 
 
 def newest(run: Path) -> Path | None:
-    """Return the newest checkpoint of a run, if any. Raises `InputError` if the run has checkpoints of an earlier
-    version only.
-    """
-    found = checkpoints(run)
-    if not found and any((run / FOLDER).glob("*.pt")):
-        raise InputError(f"{run} was started by an earlier version: finish it with that, or choose another folder")
-    return found[-1] if found else None
+    """Return the newest checkpoint of a run, if any."""
+    return next(reversed(checkpoints(run)), None)
 
 
 def checkpoint_entries(path: Path) -> dict[str, TensorStorageMetadata]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -35,7 +35,7 @@ from likeness.train.config import (
 )
 from likeness.train.networks import with_precision
 from likeness.train.trace import FLUX_SIZES, ComponentSizes, Trace, block_counts, random_batch, random_network, trace
-from likeness.types import InputError
+from likeness.types import InputError, Progress
 from likeness.weights.catalog import BUNDLED, COMMON, bundled_models
 
 GB = 1e9
@@ -49,8 +49,6 @@ CPU_OVERHEAD = 1.25
 REFERENCES = ((64, 2, 2, 16), (128, 4, 4, 16), (192, 8, 6, 16), (256, 4, 8, 4), (192, 4, 6, 64), (384, 6, 8, 8))
 """(width, blocks, heads, images) of the networks that are measured, at 128 px."""
 REFERENCE_SIZES = ComponentSizes(text_dim=192, pooled_dim=192, text_tokens=32, text_parameters=0)
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)

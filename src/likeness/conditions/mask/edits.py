@@ -21,6 +21,7 @@ from likeness.conditions.images import ASPECT_TOLERANCE, png_bytes
 from likeness.conditions.mask import flip, mask_image, resize, swap_classes
 from likeness.conditions.mask.classes import ALIASES, CLASS_INDEX, CLASSES, COUNTERPART, plain_name
 from likeness.conditions.mask.geometry import INSIDE, measure, specks, swapped_pairs
+from likeness.conditions.mask.repair import fill_nearest
 from likeness.files import writing_whole
 from likeness.types import InputError
 
@@ -177,8 +178,7 @@ def clean(labels: np.ndarray, classes: Names) -> np.ndarray:
     for index in present_classes(labels, classes):
         x, y, right, bottom = geometry.box[index].astype(int)
         gone[y : bottom + 1, x : right + 1] |= specks(labels, index, geometry.box[index])[0]
-    nearest = np.asarray(ndimage.distance_transform_edt(gone, return_distances=False, return_indices=True))  # [2, H, W]
-    return labels[tuple(nearest)]
+    return fill_nearest(labels, gone)
 
 
 def rename(labels: np.ndarray, old: str, new: str) -> np.ndarray:

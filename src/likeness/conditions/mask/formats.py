@@ -33,7 +33,7 @@ from likeness.conditions.mask.classes import (
     order_table,
 )
 from likeness.conditions.mask.geometry import Geometry, broken_rules, measure, rank_orders, swapped_pairs
-from likeness.conditions.mask.repair import TOLERANCE, UNKNOWN, looks_blended, nearest_colors, unblend
+from likeness.conditions.mask.repair import TOLERANCE, UNKNOWN, fill_nearest, looks_blended, nearest_colors, unblend
 from likeness.types import InputError, Note
 
 UNION = np.unique(np.concatenate(list(PALETTES.values())), axis=0)
@@ -185,14 +185,6 @@ def _read_array(array: np.ndarray, name: str) -> Reading:
 def _reject_sketch(values: np.ndarray, name: str) -> None:
     if values.max() > 200 and np.median(values) > 200:
         raise off_palette(f"{name} is mostly white, like a drawing: pass it as --sketch; for a mask, {HOW}")
-
-
-def fill_nearest(values: np.ndarray, missing: np.ndarray) -> np.ndarray:
-    """Replace the `missing` pixels, bool [H, W], with the values of the nearest other pixels."""
-    from scipy import ndimage
-
-    nearest = ndimage.distance_transform_edt(missing, return_distances=False, return_indices=True)
-    return values[tuple(np.asarray(nearest))]
 
 
 def _finish(labels: np.ndarray, scheme: str, notes: tuple[Note, ...], name: str) -> Reading:

@@ -101,8 +101,7 @@ def unblend(near: np.ndarray, colors: np.ndarray, rgb: np.ndarray | None = None)
         kept[(sizes < max(4, SPECK * near.size))[components] & (components > 0)] = UNKNOWN
     if (kept == UNKNOWN).all():
         raise ValueError("no pixel has a palette color")
-    nearest = np.asarray(ndimage.distance_transform_edt(kept == UNKNOWN, return_distances=False, return_indices=True))
-    result = kept[nearest[0], nearest[1]]
+    result = fill_nearest(kept, kept == UNKNOWN)
     if rgb is not None:
         rows, columns = np.nonzero(kept == UNKNOWN)
         pixels, least = rgb[rows, columns].astype(np.float32), np.full(len(rows), np.inf, dtype=np.float32)
@@ -113,6 +112,14 @@ def unblend(near: np.ndarray, colors: np.ndarray, rgb: np.ndarray | None = None)
             result[rows[closer], columns[closer]] = row
             least = np.minimum(least, off)
     return result
+
+
+def fill_nearest(values: np.ndarray, missing: np.ndarray) -> np.ndarray:
+    """Replace the `missing` pixels, bool [H, W], with the values of the nearest other pixels."""
+    from scipy import ndimage
+
+    nearest = ndimage.distance_transform_edt(missing, return_distances=False, return_indices=True)
+    return values[tuple(np.asarray(nearest))]
 
 
 def looks_blended(indices: np.ndarray) -> bool:

@@ -168,9 +168,6 @@ def read_captions(path: Path, number: int, line: bytes) -> tuple[str, list[Capti
         record = json.loads(line)
         name, captions = record["file_name"], record["captions"]
         if isinstance(name, str) and all(isinstance(c["text"], str) and isinstance(c["source"], str) for c in captions):
-            for caption in captions:
-                if "dropped" in caption:  # earlier versions wrote "rule: reason"
-                    caption["dropped"] = caption["dropped"].partition(":")[0]
             return name, captions
     except (ValueError, KeyError, TypeError, AttributeError):
         pass

@@ -11,26 +11,14 @@ from typing import Any
 import numpy as np
 
 from likeness.conditions import CONDITIONS
-from likeness.conditions.mask.classes import CLASSES
+from likeness.conditions.mask.classes import CLASSES, TITLES
 from likeness.conditions.mask.contradictions import contradictions
 from likeness.data.folder import column_of
 from likeness.prepare.caption.prompts import NOTHING
 from likeness.prepare.caption.rules import DANGLING, WORD, Filtered, filter_answer, join, pieces_of, thinking
 from likeness.types import Note
 
-PARTS: dict[str, str] = {
-    "eye_g": "glasses",
-    "l_eye": "left eye",
-    "r_eye": "right eye",
-    "l_brow": "left eyebrow",
-    "r_brow": "right eyebrow",
-    "l_ear": "left ear",
-    "r_ear": "right ear",
-    "mouth": "inside of the open mouth",
-    "u_lip": "upper lip",
-    "l_lip": "lower lip",
-    "cloth": "clothes",
-}
+PARTS = TITLES | {"mouth": "inside of the open mouth"}
 """Class -> its name in text, if different."""
 
 SUBJECTIVE = ("Attractive", "Blurry")

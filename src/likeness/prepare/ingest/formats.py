@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from likeness.conditions import CONDITIONS
+from likeness.conditions.base import IMAGE_SUFFIXES
 from likeness.data.folder import METADATA, ORIGINALS, clean_row, column_of, parse_row
 from likeness.prepare.ingest import celeba
 from likeness.prepare.ingest.celeba import (
@@ -30,7 +31,7 @@ from likeness.prepare.ingest.celeba import (
 )
 from likeness.prepare.ingest.faces import SPLIT_NAMES, SPLIT_ORDER, Entries, Skipped, SourceFace, with_row
 from likeness.prepare.ingest.shards import parquet, webdataset
-from likeness.prepare.ingest.source import IMAGES, Source, SourceFile, check_inside, join, parse_json
+from likeness.prepare.ingest.source import Source, SourceFile, check_inside, join, parse_json
 from likeness.types import InputError
 
 TABLE = "metadata.csv"
@@ -129,7 +130,7 @@ def images_in_folders(source: Source) -> Entries:
         top, _, rest = place.partition("/")
         split = SPLIT_NAMES.get(top)
         prefix = (rest if split else place).replace("/", "_")
-        for name in sorted(name for name in source.folders[place] if name.lower().endswith(IMAGES)):
+        for name in sorted(name for name in source.folders[place] if name.lower().endswith(IMAGE_SUFFIXES)):
             stem = name.rpartition(".")[0]
             if join(place, name) in others:
                 continue
@@ -152,7 +153,7 @@ def find_sidecars(source: Source, place: str) -> dict[str, dict[str, list[str]]]
         suffix = f"{dot}{suffix}".lower()
         for key, condition in CONDITIONS.items():
             own, mark = stem[: -len(key) - 1], stem[-len(key) - 1 :].lower()
-            if own in stems and mark[1:] == key and mark[0] in "_-." and suffix in (condition.suffix, *IMAGES):
+            if own in stems and mark[1:] == key and mark[0] in "_-." and suffix in (condition.suffix, *IMAGE_SUFFIXES):
                 files = found.setdefault(own, {}).setdefault(key, [])
                 files.insert(0 if suffix == condition.suffix else len(files), join(place, name))
     return found

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from likeness.conditions import CONDITIONS
+from likeness.conditions.base import IMAGE_SUFFIXES
 from likeness.prepare.ingest.faces import AHEAD, SPLIT_NAMES, Entries, Skipped, SourceFace, with_row
 from likeness.prepare.ingest.source import (
     HIDDEN,
-    IMAGES,
     MAX_BYTES,
     SPECIAL,
     Source,
@@ -190,7 +190,7 @@ def sample_face(
 ) -> SourceFace | Skipped:
     """Return the face of one sample of a shard: kind ("jpg", "mask.png") -> file. Other files are counted as unread."""
     name = f"{key} in {path.name}"
-    shown = next((kind for kind in sample if f".{kind.removeprefix('image.')}" in IMAGES), None)
+    shown = next((kind for kind in sample if f".{kind.removeprefix('image.')}" in IMAGE_SUFFIXES), None)
     if shown is None:
         return Skipped(name, f"the sample has no image among its files .{', .'.join(sample)}: {KEYS}")
     image = sample[shown]

@@ -19,11 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from likeness.conditions.base import IMAGE_SUFFIXES
 from likeness.data.folder import lines_of
 from likeness.types import InputError
-
-IMAGES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".heic", ".heif", ".bmp", ".tif", ".tiff", ".gif")
-"""Suffixes of images."""
 
 MAX_BYTES = 2**28
 """Largest file that is read: no image of a face is larger, but an archive may pretend to be small."""
@@ -172,7 +170,7 @@ class Source:
         top = min(("/".join(parts[: parts.index(name) + 1]) for parts in tops), key=depth, default=None)
         return sorted(folder for folder in self.folders if top and f"{folder}/".startswith(f"{top}/"))
 
-    def images(self, folder: str | None, suffixes: tuple[str, ...] = IMAGES) -> dict[str, str]:
+    def images(self, folder: str | None, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> dict[str, str]:
         """Return stem -> `folder/name` of the images directly in a folder, sorted by name; {} for None."""
         names = [] if folder is None else sorted(self.folders.get(folder, ()))
         return {name.rpartition(".")[0]: join(folder or "", name) for name in names if name.lower().endswith(suffixes)}

@@ -361,8 +361,8 @@ def train_text_image(recipe: TextImageRecipe, run: Path) -> None:
     with steps.open_component(recipe, run) as (world, signals):
         rows, test = (steps.rows_with("text", folders) for folders in (recipe.train, recipe.test))
         stored = run / "tokenizer"
-        if newest(run):  # the embeddings belong to the tokenizer; earlier versions stored it in the model
-            tokenizer = CLIPTokenizer.from_pretrained(stored if stored.is_dir() else run / "model" / "tokenizer")
+        if newest(run):  # the embeddings belong to the tokenizer
+            tokenizer = CLIPTokenizer.from_pretrained(stored)
         else:
             captions = (caption for row in rows for caption in captions_of(row))
             tokenizer = train_tokenizer(captions, recipe.vocabulary, recipe.max_tokens)
