@@ -11,10 +11,13 @@ import re
 import secrets
 import shutil
 import stat
+import sys
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from safetensors import SafetensorError
 
 from likeness.types import InputError, TryAgain
 
@@ -109,8 +112,8 @@ def writing_folder(folder: Path) -> Iterator[Path]:
         else:
             partial.rename(folder)
         sync(folder.parent)
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # incomplete, or the former content
 
@@ -238,6 +241,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} contains a {type(content).__name__}: it must be a JSON object")
     return content
+
+
+def log_line(text: str) -> None:
+    """Print a line to stderr; if that is a log on a full disk, the line is lost."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def first_line(error: BaseException) -> str:

@@ -80,6 +80,14 @@ def test_resumes_without_redoing(folder, parser):
     assert (folder / "metadata.jsonl").read_text() == after
 
 
+def test_deleted_files_are_made_again(folder, parser):
+    annotate_folder(folder, parser=parser)
+    before = (folder / "masks" / "2.png").read_bytes()
+    (folder / "masks" / "2.png").unlink()
+    assert annotate_folder(folder, parser=parser) == {"mask": 1, "sketch": 0}
+    assert (folder / "masks" / "2.png").read_bytes() == before
+
+
 def test_all_splits_of_a_folder(folder, parser, tmp_path, capsys):
     for split in ("train", "test"):
         shutil.copytree(folder, tmp_path / "splits" / split)

@@ -116,6 +116,24 @@ def test_resume_is_exact(root, tmp_path):
     assert [int(path.name) for path in checkpoints(tmp_path / "parts")] == [40, 64]
 
 
+def test_an_encoder_that_changed_meanwhile_is_rejected(root, tmp_path):
+    shutil.copytree(root / "autoencoder", tmp_path / "autoencoder")
+    given = recipe(root, autoencoder=str(tmp_path / "autoencoder"), images=32)
+    train_decoder(given, tmp_path / "run")
+    vae = AutoencoderDC.from_pretrained(tmp_path / "autoencoder")
+    with torch.no_grad():
+        next(vae.encoder.parameters()).mul_(1.1)
+    vae.save_pretrained(tmp_path / "autoencoder")
+    with pytest.raises(InputError, match="started with other frozen weights"):
+        train_decoder(dataclasses.replace(given, images=64), tmp_path / "run")
+
+
+def test_a_missing_test_folder_is_found_before_the_training(root, tmp_path):
+    with pytest.raises(InputError, match="typo"):
+        train_decoder(recipe(root, test=(str(tmp_path / "typo"),)), tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_discriminator_sees_photographs_only(root, tmp_path):
     """Without photographs it is not trained."""
     train_decoder(recipe(root, probabilities={"image": 1e-12, "mask": 1.0}), tmp_path)

@@ -22,6 +22,7 @@ from likeness.data.folder import captions_of, column_of, mirrored_caption, read_
 from likeness.data.store import Store, write_part
 from likeness.encoders.components import Components, load_components
 from likeness.encoders.latent import LatentCodec, to_tensor
+from likeness.encoders.text import truncated_text
 from likeness.prepare.encode import encode_folder
 from likeness.prepare.synthetic import write_synthetic
 from likeness.train.batches import make_batch
@@ -145,8 +146,8 @@ def test_interrupted_and_run_again(prepared, parts, tmp_path):
     """Interrupted after every written file: nothing is encoded twice; no manifest exists before the end."""
     out, encoded, runs = tmp_path / "shards", 0, 0
     plain = encode_folder(prepared / "faces", tmp_path / "whole", parts, size=SIZE)
-    assert plain == {"faces": FACES, "encoded": IMAGES} | dict.fromkeys(
-        ("captions", "uncaptioned", "damaged", "removed", "missing"), 0
+    assert plain == {"faces": FACES, "written": 10 * FACES, "truncated": plain["truncated"], "encoded": IMAGES} | (
+        dict.fromkeys(("captions", "uncaptioned", "damaged", "removed", "missing"), 0)
     )
 
     def stop(*_):
@@ -437,7 +438,7 @@ def test_damaged_files_are_reported_and_rewritten(prepared, parts, tmp_path):
     assert_same(Store(out), Store(prepared / "shards"))
 
 
-def test_command(prepared, tmp_path, capsys):
+def test_command(prepared, parts, tmp_path, capsys):
     out = tmp_path / "s"
     arguments = [str(prepared / "faces"), str(out), "--components", str(prepared / "components"), "--size", str(SIZE)]
     cli.main(["prepare", "encode", *arguments])
@@ -447,7 +448,18 @@ def test_command(prepared, tmp_path, capsys):
     cli.main(["prepare", "encode", *arguments, "--augmentations", "2"])
     printed = capsys.readouterr()
     assert f"{FACES} faces x 2 augmentations, {IMAGES} images and conditions encoded now\n" in printed.out
-    assert printed.err == ""
+    limit = parts.settings["max_text_tokens"]
+    captions = [caption for row in read_rows(prepared / "faces") for caption in row["text"]]
+    long = sum(truncated_text(parts.tokenizer, caption, limit) != "" for caption in captions)
+    assert 0 < long < len(captions)
+    assert printed.err.startswith(f"{long} of {len(captions)} captions are longer than {limit} tokens, the most")
+
+
+def test_a_condition_of_another_aspect_ratio_is_named(prepared, faces, parts, tmp_path):
+    mask = faces / "train" / "masks" / "000003.png"
+    Image.open(mask).resize((SIZE, 2 * SIZE)).save(mask)
+    with pytest.raises(InputError, match=rf"{mask}: the mask is {SIZE}x{2 * SIZE}, but the image is {SIZE}x{SIZE}"):
+        encode_folder(faces, tmp_path / "s", parts, size=SIZE)
 
 
 def test_faces_without_captions(prepared, faces, tmp_path, capsys):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,11 +22,12 @@ from likeness.files import locked
 from likeness.pipelines.generate import generate, resolve
 from likeness.pipelines.load import load
 from likeness.prepare.encode import encode_folder
-from likeness.train import batches, loop
+from likeness.train import batches, loop, publish
 from likeness.train.checkpoint import checkpoints, save_checkpoint
 from likeness.train.ema import Ema, exponent, posthoc_ema, solve
 from likeness.train.metrics import Reporter, read_metrics
 from likeness.train.optim import make_optimizers
+from likeness.train.publish import preview_requests
 from likeness.train.report import write_report
 from likeness.types import ConditionInput, InputError, PortraitRequest, TryAgain
 from runs import SIZE, assert_identical, load_checkpoint, metrics, small, weights_of
@@ -285,6 +287,19 @@ def test_full_disk(root, tmp_path, capsys):
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["000000000008", "000000000016"]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
+def test_log_on_a_full_disk(tmp_path, monkeypatch):
+    """The lines of the log are lost, the training is not."""
+    log, reporter = Path("/dev/full").open("w"), Reporter(tmp_path, 100, 0)  # noqa: SIM115
+    monkeypatch.setattr(sys, "stderr", log)
+    reporter.report(10, loss=1.0)
+    reporter.report_diagnostics(10, {"loss": 1.0}, ["alarm"], ["message"])
+    monkeypatch.undo()
+    with suppress(OSError):
+        log.close()
+    assert len(read_metrics(tmp_path)) == 2
+
+
 @pytest.mark.parametrize("most", [0, 100])
 def test_reports_on_a_full_disk(tmp_path, capsys, most):
     """A line is lost, even if a part of it was written; the next one is not."""
@@ -409,6 +424,68 @@ def test_initial_weights_that_do_not_fit(root, tmp_path):
         loop.train(small(root, trainable=["blok"]), tmp_path / "c")
 
 
+def test_checkpoints_of_a_finished_run_are_gone(root, tmp_path):
+    """Its model is not replaced by that of a new run; one that had not ended starts again."""
+    run = loop.train(small(root, optimizer={"images": 8}), tmp_path / "run").parent
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(InputError, match="contains a trained model, but its checkpoints are gone: choose another"):
+        loop.train(small(root, optimizer={"images": 16}), run)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines if json.loads(line)["seen"] < 8))
+    loop.train(small(root, optimizer={"images": 8}), run)
+    assert checkpoints(run)
+
+
+@pytest.mark.parametrize(
+    ("preview", "message"),
+    [
+        ({"seed": -1}, "The seed is -1"),
+        ({"mask": "wide.png"}, "the mask of preview 1 is 64x32, but the image is 32x32"),
+        ({"mask": "none.png"}, "none.png does not exist"),
+    ],
+)
+def test_previews_that_cannot_be_generated(root, tmp_path, monkeypatch, preview, message):
+    monkeypatch.chdir(tmp_path)
+    Image.open(root / "faces/train/masks/000000.png").resize((64, 32)).save("wide.png")
+    with pytest.raises(InputError, match=message):
+        loop.train(small(root, preview=[preview]), tmp_path / "run")
+
+
+def test_examples_of_previews_are_found_anywhere(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (request,) = preview_requests(small(root, preview=[{"mask": "examples/masks/smile.png"}]))
+    assert "mask" in request.conditions
+
+
+def test_a_preview_that_fails_costs_no_checkpoint(root, tmp_path, monkeypatch, capsys):
+    def fail(*_: object) -> None:
+        raise InputError("no preview")
+
+    monkeypatch.setattr(publish, "generate", fail)
+    loop.train(small(root, preview=[{"prompt": "a face"}]), tmp_path)
+    assert checkpoints(tmp_path)[-1].name == "000000000024"
+    assert capsys.readouterr().err.count("no preview; training continues") == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vae": "AutoencoderKL"}, "vae = 'AutoencoderKL'; it must be a library and a class"),
+        ({"text_layer": -30}, "text_layer is -30"),
+        ({"max_text_tokens": 1.5}, "max_text_tokens is 1.5"),
+        ({"latent_mean": "0.1"}, "latent_mean is '0.1'"),
+        ({"latent_std": 0.0}, "latent_std is 0.0"),
+    ],
+)
+def test_invalid_components(root, tmp_path, changes, message):
+    """`docs/training.md` describes how to write `components.json`."""
+    shutil.copytree(root / "components", tmp_path / "components")
+    path = tmp_path / "components" / "components.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(InputError, match=message):
+        load_components(tmp_path / "components")
+
+
 def test_posthoc_ema(root, tmp_path, capsys):
     """The EMA of width 0.07 from those of widths 0.05 and 0.1 is close to the one computed during training."""
     model = torch.nn.Linear(8, 8, bias=False)
@@ -450,6 +527,10 @@ def test_posthoc_ema(root, tmp_path, capsys):
     loop.train(small(root, optimizer={"images": 4}), tmp_path / "plain")
     with pytest.raises(InputError, match="stored no EMAs"):
         posthoc_ema(tmp_path / "plain", 0.1)
+    with pytest.raises(InputError, match="stored no EMAs to combine in its first 2 images"):
+        posthoc_ema(run, 0.1, seen=2)
+    with pytest.raises(InputError, match="needs a run"):
+        posthoc_ema(tmp_path / "nothing", 0.1)
 
 
 def test_eight_bit_checkpoints(root, tmp_path):

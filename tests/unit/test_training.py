@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 from builders import tiny_transformer
 from likeness.data.sampler import Sampler
@@ -308,8 +309,22 @@ def test_damaged_checkpoints(tmp_path, capsys, name):
     assert "code ran" not in capsys.readouterr().out
     shutil.rmtree(newest)
     assert load_checkpoint(tmp_path)["weight"].tolist() == [10.0] * 300
-    (checkpoints(tmp_path)[-1] / "SHA256SUMS.0").unlink()  # as earlier versions wrote it
-    assert load_checkpoint(tmp_path)["weight"].tolist() == [10.0] * 300
+
+
+def test_ctrl_c_during_a_checkpoint_stops(tmp_path, monkeypatch):
+    """DCP turns it into an error of its own."""
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    save_checkpoint(tmp_path, 10, {"weight": torch.zeros(3)})
+    monkeypatch.setattr(FileSystemWriter, "write_data", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, 20, {"weight": torch.zeros(3)})
+    assert [path.name for path in checkpoints(tmp_path)] == ["000000000010"]
+    monkeypatch.setattr(FileSystemReader, "read_data", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        load_checkpoint(tmp_path)
 
 
 def test_folders_are_written_atomically(tmp_path):

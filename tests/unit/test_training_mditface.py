@@ -139,9 +139,11 @@ def test_base_trained_from_scratch(prepared, tmp_path):
 def test_adapter_on_mmface(prepared, tmp_path):
     """The base is unchanged; the published folder acts as `--model` and as `--lora`."""
     shards = {"condition_probabilities": {"mask": 0.5, "sketch": 0.3, "none": 0.2}}
-    base = loop.train(recipe(prepared, {}, data=shards), tmp_path / "base")
+    sampler = {"objective": {"name": "rectified_flow", "sampler": "dpm++"}}
+    defaults = {"size": 32, "steps": 3, "guidance_scale": 1.5}
+    base = loop.train(recipe(prepared, {}, data=shards, defaults=defaults, **sampler), tmp_path / "base")
     network = {"name": "mmface_adapter", "base": str(base), "rank": 2, "alpha": 4, "targets": "all"}
-    given = recipe(prepared, network, data=shards)
+    given = recipe(prepared, network, data=shards, defaults={"size": 32})
     whole = check_resume(lambda run: loop.train(given, run), tmp_path, killed_after_checkpoint())
     assert all(".lora_" in name for name in whole)
     model = tmp_path / "whole" / "model"
@@ -151,7 +153,7 @@ def test_adapter_on_mmface(prepared, tmp_path):
         "targets": "all",
         "rank": 2,
         "alpha": 4,
-        "defaults": {"size": 32, "steps": 2},
+        "defaults": {"size": 32},
     }
     mask = {"mask": ConditionInput(image=str(prepared / "faces/train/masks/000000.png"))}
     adapted, plain, added = load(model), load(base), load(base)
@@ -159,6 +161,11 @@ def test_adapter_on_mmface(prepared, tmp_path):
     request = resolve(PortraitRequest(prompt="a face", conditions=mask), plain)
     images = [generate(pipeline, request, [1])[0][0].tobytes() for pipeline in (plain, adapted, added)]
     assert images[0] != images[1] == images[2]
+    preview = given.preview[0]
+    request = resolve(dataclasses.replace(request, prompt=preview.prompt), adapted)
+    (image,), _ = generate(adapted, request, [preview.seed])  # with sampler, steps and guidance of the base
+    shown = Image.open(sorted((tmp_path / "whole" / "previews").iterdir())[-1])
+    assert image.tobytes() == shown.convert("RGB").tobytes()
     planned = trace(given, 4, component_sizes(given)).trainable
     assert planned == sum(value.numel() for name, value in whole.items() if name.startswith("model/"))
 

@@ -363,6 +363,10 @@ class Encode(EncodeOptions):
             command = f"likeness prepare caption {self.folder} --grammar --attributes bundled"
             uncaptioned = f"{found['uncaptioned']} of {found['faces']} faces have no captions"
             print_notes([f"{uncaptioned}: they are trained with empty text. `{command}` writes captions"])
+        if found["truncated"] and not share[0]:
+            limit = components.settings["max_text_tokens"]
+            truncated = f"{found['truncated']} of {found['written']} captions are longer than {limit} tokens"
+            print_notes([f"{truncated}, the most that the text encoder reads: training ignores the rest of each"])
         if found["damaged"]:
             print_notes([f"{found['damaged']} files of {self.out} were damaged and have been encoded again"])
         if found["removed"]:

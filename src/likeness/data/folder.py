@@ -246,9 +246,9 @@ def write_record(out: Path, record: dict[str, Any]) -> None:
 
 
 def captions_of(row: dict[str, Any]) -> Sequence[str]:
-    """Return the captions of a row: `text` may be a string, a list, or absent."""
+    """Return the captions of a row, without empty ones: `text` may be a string, a list, or absent."""
     text = row.get("text", ())
-    return (text,) if isinstance(text, str) else tuple(text)
+    return tuple(caption for caption in ([text] if isinstance(text, str) else text) if caption.strip())
 
 
 def mirrored_caption(caption: str) -> str:

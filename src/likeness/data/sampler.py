@@ -27,7 +27,7 @@ def stream(seed: int, position: int) -> np.random.Generator:
     """Return the random numbers of one sample, in this order: caption, dropout, condition, time, noise, if the
     autoencoder returns a distribution the latent, and if the condition is a photo its region.
     """
-    # The 1 separates them from the orders of the sampler; only position 0 and epoch 1 share numbers, without effect.
+    # The 1 separates them from the orders of the sampler; only epochs 1 and 2 share numbers, with position 0.
     return np.random.default_rng([seed, 1, position])
 
 

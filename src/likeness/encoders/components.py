@@ -10,7 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from likeness.encoders.text import encode_text
+from likeness.encoders.latent import LatentCodec
+from likeness.encoders.text import check_text_settings, encode_text
 from likeness.files import read_json
 from likeness.types import InputError, TextFeatures
 from likeness.weights.catalog import COMMON, COMPONENTS, find_model
@@ -19,6 +20,9 @@ from likeness.weights.packed import load_component
 
 FLUX = "FluxPipeline"
 """Pipeline class in the `model_index.json` of FLUX.1; its components are those of `MDiTFacePipeline`."""
+
+EXAMPLE = '["diffusers", "AutoencoderKL"]'
+"""A component in `components.json`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,12 @@ class Components:
         settings = [self.settings.get(key) for key in ("max_text_tokens", "text_layer")]
         return hashlib.sha256(json.dumps([encoders, vocabularies, settings]).encode()).hexdigest()
 
+    def count_truncated(self, captions: Sequence[str]) -> int:
+        """Count the captions that are longer than `max_text_tokens`, start and end tokens included."""
+        tokenizer = self.tokenizer if self.tokenizer_2 is None else self.tokenizer_2
+        encoded = tokenizer(list(captions), verbose=False).input_ids if captions else ()
+        return sum(len(ids) > self.settings["max_text_tokens"] for ids in encoded)
+
     def text_features(self, captions: Sequence[str]) -> TextFeatures:
         """Encode B captions in one batch, on the device of the text encoders."""
         return encode_text(
@@ -77,7 +87,7 @@ def load_components(source: str | Path) -> Components:
     """Load the components of a pipeline folder, FLUX.1's included, or of a components folder such as `common/`. Raises
     `InputError` if one is missing or cannot be read.
     """
-    folder = Path(source) if Path(source).is_dir() else find_model(source)
+    folder = Path(source) if (Path(source) / COMPONENTS).is_file() else find_model(source)
     index = read_json(folder / (COMPONENTS if (folder / COMPONENTS).is_file() else "model_index.json"))
     names = ["vae", "text_encoder", "tokenizer"]
     flux = index.get("_class_name") == FLUX
@@ -89,6 +99,10 @@ def load_components(source: str | Path) -> Components:
     for name in names:
         if not (part := part_folder(folder, name)).is_dir() or not index.get(name):
             raise InputError(f"{folder} has no {name}")
+        if not isinstance(index[name], list) or [type(value) for value in index[name]] != [str, str]:
+            raise InputError(
+                f"{folder} has {name} = {index[name]!r}; it must be a library and a class, such as {EXAMPLE}"
+            )
         parts[name] = load_component(part, *index[name])
     config = parts["vae"].config
     if flux:
@@ -99,6 +113,8 @@ def load_components(source: str | Path) -> Components:
         if missing := [name for name in names if name not in index]:
             raise InputError(f"{folder} has no {missing[0]}: it is no model of likeness or FLUX.1")
         settings = {name: index[name] for name in names}
+        check_text_settings(parts["text_encoder"], settings["text_layer"], settings["max_text_tokens"])
+    LatentCodec(parts["vae"], settings["latent_mean"], settings["latent_std"])  # checks the statistics
     of_vae = part_folder(folder, "vae").parent / COMPONENTS
     encoder_of = tuple(read_json(of_vae).get("encoder_of", ())) if of_vae.is_file() else ()
     return Components(**parts, settings=settings, codec_hash=encoder_hash(parts["vae"]), encoder_of=encoder_of)

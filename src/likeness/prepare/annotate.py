@@ -143,8 +143,13 @@ def scan(root: Path) -> tuple[int, bool]:
         if taken.setdefault(hash(place), hash(row["file_name"])) != hash(row["file_name"]):
             other = next(other["file_name"] for other in each_row(root) if place_of(other, "mask", root) == place)
             raise InputError(f"{other} and {row['file_name'].name} would share one mask: rename one of them")
-        count, lacks_mask = count + 1, lacks_mask or column_of("mask") not in row
+        count, lacks_mask = count + 1, lacks_mask or lacks(row, column_of("mask"))
     return count, lacks_mask
+
+
+def lacks(row: dict[str, Any], column: str) -> bool:
+    """Return whether a row has no file in a column, or the file was deleted."""
+    return column not in row or not row[column].is_file()
 
 
 def default_parser(image: Path, report: Callable[[str], None]) -> str:
@@ -170,7 +175,7 @@ def add_condition(rows: list[dict[str, Any]], name: str, annotator: Annotator, r
     """Make the missing files of some rows and add them to the rows; returns the number of files made."""
     column, by = column_of(name), made_by_column(name)
     ours = (None, annotator.made_by)
-    wanted = [row for row in rows if column not in row or (redo and row.get(by) not in ours)]
+    wanted = [row for row in rows if lacks(row, column) or (redo and row.get(by) not in ours)]
     files = [row.get(column) or file_inside(root, place_of(row, name, root), {}, column) for row in wanted]
     missing = [index for index, file in enumerate(files) if not file.is_file() or made_by(file) not in ours]
     contents = annotator.annotate([read_photo(wanted[index]["file_name"]) for index in missing]) if missing else []

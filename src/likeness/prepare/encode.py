@@ -139,7 +139,8 @@ def encode_folder(
     always updated.
 
     Returns:
-        `faces`: faces of the folder; `uncaptioned`: those without captions; `encoded` and `captions`: images and
+        `faces`: faces of the folder; `uncaptioned`: those without captions; `written`: captions of all; `truncated`:
+        those that are longer than the text encoder reads; `encoded` and `captions`: images and
         captions encoded by this process; `damaged`: files that did not have their content any more, which were encoded
         again; `removed`: images of the former store that the folder no longer contains; `missing`: entries that other
         processes have yet to write. The store is complete if it is 0.
@@ -187,8 +188,8 @@ def encode_folder(
     damaged = [file for file in files[rank::world] if not is_intact(file)]
     for file in damaged:
         file.unlink(missing_ok=True)
-    captioned = [bool(captions_of(row)) for row in each_row(root)]
-    report = lambda done: progress(done, len(captioned))  # noqa: E731
+    captions_per_face = [len(captions_of(row)) for row in each_row(root)]
+    report = lambda done: progress(done, len(captions_per_face))  # noqa: E731
     images, captions = missing_images(root, out, settings, share), 0
     encoded = encode_images(images, codec, settings, EntryWriter(out, "latents", shard_bytes), report)
     if settings.text:
@@ -196,10 +197,12 @@ def encode_folder(
         captions = encode_captions(texts, components, EntryWriter(out, "text", shard_bytes), report)
     with locked(out, wait=True):
         missing = finish(root, out, settings)
-    report(len(captioned))
+    report(len(captions_per_face))
     counts = {"encoded": encoded, "captions": captions, "damaged": len(damaged), "missing": missing}
-    faces = {"faces": len(captioned), "uncaptioned": captioned.count(False)}
-    return {**faces, "removed": 0 if missing else len(removed), **counts}
+    faces = {"faces": len(captions_per_face), "uncaptioned": captions_per_face.count(0)}
+    blocks = ([caption for row in rows for caption in captions_of(row)] for rows in each_block(root))
+    written = {"written": sum(captions_per_face), "truncated": sum(map(components.count_truncated, blocks))}
+    return {**faces, **written, "removed": 0 if missing else len(removed), **counts}
 
 
 def check_sizes(components: Components, size: int, augmentations: int) -> None:
@@ -277,7 +280,11 @@ def image_of(job: Job, size: int) -> np.ndarray:
         image = image[:, ::-1] if mirrored else image
     else:
         condition = CONDITIONS[job.column]
-        raw = condition.resize(condition.read(job.path).raw, size, size)
+        raw = condition.read(job.path).raw
+        try:
+            raw = condition.resize(raw, size, size)
+        except InputError as error:
+            raise InputError(f"{job.path}: {error}", kind=error.kind) from error
         if job.augmentation:
             # Seeded by the key: depends on the file's content and the augmentation only, not on other rows.
             raw = condition.augment(raw, np.random.default_rng(int.from_bytes(job.keys[0], "big")))

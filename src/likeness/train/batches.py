@@ -123,8 +123,8 @@ def photo_condition(sample: Sample, mean: Tensor, patch_size: int, rng: np.rando
 
 
 def random_region(height: int, width: int, patch_size: int, rng: np.random.Generator) -> Tensor:
-    """Return a random region of whole tokens, bool [h, w]: one to three rectangles or ellipses of at most 60 % of the
-    tokens together, or in one of seven cases the tokens outside them.
+    """Return a random region of whole tokens, bool [h, w]: one to three rectangles or ellipses, or in one of seven
+    cases the tokens outside them. Those after the first are left out if all would exceed 60 % of the tokens.
     """
     rows, columns = height // patch_size, width // patch_size
     y, x = np.mgrid[:rows, :columns] + 0.5

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder under `checkpoints/` in torch's distributed checkpoint format (DCP), one file per rank. DCP
 writes the file `.metadata` atomically when all ranks are done: a folder without it is incomplete and ignored. Each rank
-then writes the SHA-256 of its files, which are compared before a checkpoint is read; earlier versions wrote none.
+then writes the SHA-256 of its files, which are compared before a checkpoint is read.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ def write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, CheckpointException) as error:
+        raise_interrupt(error)
         raise InputError(
             f"cannot write the checkpoint {path}: {reason_of(error)}; earlier checkpoints are intact"
         ) from error
@@ -121,7 +122,15 @@ def read_into(path: Path, tensors: Mapping[str, Tensor], world: World = SINGLE_P
         with without_warning():
             dcp.load(dict(tensors), storage_reader=Reader(path), no_dist=world.size == 1)
     except (Exception, CheckpointException) as error:
+        raise_interrupt(error)
         raise unreadable(path, error) from error
+
+
+def raise_interrupt(error: BaseException) -> None:
+    """Raise the `KeyboardInterrupt` that DCP has wrapped in an error, if there is one."""
+    failures = error.failures.values() if isinstance(error, CheckpointException) else ()
+    if any(isinstance(inner, KeyboardInterrupt) for inner, _ in failures):
+        raise KeyboardInterrupt from error
 
 
 def unreadable(path: Path, error: BaseException) -> InputError:

@@ -179,7 +179,7 @@ class PreviewRecipe:
     prompt: str = ""
     """Prompt."""
     mask: str | None = None
-    """Path of the mask."""
+    """Path of the mask; `examples/...` is one of the project."""
     sketch: str | None = None
     """Path of the sketch."""
     keypoints: str | None = None
@@ -341,8 +341,8 @@ MAX_EMA_WIDTH = 0.28
 """The plain mean of all weights has the largest relative width of a power-law EMA, 0.289."""
 
 
-SHIPPED = (Path(__file__).parents[3] / "recipes", Path(sys.prefix) / "share" / "likeness" / "recipes")
-"""Where the recipes of the project are: in a checkout, and in an installation."""
+PROJECT = (Path(__file__).parents[3], Path(sys.prefix) / "share" / "likeness")
+"""Where `recipes` and `examples` of the project are: in a checkout, and in an installation."""
 
 
 def find_recipe(name: Path) -> Path:
@@ -351,12 +351,18 @@ def find_recipe(name: Path) -> Path:
     Raises:
         InputError: there is no such recipe.
     """
-    if name.exists() or name.suffix or len(name.parts) > 1:
+    if name.is_file() or name.suffix or len(name.parts) > 1:
         return name  # a missing file is reported when it is read
-    files = {file.stem: file for folder in (*reversed(SHIPPED), Path("recipes")) for file in folder.glob("*.toml")}
+    folders = [folder / "recipes" for folder in (*reversed(PROJECT), Path())]
+    files = {file.stem: file for folder in folders for file in folder.glob("*.toml")}
     if name.name not in files:
         raise InputError(f"Unknown recipe {name.name!r}. {suggestion(name.name, sorted(files))}")
     return files[name.name]
+
+
+def preview_file(name: str) -> Path:
+    """Return a file of a preview: a path, or that of an example of the project, such as `examples/masks/smile.png`."""
+    return next((folder / name for folder in (Path(), *PROJECT) if (folder / name).exists()), Path(name))
 
 
 def load_recipe(path: str | Path, cls: type[R], overrides: tuple[str, ...] = ()) -> R:

@@ -99,7 +99,7 @@ class Diagnostics:
         pairs = self.pairs[name]
         face = condition.double().sum().item()
         pairs.pop(face, None)
-        pairs[face] = (condition, image)
+        pairs[face] = (condition.clone(), image.clone())  # not views of a whole batch
         if len(pairs) > MAX_PAIRS:
             del pairs[next(iter(pairs))]
         self.occurrences[name] += 1

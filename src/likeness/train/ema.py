@@ -101,10 +101,11 @@ def posthoc_ema(run: Path, width: float, seen: int | None = None) -> Path:
         images, _, stored_width = path.stem.partition("-")
         if seen is None or int(images) <= seen:
             stored[path] = (float(images), exponent(float(stored_width)))
-    if len({gamma for _, gamma in stored.values()}) < 2:
-        raise InputError(f"{run} stored no EMAs to combine: its recipe needs optimizer.posthoc_emas")
     if not (run / "model" / "model_index.json").is_file():
-        raise InputError(f"{run / 'model'} is not a pipeline folder: post-hoc EMA does not support adapters")
+        raise InputError(f"{run / 'model'} is not a pipeline folder: `average` needs a run, and supports no adapters")
+    if len({gamma for _, gamma in stored.values()}) < 2:
+        when = "" if seen is None else f" in its first {seen:,} images"
+        raise InputError(f"{run} stored no EMAs to combine{when}: its recipe needs optimizer.posthoc_emas")
     end = max(images for images, _ in stored.values())
     coefficients = solve(list(stored.values()), (end, exponent(width)))
     total: dict[str, torch.Tensor] = {}

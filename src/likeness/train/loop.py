@@ -45,9 +45,9 @@ def train(recipe: TrainRecipe, run: Path) -> Path:
     the published pipeline, `run/model`.
 
     Raises:
-        InputError: data, components, processes or an earlier checkpoint do not fit the recipe, or another process
-        trains in `run`. TryAgain: a loss or gradient is not finite (the batch is recorded and skipped when resuming),
-        or SIGTERM was received (a checkpoint was saved). The same command resumes.
+        InputError: data, components, processes or an earlier checkpoint do not fit the recipe.
+        TryAgain: another process trains in `run`, a loss or gradient is not finite (the batch is recorded and skipped
+            when resuming), or SIGTERM was received (a checkpoint was saved). The same command resumes.
     """
     world = parallel.init_world(recipe.sharding)
     with world.joint_errors():

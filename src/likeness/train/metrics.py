@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from likeness.files import write_whole
+from likeness.files import log_line, write_whole
 from likeness.types import InputError
 
 METRICS = "metrics.jsonl"
@@ -40,7 +40,7 @@ class Reporter:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise InputError("tensorboard = true needs TensorBoard: pip install 'likeness[train]'") from error
-            self.tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=seen or None)
+            self.tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=seen + 1)
         if project := getattr(recipe, "wandb", None):
             try:
                 import wandb  # pyrefly: ignore
@@ -64,7 +64,7 @@ class Reporter:
         self.write(seen, {"images_per_second": round(self.speed, 2), "memory_gb": memory, **values})
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         line = f"{seen:>9,}/{self.total:,} images  {numbers}  {self.speed:.1f} images/s  {memory:.2f} GB  {left} left"
-        print(line, file=sys.stderr, flush=True)
+        log_line(line)
 
     def report_diagnostics(
         self, seen: int, values: Mapping[str, float], alarms: Sequence[str], messages: Sequence[str]
@@ -73,7 +73,7 @@ class Reporter:
         values = {f"diagnostics/{name}": value for name, value in values.items()}
         self.write(seen, {**values, "alarms": list(alarms), "messages": list(messages)})
         for text in (*(f"ALARM: {alarm}" for alarm in alarms), *messages):
-            print(f"{seen:>9,} diagnostics: {text}", file=sys.stderr, flush=True)
+            log_line(f"{seen:>9,} diagnostics: {text}")
 
     def write(self, seen: int, values: Mapping[str, Any]) -> None:
         """Write a line to all targets but the terminal. If the disk is full, the line is lost with a warning."""
@@ -92,7 +92,7 @@ class Reporter:
                 self.wandb.log(numbers, step=seen)
         except OSError as error:
             reason = error.strerror or error
-            print(f"cannot write {self.path}: {reason}; training continues", file=sys.stderr, flush=True)
+            log_line(f"cannot write {self.path}: {reason}; training continues")
 
     def close(self) -> None:
         """End the reports of a run."""

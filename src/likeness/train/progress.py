@@ -7,7 +7,6 @@ need no host synchronization; a non-finite value is therefore found some steps l
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from likeness.files import write_whole
+from likeness.files import log_line, write_whole
 from likeness.parallel import mean_over_ranks
 from likeness.train.checkpoint import save_checkpoint
 from likeness.train.metrics import Reporter
@@ -50,8 +49,10 @@ class Progress:
             total = -(-images // batch) * batch
             self.reporter = Reporter(run, total, state.images_seen, recipe) if state.world.main else None
         if self.reporter and not self.starts:
-            message = f"{run} is finished: it has seen {state.images_seen:,} images. More images continue the training"
-            print(message, file=sys.stderr, flush=True)
+            log_line(
+                f"{run} is finished: it has seen {state.images_seen:,} images. A larger number of images continues the "
+                "training; changed defaults and previews take effect with it"
+            )
         self.recent: list[tuple[int, Mapping[str, Tensor]]] = []
         self.previous, self.last, self.stopping = state.images_seen, False, False
 
@@ -103,14 +104,14 @@ class Progress:
             raise TryAgain(f"stopped by SIGTERM after {seen:,} images: run the same command again to resume")
 
     @contextmanager
-    def tolerated_write_errors(self) -> Iterator[None]:
-        """Turn an error within a `with` block into a warning, unless the training ends with this step."""
+    def tolerated_write_errors(self, *, always: bool = False) -> Iterator[None]:
+        """Turn an error within a `with` block into a warning, unless the training ends with this step, or `always`."""
         try:
             yield
         except InputError as error:
-            if self.last or self.stopping:
+            if (self.last or self.stopping) and not always:
                 raise
-            print(f"{error}; training continues", file=sys.stderr, flush=True)
+            log_line(f"{error}; training continues")
 
     def check_finite(self) -> dict[str, float]:
         """Return the mean of each value since the last report, over the steps that have it and over all processes.

@@ -50,7 +50,7 @@ def write_report(run: Path) -> Path:
     alarms = [(line["seen"], alarm) for line in lines for alarm in line.get("alarms", ())][-MAX_ALARMS:]
     messages = next((line["messages"] for line in reversed(lines) if "messages" in line), ())
     loss = curves.get("loss")
-    previews = sorted((run / "previews").glob("*.png"))
+    previews = sorted(path for path in (run / "previews").glob("*.png") if path.stem.isdigit())
     previews = previews[::-1][:: -(-len(previews) // MAX_PREVIEWS) or 1]  # newest first
     recipe = run / "recipe.json"
     seen = f"{lines[-1]['seen']:,} images seen" if lines else "No report yet"

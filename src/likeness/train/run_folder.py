@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,7 +15,7 @@ from torch import nn
 
 from likeness.config import build, rename_keys, to_dict
 from likeness.data.store import Store
-from likeness.files import delete_partials, locked, read_json, write_whole
+from likeness.files import delete_partials, locked, log_line, read_json, write_whole
 from likeness.parallel import SINGLE_PROCESS, World, rank_and_world
 from likeness.train.checkpoint import delete_incomplete, newest
 from likeness.train.config import (
@@ -26,6 +25,7 @@ from likeness.train.config import (
     condition_names,
     condition_probability,
 )
+from likeness.train.metrics import read_metrics
 from likeness.types import PHOTO, InputError
 from likeness.weights.hashes import weights_hash
 
@@ -74,10 +74,15 @@ def collected_sigterms() -> Iterator[list[int]]:
 
 
 def store_recipe(recipe: Any, run: Path) -> None:
-    """Write `run/recipe.json`, the resolved recipe. Raises `InputError` if the run has checkpoints of another one, or
-    has seen more images.
+    """Write `run/recipe.json`, the resolved recipe. Raises `InputError` if the run has checkpoints of another one, has
+    seen more images, or is finished and has none.
     """
     path, values = run / "recipe.json", to_dict(recipe)
+    if not newest(run) and (run / "model").exists() and is_finished(run):
+        raise InputError(
+            f"{run} contains a trained model, but its checkpoints are gone: choose another folder, or delete "
+            f"{run / 'model'} to train again"
+        )
     if path.is_file() and (checkpoint := newest(run)):
         length, seen = getattr(recipe, "optimizer", recipe), int(checkpoint.name)
         if seen >= length.images + length.batch:
@@ -93,6 +98,14 @@ def store_recipe(recipe: Any, run: Path) -> None:
                 f"{run} was started with another {changed[0]}: choose another folder, or restore the recipe"
             )
     write_whole(path, json.dumps(values, indent=2))
+
+
+def is_finished(run: Path) -> bool:
+    """Return whether a run has reported its last step."""
+    lines = read_metrics(run)
+    recipe = read_json(run / "recipe.json") if (run / "recipe.json").is_file() else {}
+    images = recipe.get("optimizer", recipe).get("images")
+    return bool(lines) and images is not None and lines[-1]["seen"] >= images
 
 
 def record_frozen(model: nn.Module, run: Path) -> None:
@@ -121,20 +134,20 @@ def record_data(stores: Sequence[Store], run: Path, recipe: DataRecipe) -> None:
     if before != now:
         then, faces = (sum(store["faces"] for store in shards) for shards in (before, now))
         message = f"{run} was started with other shards: {then} samples then, {faces} now; training continues"
-        print(message, file=sys.stderr, flush=True)
+        log_line(message)
     if uncaptioned := sum(store.uncaptioned() for store in stores):
         total = sum(len(store.rows) for store in stores)
         message = (
             f"{uncaptioned} of {total} faces have no captions: they are trained with empty text. `likeness prepare "
             "caption FOLDER --grammar --attributes bundled` writes captions; encode the folder again afterwards"
         )
-        print(message, file=sys.stderr, flush=True)
+        log_line(message)
     for name in condition_names(recipe):
         lacking = 0 if name == PHOTO else sum(store.lacking(name) for store in stores)
         if lacking and condition_probability(recipe, name):
             total = sum(store["faces"] for store in now)
             message = f"{lacking} of {total} samples have no {name}: in its place they are trained without condition"
-            print(message, file=sys.stderr, flush=True)
+            log_line(message)
     write_whole(path, json.dumps({"shards": now}, indent=2))
 
 

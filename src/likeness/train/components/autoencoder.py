@@ -160,6 +160,7 @@ def train_autoencoder(recipe: AutoencoderRecipe, run: Path) -> None:
         loss_of = torch.compile(reconstruction_loss) if recipe.compile else reconstruction_loss
         latent_shape = (recipe.batch, recipe.latent_channels, recipe.size // 8, recipe.size // 8)
         images = TrainingImages(recipe.train, recipe.probabilities, recipe.size, recipe.seed)
+        test = [read_folder(folder) for folder in recipe.test]
         batches = read_ahead(lambda start: images.batch(start, recipe.batch), progress.starts)
         for start, batch in progress.steps(batches):
             batch = batch.to(world.device, memory_format=torch.channels_last)
@@ -168,15 +169,15 @@ def train_autoencoder(recipe: AutoencoderRecipe, run: Path) -> None:
                 loss = loss_of(model, batch, noise.to(world.device), recipe)
             loss.backward()
             progress.end_step(loss=loss, gradient_norm=steps.optimizer_step(progress, recipe, start))
-            report_and_publish(progress, recipe)
+            report_and_publish(progress, recipe, test)
 
 
-def report_and_publish(progress: Progress, recipe: Any) -> None:
-    """Report, publish and save as `steps.publish`; after the last step, measure the autoencoder on the test folders
-    of the recipe.
+def report_and_publish(progress: Progress, recipe: Any, test: Sequence[list[dict[str, Any]]]) -> None:
+    """Report, publish and save as `steps.publish`; after the last step, measure the autoencoder on the rows of the test
+    folders of the recipe.
     """
-    test = recipe.test if progress.last else ()
-    steps.publish(progress, recipe, lambda vae: (measure(vae, read_folder(folder), recipe.size) for folder in test))
+    measured = test if progress.last else ()
+    steps.publish(progress, recipe, lambda vae: (measure(vae, rows, recipe.size) for rows in measured))
 
 
 @torch.no_grad()

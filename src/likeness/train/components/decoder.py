@@ -21,6 +21,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from likeness.data.ahead import read_ahead
+from likeness.data.folder import read_folder
 from likeness.data.sampler import stream
 from likeness.encoders.latent import LatentCodec, spatial_factor
 from likeness.files import first_line, read_json
@@ -29,6 +30,7 @@ from likeness.models.squeezenet import Normalization, SqueezeNetFeatures, percep
 from likeness.train.components import steps
 from likeness.train.components.autoencoder import TrainingImages, pixel_loss, report_and_publish
 from likeness.train.config import ComponentRecipe, check_minimum, check_probabilities, check_values
+from likeness.train.run_folder import record_frozen
 from likeness.types import InputError
 from likeness.weights.catalog import BUNDLED, COMMON
 from likeness.weights.packed import load_component
@@ -208,6 +210,7 @@ def train_decoder(recipe: DecoderRecipe, run: Path) -> None:
         vae = load_autoencoder(recipe.autoencoder).to(world.device, memory_format=torch.channels_last)
         if recipe.size % (factor := spatial_factor(vae)):
             raise InputError(f"the recipe's size is {recipe.size}: it must be a multiple of {factor}")
+        record_frozen(vae, run)
         perceptual = load_perceptual(recipe.perceptual, recipe.perceptual_input)
         torch.manual_seed(recipe.seed)  # for the initial weights of the discriminator
         discriminator: Any = PatchDiscriminator(recipe.discriminator_channels)
@@ -223,6 +226,8 @@ def train_decoder(recipe: DecoderRecipe, run: Path) -> None:
         progress = steps.resume(recipe, run, world, signals, both, [optimizer], published=vae)
         compiled: Any = torch.compile if recipe.compile else lambda function: function
         on_photographs, on_rendered = compiled(photograph_loss), compiled(rendered_loss)
+
+        test = [read_folder(folder) for folder in recipe.test]
 
         # 2. Train; the discriminator's loss is not compiled, which is faster on a CPU
         batches = read_ahead(DecoderBatches(recipe).__getitem__, progress.starts)
@@ -250,4 +255,4 @@ def train_decoder(recipe: DecoderRecipe, run: Path) -> None:
             norm = nn.utils.clip_grad_norm_(vae.decoder.parameters(), recipe.max_grad_norm)
             steps.optimizer_step(progress, recipe, start, max_norm=math.inf)
             progress.end_step(**terms, gradient_norm=norm)
-            report_and_publish(progress, recipe)
+            report_and_publish(progress, recipe, test)

@@ -27,6 +27,7 @@ from likeness.models.label_decoder import GROUPS, LabelDecoder
 from likeness.train.components import steps
 from likeness.train.components.autoencoder import random_crop
 from likeness.train.config import ComponentRecipe, check_minimum, check_values
+from likeness.train.run_folder import record_frozen
 from likeness.weights.catalog import BUNDLED, COMMON
 
 
@@ -117,6 +118,7 @@ def train_label_decoder(recipe: LabelDecoderRecipe, run: Path) -> None:
     with steps.open_component(recipe, run) as (world, signals):
         masks, test = Masks(recipe.train, recipe.size, recipe.seed), steps.rows_with(column_of("mask"), recipe.test)
         components = load_components(recipe.components or BUNDLED / COMMON)
+        record_frozen(components.vae.requires_grad_(False), run)
         factor = spatial_factor(components.vae)
         right_length = 2 ** (len(recipe.channels) - 1) == factor
         check_values(

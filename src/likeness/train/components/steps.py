@@ -86,11 +86,13 @@ def publish(
     if progress.due(recipe.checkpoint_every):
         progress.check_finite()
         published = progress.state.emas[0].averaged_model()
-        with writing_folder(progress.run / "model") as folder:
+        with progress.tolerated_write_errors(), writing_folder(progress.run / "model") as folder:
             save(published, folder)
+        progress.save(recipe.checkpoint_every)
         for values in measure(published):
             progress.report_values(values)
-    progress.save(recipe.checkpoint_every)
+    else:
+        progress.save(recipe.checkpoint_every)
 
 
 def rows_with(column: str, folders: Sequence[str]) -> list[dict[str, Any]]:

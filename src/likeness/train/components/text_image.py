@@ -38,7 +38,7 @@ from likeness.encoders.text_image import (
     save_attribute_head,
     text_length,
 )
-from likeness.files import writing_folder
+from likeness.files import log_line, writing_folder
 from likeness.train.checkpoint import newest
 from likeness.train.components import steps
 from likeness.train.config import ComponentRecipe, check_minimum, check_values
@@ -125,7 +125,8 @@ def attribute_classes(rows: Sequence[dict[str, Any]], max_classes: int = 32) -> 
     """
     values: dict[str, set[str]] = {}
     for row in rows:
-        for name, value in row.get("attributes", {}).items():
+        attributes = row.get("attributes")
+        for name, value in attributes.items() if isinstance(attributes, dict) else ():
             if isinstance(value, (str, bool)):
                 values.setdefault(name, set()).add(str(value))
     return {name: sorted(found) for name, found in sorted(values.items()) if 2 <= len(found) <= max_classes}
@@ -371,6 +372,8 @@ def train_text_image(recipe: TextImageRecipe, run: Path) -> None:
         torch.manual_seed(recipe.seed)
         clip = build(recipe, tokenizer, world.device)
         classes = attribute_classes(rows) if recipe.attribute_weight else {}
+        if recipe.attribute_weight and not classes:
+            log_line("the faces have no attributes: no attribute head is trained, and attribute_weight has no effect")
         sizes = [len(values) for values in classes.values()]
         head = nn.Linear(recipe.vision_width, sum(sizes)).to(world.device) if classes else None
         both = nn.ModuleDict({"clip": clip} if head is None else {"clip": clip, "head": head})
