@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import hashlib
 import logging
@@ -16,7 +15,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import generate_latest
 from pydantic import ValidationError
-from sse_starlette import EventSourceResponse, JSONServerSentEvent
+from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -26,11 +25,14 @@ from likeness.pipelines.sizes import format_sizes, trained_sizes
 from likeness.serve.engine import Closed, Engine, Full, measure_batch, warm_up
 from likeness.serve.errors import FINAL, RESPONSES, ApiError, handle
 from likeness.serve.forms import form_body, read_form, text_fields
-from likeness.serve.jobs import SHARE, Job, Jobs, response_of
+from likeness.serve.jobs import Job, Jobs, response_of
 from likeness.serve.middleware import Frame, Metrics, access
+from likeness.serve.results import STREAM, Results
 from likeness.serve.schema import (
     MAX_CANDIDATES,
     MAX_EDIT,
+    MAX_IMAGES,
+    MAX_PREVIEWS,
     MAX_PROMPT,
     ConditionName,
     Generation,
@@ -40,7 +42,7 @@ from likeness.serve.schema import (
     Proposal,
 )
 from likeness.serve.service import LARGEST_EDIT, Service
-from likeness.serve.store import IDENTIFIER, LOST, UNFINISHED, Taken
+from likeness.serve.store import UNFINISHED, Taken
 from likeness.serve.studio import add_studio, check_mask, mask_classes, read_image_recipe
 from likeness.types import InputError
 
@@ -52,9 +54,6 @@ EXPIRY = 30
 
 GRACE = 4
 """Seconds after the end of the jobs, at a shutdown, in which their responses are sent."""
-
-STREAM = {"x-accel-buffering": "no"}
-"""Headers of a stream: a proxy must not buffer it."""
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +70,7 @@ def create_app(service: Service) -> FastAPI:
     metrics.queue.set_function(lambda: len(engine.waiting))
     metrics.running.set_function(lambda: len(engine.running))
     jobs = Jobs(engine, service, lambda kind: metrics.images.labels(kind).inc())
+    results = Results(jobs)
     state: dict[str, Any] = {"ready": False, "side": 0, "error": None}
     accepting: dict[tuple[str, str], asyncio.Event] = {}  # id and owner of a request -> set when its job has started
 
@@ -168,8 +168,8 @@ def create_app(service: Service) -> FastAPI:
                 message = "The Idempotency-Key is empty: send a key of its own with each request, or none"
                 raise ApiError(400, message, param="Idempotency-Key", code="invalid_value")
             key = hashlib.sha256(f"{owner}\0{key}".encode()).hexdigest()
-            if (known := await earlier(id, key, digest)) is not None:
-                return await result_of(request, body, *known)
+            if (known := await results.earlier(id, key, digest)) is not None:
+                return await results.result_of_earlier(request, body, *known)
         if state["error"]:
             raise ApiError(503, state["error"], code="not_ready")
         if not engine.open or len(engine.waiting) + body.n > settings.queue:  # checked again when queued
@@ -185,8 +185,9 @@ def create_app(service: Service) -> FastAPI:
             job = await run(create)
             jobs.start(job)
         except Taken as error:
-            if key is not None and (known := await earlier(id, key, digest)) is not None:  # sent at the same time
-                return await result_of(request, body, *known)
+            known = None if key is None else await results.earlier(id, key, digest)
+            if known is not None:  # sent at the same time
+                return await results.result_of_earlier(request, body, *known)
             message = f"A request with the id {id} or with this Idempotency-Key exists: choose another"
             raise ApiError(409, message, code="duplicate_request", headers=FINAL) from error
         except (Full, Closed) as error:
@@ -197,166 +198,45 @@ def create_app(service: Service) -> FastAPI:
             accepted.set()
         if isinstance(body, Generation) and body.stream:
             return EventSourceResponse(
-                events_of(job, keep=key is not None),
+                results.events_of(job, keep=key is not None),
                 headers=STREAM,
                 shutdown_grace_period=settings.shutdown + GRACE,
             )
-        await ended(request, job, keep=key is not None)
+        await results.ended(request, job, keep=key is not None)
         if job.error is not None:
             raise job.error
         row = {"id": id, "files": job.files, "response": response_of(job)}
-        return await finished(request, row, body.response_format, job.contents)
-
-    async def earlier(id: str, key: str, digest: str) -> tuple[dict[str, Any], Job | None] | None:
-        """Return the job of an idempotency key, unless it did not complete: then the key is free, and so is the id of
-        the request if it is the job's.
-        """
-        row = await asyncio.to_thread(store.find_key, key)
-        if row is None:
-            return None
-        job = jobs.live.get(row["id"])
-        if job is None and row["state"] not in ("completed", *UNFINISHED):
-            if row["id"] == id:
-                await asyncio.to_thread(store.remove, id)
-            else:
-                await asyncio.to_thread(store.release, key)
-            return None
-        if row["request"] != digest:
-            message = "The Idempotency-Key was used for another request: choose another key"
-            raise ApiError(409, message, param="Idempotency-Key", code="idempotency_mismatch")
-        return row, job
-
-    async def result_of(request: Request, body: Generation | PhotoEdit, row: dict[str, Any], job: Job | None) -> Any:
-        """Return the result of an earlier request with the same key and body, once it is complete."""
-        if job is not None:
-            await ended(request, job, keep=True)
-            if job.error is not None:
-                raise job.error
-        row = await settled(request, row["id"])
-        if row["state"] != "completed":
-            message = f"The request with this Idempotency-Key is {row['state']} on another replica: send it again"
-            raise ApiError(409, message, code="not_completed")
-        if not (isinstance(body, Generation) and body.stream):
-            return await finished(request, row, body.response_format)
-        complete = await finished(request, row, "b64_json")
-
-        async def events() -> AsyncIterator[JSONServerSentEvent]:
-            for index, image in enumerate(complete["data"]):
-                yield event_of("completed", complete, index, image["b64_json"])
-
-        return EventSourceResponse(events(), headers=STREAM)
-
-    async def settled(request: Request, id: str) -> dict[str, Any]:
-        """Wait until a job is finished, here or on another replica, at most `LOST` seconds after its last news."""
-        row = await found(id, request.state.owner)
-        while row["state"] in UNFINISHED and time.time() - row["seen"] < LOST:
-            await asyncio.sleep(SHARE)
-            row = await found(id, request.state.owner)
-        return row
-
-    async def ended(request: Request, job: Job, *, keep: bool) -> None:
-        """Wait for a job. If the client disconnects, cancel it unless `keep`."""
-        waits = [asyncio.create_task(job.ended.wait()), asyncio.create_task(disconnected(request))]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-            if not job.ended.is_set() and not keep:
-                jobs.cancel(job)
-        if not job.ended.is_set():
-            raise ApiError(499, "The client disconnected", code="disconnected")
-
-    async def events_of(job: Job, *, keep: bool) -> AsyncIterator[JSONServerSentEvent]:
-        """Yield the events of a stream. If the client disconnects, cancel the job unless `keep`."""
-        response = response_of(job)
-        try:
-            while (event := await job.events.get()) is not None:
-                yield event_of(event["kind"], response, event["index"], event["b64_json"], event.get("number"))
-            if job.error is not None:
-                yield JSONServerSentEvent({"type": "error", "error": job.error.error}, event="error")
-        finally:
-            if not job.ended.is_set() and not keep:
-                jobs.cancel(job)
-
-    async def finished(
-        request: Request, row: dict[str, Any], form: str, contents: dict[int, str] | None = None
-    ) -> dict[str, Any]:
-        """Return the response of a completed job. `contents`: of its files in base64. Default: they are read."""
-
-        def read() -> dict[int, str]:
-            read = [read_file(row, index) for index in range(len(row["files"]))]
-            return dict(enumerate(base64.b64encode(content).decode() for content in read))
-
-        if form == "url":
-            url = f"{request.base_url}v1/jobs/{row['id']}/images"
-            data = [{"url": f"{url}/{i}"} for i in range(len(row["files"]))]
-        else:
-            contents = contents or await asyncio.to_thread(read)
-            data = [{"b64_json": contents[i]} for i in sorted(contents)]
-        return {**row["response"], "data": data}
+        return await results.finished(request, row, body.response_format, job.contents)
 
     # Jobs
 
-    def expired(id: str) -> ApiError:
-        return ApiError(410, f"The job {id} has expired: results are kept for {settings.keep:g} s", code="expired")
-
-    def read_file(row: dict[str, Any], index: int) -> bytes:
-        """Read an image of a job, which may expire meanwhile."""
-        try:
-            return (store.images / row["files"][index]).read_bytes()
-        except FileNotFoundError as error:
-            raise expired(row["id"]) from error
-
-    async def found(id: str, owner: str) -> dict[str, Any]:
-        """Return a job that is not expired."""
-        row = await asyncio.to_thread(store.find, id, owner) if IDENTIFIER.fullmatch(id) else None
-        if row is None:
-            raise ApiError(404, f"There is no job {id[:80]!r}", param="id", code="job_not_found")
-        if row["state"] == "expired":
-            raise expired(id)
-        if row["state"] in UNFINISHED and row["replica"] == store.replica and id not in jobs.live:  # ended meanwhile
-            row = await asyncio.to_thread(store.find, id, owner) or row
-        return row
-
-    async def description(request: Request, row: dict[str, Any]) -> dict[str, Any]:
-        job = jobs.live.get(row["id"]) if row["state"] in UNFINISHED else None
-        told = {"id": row["id"], "object": "job", "state": row["state"], "created_at": int(row["created"])}
-        if job is None:
-            told["progress"] = row["progress"]
-        else:
-            positions = [place for task in job.tasks if (place := engine.position(task)) is not None]
-            told |= {
-                "state": job.state,
-                "queue_position": min(positions) if positions and job.state == "queued" else None,
-                "progress": job.progress,
-            }
-        if row["state"] == "completed":
-            told |= {"progress": 1.0, "result": await finished(request, row, "url")}
-        return told | {"finished_at": row["finished"] and int(row["finished"]), "error": row["error"]}
+    async def acceptance(request: Request, id: str) -> None:
+        """Wait for the start of a job whose request is being accepted."""
+        if (accepted := accepting.get((id, request.state.owner))) is not None:
+            await accepted.wait()
 
     @app.get("/v1/jobs/{id}")
     async def read_job(request: Request, id: str) -> dict[str, Any]:
-        return await description(request, await found(id, request.state.owner))
+        await acceptance(request, id)
+        return await results.description(request, await results.found(id, request.state.owner))
 
     @app.delete("/v1/jobs/{id}")
     async def cancel_job(request: Request, id: str) -> dict[str, Any]:
-        if (accepted := accepting.get((id, request.state.owner))) is not None:
-            await accepted.wait()
-        row = await found(id, request.state.owner)
+        await acceptance(request, id)
+        row = await results.found(id, request.state.owner)
         if (job := jobs.live.get(id)) is not None:
             jobs.cancel(job)
             await job.ended.wait()
         elif row["state"] in UNFINISHED:
             await asyncio.to_thread(store.cancel, id)
-        return await description(request, await settled(request, id))
+        return await results.description(request, await results.settled(request, id))
 
     @app.get("/v1/jobs/{id}/images/{index}")
     async def read_image(request: Request, id: str, index: int) -> Response:
-        row = await found(id, request.state.owner)
+        row = await results.found(id, request.state.owner)
         if not 0 <= index < len(row["files"] or []):
             raise ApiError(404, f"The job {id} has no image {index}", param="index", code="image_not_found")
-        content = await asyncio.to_thread(read_file, row, index)
+        content = await asyncio.to_thread(results.read_file, row, index)
         return Response(content, media_type=f"image/{Path(row['files'][index]).suffix[1:]}")
 
     # Conditions and masks
@@ -416,7 +296,7 @@ def create_app(service: Service) -> FastAPI:
         config = service.pipeline.config
         return {
             "model": settings.model,
-            "sizes": format_sizes(trained_sizes(config)).split(", ") if trained_sizes(config) else "any",
+            "sizes": [format_sizes([size]) for size in trained_sizes(config)] or "any",
             "conditions": service.conditions,
             "defaults": {name: config.defaults[name] for name in ("size", "steps", "guidance_scale")},
             "output_formats": ["png", "jpeg", "webp"],
@@ -427,8 +307,8 @@ def create_app(service: Service) -> FastAPI:
             "extract": ["mask", "sketch", *["keypoints"] * (service.find is not None)],
             "align": service.find is not None,
             "limits": {
-                "n": 10,
-                "partial_images": 3,
+                "n": MAX_IMAGES,
+                "partial_images": MAX_PREVIEWS,
                 "steps": settings.max_steps,
                 "side": settings.max_side,
                 "prompt": MAX_PROMPT,
@@ -467,22 +347,3 @@ def create_app(service: Service) -> FastAPI:
         add_studio(app)
     started = int(time.time())
     return app
-
-
-def event_of(
-    kind: str, response: dict[str, Any], index: int, content: str, number: int | None = None
-) -> JSONServerSentEvent:
-    """Return an event of a stream, `completed` or `partial_image`: an image in base64, of the job of a response."""
-    type = f"image_generation.{kind}"
-    shared = {name: response[name] for name in ("size", "quality", "background", "output_format", "id")}
-    own = {"partial_image_index": number}
-    if number is None:
-        own = {"seed": response["seeds"][index], "notes": response["notes"]}
-    data = {"type": type, "created_at": response["created"], **shared, "b64_json": content, "image_index": index, **own}
-    return JSONServerSentEvent(data, event=type)
-
-
-async def disconnected(request: Request) -> None:
-    """Return when the client has closed the connection. The body must have been read."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from likeness.conditions.mask.commands import OPERATIONS
 from likeness.pipelines.arguments import MAX_STEPS
 
+MAX_IMAGES, MAX_PREVIEWS = 10, 3
+"""Most images of a request, and previews of an image."""
+
 MAX_PROMPT = 32_000
 """Characters of a prompt, as in OpenAI's API."""
 
@@ -38,7 +41,7 @@ class Images(Body):
 
     prompt: Prompt
     model: str | None = None
-    n: int = Field(1, ge=1, le=10, description="Number of images. Each further image uses the next seed.")
+    n: int = Field(1, ge=1, le=MAX_IMAGES, description="Number of images. Each further image uses the next seed.")
     response_format: Literal["b64_json", "url"] = "b64_json"
     user: str | None = Field(None, max_length=256, description="Accepted, not stored.")
     quality: Literal["auto"] | None = None
@@ -55,7 +58,7 @@ class Generation(Images):
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: int | None = Field(None, ge=0, le=100, description="Quality of jpeg and webp.")
     stream: bool | None = False
-    partial_images: int | None = Field(None, ge=0, le=3, description="Previews per image; requires stream.")
+    partial_images: int | None = Field(None, ge=0, le=MAX_PREVIEWS, description="Previews per image; requires stream.")
     background: Literal["auto", "opaque"] | None = None
     moderation: Literal["auto"] | None = None
 
