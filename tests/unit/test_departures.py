@@ -37,7 +37,7 @@ def test_learning_rate_does_not_rise_again():
 
 
 def test_times_are_float32():
-    """bf16 has only some hundred different times."""
+    """bf16 has about 1,400 different times."""
     uniform = torch.rand(10_000, generator=torch.Generator().manual_seed(0))
     times = RectifiedFlow(time_sampling="uniform").sample_time(uniform)
     assert times.dtype == torch.float32

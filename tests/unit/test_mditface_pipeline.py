@@ -360,7 +360,8 @@ def test_verify(folder, tmp_path, capsys):
         "--resizing",
         "pillow",
     )
-    assert run("verify", "mditface", folder / "mini", faces, "--out", out, *settings) == 0
+    bundled = ("face_parser=bundled", "text_image=bundled")
+    assert run("verify", "mditface", folder / "mini", faces, *bundled, "--out", out, *settings) == 0
     printed = capsys.readouterr().out
     assert "Counted: a mask adds 9.95 T (table 4: 9.95), with holistic attention" in printed
     found = json.loads((out / "verification.json").read_text())

@@ -254,7 +254,18 @@ def test_verify_finds_the_protocols_that_explain_published_numbers(converted, tm
     rows = [json.loads(line) for line in (faces / "train" / "metadata.jsonl").read_text().splitlines()]
     del rows[3]["mask_file_name"]  # a face that cannot be generated is left out
     (faces / "train" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = ["verify", "release", str(converted), str(faces), "given=mask", "--out", str(out), "--steps", "1", "2"]
+    command = [
+        "verify",
+        "release",
+        str(converted),
+        str(faces),
+        "face_parser=bundled",
+        "--out",
+        str(out),
+        "--steps",
+        "1",
+        "2",
+    ]
     command += ["--guidance-scale", "2", "--caption", "first", "--resizing", "pillow"]
     assert run(*command) == 0
     first = json.loads((out / "verification.json").read_text())
@@ -262,6 +273,9 @@ def test_verify_finds_the_protocols_that_explain_published_numbers(converted, tm
     assert sorted(settings) == [(1, "jpg"), (1, "png"), (2, "jpg"), (2, "png")]
     assert first["published"]["fid"] == 16.63
     assert first["published"]["pixel_accuracy"] == pytest.approx(0.9374)
+    conventions = [first["published"][name] for name in ("mean_iou", "mean_iou_absent_0", "mean_iou_absent_1")]
+    assert conventions == [pytest.approx(0.5012)] * 3
+    assert "clip_score" not in first["trials"][0]  # openai/clip-vit-base-patch16 is not available
     assert all("pixel_accuracy" in trial and "fid" not in trial for trial in first["trials"])  # FID needs a download
     assert "fid 16.63: not measured: InceptionV3" in capsys.readouterr().out
     assert (out / "verification.html").is_file()

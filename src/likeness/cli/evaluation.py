@@ -156,11 +156,26 @@ class Compare(Measurement):
         print(self.out / "comparison.html")
 
 
+SAMPLING: dict[str, dict[str, tuple[float, ...]]] = {
+    "release": {"steps": (50, 20), "guidance_scale": (7.5, 4.0, 2.0)},
+    "mditface": {"steps": (28,), "guidance_scale": (3.5,)},
+}
+"""What is verified -> steps and guidance scales that are tried by default."""
+
+VERIFIED = {
+    "given": "mask",
+    "face_parser": "jonathandinu/face-parsing",
+    "text_image": "openai/clip-vit-base-patch16",
+}
+"""Settings of the protocol of `verify`, unless they are given: the bundled evaluator models are not comparable."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Verify(Measurement):
     """Find the protocols that explain published numbers: `likeness verify release MODEL FACES --out DIR`.
 
     Generate and measure images under every combination of the settings below. Run the same command again to resume.
+    Evaluator models by default: jonathandinu/face-parsing and openai/clip-vit-base-patch16, which are downloaded.
     """
 
     sources: tyro.conf.Positional[tuple[str, ...]]
@@ -168,10 +183,10 @@ class Verify(Measurement):
     protocol, such as count=1000 or given=sketch."""
     out: Path
     """Folder for images, verification.json, verification.md and verification.html."""
-    steps: tuple[int, ...] = (50, 20)
-    """Sampling steps."""
-    guidance_scale: tuple[float, ...] = (7.5, 4.0, 2.0)
-    """Text guidance scales."""
+    steps: tuple[int, ...] = ()
+    """Sampling steps. Default: 50 20; for an adapter 28."""
+    guidance_scale: tuple[float, ...] = ()
+    """Text guidance scales. Default: 7.5 4 2; for an adapter 3.5, which FLUX.1 embeds."""
     caption: tuple[Literal["first", "longest"], ...] = ("first", "longest")
     """Captions that are the prompts."""
     file_format: tuple[Literal["png", "jpg"], ...] = ("png", "jpg")
@@ -198,12 +213,13 @@ class Verify(Measurement):
         if "metrics" in chosen:
             raise InputError("verify measures the published metrics: omit the setting metrics")
         grid = {name: getattr(self, name) for name in ("steps", "guidance_scale", "caption", "file_format", "resizing")}
+        grid |= {name: values for name, values in SAMPLING[what].items() if not grid[name]}
         if replaced := sorted(chosen & grid.keys()):
             name = replaced[0]
             raise InputError(f"verify tries several values of {name}: use --{name.replace('_', '-')}, not {name}=")
-        given = () if "given" in chosen else ("given=mask",)
+        unset = tuple(f"{name}={value}" for name, value in VERIFIED.items() if name not in chosen)
         quiet_libraries()
-        protocol, device = read_protocol(self.protocol, (*given, *settings)), choose_device(self.device)
+        protocol, device = read_protocol(self.protocol, (*unset, *settings)), choose_device(self.device)
         pipeline = load_pipeline(model, self.dtype, device, self.base)
         kind = {"release": "MMFacePipeline", "mditface": "MDiTFacePipeline"}[what]
         if type(pipeline).__name__ != kind:

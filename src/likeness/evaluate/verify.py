@@ -42,6 +42,9 @@ TABLES: dict[str, tuple[str, str]] = {
 }
 """What is verified and its condition -> title of the table in `published.toml`, and name of the row."""
 
+CONVENTIONS = {"mean_iou": ("mean_iou_absent_0", "mean_iou_absent_1")}
+"""Metric -> the same with other conventions, of which papers do not say which they use."""
+
 
 class Trial(NamedTuple):
     """The measurements of one protocol."""
@@ -67,7 +70,8 @@ def published_row(what: str, given: str, objective: str) -> dict[str, float]:
     values = {}
     for column, value in zip(table["columns"], row[1:], strict=True):
         metric, _, percent = column.partition(" ")
-        values[metric] = float(value) / (100 if percent else 1)
+        for name in (metric, *CONVENTIONS.get(metric, ())):
+            values[name] = float(value) / (100 if percent else 1)
     return values
 
 
