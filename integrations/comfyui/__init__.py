@@ -55,7 +55,9 @@ def send(path: str, *, server: str, timeout: float = 600, **body: Any) -> dict[s
 
 
 def to_png(image: torch.Tensor, alpha: torch.Tensor | None = None) -> bytes:
-    """Encode the first image of an IMAGE [B, H, W, 3] as PNG; `alpha` is [H, W] in 0..1."""
+    """Encode an IMAGE [1, H, W, 3] as PNG; `alpha` is [H, W] in 0..1."""
+    if len(image) > 1:
+        raise ValueError(f"The batch has {len(image)} images: connect a single one (ImageFromBatch)")
     pixels = image[0] if alpha is None else torch.cat([image[0, ..., :3], alpha[..., None]], dim=-1)
     buffer = io.BytesIO()
     Image.fromarray((pixels.cpu().numpy() * 255).round().clip(0, 255).astype(np.uint8)).save(buffer, format="PNG")

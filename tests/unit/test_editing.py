@@ -28,6 +28,7 @@ from likeness import (
 from likeness.annotators.face_parser import load_face_parser, parse_faces
 from likeness.conditions import CONDITIONS
 from likeness.conditions.framing import TRAINED
+from likeness.conditions.images import read_rgb
 from likeness.conditions.keypoints import STROKES
 from likeness.conditions.mask.classes import CLASS_INDEX, PALETTE
 from likeness.data.synthetic import draw_face
@@ -517,6 +518,10 @@ def test_a_face_in_a_photograph(model, tmp_path, capsys):
     changed = (np.array(edited.image) != np.array(canvas)).any(-1)
     assert not changed[(ndimage.maximum_filter(painted, 5) == 0)].any()
     assert changed[painted > 0].mean() > 0.5
+    layer = Image.fromarray(painted).convert("RGB")  # white strokes on a transparent layer: the same region
+    layer.putalpha(Image.fromarray(painted))
+    again = edit_photo(pipeline, photo, Change(region_mask=layer), request, **options)
+    assert again.image.tobytes() == edited.image.tobytes()
     for region in (painted[:, :300][:100], np.rot90(painted)):
         with pytest.raises(InputError, match="it must be 400x300 as the photograph, or square"):
             edit_photo(pipeline, photo, Change(region_mask=Image.fromarray(region.copy())), request, **options)
@@ -693,6 +698,50 @@ def test_recipes_of_other_photographs(model, tmp_path, capsys):
     with pytest.raises(InputError, match="would change every pixel"):
         write_image(Image.fromarray(pixels), tmp_path / "lossy.jpg", recipe)
     assert not (tmp_path / "lossy.jpg").exists()
+
+
+def test_generated_grays_are_converted_to_the_profile(tmp_path):
+    """A gray photograph with linear values looks as one in sRGB, and so does its edit."""
+    gray = np.array(face_image().convert("L")) / 255
+    linear = np.where(gray <= 0.04045, gray / 12.92, ((gray + 0.055) / 1.055) ** 2.4)
+    dark = Image.fromarray(np.rint(255 * linear).astype(np.uint8))
+    plain = open_photo(saved(face_image().convert("L"), tmp_path / "a.png"))
+    photos = plain, open_photo(saved(dark, tmp_path / "b.png", icc_profile=LINEAR))
+    assert np.abs(photos[0].pixels.astype(int) - photos[1].pixels).mean() < 3
+    pipeline, parser, request = tiny_pipeline(), load_face_parser(), PortraitRequest(seed=1)
+    pipeline.source = {"model": "tiny"}
+    edited = [edit_photo(pipeline, photo, Change(region=["hair"]), request, parser=parser) for photo in photos]
+    found = [
+        np.array(read_rgb(saved(each.image, tmp_path / "c.png", icc_profile=photo.profile))).astype(int)
+        for each, photo in zip(edited, photos, strict=True)
+    ]
+    inside = np.array(edited[0].image) != np.array(face_image().convert("L"))
+    assert np.abs(found[0] - found[1])[inside].mean() < 6
+
+
+def icc_tag(kind: bytes, content: bytes) -> bytes:
+    """The content of a tag of an ICC profile, padded to 4 bytes."""
+    return (kind + bytes(4) + content).ljust(-(-(8 + len(content)) // 4) * 4, b"\0")
+
+
+def linear_gray_profile() -> bytes:
+    """An ICC profile of gray values that are proportional to the luminance."""
+    white = struct.pack(">3i", *(round(value * 65536) for value in (0.9642, 1.0, 0.8249)))
+    tags = {
+        b"desc": icc_tag(b"desc", struct.pack(">I", 7) + b"linear\0" + bytes(78)),
+        b"wtpt": icc_tag(b"XYZ ", white),
+        b"kTRC": icc_tag(b"curv", bytes(4)),  # no entries: the identity
+    }
+    start, table, data = 132 + 12 * len(tags), b"", b""
+    for name, content in tags.items():
+        table += name + struct.pack(">II", start + len(data), len(content))
+        data += content
+    size = struct.pack(">I", start + len(data))
+    header = size + bytes(4) + bytes([2, 0x40, 0, 0]) + b"mntrGRAYXYZ " + bytes(12) + b"acsp" + bytes(28) + white
+    return header.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + data
+
+
+LINEAR = linear_gray_profile()
 
 
 def test_generated_colors_are_converted_to_the_profile(tmp_path):

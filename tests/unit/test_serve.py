@@ -39,6 +39,7 @@ from likeness.pipelines.generate import generate, resolve
 from likeness.pipelines.image_recipe import read_recipe, request_of
 from likeness.pipelines.sampling import advance
 from likeness.prepare.edit import Change, edit_photo, open_photo
+from likeness.serve import app
 from likeness.serve.app import create_app
 from likeness.serve.engine import sampling_of
 from likeness.serve.service import Service, Settings
@@ -459,6 +460,40 @@ def test_a_local_service_has_only_local_names(tmp_path):
     with serving(tmp_path, local=True, keys=("one",)) as server:
         headers = {"Host": "evil.example", "Authorization": "Bearer one"}
         assert requests.get(f"{server.url}/v1/models", headers=headers, timeout=60).ok
+
+
+def test_browsers_reach_an_open_service_by_address_only(tmp_path, caplog):
+    """Other programs may use any name, for example that of a container."""
+    caplog.set_level("INFO", "likeness.access")
+    with serving(tmp_path, cors=("https://one.example",)) as server:
+        for host, origin, ok in [
+            ("evil.example:8000", "http://evil.example:8000", False),
+            ("evil.example:8000", None, True),
+            ("192.168.0.7:8000", "http://192.168.0.7:8000", True),
+            ("one.example", "https://one.example", True),
+        ]:
+            headers = {"Host": host} | ({} if origin is None else {"Origin": origin})
+            assert requests.get(f"{server.url}/v1/models", headers=headers, timeout=60).ok == ok
+        answer = requests.get(f"{server.url}/v1/models", headers={"Origin": "https://one.example"}, timeout=60)
+        assert "x-should-retry" in answer.headers["access-control-expose-headers"]
+        requests.get(f"{server.url}/x%0Aforged", timeout=60)
+    assert "/x%0Aforged" in caplog.text
+
+
+def test_null_is_the_default(server):
+    names = ("n", "size", "stream", "output_format", "response_format", "negative_prompt", "upscale", "steps")
+    answer = post(server, json={"prompt": "a", "seed": 1} | dict.fromkeys(names))
+    assert answer.status_code == 200
+    assert answer.json()["seeds"] == [1]
+
+
+def test_photographs_in_memory_are_limited(server, monkeypatch):
+    monkeypatch.setattr(app, "MAX_PHOTOS", -1)
+    answer = post(
+        server, "images/edits", data={"prompt": "a", "region": "hair"}, files={"image": encoded(photograph())}
+    )
+    assert answer.status_code == 429
+    assert answer.headers["retry-after"]
 
 
 # Jobs

@@ -8,7 +8,7 @@ import math
 import zipfile
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
@@ -124,12 +124,14 @@ def open_image(
     return upright
 
 
-def read_rgb(source: str | Path | Image.Image | bytes, name: str = "") -> Image.Image:
+def read_rgb(
+    source: str | Path | Image.Image | bytes, name: str = "", *, background: Literal["white", "black"] = "white"
+) -> Image.Image:
     """Read a photograph (a path, a PIL image, or the content of a file) in any supported form as 8-bit sRGB, mode RGB.
     Errors are those of `open_image`, with `MAX_PIXELS`; `name` replaces the path in them.
 
-    Transparent pixels are composited on white, so colors hidden under them never appear. Embedded ICC profiles are
-    converted to sRGB, CMYK and 16-bit or float values to 8 bits per channel (`to_8_bit`).
+    Transparent pixels are composited on `background`, so colors hidden under them never appear. Embedded ICC profiles
+    are converted to sRGB, CMYK and 16-bit or float values to 8 bits per channel (`to_8_bit`).
     """
     image = open_image(source, name, max_pixels=MAX_PIXELS)
     profile = image.info.get("icc_profile")
@@ -139,7 +141,7 @@ def read_rgb(source: str | Path | Image.Image | bytes, name: str = "") -> Image.
         image = image.convert("RGBA" if "transparency" in image.info else "RGB")
     if image.mode in TRANSPARENT or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
     if profile:
         image = _to_srgb(image, profile)
     return image.convert("RGB")

@@ -219,7 +219,7 @@ def plan_edit(
         wanted |= np.isin(before, classes) | np.isin(after, classes)
     region = near(wanted, MARGIN * side) if wanted.any() else wanted
     if change.region_mask is not None:
-        white = np.asarray(read_rgb(change.region_mask).convert("L")) >= 128
+        white = np.asarray(read_rgb(change.region_mask, background="black").convert("L")) >= 128
         inner = in_portrait(white, photo, transform, side, "region mask")
         if white.shape == photo.pixels.shape[:2]:  # no cell of the portrait that contains the place of a black pixel
             for rows, columns, *places in bands(transform, (0, 0, side, side), white.shape[1], white.shape[0]):
@@ -236,7 +236,7 @@ def plan_edit(
         reasons = (
             "the mask does not change, the face lacks the classes, or the region is outside the aligned face or kept"
         )
-        raise InputError(f"the region is empty: {reasons}")
+        raise InputError(f"the region is empty: {reasons}", kind="empty-region")
     return Plan(transform=transform, region=region, before=before, after=after, notes=notes)
 
 
@@ -431,17 +431,20 @@ def paste_region(photo: Photo, made: np.ndarray, plan: Plan) -> tuple[Image.Imag
 
 
 def from_srgb(image: np.ndarray, photo: Photo) -> np.ndarray:
-    """Convert uint8 [S, S, 3] from sRGB to the colors of an RGB photograph. An unusable profile is ignored."""
-    if not photo.profile or photo.image.mode in ("L", "LA"):
+    """Convert uint8 [S, S, 3] from sRGB to the colors or grays of a photograph. An unusable profile is ignored."""
+    if not photo.profile:
         return image
+    mode = "L" if photo.image.mode in ("L", "LA") else "RGB"
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(photo.profile))
         if "sRGB" in ImageCms.getProfileDescription(profile):
             return image
-        converted = ImageCms.profileToProfile(Image.fromarray(image), ImageCms.createProfile("sRGB"), profile)
+        srgb = ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(Image.fromarray(image), srgb, profile, outputMode=mode)
     except (ImageCms.PyCMSError, OSError, ValueError):
         return image
-    return np.array(converted)
+    assert converted is not None, "not in place"
+    return np.array(converted.convert("RGB"))
 
 
 def certify(before: np.ndarray, after: np.ndarray, inside: np.ndarray) -> dict[str, int]:

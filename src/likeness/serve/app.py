@@ -46,6 +46,12 @@ from likeness.serve.store import UNFINISHED, Taken
 from likeness.serve.studio import add_studio, check_mask, mask_classes, read_image_recipe
 from likeness.types import InputError
 
+EXPOSED = ["x-request-id", "x-should-retry", "retry-after"]
+"""Headers that pages of allowed origins can read."""
+
+MAX_PHOTOS = 2**31
+"""Bytes of decoded photographs of accepted edits from which further requests wait."""
+
 SIDE_QUEUE = 16
 """Largest number of waiting requests other than images."""
 
@@ -112,7 +118,7 @@ def create_app(service: Service) -> FastAPI:
         app.add_exception_handler(kind, handle)
     app.add_middleware(Frame, service=service, metrics=metrics)
     if settings.cors:  # around the frame: a browser asks for permission without a key
-        every: dict[str, Any] = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": ["x-request-id"]}
+        every: dict[str, Any] = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": EXPOSED}
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors, **every)
 
     async def beside(work: Callable[..., Any], *arguments: Any) -> Any:
@@ -172,7 +178,8 @@ def create_app(service: Service) -> FastAPI:
                 return await results.result_of_earlier(request, body, *known)
         if state["error"]:
             raise ApiError(503, state["error"], code="not_ready")
-        if not engine.open or len(engine.waiting) + body.n > settings.queue:  # checked again when queued
+        photos = sum(2 * job.edit[0].pixels.nbytes for job in jobs.live.values() if job.edit)  # and their images
+        if not engine.open or len(engine.waiting) + body.n > settings.queue or photos > MAX_PHOTOS:  # again when queued
             raise full()
 
         def create() -> Job:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from ipaddress import ip_address
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -50,7 +50,7 @@ class Frame:
     def __init__(self, app: ASGIApp, service: Service, metrics: Metrics) -> None:
         self.app, self.service, self.metrics = app, service, metrics
         self.keys = [hashlib.sha256(key.encode()).digest() for key in service.settings.keys]
-        self.local = service.settings.local and not self.keys and "*" not in service.settings.cors
+        self.open = not self.keys and "*" not in service.settings.cors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -82,7 +82,8 @@ class Frame:
                 scope["state"]["id"] = own
                 raise ApiError(400, "x-request-id must be 1 to 64 letters, digits, - and _", param="x-request-id")
             host, origins = headers.get(b"host", ""), self.service.settings.cors
-            if self.local and not is_loopback(host) and host not in [origin.partition("://")[2] for origin in origins]:
+            allowed = [origin.partition("://")[2] for origin in origins]
+            if self.open and host not in allowed and self.may_be_rebound(host, headers):
                 message = f"The host {host[:80]!r} is not this machine: set API keys, or allow its origin with --cors"
                 raise ApiError(403, message, param="host", code="unknown_host")
             page = scope["path"] in ("/", "/studio") or scope["path"].startswith("/studio/")
@@ -111,7 +112,16 @@ class Frame:
             path = getattr(scope.get("route"), "path", "other")  # as declared: an id is no label
             self.metrics.requests.labels(path, status or 499).inc()
             self.metrics.latency.labels(path).observe(seconds)
-            access.info("%s %s %s %s %.0f ms", scope["state"]["id"], scope["method"], path, status, 1e3 * seconds)
+            line = scope["state"]["id"], scope["method"], quote(scope["path"]), status, 1e3 * seconds
+            access.info("%s %s %s %s %.0f ms", *line)
+
+    def may_be_rebound(self, host: str, headers: Mapping[bytes, str]) -> bool:
+        """Return whether a request may come from a page whose host name was led to this machine (DNS rebinding). Such
+        a page has a name, and browsers send `Origin` with everything that it posts.
+        """
+        if self.service.settings.local:
+            return not is_loopback(host)
+        return b"origin" in headers and not is_address(host)
 
     def owner(self, authorization: str) -> str:
         """Return the name of an API key. Every key is compared, in constant time."""
@@ -136,6 +146,15 @@ def is_foreign(headers: Mapping[bytes, str]) -> bool:
     if site in ("cross-site", "same-origin", "none"):
         return site == "cross-site"
     return origin is not None and origin.partition("://")[2] != headers.get(b"host")
+
+
+def is_address(host: str) -> bool:
+    """Whether a `Host` header is an IP address or localhost."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or bool(ip_address(name))
+    except ValueError:
+        return False
 
 
 def is_loopback(host: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import Request
 from sse_starlette import EventSourceResponse, JSONServerSentEvent
 
-from likeness.serve.errors import ApiError
+from likeness.serve.errors import FINAL, ApiError
 from likeness.serve.jobs import SHARE, Job, Jobs, response_of
 from likeness.serve.schema import Generation, PhotoEdit
 from likeness.serve.store import IDENTIFIER, LOST, UNFINISHED
@@ -42,7 +42,7 @@ class Results:
             return None
         if row["request"] != digest:
             message = "The Idempotency-Key was used for another request: choose another key"
-            raise ApiError(409, message, param="Idempotency-Key", code="idempotency_mismatch")
+            raise ApiError(409, message, param="Idempotency-Key", code="idempotency_mismatch", headers=FINAL)
         return row, job
 
     async def result_of_earlier(

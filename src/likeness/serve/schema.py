@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from inspect import signature
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -35,6 +35,12 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, values: Any) -> Any:
+        """Leave null fields at their defaults, as OpenAI's API does."""
+        return {k: value for k, value in values.items() if value is not None} if isinstance(values, dict) else values
+
 
 class Images(Body):
     """Fields of both requests for images."""
@@ -62,7 +68,7 @@ class Generation(Images):
     background: Literal["auto", "opaque"] | None = None
     moderation: Literal["auto"] | None = None
 
-    control_image: dict[ConditionName, str] = Field({}, description="Base64, data URL, or id of an uploaded file.")
+    control_image: dict[ConditionName, str] = Field({}, description="Base64, data URL, or id of a stored file.")
     conditioning_scale: Scale | dict[ConditionName, Scale] = 1.0
     control_guidance_start: Fraction | dict[ConditionName, Fraction] = 0.0
     control_guidance_end: Fraction | dict[ConditionName, Fraction] = 1.0
@@ -100,8 +106,8 @@ class PhotoEdit(Images):
     partial_images: None = None
     background: Literal["auto"] | None = None
 
-    mask_edit: str = Field("", max_length=MAX_EDIT, description="Commands; a FILE is the id of an uploaded file.")
-    wanted_mask: str | None = Field(None, description="The wanted mask: base64, data URL or id of an uploaded file.")
+    mask_edit: str = Field("", max_length=MAX_EDIT, description="Commands; a FILE is the id of a stored file.")
+    wanted_mask: str | None = Field(None, description="The wanted mask: base64, data URL or id of a stored file.")
     region: str = Field("", max_length=MAX_PROMPT, description="Classes to generate again, such as hair,hat.")
     keep: str = Field("", max_length=MAX_PROMPT, description='Classes whose pixels stay, or "all but hair".')
     strength: float | None = Field(None, gt=0, le=1, description="Alone: the whole face. Default: 1.")
@@ -120,14 +126,14 @@ class Proposal(Body):
 class MaskCheck(Body):
     """`POST /v1/masks/check`."""
 
-    mask: str = Field(description="Base64, data URL, or id of an uploaded file.")
+    mask: str = Field(description="Base64, data URL, or id of a stored file.")
     prompt: Prompt = ""
 
 
 class MaskEdit(Body):
     """`POST /v1/masks/edit`."""
 
-    mask: str = Field(description="Base64, data URL, or id of an uploaded file.")
+    mask: str = Field(description="Base64, data URL, or id of a stored file.")
     operation: Literal["grow", "shrink", "remove", "mirror", "paste", "fill", "clean", "rename", "swap", "interpolate"]
     classes: Names = []
     by: str | None = Field(None, description="4 for 4 % of the shorter side, or 5px.")

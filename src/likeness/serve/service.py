@@ -40,7 +40,7 @@ from likeness.prepare.align import cut_portrait, face_transform
 from likeness.prepare.annotate import keypoints_annotator, mask_annotator, sketch_annotator
 from likeness.prepare.edit import Change, Photo, Plan, composed, open_photo, plan_edit, region_steps, request_for
 from likeness.serve.engine import CACHE
-from likeness.serve.errors import ApiError, invalid, invalid_input
+from likeness.serve.errors import FINAL, ApiError, invalid, invalid_input
 from likeness.serve.schema import Generation, Images, MaskEdit, PhotoEdit, Proposal
 from likeness.serve.store import Store, write
 from likeness.types import ConditionInput, InputError, PortraitRequest
@@ -195,7 +195,8 @@ class Service:
         """
         request = self.common_request(body)
         if "mask" not in self.conditions:
-            raise ApiError(501, "The model was not trained with masks, which edits require", code="not_supported")
+            message = "The model was not trained with masks, which edits require"
+            raise ApiError(501, message, code="not_supported", headers=FINAL)
         if mask is not None and (body.mask_edit or body.wanted_mask or body.region):
             message = "A mask limits the change to its transparent pixels: leave mask_edit, wanted_mask and region out"
             raise ApiError(400, message, param="mask", code="invalid_value")
@@ -239,7 +240,7 @@ class Service:
         return [name for name in self.pipeline.transformer.config.condition_names if name in CONDITIONS]
 
     def content(self, text: str, param: str) -> bytes:
-        """Return the content of base64, a data URL or an uploaded file.
+        """Return the content of base64, a data URL or a stored file.
 
         Raises:
             ApiError: it is none of these.
@@ -254,7 +255,7 @@ class Service:
         try:
             return base64.b64decode(encoded, validate=True)
         except (binascii.Error, ValueError) as error:
-            message = f"{param} is not base64, a data URL or the id of an uploaded file"
+            message = f"{param} is not base64, a data URL or the id of a stored file"
             raise ApiError(400, message, param=param, code="invalid_base64") from error
 
     def read_condition(self, name: str, text: str, param: str) -> Reading:
@@ -302,14 +303,16 @@ class Service:
     def extract(self, condition: str, photo: bytes, size: int | None, align: bool | None) -> dict[str, Any]:
         """Extract a condition from a photograph, aligned as the images that models are trained on."""
         if align and self.find is None:
-            raise ApiError(501, "Alignment requires the option --landmarker of the service", param="align")
+            message = "Alignment requires the option --landmarker of the service"
+            raise ApiError(501, message, param="align", code="not_available", headers=FINAL)
         if size is None:
             size = self.pipeline.config.defaults["size"]
         if not 32 <= size <= self.settings.max_side:
             raise invalid(f"size is {size}; it must be from 32 to {self.settings.max_side}", "size")
         annotate = self.annotators.get(condition)
         if annotate is None:
-            raise ApiError(501, "Keypoints require the option --landmarker of the service", code="not_available")
+            message = "Keypoints require the option --landmarker of the service"
+            raise ApiError(501, message, code="not_available", headers=FINAL)
         aligned = self.find is not None and align is not False
         with invalid_input("image"):
             image = read_rgb(photo, "image")

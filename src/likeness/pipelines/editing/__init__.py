@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -183,8 +183,10 @@ def one_by_one(images: Any) -> Any:
     return list(images) if isinstance(images, (Tensor, np.ndarray)) and images.ndim == 4 else images
 
 
-def read_pixels(image: Any, name: str) -> Image.Image:
-    """Read a path, PIL image, array or tensor, integers in [0, 255] or float in [0, 1]. Raises `InputError`."""
+def read_pixels(image: Any, name: str, background: Literal["white", "black"] = "white") -> Image.Image:
+    """Read a path, PIL image, array or tensor, integers in [0, 255] or float in [0, 1], on `background` if
+    is transparent. Raises `InputError`.
+    """
     if isinstance(image, Tensor):
         image = image.movedim(0, -1) if image.ndim == 3 else image  # [H, W, 3]
         image = (image.float() if image.is_floating_point() else image).cpu().numpy()
@@ -201,7 +203,7 @@ def read_pixels(image: Any, name: str) -> Image.Image:
         image = Image.fromarray(values.astype(np.uint8))
     if not isinstance(image, (str, Path, Image.Image)):
         raise InputError(f"{name} is of type {type(image).__name__}; it must be a path, PIL image, array or tensor")
-    return read_rgb(image, name)
+    return read_rgb(image, name, background=background)
 
 
 def read_image(image: Any, height: int, width: int) -> np.ndarray:
@@ -221,7 +223,7 @@ def latent_region(mask: Any, grid: Sequence[int], patch: int) -> np.ndarray:
     if mask is None:
         tokens = np.ones((height, width), bool)
     else:
-        found = np.asarray(read_pixels(mask, "mask_image").convert("L"))
+        found = np.asarray(read_pixels(mask, "mask_image", "black").convert("L"))
         rows, columns = overlaps(height, found.shape[0]), overlaps(width, found.shape[1])
         tokens = rows @ (found >= 128) @ columns.T > 0
         if not tokens.any():

@@ -107,9 +107,15 @@ export function wire({ state, doc, view, tools, actions }) {
     if (event.key === " ") tools.space = false;
     if (event.key.toLowerCase() === "x") tools.erase = false;
   });
-  addEventListener("dragover", (event) => { event.preventDefault(); document.body.classList.add("drop"); });
+  const withFiles = (event) => event.dataTransfer.types.includes("Files"); // text is dropped into fields
+  addEventListener("dragover", (event) => {
+    if (!withFiles(event)) return;
+    event.preventDefault();
+    document.body.classList.add("drop");
+  });
   addEventListener("dragleave", () => document.body.classList.remove("drop"));
   addEventListener("drop", (event) => {
+    if (!withFiles(event)) return;
     event.preventDefault();
     document.body.classList.remove("drop");
     const [file] = event.dataTransfer.files;

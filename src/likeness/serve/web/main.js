@@ -126,10 +126,13 @@ function settle() {
 async function render(kind, signal, given) {
   const start = performance.now(), { photo } = doc, entryOf = snapshots();
   if (kind === "animation") return { entries: await frames(given, signal), times: {} };
-  if (photo && doc.layers.mask.data.every((value, i) => value === photo.before[i]))
-    return { entries: [entryOf({ blob: photo.blob, seed: doc.values.seed })], times: {} };
+  const unchanged = () => ({ entries: [entryOf({ blob: photo.blob, seed: doc.values.seed })], times: {} });
+  if (photo && doc.layers.mask.data.every((value, i) => value === photo.before[i])) return unchanged();
   const send = await request(kind), encoded = performance.now();
-  const images = await (photo ? api.editPhoto : api.generate)(send, signal);
+  const images = await (photo ? api.editPhoto : api.generate)(send, signal).catch((error) => {
+    if (error.code !== "empty-region") throw error; // too thin for the size of the photograph
+  });
+  if (!images) return unchanged();
   const times = { encode: encoded - start, service: performance.now() - encoded };
   return { entries: images.map(entryOf), times };
 }
@@ -170,7 +173,7 @@ function noteOf(photo, certificate) {
   if (!photo) return "";
   if (!certificate) return "The photograph: what you paint on it is generated";
   const { changed_outside: outside, changed_inside: inside } = certificate;
-  return `Certificate: ${outside} pixels changed outside the painted region, ${inside} inside`;
+  return `Certificate: ${outside} pixels changed outside the region, which is what you painted and a margin; ${inside} inside`;
 }
 
 function restore(entry) {
@@ -194,7 +197,7 @@ async function diagnose() {
     item.dataset.kind = kind;
     if (fix) {
       const button = Object.assign(document.createElement("button"), { textContent: fix.title });
-      button.addEventListener("click", () => edit(fix.operation, fix.fields));
+      button.addEventListener("click", () => { button.disabled = true; edit(fix.operation, fix.fields); });
       item.append(" ", button);
     }
     return item;
@@ -202,6 +205,8 @@ async function diagnose() {
 }
 
 // Layers and files
+
+let opened = 0; // how often layers were replaced
 
 function showLayer() {
   view.setLayer(doc.layers[state.layer], words[state.layer]);
@@ -222,6 +227,7 @@ async function load(name, image, photo = doc.photo, values = {}) {
 
 /** Replaces layers and values in one step, and shows one of the layers. */
 function replace(layers, name, photo, values) {
+  opened++;
   tools.action = null; // a stroke that is not complete ends
   doc.history.commit();
   doc.photo = photo;
@@ -270,10 +276,11 @@ async function openPhoto(file) {
 
 /** Applies an operation of the service to the mask; again, if it was painted on meanwhile. */
 async function apply(operation, fields) {
-  const { data } = doc.layers.mask, sent = data.slice();
+  const { data } = doc.layers.mask, sent = data.slice(), document = opened;
   const { b64_json: base64 } = await api.editMask(await content("mask"), operation, fields);
   const mask = await doc.layerOfImage(fromBase64(base64), "mask");
   await resting();
+  if (document !== opened) return; // the operation was for another mask
   if (data.some((value, i) => value !== sent[i])) return apply(operation, fields);
   replace({ mask }, "mask", doc.photo, {});
   changed();
@@ -367,11 +374,18 @@ const actions = {
   random: () => attempt("Generating…", randomFace),
   photo: withFile("Parsing the photograph…", openPhoto, "image/*"),
   open: withFile("Opening…", openFile),
-  clear: () => { view.underlay = null; doc.reset(); changed(); },
+  clear: () => {
+    if (tools.action) return;
+    opened++;
+    view.underlay = null;
+    doc.reset();
+    changed();
+  },
   grow: () => edit("grow", { classes: [className()], by: "1" }),
   shrink: () => edit("shrink", { classes: [className()], by: "1" }),
   remove: () => edit("remove", { classes: [className()] }),
   smooth: () => {
+    if (tools.action) return;
     doc.history.begin();
     smooth(doc.layers.mask, state.value);
     state.layer = "mask";
@@ -390,11 +404,12 @@ const actions = {
     saveFile(blob, `face-${seed}.${blob.type.split("/")[1]}`); // a preview is a JPEG
   },
   seed: () => { doc.values.seed = random(); changed(); },
-  layer: (name) => { state.layer = name; showLayer(); },
+  layer: (name) => { if (!tools.action) state.layer = name; showLayer(); },
   drop: (file) => attempt("Opening…", () => openFile(file)),
   changed,
 };
 
+for (const id of ["prompt", "negative"]) $(id).maxLength = about.limits.prompt;
 build(about.mask_classes, state, doc, actions);
 wire({ state, doc, view, tools, actions });
 const restored = doc.restore();

@@ -74,7 +74,8 @@ export class Tools {
     const { data, width, height } = this.layer, inside = within([0, 0, width, height], at);
     const value = data[at[1] * width + at[0]];
     this.doc.history.begin();
-    this.action = { kind: tool, pen: event.pointerType === "pen", start: at, last: at, points: [at] };
+    const begun = performance.now(), pen = event.pointerType === "pen";
+    this.action = { kind: tool, pen, begun, start: at, last: at, points: [at] };
     if (tool === "pick") return inside && this.on.picked(value);
     if (tool === "fill" && inside) fill(this.layer, ...at, this.painter(tool), event.shiftKey);
     if (tool === "brush" || tool === "eraser") stamp(this.painter(tool), ...at, this.rows(tool, event));
@@ -126,7 +127,7 @@ export class Tools {
     if (action.kind === "contour" && event.type === "pointerup")
       contour(this.layer, action.points, this.painter("contour"));
     if (action.kind !== "select" || action.pixels) this.view.path = this.area = null;
-    if (event.type === "pointercancel") this.doc.history.revert();
+    if (event.type === "pointercancel" && !keeps(action)) this.doc.history.revert();
     if (this.doc.history.commit()) this.on.changed();
     this.view.draw();
   }
@@ -140,12 +141,13 @@ export class Tools {
     return true;
   }
 
-  /** Two fingers zoom and pan; what the first one painted is taken back. */
+  /** Two fingers zoom and pan; what the first one painted just before is taken back. */
   pinch(action) {
     const [a, b] = [...this.pointers.values()];
     const now = { x: (a[0] + b[0]) / 2, y: (a[1] + b[1]) / 2, distance: Math.hypot(a[0] - b[0], a[1] - b[1]) || 1 };
     if (!action) {
-      this.doc.history.revert();
+      if (!keeps(this.action)) this.doc.history.revert();
+      if (this.doc.history.commit()) this.on.changed();
       this.view.path = this.area = null;
       this.action = { kind: "pinch", ...now };
       return;
@@ -168,6 +170,9 @@ export class Tools {
     this.view.zoomAt(Math.exp(-event.deltaY / 400), event.clientX - box.left, event.clientY - box.top);
   }
 }
+
+/** Whether a stroke stays if it is interrupted: it was painted for longer than a gesture takes to begin. */
+const keeps = (action) => ["brush", "eraser"].includes(action?.kind) && performance.now() - action.begun > 300;
 
 const within = ([x, y, width, height], [u, v]) => u >= x && v >= y && u < x + width && v < y + height;
 
