@@ -30,14 +30,14 @@ SETTINGS = (
 )  # fmt: skip
 
 COLUMNS = {
-    "mask: accuracy": "pixel_accuracy/mask",
+    "mask accuracy": "pixel_accuracy/mask",
     "rare classes": "rare_class_recall/mask",
     "FD": "fd_text_image/mask",
     "recall": "recall_text_image/mask",
     "sharpness": "sharpness/mask",
-    "sketch: edges F": "edge_f_score/sketch",
-    "keypoints: error": "keypoint_error/keypoints",
-    "text: complete faces": "complete_faces/none",
+    "edges F (sketch)": "edge_f_score/sketch",
+    "keypoint error": "keypoint_error/keypoints",
+    "complete faces (text)": "complete_faces/none",
     "retrieval": "retrieval/none",
     "FD ": "fd_text_image/none",
     "recall ": "recall_text_image/none",
