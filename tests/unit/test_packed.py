@@ -215,7 +215,7 @@ def test_model_of_another_autoencoder_is_rejected(bundle, tmp_path):
 
 
 def test_broken_folders_are_named(bundle, tmp_path):
-    with pytest.raises(InputError, match=r"model_index\.json cannot be read"):
+    with pytest.raises(InputError, match=r"is not a model folder: it has no model_index\.json"):
         load_components(tmp_path)
     write_json = (tmp_path / "model_index.json").write_text
     shutil.copytree(bundle / "common", tmp_path, dirs_exist_ok=True)
