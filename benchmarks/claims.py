@@ -65,14 +65,14 @@ The commands train three seeds and need the prepared data of `benchmarks/README.
 
 TABLE = """## All variants and baselines
 
-Means over the seeds on 200 held-out faces, with three or more seeds their 95 % intervals. The first row has the scores
-of photographs that were encoded and decoded. Metrics are those of images of mask and prompt, unless the column says
-otherwise; retrieval is among 50 captions, by chance 0.020. Variants of MMFace-DiT and the baselines take masks and
-sketches and were trained with a mask in 40 % of the images; those of MDiTFace take masks only, in 80 % (`mditface-all`
-all conditions, masks in 30 %). So compare within one network. `step` and `image` are CPU times of a training step and of an image, relative to `mmface`.
-`python benchmarks/ablate.py list` describes the variants; `baselines/` contains ControlNet, the composition and the
-GAN. `mmface-single` is also the baseline of channel concatenation in a single stream, and `easycontrol` that of a cache
-of the condition alone.
+Means over the seeds on 200 held-out faces, with three or more seeds their 95 % intervals. The first row has the
+scores of photographs that were encoded and decoded. Metrics are those of images of mask and prompt, unless the
+column says otherwise; retrieval is among 50 captions, by chance 0.020. Variants of MMFace-DiT and the baselines
+take masks and sketches and were trained with a mask in 40 % of the images; those of MDiTFace take masks only, in 80
+% (`mditface-all` all conditions, masks in 30 %). So compare within one network. `step` and `image` are CPU times of
+a training step and of an image, relative to `mmface`. `python benchmarks/ablate.py list` describes the variants;
+`baselines/` contains ControlNet, the composition and the GAN. `mmface-single` is also the baseline of channel
+concatenation in a single stream, and `easycontrol` that of a cache of the condition alone.
 """
 
 TITLES = {

@@ -206,6 +206,15 @@ def test_other_or_damaged_shards(root, tmp_path, capsys):
         loop.train(small(tmp_path, data={"verify": True}, optimizer={"images": 24}), tmp_path / "run")
 
 
+def test_shards_may_be_moved(root, tmp_path, capsys):
+    shutil.copytree(root / "shards", tmp_path / "here")
+    for name, images in (("here", 8), ("there", 16)):
+        (tmp_path / "here").rename(tmp_path / name)
+        loop.train(small(root, data={"shards": [str(tmp_path / name)]}, optimizer={"images": images}), tmp_path / "run")
+    assert "other shards" not in capsys.readouterr().err
+    assert checkpoints(tmp_path / "run")[-1].name == "000000000016"
+
+
 def test_components_were_replaced(root, tmp_path):
     """After components are trained again and faces encoded with them, earlier runs and models are rejected."""
     now, new = tmp_path / "now", tmp_path / "new"

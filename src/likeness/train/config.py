@@ -327,12 +327,15 @@ class ComponentRecipe:
 
 RESUMABLE_CHANGES = {
     "transformer": "threads compile sharding micro_batch log_every checkpoint_every diagnostics_every keep_checkpoints "
-    "preview defaults tensorboard wandb optimizer.images network.gradient_checkpointing data.verify",
+    "preview defaults tensorboard wandb optimizer.images network.gradient_checkpointing data.shards data.validation "
+    "data.verify",
     "student": "threads compile log_every checkpoint_every keep_checkpoints preview defaults tensorboard wandb "
-    "optimizer.images data.verify",
+    "optimizer.images data.shards data.verify",
     "component": "images test checkpoint_every compile threads retrieval_candidates test_size",
 }
-"""Keys that may change when a run is resumed: they affect speed, length and reports, not the trained weights."""
+"""Keys that may change when a run is resumed: they affect speed, length and reports, not the trained weights. Shards
+may have moved; other content is reported.
+"""
 
 PIPELINE_DEFAULTS = ("size", "steps", "guidance_scale", "guidance_interval")
 """Keys of `RunRecipe.defaults`."""
