@@ -1,6 +1,6 @@
-"""Configuration: a TOML file is a frozen dataclass, and an unknown key is an error, never a silent default.
+"""Configuration: read TOML files into frozen dataclasses. An unknown key is an error.
 
-Recipes are the only home of hyper-parameters; a run writes the configuration it resolved beside its results.
+Recipes contain all hyperparameters; a run writes its resolved configuration next to its results.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
 
 
 def _name_of(option: Any) -> str | None:
-    """The `name` of a dataclass that is told apart from others by it: the one value of its Literal field."""
+    """The `name` that distinguishes a dataclass from others: the one value of its Literal field."""
     if not dataclasses.is_dataclass(option):
         return None
     choices = typing.get_args(typing.get_type_hints(option).get("name"))

@@ -68,7 +68,7 @@ class SetMetric:
     bias: Callable[[int, int], str]
     """(number of images, features D) -> a known bias at so few images, or ""."""
     minimum: Callable[[int], int]
-    """Features D -> the fewest images with which two sets of images can be told apart."""
+    """Features D -> the fewest images with which two sets of images can be distinguished."""
 
 
 Metric = PerImageMetric | SetMetric

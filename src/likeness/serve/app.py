@@ -121,7 +121,7 @@ def create_app(service: Service) -> FastAPI:
         every: dict[str, Any] = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": EXPOSED}
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors, **every)
 
-    async def beside(work: Callable[..., Any], *arguments: Any) -> Any:
+    async def in_side_pool(work: Callable[..., Any], *arguments: Any) -> Any:
         """Run blocking work that is no image, one at a time."""
         if state["side"] >= SIDE_QUEUE:
             raise ApiError(429, "Too many requests are waiting", code="queue_full", headers={"Retry-After": "2"})
@@ -158,7 +158,7 @@ def create_app(service: Service) -> FastAPI:
             portrait, photo, plan = service.edit_of(body, image, mask)
             return {"request": portrait, "notes": plan.notes, "edit": (photo, plan)}
 
-        return await images(request, body, image + b"mask" + (mask or b""), beside, accept)
+        return await images(request, body, image + b"mask" + (mask or b""), in_side_pool, accept)
 
     async def images(
         request: Request, body: Generation | PhotoEdit, files: bytes, run: Callable[..., Any], accept: Callable[[], Any]
@@ -257,7 +257,7 @@ def create_app(service: Service) -> FastAPI:
         if align not in (None, "true", "false"):
             raise ApiError(400, f"align is {align[:80]!r}; choose true or false", param="align")
         wanted = None if align is None else align == "true"
-        return await beside(service.extract, name, form["image"], None if size is None else int(size), wanted)
+        return await in_side_pool(service.extract, name, form["image"], None if size is None else int(size), wanted)
 
     @app.post("/v1/inspect", openapi_extra=form_body(("file",), text_fields("condition")))
     async def inspect(request: Request) -> Any:
@@ -266,24 +266,24 @@ def create_app(service: Service) -> FastAPI:
         if condition is not None and condition not in CONDITIONS:
             message = f"Unknown condition {condition[:80]!r}. Available: {', '.join(CONDITIONS)}"
             raise ApiError(400, message, param="condition", code="invalid_value")
-        return await beside(service.inspect, form["file"], condition)
+        return await in_side_pool(service.inspect, form["file"], condition)
 
     @app.post("/v1/masks/propose")
     async def propose(body: Proposal) -> Any:
-        return await beside(service.propose, body)
+        return await in_side_pool(service.propose, body)
 
     @app.post("/v1/masks/edit")
     async def edit_mask(body: MaskEdit) -> Any:
-        return await beside(service.edit, body)
+        return await in_side_pool(service.edit, body)
 
     @app.post("/v1/masks/check")
     async def check(body: MaskCheck) -> Any:
-        return await beside(lambda: check_mask(service.read_mask(body.mask, "mask"), body.prompt))
+        return await in_side_pool(lambda: check_mask(service.read_mask(body.mask, "mask"), body.prompt))
 
     @app.post("/v1/recipes", openapi_extra=form_body(("image",), text_fields()))
     async def recipe(request: Request) -> Any:
         form = await read_form(request, files=("image",), fields=())
-        return await beside(read_image_recipe, form["image"])
+        return await in_side_pool(read_image_recipe, form["image"])
 
     # Models and operations
 

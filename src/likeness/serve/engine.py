@@ -65,7 +65,7 @@ class Task:
     request: PortraitRequest
     """Output of `resolve`."""
     report: Callable[[Event], None]
-    """Called in the engine's thread; must return at once."""
+    """Called in the engine's thread; must return immediately."""
     previews: int = 0
     """Number of previews, fewer if there are fewer steps."""
     edit: Generator[tuple[int, int], None, PortraitOutput] | None = None

@@ -297,7 +297,7 @@ async function startFrom(image, values = {}) {
   changed();
 }
 
-/** Opens a dialog; returns a function that adds a mask to choose from to it, and tells whether it is still open. */
+/** Opens a dialog; returns a function that adds a mask to choose from to it, and one that returns whether it is still open. */
 function offer(title) {
   const dialog = $("choose"), choices = dialog.querySelector(".choices"), run = (offer.run = {});
   dialog.querySelector("h2").textContent = title;
