@@ -59,7 +59,7 @@ that varies more than others has too narrow an interval. Verdicts of one seed ar
 number of comparisons: of twenty differences, one excludes zero by chance.
 
 The commands train three seeds and need the prepared data of `benchmarks/README.md` (`SHARDS`, `SHARDS64`, `FACES`);
-`ablate.py collect` and `claims.py` then write the results. *Not run yet* also means too few seeds for a verdict.
+`ablate.py collect` and `claims.py` then write the results.
 """
 
 
