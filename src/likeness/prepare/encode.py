@@ -188,7 +188,11 @@ def encode_folder(
     damaged = [file for file in files[rank::world] if not is_intact(file)]
     for file in damaged:
         file.unlink(missing_ok=True)
-    captions_per_face = [len(captions_of(row)) for row in each_row(root)]
+    captions_per_face, truncated = [], 0
+    for rows in each_block(root):
+        found = [captions_of(row) for row in rows]
+        captions_per_face += map(len, found)
+        truncated += components.count_truncated([caption for each in found for caption in each])
     report = lambda done: progress(done, len(captions_per_face))  # noqa: E731
     images, captions = missing_images(root, out, settings, share), 0
     encoded = encode_images(images, codec, settings, EntryWriter(out, "latents", shard_bytes), report)
@@ -200,8 +204,7 @@ def encode_folder(
     report(len(captions_per_face))
     counts = {"encoded": encoded, "captions": captions, "damaged": len(damaged), "missing": missing}
     faces = {"faces": len(captions_per_face), "uncaptioned": captions_per_face.count(0)}
-    blocks = ([caption for row in rows for caption in captions_of(row)] for rows in each_block(root))
-    written = {"written": sum(captions_per_face), "truncated": sum(map(components.count_truncated, blocks))}
+    written = {"written": sum(captions_per_face), "truncated": truncated}
     return {**faces, **written, "removed": 0 if missing else len(removed), **counts}
 
 

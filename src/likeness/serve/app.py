@@ -178,8 +178,9 @@ def create_app(service: Service) -> FastAPI:
                 return await results.result_of_earlier(request, body, *known)
         if state["error"]:
             raise ApiError(503, state["error"], code="not_ready")
-        photos = sum(2 * job.edit[0].pixels.nbytes for job in jobs.live.values() if job.edit)  # and their images
-        if not engine.open or len(engine.waiting) + body.n > settings.queue or photos > MAX_PHOTOS:  # again when queued
+        if not engine.open or len(engine.waiting) + body.n > settings.queue:  # checked again when queued
+            raise full()
+        if sum(2 * job.edit[0].pixels.nbytes for job in jobs.live.values() if job.edit) > MAX_PHOTOS:  # in two forms
             raise full()
 
         def create() -> Job:

@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import Mapping
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -119,9 +119,10 @@ class Frame:
         """Return whether a request may come from a page whose host name was led to this machine (DNS rebinding). Such
         a page has a name, and browsers send `Origin` with everything that it posts.
         """
+        address = address_of(host)
         if self.service.settings.local:
-            return not is_loopback(host)
-        return b"origin" in headers and not is_address(host)
+            return address is None or not address.is_loopback
+        return address is None and b"origin" in headers
 
     def owner(self, authorization: str) -> str:
         """Return the name of an API key. Every key is compared, in constant time."""
@@ -148,19 +149,10 @@ def is_foreign(headers: Mapping[bytes, str]) -> bool:
     return origin is not None and origin.partition("://")[2] != headers.get(b"host")
 
 
-def is_address(host: str) -> bool:
-    """Whether a `Host` header is an IP address or localhost."""
+def address_of(host: str) -> IPv4Address | IPv6Address | None:
+    """Return the IP address in a `Host` header, for localhost that of this machine; None for other names."""
     try:
         name = urlsplit(f"//{host}").hostname or ""
-        return name == "localhost" or bool(ip_address(name))
+        return ip_address("127.0.0.1" if name == "localhost" else name)
     except ValueError:
-        return False
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a `Host` header names this machine."""
-    try:
-        name = urlsplit(f"//{host}").hostname or ""
-        return name == "localhost" or ip_address(name).is_loopback
-    except ValueError:
-        return False
+        return None

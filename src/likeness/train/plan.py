@@ -180,9 +180,9 @@ def describe(recipe: TrainRecipe, name: str | None, gpus: int, progress: Progres
     source = "measured" if name is None else "from its data sheet"
     limited = device.bandwidth < (1e13 if device.accelerator else 1e12)  # else the fit found no effect of memory
     bandwidth = f"{device.bandwidth / GB:.3g} GB/s" if limited else "memory bandwidth is not a limit"
-    missing = missing_components(recipe)
+    source_of_sizes, available = components_of(recipe)
     lines = [
-        *([f"{missing} is not here: planned with the published components"] if missing else []),
+        *([] if available else [f"{source_of_sizes} is not here: planned with the published components"]),
         f"weights: {traced.parameters / GB:.3g} GB, {traced.trainable:,} trainable",
         f"a pass of {micro} images: {traced.flops / 1e12:.4g} TFLOP, {traced.moved / GB:.3g} GB read and written, "
         f"{traced.operations:,} operations",
@@ -237,18 +237,19 @@ def find_device(name: str | None, recipe: TrainRecipe, progress: Progress) -> De
     return DEVICES[name]
 
 
-def missing_components(recipe: TrainRecipe) -> str | None:
-    """Return the name of the recipe's components if they are not available."""
-    source = recipe.data.components or (recipe.network.base if isinstance(recipe.network, AdapterNetwork) else None)
-    return source if source is not None and not Path(source).is_dir() and source not in bundled_models() else None
+def components_of(recipe: TrainRecipe) -> tuple[str | Path, bool]:
+    """Return the components of a recipe, and whether they are available without a download."""
+    base = recipe.network.base if isinstance(recipe.network, AdapterNetwork) else None
+    source = recipe.data.components or base or BUNDLED / COMMON
+    return source, Path(source).is_dir() or source in bundled_models()
 
 
 def component_sizes(recipe: TrainRecipe) -> ComponentSizes:
     """Return the sizes of the recipe's components, or of the published ones if they are not available."""
-    if missing_components(recipe):
+    source, available = components_of(recipe)
+    if not available:
         return FLUX_SIZES if isinstance(recipe.network, MDiTFaceAdapter) else ComponentSizes()
-    base = recipe.network.base if isinstance(recipe.network, AdapterNetwork) else None
-    parts = load_components(recipe.data.components or base or BUNDLED / COMMON)
+    parts = load_components(source)
     encoders = parts.text_encoders
     return ComponentSizes(
         channels=parts.vae.config.latent_channels,

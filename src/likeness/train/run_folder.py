@@ -77,13 +77,13 @@ def store_recipe(recipe: Any, run: Path) -> None:
     """Write `run/recipe.json`, the resolved recipe. Raises `InputError` if the run has checkpoints of another one, has
     seen more images, or is finished and has none.
     """
-    path, values = run / "recipe.json", to_dict(recipe)
-    if not newest(run) and (run / "model").exists() and is_finished(run):
+    path, values, checkpoint = run / "recipe.json", to_dict(recipe), newest(run)
+    if checkpoint is None and (run / "model").exists() and is_finished(run):
         raise InputError(
             f"{run} contains a trained model, but its checkpoints are gone: choose another folder, or delete "
             f"{run / 'model'} to train again"
         )
-    if path.is_file() and (checkpoint := newest(run)):
+    if path.is_file() and checkpoint is not None:
         length, seen = getattr(recipe, "optimizer", recipe), int(checkpoint.name)
         if seen >= length.images + length.batch:
             raise InputError(

@@ -184,8 +184,8 @@ def one_by_one(images: Any) -> Any:
 
 
 def read_pixels(image: Any, name: str, background: Literal["white", "black"] = "white") -> Image.Image:
-    """Read a path, PIL image, array or tensor, integers in [0, 255] or float in [0, 1], on `background` if
-    is transparent. Raises `InputError`.
+    """Read a path, PIL image, array or tensor, integers in [0, 255] or float in [0, 1]; transparent
+    pixels show `background`. Raises `InputError`.
     """
     if isinstance(image, Tensor):
         image = image.movedim(0, -1) if image.ndim == 3 else image  # [H, W, 3]

@@ -276,11 +276,11 @@ async function openPhoto(file) {
 
 /** Applies an operation of the service to the mask; again, if it was painted on meanwhile. */
 async function apply(operation, fields) {
-  const { data } = doc.layers.mask, sent = data.slice(), document = opened;
+  const { data } = doc.layers.mask, sent = data.slice(), before = opened;
   const { b64_json: base64 } = await api.editMask(await content("mask"), operation, fields);
   const mask = await doc.layerOfImage(fromBase64(base64), "mask");
   await resting();
-  if (document !== opened) return; // the operation was for another mask
+  if (opened !== before) return; // the operation was for another mask
   if (data.some((value, i) => value !== sent[i])) return apply(operation, fields);
   replace({ mask }, "mask", doc.photo, {});
   changed();

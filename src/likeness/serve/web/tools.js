@@ -74,8 +74,8 @@ export class Tools {
     const { data, width, height } = this.layer, inside = within([0, 0, width, height], at);
     const value = data[at[1] * width + at[0]];
     this.doc.history.begin();
-    const begun = performance.now(), pen = event.pointerType === "pen";
-    this.action = { kind: tool, pen, begun, start: at, last: at, points: [at] };
+    const started = performance.now(), pen = event.pointerType === "pen";
+    this.action = { kind: tool, pen, started, start: at, last: at, points: [at] };
     if (tool === "pick") return inside && this.on.picked(value);
     if (tool === "fill" && inside) fill(this.layer, ...at, this.painter(tool), event.shiftKey);
     if (tool === "brush" || tool === "eraser") stamp(this.painter(tool), ...at, this.rows(tool, event));
@@ -172,7 +172,7 @@ export class Tools {
 }
 
 /** Whether a stroke stays if it is interrupted: it was painted for longer than a gesture takes to begin. */
-const keeps = (action) => ["brush", "eraser"].includes(action?.kind) && performance.now() - action.begun > 300;
+const keeps = (action) => ["brush", "eraser"].includes(action?.kind) && performance.now() - action.started > 300;
 
 const within = ([x, y, width, height], [u, v]) => u >= x && v >= y && u < x + width && v < y + height;
 

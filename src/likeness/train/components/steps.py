@@ -72,7 +72,7 @@ def publish(
     save: Callable[[Any, Path], Any] = lambda component, folder: component.save_pretrained(folder),
     steps: int = 50,
 ) -> None:
-    """Report, publish the EMA weights of a component to `run/model`, measure them, and save a checkpoint, each if due.
+    """Report, publish the EMA weights of a component to `run/model`, save a checkpoint, and measure them, each if due.
 
     Args:
         progress: the steps of the training.
@@ -83,16 +83,16 @@ def publish(
     """
     if progress.due(steps * recipe.batch):
         progress.report()
+    published = None
     if progress.due(recipe.checkpoint_every):
         progress.check_finite()
         published = progress.state.emas[0].averaged_model()
         with progress.tolerated_write_errors(), writing_folder(progress.run / "model") as folder:
             save(published, folder)
-        progress.save(recipe.checkpoint_every)
+    progress.save(recipe.checkpoint_every)
+    if published is not None:  # after the checkpoint: a test image may be unreadable
         for values in measure(published):
             progress.report_values(values)
-    else:
-        progress.save(recipe.checkpoint_every)
 
 
 def rows_with(column: str, folders: Sequence[str]) -> list[dict[str, Any]]:
