@@ -43,7 +43,7 @@ from condition_losses import condition_losses_by_face
 from conflicts import means_by_face, measure_conflicts, read_masks
 from scipy import optimize, stats
 from torch import Tensor, nn
-from training_losses import contrastive_losses, dispersive_losses, record_features
+from training_losses import add_projection, alignment_losses, contrastive_losses, dispersive_losses, record_features
 
 from likeness.annotators.face_parser import load_face_parser
 from likeness.cli.terminal import print_error
@@ -286,6 +286,7 @@ VARIANTS: dict[str, Variant] = {
     "mmface-progressive": replace(mmface("first half of the images at 64 px"), progressive=True),
     "mmface-contrastive": replace(mmface("contrastive flow matching"), losses=contrastive_losses),
     "mmface-dispersive": replace(mmface("dispersive loss", record_features), losses=dispersive_losses),
+    "mmface-aligned": replace(mmface("features aligned to the face parser's", add_projection), losses=alignment_losses),
     "mmface-swapped": replace(
         mmface("`mmface` with the condition ids of mask and sketch swapped", swap_ids), bases=("mmface",), budget=0
     ),
@@ -418,8 +419,9 @@ def train(name: str, seed: int, options: argparse.Namespace) -> None:
     if variant.budget:
         model = fit(variant, recipe, model, components, run, options)
     model = model.float().eval()
-    if hasattr(model, "discriminator"):
-        del model.discriminator  # needed in training only
+    for part in ("discriminator", "projection"):  # needed in training only
+        if hasattr(model, part):
+            delattr(model, part)
     run.mkdir(parents=True, exist_ok=True)
     if name in BASES:
         model.save_pretrained(run / "model")

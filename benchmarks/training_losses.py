@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from likeness.annotators.face_parser import MEAN, STD, load_face_parser
+from likeness.encoders.components import load_components
+from likeness.encoders.latent import LatentCodec
 from likeness.objectives import Objective
 from likeness.train.batches import Batch, denoising_losses, predict
+from likeness.weights.catalog import BUNDLED, COMMON
 
 
 def contrastive_losses(network: nn.Module, objective: Objective, batch: Batch, weight: float = 0.05) -> Tensor:
@@ -44,3 +50,49 @@ def dispersive_losses(
     distances = torch.cdist(features, features).square() / features.shape[1]  # [B, B]
     dispersion = torch.logsumexp(-distances / temperature, dim=(0, 1)) - 2 * torch.log(torch.tensor(len(features)))
     return losses + weight * dispersion
+
+
+def add_projection(network: Any) -> Any:
+    """`record_features`, and a 3x3 convolution from image tokens to the face parser's features, as `projection`."""
+    channels = face_parser().config.hidden_sizes[2]
+    network.projection = nn.Conv2d(network.config.hidden_size, channels, 3, padding=1)
+    return record_features(network)
+
+
+def alignment_losses(network: Any, objective: Objective, batch: Batch, weight: float = 0.5) -> Tensor:
+    """The loss plus `weight` times one minus the cosine of projected image tokens of the second block and the face
+    parser's features of the clean image, mean over tokens, [B] (REPA, Yu et al. 2024, arXiv 2410.06940; convolution and
+    spatial normalization: iREPA, Singh et al. 2025, arXiv 2512.10794). Needs `add_projection`.
+    """
+    losses = denoising_losses(network, objective, batch)  # [B]
+    target = parser_features(batch.clean)  # [B, F, h, w]
+    tokens = network.blocks[1].features  # [B, N, D]
+    del network.blocks[1].features  # a network with it could not be copied
+    projected = network.projection(tokens.transpose(1, 2).unflatten(2, target.shape[2:]))  # [B, F, h, w]
+    return losses + weight * (1 - F.cosine_similarity(projected.float(), target, dim=1).mean(dim=(1, 2)))
+
+
+@torch.no_grad()
+def parser_features(clean: Tensor) -> Tensor:
+    """Return the face parser's features of decoded latents [B, C, H, W], third stage, [B, F, H/2, W/2]; each channel
+    has mean 0 and standard deviation 1 over its image. Missing channels of the latents are zero.
+    """
+    images = codec().decode(F.pad(clean, (0, 0, 0, 0, 0, codec().mean.shape[1] - clean.shape[1])))  # in [-1, 1]
+    pixels = (images.clamp(-1, 1) / 2 + 0.5 - MEAN) / STD
+    features = face_parser().segformer(pixel_values=pixels, output_hidden_states=True).hidden_states[2]
+    mean, std = features.mean(dim=(2, 3), keepdim=True), features.std(dim=(2, 3), keepdim=True)
+    return (features - mean) / (std + 1e-6)
+
+
+@cache
+def face_parser() -> Any:
+    """The bundled face parser."""
+    return load_face_parser()[0]
+
+
+@cache
+def codec() -> LatentCodec:
+    """The bundled autoencoder."""
+    components = load_components(BUNDLED / COMMON)
+    settings = components.settings
+    return LatentCodec(components.vae, settings["latent_mean"], settings["latent_std"], batched=True)

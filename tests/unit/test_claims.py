@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy import stats
+from torch.nn import functional as F
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # these scripts import each other
 
@@ -24,7 +25,7 @@ import conflicts
 from baselines.composed import composed
 from baselines.controlnet import controlnet
 from baselines.spade import SpadeGan, gan_losses
-from training_losses import contrastive_losses, dispersive_losses
+from training_losses import alignment_losses, contrastive_losses, dispersive_losses, parser_features
 
 from builders import randomise, whole_pipeline
 from likeness.conditions.mask.classes import CLASS_INDEX
@@ -397,6 +398,15 @@ def test_losses_are_their_formulas():
     dispersion = torch.log((2 + 2 * torch.exp(-distance / 0.5)) / 4)
     torch.testing.assert_close(dispersive_losses(network, objective, batch), torch.stack(own) + 0.5 * dispersion)
     assert torch.equal(copy.deepcopy(network)(*random_inputs()), network(*random_inputs()))
+
+    aligned = random_network("mmface-aligned")
+    velocity, target = aligned(mixed, objective.model_time(times), text, condition, index), parser_features(latents)
+    projected = aligned.projection(aligned.blocks[1].features.transpose(1, 2).reshape(2, -1, 8, 8))
+    torch.testing.assert_close(target.mean(dim=(2, 3)), torch.zeros(2, 128), atol=1e-4, rtol=0)
+    for i, loss in enumerate(alignment_losses(aligned, objective, batch)):
+        cosines = F.cosine_similarity(projected[i].flatten(1).T, target[i].flatten(1).T)  # of the 64 tokens
+        own = (velocity[i] - (noise - latents)[i]).square().mean()
+        torch.testing.assert_close(loss, own + 0.5 * (1 - cosines.mean()))
 
 
 def test_averages_of_shared_weights():
