@@ -20,16 +20,13 @@ from likeness.types import InputError
 T = TypeVar("T")
 
 
-def load_toml(
-    path: str | Path | None, cls: type[T], overrides: tuple[str, ...] = (), renamed: Mapping[str, str] | None = None
-) -> T:
+def load_toml(path: str | Path | None, cls: type[T], overrides: tuple[str, ...] = ()) -> T:
     """Read `path` into the dataclass `cls`.
 
     Args:
         path: a TOML file; tables become nested dataclasses. None: the overrides are all there is.
         cls: a dataclass type.
         overrides: `section.key=value` strings, the value in TOML syntax (a bare word is taken as a string).
-        renamed: keys of earlier versions, in any table, and their present names.
 
     Raises:
         InputError: the file is missing, is not TOML, or has a key or type that `cls` does not.
@@ -50,7 +47,7 @@ def load_toml(
             if not isinstance(table, dict):
                 raise InputError(f"the override {override!r} goes below {name}, which is {table!r} and no table")
         table[last] = value
-    return build(cls, rename_keys(values, renamed or {}), where="the settings" if path is None else str(path))
+    return build(cls, values, where="the settings" if path is None else str(path))
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -67,14 +64,6 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         backslash = re.search(r"\\|[Hh]ex", str(error))
         hint = "; in Windows paths, use forward slashes or single quotes" if backslash else ""
         raise InputError(f"{path} is not valid TOML: {error}{hint}") from error
-
-
-def rename_keys(values: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
-    """Rename keys in nested tables: {old name: new name}."""
-    return {
-        renamed.get(key, key): rename_keys(value, renamed) if isinstance(value, Mapping) else value
-        for key, value in values.items()
-    }
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:

@@ -1,4 +1,4 @@
-"""Every recipe is valid and has its stated number of parameters; recipes of earlier versions can be read."""
+"""Every recipe is valid and has its stated number of parameters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from likeness.models.mditface import MDiTFaceTransformer
 from likeness.objectives import make_objective
 from likeness.pipelines.load import load
 from likeness.train.config import (
-    RENAMED_KEYS,
     AdapterNetwork,
     MDiTFaceAdapter,
     TrainRecipe,
@@ -116,18 +115,6 @@ def test_recipes_have_names(tmp_path, monkeypatch, capsys):
     assert "Unknown recipe 'mmface-mini'. Did you mean mmface_mini? Available: " in capsys.readouterr().err
     assert run("train", "absent.toml") == 2
     assert "cannot read absent.toml" in capsys.readouterr().err
-
-
-def test_keys_of_earlier_versions(tmp_path):
-    """Also in overrides; a new name on the command line replaces an old one in the file."""
-    text = (RECIPES[0].parent / "add_keypoints.toml").read_text()
-    for old, new in RENAMED_KEYS.items():
-        text = re.sub(rf"^{new} = ", f"{old} = ", text, flags=re.MULTILINE)
-    assert "condition_shares = " in text
-    (tmp_path / "old.toml").write_text(text)
-    new = load_recipe(RECIPES[0].parent / "add_keypoints.toml", TrainRecipe, ("sharding=hybrid",))
-    assert load_recipe(tmp_path / "old.toml", TrainRecipe, ("layout=hybrid",)) == new
-    assert load_recipe(tmp_path / "old.toml", TrainRecipe, ("init_from=x",)).init_from == "x"
 
 
 def test_files_from_windows(tmp_path):

@@ -15,22 +15,6 @@ from likeness.types import PHOTO, InputError, suggestion
 
 R = TypeVar("R")
 
-RENAMED_KEYS = {
-    "start": "init_from",
-    "trained": "trainable",
-    "condition_shares": "condition_probabilities",
-    "shares": "probabilities",
-    "ema_choices": "posthoc_emas",
-    "clip": "max_grad_norm",
-    "layout": "sharding",
-    "canary_every": "diagnostics_every",
-    "keep": "keep_checkpoints",
-    "measured_size": "test_size",
-    "choices": "retrieval_candidates",
-    "attributes": "attribute_weight",
-}
-"""Keys of earlier versions, in any table of a recipe -> their present names."""
-
 Attention = Literal["holistic", "hard", "decoupled", "concat"]
 
 
@@ -369,7 +353,7 @@ def preview_file(name: str) -> Path:
 
 
 def load_recipe(path: str | Path, cls: type[R], overrides: tuple[str, ...] = ()) -> R:
-    """Read a recipe; keys of earlier versions are renamed.
+    """Read a recipe.
 
     Args:
         path: TOML file.
@@ -379,7 +363,7 @@ def load_recipe(path: str | Path, cls: type[R], overrides: tuple[str, ...] = ())
     Raises:
         InputError: the file cannot be read, or a key is unknown, missing or has the wrong type.
     """
-    return load_toml(path, cls, overrides, RENAMED_KEYS)
+    return load_toml(path, cls, overrides)
 
 
 def check_values(*rows: tuple[str, Any, bool, str]) -> None:

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from likeness.config import build, rename_keys, to_dict
+from likeness.config import build, to_dict
 from likeness.data.store import Store
 from likeness.files import delete_partials, locked, log_line, read_json, write_whole
 from likeness.parallel import SINGLE_PROCESS, World, rank_and_world
 from likeness.train.checkpoint import delete_incomplete, newest
 from likeness.train.config import (
-    RENAMED_KEYS,
     RESUMABLE_CHANGES,
     DataRecipe,
     condition_names,
@@ -91,7 +90,7 @@ def store_recipe(recipe: Any, run: Path) -> None:
                 "folder"
             )
         changes = RESUMABLE_CHANGES.get(recipe.kind, RESUMABLE_CHANGES["component"]).split()
-        stored = build(type(recipe), rename_keys(read_json(path), RENAMED_KEYS), where=str(path))
+        stored = build(type(recipe), read_json(path), where=str(path))
         before, after = fixed_values(to_dict(stored), changes), fixed_values(values, changes)
         if changed := [key for key, value in after.items() if before[key] != value]:
             raise InputError(
