@@ -61,9 +61,10 @@ from likeness.models.mditface import MDiTFaceTransformer
 from likeness.models.mmface import MMFaceTransformer
 from likeness.objectives import make_objective
 from likeness.parallel import SINGLE_PROCESS
-from likeness.train.batches import Batch, denoising_losses, open_stores, read_batches
+from likeness.train.batches import Batch, open_stores, read_batches
 from likeness.train.config import MDiTFaceAdapter, TrainRecipe, check
 from likeness.train.ema import Ema
+from likeness.train.losses import denoising_losses
 from likeness.train.networks import adapter_of, add_new_adapter, build_network
 from likeness.train.optim import learning_rate, make_optimizers
 from likeness.train.progress import Progress

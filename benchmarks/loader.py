@@ -24,9 +24,10 @@ from likeness.encoders.components import load_components
 from likeness.models.layers import use_explicit_attention
 from likeness.objectives import make_objective
 from likeness.parallel import SINGLE_PROCESS
-from likeness.train.batches import denoising_losses, read_batches
+from likeness.train.batches import read_batches
 from likeness.train.config import TrainRecipe
 from likeness.train.ema import Ema
+from likeness.train.losses import denoising_losses
 from likeness.train.networks import build_network, with_precision
 from likeness.train.optim import make_optimizers
 from likeness.train.train_state import TrainState

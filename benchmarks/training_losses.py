@@ -13,7 +13,8 @@ from likeness.annotators.face_parser import MEAN, STD, load_face_parser
 from likeness.encoders.components import load_components
 from likeness.encoders.latent import LatentCodec
 from likeness.objectives import Objective
-from likeness.train.batches import Batch, denoising_losses, predict
+from likeness.train.batches import Batch
+from likeness.train.losses import denoising_losses, dispersive_loss, predict
 from likeness.weights.catalog import BUNDLED, COMMON
 
 
@@ -37,19 +38,14 @@ def record_features(network: Any) -> Any:
     return network
 
 
-def dispersive_losses(
-    network: Any, objective: Objective, batch: Batch, weight: float = 0.5, temperature: float = 0.5
-) -> Tensor:
-    """The loss plus `weight` times the dispersive loss of the second block's image tokens, [B]: InfoNCE without
-    positive pairs, log mean exp(-|z_i - z_j|^2 / temperature), where |z|^2 is the mean over a sample's values (Wang
-    and He 2025, arXiv 2506.09027). Needs `record_features`.
+def dispersive_losses(network: Any, objective: Objective, batch: Batch, weight: float = 0.5) -> Tensor:
+    """The loss plus `weight` times the dispersive loss of the second block's image tokens, [B]. Needs
+    `record_features`.
     """
     losses = denoising_losses(network, objective, batch)  # [B]
-    features = network.blocks[1].features.float().flatten(1)  # [B, N D]
+    features = network.blocks[1].features  # [B, N, D]
     del network.blocks[1].features  # a network with it could not be copied
-    distances = torch.cdist(features, features).square() / features.shape[1]  # [B, B]
-    dispersion = torch.logsumexp(-distances / temperature, dim=(0, 1)) - 2 * torch.log(torch.tensor(len(features)))
-    return losses + weight * dispersion
+    return losses + weight * dispersive_loss(features)
 
 
 def add_projection(network: Any) -> Any:

@@ -16,9 +16,10 @@ from likeness.objectives import RectifiedFlow
 from likeness.parallel import World
 from likeness.pipelines.generate import resolve
 from likeness.serve.engine import Engine, Event, Task
-from likeness.train.batches import Batch, denoising_losses
+from likeness.train.batches import Batch
 from likeness.train.config import OptimizerRecipe
 from likeness.train.ema import Ema
+from likeness.train.losses import denoising_losses
 from likeness.train.optim import make_optimizers
 from likeness.train.train_state import TrainState
 from likeness.types import ConditionInput, PortraitRequest, TextFeatures

@@ -25,9 +25,9 @@ from likeness.train.config import (
     find_recipe,
     load_recipe,
 )
+from likeness.train.losses import blocks_of
 from likeness.train.networks import adapter_of, add_new_adapter, build_network, freeze_others
 from likeness.train.optim import trainable_parameters
-from likeness.train.student import blocks_of
 from likeness.types import InputError
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import shutil
 import threading
@@ -28,6 +29,7 @@ from likeness.train.batches import make_batch
 from likeness.train.checkpoint import checkpoints, save_checkpoint
 from likeness.train.config import DataRecipe
 from likeness.train.ema import Ema, exponent
+from likeness.train.losses import dispersive_loss
 from likeness.train.muon import Muon, orthogonalize
 from likeness.train.networks import freeze_others
 from likeness.train.optim import learning_rate, make_optimizers
@@ -122,11 +124,13 @@ def test_photo_condition():
     assert (whole.condition_latents[:, :, :, 2:4] != batch.condition_latents[:, :, :, 2:4]).any()
 
 
-@pytest.mark.parametrize(("name", "probabilities"), [("adamw", None), ("muon", {"mask": 0.3, "photo": 0.7})])
-def test_resume_is_exact(root, tmp_path, name, probabilities):
+@pytest.mark.parametrize(
+    ("name", "probabilities", "weight"), [("adamw", None, 0.0), ("muon", {"mask": 0.3, "photo": 0.7}, 0.5)]
+)
+def test_resume_is_exact(root, tmp_path, name, probabilities, weight):
     """Killed after a checkpoint, then stopped by SIGTERM: bit-identical weights, EMA, optimizer states and previews."""
     preview = [{"prompt": "a face", "mask": f"{root}/faces/train/masks/000000.png", "seed": 5}]
-    recipe = small(root, probabilities, optimizer={"name": name}, preview=preview)
+    recipe = small(root, probabilities, optimizer={"name": name}, preview=preview, dispersive_weight=weight)
     train = lambda run: loop.train(recipe, run)  # noqa: E731
     check_resume(train, tmp_path, killed_after_checkpoint(), sigterm_in_step(3, 20))
     assert [int(path.name) for path in checkpoints(tmp_path / "parts")] == [20, 24]
@@ -199,25 +203,33 @@ def test_loss_falls(root, tmp_path):
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.parametrize("name", ["mmface", "mditface"])
+def test_dispersive_loss_spreads_the_images(root, tmp_path, name):
+    """It falls with its weight, and the tokens of the images differ more than without."""
+    network = {"name": name} | ({"single_depth": 1} if name == "mditface" else {})
+    last = []
+    for weight in (1e-9, 1.0):
+        run = tmp_path / str(weight)
+        given = {"images": 240, "batch": 8, "learning_rate": 3e-3}
+        loop.train(small(root, {"mask": 1.0}, network=network, optimizer=given, dispersive_weight=weight), run)
+        last.append(metrics(run)[-1]["dispersive"])
+    assert last[1] < last[0] - 0.05
+    with pytest.raises(InputError, match="dispersive_weight is -1"):
+        loop.train(small(root, dispersive_weight=-1), tmp_path / "other")
+
+
+def test_dispersive_loss_is_its_formula():
+    """Of 3 samples with known distances; equal samples have 0."""
+    features = torch.tensor([0.0, 1.0, 3.0])[:, None, None].expand(3, 5, 2)
+    pairs = [math.exp(-((i - j) ** 2) / 0.5) for i in (0, 1, 3) for j in (0, 1, 3)]
+    assert dispersive_loss(features).item() == pytest.approx(math.log(sum(pairs) / 9))
+    assert dispersive_loss(features[:1].expand(3, 5, 2)).item() == pytest.approx(0, abs=1e-6)
+
+
 def test_run_of_another_recipe_is_rejected(root, tmp_path):
     loop.train(small(root, optimizer={"images": 4}), tmp_path)
     with pytest.raises(InputError, match="another network"):
         loop.train(small(root, optimizer={"images": 4}, network={"depth": 3}), tmp_path)
-
-
-def test_recipe_of_an_earlier_version_is_resumed(root, tmp_path):
-    """The recipe of a run folder may have the old names of keys."""
-    loop.train(small(root, optimizer={"images": 4}), tmp_path)
-    stored = json.loads((tmp_path / "recipe.json").read_text())
-    for table, new, old in (
-        (stored["data"], "condition_probabilities", "condition_shares"),
-        (stored["optimizer"], "max_grad_norm", "clip"),
-        (stored, "sharding", "layout"),
-    ):
-        table[old] = table.pop(new)
-    (tmp_path / "recipe.json").write_text(json.dumps(stored))
-    loop.train(small(root, optimizer={"images": 8}), tmp_path)
-    assert "condition_probabilities" in json.loads((tmp_path / "recipe.json").read_text())["data"]
 
 
 def test_shards_of_another_autoencoder_are_rejected(root, tmp_path):

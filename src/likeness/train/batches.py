@@ -1,4 +1,4 @@
-"""Batches of latents from shards, and their loss. Random numbers are functions of (seed, position) of the sample."""
+"""Batches of latents from shards. Random numbers are functions of (seed, position) of the sample."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree
 
 from likeness.data.ahead import read_ahead
@@ -15,7 +15,6 @@ from likeness.data.sampler import Sampler, stream
 from likeness.data.store import IMAGE, Sample, Store
 from likeness.encoders.components import Components
 from likeness.encoders.latent import spatial_factor
-from likeness.objectives import Objective
 from likeness.parallel import World
 from likeness.pipelines.editing.inpainting import composite
 from likeness.train.config import DataRecipe, RunRecipe, condition_names, condition_probability, split_key
@@ -139,20 +138,6 @@ def random_region(height: int, width: int, patch_size: int, rng: np.random.Gener
     if rng.random() < 1 / 7 and not tokens.all():
         tokens = ~tokens
     return torch.from_numpy(tokens.repeat(patch_size, 0).repeat(patch_size, 1))
-
-
-def predict(network: nn.Module, objective: Objective, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Return prediction and target at x_t of each sample of a batch with text, [B, C, h, w] each, and weight(t) [B]."""
-    time = objective.sample_time(batch.uniform)  # [B]
-    noisy = objective.corrupt(batch.clean, batch.noise, time)  # [B, C, h, w]
-    prediction = network(noisy, objective.model_time(time), batch.text, batch.condition_latents, batch.condition_index)
-    return prediction.float(), objective.target(batch.clean, batch.noise, time), objective.weight(time)
-
-
-def denoising_losses(network: nn.Module, objective: Objective, batch: Batch) -> Tensor:
-    """Return weight(t) times the mean squared error at x_t of each sample of a batch with text, float32 [B]."""
-    prediction, target, weight = predict(network, objective, batch)
-    return weight * (prediction - target).square().mean(dim=(1, 2, 3))
 
 
 def open_stores(recipe: RunRecipe, folders: Sequence[str], components: Components, patch_size: int) -> list[Store]:

@@ -223,6 +223,8 @@ class TrainRecipe(RunRecipe):
     """Weights on several processes: replicated, sharded over all, or sharded within each machine."""
     micro_batch: int | None = None
     """Images per forward pass and process. Default: all of a batch. If smaller, gradients are accumulated."""
+    dispersive_weight: float = 0.0
+    """Weight of the dispersive loss (`likeness.train.losses.DispersiveLoss`), over the images of a micro-batch."""
     diagnostics_every: int = 0
     """Images between diagnostics (`likeness.train.diagnostics`). Default: none."""
 
@@ -452,7 +454,7 @@ def check(recipe: RunRecipe) -> None:
     if data.target != "image" and PHOTO in condition_names(data):
         raise InputError(f"condition_probabilities has photo, but the network generates {data.target}: leave photo out")
     if isinstance(recipe, TrainRecipe):
-        check_minimum(recipe, 0, "diagnostics_every")
+        check_minimum(recipe, 0, "diagnostics_every", "dispersive_weight")
         check_minimum(recipe, 1, "micro_batch")
         check_network(recipe)
         frozen_flux = isinstance(recipe.network, MDiTFaceAdapter)

@@ -23,8 +23,9 @@ from likeness.data.store import IMAGE, Sample, Store
 from likeness.encoders.components import Components
 from likeness.objectives import Objective
 from likeness.parallel import local_tensor, reshard
-from likeness.train.batches import Batch, denoising_losses, latent_statistics
+from likeness.train.batches import Batch, latent_statistics
 from likeness.train.config import AdapterNetwork, TrainRecipe, condition_names, condition_probability
+from likeness.train.losses import denoising_losses
 from likeness.train.metrics import Reporter
 from likeness.train.train_state import TrainState
 from likeness.types import TextFeatures

@@ -18,11 +18,12 @@ from likeness.encoders.components import load_components
 from likeness.models.layers import use_explicit_attention
 from likeness.objectives import make_objective
 from likeness.parallel import World, set_gradient_sync, shard_model
-from likeness.train.batches import denoising_losses, open_stores, read_batches
+from likeness.train.batches import open_stores, read_batches
 from likeness.train.checkpoint import newest
 from likeness.train.config import AdapterNetwork, TrainRecipe, check, micro_batch
 from likeness.train.diagnostics import Diagnostics
 from likeness.train.ema import Ema
+from likeness.train.losses import DispersiveLoss, denoising_losses
 from likeness.train.networks import (
     adapter_of,
     build_network,
@@ -114,6 +115,7 @@ def train_in(
 
     # 2. Resume
     state.resume(run)
+    dispersive = DispersiveLoss(model) if recipe.dispersive_weight else None
     if recipe.compile and world.mesh is None:
         model.compile(dynamic=False)
     elif recipe.compile:
@@ -132,18 +134,20 @@ def train_in(
     batches = read_batches(recipe, stores, names, components.settings, world, progress.starts, micro, patch_size)
     for start, micro_batches in progress.steps(batches):
         rate = learning_rate(start, o.images, o.learning_rate, o.warmup, o.decay)
-        loss = torch.zeros((), device=world.device)
+        loss, dispersion = torch.zeros(2, device=world.device)
         for number, batch in enumerate(micro_batches, start=1):
             set_gradient_sync(model, world, last=number == len(micro_batches))
             inputs = batch.with_text(components).to(world.device)
             with world.autocast(recipe.precision):
                 part = denoising_losses(model, objective, inputs).mean() / len(micro_batches)
-            part.backward()
+                spread = dispersive() / len(micro_batches) if dispersive else torch.zeros_like(part)
+            (part + recipe.dispersive_weight * spread).backward()
             loss += part.detach()
+            dispersion += spread.detach()
         if diagnostics:
             diagnostics.watch(micro_batches)
         norm = state.step(rate, o.max_grad_norm)
-        progress.end_step(loss=loss, gradient_norm=norm)
+        progress.end_step(loss=loss, gradient_norm=norm, **({"dispersive": dispersion} if dispersive else {}))
 
         # 4. Diagnose, report and save
         if diagnostics and progress.due(recipe.diagnostics_every):

@@ -23,7 +23,6 @@ from likeness.encoders.components import load_components
 from likeness.models.layers import use_explicit_attention
 from likeness.objectives import make_objective
 from likeness.parallel import Sharding
-from likeness.train.batches import denoising_losses
 from likeness.train.config import (
     AdapterNetwork,
     DataRecipe,
@@ -33,6 +32,7 @@ from likeness.train.config import (
     TrainRecipe,
     micro_batch,
 )
+from likeness.train.losses import denoising_losses
 from likeness.train.networks import with_precision
 from likeness.train.trace import FLUX_SIZES, ComponentSizes, Trace, block_counts, random_batch, random_network, trace
 from likeness.types import InputError, Progress

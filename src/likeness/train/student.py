@@ -37,15 +37,13 @@ from likeness.device import choose_device, choose_precision
 from likeness.encoders.components import load_components
 from likeness.files import read_json
 from likeness.models.layers import modulate, use_explicit_attention
-from likeness.models.mditface import PATCH, MDiTFaceTransformer
-from likeness.models.mditface_blocks import split_streams
-from likeness.models.mmface import MMFaceBlock, MMFaceTransformer
 from likeness.objectives import RectifiedFlow, make_objective
 from likeness.parallel import World
 from likeness.train.batches import Batch, open_stores, read_batches
 from likeness.train.checkpoint import checkpoint_entries, newest, read_into
 from likeness.train.config import DiscriminatorRecipe, StudentRecipe, check, check_single_conditions, condition_names
 from likeness.train.ema import Ema
+from likeness.train.losses import block_features, blocks_of
 from likeness.train.networks import check_same_components
 from likeness.train.optim import learning_rate, make_optimizers
 from likeness.train.progress import Progress
@@ -128,13 +126,9 @@ class Discriminator(nn.Module):
             layers[index].register_forward_hook(self.save_features)
 
     def save_features(self, block: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        """Forward hook: save the image tokens and the conditioning of a block, unless it has no image tokens (the
-        static pathway of MDiTFace). In MDiTFace's single blocks, the text precedes the image in the same stream.
-        """
-        if isinstance(block, MMFaceBlock):
-            self.features.append((output[0], inputs[2]))
-        elif "image" in inputs[1]:
-            self.features.append((split_streams(output, inputs[1])["image"], inputs[2].conditioning))
+        """Forward hook: save the image tokens and the conditioning of a block."""
+        if found := block_features(block, inputs, output):
+            self.features.append(found)
 
     def forward(
         self, latents: Tensor, time: Tensor, text: TextFeatures, conditions: Tensor, condition_index: Tensor
@@ -149,15 +143,6 @@ class Discriminator(nn.Module):
         ]
         self.features.clear()
         return torch.stack(logits, dim=1).float()  # [B, F, N]
-
-
-def blocks_of(network: nn.Module) -> tuple[list[nn.Module], int, int]:
-    """Return the blocks of a network in the order of their calls, its width D and its patch size p."""
-    if isinstance(network, MMFaceTransformer):
-        return list(network.blocks), network.config.hidden_size, network.config.patch_size
-    assert isinstance(network, MDiTFaceTransformer)
-    blocks = [*network.transformer_blocks, *network.single_transformer_blocks]
-    return blocks, network.config.num_attention_heads * network.config.attention_head_dim, PATCH
 
 
 class Draws(NamedTuple):

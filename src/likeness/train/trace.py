@@ -23,8 +23,9 @@ from likeness.models.layers import use_explicit_attention
 from likeness.models.mditface import MDiTFaceTransformer
 from likeness.models.mmface import MMFaceTransformer
 from likeness.objectives import make_objective
-from likeness.train.batches import Batch, denoising_losses
+from likeness.train.batches import Batch
 from likeness.train.config import AdapterNetwork, MDiTFaceAdapter, MMFaceAdapter, TrainRecipe, split_key
+from likeness.train.losses import denoising_losses
 from likeness.train.networks import adapter_of, add_new_adapter, build_network, freeze_others
 from likeness.types import TextFeatures
 from likeness.weights.catalog import bundled_models, find_model
