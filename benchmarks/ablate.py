@@ -191,6 +191,12 @@ def swap_ids(network: Any, trained: Any) -> Any:
     return trained
 
 
+def scale_output(network: Any, trained: Any, *, factor: float) -> Any:
+    """Multiply the prediction of a trained network."""
+    trained.register_forward_hook(lambda module, inputs, output: factor * output)
+    return trained
+
+
 def first_clause(caption: str) -> str:
     """Return a caption up to its first comma, full stop or "and"."""
     return re.split(r"[,.;]| and ", caption)[0]
@@ -290,6 +296,11 @@ VARIANTS: dict[str, Variant] = {
     "mmface-aligned": replace(mmface("features aligned to the face parser's", add_projection), losses=alignment_losses),
     "mmface-swapped": replace(
         mmface("`mmface` with the condition ids of mask and sketch swapped", swap_ids), bases=("mmface",), budget=0
+    ),
+    "mmface-scaled": replace(
+        mmface("`mmface` with its velocity divided by 0.95", partial(scale_output, factor=1 / 0.95)),
+        bases=("mmface",),
+        budget=0,
     ),
     # Other methods
     "mmface-text": Variant(
