@@ -306,11 +306,14 @@ def test_dpm_solver_formula(shift):
     torch.testing.assert_close(found, x, atol=2e-4, rtol=2e-4)
 
 
-def test_samplers_with_noise_draw_it_from_the_generator():
+@pytest.mark.parametrize("objective", [DDPM(), RectifiedFlow(sampler="sde-dpm++"), RectifiedFlow(sampler="renoise")])
+def test_samplers_with_noise_draw_it_from_the_generator(objective):
     """Each image from its own: again the same, and alone as in a batch."""
-    pipeline, objective = tiny_pipeline(), DDPM()
+    pipeline = tiny_pipeline()
     pipeline.register_to_config(objective=objective.config())
-    pipeline.scheduler = DDPMScheduler.from_config(objective.scheduler().config)
+    pipeline.scheduler = objective.scheduler()
+    if isinstance(objective, DDPM):
+        pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     both = make(pipeline, [PROMPT, "a man"], numbers=(1, 2))
     assert np.array_equal(make(pipeline, [PROMPT, "a man"], numbers=(1, 2)), both)
     assert np.array_equal(make(pipeline, "a man", numbers=(2,))[0], both[1])

@@ -35,16 +35,16 @@ class RectifiedFlow:
     """Shifts training times and sampling steps towards noise: t -> s t / (1 + (s - 1) t) (same paper, equation 23)."""
     time_scale: float = 1000.0
     """Factor of t before it is embedded; 999 in the released MMFace-DiT weights."""
-    sampler: Literal["euler", "dpm++", "renoise"] = "euler"
-    """Sampler of published pipelines: Euler's method; DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095); or, for
-    few-step models, x_next = (1 - t_next) x_0 + t_next noise, with x_0 estimated by `denoise` and fresh noise at every
-    step."""
+    sampler: Literal["euler", "dpm++", "sde-dpm++", "renoise"] = "euler"
+    """Sampler of published pipelines: Euler's method; DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095), or its SDE
+    form, which replaces a part of the noise by fresh noise at every step; or, for few-step models, x_next =
+    (1 - t_next) x_0 + t_next noise, with x_0 estimated by `denoise` and only fresh noise."""
 
     def __post_init__(self) -> None:
         if self.time_sampling not in ("uniform", "logit_normal"):
             raise InputError(f"time_sampling is {self.time_sampling!r}; choose uniform or logit_normal")
-        if self.sampler not in ("euler", "dpm++", "renoise"):
-            raise InputError(f"sampler is {self.sampler!r}; choose euler, dpm++ or renoise")
+        if self.sampler not in ("euler", "dpm++", "sde-dpm++", "renoise"):
+            raise InputError(f"sampler is {self.sampler!r}; choose euler, dpm++, sde-dpm++ or renoise")
         check_numbers(self, "logit_mean")
         check_numbers(self, "shift", "logit_std", "time_scale", positive=True)
 
@@ -77,9 +77,10 @@ class RectifiedFlow:
         return time * self.time_scale
 
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler | DPMSolverMultistepScheduler:
-        if self.sampler == "dpm++":
+        if self.sampler.endswith("dpm++"):
             flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": self.shift}
-            return DPMSolverMultistepScheduler(num_train_timesteps=TIMESTEPS, **flow)
+            algorithm = self.sampler.replace("dpm", "dpmsolver")
+            return DPMSolverMultistepScheduler(num_train_timesteps=TIMESTEPS, algorithm_type=algorithm, **flow)
         renoise = self.sampler == "renoise"
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TIMESTEPS, stochastic_sampling=renoise)
 
