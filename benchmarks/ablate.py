@@ -1,7 +1,7 @@
 """Train variants of a micro network with equal budgets, and measure them on the same held-out faces.
 
 python benchmarks/ablate.py list
-python benchmarks/ablate.py train decoupled concat --shards SHARDS --test SHARDS --faces FOLDER --seeds 0 1 2
+python benchmarks/ablate.py train decoupled concat --shards SHARDS --test TEST --faces FOLDER --seeds 0 1 2
 python benchmarks/ablate.py compare concat decoupled --metric pixel_accuracy/mask
 python benchmarks/ablate.py collect          # add the runs to ablations.json and ablations/, and compare
 python benchmarks/ablate.py costs --shards SHARDS  # time of a training step and of an image, relative to `mmface`

@@ -263,9 +263,7 @@ def command_of(claim: Claim) -> str:
     if claim.pair is None:
         return claim.command
     small = " --small-shards SHARDS64" if any(ablate.VARIANTS[name].progressive for name in claim.pair) else ""
-    return (
-        f"python benchmarks/ablate.py train {' '.join(claim.pair)}{small} --shards SHARDS --test SHARDS --faces FACES"
-    )
+    return f"python benchmarks/ablate.py train {' '.join(claim.pair)}{small} --shards SHARDS --test TEST --faces FACES"
 
 
 def record(names: list[str], claims: Mapping[str, Claim]) -> None:

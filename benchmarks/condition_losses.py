@@ -11,7 +11,8 @@ from likeness.data.store import Store
 from likeness.objectives import make_objective
 from likeness.train.batches import latent_statistics
 from likeness.train.diagnostics import face_losses, faces_with, fixed_faces
-from likeness.types import TextFeatures
+from likeness.types import InputError, TextFeatures
+from likeness.weights.hashes import encoder_hash
 
 
 def condition_losses(pipeline: Any, store: Store, condition: str, *, count: int) -> dict[str, float]:
@@ -32,7 +33,12 @@ def condition_losses_by_face(pipeline: Any, store: Store, condition: str, *, cou
     Returns:
         `right`: with the face's own condition; `shuffled`: with the next face's; `none`: without. Noise, times and
         captions (each face's first) are the same in all three.
+
+    Raises:
+        InputError: the shards are of another autoencoder.
     """
+    if store.manifest["codec"] != encoder_hash(pipeline.vae):
+        raise InputError(f"{store.folder} was encoded with another encoder than the model's: encode it again")
     samples = faces_with(condition, (store[index] for index in range(len(store))), count)
     texts = [pipeline.text_features(list(sample.captions[:1]) or [""]) for sample in samples]
     text = TextFeatures(torch.cat([one.tokens for one in texts]), torch.cat([one.pooled for one in texts]))

@@ -39,12 +39,14 @@ def main() -> None:
         commands = {
             base: ["-c", base],
             "import torch": ["-c", "import torch"],
-            "import likeness; likeness.load()": ["-c", "import likeness; likeness.load()"],
+            "likeness.load('mmface-mini')": ["-c", "import likeness; likeness.load('mmface-mini')"],
             "likeness generate (20 steps)": [
                 "-m",
                 "likeness.cli",
                 "generate",
                 "a woman",
+                "--model",
+                "mmface-mini",
                 "--steps",
                 "20",
                 "--out",

@@ -5,12 +5,14 @@
 #   launch/gpu_minutes.sh add ARCHIVE        # on the GPU machine, for each archive: unpack, extract sketches, encode
 #   launch/gpu_minutes.sh run OUT [KEY=VALUE...]  # on the GPU machine: train with these overrides, pack and measure
 #
-# FACES are prepared folders. OUT gets the packed model (11 MB), metrics.jsonl, and numbers.json with latency and memory.
+# FACES are prepared folders, of which 10,000 faces are packed. The GPU machine has Python 3.12, torch, transformers and
+# accelerate. OUT gets the packed model (11 MB), metrics.jsonl, and numbers.json with latency and memory. To use the model,
+# link src/likeness/bundled/common to OUT/common.
 # The archives may arrive one by one: what `add` has encoded stays in WORK (default: /tmp/likeness-gpu). SECONDS_TO_TRAIN
 # (default: 360) limits the training; it is stopped with SIGTERM, published at every checkpoint, and resumes if `run` is
-# repeated. BATCH (default: 1024) and MODEL (default: mmface_mini) select what is trained.
+# repeated. BATCH (default: 1024) and MODEL (default: mmface_mini; or mditface_mini, mask_mini) select what is trained.
 set -euo pipefail
-[ $# -ge 2 ] || { sed -n '2,13s/^# \?//p' "$0" >&2; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,15s/^# \?//p' "$0" >&2; exit 2; }
 root=$(realpath "$(dirname "$0")/..")
 work=${WORK:-/tmp/likeness-gpu} model=${MODEL:-mmface_mini}
 bundled=$root/src/likeness/bundled
@@ -46,8 +48,8 @@ run)
         "optimizer.warmup=$((${BATCH:-1024} * 50))" "checkpoint_every=$((${BATCH:-1024} * ${STEPS_PER_CHECKPOINT:-500}))" "${@:3}" || true
     cp "$run/metrics.jsonl" "$out"
     ln -sfn "$bundled/common" "$work/common"
-    [ ! -d "$run/model" ] || { likeness prepare pack "$run/model" "$work/packed" && cp -r "$work/packed" "$out/model"; }
+    [ ! -d "$run/model" ] || { likeness prepare pack "$run/model" "$work/packed" && rm -rf "$out/model" && cp -r "$work/packed" "$out/model"; }
     python3 "$root/benchmarks/full_size.py" --out "$out/numbers.json" ${BENCHMARK:-}
     ;;
-*) sed -n '2,13s/^# \?//p' "$0" >&2; exit 2 ;;
+*) sed -n '2,15s/^# \?//p' "$0" >&2; exit 2 ;;
 esac

@@ -6,7 +6,8 @@
 # DATA contains celeba/ and celebamask-hq/ in their official formats (docs/minis.md); data/ and runs/ are written to OUT
 # (default: here). To resume, run the same command again. LANDMARKER is the path of MediaPipe's face_landmarker.task, for
 # keypoints. HELD_OUT is the number of test faces of celeba/ (default: 1000). SQUEEZENET is the path of SqueezeNet's
-# weights (docs/minis.md); without it, the decoder is trained without perceptual loss.
+# weights (docs/minis.md), and SQUEEZENET_INPUT, torchvision (default) or caffe, their input; without SQUEEZENET, the decoder
+# is trained without perceptual loss.
 set -euo pipefail
 data=$(realpath "$1")
 recipes=$(realpath "$(dirname "$0")/../recipes")
@@ -16,7 +17,7 @@ examples=$(realpath "$(dirname "$0")/../examples")
 mkdir -p "${2:-.}" && cd "${2:-.}"
 [ -e examples ] || ln -s "$examples" examples # the recipes' previews name files in it
 landmarks=(${LANDMARKER:+--landmarker "$LANDMARKER"})
-perceptual=(${SQUEEZENET:+"perceptual=$SQUEEZENET"})
+perceptual=(${SQUEEZENET:+"perceptual=$SQUEEZENET" "perceptual_input=${SQUEEZENET_INPUT:-torchvision}"})
 conditions=() rendered=() # with keypoints: those of the recipes
 [ -n "${LANDMARKER:-}" ] || conditions=('data.condition_probabilities={mask=0.45, sketch=0.35, none=0.2}')
 [ -n "${LANDMARKER:-}" ] || rendered=('probabilities={image=0.7, mask=0.18, sketch=0.12}')

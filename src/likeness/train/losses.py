@@ -67,9 +67,10 @@ def block_features(block: nn.Module, inputs: tuple[Any, ...], output: Any) -> tu
 
 
 class DispersiveLoss:
-    """The dispersive loss of a network's last pass, after a quarter of its blocks (with text, if in the same stream).
+    """The dispersive loss of a network's last pass, from the image tokens after block n // 4 of n, counted from 0.
 
-    A forward hook keeps the tokens. Create it before the network is compiled.
+    They include the text where it is in the same stream. A forward hook keeps the tokens; create it before the network
+    is compiled.
     """
 
     def __init__(self, network: nn.Module) -> None:
