@@ -9,12 +9,8 @@ medians of alternating rounds and their ratio to no condition, and how far cache
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from side_by_side import median_seconds
 
 from likeness.models.mditface import MDiTFaceTransformer

@@ -12,14 +12,10 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 import plain_mmface
+import torch
 from side_by_side import median_seconds
 
 from likeness.models.mmface import MMFaceTransformer

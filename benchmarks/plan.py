@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from likeness.train.config import TrainRecipe
-from likeness.train.plan import GB, REFERENCE_SIZES, Device, measure_device, measure_step, predict, reference_recipe
+from likeness.train.plan import GB, Device, measure_device, measure_step, predict, reference_recipe
 from likeness.train.trace import trace
 
 NETWORKS = ((256, 6, 8, 32), (320, 4, 5, 64), (512, 8, 8, 16), (768, 6, 12, 8))
@@ -38,10 +38,10 @@ def measured_memory(arguments: list[str]) -> float:
 
 def one(width: int, depth: int, heads: int, images: int, precision: str, saving: bool) -> None:
     """Measure in the child process: first a small network, for the memory of libraries, then the given one."""
-    measure_step(reference_recipe(64, 2, 2, precision), 2, REFERENCE_SIZES, steps=1)
+    measure_step(reference_recipe(64, 2, 2, precision), 2, steps=1)
     before = peak()
     recipe = reference_recipe(width, depth, heads, precision)
-    measure_step(checkpointed(recipe) if saving else recipe, images, REFERENCE_SIZES, steps=2)
+    measure_step(checkpointed(recipe) if saving else recipe, images, steps=2)
     print(peak() - before)
 
 
@@ -73,7 +73,7 @@ def main() -> None:
             batch = dataclasses.replace(recipe.optimizer, batch=images)
             plan = predict(dataclasses.replace(recipe, optimizer=batch), traced, device, 1, images)
             memory = plan.memory - 4 * traced.trainable  # the measured step has no EMA
-            seconds = measure_step(recipe, images, REFERENCE_SIZES)
+            seconds = measure_step(recipe, images)
             found = measured_memory([*map(str, (width, depth, heads, images)), options.precision, str(saving)])
             print(
                 f"{width:4d} x {depth}, {images:3d}{' checkpointed' if saving else '':13s} "

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -38,21 +37,15 @@ def serve(model: str, setting: str, steps: int) -> None:
         torch.set_num_threads(1)
     for line in sys.stdin:
         size = int(line)
-        start, before = time.perf_counter(), cpu_seconds()
+        start, before = time.perf_counter(), time.process_time()
         generator = torch.Generator().manual_seed(0)
         pipeline(PROMPT, height=size, width=size, num_inference_steps=steps, generator=generator)
         found = {
             "wall": time.perf_counter() - start,
-            "cpu": cpu_seconds() - before,
+            "cpu": time.process_time() - before,
             "work": work_of(pipeline, size, size),
         }
         print(json.dumps(found), flush=True)
-
-
-def cpu_seconds() -> float:
-    """CPU time of this process."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
 
 
 def measure(servers: dict[str, subprocess.Popen[str]], size: int, rounds: int) -> dict[str, dict[str, float]]:

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from builders import free_port
+from likeness.config import load_toml
 from likeness.train import loop
 from likeness.train.checkpoint import checkpoints
-from likeness.train.config import TrainRecipe, load_recipe
+from likeness.train.config import TrainRecipe
 from runs import SIZE, load_checkpoint, metrics
 
 PROJECT = Path(__file__).parents[2]
@@ -50,7 +51,7 @@ def test_two_machines(root, tmp_path, programs):
     machines = [subprocess.Popen(command, env=where, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [machine.communicate(timeout=900)[1] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], said[0][-3000:] + said[1][-3000:]
-    loop.train(load_recipe(DEBUG, TrainRecipe, (*given, "threads=1")), tmp_path / "alone")
+    loop.train(load_toml(DEBUG, TrainRecipe, (*given, "threads=1")), tmp_path / "alone")
     found, wanted = load_checkpoint(tmp_path / "run"), load_checkpoint(tmp_path / "alone")
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from likeness.config import load_toml
 from likeness.models.mmface import MMFaceTransformer
 from likeness.objectives import RectifiedFlow, make_objective
 from likeness.train import loop
 from likeness.train.checkpoint import checkpoints
-from likeness.train.config import TrainRecipe, load_recipe
+from likeness.train.config import TrainRecipe
 from likeness.train.ema import exponent
 from likeness.train.networks import build_network
 from likeness.train.optim import learning_rate
@@ -28,7 +29,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 def test_learning_rate_does_not_rise_again():
     """A schedule advanced by each of two processes reaches 0 at half of the run, and the peak again at its end."""
-    o = load_recipe(RECIPES / "mmface_256_rfm.toml", TrainRecipe).optimizer
+    o = load_toml(RECIPES / "mmface_256_rfm.toml", TrainRecipe).optimizer
     steps = range(0, o.images + 1, o.images // 200)
     ours = [learning_rate(seen, o.images, o.learning_rate, o.warmup, o.decay) for seen in steps]
     falling = [rate for seen, rate in zip(steps, ours, strict=True) if seen >= o.warmup]
@@ -49,7 +50,7 @@ def test_times_are_float32():
 @pytest.mark.parametrize("size", [256, 512])
 def test_min_snr_is_used(size):
     """lambda = 5 is in the recipe and in the weight; without it, as released, all times have equal weight."""
-    objective = make_objective(load_recipe(RECIPES / f"mmface_{size}_ddpm.toml", TrainRecipe).objective)
+    objective = make_objective(load_toml(RECIPES / f"mmface_{size}_ddpm.toml", TrainRecipe).objective)
     times = torch.tensor([10.0, 500.0, 990.0])
     squared = objective.alpha_squared[times.long()]
     snr = squared / (1 - squared)
@@ -61,7 +62,7 @@ def test_min_snr_is_used(size):
 @pytest.mark.parametrize("objective", ["rfm", "ddpm"])
 def test_512_is_initialized_with_256(objective):
     """50 epochs at an effective batch of 16 from the weights of the 256 px stage, with the same network."""
-    small, large = (load_recipe(RECIPES / f"mmface_{size}_{objective}.toml", TrainRecipe) for size in (256, 512))
+    small, large = (load_toml(RECIPES / f"mmface_{size}_{objective}.toml", TrainRecipe) for size in (256, 512))
     assert large.init_from == f"runs/mmface_256_{objective}/model"
     assert (large.network, large.objective) == (small.network, small.objective)
     assert (small.optimizer.images, small.optimizer.batch) == (300 * 94_000, 32)

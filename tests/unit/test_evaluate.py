@@ -246,15 +246,15 @@ def test_faces_are_parsed_once(root, tmp_path, monkeypatch):
 
 
 def test_results_json(root, results):
-    """The keys that earlier versions wrote, and what a comparison reads."""
+    """Its keys, and what a comparison reads."""
     content = json.loads((root / "first" / "results.json").read_text())
     assert set(content) == {
-        "numbers", "missing", "classes", "nearest", "extractors", "schema", "likeness", "protocol", "asked", "faults",
-        "notes", "faces", "portraits",
+        "numbers", "missing", "classes", "nearest", "extractors", "likeness", "protocol", "settings", "faults",
+        "notes", "faces", "images",
     }  # fmt: skip
     keys = ["metric", "given", "against", "value", "low", "high", "n", "by_seed", "warning", "protocol"]
     assert list(content["numbers"][0]) == keys
-    assert set(content["classes"]["mask"][0]) == {"class", "n", "iou", "shown", "low", "high"}
+    assert set(content["classes"]["mask"][0]) == {"name", "n", "iou", "shown", "low", "high"}
     assert set(content["missing"][0]) == {"metric", "why"}
     stored = read_evaluation(root / "first")
     assert stored.numbers == results.numbers

@@ -168,11 +168,6 @@ def test_release_is_known_by_its_folder_and_gaps_are_named(release, tmp_path):
         load(tmp_path / "out")("a face", height=32, width=32, num_inference_steps=1)
 
 
-def test_heads_of_another_width(release, tmp_path):
-    assert run("convert", "mmface-release", release, tmp_path / "out", "--heads", 4) == 0
-    assert json.loads((tmp_path / "out" / "transformer" / "config.json").read_text())["heads"] == 4
-
-
 def test_conversion_of_weights():
     """Time runs the other way, rotary pairs are halves, and the prediction of the flow has the other sign."""
     g = torch.Generator().manual_seed(0)

@@ -10,7 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from likeness.cli import main
-from likeness.train.config import TrainRecipe, load_recipe
+from likeness.config import load_toml
+from likeness.train.config import TrainRecipe
 from likeness.train.plan import DEVICES, REFERENCE_SIZES, compare_shardings, predict, reference_recipe, search
 from likeness.train.trace import FLUX_SIZES, ComponentSizes, Meter, trace, trace_blocks
 
@@ -66,7 +67,7 @@ def test_extrapolation_of_blocks():
 
 
 def test_shardings_trade_memory_for_communication():
-    recipe = load_recipe(RECIPES / "debug.toml", TrainRecipe)
+    recipe = load_toml(RECIPES / "debug.toml", TrainRecipe)
     plans = compare_shardings(recipe, DEVICES["h200"], REFERENCE_SIZES, (1, 8, 64))
     one, replicated, sharded = plans[1, "replicate"], plans[8, "replicate"], plans[8, "shard"]
     assert one == plans[1, "shard"] == plans[1, "hybrid"]
@@ -81,7 +82,7 @@ def test_shardings_trade_memory_for_communication():
 
 def test_search_for_settings_that_fit():
     """It stops at the first setting that fits; if none does, all are tried."""
-    recipe, h200 = load_recipe(RECIPES / "debug.toml", TrainRecipe), DEVICES["h200"]
+    recipe, h200 = load_toml(RECIPES / "debug.toml", TrainRecipe), DEVICES["h200"]
     ((setting, _, fits),) = search(recipe, h200, 1, REFERENCE_SIZES)
     assert (setting, fits) == ("unchanged", True)
     tried = list(search(recipe, dataclasses.replace(h200, memory=1.0), 1, REFERENCE_SIZES))
@@ -97,7 +98,7 @@ def test_search_for_settings_that_fit():
 
 
 def test_micro_batches():
-    recipe = load_recipe(RECIPES / "debug.toml", TrainRecipe)
+    recipe = load_toml(RECIPES / "debug.toml", TrainRecipe)
     one, four = (
         predict(recipe, trace(recipe, micro, REFERENCE_SIZES), DEVICES["h200"], 1, micro, REFERENCE_SIZES)
         for micro in (16, 4)
@@ -146,7 +147,7 @@ def test_invalid_options(capsys, options, message):
 
 def test_adapter_without_its_base():
     """The base is in bf16 and frozen; the adapter's weights are in float32, and only they have gradients."""
-    recipe = load_recipe(RECIPES / "mditface_lora_512.toml", TrainRecipe)
+    recipe = load_toml(RECIPES / "mditface_lora_512.toml", TrainRecipe)
     traced = trace(recipe, 1, FLUX_SIZES, accelerator=True)
     assert traced.trainable == 28_975_616 + 3072
     # of the last block's spatial tokens only keys and values are used: query, MLP and output have no gradient
@@ -157,7 +158,7 @@ def test_adapter_without_its_base():
 
 def test_published_size_without_its_components():
     """A plan of the published network needs no files."""
-    recipe = load_recipe(RECIPES / "mmface_256_rfm.toml", TrainRecipe)
+    recipe = load_toml(RECIPES / "mmface_256_rfm.toml", TrainRecipe)
     traced = trace(recipe, 1, ComponentSizes())
     assert traced.trainable == 1_345_299_776
     assert traced.parameters == 4 * traced.trainable

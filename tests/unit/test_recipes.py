@@ -23,7 +23,6 @@ from likeness.train.config import (
     condition_names,
     condition_probability,
     find_recipe,
-    load_recipe,
 )
 from likeness.train.losses import blocks_of
 from likeness.train.networks import adapter_of, add_new_adapter, build_network, freeze_others
@@ -56,7 +55,7 @@ TRAINED = {"mditface_lora_512": 28_975_616 + 3072, "mmface_lora_mini": 147_456}
 
 def test_fine_tuning_needs_what_annotate_makes():
     """Masks and sketches, for which everything is bundled; keypoints need a file with a model."""
-    recipe = load_recipe(RECIPES[0].parent / "finetune_mini.toml", TrainRecipe)
+    recipe = load_toml(RECIPES[0].parent / "finetune_mini.toml", TrainRecipe)
     assert {name for name in condition_names(recipe.data) if condition_probability(recipe.data, name)} == {
         "mask",
         "sketch",
@@ -73,7 +72,7 @@ def comment_states(path: Path, parameters: int) -> bool:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe(path):
     kind, _ = trainer_of(path)
-    recipe = load_recipe(path, kind)
+    recipe = load_toml(path, kind)
     if recipe.kind == "student":
         check(recipe)
         network = load(recipe.teacher).transformer
@@ -121,7 +120,7 @@ def test_files_from_windows(tmp_path):
     """A byte order mark is accepted; backslashes in double quotes are explained."""
     file = tmp_path / "a.toml"
     file.write_bytes(b"\xef\xbb\xbf" + (Path(__file__).parents[2] / "recipes" / "debug.toml").read_bytes())
-    assert load_recipe(file, TrainRecipe).optimizer.images > 0
+    assert load_toml(file, TrainRecipe).optimizer.images > 0
     for path in ("C:\\Users\\me", "C:\\data\\me"):
         file.write_text(f'[data]\nshards = ["{path}"]\n')
         with pytest.raises(InputError, match="use forward slashes or single quotes"):

@@ -36,11 +36,12 @@ class Train:
     """With --plan: number of devices. Default: 1."""
 
     def __call__(self) -> None:
-        from likeness.train.config import check, find_recipe, load_recipe
+        from likeness.config import load_toml
+        from likeness.train.config import check, find_recipe
 
         file = find_recipe(self.recipe)
         recipe_class, train_recipe = trainer_of(file)
-        config = load_recipe(file, recipe_class, self.overrides)
+        config = load_toml(file, recipe_class, self.overrides)
         quiet_libraries()
         if not self.plan:
             options = {"--compare-sharding": self.compare_sharding, "--device": self.device, "--gpus": self.gpus}
@@ -110,8 +111,6 @@ class ConvertMMFace:
     """Folder of Stable Diffusion 2.1's text encoder and tokenizer."""
     vae: Path | None = None
     """Folder of FLUX.1's autoencoder."""
-    heads: int | None = None
-    """Number of attention heads, if they are not 72 wide as in all releases."""
 
     def __call__(self) -> None:
         if not self.path.exists():

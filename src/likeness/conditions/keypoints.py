@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 from likeness.conditions.augment import augment_points
 from likeness.conditions.base import ARRAY_SUFFIXES, Condition, Reading, Source, describe
-from likeness.conditions.images import existing_path, load_array, open_image
+from likeness.conditions.images import existing_path, load_array, open_image, unreadable
 from likeness.types import InputError, Note
 
 # fmt: off
@@ -81,11 +81,6 @@ def part_points(part: str, count: int) -> list[int]:
     return list(ibug if count == 68 else mediapipe)
 
 
-def bad_points(text: str) -> InputError:
-    """The error for input that is not a valid set of keypoints."""
-    return InputError(text, kind="corrupt-file")
-
-
 def read(source: Source | dict, *, name: str = "") -> Reading:
     """Read keypoints as fractions of the image size, (x, y), float32 [P, 2]. `name` replaces the path in error
     messages.
@@ -101,7 +96,7 @@ def read(source: Source | dict, *, name: str = "") -> Reading:
     """
     name = name or describe(source)
     if isinstance(source, Image.Image):
-        raise bad_points(f"{name} is not a set of points: keypoints are a .json, .npy, .txt, .pts or .csv file")
+        raise unreadable(f"{name} is not a set of points: keypoints are a .json, .npy, .txt, .pts or .csv file")
     if isinstance(source, np.ndarray):
         form, values, size = "array", source, None
     elif isinstance(source, dict):
@@ -120,20 +115,20 @@ def read(source: Source | dict, *, name: str = "") -> Reading:
     unit = "fractions"
     if size is not None:
         if len(size) != 2 or not np.isfinite(size).all() or min(size) < 1:
-            raise bad_points(f"the size in {name} is {list(size)}: it must be [width, height] in pixels")
+            raise unreadable(f"the size in {name} is {list(size)}: it must be [width, height] in pixels")
         if not fractions or min(size) <= 8:
             unit = f"pixels of {size[0]:g}x{size[1]:g}"
             points = points / np.asarray(size, dtype=np.float64)
     elif not fractions:
-        raise bad_points(
+        raise unreadable(
             f"the points of {name} are pixels (up to {points.max():.0f}) of an image of unknown size: add "
             '"size": [width, height] to a JSON file, divide them by the size, or place the image next to a .pts file'
         )
     inside = ((points >= 0) & (points <= 1)).all(axis=1).mean()
     if inside < 0.5:
-        raise bad_points(f"only {100 * inside:.0f} % of the points of {name} are within the image: check the size")
+        raise unreadable(f"only {100 * inside:.0f} % of the points of {name} are within the image: check the size")
     if np.ptp(points, axis=0).min() < 0.02:
-        raise bad_points(f"the points of {name} are all on one spot or line, not on a face: detect them again")
+        raise unreadable(f"the points of {name} are all on one spot or line, not on a face: detect them again")
     notes = []
     if inside < 1:
         notes.append(Note("points-outside", f"{round((1 - inside) * len(points))} points are outside the image"))
@@ -160,15 +155,15 @@ def _as_points(values: Any, name: str) -> np.ndarray:
     try:
         points = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError, OverflowError) as error:
-        raise bad_points(f"the points of {name} are not plain numbers: use [[x, y], ...]") from error
+        raise unreadable(f"the points of {name} are not plain numbers: use [[x, y], ...]") from error
     if points.ndim == 3 and points.shape[0] == 1:
         points = points[0]  # [1, P, 2] -> [P, 2]
     if points.ndim != 2 or points.shape[1] not in (2, 3):
-        raise bad_points(f"the points of {name} have shape {list(points.shape)}: use [[x, y], ...]")
+        raise unreadable(f"the points of {name} have shape {list(points.shape)}: use [[x, y], ...]")
     if len(points) not in FLIPS:
-        raise bad_points(f"{name} has {len(points)} points: use the 68 of iBUG, or the 478 or 468 of MediaPipe")
+        raise unreadable(f"{name} has {len(points)} points: use the 68 of iBUG, or the 478 or 468 of MediaPipe")
     if not np.isfinite(points[:, :2]).all():
-        raise bad_points(f"{name} has points that are not finite (NaN or Inf): detect them again")
+        raise unreadable(f"{name} has points that are not finite (NaN or Inf): detect them again")
     return points[:, :2]
 
 
@@ -179,20 +174,20 @@ Loaded = tuple[str, Any, tuple[float, ...] | None]
 def _load(path: Path, name: str) -> Loaded:
     suffix = path.suffix.lower()
     if path.is_dir():
-        raise bad_points(f"{name} is a folder: name one keypoints file in it")
+        raise unreadable(f"{name} is a folder: name one keypoints file in it")
     if suffix in ARRAY_SUFFIXES:
         return suffix[1:], load_array(path, name), None
     if suffix not in TEXT_SUFFIXES:
-        raise bad_points(f"{name} is not a keypoints file: use a .json, .npy, .txt, .pts or .csv file")
+        raise unreadable(f"{name} is not a keypoints file: use a .json, .npy, .txt, .pts or .csv file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise bad_points(f"{name} cannot be read as text ({error}): export it again") from error
+        raise unreadable(f"{name} cannot be read as text ({error}): export it again") from error
     if suffix == ".json":
         try:
             document = json.loads(text, parse_int=float)  # integers may be too large for floats
         except (json.JSONDecodeError, RecursionError) as error:
-            raise bad_points(f"{name} is not valid JSON ({error}): export it again") from error
+            raise unreadable(f"{name} is not valid JSON ({error}): export it again") from error
         return _from_document(document, name)
     pts = "{" in text
     body = text[text.index("{") + 1 :].split("}")[0] if pts else text
@@ -204,7 +199,7 @@ def _load(path: Path, name: str) -> Loaded:
         except ValueError as error:
             if line:  # the first line may be a header
                 shown = " ".join(row)[:40]
-                raise bad_points(f"{name} has the line {shown!r}: expected two or three numbers") from error
+                raise unreadable(f"{name} has the line {shown!r}: expected two or three numbers") from error
     if not pts:
         return suffix[1:], numbers, None
     images = (path.with_suffix(ending) for ending in (".jpg", ".jpeg", ".png", ".JPG", ".PNG"))
@@ -220,7 +215,7 @@ def _from_document(document: Any, name: str) -> Loaded:
     if "people" in document:
         return _from_openpose(document, name)
     if "points" not in document:
-        raise bad_points(f'{name} has no "points": use {{"points": [[x, y], ...], "size": [width, height]}}')
+        raise unreadable(f'{name} has no "points": use {{"points": [[x, y], ...], "size": [width, height]}}')
     size = document.get("size")
     return "JSON", document["points"], None if size is None else _size_of(size, name)
 
@@ -232,11 +227,11 @@ def _from_openpose(document: dict[str, Any], name: str) -> Loaded:
         person["face_keypoints_2d"] for person in people if isinstance(person, dict) and person.get("face_keypoints_2d")
     ]
     if len(faces) != 1:
-        raise bad_points(f"{name} has the faces of {len(faces)} people in OpenPose's format: it must have exactly one")
+        raise unreadable(f"{name} has the faces of {len(faces)} people in OpenPose's format: it must have exactly one")
     try:
         values = np.asarray(faces[0], dtype=np.float64).reshape(-1, 3)
     except (TypeError, ValueError, OverflowError) as error:
-        raise bad_points(f"the face_keypoints_2d of {name} are not triples of x, y and confidence") from error
+        raise unreadable(f"the face_keypoints_2d of {name} are not triples of x, y and confidence") from error
     points = np.where(values[:, 2:] > 0, values[:, :2], 0)  # confidence 0: undetected
     if len(points) == 70:
         points = points[:68]
@@ -249,7 +244,7 @@ def _size_of(size: Any, name: str) -> tuple[float, ...]:
     try:
         return tuple(float(side) for side in size)
     except (TypeError, ValueError, OverflowError) as error:
-        raise bad_points(f"the size in {name} is {size!r}: it must be [width, height] in pixels") from error
+        raise unreadable(f"the size in {name} is {size!r}: it must be [width, height] in pixels") from error
 
 
 def flip(raw: np.ndarray) -> np.ndarray:

@@ -178,7 +178,6 @@ def convert_release(
     release: str | None = None,
     text_encoder: Path | None = None,
     vae: Path | None = None,
-    heads: int | None = None,
 ) -> list[str]:
     """Convert a released checkpoint to a pipeline folder. Return the components that are missing to generate images,
     one sentence each.
@@ -189,7 +188,6 @@ def convert_release(
         release: one of `RELEASES`, if the path does not identify it.
         text_encoder: a folder with `CLIPTextModel` weights and its tokenizer (or `text_encoder/` and `tokenizer/`).
         vae: a folder with FLUX.1's autoencoder.
-        heads: attention heads. Default: heads of width 72.
 
     Raises `InputError` if the input is not a released checkpoint, or `out` is not empty.
     """
@@ -205,7 +203,7 @@ def convert_release(
     file = path / "dit_model_weights_ema.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise InputError(f"{file} does not exist: pass a released checkpoint-<step> folder or its safetensors file")
-    transformer = convert_state(read_weights(file), which.kind, heads)
+    transformer = convert_state(read_weights(file), which.kind)
     objective = RectifiedFlow(time_sampling="uniform", time_scale=TIME_SCALE) if which.kind == "flow" else DDPM()
     encoder, tokenizer = load_text_encoder(text_encoder) if text_encoder else (None, None)
     autoencoder = load_vae(vae) if vae else None

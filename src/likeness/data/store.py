@@ -66,11 +66,6 @@ class Store:
         """Hash of the text encoders of the stored features (`Components.text_hash`)."""
         self.text = Parts(self.folder, self.manifest["texts"], ("tokens", "pooled"))
         self.places = read_part(self.folder / self.manifest["places"])
-        if self.text_hash and len(self) > len(self.rows) and "mirrored_captions" not in self.places:
-            raise InputError(
-                f"{self.folder} has no text features of mirrored captions, in which left and right are swapped: run "
-                "`likeness prepare encode` again"
-            )
 
     def __len__(self) -> int:
         return self.manifest["count"]

@@ -66,19 +66,19 @@ def clip_mmd(generated: np.ndarray, real: np.ndarray) -> float:
     return float(CMMD_SCALE * (mean(generated, generated) + mean(real, real) - 2 * mean(generated, real)))
 
 
-def precision(generated: np.ndarray, real: np.ndarray, neighbors: int = 3) -> float:
+def precision(generated: np.ndarray, real: np.ndarray) -> float:
     """Return the fraction of generated images in the neighborhood of a real one (Kynkäänniemi et al. 2019, equation 1).
 
-    The neighborhood of an image reaches to its k-th nearest neighbor in the same set.
+    The neighborhood of an image reaches to its third nearest neighbor in the same set.
     """
-    radius = _neighbor_distances(real, neighbors)
+    radius = _neighbor_distances(real)
     within = [(_distances(chunk, real) <= radius).any(axis=1) for chunk in _chunks(generated)]
     return float(np.concatenate(within).mean())
 
 
-def recall(generated: np.ndarray, real: np.ndarray, neighbors: int = 3) -> float:
+def recall(generated: np.ndarray, real: np.ndarray) -> float:
     """Return the fraction of real images in the neighborhood of a generated one: `precision` with the sets swapped."""
-    return precision(real, generated, neighbors)
+    return precision(real, generated)
 
 
 def diversity(generated: np.ndarray, real: np.ndarray | None = None) -> float:
@@ -95,10 +95,10 @@ def _distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.sqrt(np.maximum(squares, 0))
 
 
-def _neighbor_distances(features: np.ndarray, k: int) -> np.ndarray:
-    """Distance to the k-th nearest neighbor, [n]. Index 0 is the image itself."""
-    return np.concatenate([np.partition(_distances(rows, features), k, axis=1)[:, k] for rows in _chunks(features)])
+def _neighbor_distances(features: np.ndarray) -> np.ndarray:
+    """Distance to the third nearest neighbor, [n]. Index 0 is the image itself."""
+    return np.concatenate([np.partition(_distances(rows, features), 3, axis=1)[:, 3] for rows in _chunks(features)])
 
 
-def _chunks(features: np.ndarray, size: int = 2000) -> Sequence[np.ndarray]:
-    return np.array_split(features, max(1, -(-len(features) // size)))
+def _chunks(features: np.ndarray) -> Sequence[np.ndarray]:
+    return np.array_split(features, -(-len(features) // 2000))

@@ -99,7 +99,7 @@ def face_parser(protocol: Protocol, size: int, device: str) -> Extractor:
     other = f"{network_name(network).split()[0]} in {source}"
     description = "bundled face parser" if source == BUNDLED else other
     weights = hash_of(weights_hash(network), str(side))
-    return Extractor(name="face_parser", description=description, hash=weights, extract=extract, form=2)
+    return Extractor(name="face_parser", description=description, hash=weights, extract=extract)
 
 
 def sketch(protocol: Protocol, size: int, device: str) -> Extractor:
@@ -129,9 +129,7 @@ def landmarks(protocol: Protocol, size: int, device: str) -> Extractor:
 
     content = file_hash(file)[:16]
     description = f"MediaPipe's {file.name}"
-    return Extractor(
-        name="landmarks", description=description, hash=content, extract=extract, form=2, close=stack.close
-    )
+    return Extractor(name="landmarks", description=description, hash=content, extract=extract, close=stack.close)
 
 
 # --- Text

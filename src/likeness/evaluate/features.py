@@ -49,8 +49,6 @@ class Extractor:
     hash: str
     """Shortened SHA-256 of its weights, or of what defines it if it has none."""
     extract: Extract
-    form: int = 1
-    """Version of the form of its output: caches of others are not read."""
     chunk: int = CHUNK
     """Images per file of the cache."""
     close: Callable[[], None] = field(default=lambda: None)
@@ -182,7 +180,6 @@ def cache_key(
 ) -> str:
     """Hash everything that the output depends on: extractor, contents of the files, faces and size."""
     key = hashlib.sha256(f"{extractor.hash} {size}".encode())
-    key.update(f"form {extractor.form}".encode() if extractor.form > 1 else b"")
     for file, face in zip(files, faces, strict=True):
         key.update(f"{file.name} {face.name} {face.caption} ".encode())
         if face.attributes:

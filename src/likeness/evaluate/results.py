@@ -1,6 +1,6 @@
 """The results of an evaluation and the files that store them: `results.json` and `scores.npz`.
 
-Field names are the keys of `results.json`. Do not rename them: `likeness compare` reads files of earlier versions.
+Field names are the keys of `results.json`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +21,6 @@ from likeness.files import write_whole
 from likeness.types import InputError
 
 RESULTS, SCORES = "results.json", "scores.npz"
-SCHEMA = 1
-"""Version of the format of `results.json`."""
 
 
 @dataclass(frozen=True)
@@ -99,12 +96,9 @@ class Results:
     def to_json(self) -> dict[str, Any]:
         """Return the content of `results.json`."""
         content = {name: value for name, value in dataclasses.asdict(self).items() if name != "scores"}
-        content["portraits"], content["asked"] = content.pop("images"), content.pop("settings")
         content["missing"] = [{"metric": metric, "why": why} for metric, why in self.missing.items()]
         content["faults"] = [{"file": file, "why": why} for file, why in self.faults.items()]
-        for score in chain(*content["classes"].values()):
-            score["class"] = score.pop("name")
-        return {**content, "schema": SCHEMA, "likeness": version("likeness")}
+        return {**content, "likeness": version("likeness")}
 
     def save(self, folder: Path) -> None:
         """Write `results.json` and `scores.npz`."""
@@ -139,7 +133,7 @@ def read_evaluation(folder: Path) -> Evaluation:
             notes += [f"Not measured: {entry['metric']}: {entry['why']}" for entry in content["missing"]]
             notes += content["notes"]
             faces = [face["name"] for face in content["faces"]]
-            return Evaluation(numbers, faces, dict(scores), images=content["portraits"], notes=notes)
+            return Evaluation(numbers, faces, dict(scores), images=content["images"], notes=notes)
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise InputError(
             f"{folder} does not contain a finished evaluation: run likeness evaluate --out {folder}"

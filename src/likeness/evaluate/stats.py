@@ -12,9 +12,9 @@ MAX_SUBSET = 1000
 """Maximum number of images in a random subset."""
 
 
-def bootstrap_interval(values: np.ndarray, *, seed: int = 0, samples: int = 2000) -> tuple[float, float]:
+def bootstrap_interval(values: np.ndarray, *, samples: int = 2000) -> tuple[float, float]:
     """Return the 95 % bootstrap interval of the mean of values [N]."""
-    rng, count = np.random.default_rng(seed), len(values)
+    rng, count = np.random.default_rng(0), len(values)
     block = max(1, 10_000_000 // count)  # samples at a time, for memory
     sizes = [min(block, samples - start) for start in range(0, samples, block)]
     means = np.concatenate([values[rng.integers(count, size=(size, count))].mean(axis=1) for size in sizes])
@@ -22,7 +22,7 @@ def bootstrap_interval(values: np.ndarray, *, seed: int = 0, samples: int = 2000
     return float(low), float(high)
 
 
-def subsets(count: int, samples: int, seed: int = 0) -> tuple[list[np.ndarray], float]:
+def subsets(count: int, samples: int) -> tuple[list[np.ndarray], float]:
     """Draw random subsets without replacement.
 
     The standard deviation of an estimate over subsets of b of n images, times sqrt(b / (n - b)), is its standard error
@@ -32,7 +32,7 @@ def subsets(count: int, samples: int, seed: int = 0) -> tuple[list[np.ndarray], 
     Returns:
         The indices of each subset, and the factor sqrt(b / (n - b)).
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     size = min(count // 2, MAX_SUBSET)
     return [rng.permutation(count)[:size] for _ in range(samples)], float(np.sqrt(size / (count - size)))
 
@@ -42,13 +42,12 @@ def subset_deviations(
     generated: np.ndarray,
     real: np.ndarray,
     samples: int,
-    seed: int = 0,
 ) -> np.ndarray:
     """Return deviations of a distance from its mean over subsets, scaled to the whole set, [samples].
 
     Row i of both sets belongs to face i.
     """
-    chosen, factor = subsets(len(generated), samples, seed)
+    chosen, factor = subsets(len(generated), samples)
     values = np.array([distance(generated[rows], real[rows]) for rows in chosen])
     return factor * (values - values.mean())
 

@@ -20,10 +20,10 @@ SPLIT = {0: ContextParallelInput(split_dim=1, split_output=True)}
 """Context parallelism: the output of a layer, [B, N, D], is split between the processes."""
 
 
-def time_frequencies(time: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+def time_frequencies(time: Tensor, dim: int) -> Tensor:
     """Sinusoidal embedding of times [B] as [cosines, sines], float32 [B, dim] (Vaswani et al. 2017, section 3.5)."""
     exponents = torch.arange(dim // 2, dtype=torch.float32, device=time.device) / (dim // 2)
-    angles = time.float()[:, None] * max_period**-exponents  # [B, dim / 2]
+    angles = time.float()[:, None] * 10_000**-exponents  # [B, dim / 2]
     return torch.cat([angles.cos(), angles.sin()], dim=-1)  # [B, dim]
 
 

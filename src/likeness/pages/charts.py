@@ -70,11 +70,9 @@ def limits(values: Sequence[float], margin: float = 0.0) -> tuple[float, float]:
     return low - margin * (high - low), high + margin * (high - low)
 
 
-def line_chart(
-    title: str, curves: Mapping[str, Sequence[tuple[float, float]]], unit: str, *, zero: bool = False
-) -> Chart | None:
-    """Draw curves of (x, y) by name, with a legend above the plot if there are several; None without a finite point.
-    `unit` is the label of the x axis; with `zero`, the y axis starts at 0.
+def line_chart(title: str, curves: Mapping[str, Sequence[tuple[float, float]]], *, zero: bool = False) -> Chart | None:
+    """Draw curves of (images seen, y) by name, with a legend above the plot if there are several; None without a finite
+    point. With `zero`, the y axis starts at 0.
     """
     finite = {name: [point for point in points if math.isfinite(point[1])] for name, points in curves.items()}
     finite = {name: points[::-1][:: -(-len(points) // MAX_POINTS)] for name, points in finite.items() if points}
@@ -94,7 +92,7 @@ def line_chart(
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
-        axes.set_xlabel(unit)
+        axes.set_xlabel("images seen")
         axes.grid(axis="y")
         if len(finite) > 1:
             figure.legend(loc="outside upper left", ncols=4)

@@ -410,21 +410,14 @@ def check_fits(recipe: Mapping[str, Any], kind: str) -> None:
     encode_image(Image.new("RGB", (1, 1)), kind, recipe)
 
 
-def write_image(
-    image: Image.Image,
-    path: Path,
-    recipe: Mapping[str, Any] | None,
-    *,
-    overwrite: bool = True,
-    quality: int | None = None,
-) -> None:
+def write_image(image: Image.Image, path: Path, recipe: Mapping[str, Any] | None, *, overwrite: bool = True) -> None:
     """Write an image with its recipe atomically (`encode_image`); without a recipe, pixels only. The suffix of the file
     selects PNG, JPEG or WebP.
 
     Raises `InputError` if the suffix is unknown, the recipe too long for the format, or the file cannot be written, and
     `FileExistsError` if it exists and `overwrite` is False.
     """
-    content = encode_image(image, format_of(path), recipe, quality=quality)
+    content = encode_image(image, format_of(path), recipe)
     with writing_whole(path, overwrite=overwrite) as file:
         file.write(content)
 

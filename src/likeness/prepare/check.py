@@ -297,8 +297,8 @@ def unlisted_files(root: Path, split: str, place: Path, suffix: str, listed: arr
             yield Finding(split, 0, name, "", "unlisted-file", f"no row names {name}", None)
 
 
-def format_findings(checked: Checked, examples: int = 3) -> str:
-    """Format the findings as text: a table of kinds and counts, then the first examples of each kind."""
+def format_findings(checked: Checked) -> str:
+    """Format the findings as text: a table of kinds and counts, then the first three of each kind."""
     if not checked.findings:
         return f"rows: {checked.rows}, no faults"
     by_kind = {kind: [found for found in checked.findings if found.kind == kind] for kind in KINDS}
@@ -308,11 +308,11 @@ def format_findings(checked: Checked, examples: int = 3) -> str:
     lines += [f"{kind:<20}{len(findings):>8}{fixable[kind]:>10}" for kind, findings in by_kind.items()]
     for kind, findings in by_kind.items():
         lines += ["", f"{kind}: {KINDS[kind]}"]
-        for found in findings[:examples]:
+        for found in findings[:3]:
             at = f"{found.split}/{METADATA}".removeprefix("./") + (f", line {found.line}" if found.line else "")
             lines.append(f"  {at}, {found.file_name}: {found.sentence}")
             lines[-1] += f" -> {FIXES[found.fix]}" if found.fix else ""
-        if len(findings) > examples:
-            lines.append(f"  and {len(findings) - examples} more")
+        if len(findings) > 3:
+            lines.append(f"  and {len(findings) - 3} more")
     total = f"rows: {checked.rows}, faults: {len(checked.findings)}, fixable: {sum(fixable.values())}"
     return "\n".join([*lines, "", total])

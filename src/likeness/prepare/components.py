@@ -26,6 +26,12 @@ from likeness.weights.catalog import CODEC, COMMON, COMPONENTS
 from likeness.weights.hashes import encoder_hash, weights_hash
 from likeness.weights.packed import PACKED, load_component, save_packed
 
+MEASURED_IMAGES = 1024
+"""Images on which the statistics are measured, evenly spaced."""
+
+TEXT_LAYER = -2
+"""Hidden state of the text encoder that is used as tokens."""
+
 
 def join_components(
     autoencoder: Path,
@@ -35,8 +41,6 @@ def join_components(
     *,
     size: int,
     face_parser: Path | None = None,
-    images: int = 1024,
-    text_layer: int = -2,
 ) -> None:
     """Write `out` with packed weights (`likeness.weights.packed`) of published runs.
 
@@ -47,8 +51,6 @@ def join_components(
         data: prepared folder on which the statistics are measured.
         size: side length in pixels.
         face_parser: run folder of a face parser to include.
-        images: number of images to measure, evenly spaced.
-        text_layer: hidden state of the text encoder that is used as tokens.
 
     Raises:
         InputError: a run has not published its model, or the data cannot be read.
@@ -73,7 +75,7 @@ def join_components(
 
         # Measure with the packed weights, because these are used later.
         codec = LatentCodec(load_component(partial / "vae", "diffusers", "AutoencoderDC"))
-        chosen = rows[:: max(1, len(rows) // images)]
+        chosen = rows[:: max(1, len(rows) // MEASURED_IMAGES)]
         latents = torch.cat([codec.encode(to_tensor([read_photo(row["file_name"], size)])) for row in chosen])
         components = {
             "vae": ["diffusers", "AutoencoderDC"],
@@ -81,7 +83,7 @@ def join_components(
             "tokenizer": ["transformers", type(tokenizer).__name__],
             "latent_mean": [round(value, 5) for value in latents.mean(dim=(0, 2, 3)).tolist()],
             "latent_std": [round(value, 5) for value in latents.std(dim=(0, 2, 3)).tolist()],
-            "text_layer": text_layer,
+            "text_layer": TEXT_LAYER,
             "max_text_tokens": tokenizer.model_max_length,
             "measured_on": len(chosen),
         }

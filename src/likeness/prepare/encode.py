@@ -97,11 +97,6 @@ class EncodeSettings:
     def caption_key(self, caption: str) -> bytes:
         return digest("caption", self.text, caption).tobytes()
 
-    def manifest(self) -> dict[str, Any]:
-        """Return the settings as the manifest names them."""
-        values = asdict(self)
-        return values | {"views": values.pop("augmentations")}
-
 
 class Job(NamedTuple):
     """One image or condition to encode."""
@@ -173,10 +168,10 @@ def encode_folder(
     # Reject settings under which no existing entry could be used: they are most likely a mistake.
     names = {"codec": "encoder", "size": "size", "precision": "precision", "text": "text encoder"}
     for key, name in names.items():
-        if existing.get(key) not in (None, settings.manifest()[key]):
+        if existing.get(key) not in (None, getattr(settings, key)):
             raise InputError(f"{out} was encoded with another {name}: choose another folder or delete it")
-    if augmentations < existing.get("views", 1):
-        raise InputError(f"{out} has {existing['views']} augmentations, not {augmentations}: use as many")
+    if augmentations < existing.get("augmentations", 1):
+        raise InputError(f"{out} has {existing['augmentations']} augmentations, not {augmentations}: use as many")
     removed = removed_images(root, out, existing) if existing else []
     if removed and not replace:
         raise InputError(
@@ -524,7 +519,7 @@ def finish(root: Path, out: Path, settings: EncodeSettings) -> int:
             tensors["mirrored_captions"] = torch.from_numpy(text_places[end:])
     places_file = write_part(out, "places", tensors)
     manifest = {
-        **settings.manifest(),
+        **asdict(settings),
         "count": len(present),
         "columns": columns,
         "conditions": [name for name in columns if name in CONDITIONS],

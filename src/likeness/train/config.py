@@ -8,12 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from likeness.config import load_toml
 from likeness.types import PHOTO, InputError, suggestion
-
-R = TypeVar("R")
 
 Attention = Literal["holistic", "hard", "decoupled", "concat"]
 
@@ -352,20 +349,6 @@ def find_recipe(name: Path) -> Path:
 def preview_file(name: str) -> Path:
     """Return a file of a preview: a path, or that of an example of the project, such as `examples/masks/smile.png`."""
     return next((folder / name for folder in (Path(), *PROJECT) if (folder / name).exists()), Path(name))
-
-
-def load_recipe(path: str | Path, cls: type[R], overrides: tuple[str, ...] = ()) -> R:
-    """Read a recipe.
-
-    Args:
-        path: TOML file.
-        cls: recipe class.
-        overrides: `section.key=value` strings.
-
-    Raises:
-        InputError: the file cannot be read, or a key is unknown, missing or has the wrong type.
-    """
-    return load_toml(path, cls, overrides)
 
 
 def check_values(*rows: tuple[str, Any, bool, str]) -> None:

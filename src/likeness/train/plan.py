@@ -281,7 +281,7 @@ def measure_device(precision: str = "bf16", progress: Progress = lambda done, to
         recipe = reference_recipe(width, depth, heads, precision)
         traced = trace(recipe, images, REFERENCE_SIZES, accelerator=cuda)
         counts.append([traced.flops, traced.moved + 28 * traced.trainable, traced.operations])
-        seconds.append(measure_step(recipe, images, REFERENCE_SIZES))
+        seconds.append(measure_step(recipe, images))
     scale = np.mean(counts, axis=0)
     rates, _ = nnls(np.array(counts) / scale / np.array(seconds)[:, None], np.ones(len(seconds)))  # relative errors
     flop, byte, launch = np.maximum(rates, 1e-6) / scale
@@ -293,17 +293,18 @@ def measure_device(precision: str = "bf16", progress: Progress = lambda done, to
     return Device(memory=memory, per_machine=1, link=5e9, overhead=CPU_OVERHEAD, accelerator=False, **fitted)
 
 
-def measure_step(recipe: TrainRecipe, micro: int, sizes: ComponentSizes, steps: int = 5) -> float:
-    """Return the median seconds of an optimizer step with random weights on this machine. With one thread, CPU time is
-    measured, which other programs do not affect.
+def measure_step(recipe: TrainRecipe, micro: int, steps: int = 5) -> float:
+    """Return the median seconds of an optimizer step with random weights and `REFERENCE_SIZES` on this machine. With
+    one thread, CPU time is measured, which other programs do not affect.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     now = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     torch.manual_seed(0)
-    network = random_network(recipe, sizes, block_counts(recipe)).to(device).train()
+    network = random_network(recipe, REFERENCE_SIZES, block_counts(recipe)).to(device).train()
     use_explicit_attention(network, device == "cpu" and recipe.precision == "bf16")
     optimizer = torch.optim.AdamW(network.parameters(), fused=True)
-    objective, batch = make_objective({"name": "rectified_flow"}), random_batch(recipe, micro, sizes).to(device)
+    objective = make_objective({"name": "rectified_flow"})
+    batch = random_batch(recipe, micro, REFERENCE_SIZES).to(device)
     times = []
     for _ in range(steps + 1):
         start = now()

@@ -46,7 +46,7 @@ def write_report(run: Path) -> Path:
             str(n): curve for n, curve in enumerate(times, start=1)
         }
     long = {title: own for title, own in groups.items() if max(map(len, own.values()), default=0) >= MIN_POINTS}
-    charts = [line_chart(title, own, "images seen", zero=not title.startswith("Loss")) for title, own in long.items()]
+    charts = [line_chart(title, own, zero=not title.startswith("Loss")) for title, own in long.items()]
     alarms = [(line["seen"], alarm) for line in lines for alarm in line.get("alarms", ())][-MAX_ALARMS:]
     messages = next((line["messages"] for line in reversed(lines) if "messages" in line), ())
     loss = curves.get("loss")

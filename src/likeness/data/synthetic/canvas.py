@@ -203,15 +203,12 @@ class Canvas:
         """Draw a line in the sketch; `width` is relative to the normal width."""
         self.pencil.line(self._fine(curve), fill=grey, width=max(1, round(self.stroke * width)))
 
-    def pen(
-        self, curve: np.ndarray, color: object, width: float, opacity: float = 1.0, grey: int | None = INK
-    ) -> np.ndarray:
-        """Draw a thin line in the image and, if `grey`, in the sketch, and return its coverage."""
+    def pen(self, curve: np.ndarray, color: object, width: float, opacity: float = 1.0, grey: int | None = INK) -> None:
+        """Draw a thin line in the image and, if `grey`, in the sketch."""
         alpha = self.cover(ribbon(curve, width))
         self.tint(alpha * opacity, color)
         if grey is not None:
             self.line(curve, grey)
-        return alpha
 
     def sketch(self) -> np.ndarray:
         """Return the sketch, uint8 [S, S], dark strokes on white."""

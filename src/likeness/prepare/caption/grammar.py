@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from likeness.data.synthetic.captions import listed
+
 CAPTIONS = 10
 """Captions per face."""
 
@@ -175,11 +177,6 @@ def compose(traits: Traits, rng: np.random.Generator) -> str:
     sentence += f"{',' if has else ''} wearing {listed(wears)}" if wears else ""
     sentence += f", {expression}" if expression else ""
     return capital(sentence) + "." if rng.random() < 0.5 else sentence
-
-
-def listed(facts: Sequence[str]) -> str:
-    """Join facts as "a, b and c"."""
-    return facts[0] if len(facts) == 1 else f"{', '.join(facts[:-1])} and {facts[-1]}"
 
 
 def capital(text: str) -> str:
