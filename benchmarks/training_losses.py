@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -14,7 +15,7 @@ from likeness.encoders.components import load_components
 from likeness.encoders.latent import LatentCodec
 from likeness.objectives import Objective
 from likeness.train.batches import Batch
-from likeness.train.losses import denoising_losses, dispersive_loss, predict
+from likeness.train.losses import denoising_losses, predict
 from likeness.weights.catalog import BUNDLED, COMMON
 
 
@@ -38,14 +39,19 @@ def record_features(network: Any) -> Any:
     return network
 
 
-def dispersive_losses(network: Any, objective: Objective, batch: Batch, weight: float = 0.5) -> Tensor:
-    """The loss plus `weight` times the dispersive loss of the second block's image tokens, [B]. Needs
-    `record_features`.
+def dispersive_losses(
+    network: Any, objective: Objective, batch: Batch, weight: float = 0.5, temperature: float = 0.5
+) -> Tensor:
+    """The loss plus `weight` times the dispersive loss of the second block's image tokens, [B]: InfoNCE without
+    positive pairs, log mean exp(-|z_i - z_j|^2 / temperature), where |z|^2 is the mean over a sample's values (Wang
+    and He 2025, arXiv 2506.09027). Needs `record_features`.
     """
     losses = denoising_losses(network, objective, batch)  # [B]
-    features = network.blocks[1].features  # [B, N, D]
+    features = network.blocks[1].features.float().flatten(1)  # [B, N D]
     del network.blocks[1].features  # a network with it could not be copied
-    return losses + weight * dispersive_loss(features)
+    distances = torch.cdist(features, features).square() / features.shape[1]  # [B, B]
+    dispersion = torch.logsumexp(-distances / temperature, dim=(0, 1)) - 2 * math.log(len(features))
+    return losses + weight * dispersion
 
 
 def add_projection(network: Any) -> Any:

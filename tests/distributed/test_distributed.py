@@ -73,6 +73,7 @@ def runs(root, programs) -> Path:
         "accumulate": job(root, sharding="shard", micro_batch=1),
         "checkpointing": job(root, MMFACE | {"gradient_checkpointing": True}),
         "muon": job(root, optimizer={"name": "muon"}),
+        "aligned": job(root, alignment_weight=0.5),
         "bf16": job(root, precision="bf16", diagnostics_every=8),
         "eight_bit": job(root, WIDE, optimizer=EIGHT_BIT),
         "eight_bit_parts": job(root, WIDE, images=8, optimizer=EIGHT_BIT),
@@ -139,6 +140,7 @@ def test_parts_of_a_batch_add_up(root, plain, tmp_path):
 def test_other_networks_and_optimizers(runs, root, tmp_path):
     adapter = {"name": "mditface_adapter", "base": str(root / "flux"), "rank": 2, "alpha": 2}
     assert_close(runs / "muon", alone(job(root, optimizer={"name": "muon"}), tmp_path / "muon"), 2e-4)
+    assert_close(runs / "aligned", alone(job(root, alignment_weight=0.5), tmp_path / "aligned"), 2e-4)
     assert_close(runs / "adapter", alone(job(root, adapter, precision="bf16"), tmp_path / "adapter"), 2e-4, 0.02)
     assert_close(runs / "bf16", alone(job(root, precision="bf16"), tmp_path / "bf16"), 2e-4, 0.02)
     assert (runs / "adapter" / "model" / "adapter.safetensors").is_file()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import pickle
 import shutil
 import threading
@@ -15,27 +14,31 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.nn import functional as F
 
 from builders import tiny_transformer
 from likeness.data.sampler import Sampler
-from likeness.data.store import Sample
+from likeness.data.store import Sample, Store
 from likeness.encoders.components import load_components
 from likeness.files import writing_folder
+from likeness.objectives import RectifiedFlow
+from likeness.parallel import SINGLE_PROCESS
 from likeness.pipelines.generate import generate, resolve
 from likeness.pipelines.load import load
 from likeness.prepare.encode import encode_folder
 from likeness.train import loop
-from likeness.train.batches import make_batch
+from likeness.train.batches import latent_statistics, make_batch
 from likeness.train.checkpoint import checkpoints, save_checkpoint
 from likeness.train.config import DataRecipe
 from likeness.train.ema import Ema, exponent
-from likeness.train.losses import dispersive_loss
+from likeness.train.features import ParserFeatures
+from likeness.train.losses import AlignmentLoss, denoising_losses
 from likeness.train.muon import Muon, orthogonalize
 from likeness.train.networks import freeze_others
 from likeness.train.optim import learning_rate, make_optimizers
 from likeness.train.train_state import TrainState
 from likeness.types import ConditionInput, InputError, PortraitRequest
-from runs import check_resume, killed_after_checkpoint, load_checkpoint, metrics, sigterm_in_step, small
+from runs import check_resume, killed_after_checkpoint, load_checkpoint, metrics, sigterm_in_step, small, weights_of
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +133,7 @@ def test_photo_condition():
 def test_resume_is_exact(root, tmp_path, name, probabilities, weight):
     """Killed after a checkpoint, then stopped by SIGTERM: bit-identical weights, EMA, optimizer states and previews."""
     preview = [{"prompt": "a face", "mask": f"{root}/faces/train/masks/000000.png", "seed": 5}]
-    recipe = small(root, probabilities, optimizer={"name": name}, preview=preview, dispersive_weight=weight)
+    recipe = small(root, probabilities, optimizer={"name": name}, preview=preview, alignment_weight=weight)
     train = lambda run: loop.train(recipe, run)  # noqa: E731
     check_resume(train, tmp_path, killed_after_checkpoint(), sigterm_in_step(3, 20))
     assert [int(path.name) for path in checkpoints(tmp_path / "parts")] == [20, 24]
@@ -204,26 +207,63 @@ def test_loss_falls(root, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mmface", "mditface"])
-def test_dispersive_loss_spreads_the_images(root, tmp_path, name):
-    """It falls with its weight, and the tokens of the images differ more than without."""
-    network = {"name": name} | ({"single_depth": 1} if name == "mditface" else {})
+def test_features_are_aligned_to_those_of_the_face_parser(root, tmp_path, name):
+    """The loss falls faster than without weight; the published network is without projection."""
+    network = {"name": name} | ({"single_depth": 3} if name == "mditface" else {})
     last = []
     for weight in (1e-9, 1.0):
         run = tmp_path / str(weight)
-        given = {"images": 240, "batch": 8, "learning_rate": 3e-3}
-        loop.train(small(root, {"mask": 1.0}, network=network, optimizer=given, dispersive_weight=weight), run)
-        last.append(metrics(run)[-1]["dispersive"])
+        given = {"images": 320, "batch": 8, "learning_rate": 3e-3}
+        loop.train(small(root, {"mask": 1.0}, network=network, optimizer=given, alignment_weight=weight), run)
+        last.append(metrics(run)[-1]["alignment"])
     assert last[1] < last[0] - 0.05
-    with pytest.raises(InputError, match="dispersive_weight is -1"):
-        loop.train(small(root, dispersive_weight=-1), tmp_path / "other")
+    assert any("projection" in tensor for tensor in load_checkpoint(run))
+    assert not any("projection" in name for name in weights_of(run / "model"))
 
 
-def test_dispersive_loss_is_its_formula():
-    """Of 3 samples with known distances; equal samples have 0."""
-    features = torch.tensor([0.0, 1.0, 3.0])[:, None, None].expand(3, 5, 2)
-    pairs = [math.exp(-((i - j) ** 2) / 0.5) for i in (0, 1, 3) for j in (0, 1, 3)]
-    assert dispersive_loss(features).item() == pytest.approx(math.log(sum(pairs) / 9))
-    assert dispersive_loss(features[:1].expand(3, 5, 2)).item() == pytest.approx(0, abs=1e-6)
+def test_alignment_loss_is_its_formula(root, tmp_path):
+    """Of known tokens and features; features are kept in a file and read again; a second start finds it."""
+    components, store = load_components(root / "components"), Store(root / "shards")
+    features = ParserFeatures("bundled", components, [store], tmp_path, 2, SINGLE_PROCESS)
+    mean, std = latent_statistics(components.settings)
+    clean = torch.stack([(store[number].latents - mean[0]) / std[0] for number in (1, 3)])
+    numbers = torch.tensor([1, 3])
+    found = features(numbers, clean)
+    torch.testing.assert_close(found, features.compute(clean), atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(found.mean(dim=(2, 3)), torch.zeros(2, 128), atol=2e-3, rtol=0)
+    again = ParserFeatures("bundled", components, [store], tmp_path, 2, SINGLE_PROCESS)
+    assert torch.equal(again(numbers, torch.zeros_like(clean)), found)
+    assert len(list(tmp_path.iterdir())) == 1
+
+    network, names = tiny_transformer(), ["mask", "sketch", "keypoints", "none"]
+    loss = AlignmentLoss(network, features)
+    batch = make_batch(
+        [store[1], store[3]],
+        [0, 1],
+        DataRecipe(shards=(), condition_probabilities={"mask": 1.0}),
+        names,
+        mean,
+        std,
+        seed=0,
+    )
+    batch = batch._replace(numbers=numbers).with_text(components)
+    denoising_losses(network, RectifiedFlow(), batch)
+    projected = loss.projected
+    expected = 1 - F.cosine_similarity(projected, found, dim=1).mean()
+    torch.testing.assert_close(loss(batch), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alignment_weight": -1}, "alignment_weight is -1"),
+        ({"alignment_weight": 1, "data": {"target": "mask"}}, "alignment_weight needs a whole network that generates"),
+        ({"alignment_weight": 1, "network": {"patch_size": 1}}, "image tokens of 16 px, but they have 8 px"),
+    ],
+)
+def test_alignment_that_cannot_be_trained_is_rejected(root, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        loop.train(small(root, {"sketch": 1.0}, **changes), tmp_path)
 
 
 def test_run_of_another_recipe_is_rejected(root, tmp_path):

@@ -34,6 +34,7 @@ class Batch(NamedTuple):
     condition_index: Tensor  # condition ids, [B, K]; -1 if absent
     captions: list[str]  # B captions; "" if the text is dropped
     text: TextFeatures | None  # their features, float32, if they are known
+    numbers: Tensor | None = None  # of the samples in the concatenated stores, int64 [B]
 
     def to(self, device: str) -> Batch:
         """Return the batch on a device."""
@@ -210,7 +211,7 @@ def read_batches(
             positions = range(first, first + micro)
             samples = [sample_at(position) for position in positions]
             batch = make_batch(samples, positions, recipe.data, condition_ids, mean, std, recipe.seed, patch_size)
-            batches.append(batch)
+            batches.append(batch._replace(numbers=torch.tensor([sampler[position] for position in positions])))
         return batches
 
     return read_ahead(make, starts, depth=4, threads=1)

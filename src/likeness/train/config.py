@@ -220,8 +220,10 @@ class TrainRecipe(RunRecipe):
     """Weights on several processes: replicated, sharded over all, or sharded within each machine."""
     micro_batch: int | None = None
     """Images per forward pass and process. Default: all of a batch. If smaller, gradients are accumulated."""
-    dispersive_weight: float = 0.0
-    """Weight of the dispersive loss (`likeness.train.losses.DispersiveLoss`), over the images of a micro-batch."""
+    alignment_weight: float = 0.0
+    """Weight of the alignment to the features of a face parser (`likeness.train.losses.AlignmentLoss`)."""
+    face_parser: str = "bundled"
+    """The SegFormer of the alignment: "bundled", a folder or a hub id."""
     diagnostics_every: int = 0
     """Images between diagnostics (`likeness.train.diagnostics`). Default: none."""
 
@@ -437,9 +439,11 @@ def check(recipe: RunRecipe) -> None:
     if data.target != "image" and PHOTO in condition_names(data):
         raise InputError(f"condition_probabilities has photo, but the network generates {data.target}: leave photo out")
     if isinstance(recipe, TrainRecipe):
-        check_minimum(recipe, 0, "diagnostics_every", "dispersive_weight")
+        check_minimum(recipe, 0, "diagnostics_every", "alignment_weight")
         check_minimum(recipe, 1, "micro_batch")
         check_network(recipe)
+        if recipe.alignment_weight and (isinstance(recipe.network, AdapterNetwork) or data.target != "image"):
+            raise InputError("the recipe's alignment_weight needs a whole network that generates images: leave it out")
         frozen_flux = isinstance(recipe.network, MDiTFaceAdapter)
         check_values(("precision", recipe.precision, not frozen_flux or recipe.precision != "fp32", "bf16 on FLUX.1"))
     if isinstance(recipe, StudentRecipe):

@@ -23,7 +23,8 @@ from likeness.train.checkpoint import newest
 from likeness.train.config import AdapterNetwork, TrainRecipe, check, micro_batch
 from likeness.train.diagnostics import Diagnostics
 from likeness.train.ema import Ema
-from likeness.train.losses import DispersiveLoss, denoising_losses
+from likeness.train.features import ParserFeatures
+from likeness.train.losses import AlignmentLoss, denoising_losses
 from likeness.train.networks import (
     adapter_of,
     build_network,
@@ -97,6 +98,10 @@ def train_in(
     if recipe.network.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     use_explicit_attention(model, world.device_type == "cpu" and recipe.precision == "bf16")
+    alignment = None
+    if recipe.alignment_weight:
+        features = ParserFeatures(recipe.face_parser, components, stores, run, patch_size, world)
+        alignment = AlignmentLoss(model, features)
     model.to(world.device).train()
     shard_model(model, world, recipe.precision)
     if not stores[0].text_hash:  # the shards have no text features
@@ -115,7 +120,6 @@ def train_in(
 
     # 2. Resume
     state.resume(run)
-    dispersive = DispersiveLoss(model) if recipe.dispersive_weight else None
     if recipe.compile and world.mesh is None:
         model.compile(dynamic=False)
     elif recipe.compile:
@@ -134,20 +138,20 @@ def train_in(
     batches = read_batches(recipe, stores, names, components.settings, world, progress.starts, micro, patch_size)
     for start, micro_batches in progress.steps(batches):
         rate = learning_rate(start, o.images, o.learning_rate, o.warmup, o.decay)
-        loss, dispersion = torch.zeros(2, device=world.device)
+        loss, misalignment = torch.zeros(2, device=world.device)
         for number, batch in enumerate(micro_batches, start=1):
             set_gradient_sync(model, world, last=number == len(micro_batches))
             inputs = batch.with_text(components).to(world.device)
             with world.autocast(recipe.precision):
                 part = denoising_losses(model, objective, inputs).mean() / len(micro_batches)
-                spread = dispersive() / len(micro_batches) if dispersive else torch.zeros_like(part)
-            (part + recipe.dispersive_weight * spread).backward()
+                unaligned = alignment(inputs) / len(micro_batches) if alignment else torch.zeros_like(part)
+            (part + recipe.alignment_weight * unaligned).backward()
             loss += part.detach()
-            dispersion += spread.detach()
+            misalignment += unaligned.detach()
         if diagnostics:
             diagnostics.watch(micro_batches)
         norm = state.step(rate, o.max_grad_norm)
-        progress.end_step(loss=loss, gradient_norm=norm, **({"dispersive": dispersion} if dispersive else {}))
+        progress.end_step(loss=loss, gradient_norm=norm, **({"alignment": misalignment} if alignment else {}))
 
         # 4. Diagnose, report and save
         if diagnostics and progress.due(recipe.diagnostics_every):

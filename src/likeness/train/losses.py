@@ -5,20 +5,18 @@ B samples, C latent channels, h x w latent size, N image tokens, D width of a ne
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from likeness.models.mditface import PATCH, MDiTFaceTransformer
 from likeness.models.mditface_blocks import split_streams
 from likeness.models.mmface import MMFaceBlock, MMFaceTransformer
 from likeness.objectives import Objective
 from likeness.train.batches import Batch
-
-TEMPERATURE = 0.5
-"""Of the dispersive loss, as in its paper."""
+from likeness.train.features import ParserFeatures
 
 
 def predict(network: nn.Module, objective: Objective, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,16 +31,6 @@ def denoising_losses(network: nn.Module, objective: Objective, batch: Batch) -> 
     """Return weight(t) times the mean squared error at x_t of each sample of a batch with text, float32 [B]."""
     prediction, target, weight = predict(network, objective, batch)
     return weight * (prediction - target).square().mean(dim=(1, 2, 3))
-
-
-def dispersive_loss(features: Tensor) -> Tensor:
-    """Return the dispersive loss of image tokens [B, N, D], a number: InfoNCE without positive pairs, log mean
-    exp(-|z_i - z_j|^2 / temperature) over all pairs, where |z|^2 is the mean over a sample's values (Wang and He 2025,
-    arXiv 2506.09027). It is 0 if all are equal, and lower the more they differ.
-    """
-    values = features.float().flatten(1)  # [B, N D]
-    distances = torch.cdist(values, values).square() / values.shape[1]  # [B, B]
-    return torch.logsumexp(-distances / TEMPERATURE, dim=(0, 1)) - 2 * math.log(len(values))
 
 
 def blocks_of(network: nn.Module) -> tuple[list[nn.Module], int, int]:
@@ -66,26 +54,34 @@ def block_features(block: nn.Module, inputs: tuple[Any, ...], output: Any) -> tu
     return None
 
 
-class DispersiveLoss:
-    """The dispersive loss of a network's last pass, from the image tokens after block n // 4 of n, counted from 0.
+class AlignmentLoss:
+    """Aligns a network's image tokens to features of a face parser: one minus the cosine of the tokens after a quarter
+    of the blocks, projected, and the features of the clean image, mean over tokens and samples (REPA, Yu et al. 2024,
+    arXiv 2410.06940; the convolution and normalized features are those of iREPA, Singh et al. 2025, arXiv 2512.10794).
 
-    They include the text where it is in the same stream. A forward hook keeps the tokens; create it before the network
-    is compiled.
+    The projection, a 3 x 3 convolution, becomes a part of the network, `projection`, which is not published. It runs
+    within the network's pass, in a forward hook. Create the loss before the network is sharded or compiled.
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        blocks, _, _ = blocks_of(network)
-        self.features: Tensor | None = None
-        blocks[len(blocks) // 4].register_forward_hook(self.save)
+    def __init__(self, network: nn.Module, features: ParserFeatures) -> None:
+        blocks, width, _ = blocks_of(network)
+        if isinstance(network, MDiTFaceTransformer):
+            blocks = blocks[: len(network.transformer_blocks)]  # in single blocks, text is part of the same stream
+        self.features, self.projected = features, None
+        self.projection = nn.Conv2d(width, features.shape[0], 3, padding=1)
+        network.projection = self.projection
+        blocks[min(len(blocks_of(network)[0]) // 4, len(blocks) - 1)].register_forward_hook(self.project)
 
-    def save(self, block: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        """Forward hook."""
-        if found := block_features(block, inputs, output):
-            self.features = found[0]
+    def project(self, block: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        """Forward hook: project the image tokens, in passes with gradients."""
+        if torch.is_grad_enabled() and (found := block_features(block, inputs, output)):
+            tokens = found[0].transpose(1, 2).unflatten(2, self.features.shape[1:])  # [B, D, h', w']
+            self.projected = self.projection(tokens)  # [B, F, h', w']
 
-    def __call__(self) -> Tensor:
-        """Return the loss, a number, and drop the tokens."""
-        assert self.features is not None, "no pass since the last call"
-        loss = dispersive_loss(self.features)
-        self.features = None
-        return loss
+    def __call__(self, batch: Batch) -> Tensor:
+        """Return the loss of the last pass, which must have been of this batch, a number."""
+        assert self.projected is not None
+        target = self.features(batch.numbers, batch.clean)  # [B, F, h', w']
+        cosine = F.cosine_similarity(self.projected.float(), target, dim=1)  # [B, h', w']
+        self.projected = None
+        return 1 - cosine.mean()

@@ -148,7 +148,7 @@ def ema_pipeline(state: TrainState, publication: Publication) -> Iterator[tuple[
             yield None, {}
             return
         averaged = type(model).from_config(model.config)
-        averaged.load_state_dict(weights)
+        averaged.load_state_dict({name: w for name, w in weights.items() if not name.startswith("projection.")})
         yield pipeline_of(publication, averaged), weights
         return
     with ema.applied():
