@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from likeness.annotators.face_parser import MEAN, STD, load_face_parser
+from likeness.annotators.face_parser import load_face_parser
 from likeness.encoders.components import load_components
 from likeness.encoders.latent import LatentCodec
 from likeness.objectives import Objective
 from likeness.train.batches import Batch
+from likeness.train.features import parser_features
 from likeness.train.losses import denoising_losses, predict
 from likeness.weights.catalog import BUNDLED, COMMON
 
@@ -67,23 +68,17 @@ def alignment_losses(network: Any, objective: Objective, batch: Batch, weight: f
     spatial normalization: iREPA, Singh et al. 2025, arXiv 2512.10794). Needs `add_projection`.
     """
     losses = denoising_losses(network, objective, batch)  # [B]
-    target = parser_features(batch.clean)  # [B, F, h, w]
+    target = features_of(batch.clean)  # [B, F, h, w]
     tokens = network.blocks[1].features  # [B, N, D]
     del network.blocks[1].features  # a network with it could not be copied
     projected = network.projection(tokens.transpose(1, 2).unflatten(2, target.shape[2:]))  # [B, F, h, w]
     return losses + weight * (1 - F.cosine_similarity(projected.float(), target, dim=1).mean(dim=(1, 2)))
 
 
-@torch.no_grad()
-def parser_features(clean: Tensor) -> Tensor:
-    """Return the face parser's features of decoded latents [B, C, H, W], third stage, [B, F, H/2, W/2]; each channel
-    has mean 0 and standard deviation 1 over its image. Missing channels of the latents are zero.
-    """
-    images = codec().decode(F.pad(clean, (0, 0, 0, 0, 0, codec().mean.shape[1] - clean.shape[1])))  # in [-1, 1]
-    pixels = (images.clamp(-1, 1) / 2 + 0.5 - MEAN) / STD
-    features = face_parser().segformer(pixel_values=pixels, output_hidden_states=True).hidden_states[2]
-    mean, std = features.mean(dim=(2, 3), keepdim=True), features.std(dim=(2, 3), keepdim=True)
-    return (features - mean) / (std + 1e-6)
+def features_of(clean: Tensor) -> Tensor:
+    """Return the bundled face parser's features of latents [B, C, H, W], whose missing channels are zero."""
+    missing = codec().mean.shape[1] - clean.shape[1]
+    return parser_features(face_parser(), codec(), F.pad(clean, (0, 0, 0, 0, 0, missing)))
 
 
 @cache

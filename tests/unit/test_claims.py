@@ -25,7 +25,7 @@ import conflicts
 from baselines.composed import composed
 from baselines.controlnet import controlnet
 from baselines.spade import SpadeGan, gan_losses
-from training_losses import alignment_losses, contrastive_losses, dispersive_losses, parser_features
+from training_losses import alignment_losses, contrastive_losses, dispersive_losses, features_of
 
 from builders import randomise, whole_pipeline
 from likeness.conditions.mask.classes import CLASS_INDEX
@@ -401,7 +401,7 @@ def test_losses_are_their_formulas():
     assert torch.equal(copy.deepcopy(network)(*random_inputs()), network(*random_inputs()))
 
     aligned = random_network("mmface-aligned")
-    velocity, target = aligned(mixed, objective.model_time(times), text, condition, index), parser_features(latents)
+    velocity, target = aligned(mixed, objective.model_time(times), text, condition, index), features_of(latents)
     projected = aligned.projection(aligned.blocks[1].features.transpose(1, 2).reshape(2, -1, 8, 8))
     torch.testing.assert_close(target.mean(dim=(2, 3)), torch.zeros(2, 128), atol=1e-4, rtol=0)
     for i, loss in enumerate(alignment_losses(aligned, objective, batch)):

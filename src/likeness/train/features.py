@@ -74,23 +74,27 @@ class ParserFeatures:
                             opened.write(bytes(2 * int(np.prod(self.shape))))
             self.kept = np.memmap(file, np.float16, "r+", shape=shape)  # rows of zeros are not known yet
 
-    @torch.no_grad()
     def __call__(self, numbers: Tensor, clean: Tensor) -> Tensor:
-        """Return the features of samples with these numbers, [B], and normalized latents, [B, C, h, w]: float32
-        [B, F, h', w']; each channel has mean 0 and standard deviation 1 over its image.
+        """Return `parser_features` of samples with these numbers, [B], and normalized latents, [B, C, h, w]: float32
+        [B, F, h', w'].
         """
         if self.kept is None:
-            return self.compute(clean)
+            return parser_features(self.parser, self.codec, clean)
         rows = numbers.numpy()
         unknown = ~self.kept[rows].any(axis=(1, 2, 3))  # [B]
         if unknown.any():
-            self.kept[rows[unknown]] = self.compute(clean[torch.from_numpy(unknown)]).half().numpy()
+            found = parser_features(self.parser, self.codec, clean[torch.from_numpy(unknown)])
+            self.kept[rows[unknown]] = found.half().numpy()
         return torch.from_numpy(self.kept[rows]).float()
 
-    def compute(self, clean: Tensor) -> Tensor:
-        """Return the features of normalized latents, as `__call__`."""
-        images = self.codec.decode(clean).clamp(-1, 1)  # [B, 3, H, W]
-        pixels = (images / 2 + 0.5 - MEAN) / STD
-        features = self.parser.segformer(pixel_values=pixels, output_hidden_states=True).hidden_states[2]
-        mean, std = features.mean(dim=(2, 3), keepdim=True), features.std(dim=(2, 3), keepdim=True)
-        return (features - mean) / (std + 1e-6)
+
+@torch.no_grad()
+def parser_features(parser: Any, codec: LatentCodec, clean: Tensor) -> Tensor:
+    """Return the features of normalized latents [B, C, h, w] from the third stage of a SegFormer, [B, F, h', w']; each
+    channel has mean 0 and standard deviation 1 over its image.
+    """
+    images = codec.decode(clean).clamp(-1, 1)  # [B, 3, H, W]
+    pixels = (images / 2 + 0.5 - MEAN) / STD
+    features = parser.segformer(pixel_values=pixels, output_hidden_states=True).hidden_states[2]
+    mean, std = features.mean(dim=(2, 3), keepdim=True), features.std(dim=(2, 3), keepdim=True)
+    return (features - mean) / (std + 1e-6)
