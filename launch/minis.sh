@@ -53,7 +53,7 @@ likeness prepare encode data/celeba/test data/shards/test --components data/comm
 
 # 5. Transformers, packed
 for model in mmface mditface; do
-    train "${model}_mini" "${conditions[@]}"
+    train "${model}_mini" face_parser=data/common/face_parser "${conditions[@]}"
     likeness prepare pack "runs/${model}_mini/model" "data/$model-mini"
 done
 
