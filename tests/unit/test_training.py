@@ -233,7 +233,8 @@ def test_alignment_loss_is_its_formula(root, tmp_path):
     torch.testing.assert_close(found.mean(dim=(2, 3)), torch.zeros(2, 128), atol=2e-3, rtol=0)
     again = ParserFeatures("bundled", components, [store], tmp_path, 2, SINGLE_PROCESS)
     assert torch.equal(again(numbers, torch.zeros_like(clean)), found)
-    assert len(list(tmp_path.iterdir())) == 1
+    ParserFeatures("bundled", components, [store, store], tmp_path, 2, SINGLE_PROCESS)
+    assert len(list(tmp_path.iterdir())) == 1  # that of other shards is deleted
 
     network, names = tiny_transformer(), ["mask", "sketch", "keypoints", "none"]
     loss = AlignmentLoss(network, features)

@@ -69,6 +69,8 @@ class ParserFeatures:
             shape = (sum(len(store) for store in stores), *self.shape)
             with world.joint_errors():
                 if world.main and not file.is_file():
+                    for other in run.glob("features-*.bin"):  # of other shards
+                        other.unlink()
                     with writing_whole(file) as opened:  # zeros, so that the space is there
                         for _ in range(shape[0]):
                             opened.write(bytes(2 * int(np.prod(self.shape))))
