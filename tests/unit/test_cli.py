@@ -271,7 +271,7 @@ def test_train_and_prepare_from_the_command_line(folder, tmp_path, capsys):
     recipe.write_text(
         f'kind = "transformer"\n[network]\nhidden_size = 32\ndepth = 1\nheads = 2\n'
         f'[data]\nshards = ["{tmp_path}/shards"]\ncomponents = "{tmp_path}/components"\n'
-        "condition_shares = { mask = 1.0, none = 1.0 }\n"
+        "condition_probabilities = { mask = 1.0, none = 1.0 }\n"
         "[optimizer]\nimages = 8\nbatch = 4\nlearning_rate = 1e-3\n[defaults]\nsize = 32\nsteps = 2\n"
     )
     assert run("train", recipe, "--out", tmp_path / "run") == 0
