@@ -74,6 +74,7 @@ def runs(root, programs) -> Path:
         "checkpointing": job(root, MMFACE | {"gradient_checkpointing": True}),
         "muon": job(root, optimizer={"name": "muon"}),
         "aligned": job(root, alignment_weight=0.5),
+        "compiled": job(root, compile=True),
         "bf16": job(root, precision="bf16", diagnostics_every=8),
         "eight_bit": job(root, WIDE, optimizer=EIGHT_BIT),
         "eight_bit_parts": job(root, WIDE, images=8, optimizer=EIGHT_BIT),
@@ -126,7 +127,7 @@ def plain(root) -> Path:
     return alone(job(root), root / "plain")
 
 
-@pytest.mark.parametrize("name", ["replicate", "shard", "accumulate", "checkpointing"])
+@pytest.mark.parametrize("name", ["replicate", "shard", "accumulate", "checkpointing", "compiled"])
 def test_two_processes(runs, plain, name):
     assert_close(runs / name, plain)
     assert (runs / name / "model" / "model_index.json").is_file()

@@ -24,7 +24,7 @@ from likeness.train.config import AdapterNetwork, TrainRecipe, check, micro_batc
 from likeness.train.diagnostics import Diagnostics
 from likeness.train.ema import Ema
 from likeness.train.features import ParserFeatures
-from likeness.train.losses import AlignmentLoss, denoising_losses
+from likeness.train.losses import AlignmentLoss, blocks_of, denoising_losses
 from likeness.train.networks import (
     adapter_of,
     build_network,
@@ -123,7 +123,8 @@ def train_in(
     if recipe.compile and world.mesh is None:
         model.compile(dynamic=False)
     elif recipe.compile:
-        model.compile_repeated_blocks(dynamic=False)
+        for block in blocks_of(model)[0]:  # `compile_repeated_blocks` does not find the classes of sharded blocks
+            block.compile(dynamic=False)
 
     # 3. Train
     progress = Progress(run, state, o.images, o.batch, signals, recipe)
