@@ -152,4 +152,6 @@ class MaskEdit(Body):
             raise ValueError(f"{self.operation} requires {' and '.join(missing)}")
         if unused := sorted(self.model_fields_set - {"mask", "operation", *(each.name for each in options)}):
             raise ValueError(f"{self.operation} does not use {unused[0]}")
+        if self.operation == "swap" and len(self.classes) != 2:
+            raise ValueError("swap requires two classes")
         return self

@@ -65,12 +65,13 @@ class AlignmentLoss:
 
     def __init__(self, network: nn.Module, features: ParserFeatures) -> None:
         blocks, width, _ = blocks_of(network)
-        if isinstance(network, MDiTFaceTransformer):
-            blocks = blocks[: len(network.transformer_blocks)]  # in single blocks, text is part of the same stream
+        number = len(blocks) // 4
+        if isinstance(network, MDiTFaceTransformer):  # in single blocks, text is part of the same stream
+            number = min(number, len(network.transformer_blocks) - 1)
         self.features, self.projected = features, None
         self.projection = nn.Conv2d(width, features.shape[0], 3, padding=1)
         network.projection = self.projection
-        blocks[min(len(blocks_of(network)[0]) // 4, len(blocks) - 1)].register_forward_hook(self.project)
+        blocks[number].register_forward_hook(self.project)
 
     def project(self, block: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """Forward hook: project the image tokens, in passes with gradients."""
