@@ -45,7 +45,7 @@ def load_toml(path: str | Path | None, cls: type[T], overrides: tuple[str, ...] 
         for name in tables:
             table = table.setdefault(name, {})
             if not isinstance(table, dict):
-                raise InputError(f"the override {override!r} goes below {name}, which is {table!r} and no table")
+                raise InputError(f"the override {override!r} goes below {name}, which is {table!r}, not a table")
         table[last] = value
     return build(cls, values, where="the settings" if path is None else str(path))
 
@@ -67,7 +67,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
-    """Make the dataclass `cls` from nested mappings, refusing unknown keys, missing keys and wrong types."""
+    """Make the dataclass `cls` from nested mappings, rejecting unknown keys, missing keys and wrong types."""
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
     unknown = sorted(set(values) - set(fields))

@@ -95,9 +95,11 @@ def writing_folder(folder: Path) -> Iterator[Path]:
     succeeds. All its files are then on disk, also after a power failure.
 
     Raises:
-        InputError: it cannot be written; its former content is unchanged.
+        InputError: it is a file, or cannot be written; its former content is unchanged.
     """
     folder = folder.resolve()  # the folder that a symbolic link names, on its file system
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is not a folder: choose another name")
     partial = partial_name(folder)
     try:
         partial.mkdir(parents=True)

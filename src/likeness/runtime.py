@@ -87,10 +87,10 @@ def library_imports() -> Iterator[None]:
 def mute_noise() -> None:
     """Drop the messages in `NOISE`, and no others."""
     for name, _ in NOISE:
-        logging.getLogger(name).addFilter(is_no_noise)  # a filter that is present is not added twice
+        logging.getLogger(name).addFilter(is_shown)  # a filter that is present is not added twice
 
 
-def is_no_noise(record: logging.LogRecord) -> bool:
+def is_shown(record: logging.LogRecord) -> bool:
     """Whether a log record is to be shown."""
     return not any(record.name == name and re.match(text, record.getMessage()) for name, text in NOISE)
 

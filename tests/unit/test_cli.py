@@ -113,6 +113,15 @@ def test_names_cannot_control_the_terminal(tmp_path, capsys):
     assert "\x1b" not in reported
 
 
+def test_metadata_cannot_control_the_terminal(tmp_path, capsys):
+    row = json.dumps({"file_name": "images/\x1b]0;owned\x07x.png"})
+    (tmp_path / "metadata.jsonl").write_text(row)
+    assert run("prepare", "check", tmp_path) == 1
+    reported = capsys.readouterr().out
+    assert "\\x1b]0;owned" in reported
+    assert "\x1b" not in reported
+
+
 def test_output_in_ascii(tmp_path):
     """Characters that stdout lacks are written as escapes."""
     Image.fromarray(draw_face(0, 0, 64).mask).save(tmp_path / "\u2603.png")

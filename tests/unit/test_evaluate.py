@@ -18,17 +18,18 @@ from scipy.stats import ttest_1samp
 
 from builders import randomise, run, tiny_clip, tiny_face_parser, tiny_pipeline, tiny_tokenizer
 from likeness.annotators.face_parser import parse_faces
-from likeness.chat import Meter, open_endpoint
+from likeness.chat import Meter, Rejected, open_endpoint
 from likeness.cli import main
 from likeness.data.folder import read_folder
 from likeness.encoders.text_image import AttributeHead, save_attribute_head
 from likeness.evaluate import extractors
-from likeness.evaluate.aggregate import class_scores
+from likeness.evaluate.aggregate import class_scores, measure
 from likeness.evaluate.compare import compare_evaluations, difference_test
 from likeness.evaluate.external import parse_score, query_llm
 from likeness.evaluate.faces import faces_hash, read_faces
-from likeness.evaluate.features import Extractor, cache_key, file_digest
+from likeness.evaluate.features import Extractor, MissingError, cache_key, file_digest
 from likeness.evaluate.images import work_order
+from likeness.evaluate.metrics import METRICS
 from likeness.evaluate.protocol import Protocol
 from likeness.evaluate.report import comparison_table, format_number, published_tables, write_report
 from likeness.evaluate.results import Evaluation, Measurement, Results, read_evaluation
@@ -170,6 +171,7 @@ def test_other_sampling_settings_are_rejected(root, results):
         ({"steps": 0}, "number of steps is 0"),
         ({"train": "absent"}, "absent"),
         ({"mask_model": "mask-mini", "given": ("mask",)}, "mask_model is mask-mini, but has no effect"),
+        ({"mask_model": "mmface-mini"}, "does not generate masks"),
     ],
 )
 def test_rejected_settings_leave_nothing(root, tmp_path, settings, message):
@@ -180,14 +182,18 @@ def test_rejected_settings_leave_nothing(root, tmp_path, settings, message):
 
 
 def test_photographs_that_are_not_square(root, tmp_path):
-    """One of them is a fault, also if it is the first; several are an error before any image is generated."""
+    """One of them is a fault, also if it is the first, and its former ceiling is deleted; several are an error before
+    any image is generated.
+    """
     shutil.copytree(root / "faces" / "train", tmp_path / "faces")
     photos = [row["file_name"] for row in read_folder(tmp_path / "faces")]
-    Image.new("RGB", (32, 40)).save(photos[0])
     settings = {"faces": tmp_path / "faces", "given": ("mask",), "metrics": ("ssim",)}
+    assert number(evaluate_model(root, tmp_path / "out", **settings), "ssim", "ceiling").n == COUNT
+    Image.new("RGB", (32, 40)).save(photos[0])
     found = evaluate_model(root, tmp_path / "out", **settings)
     assert photos[0].stem in found.faults
-    assert number(found, "ssim", "mask").n == COUNT - 1
+    assert {number(found, "ssim", given).n for given in ("mask", "ceiling")} == {COUNT - 1}
+    assert not (tmp_path / "out" / "pictures" / "ceiling" / f"{photos[0].stem}.png").exists()
     for photo in photos:
         Image.new("RGB", (32, 40)).save(photo)
     with pytest.raises(InputError, match="None of the 12 images"):
@@ -254,12 +260,24 @@ def test_results_json(root, results):
     }  # fmt: skip
     keys = ["metric", "given", "against", "value", "low", "high", "n", "by_seed", "warning", "protocol"]
     assert list(content["numbers"][0]) == keys
-    assert set(content["classes"]["mask"][0]) == {"name", "n", "iou", "shown", "low", "high"}
+    assert set(content["classes"]["mask"][0]) == {"name", "n", "iou", "shown"}
     assert set(content["missing"][0]) == {"metric", "why"}
     stored = read_evaluation(root / "first")
     assert stored.numbers == results.numbers
     assert stored.faces == [face["name"] for face in results.faces]
     assert stored.scores.keys() == results.scores.keys()
+
+
+def test_a_set_without_scores_does_not_hide_the_others():
+    outputs = {"mask": [np.array([[1.0], [3.0]])], "none": [np.full((2, 1), np.nan)]}
+    (found,), scores, notes = measure("sharpness", METRICS["sharpness"], outputs, {}, Protocol())
+    assert (found.given, found.value, list(scores)) == ("mask", 2.0, ["sharpness/mask"])
+    assert notes == [
+        "sharpness of none was not measured: Only 0 of 2 images can be scored, at least 2 are needed: the faces lack "
+        "what is measured, or are too few"
+    ]
+    with pytest.raises(MissingError, match="Only 0 of 2"):
+        measure("sharpness", METRICS["sharpness"], {"none": outputs["none"]}, {}, Protocol())
 
 
 def test_class_scores_without_readable_images():
@@ -291,6 +309,17 @@ def test_contents_are_part_of_the_key_of_the_cache(root, tmp_path):
         os.utime(file, ns=(0, 0))
         keys.add(cache_key(extractor, [file], faces[:1], 32, file_digest))
     assert len(keys) == 2
+    odd = dataclasses.replace(faces[0], name="bad \udce9", caption="bad \udce9")  # not UTF-8
+    assert cache_key(extractor, [file], [odd], 32, file_digest) not in keys
+
+
+def test_attributes_that_are_a_list_of_names(root, tmp_path):
+    """As in datasets of the Hugging Face Hub."""
+    shutil.copytree(root / "faces" / "train", tmp_path / "faces")
+    lines = [json.loads(line) for line in (tmp_path / "faces" / "metadata.jsonl").read_text().splitlines()]
+    lines = [{**line, "attributes": ["Smiling"]} for line in lines]
+    (tmp_path / "faces" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert [face.attributes for face in read_faces(tmp_path / "faces", Protocol())[0]] == [{}] * COUNT
 
 
 def test_damaged_caches_are_written_again(root, tmp_path):
@@ -381,7 +410,7 @@ def test_perfect_images(root, tmp_path):
     found = evaluate_images(root, tmp_path / "out", copy_photos(root, tmp_path / "photos"), **FEW)
     assert number(found, "ssim", "sketch").value == pytest.approx(1, abs=1e-5)
     assert number(found, "fd_text_image", "sketch").value == pytest.approx(0, abs=1e-6)
-    assert number(found, "ssim", "sketch").protocol["steps"] is None
+    assert number(found, "ssim", "sketch").protocol.get("steps") is None
 
 
 def test_one_unreadable_image(root, tmp_path):
@@ -605,10 +634,18 @@ def test_llm_score(root, tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/v1"
     settings = {"metrics": ("llm_score",), "given": ("none",), "llm_url": url, "llm_model": "m"}
+    faces, _ = read_faces(root / "faces", protocol_of(root))
     try:
         assert number(evaluate_model(root, tmp_path, count=3, **settings), "llm_score", "none").value == 0.25
         assert np.isnan(query_llm(open_endpoint(url, "m"), np.zeros((8, 8, 3), np.uint8), "nobody"))
-        assert np.isnan(query_llm(open_endpoint(url, "m"), np.zeros((8, 8, 3), np.uint8), "forbidden"))
+        with pytest.raises(Rejected):
+            query_llm(open_endpoint(url, "m"), np.zeros((8, 8, 3), np.uint8), "forbidden")
+        llm = extractors.llm(protocol_of(root, **settings), 8, "cpu").extract
+        images = [np.zeros((8, 8, 3), np.uint8)] * 2
+        named = lambda *captions: [dataclasses.replace(faces[0], caption=caption) for caption in captions]  # noqa: E731
+        assert np.isnan(llm(images, named("forbidden", "a man"))).tolist() == [[True], [False]]
+        with pytest.raises(MissingError, match="m rejects all images"):  # not stored as an output
+            llm(images, named("forbidden", "forbidden"))
     finally:
         server.shutdown()
         server.server_close()

@@ -70,6 +70,13 @@ def test_folders_behind_links_are_replaced(tmp_path):
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["model"]
 
 
+def test_folders_do_not_replace_files(tmp_path):
+    (tmp_path / "model").touch()
+    with pytest.raises(InputError, match="model is not a folder"), writing_folder(tmp_path / "model"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_two_writers_of_one_folder(tmp_path):
     """The folder of the last one to finish remains, complete; what a killed process left is deleted."""
     left = tmp_path / ".model.0123abcd.partial"

@@ -161,8 +161,8 @@ def test_wrong_models_and_runs_are_rejected(root, tmp_path):
     assert json.loads((tmp_path / "out" / "model_index.json").read_text())["vae"][1] == "LabelDecoder"
 
 
-def test_evaluation_proposes_masks_for_text_only(root, packed, tmp_path):
-    """Of the same prompt and seed; the protocol of every number names the mask model."""
+def test_evaluation_proposes_masks_for_text_only(root, packed, tmp_path, monkeypatch):
+    """Of the same prompt and seed, once; the protocol of every number names the mask model."""
     settings = {"given": ("mask", "none"), "mask_model": str(packed), "count": 2, "steps": 1, "metrics": ("ssim",)}
     results = evaluate(root / "faces", tmp_path, Protocol(**settings), pipeline=tiny_pipeline(), model="tiny")
     assert results is not None
@@ -171,6 +171,15 @@ def test_evaluation_proposes_masks_for_text_only(root, packed, tmp_path):
     recipe, _ = read_recipe(file)
     found = request_of(recipe).conditions["mask"].image.raw
     assert (found == propose_mask(load(packed), recipe["prompt"], recipe["seed"]).labels).all()
+    monkeypatch.setattr("likeness.evaluate.images.add_mask", None)  # a call would fail
+    evaluate(root / "faces", tmp_path, Protocol(**settings), pipeline=tiny_pipeline(), model="tiny")
+
+
+def test_masks_are_evaluated_without_a_ceiling(root, packed, tmp_path):
+    protocol = Protocol(given=("none",), count=2, steps=1, metrics=("sharpness",))
+    results = evaluate(root / "faces", tmp_path, protocol, pipeline=load(packed), model="masks")
+    assert results is not None
+    assert [found.given for found in results.numbers] == ["none"]
 
 
 def test_command_line(packed, tmp_path, capsys):

@@ -196,15 +196,21 @@ def test_every_key_that_does_not_fit_is_listed():
     del state["t_embedder.mlp.2.bias"]
     state["extra.weight"] = torch.zeros(1)
     state["clip_seq_proj.bias"] = torch.zeros(3)
+    name = "blocks.0.attn.to_q.weight"
+    state[name] = state[name][1:]
     with pytest.raises(InputError) as caught:
         convert_state(state, "flow")
     expected = (
-        "3 keys",
+        "4 keys",
         "missing t_embedder.mlp.2.bias",
         "unexpected extra.weight",
         "clip_seq_proj.bias gives text_embed.bias of shape (3,)",
+        f"{name}, blocks.0.attn.to_k.weight, blocks.0.attn.to_v.weight of shape ",
     )
     assert all(message in str(caught.value) for message in expected)
+    state["x_embedder.proj.weight"] = torch.zeros(3, 3)
+    with pytest.raises(InputError, match="not MMFace-DiT weights: x_embedder"):
+        convert_state(state, "flow")
 
 
 def test_rejected_arguments(release, tmp_path):
@@ -301,6 +307,7 @@ def test_verify_takes_the_conditions_of_a_protocol(tmp_path, capsys):
         (["paper", "mmface-mini", "FACES"], "verify requires release or mditface"),
         (["release", "mmface-mini", "FACES", "steps=20"], "use --steps, not steps="),
         (["release", "mmface-mini", "FACES", "metrics=fid"], "omit the setting metrics"),
+        (["release", "mmface-mini", "FACES", "mask_model=mask-mini"], "omit the setting mask_model"),
         (["release", "mmface-mini", "FACES", "given=mask,sketch"], "given is mask"),
     ],
 )

@@ -166,6 +166,9 @@ def test_packing_again_replaces_all(bundle, tmp_path):
     with pytest.raises(InputError, match=r"AutoencoderDC in .* cannot be loaded"):
         join_components(root / "text", root / "autoencoder", root / "common", root / "faces", size=32)
     assert (root / "common" / "components.json").read_text() == before
+    for write in (pack_model, lambda run, out: join_components(root / "autoencoder", root / "text", out, run, size=32)):
+        with pytest.raises(InputError, match=r"faces contains other files, but no .*\.json: choose another folder"):
+            write(root / "run", root / "faces")
     (root / "text" / "model" / "attributes.safetensors").unlink()
     join_components(root / "autoencoder", root / "text", root / "common", root / "faces", size=32)
     assert sorted(file.name for file in (root / "common").iterdir()) == [

@@ -57,8 +57,8 @@ class Caption:
     """Folder of the model to train, whose tokenizer counts the tokens. Default: the bundled one, which makes about two
     tokens per word."""
     max_tokens: int = 77
-    """Most tokens of a caption, including start and end; longer ones are cut after a sentence. The bundled models read
-    32."""
+    """Maximum number of tokens of a caption, including start and end; longer ones are cut after a sentence. The bundled
+    models read 32."""
     pixels: int = 768
     """Largest side length of the images for the model, in pixels."""
     replace: bool = False

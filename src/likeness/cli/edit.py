@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,9 +14,7 @@ import tyro
 from likeness.cli.output import exit_on_sigterm, image_names
 from likeness.cli.portraits import ModelOptions, adapt_threads, load_pipeline
 from likeness.cli.terminal import PathArgument, print_notes, progress_bar
-from likeness.runtime import optional_packages_hidden
 from likeness.types import InputError, PortraitRequest
-from likeness.weights.catalog import bundled_models
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,8 +98,7 @@ class Edit(ModelOptions):
         )
         with ExitStack() as stack:
             find = None if self.landmarker is None else stack.enter_context(open_face_finder(self.landmarker))
-            with optional_packages_hidden() if self.model in bundled_models() else nullcontext():
-                pipeline = load_pipeline(self.model, self.dtype, self.device, self.base)
+            pipeline = load_pipeline(self.model, self.dtype, self.device, self.base)
             adapt_threads(pipeline)
             stack.enter_context(exit_on_sigterm())
             edited = edit_photo(

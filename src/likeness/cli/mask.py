@@ -157,7 +157,7 @@ class Propose:
     """Device, for example cuda or cpu; auto takes an accelerator if present."""
 
     def __call__(self) -> None:
-        from likeness.cli.portraits import load_pipeline
+        from likeness.cli.portraits import adapt_threads, load_pipeline
         from likeness.conditions.mask import edits
 
         for name, value, most in (("count", self.count, MAX_COUNT), ("candidates", self.candidates, MAX_CANDIDATES)):
@@ -175,6 +175,7 @@ class Propose:
 
         with optional_packages_hidden() if self.model in bundled_models() else nullcontext():
             pipeline = load_pipeline(self.model, "auto", self.device)
+        adapt_threads(pipeline)
         with exit_on_sigterm(), progress_bar("Generating") as advance:
             for number in range(self.count):
                 step = lambda done, all, number=number: advance(number * all + done, self.count * all)  # noqa: E731

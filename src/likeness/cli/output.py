@@ -1,4 +1,4 @@
-"""Where the images of a command go: names that never hit an input or another process's image, written one by one."""
+"""Choose file names that overwrite neither an input nor an image of another process, and write images one by one."""
 
 from __future__ import annotations
 

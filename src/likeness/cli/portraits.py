@@ -39,7 +39,7 @@ class ModelOptions:
     device: str = "auto"
     """Device, for example cuda or cpu; auto takes an accelerator if present."""
     dtype: DtypeName = "auto"
-    """Number format; auto is fp32 on a CPU, bf16 or fp16 on an accelerator."""
+    """Dtype; auto is fp32 on a CPU, bf16 or fp16 on an accelerator."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +168,8 @@ class Generate(RequestOptions):
         requests = [resolve(dataclasses.replace(request, seed=first + index), pipeline) for index in range(self.count)]
         units = (requests[0].num_inference_steps or 0) + 1  # of an image: its steps, and decoding with saving
         total = self.count * units
-        adapt_threads(pipeline, requests[0].height, requests[0].width)
+        size = () if self.upscale else (requests[0].height, requests[0].width)  # upscaled from a trained size
+        adapt_threads(pipeline, *size)
         fingerprint = pipeline_hash(pipeline) if self.metadata else ""
         check_texts((request.prompt, request.negative_prompt))
         if self.metadata:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from likeness.cli.terminal import PathArgument, print_counts, print_notes, progress_bar, quiet_libraries
+from likeness.cli.terminal import PathArgument, print_counts, print_notes, printable, progress_bar, quiet_libraries
 from likeness.types import InputError
 
 # fmt: off
@@ -208,7 +208,7 @@ class Paste:
         from likeness.prepare.paste import paste_file
 
         image_names(str(self.out), "png", 1, (self.portrait, self.photo))  # rejects an input as output
-        print(f"{self.out}: {paste_file(**vars(self))} pasted into {self.photo}")
+        print(printable(f"{self.out}: {paste_file(**vars(self))} pasted into {self.photo}"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,7 +313,7 @@ class Check:
                     fixed = apply_fixes(self.folder, fixes)
                 print_notes([f"{number} fixed: {FIXES[fix]}" for fix, number in fixed.items()])
             checked = check_folder(self.folder, advance)
-        print(format_findings(checked))
+        print(printable(format_findings(checked)))
         write_fixes(self.folder, checked.findings, checked.state)
         if self.sheet is not None:
             write_sheet(self.folder, checked, self.sheet, self.count)

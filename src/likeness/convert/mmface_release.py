@@ -90,9 +90,11 @@ def convert_state(state: Mapping[str, Tensor], kind: Kind, heads: int | None = N
         embed = state["x_embedder.proj.weight"]
         text_dim = state["clip_seq_proj.weight"].shape[1]
         hidden = state["blocks.0.mlp_i.0.weight"].shape[0]
+        width, in_channels, patch, _ = embed.shape
     except KeyError as error:
         raise InputError(f"These are not MMFace-DiT weights: the key {error.args[0]!r} is missing") from error
-    width, in_channels, patch = embed.shape[:3]
+    except (IndexError, ValueError) as error:
+        raise InputError("These are not MMFace-DiT weights: x_embedder or clip_seq_proj has another shape") from error
     depth = 1 + max(int(found[1]) for key in state if (found := re.match(r"blocks\.(\d+)\.", key)))
     heads = heads or width // HEAD_DIM
     if width % (4 * heads):
@@ -119,16 +121,22 @@ def convert_state(state: Mapping[str, Tensor], kind: Kind, heads: int | None = N
     for name, keys in names.items():
         if not state.keys() >= set(keys):
             continue
-        value = state[keys[0]].float()
-        if name == "patch_embed.weight":
-            value = value.flatten(1)  # [D, 2 C, p, p] -> [D, 2 C p p]
-        elif name.startswith("final."):  # (p, q, C) -> (C, p, q); the flow target is data - noise there
-            value = value.unflatten(0, (patch, patch, -1)).movedim(2, 0).flatten(0, 2) * (-1 if kind == "flow" else 1)
-        elif name == "time_embed.linear_1.weight" and kind == "flow":
-            value = reverse_time(value)
-        elif len(keys) == 3:
-            query, key, value = (state[key].float() for key in keys)
-            value = torch.cat([halves(query, heads), halves(key, heads), value])  # [3 D, D]
+        try:
+            value = state[keys[0]].float()
+            if name == "patch_embed.weight":
+                value = value.flatten(1)  # [D, 2 C, p, p] -> [D, 2 C p p]
+            elif name.startswith("final."):  # (p, q, C) -> (C, p, q); the flow target is data - noise there
+                value = value.unflatten(0, (patch, patch, -1)).movedim(2, 0).flatten(0, 2)
+                value = -value if kind == "flow" else value
+            elif name == "time_embed.linear_1.weight" and kind == "flow":
+                value = reverse_time(value)
+            elif len(keys) == 3:
+                query, key, value = (state[key].float() for key in keys)
+                value = torch.cat([halves(query, heads), halves(key, heads), value])  # [3 D, D]
+        except (IndexError, RuntimeError, ValueError):
+            found = ", ".join(str(tuple(state[key].shape)) for key in keys)
+            faults.append(f"{', '.join(keys)} of shape {found}: {name} requires {shapes[name]}")
+            continue
         if tuple(value.shape) != shapes[name]:
             faults.append(f"{', '.join(keys)} gives {name} of shape {tuple(value.shape)}, not {shapes[name]}")
         converted[name] = value
@@ -226,11 +234,14 @@ def convert_release(
     missing = []
     if encoder is None:
         missing.append(
-            "the text encoder of Stable Diffusion 2.1 (OpenCLIP ViT-H, 23 layers): add --text-encoder DIR; "
-            "see docs/released-weights.md"
+            "the text encoder of Stable Diffusion 2.1 (OpenCLIP ViT-H, 23 layers): run again with --text-encoder DIR "
+            "and another output folder; see docs/released-weights.md"
         )
     if vae is None:
-        missing.append("the autoencoder of FLUX.1: add --vae DIR; see docs/released-weights.md")
+        missing.append(
+            "the autoencoder of FLUX.1: run again with --vae DIR and another output folder; "
+            "see docs/released-weights.md"
+        )
     return missing
 
 

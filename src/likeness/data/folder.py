@@ -269,5 +269,5 @@ def read_photo(path: Path, size: int | None = None) -> np.ndarray:
     if size is None or image.size == (size, size):
         return np.array(image)
     if image.width != image.height:
-        raise InputError(f"{path} is {image.width}x{image.height}; training images must be square: crop it")
+        raise InputError(f"{path} is {image.width}x{image.height}; images must be square: crop it")
     return np.array(image.resize((size, size), Image.Resampling.LANCZOS))

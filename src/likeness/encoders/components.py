@@ -111,7 +111,7 @@ def load_components(source: str | Path) -> Components:
     else:
         names = ["latent_mean", "latent_std", "text_layer", "max_text_tokens"]
         if missing := [name for name in names if name not in index]:
-            raise InputError(f"{folder} has no {missing[0]}: it is no model of likeness or FLUX.1")
+            raise InputError(f"{folder} has no {missing[0]}: it is not a model of likeness or FLUX.1")
         settings = {name: index[name] for name in names}
         check_text_settings(parts["text_encoder"], settings["text_layer"], settings["max_text_tokens"])
     LatentCodec(parts["vae"], settings["latent_mean"], settings["latent_std"])  # checks the statistics

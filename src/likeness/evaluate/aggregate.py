@@ -19,24 +19,30 @@ from likeness.evaluate.stats import bootstrap_interval, subset_deviations
 MIN_IMAGES = 2
 """Minimum number of images of a mean."""
 
+NEIGHBORS = 8
+"""Images with their nearest training photograph that a report shows."""
+
 Outputs = Mapping[str, Sequence[np.ndarray]]
 """Set of images -> seed -> extractor output [N, ...]."""
 
 
 def measure(
     name: str, metric: Metric, outputs: Outputs, common: Mapping[str, Any], protocol: Protocol
-) -> tuple[list[Measurement], dict[str, np.ndarray]]:
+) -> tuple[list[Measurement], dict[str, np.ndarray], list[str]]:
     """Measure a metric on each condition set and the ceiling, and its floor if it has one, from the output of its
     extractor. `common` is the part of the protocol that all measurements have in common.
 
     Returns:
-        The measurements, and what a comparison needs of them (`Results.scores`).
+        The measurements, what a comparison needs of them (`Results.scores`), and a sentence for each set that could not
+        be measured.
 
     Raises:
-        MissingError: there are too few images or no training photographs, or no face has what is measured.
+        MissingError: no set could be measured: there are too few images or no training photographs, or no face has
+            what is measured.
     """
     measurements: list[Measurement] = []
     stored: dict[str, np.ndarray] = {}
+    missing: dict[str, str] = {}
     choices = {"choices": protocol.choices} if name == "retrieval" else {}
 
     def add(given: str, against: str, value: float, interval: Any, n: int, seeds: list[float], bias: str = "") -> None:
@@ -44,29 +50,36 @@ def measure(
         facts = {**common, "given": given, **choices, "n": n}
         measurements.append(Measurement(name, given, against, value, low, high, n, seeds, bias, facts))
 
-    for given, by_seed in outputs.items():
-        if given in (REAL, TRAIN):
-            continue
+    def measure_given(given: str, by_seed: Sequence[np.ndarray]) -> None:
         if isinstance(metric, SetMetric):
             real = outputs[REAL][0]
             add(given, "own", *measure_set(metric, by_seed, real, protocol))
             stored[f"{metric.extractor}/{given}/features"] = np.stack([metric.features(output) for output in by_seed])
             stored[f"{metric.extractor}/{REAL}/features"] = metric.features(real)
-            continue
-        if metric.across_seeds and given == CEILING:
-            continue
+            return
         if metric.needs_train and TRAIN not in outputs:
             raise MissingError("Set train= to the prepared folder that the model was trained on")
         train = outputs[TRAIN][0] if metric.needs_train else None
         inputs = Inputs(protocol.choices, None if train is None else train[readable(train)])
-        values = stored[f"{name}/{given}"] = face_values(metric, by_seed, inputs)
+        values = face_values(metric, by_seed, inputs)
         several = by_seed if len(by_seed) > 1 and not metric.across_seeds else ()
         means = [float(np.nanmean(face_values(metric, [output], inputs))) for output in several]
         add(given, "own", *measure_mean(values, protocol), means)
+        stored[f"{name}/{given}"] = values
         if metric.mismatch and given != CEILING and (not metric.condition or metric.condition in given.split("+")):
             floor = face_values(metric, by_seed, inputs, metric.mismatch)
             add(given, "another", *measure_mean(floor, protocol), [])
-    return measurements, stored
+
+    for given, by_seed in outputs.items():
+        if given in (REAL, TRAIN) or (given == CEILING and not isinstance(metric, SetMetric) and metric.across_seeds):
+            continue
+        try:
+            measure_given(given, by_seed)
+        except MissingError as error:
+            missing[given] = str(error)
+    if missing and not measurements:
+        raise MissingError(next(iter(missing.values())))
+    return measurements, stored, [f"{name} of {given} was not measured: {why}" for given, why in missing.items()]
 
 
 def face_values(
@@ -149,18 +162,17 @@ def class_scores(by_seed: Sequence[np.ndarray]) -> list[ClassScore]:
     for index, name in enumerate(CLASSES):
         values = shown[~np.isnan(shown[:, index]), index]
         if len(values):
-            interval = bootstrap_interval(values, samples=500)
-            table.append(ClassScore(name, len(values), float(iou[index]), float(values.mean()), *interval))
+            table.append(ClassScore(name, len(values), float(iou[index]), float(values.mean())))
     return table
 
 
-def nearest_photos(images: np.ndarray, photos: np.ndarray, files: Sequence[str], count: int = 8) -> list[Neighbor]:
-    """Find up to `count` images that are nearest to a training photograph, nearest first, from the output of the
+def nearest_photos(images: np.ndarray, photos: np.ndarray, files: Sequence[str]) -> list[Neighbor]:
+    """Find up to `NEIGHBORS` images that are nearest to a training photograph, nearest first, from the output of the
     text-image pair for the images [N, 2, P] and for the photographs [M, 2, P], whose files are [M].
     """
     rows, known = np.flatnonzero(readable(images)), np.flatnonzero(readable(photos))
     if not len(rows) or not len(known):
         return []
     cosine, index = scores.nearest(torch.from_numpy(images[rows, 0]), torch.from_numpy(photos[known, 0]))
-    order = cosine.argsort(descending=True)[:count].tolist()
+    order = cosine.argsort(descending=True)[:NEIGHBORS].tolist()
     return [Neighbor(int(rows[i]), files[known[index[i]]], float(cosine[i])) for i in order]

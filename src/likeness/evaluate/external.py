@@ -171,14 +171,14 @@ def topiq(protocol: Protocol, size: int, device: str) -> Extractor:
 
 
 def query_llm(endpoint: Endpoint, image: np.ndarray, caption: str) -> float:
-    """Request a score from an OpenAI-compatible API; NaN if it rejects the question, or the answer is not a number from
-    0 to 1. Raises `MissingError` if the API does not respond.
+    """Request a score from an OpenAI-compatible API; NaN if the answer is not a number from 0 to 1. Raises `Rejected`
+    if it rejects the question, such as by a content filter, and `MissingError` if it does not respond.
     """
     content = [{"type": "text", "text": QUESTION + caption}, image_part(Image.fromarray(image), "PNG")]
     try:
         answer = endpoint.ask(content)
-    except Rejected:  # such as by a content filter
-        return np.nan
+    except Rejected:
+        raise
     except InputError as error:
         raise MissingError(f"{error}. Run the command again when the API responds") from error
     return parse_score(answer.text)

@@ -17,7 +17,7 @@ from torch import Tensor
 from likeness.annotators.face_parser import confusion_of, load_face_parser, parse_faces
 from likeness.annotators.landmarks import open_landmarker
 from likeness.annotators.sketch import DRAWING, extract_sketch
-from likeness.chat import open_endpoint
+from likeness.chat import Rejected, open_endpoint
 from likeness.data.folder import read_photo
 from likeness.encoders import text_image as pair
 from likeness.encoders.text import token_ids
@@ -50,7 +50,7 @@ def component_folder(name: str, file: str) -> Path | None:
     raise MissingError(f"{path} does not contain {file}: provide the folder of a trained component")
 
 
-def hash_of(*parts: str) -> str:
+def text_hash(*parts: str) -> str:
     """Hash what defines an extractor without weights."""
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
@@ -98,7 +98,7 @@ def face_parser(protocol: Protocol, size: int, device: str) -> Extractor:
 
     other = f"{network_name(network).split()[0]} in {source}"
     description = "bundled face parser" if source == BUNDLED else other
-    weights = hash_of(weights_hash(network), str(side))
+    weights = text_hash(weights_hash(network), str(side))
     return Extractor(name="face_parser", description=description, hash=weights, extract=extract)
 
 
@@ -112,7 +112,7 @@ def sketch(protocol: Protocol, size: int, device: str) -> Extractor:
         score = lambda given, found: edge_f_score(given, found, tolerance=tolerance)  # noqa: E731
         return compare_conditions("sketch", sketches, faces, None, score)
 
-    return Extractor(name="sketch", description=description, hash=hash_of(description), extract=extract)
+    return Extractor(name="sketch", description=description, hash=text_hash(description), extract=extract)
 
 
 def landmarks(protocol: Protocol, size: int, device: str) -> Extractor:
@@ -191,7 +191,7 @@ def attributes(protocol: Protocol, size: int, device: str) -> Extractor:
                     correct[row, column] = found[name] == str(value)
         return correct
 
-    weights = hash_of(weights_hash(clip), head.weight.numpy().tobytes().hex())
+    weights = text_hash(weights_hash(clip), head.weight.numpy().tobytes().hex())
     return Extractor(
         name="attributes", description=f"attribute head of the {description}", hash=weights, extract=extract
     )
@@ -205,10 +205,18 @@ def llm(protocol: Protocol, size: int, device: str) -> Extractor:
     endpoint = open_endpoint(url, model, fields={"temperature": 0})
 
     def extract(images: Images, faces: Faces) -> np.ndarray:
-        pairs = zip(images, faces, strict=True)
-        return np.array([[external.query_llm(endpoint, image, face.caption)] for image, face in pairs])
+        scores = np.full((len(images), 1), np.nan)
+        rejected: list[str] = []
+        for row, (image, face) in enumerate(zip(images, faces, strict=True)):
+            try:
+                scores[row] = external.query_llm(endpoint, image, face.caption)
+            except Rejected as error:
+                rejected.append(str(error))
+        if len(rejected) == len(images) > 1:
+            raise MissingError(f"{model} rejects all images: {rejected[0]}")
+        return scores
 
-    weights = hash_of(model, external.QUESTION)
+    weights = text_hash(model, external.QUESTION)
     return Extractor(name="llm", description=f"{model} at {url}", hash=weights, extract=extract, chunk=BATCH)
 
 
@@ -245,7 +253,7 @@ def laplacian(protocol: Protocol, size: int, device: str) -> Extractor:
     """Sharpness, [B, 1]."""
     extract = lambda images, faces: np.array([[sharpness(image)] for image in images])  # noqa: E731
     description = f"standard deviation of the Laplacian at {size} px"
-    return Extractor(name="laplacian", description=description, hash=hash_of("laplacian"), extract=extract)
+    return Extractor(name="laplacian", description=description, hash=text_hash("laplacian"), extract=extract)
 
 
 EXTRACTORS: dict[str, CreateExtractor] = {

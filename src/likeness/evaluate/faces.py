@@ -50,12 +50,13 @@ def read_faces(folder: Path, protocol: Protocol, photos: Iterable[Path] | None =
     faces: list[Face] = []
     skipped = {"caption": 0, **dict.fromkeys(sorted(required), 0)}
     rows = read_folder(folder)
-    captioned = any(caption.strip() for row in rows for caption in captions_of(row))
+    captioned = any(map(captions_of, rows))
     for number, row in enumerate(rows):
         name = row["file_name"].stem
         if stems is not None and name not in stems:
             continue
-        captions = [caption for caption in captions_of(row) if caption.strip()]
+        captions, attributes = captions_of(row), row.get("attributes")
+        attributes = attributes if isinstance(attributes, dict) else {}  # other datasets have a list of names
         files = {condition: row[column_of(condition)] for condition in CONDITIONS if column_of(condition) in row}
         lacking = sorted(required - set(files)) + (["caption"] if captioned and not captions else [])
         for column in lacking:
@@ -64,7 +65,7 @@ def read_faces(folder: Path, protocol: Protocol, photos: Iterable[Path] | None =
             continue
         captions = captions or [""]
         caption = captions[0] if protocol.caption == "first" else max(captions, key=lambda text: (len(text), text))
-        known = {"conditions": files, "caption": caption, "attributes": row.get("attributes", {})}
+        known = {"conditions": files, "caption": caption, "attributes": attributes}
         faces.append(Face(number=number, name=name, photo=row["file_name"], **known))
     notes = [f"{count} faces without a {column} were skipped" for column, count in skipped.items() if count]
     if not faces:

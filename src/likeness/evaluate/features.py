@@ -181,7 +181,7 @@ def cache_key(
     """Hash everything that the output depends on: extractor, contents of the files, faces and size."""
     key = hashlib.sha256(f"{extractor.hash} {size}".encode())
     for file, face in zip(files, faces, strict=True):
-        key.update(f"{file.name} {face.name} {face.caption} ".encode())
+        key.update(f"{file.name} {face.name} {face.caption} ".encode(errors="surrogatepass"))
         if face.attributes:
             key.update(json.dumps(face.attributes, sort_keys=True).encode())
         for path in (file, face.photo, *face.conditions.values(), *face.mismatched.values()):

@@ -27,7 +27,7 @@ from likeness.parallel import rank_and_world
 from likeness.pipelines.generate import generate, resolve
 from likeness.pipelines.image_recipe import hash_of, read_recipe, recipe_of, settings_hash, write_image
 from likeness.pipelines.load import load
-from likeness.pipelines.propose import add_mask
+from likeness.pipelines.propose import add_mask, check_generates_masks
 from likeness.types import ConditionInput, InputError, PortraitRequest
 from likeness.weights.hashes import pipeline_hash, weights_hash
 
@@ -57,7 +57,6 @@ class ImageSets(NamedTuple):
     """The images to measure."""
 
     by_condition: dict[str, list[list[Path]]]  # given -> seed index -> files, one per face
-    ceiling: list[Path]  # photographs through the autoencoder; empty without an autoencoder
     size: int  # side in pixels at which images are compared
     source: dict[str, Any]  # how the images were made; part of the protocol of every number
     faults: dict[str, str]  # face -> why an input cannot be read
@@ -75,6 +74,8 @@ def generate_images(task: Task) -> ImageSets:
     steps = defaults["steps"] if protocol.steps is None else protocol.steps
     guidance = defaults["guidance_scale"] if protocol.guidance_scale is None else protocol.guidance_scale
     mask_pipeline = load(protocol.mask_model) if protocol.mask_model and NONE in protocol.given else None
+    if mask_pipeline is not None:
+        check_generates_masks(mask_pipeline)
     source = {
         "model": task.model,
         "fingerprint": fingerprint[:16],
@@ -101,20 +102,20 @@ def generate_images(task: Task) -> ImageSets:
                 face, file = faces[index], files[index]
                 try:
                     request = resolve(request_for(face, given, seed_index, protocol), pipeline)
-                    if given == NONE and mask_pipeline is not None:
+                    current = is_current(file, request)
+                    if not current and given == NONE and mask_pipeline is not None:
                         request = add_mask(request, mask_pipeline)
                 except InputError as error:
                     faults[face.name] = str(error)
                     file.unlink(missing_ok=True)
                     continue
-                if not is_current(file, request):
+                if not current:
                     images, _ = generate(pipeline, request, [request.seed])
                     record_source(task.out, recorded)
                     recipe = recipe_of(request, pipeline, model=task.model, fingerprint=fingerprint)
                     write_image(images[0], file, recipe)
                 task.progress(f"images from {given}", done + 1, len(faces))
-    ceiling, unread = reconstruct_photos(task)
-    return ImageSets(by_condition, ceiling, protocol.size or defaults["size"], source, faults | unread)
+    return ImageSets(by_condition, protocol.size or defaults["size"], source, faults)
 
 
 def work_order(count: int, rank: int, world: int) -> list[int]:
@@ -135,8 +136,8 @@ def request_for(face: Face, given: str, seed_index: int, protocol: Protocol) -> 
 
 
 def is_current(file: Path, request: PortraitRequest) -> bool:
-    """Return whether an image exists and was made from this prompt, seed and conditions. Model, steps and guidance
-    scale are equal for all images of an evaluation (`check_source`).
+    """Return whether an image exists and was made from this prompt, seed and conditions; it may have a generated mask,
+    too. Models, steps and guidance scale are equal for all images of an evaluation (`check_source`).
     """
     try:
         recipe, _ = read_recipe(file)
@@ -144,13 +145,15 @@ def is_current(file: Path, request: PortraitRequest) -> bool:
         return False
     wanted = {name: hash_of(condition.image.raw) for name, condition in request.conditions.items()}
     found = {name: entry["sha256"] for name, entry in recipe["conditions"].items()}
-    return (recipe["prompt"], recipe["seed"], found) == (request.prompt, request.seed, wanted)
+    return (recipe["prompt"], recipe["seed"]) == (request.prompt, request.seed) and wanted.items() <= found.items()
 
 
 def reconstruct_photos(task: Task) -> tuple[list[Path], dict[str, str]]:
-    """Encode and decode the photographs with the pipeline's autoencoder, for the ceiling. Return the files, and for
-    each face whose photograph cannot be read, why.
+    """Encode and decode the photographs with the pipeline's autoencoder, for the ceiling. Return the files, none if it
+    cannot encode, and for each face whose photograph cannot be read, why.
     """
+    if not hasattr(task.pipeline.vae, "encode"):  # a label decoder
+        return [], {}
     codec, size, faults = LatentCodec(task.pipeline.vae), task.pipeline.config.defaults["size"], {}
     autoencoder = f"autoencoder {weights_hash(task.pipeline.vae)[:12]}, {size} px"
     files = [task.out / "pictures" / "ceiling" / f"{face.name}.png" for face in task.faces]
@@ -162,6 +165,7 @@ def reconstruct_photos(task: Task) -> tuple[list[Path], dict[str, str]]:
                 image = reconstruct(codec, read_photo(face.photo, size))
             except InputError as error:
                 faults[face.name] = str(error)
+                file.unlink(missing_ok=True)
                 continue
             write_whole(file, png_bytes(Image.fromarray(image), source))
         task.progress("photographs through the autoencoder", done + 1, len(files))
@@ -182,13 +186,11 @@ def user_images(task: Task, files: Sequence[Path]) -> ImageSets:
     recorded = {"pictures": str(matched[0].parent.resolve())}
     check_source(task.out, recorded)
     record_source(task.out, recorded)
-    ceiling, faults = ([], {}) if task.pipeline is None else reconstruct_photos(task)
     source = {
         "model": str(matched[0].parent),
         "file_format": ", ".join(sorted({file.suffix.lower().lstrip(".") for file in matched})),
-        **dict.fromkeys(("steps", "guidance_scale", "device", "dtype")),
     }
-    return ImageSets({task.protocol.given[0]: [matched]}, ceiling, size, source, faults)
+    return ImageSets({task.protocol.given[0]: [matched]}, size, source, {})
 
 
 def find_images(folder: Path) -> list[Path]:

@@ -54,9 +54,7 @@ class ClassScore:
     iou: float
     """Intersection over union of the pixels of all images."""
     shown: float
-    """Mean over faces of the fraction of their images that show the class, with its interval."""
-    low: float
-    high: float
+    """Mean over faces of the fraction of their images that show the class."""
 
 
 class Neighbor(NamedTuple):

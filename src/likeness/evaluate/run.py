@@ -18,7 +18,16 @@ from likeness.evaluate.aggregate import class_scores, measure, nearest_photos
 from likeness.evaluate.extractors import EXTRACTORS
 from likeness.evaluate.faces import Face, faces_hash, read_faces, read_training_faces
 from likeness.evaluate.features import Extractor, MissingError, extract_cached, file_digest
-from likeness.evaluate.images import ImageSets, Progress, Task, find_images, generate_images, side_of, user_images
+from likeness.evaluate.images import (
+    ImageSets,
+    Progress,
+    Task,
+    find_images,
+    generate_images,
+    reconstruct_photos,
+    side_of,
+    user_images,
+)
 from likeness.evaluate.metrics import METRICS, Metric, SetMetric
 from likeness.evaluate.protocol import BUNDLED, CEILING, NONE, REAL, TRAIN, Protocol
 from likeness.evaluate.results import Results
@@ -79,6 +88,7 @@ def evaluate(
     side = side_of([face.photo for face in faces])
     task = Task(folder, out, protocol, faces, pipeline, model, progress)
     sets = generate_images(task) if files is None else user_images(task, files)
+    ceiling, unread = ([], {}) if pipeline is None else reconstruct_photos(task)
     if rank_and_world()[0]:
         return None
     delete_partials(out, ("pictures", "seen"), age=ABANDONED)
@@ -99,7 +109,7 @@ def evaluate(
         faces=[face.to_json() for face in faces],
         images={given: [str(file.resolve()) for file in seeds[0]] for given, seeds in sets.by_condition.items()},
         notes=notes,
-        faults=dict(sets.faults),
+        faults=sets.faults | unread,
     )
     measured = list(protocol.metrics)
     if not any(face.caption for face in faces):
@@ -112,7 +122,7 @@ def evaluate(
             try:
                 extractor = create(protocol, sets.size, device)
                 try:
-                    outputs, unreadable = extract_sets(task, extractor, metrics, sets, train, digest)
+                    outputs, unreadable = extract_sets(task, extractor, metrics, sets, ceiling, train, digest)
                 finally:
                     extractor.close()
             except InputError as error:
@@ -130,6 +140,7 @@ def extract_sets(
     extractor: Extractor,
     metrics: Mapping[str, Metric],
     sets: ImageSets,
+    ceiling: Sequence[Path],
     train: Sequence[Face],
     digest: Callable[[Path], str],
 ) -> tuple[dict[str, list[np.ndarray]], dict[str, str]]:
@@ -141,8 +152,8 @@ def extract_sets(
     required: dict[str, list[tuple[Sequence[Path], Sequence[Face]]]] = {
         given: [(files, task.faces) for files in seeds] for given, seeds in sets.by_condition.items()
     }
-    if sets.ceiling:
-        required[CEILING] = [(sets.ceiling, task.faces)]
+    if ceiling:
+        required[CEILING] = [(ceiling, task.faces)]
     if any(isinstance(metric, SetMetric) for metric in metrics.values()):
         required[REAL] = [([face.photo for face in task.faces], task.faces)]
     if train and any(metric.needs_train for metric in metrics.values()):
@@ -173,16 +184,16 @@ def add_measurements(
         results.notes.append(BUNDLED_NOTES[extractor.name])
     results.extractors[extractor.name] = {"what": extractor.description, "hash": extractor.hash}
     facts = {**results.protocol, "extractor": extractor.description, "extractor_hash": extractor.hash}
-    train_facts = {"train": faces_hash(train), "train_n": len(train)}
     for name, metric in metrics.items():
         try:
-            own = facts | train_facts if metric.needs_train else facts
-            numbers, scores = measure(name, metric, outputs, own, protocol)
+            own = {"train": faces_hash(train), "train_n": len(train)} if metric.needs_train else {}
+            numbers, scores, notes = measure(name, metric, outputs, facts | own, protocol)
         except MissingError as error:
             results.missing[name] = str(error)
             continue
         results.numbers += numbers
         results.scores |= scores
+        results.notes += notes
     if extractor.name == "text_image" and TRAIN in outputs:
         photos = [str(face.photo) for face in train]
         for given in results.images:

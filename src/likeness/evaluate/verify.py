@@ -111,6 +111,8 @@ def verify(
         values = f"given is {', '.join(protocol.given)} and seeds is {protocol.seeds}"
         raise InputError(f"{values}: verify measures one condition with one seed")
     metrics, trials = tuple(name for name in published if name in METRICS), []
+    resized = any(METRICS[name].extractor == "inception" for name in metrics)
+    resizings = grid["resizing"][: None if resized else 1]  # the others would give the same numbers
     for values in itertools.product(*(grid[name] for name in GENERATION)):
         how = dict(zip(GENERATION, values, strict=True))
         own = dataclasses.replace(protocol, metrics=metrics, **how)
@@ -126,7 +128,7 @@ def verify(
         for file_format in grid["file_format"]:
             images = files[0].parent if file_format == "png" else write_jpegs(files, folder / "jpg")
             numbers: dict[str, Measurement] = {}
-            for resizing in grid["resizing"]:  # all metrics with the first, then those that depend on it
+            for resizing in resizings:  # all metrics with the first, then those that depend on it
                 names = tuple(name for name in metrics if not numbers or METRICS[name].extractor == "inception")
                 measured = evaluate(
                     faces,
@@ -199,9 +201,7 @@ def verdict(trials: Sequence[Trial], published: Mapping[str, float]) -> list[str
     return lines
 
 
-def write_verification(
-    trials: Sequence[Trial], published: Mapping[str, float], out: Path, title: str, notes: Sequence[str] = ()
-) -> None:
+def write_verification(trials: Sequence[Trial], published: Mapping[str, float], out: Path, title: str) -> None:
     """Write `verification.json`, `verification.md` and `verification.html`."""
     names = list(trials[0].settings) if trials else []
     mark: Callable[[Trial, str], str] = lambda trial, name: " *" if name in trial.explained else ""  # noqa: E731
@@ -213,7 +213,7 @@ def write_verification(
     header = [*names, *(f"{metric}, published {value:g}" for metric, value in published.items())]
     text = "Nearest first. * explains the published value: within the 95 % interval, or 2 %."
     sections = [
-        Section(verdict=[*verdict(trials, published), *notes]),
+        Section(verdict=verdict(trials, published)),
         Section(title="Protocols", header=header, rows=rows, text=text),
     ]
     write(out / "verification", title, sections)

@@ -54,8 +54,7 @@ def propose_mask(
     Of up to `candidates` masks, the first that breaks no rule is returned, or the best. `on_step` is called after each
     as (candidates done, `candidates`). Raises `InputError` for another pipeline, or invalid arguments.
     """
-    if type(pipeline.vae).__name__ != "LabelDecoder":
-        raise InputError("this model does not generate masks: use mask-mini, or a model packed with a label decoder")
+    check_generates_masks(pipeline)
     if candidates < 1:
         raise InputError(f"the number of candidates is {candidates}; it must be at least 1")
     check_seed(seed)
@@ -75,6 +74,12 @@ def propose_mask(
             break
     assert best is not None
     return best
+
+
+def check_generates_masks(pipeline: Any) -> None:
+    """Raise `InputError` if a pipeline does not generate masks."""
+    if type(pipeline.vae).__name__ != "LabelDecoder":
+        raise InputError("this model does not generate masks: use mask-mini, or a model packed with a label decoder")
 
 
 def add_mask(request: PortraitRequest, pipeline: Any, acts: Mapping[str, float] | None = None) -> PortraitRequest:

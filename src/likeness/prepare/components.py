@@ -47,14 +47,15 @@ def join_components(
     Args:
         autoencoder: run folder of an autoencoder or of a decoder.
         text: run folder of a text encoder; its image encoder and attribute head are included.
-        out: folder to write; a former one is replaced.
+        out: folder to write; former components are replaced.
         data: prepared folder on which the statistics are measured.
         size: side length in pixels.
         face_parser: run folder of a face parser to include.
 
     Raises:
-        InputError: a run has not published its model, or the data cannot be read.
+        InputError: a run has not published its model, the data cannot be read, or `out` contains something else.
     """
+    check_replaceable(out, COMPONENTS)
     for run in (autoencoder, text, *([face_parser] if face_parser else [])):
         if not (run / "model").is_dir():
             raise InputError(f"{run} has no published model: finish its training first")
@@ -90,6 +91,12 @@ def join_components(
         write_whole(partial / COMPONENTS, json.dumps(components, indent=2))
 
 
+def check_replaceable(out: Path, file: str) -> None:
+    """Raise `InputError` if the folder `out` is not empty and does not contain `file`."""
+    if out.is_dir() and any(out.iterdir()) and not (out / file).is_file():
+        raise InputError(f"{out} contains other files, but no {file}: choose another folder")
+
+
 def replace_decoder(run: Path, components: Path, out: Path) -> None:
     """Write `out`, a copy of a components folder with the decoder of a decoder run. The encoder and the latent
     statistics are unchanged, so shards and models of `components` remain valid.
@@ -120,16 +127,17 @@ def replace_decoder(run: Path, components: Path, out: Path) -> None:
 
 
 def pack_model(model: Path, out: Path, base: Path | None = None, label_decoder: Path | None = None) -> None:
-    """Pack a published pipeline into `out`; a former one is replaced. The folder `common` next to it must contain its
-    components.
+    """Pack a published pipeline into `out`; a former pipeline is replaced. The folder `common` next to it must contain
+    its components.
 
     With `base`, a packed pipeline that the model was trained from, only the difference is stored, in 4 bits.
     `label_decoder` is the run folder of the label decoder with which the packed pipeline decodes latents.
 
     Raises:
         InputError: `model` is not a published run, or was trained with other components, or `base` has another network,
-            or is `out`, or `label_decoder` is not the run folder of a label decoder.
+            or is `out`, or `label_decoder` is not the run folder of a label decoder, or `out` contains something else.
     """
+    check_replaceable(out, "model_index.json")
     index = read_json(model / "model_index.json")
     common = load_components(out.parent / COMMON)
     if not common.same_encoder(read_json(model / CODEC)["codec"]):
