@@ -374,9 +374,11 @@ def test_training_photographs_are_their_own_nearest(root, tmp_path):
     assert number(found, "nearest_training", "none").value == pytest.approx(1, abs=1e-4)
     protocol = number(found, "nearest_training", "none").protocol
     assert protocol["train_n"] == COUNT
+    assert [note for note in found.notes if f"{COUNT} of the photographs are also in {root / 'faces'}" in note]
     write_synthetic(tmp_path / "faces", COUNT, 32, seed=1)  # the same name and number of faces
     other = evaluate_images(root, tmp_path / "out", images, **settings, train=str(tmp_path / "faces"))
     assert number(other, "nearest_training", "none").protocol["train"] != protocol["train"]
+    assert not [note for note in other.notes if "are also in" in note]
     assert len(found.nearest["none"]) == 8
     for neighbor in found.nearest["none"]:
         assert neighbor.cosine == pytest.approx(1, abs=1e-4)

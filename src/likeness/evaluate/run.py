@@ -117,6 +117,9 @@ def evaluate(
         reason = f"The faces of {folder} have no captions: `likeness prepare caption` writes them"
         results.missing = {name: reason for name in protocol.metrics if name not in measured}
     digest = cache(file_digest)  # of the same faces for all extractors
+    seen = {digest(face.photo) for face in train} - {"-"}  # of unreadable ones
+    if leaked := [face.name for face in faces if digest(face.photo) in seen]:
+        results.notes.append(f"{len(leaked)} of the photographs are also in {protocol.train}, such as {leaked[0]}")
     for name, create in EXTRACTORS.items():
         if metrics := {key: METRICS[key] for key in measured if METRICS[key].extractor == name}:
             try:
