@@ -49,6 +49,7 @@ from likeness.prepare.encode import (
 )
 from likeness.prepare.synthetic import write_synthetic
 from likeness.types import InputError
+from likeness.weights.catalog import BUNDLED, COMMON
 
 SIZE = 64
 """Side length in pixels for correctness; speed is measured at 128."""
@@ -109,7 +110,7 @@ def measured(name: str, arguments: list[str]) -> None:
 def stages(root: Path, options: argparse.Namespace) -> None:
     """Seconds of each stage on its own, with one thread."""
     write_synthetic(root / "faces", options.faces, 128, seed=0)
-    parts, out, folder = load_components(), root / "store", root_of(root / "faces")
+    parts, out, folder = load_components(BUNDLED / COMMON), root / "store", root_of(root / "faces")
     codec = LatentCodec(parts.vae.to(memory_format=torch.channels_last), batched=True)
     settings = EncodeSettings(
         codec=parts.codec_hash, moments=False, size=128, precision="fp32", augmentations=2, text=None
@@ -159,7 +160,7 @@ def throughput(root: Path, options: argparse.Namespace) -> None:
 
 def mutations(root: Path, options: argparse.Namespace) -> None:
     """Every kind of change of a folder: encodings made against encodings needed."""
-    rng, parts = random.Random(0), load_components()
+    rng, parts = random.Random(0), load_components(BUNDLED / COMMON)
     faces, out = root / "faces", root / "store"
     write_synthetic(faces, options.faces, SIZE, seed=0)
     encode = lambda: encode_folder(faces, out, parts, size=SIZE, augmentations=2, shard_bytes=2**20)  # noqa: E731
@@ -185,7 +186,7 @@ def kills(root: Path, options: argparse.Namespace) -> None:
     """SIGKILL at random moments of runs that encode a third of the faces again, with one and two processes in turn:
     afterwards the store is that of the last complete run or the new one.
     """
-    rng, parts = random.Random(1), load_components()
+    rng, parts = random.Random(1), load_components(BUNDLED / COMMON)
     faces, out = root / "faces", root / "store"
     write_synthetic(faces, options.faces, SIZE, seed=0)
     folder = root_of(faces)
@@ -250,7 +251,7 @@ def million(root: Path, options: argparse.Namespace) -> None:
 
 
 def encode_share(faces: Path, out: Path, share: tuple[int, int], barrier: Any, busy: Any) -> None:
-    parts = load_components()
+    parts = load_components(BUNDLED / COMMON)
     barrier.wait()
     before = time.process_time()
     encode_folder(faces, out, parts, size=128, share=share)
@@ -333,7 +334,7 @@ def expected(column: str, content: bytes, suffix: str) -> torch.Tensor:
 
 @cache
 def codec() -> LatentCodec:
-    return LatentCodec(load_components().vae)
+    return LatentCodec(load_components(BUNDLED / COMMON).vae)
 
 
 def wrong_records(faces: Path, out: Path) -> int:

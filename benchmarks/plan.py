@@ -19,7 +19,15 @@ from pathlib import Path
 import torch
 
 from likeness.train.config import TrainRecipe
-from likeness.train.plan import GB, Device, measure_device, measure_step, predict, reference_recipe
+from likeness.train.plan import (
+    GB,
+    REFERENCE_SIZES,
+    Device,
+    measure_device,
+    measure_step,
+    predict,
+    reference_recipe,
+)
 from likeness.train.trace import trace
 
 NETWORKS = ((256, 6, 8, 32), (320, 4, 5, 64), (512, 8, 8, 16), (768, 6, 12, 8))
@@ -69,9 +77,9 @@ def main() -> None:
         for width, depth, heads, images in NETWORKS[: options.networks]:
             recipe = reference_recipe(width, depth, heads, options.precision)
             recipe = checkpointed(recipe) if saving else recipe
-            traced = trace(recipe, images)
+            traced = trace(recipe, images, REFERENCE_SIZES)
             batch = dataclasses.replace(recipe.optimizer, batch=images)
-            plan = predict(dataclasses.replace(recipe, optimizer=batch), traced, device, 1, images)
+            plan = predict(dataclasses.replace(recipe, optimizer=batch), traced, device, 1, images, REFERENCE_SIZES)
             memory = plan.memory - 4 * traced.trainable  # the measured step has no EMA
             seconds = measure_step(recipe, images)
             found = measured_memory([*map(str, (width, depth, heads, images)), options.precision, str(saving)])

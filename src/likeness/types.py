@@ -23,6 +23,9 @@ zeros. It is computed (`likeness.pipelines.editing.inpainting`), never read from
 Progress = Callable[[int, int], None]
 """Called as (items done, total)."""
 
+MAX_STEPS = 1000
+"""Largest number of sampling steps: that of the training of DDPM."""
+
 
 class InputError(ValueError):
     """Invalid user input. The command line prints the message and exits with code 2; other exceptions are bugs.

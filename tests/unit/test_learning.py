@@ -85,7 +85,7 @@ def test_exit_codes(root, tmp_path, monkeypatch, capsys):
     assert run(*command, "optimizer.batch=0") == 2
     assert "the recipe's optimizer.batch is 0: it must be at least 1" in capsys.readouterr().err
     assert run(*command, "optimizer.images.x=1") == 2
-    assert "goes below images, which is 8 and no table" in capsys.readouterr().err
+    assert "goes below images, which is 8, not a table" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,11 @@ def test_an_unknown_option_is_an_error(capsys):
         ({"micro_batch": 0}, "micro_batch is 0: it must be at least 1"),
         ({"optimizer": {"learning_rate": float("inf")}}, "learning_rate is inf: it must be finite"),
         ({"optimizer": {"posthoc_emas": [0.2, 0.1]}}, "must be different from each other and from optimizer.ema, 0.1"),
-        ({"defaults": {"size": SIZE, "steps": 0}}, "defaults.steps is 0: it must be a whole number of at least 1"),
+        ({"optimizer": {"posthoc_emas": [0.2]}, "network": {"name": "mmface_adapter", "base": "x"}}, "whole network"),
+        ({"face_parser": "x"}, "face_parser has no effect without alignment_weight"),
+        ({"defaults": {"size": SIZE, "steps": 0}}, "defaults.steps is 0: it must be a whole number from 1 to 1000"),
+        ({"defaults": {"size": SIZE, "steps": 5000}}, "defaults.steps is 5000: it must be a whole number from 1 to"),
+        ({"defaults": {"size": SIZE, "guidance_scale": -1.0}}, "guidance_scale is -1.0: it must be a finite number of"),
         (
             {"defaults": {"size": SIZE, "guidance_scale": "x"}},
             "defaults.guidance_scale is x: it must be a finite number",

@@ -210,6 +210,10 @@ def test_keys_that_do_not_match_are_listed(pipeline, tmp_path, name):
             "lora_alpha of the LoRA .* is nan",
         ),
         (
+            {"adapter_model.safetensors": GOOD, "adapter_config.json": b'{"lora_alpha": 1' + b"0" * 400 + b"}"},
+            "lora_alpha of the LoRA .* must be a finite number",
+        ),
+        (
             {"adapter_model.safetensors": GOOD, "adapter_config.json": b'{"alpha_pattern": {"(": 4}}'},
             r"alpha_pattern of the LoRA .* has '\(', which is not a regular expression",
         ),
@@ -225,6 +229,13 @@ def test_files_that_are_no_lora(flux, tmp_path, files, message):
             save_file(content, folder / name)
     with pytest.raises(InputError, match=message):
         flux.load_lora_weights(folder)
+
+
+@pytest.mark.parametrize("metadata", ["[[1, 2]]", "[" * 20_000, "{"])
+def test_metadata_that_are_no_mapping(flux, tmp_path, metadata):
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", {"lora_adapter_metadata": metadata})
+    with pytest.raises(InputError, match="they must be a mapping"):
+        flux.load_lora_weights(tmp_path / "a.safetensors")
 
 
 def test_other_file_formats_are_named(flux, tmp_path):

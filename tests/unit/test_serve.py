@@ -172,6 +172,8 @@ def test_edit_with_a_mask(server, tmp_path):
     white.paste(255, (0, 0, 100, 100))
     for index, image in enumerate(answer.data):
         (tmp_path / "edited.png").write_bytes(base64.b64decode(image.b64_json))
+        rejected = post(server, "recipes", files={"image": (tmp_path / "edited.png").read_bytes()})
+        assert (rejected.status_code, rejected.json()["error"]["code"]) == (400, "edited")  # no request generates it
         recipe, pixels = read_recipe(tmp_path / "edited.png")
         changed = (pixels != np.asarray(photo)).any(axis=-1)
         assert changed[:100, :100].mean() > 0.5
@@ -480,6 +482,13 @@ def test_browsers_reach_an_open_service_by_address_only(tmp_path, caplog):
     assert "/x%0Aforged" in caplog.text
 
 
+@pytest.mark.parametrize("field", ["prompt", "size", "model"])
+def test_text_that_is_not_utf8(server, field):
+    content = json.dumps({"prompt": "a", field: "\ud800"})
+    answer = post(server, data=content, headers={"content-type": "application/json"})
+    assert answer.status_code in (400, 404, 422), answer.text
+
+
 def test_null_is_the_default(server):
     names = ("n", "size", "stream", "output_format", "response_format", "negative_prompt", "upscale", "steps")
     answer = post(server, json={"prompt": "a", "seed": 1} | dict.fromkeys(names))
@@ -488,7 +497,9 @@ def test_null_is_the_default(server):
 
 
 def test_photographs_in_memory_are_limited(server, monkeypatch):
+    """Other images are generated meanwhile."""
     monkeypatch.setattr(app, "MAX_PHOTOS", -1)
+    assert post(server, json={"prompt": "a", "steps": 1}).ok
     answer = post(
         server, "images/edits", data={"prompt": "a", "region": "hair"}, files={"image": encoded(photograph())}
     )
@@ -574,6 +585,23 @@ def test_a_poll_at_the_end_of_a_job(server, monkeypatch):
     monkeypatch.setattr(server.store, "find", late)
     found = requests.get(f"{server.url}/v1/jobs/polled", timeout=60).json()
     assert (found["state"], found["progress"]) == ("completed", 1)
+
+
+def test_a_job_that_completes_while_it_is_interrupted_keeps_its_images(server, monkeypatch):
+    body = {"prompt": "a", "steps": 1, "response_format": "url"}
+    assert post(server, json=body, headers={"x-request-id": "late"}).ok
+    update = server.store._update
+    with server.store.database.begin() as connection:
+        connection.execute(JOBS.update().where(JOBS.c.id == "late").values(state="running"))
+
+    def completed_before(condition, **values):
+        update(JOBS.c.id == "late", state="completed")
+        return update(condition, **values)
+
+    monkeypatch.setattr(server.store, "_update", completed_before)
+    server.store._interrupt(JOBS.c.id == "late")
+    assert requests.get(f"{server.url}/v1/jobs/late", timeout=60).json()["state"] == "completed"
+    assert list((server.store.images / "late").iterdir())
 
 
 def test_a_job_that_another_replica_gave_up(server):

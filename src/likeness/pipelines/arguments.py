@@ -18,9 +18,6 @@ from torch import Tensor
 from likeness.conditions import CONDITIONS
 from likeness.types import ConditionInput, InputError, TextFeatures
 
-MAX_STEPS = 1000
-"""Largest number of sampling steps: that of the training of DDPM."""
-
 
 def whole_number(value: Any, name: str) -> int:
     """Convert to int, also from NumPy and PyTorch. Raises `InputError` for other values."""

@@ -33,10 +33,9 @@ from likeness.conditions.mask.classes import CLASSES
 from likeness.config import build
 from likeness.files import writing_whole
 from likeness.pipelines.adapters import active_adapters
-from likeness.pipelines.arguments import MAX_STEPS
 from likeness.pipelines.formats import format_of
 from likeness.pipelines.sizes import LARGEST_SIDE
-from likeness.types import ConditionInput, DtypeName, InputError, PortraitRequest
+from likeness.types import MAX_STEPS, ConditionInput, DtypeName, InputError, PortraitRequest
 from likeness.weights.catalog import bundled_models
 
 SCHEMA = 1

@@ -10,8 +10,8 @@ r is the rank of a LoRA; A [r, in] and B [out, r] are its matrices.
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,15 +81,17 @@ def read_lora(source: str | Path, weight_name: str | None, subfolder: str | None
     with opened_weights(path) as file:
         metadata = (file.metadata() or {}).get(METADATA, "{}")
     try:
-        config = dict(json.loads(metadata))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"The metadata of the LoRA {path} are {metadata[:80]!r}; they must be a mapping") from error
+        config = json.loads(metadata)
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise InputError(f"The metadata of the LoRA {path} are {metadata[:80]!r}; they must be a mapping")
     if (path.parent / CONFIG).is_file() and path.name == USUAL_NAMES[1]:
         config = {f"transformer.{name}": value for name, value in read_json(path.parent / CONFIG).items()}
     for name, value in config.items():
         numbers = {"lora_alpha": [value], "alpha_pattern": [*value.values()] if isinstance(value, dict) else [value]}
         for number in numbers.get(name.rpartition(".")[2], []):
-            if not isinstance(number, int | float) or not math.isfinite(number) or number == 0:
+            if not isinstance(number, int | float) or not 0 < abs(number) <= sys.float_info.max:
                 raise InputError(f"{name} of the LoRA {path} is {value!r}; it must be a finite number other than 0")
         for pattern in value if name.endswith("alpha_pattern") and isinstance(value, dict) else ():
             try:

@@ -32,7 +32,6 @@ from likeness.objectives import make_objective
 from likeness.objectives.flow import dynamic_shift
 from likeness.pipelines.adapters import Loras, active_adapters, scaled_loras
 from likeness.pipelines.arguments import (
-    MAX_STEPS,
     callback_inputs,
     changed_latents,
     check_guidance_model,
@@ -52,7 +51,7 @@ from likeness.pipelines.inputs import encode_conditions, encode_prompts
 from likeness.pipelines.output import PortraitOutput, check_latent_size, check_output_type, resample
 from likeness.pipelines.sampling import EncodedBatch, Passes, Sampling, advance
 from likeness.pipelines.sizes import format_sizes, generation_size, trained_sizes
-from likeness.types import ConditionInput, InputError, PortraitRequest, TextFeatures
+from likeness.types import MAX_STEPS, ConditionInput, InputError, PortraitRequest, TextFeatures
 
 log = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
@@ -155,6 +156,11 @@ def create_app(service: Service) -> FastAPI:
             ) from error
 
         def accept() -> dict[str, Any]:
+            photos = [job.edit[0] for job in list(jobs.live.values()) if job.edit]
+            if sum(2 * photo.pixels.nbytes for photo in photos) > MAX_PHOTOS:  # in two forms
+                message = f"{len(photos)} edits of large photographs are waiting: try again later"
+                wait = {"Retry-After": str(engine.seconds_until_free())}
+                raise ApiError(429, message, code="queue_full", headers=wait)
             portrait, photo, plan = service.edit_of(body, image, mask)
             return {"request": portrait, "notes": plan.notes, "edit": (photo, plan)}
 
@@ -167,7 +173,8 @@ def create_app(service: Service) -> FastAPI:
         id, owner = request.state.id, request.state.owner
         if settings.log_prompts:
             access.info("%s %r", id, body.prompt)
-        digest = hashlib.sha256(body.model_dump_json().encode() + files).hexdigest()
+        content = json.dumps(body.model_dump())  # escapes what is not UTF-8, which is rejected later
+        digest = hashlib.sha256(content.encode() + files).hexdigest()
         key = request.headers.get("idempotency-key")
         if key is not None:
             if not key.strip():
@@ -179,8 +186,6 @@ def create_app(service: Service) -> FastAPI:
         if state["error"]:
             raise ApiError(503, state["error"], code="not_ready")
         if not engine.open or len(engine.waiting) + body.n > settings.queue:  # checked again when queued
-            raise full()
-        if sum(2 * job.edit[0].pixels.nbytes for job in jobs.live.values() if job.edit) > MAX_PHOTOS:  # in two forms
             raise full()
 
         def create() -> Job:

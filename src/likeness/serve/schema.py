@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from likeness.conditions.mask.commands import OPERATIONS
-from likeness.pipelines.arguments import MAX_STEPS
+from likeness.types import MAX_STEPS
 
 MAX_IMAGES, MAX_PREVIEWS = 10, 3
 """Most images of a request, and previews of an image."""

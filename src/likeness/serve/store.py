@@ -131,15 +131,15 @@ class Store:
         self._update(JOBS.c.id == id, cancel=True)
 
     def _interrupt(self, condition: Any) -> None:
-        """Give up unfinished jobs."""
+        """Interrupt unfinished jobs. The replica of one may finish it meanwhile: its files then stay."""
         lost = JOBS.c.state.in_(UNFINISHED) & condition
         text = "The service was stopped before the job was complete: send the request again"
         error = {"message": text, "type": "server_error", "param": None, "code": "interrupted"}
         with self.database.connect() as connection:
             ids = connection.scalars(select(JOBS.c.id).where(lost)).all()
         for id in ids:
-            self.discard(id)
-        self._update(lost, state="interrupted", finished=time.time(), error=error)
+            if self._update(lost & (JOBS.c.id == id), state="interrupted", finished=time.time(), error=error):
+                self.discard(id)
 
     def remove(self, id: str) -> None:
         """Remove a job that was not accepted."""

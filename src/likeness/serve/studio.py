@@ -18,6 +18,7 @@ from likeness.conditions.mask.classes import CLASS_INDEX, CLASSES, COUNTERPART, 
 from likeness.conditions.mask.contradictions import find_contradictions
 from likeness.conditions.mask.geometry import measure, swapped_pairs
 from likeness.pipelines.image_recipe import read_recipe, request_of
+from likeness.types import InputError
 
 POLICY = (
     b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' blob: data:; "
@@ -100,9 +101,12 @@ def read_image_recipe(content: bytes) -> dict[str, Any]:
     """Return the request that made an image: fields of `POST /v1/images/generations`.
 
     Raises:
-        InputError: the image has no recipe, or it is damaged.
+        InputError: the image has no recipe, it is damaged, or that of an edited photograph.
     """
-    request = request_of(read_recipe(content)[0])
+    recipe, _ = read_recipe(content)
+    if recipe.get("edit"):
+        raise InputError("This is an edited photograph, which no request generates: use likeness replay", kind="edited")
+    request = request_of(recipe)
     control = {
         name: base64.b64encode(CONDITIONS[name].encode(condition.image.raw)).decode()
         for name, condition in request.conditions.items()

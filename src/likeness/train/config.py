@@ -10,7 +10,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
-from likeness.types import PHOTO, InputError, suggestion
+from likeness.pipelines.sizes import LARGEST_SIDE
+from likeness.types import MAX_STEPS, PHOTO, InputError, suggestion
 
 Attention = Literal["holistic", "hard", "decoupled", "concat"]
 
@@ -407,9 +408,10 @@ def check_defaults(defaults: Mapping[str, Any]) -> None:
             two = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(number, value))
             valid, expected = two and 0 <= value[0] <= value[1] <= 1, "two numbers from 0 to 1 in ascending order"
         elif key == "guidance_scale":
-            valid, expected = number(value), "a finite number"
+            valid, expected = number(value) and value >= 0, "a finite number of at least 0"
         else:
-            valid, expected = type(value) is int and value >= 1, "a whole number of at least 1"
+            most = MAX_STEPS if key == "steps" else LARGEST_SIDE
+            valid, expected = type(value) is int and 1 <= value <= most, f"a whole number from 1 to {most}"
         check_values((f"defaults.{key}", value, valid, expected))
 
 
@@ -444,6 +446,10 @@ def check(recipe: RunRecipe) -> None:
         check_network(recipe)
         if recipe.alignment_weight and (isinstance(recipe.network, AdapterNetwork) or data.target != "image"):
             raise InputError("the recipe's alignment_weight needs a whole network that generates images: leave it out")
+        if o.posthoc_emas and isinstance(recipe.network, AdapterNetwork):
+            raise InputError("the recipe's optimizer.posthoc_emas needs a whole network: leave it out")
+        if recipe.face_parser != "bundled" and not recipe.alignment_weight:
+            raise InputError("the recipe's face_parser has no effect without alignment_weight: leave it out")
         frozen_flux = isinstance(recipe.network, MDiTFaceAdapter)
         check_values(("precision", recipe.precision, not frozen_flux or recipe.precision != "fp32", "bf16 on FLUX.1"))
     if isinstance(recipe, StudentRecipe):

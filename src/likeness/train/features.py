@@ -74,7 +74,7 @@ class ParserFeatures:
                     with writing_whole(file) as opened:  # zeros, so that the space is there
                         for _ in range(shape[0]):
                             opened.write(bytes(2 * int(np.prod(self.shape))))
-            self.kept = np.memmap(file, np.float16, "r+", shape=shape)  # rows of zeros are not known yet
+            self.kept = np.memmap(file, np.float16, "r+", shape=shape)  # not known: last channel 0
 
     def __call__(self, numbers: Tensor, clean: Tensor) -> Tensor:
         """Return `parser_features` of samples with these numbers, [B], and normalized latents, [B, C, h, w]: float32
@@ -83,10 +83,11 @@ class ParserFeatures:
         if self.kept is None:
             return parser_features(self.parser, self.codec, clean)
         rows = numbers.numpy()
-        unknown = ~self.kept[rows].any(axis=(1, 2, 3))  # [B]
+        unknown = ~self.kept[rows, -1].any(axis=(1, 2))  # [B]
         if unknown.any():
             found = parser_features(self.parser, self.codec, clean[torch.from_numpy(unknown)])
-            self.kept[rows[unknown]] = found.half().numpy()
+            self.kept[rows[unknown], :-1] = found[:, :-1].half().numpy()
+            self.kept[rows[unknown], -1] = found[:, -1].half().numpy()  # last, as a mark of complete rows
         return torch.from_numpy(self.kept[rows]).float()
 
 

@@ -238,7 +238,10 @@ function replace(layers, name, photo, values) {
 
 /** Opens an image made by likeness with all its settings, or a mask or a sketch in any format. */
 async function openFile(file) {
-  const recipe = await api.recipeOf(file).catch((error) => { if (error.offline) throw error; return null; });
+  const recipe = await api.recipeOf(file).catch((error) => {
+    if (error.offline || error.code === "edited") throw error;
+    return null;
+  });
   if (recipe) {
     const { prompt, negative_prompt: negative, seed, control_image: control, conditioning_scale: scale } = recipe;
     if (!Number.isSafeInteger(seed))

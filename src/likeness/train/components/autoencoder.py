@@ -68,10 +68,16 @@ def check(recipe: AutoencoderRecipe) -> None:
     check_probabilities(recipe.probabilities, "probabilities")
     for part in ("encoder", "decoder"):
         layers, channels = list(getattr(recipe, f"{part}_layers")), list(getattr(recipe, f"{part}_channels"))
-        fit = min(channels) > 0 and all(4 * one % other == 0 for one, other in itertools.pairwise(channels))
+        stages = (channels[0] // 2, *channels)  # the stem is the first
+        fit = min(stages) > 0 and all(4 * one % other == 0 for one, other in itertools.pairwise(stages))
         check_values(
             (f"{part}_layers", layers, min(layers) >= 1, "at least 1 each"),
-            (f"{part}_channels", channels, fit, "above 0, each a divisor of 4 times the previous one"),
+            (
+                f"{part}_channels",
+                channels,
+                fit,
+                "above 1, each a divisor of 4 times the previous one",
+            ),
         )
         if channels[-1] % recipe.latent_channels:  # for the shortcuts between them
             raise InputError(

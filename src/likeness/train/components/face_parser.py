@@ -69,6 +69,7 @@ def check(recipe: FaceParserRecipe) -> None:
     check_values(
         ("widths", list(recipe.widths), whole, "above 0, each a multiple of its number of heads, width // 32"),
         ("depths", list(recipe.depths), min(recipe.depths) > 0, "at least 1 each"),
+        ("batch", recipe.batch, recipe.batch > 1 or recipe.architecture == "segformer", "at least 2 for upernet"),
     )
 
 
