@@ -885,7 +885,7 @@ def table() -> str:
         raise InputError("There are no results of mmface: train it, then collect")
     lines = ["| " + " | ".join(["variant", "seeds", *COLUMNS, "parameters", "trained", "step", "image"]) + " |"]
     lines.append("|---" * (lines[0].count("|") - 1) + "|")
-    photographs = results["variants"]["mmface"]["seeds"]["0"]  # equal for all
+    photographs = next(iter(results["variants"]["mmface"]["seeds"].values()))  # equal for all
     ceilings = [
         f"{factor * photographs[metric.partition('/')[0] + '/ceiling']:.3f}" for metric, factor in COLUMNS.values()
     ]

@@ -89,7 +89,8 @@ def whole(root: Path, options: argparse.Namespace) -> None:
     if source is None:
         write_synthetic(root / "synthetic", options.faces, 128, seed=0)
         source = root_of(root / "synthetic") / "images"
-    held_out = min(1000, (options.limit or 10_000) // 10)
+    faces = options.limit or (options.faces if options.source is None else 10_000)
+    held_out = min(1000, faces // 10)
     command = ["prepare", "shards", str(source), str(options.out or root / "out"), "--held-out", str(held_out)]
     for name in ("limit", "landmarker", "precision"):
         value = getattr(options, name)

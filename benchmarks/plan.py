@@ -80,7 +80,7 @@ def main() -> None:
             traced = trace(recipe, images, REFERENCE_SIZES)
             batch = dataclasses.replace(recipe.optimizer, batch=images)
             plan = predict(dataclasses.replace(recipe, optimizer=batch), traced, device, 1, images, REFERENCE_SIZES)
-            memory = plan.memory - 4 * traced.trainable  # the measured step has no EMA
+            memory = plan.memory - 4 * traced.trainable * device.overhead  # the measured step has no EMA
             seconds = measure_step(recipe, images)
             found = measured_memory([*map(str, (width, depth, heads, images)), options.precision, str(saving)])
             print(

@@ -39,7 +39,7 @@ def serve(model: str, setting: str, steps: int) -> None:
         size = int(line)
         start, before = time.perf_counter(), time.process_time()
         generator = torch.Generator().manual_seed(0)
-        pipeline(PROMPT, height=size, width=size, num_inference_steps=steps, generator=generator)
+        pipeline(PROMPT, height=size, width=size, force_size=True, num_inference_steps=steps, generator=generator)
         found = {
             "wall": time.perf_counter() - start,
             "cpu": time.process_time() - before,

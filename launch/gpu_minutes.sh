@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Ten minutes of one GPU: train the bundled model further at a large batch, then measure the full-size networks.
 #
-#   launch/gpu_minutes.sh pack FACES...      # before, anywhere: archives gpu/faces-*.zip of at most 14 MB, and gpu/wheels
+#   launch/gpu_minutes.sh pack FACES...      # before, anywhere: archives gpu/faces-*.zip of at most 14 MB, and gpu/wheels (60 MB)
 #   launch/gpu_minutes.sh add ARCHIVE        # on the GPU machine, for each archive: unpack, extract sketches, encode
 #   launch/gpu_minutes.sh run OUT [KEY=VALUE...]  # on the GPU machine: train with these overrides, pack and measure
 #
@@ -23,7 +23,8 @@ pack)
     python3 "$root/tools/pack_faces.py" gpu "${@:2}"
     # what an image with torch, transformers and accelerate lacks
     python3 -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 -d gpu/wheels \
-        $(grep -oE '^(diffusers|tyro|docstring-parser|typeguard|shtab)==[^ ;\\]+' "$root/requirements/core.txt")
+        $(grep -oE '^(diffusers|tyro|docstring-parser|typeguard|scipy|matplotlib|contourpy|cycler|fonttools|kiwisolver|pyparsing|python-dateutil)==[^ ;\\]+' \
+            "$root/requirements/core.txt" | awk -F== '{pin[$1] = $0} END {for (name in pin) print pin[name]}') # the last: of Python 3.12
     du -sh gpu
     ;;
 add)
@@ -45,7 +46,8 @@ run)
     timeout -s TERM "${SECONDS_TO_TRAIN:-360}" python3 -m likeness.cli train "$root/recipes/$model.toml" --out "$run" \
         "init_from=${model//_/-}" "data.components=$bundled/common" "data.shards=[${shards%,}]" "preview=[]" \
         "optimizer.batch=${BATCH:-1024}" "optimizer.images=$((${BATCH:-1024} * 100000))" "optimizer.decay=constant" \
-        "optimizer.warmup=$((${BATCH:-1024} * 50))" "checkpoint_every=$((${BATCH:-1024} * ${STEPS_PER_CHECKPOINT:-500}))" "${@:3}" || true
+        "optimizer.warmup=$((${BATCH:-1024} * 50))" "checkpoint_every=$((${BATCH:-1024} * ${STEPS_PER_CHECKPOINT:-500}))" "${@:3}" || \
+        { code=$?; [ $code -eq 124 ] || [ $code -eq 75 ] || exit $code; } # stopped by timeout or by a signal
     cp "$run/metrics.jsonl" "$out"
     ln -sfn "$bundled/common" "$work/common"
     [ ! -d "$run/model" ] || { likeness prepare pack "$run/model" "$work/packed" && rm -rf "$out/model" && cp -r "$work/packed" "$out/model"; }
