@@ -81,7 +81,7 @@ def find_dots(image: np.ndarray) -> list[np.ndarray]:
 
 
 def settings(**changes) -> dict:
-    return {"size": 96, "every": False, "strict": False, "landmarker": "dots 1", **changes}
+    return {"size": 96, "all_faces": False, "strict": False, "landmarker": "dots 1", **changes}
 
 
 def align(photos: Path, out: Path, **changes):
@@ -203,7 +203,7 @@ def test_folder_of_photos(photos, tmp_path):
 
 
 def test_all_faces_of_a_photo(photos, tmp_path):
-    found = align(photos, tmp_path / "out", every=True)
+    found = align(photos, tmp_path / "out", all_faces=True)
     assert found.splits.total() == 4
     widths = [1 / row["aligned"]["transform"][0][0] for row in read_folder(tmp_path / "out")][1:]
     assert widths == sorted(widths, reverse=True)
@@ -425,7 +425,7 @@ def test_paste_classes_only(tmp_path, capsys):
 
 def test_paste_file(photos, tmp_path, capsys):
     out = tmp_path / "out"
-    align(photos, out, every=True)
+    align(photos, out, all_faces=True)
     rows = read_folder(out)
     edited = tmp_path / "edited.png"
     Image.new("RGB", (192, 192), (10, 10, 10)).save(edited)

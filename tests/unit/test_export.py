@@ -149,17 +149,56 @@ def test_names_with_points_are_unique(tmp_path):
         assert archive.getnames() == ["img_1.png", "img_1.json", "img_1-2.png", "img_1-2.json"]
 
 
-@pytest.mark.parametrize("form", WRITERS)
-def test_attributes_of_any_kind(tmp_path, form):
-    """Attributes that are not all true or false are stored as JSON in tables."""
-    attributes = [{"Smiling": True}, {"age": 34, "Smiling": False}]
-    rows = [{"file_name": f"{number}.png", "attributes": has} for number, has in enumerate(attributes)]
+def put_rows(source: Path, rows: list[dict[str, object]]) -> None:
+    """Write a prepared folder with these columns and an image per row."""
+    rows = [{"file_name": f"{number}.png", **row} for number, row in enumerate(rows)]
     for number, row in enumerate(rows):
-        sample_datasets.put(tmp_path / "source", row["file_name"], sample_datasets.image(number))
-    sample_datasets.put(tmp_path / "source", "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        sample_datasets.put(source, row["file_name"], sample_datasets.image(number))
+    sample_datasets.put(source, "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize(
+    "attributes", [[{"Smiling": True}, {"age": 34, "Smiling": False}], [{}, {}], [{}, {"A": True}]]
+)
+@pytest.mark.parametrize("form", WRITERS)
+def test_attributes_of_any_kind(tmp_path, form, attributes):
+    """Attributes that are not all true or false are stored as JSON in tables."""
+    put_rows(tmp_path / "source", [{"attributes": has} for has in attributes])
     assert run("prepare", "export", tmp_path / "source", tmp_path / "out", "--format", form) == 0
     ingest(tmp_path / "out", tmp_path / "back")
     assert [row["attributes"] for row in read_folder(tmp_path / "back")] == attributes
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_columns_of_any_kind(tmp_path, form):
+    half = "half \ud83d"  # a lone surrogate
+    row = {"id": 2**64, "attributes": "a", "aligned": {"photo": half}, "text": half if form != "parquet" else "a face"}
+    put_rows(tmp_path / "source", [row, {"attributes": {"a": True}}])
+    assert run("prepare", "export", tmp_path / "source", tmp_path / "out", "--format", form) == 0
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"image": "https://example.com/0.png"}, "'image' of the metadata has the name of an image in Parquet: rename"),
+        ({"keypoints": [[1, 2]]}, "the column 'keypoints' cannot be written to Parquet"),
+        ({"place": "half \ud83d"}, "the column 'place' cannot be written to Parquet"),
+    ],
+)
+def test_columns_that_parquet_lacks(tmp_path, row, message, capsys):
+    put_rows(tmp_path / "source", [row])
+    assert run("prepare", "export", tmp_path / "source", tmp_path / "out", "--format", "parquet") == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_splits_of_any_name(folder, tmp_path, form, capsys):
+    """Other spellings of a split are known; any other folder is not exported as training data."""
+    (folder / "test").rename(folder / "Testing")
+    assert export(folder, tmp_path / "out", form)["test"] == 1
+    (folder / "Testing").rename(folder / "heldout")
+    assert run("prepare", "export", folder, tmp_path / "other", "--format", form) == 2
+    assert "heldout is not named like a split: rename it to train, validation or test" in capsys.readouterr().err
 
 
 def test_webdataset_order(folder, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import io
 import json
 import os
@@ -19,7 +21,7 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 import sample_datasets
-from drawn import drawn_mask, drawn_sketch
+from drawn import drawn_mask, drawn_points, drawn_sketch
 from hostile import bomb
 from PIL import Image
 from sample_datasets import SIDE, image, pack, put
@@ -34,6 +36,7 @@ from likeness.prepare.caption.grammar import ATTRIBUTES
 from likeness.prepare.check import check_folder
 from likeness.prepare.export import WRITERS
 from likeness.prepare.ingest import shards
+from likeness.prepare.ingest.faces import unique_name
 from likeness.prepare.ingest.formats import FORMATS
 from likeness.prepare.ingest.splits import SPLITS
 from likeness.prepare.ingest.write import ingest
@@ -95,7 +98,7 @@ def test_every_format(case, packed, tmp_path, capsys):
     assert (sorted(path.name for path in out.iterdir() if path.is_dir())) == sorted(counts)
     record = read_record(out / "train")
     assert f"split {record['split']}: {record['split_is']}" in printed.err
-    assert record["layout"] == format
+    assert record["format"] == format
     assert record["faces"] == counts
     assert record["license"]
     first = read_folder(out / "train")[0]
@@ -262,14 +265,27 @@ def test_captions_of_images_in_folders(tmp_path):
     assert messages[-1] == "unused caption files: 1, such as train/other.txt"
 
 
-@pytest.mark.parametrize("split", ["val", "dev", "testing"])
-def test_captions_of_splits_with_other_names(tmp_path, split):
-    for number, name in enumerate(("train/0", f"{split}/0")):
+def test_captions_of_paths_that_differ_in_a_slash(tmp_path):
+    for number, name in enumerate(("sub/a", "sub_a", "sub_b")):
+        put(tmp_path / "source", f"{name}.png", image(number))
+    for name in ("sub/a", "sub_a", "sub/b"):
+        put(tmp_path / "texts", f"{name}.txt", name)
+    ingest(tmp_path / "source", tmp_path / "out", format="folder", captions=tmp_path / "texts")
+    assert [row.get("text") for row in read_folder(tmp_path / "out")] == [["sub_a"], None, ["sub/a"]]
+
+
+@pytest.mark.parametrize("split", ["val", "dev", "testing", "Test", "VALIDATION"])
+@pytest.mark.parametrize("form", ["folder", "imagefolder"])
+def test_splits_with_other_names(tmp_path, split, form):
+    for number, name in enumerate(("Train/0", f"{split}/0")):
         put(tmp_path / "source", f"{name}.png", image(number))
         put(tmp_path / "texts", f"{name}.txt", name)
-    ingest(tmp_path / "source", tmp_path / "out", captions=tmp_path / "texts")
-    own = "test" if split == "testing" else "validation"
+        if form == "imagefolder":
+            put(tmp_path / "source", f"{name[:-1]}metadata.jsonl", {"file_name": "0.png"})
+    assert run("prepare", "ingest", tmp_path / "source", tmp_path / "out", "--captions", tmp_path / "texts") == 0
+    own = "test" if split.lower().startswith("test") else "validation"
     assert [row["text"] for row in read_folder(tmp_path / "out" / own)] == [[f"{split}/0"]]
+    assert read_record(tmp_path / "out")["format"] == form
 
 
 def test_null_is_absent(tmp_path):
@@ -339,6 +355,34 @@ def test_parquet_rows_without_a_path(tmp_path):
 
 
 # Splits
+
+
+def test_parquet_columns_of_any_type(tmp_path):
+    """Dates and decimals become JSON; bytes other than the image are reported."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    columns = {"image": [sample_datasets.content(image(0))], "day": [datetime.date(2024, 5, 1)]}
+    columns |= {"at": [datetime.datetime(2024, 5, 1, 12)], "price": [decimal.Decimal("1.50")], "raw": [[b"\0"]]}
+    tmp_path.joinpath("source").mkdir()
+    pa.parquet.write_table(pa.table({**columns, "binary": ["a word"]}), tmp_path / "source" / "train.parquet")
+    found = ingest(tmp_path / "source", tmp_path / "out")
+    assert found == {"train": 1, "skipped": {"columns raw of train.parquet": "unknown condition"}}
+    row = read_folder(tmp_path / "out")[0]
+    assert (row["day"], row["at"], row["price"], row["binary"]) == ("2024-05-01", "2024-05-01 12:00:00", 1.5, "a word")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_conditions_as_arrays_and_text(tmp_path, packed):
+    source = tmp_path / "source"
+    put(source, "metadata.jsonl", {"file_name": "0.png"} | {f"{name}_file_name": f"{name}.npy" for name in CONDITIONS})
+    put(source, "0.png", image(0))
+    for name, raw in {"mask": drawn_mask(SIDE), "sketch": drawn_sketch(SIDE), "keypoints": drawn_points()}.items():
+        np.save(source / f"{name}.npy", raw)
+    source = pack(source, tmp_path / "source.zip") if packed else source
+    assert ingest(source, tmp_path / "out") == {"train": 1, "skipped": {}}
+    (row,) = read_folder(tmp_path / "out")
+    assert all(f"{name}_file_name" in row for name in CONDITIONS)
 
 
 def test_celeba_partition_by_list_and_by_threshold(tmp_path):
@@ -448,7 +492,7 @@ def test_prepared_folder_is_not_detected_as_celeba_hq(tmp_path):
     """Aligned and annotated portraits are in the folders images and masks, too."""
     sample_datasets.imagefolder(tmp_path / "source")
     ingest(tmp_path / "source" / "train", tmp_path / "out")
-    assert read_record(tmp_path / "out")["layout"] == "imagefolder"
+    assert read_record(tmp_path / "out")["format"] == "imagefolder"
 
 
 def test_nested_images_need_an_explicit_format(tmp_path):
@@ -644,6 +688,11 @@ def test_complete_folders_are_left_alone(tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "train" / "metadata.jsonl").read_text()) == annotated
     assert run(*command, "--size", 32) == 2
     assert "was written with size None, not 32" in capsys.readouterr().err
+    assert run(*command, "--format", "imagefolder") == 2
+    assert "was written with format 'folder', not 'imagefolder'" in capsys.readouterr().err
+    record = (tmp_path / "out" / "dataset.json").read_text()
+    put(tmp_path / "out", "dataset.json", record.replace('"format"', '"layout"'))  # of an earlier version
+    assert run(*command) == 0
     put(tmp_path / "other", "something.txt", "")
     assert run("prepare", "ingest", tmp_path / "source", tmp_path / "other") == 2
     assert "is not empty" in capsys.readouterr().err
@@ -697,6 +746,21 @@ def test_names_are_unique_and_safe(tmp_path):
     assert sorted(names) == ["A", "a-2", "a-3", "strange_name_", "ü"]
 
 
+def test_digits_that_are_no_numbers(tmp_path):
+    put(tmp_path / "source", "images/①.jpg", image(0))
+    assert ingest(tmp_path / "source", tmp_path / "out", format="images_and_masks", split="none")["train"] == 1
+    with pytest.raises(InputError, match="① is not a CelebA number"):
+        ingest(tmp_path / "source", tmp_path / "other", format="images_and_masks", split="face_mogle")
+
+
+def test_equal_names_take_no_longer_each_time():
+    """The number that follows is stored: without it, 100,000 equal names take 5e9 comparisons."""
+    taken: dict[str, int] = {}
+    names = [unique_name(name, taken) for name in ["a", "a-2", *["A"] * 100_000]]
+    assert names[:4] == ["a", "a-2", "A-3", "A-4"]
+    assert len(set(names)) == len(names)
+
+
 def test_equal_names_in_two_splits_are_skipped_separately(tmp_path):
     put(tmp_path / "source", "train/1.jpg", image(1))
     for split in ("train", "test"):
@@ -708,6 +772,7 @@ def test_invalid_or_long_names(tmp_path):
     source, latin = tmp_path / "source", os.fsdecode(b"caf\xe9")
     put(source, f"{latin}.png", image(0))
     put(source, f"{latin}s.png", b"broken")
+    put(source, "z\x85\u2028.png", b"broken")  # line breaks of Unicode, but not of JSON
     put(source, "脸" * 82 + ".png", image(1))
     put(source, "metadata.jsonl", json.dumps({"file_name": "a.png", "text": "half \ud83d"}))
     put(source, "a.png", image(2))
@@ -715,8 +780,10 @@ def test_invalid_or_long_names(tmp_path):
     assert run("prepare", "ingest", source, tmp_path / "out") == 0
     names = [row["file_name"].stem for row in read_folder(tmp_path / "out")]
     assert sorted(names) == ["a", "caf_", "脸" * 66]
-    (left,) = (tmp_path / "out/skipped.jsonl").read_text().splitlines()
+    (left, other) = (tmp_path / "out/skipped.jsonl").read_text().split("\n")[:-1]
     assert json.loads(left)["name"] == "train/caf_s"
+    assert json.loads(other)["name"] == "train/z_"
+    assert run("prepare", "ingest", source, tmp_path / "out") == 0  # complete
     assert f"{latin}s.png" in json.loads(left)["reason"]
     (tmp_path / "metadata.jsonl").rename(source / "metadata.jsonl")
     assert run("prepare", "ingest", source, tmp_path / "rows") == 0
@@ -868,7 +935,7 @@ def test_own_images_and_masks_are_not_taken_for_celebamask(tmp_path):
         sample_datasets.celebamask(tmp_path / name)
         ingest(tmp_path / name, tmp_path / f"out-{name}", held_out=1)
         record = json.loads((tmp_path / f"out-{name}" / "dataset.json").read_text())
-        assert record["layout"] == layout
+        assert record["format"] == layout
         assert ("CelebAMask-HQ" in json.dumps(record)) == (layout == "celebamask")
     put(tmp_path / "texts", "images/a.png", image(0))
     put(tmp_path / "texts", "text/a.txt", "a face")

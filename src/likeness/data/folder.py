@@ -13,6 +13,7 @@ import re
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ METADATA = "metadata.jsonl"
 
 RECORD = "dataset.json"
 """File next to the splits: contents, source, split and license of the folder."""
+
+FORMER_KEYS = {"layout": "format", "every": "all_faces"}
+"""Keys of `RECORD` in folders of earlier versions -> present keys."""
 
 ORIGINALS = "before"
 """Folder next to the splits in which `likeness prepare check --apply` keeps the files that it replaces or removes."""
@@ -81,14 +85,18 @@ def parse_row(line: bytes, where: str) -> dict[str, Any]:
 
 
 def clean_row(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row without null and non-finite numbers, the gaps of tables, and with Windows' slashes replaced."""
+    """Return a row without null and non-finite numbers, the gaps of tables, with Windows' slashes replaced. Dates and
+    times of tables become text.
+    """
 
     def finite(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: finite(inner) for key, inner in value.items()}
         if isinstance(value, list | tuple):
             return [finite(inner) for inner in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
+        if isinstance(value, float | Decimal):
+            return float(value) if math.isfinite(value) else None
+        return value if value is None or isinstance(value, str | int) else str(value)
 
     row = {column: finite(value) for column, value in row.items()}
     for column in filter(is_file_column, row):
@@ -226,11 +234,11 @@ def open_record(out: Path, arguments: dict[str, Any], command: str) -> dict[str,
     """
     try:
         if (out / RECORD).is_file():
-            record = read_record(out)
+            record = {FORMER_KEYS.get(key, key): value for key, value in read_record(out).items()}
             other = [key for key, value in arguments.items() if record.get(key) != value]
             if other:
                 changes = ", ".join(f"{key} {record.get(key)!r}, not {arguments[key]!r}" for key in other[:3])
-                raise InputError(f"{out} was written with {changes}: choose another folder or remove it")
+                raise InputError(f"{out} was written with {changes}: choose another folder, or the former options")
             return record
         if out.exists() and any(not is_unfinished(entry.name) for entry in out.iterdir()):
             raise InputError(f"{out} is not empty and was not written by `likeness prepare {command}`: choose another")

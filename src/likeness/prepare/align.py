@@ -52,7 +52,7 @@ from likeness.data.folder import (
 )
 from likeness.files import write_whole, writing_whole
 from likeness.prepare.annotate import keypoints_file, made_by_column, mask_annotator, sketch_annotator
-from likeness.prepare.ingest.faces import plain_name
+from likeness.prepare.ingest.faces import file_stem
 from likeness.prepare.ingest.formats import UNKNOWN_TERMS
 from likeness.prepare.ingest.source import walk
 from likeness.prepare.ingest.splits import SPLITS, check_minimum, default_held_out, random_split
@@ -110,7 +110,7 @@ def align_photos(
         raise InputError(f"size must be at least 32 pixels, not {size}")
     files = photo_files(photos, out, follow_links)
     with open_face_finder(landmarker) as find:
-        settings = {"size": size, "every": all_faces, "strict": strict, "landmarker": landmarker_name(landmarker)}
+        settings = {"size": size, "all_faces": all_faces, "strict": strict, "landmarker": landmarker_name(landmarker)}
         root = photos if photos.is_dir() else photos.parent
         return align_files(files, root, out, find, settings, held_out, progress)
 
@@ -124,7 +124,7 @@ def align_files(
     held_out: int | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Aligned:
-    """Align photos below `root` with a face detector; `settings` has `size`, `every`, `strict` and `landmarker`."""
+    """Align photos below `root` with a face detector; `settings` has `size`, `all_faces`, `strict` and `landmarker`."""
     check_minimum(held_out=held_out)
     aligned = Aligned()
     rows: dict[str, dict[str, str]] = {"train": {}, "test": {}}  # split -> file name -> JSON, which takes less memory
@@ -226,7 +226,7 @@ def align_photo(
     done: dict[tuple[str, str], str],
     *,
     size: int,
-    every: bool,
+    all_faces: bool,
     strict: bool,
     landmarker: str,
 ) -> dict[str, Any]:
@@ -241,10 +241,10 @@ def align_photo(
         return {"photo": name, "rows": [], "unreadable": str(error)}
     height, width = photo.shape[:2]
     record: dict[str, Any] = {"photo": name, "sha256": sha256, "rows": [], "faces": {}}
-    faces = find_faces(find, photo, every=every)
-    for number, found in enumerate(faces if every else faces[:1]):
+    faces = find_faces(find, photo, every=all_faces)
+    for number, found in enumerate(faces if all_faces else faces[:1]):
         points = refine_landmarks(find, photo, found)
-        stem = f"{plain_name(file.stem)}-{sha256[:8]}" + (f"-{number}" if number else "")
+        stem = f"{file_stem(file.stem)}-{sha256[:8]}" + (f"-{number}" if number else "")
         transform = portrait_transform(points, size)
         own = move(points, transform)  # [478, 2] in pixels of the portrait
         faults = framing_faults(framing_of(points, width, height, size)) + portrait_faults(own / size)

@@ -31,10 +31,10 @@ from likeness.data.folder import (
     write_record,
 )
 from likeness.files import delete_partials, write_whole, writing_whole
-from likeness.prepare.ingest.faces import SPLIT_NAMES, SPLIT_ORDER, unique_name
+from likeness.prepare.ingest.faces import SPLIT_ORDER, split_named, unique_name
 from likeness.prepare.ingest.shards import import_parquet
 from likeness.prepare.ingest.source import parse_json, read_file
-from likeness.types import Progress
+from likeness.types import InputError, Progress
 
 SHARD = 1000
 """Faces per shard."""
@@ -104,8 +104,11 @@ def export(
 
 def faces_of(folder: Path, format: str, skipped: dict[str, str]) -> Iterator[Face]:
     """Yield the faces of a prepared folder with unique names, `train` first; add what is left out to `skipped`."""
-    names = {split: SPLIT_NAMES.get(split, "train") for split in splits_of(folder)}
-    taken = defaultdict[str, set[str]](set)
+    splits = splits_of(folder)
+    if unknown := [split for split in splits if split != "." and not split_named(split)]:
+        raise InputError(f"{folder / unknown[0]} is not named like a split: rename it to train, validation or test")
+    names = {split: split_named(split) or "train" for split in splits}
+    taken = defaultdict[str, dict[str, int]](dict)
     for split in sorted(names, key=lambda split: SPLIT_ORDER.index(names[split])):
         root = (folder / split).resolve()
         for row in each_row(root):
@@ -164,9 +167,9 @@ def write_webdataset(path: Path, faces: Iterator[Face], columns: Columns) -> Non
         for _, key, images, row in faces:
             kinds = {name: "" if name == "image" else f".{name}" for name in images}
             files = {f"{key}{kinds[name]}{image.suffix.lower()}": read_file(image) for name, image in images.items()}
-            files[f"{key}.json"] = json.dumps(row, ensure_ascii=False).encode()
+            files[f"{key}.json"] = json.dumps(row).encode()
             if "text" in row:
-                files[f"{key}.txt"] = "\n".join(row["text"]).encode()
+                files[f"{key}.txt"] = "\n".join(row["text"]).encode(errors="replace")
             for name, content in files.items():
                 info = tarfile.TarInfo(name)  # without date or owner, so that equal data lead to equal archives
                 info.size = len(content)
@@ -184,13 +187,22 @@ def write_parquet(path: Path, faces: Iterator[Face], columns: Columns) -> None:
         for group in in_groups(faces, ROWS):
             rows = []
             for _, name, images, row in group:
-                as_json = {key: json.dumps(row[key], ensure_ascii=False) for key in row if columns[key] == "json"}
+                as_json = {key: json.dumps(row[key]) for key in row if columns[key] == "json"}
                 cells = {
                     key: {"bytes": read_file(image), "path": f"{name}{image.suffix.lower()}"}
                     for key, image in images.items()
                 }
                 rows.append(row | as_json | cells)
-            writer.write_table(pa.Table.from_pylist(rows, schema))
+            writer.write_table(pa.Table.from_arrays([array_of(pa, field, rows) for field in schema], schema=schema))
+
+
+def array_of(pa: Any, field: Any, rows: list[dict[str, Any]]) -> Any:
+    """Return a column of some rows. Raises `InputError` if its values do not have the type of the field."""
+    try:
+        return pa.array([row.get(field.name) for row in rows], field.type)
+    except (TypeError, ValueError) as error:
+        message = f"the column {field.name!r} cannot be written to Parquet ({error}): correct it in the metadata"
+        raise InputError(message) from error
 
 
 def columns_of(faces: Iterator[Face]) -> Columns:
@@ -200,14 +212,17 @@ def columns_of(faces: Iterator[Face]) -> Columns:
     for *_, images, row in faces:
         columns |= dict.fromkeys(images, "image")
         for key, value in row.items():
-            kind = own.get(key) or (type(value).__name__ if type(value) in (str, bool, int, float) else "json")
+            if key in ("image", *IMAGES):
+                raise InputError(f"the column {key!r} of the metadata has the name of an image in Parquet: rename it")
+            simple = type(value) in (str, bool, float) or (type(value) is int and -(2**63) <= value < 2**63)
+            kind = own.get(key) or (type(value).__name__ if simple else "json")
             flags = key == "attributes" and isinstance(value, dict) and all(type(v) is bool for v in value.values())
-            if flags and columns.get(key) != "json":
-                kind = columns.get(key, {}) | dict.fromkeys(value)
+            if flags and isinstance(known := columns.get(key, {}), dict):
+                kind = known | dict.fromkeys(value)
             elif columns.get(key, kind) != kind:
                 kind = "json"
             columns[key] = kind
-    return columns
+    return {key: kind or "json" for key, kind in columns.items()}  # Parquet has no struct without fields
 
 
 def schema_of(pa: Any, columns: Columns) -> Any:

@@ -119,14 +119,14 @@ def with_attributes(
 ) -> SourceFace:
     """Return a face with attributes and, unless it has `written` captions, ten from them, the same in every run."""
     attributes = dict(zip(names, map(bool, values), strict=True))
-    seed = int(face.name) if face.name.isdigit() else number
+    seed = int(face.name) if face.name.isdecimal() else number
     captions = lambda: write_captions(attributes, np.random.default_rng([SEED, seed]))  # noqa: E731
     return replace(face, attributes=attributes, captions=face.captions if written else captions)
 
 
 def unpadded(stem: str) -> str:
     """Remove leading zeros of a number."""
-    return str(int(stem)) if stem.isdigit() else stem
+    return str(int(stem)) if stem.isdecimal() else stem
 
 
 def read_attributes(file: SourceFile) -> tuple[Sequence[str], dict[str, bytes]]:
@@ -137,7 +137,7 @@ def read_attributes(file: SourceFile) -> tuple[Sequence[str], dict[str, bytes]]:
     """
     lines = file.lines()
     names = lines[1].split() if len(lines) > 1 else []
-    if "Male" not in names or not lines[0].isdigit():
+    if "Male" not in names or not lines[0].isdecimal():
         raise InputError(f"{file.name} is not CelebA's attribute list: it must begin with a count and a header")
     found = {}
     for number, line in enumerate(lines[2:], start=3):
@@ -175,6 +175,6 @@ def read_parts(source: Source) -> dict[str, dict[int, SourceFile]]:
     for folder in source.below(HQ_PARTS):
         for stem, path in source.images(folder, (".png",)).items():
             number, _, part = stem.partition("_")
-            if number.isdigit() and part in PART_NAMES:
+            if number.isdecimal() and part in PART_NAMES:
                 found.setdefault(unpadded(number), {})[PART_NAMES[part]] = source.existing_file(path)
     return found

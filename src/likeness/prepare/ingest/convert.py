@@ -8,18 +8,24 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from likeness.conditions import CONDITIONS
-from likeness.conditions.base import Condition
+from likeness.conditions.base import ARRAY_SUFFIXES, Condition
 from likeness.conditions.images import check_aspect, open_image, read_rgb
+from likeness.conditions.keypoints import TEXT_SUFFIXES
 from likeness.conditions.mask import paint_parts, swap_classes
 from likeness.conditions.mask.classes import PALETTE
 from likeness.conditions.mask.geometry import measure, swapped_pairs
+from likeness.files import write_whole
 from likeness.prepare.ingest.faces import SourceFace
+from likeness.prepare.ingest.source import SourceFile
 from likeness.types import InputError
 
 COPIED = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp"}
@@ -59,7 +65,7 @@ def open_face(face: SourceFace, size: int | None, crop: bool) -> tuple[Image.Ima
             plain = head.mode == "RGB" and not {"icc_profile", "transparency"} & head.info.keys()
             try:
                 plain = plain and head.getexif().get(ORIENTATION, 1) == 1 and getattr(head, "n_frames", 1) == 1
-            except Exception:  # damaged: the image is written anew
+            except Exception:  # damaged: the image is written again
                 plain = False
             suffix = COPIED.get(head.format or "", "") if plain else ""
     return image, box, content, suffix
@@ -88,6 +94,11 @@ def convert_condition(name: str, source: Any, box: Box, size: tuple[int, int]) -
         InputError: it cannot be read, or has another aspect ratio than the image.
     """
     condition = CONDITIONS[name]
+    if isinstance(source, SourceFile) and source.path is None and source.suffix in ARRAY_SUFFIXES + TEXT_SUFFIXES:
+        with TemporaryDirectory() as folder:  # its reader needs a file with this suffix
+            path = Path(folder) / f"unpacked{source.suffix}"
+            write_whole(path, source.content())
+            return convert_condition(name, replace(source, path=path), box, size)
     if condition.raw == "points":
         return convert_points(condition, source, box, size), False
     if isinstance(source, Mapping):
@@ -95,7 +106,7 @@ def convert_condition(name: str, source: Any, box: Box, size: tuple[int, int]) -
         names = {index: file.name for index, file in source.items()}
         raw = paint_parts(parts, f"the mask of {next(iter(names.values()))}", names).raw
     elif source.path:
-        raw = condition.read(source.path).raw
+        raw = condition.read(source.path, name=source.name).raw
     else:
         raw = condition.read(open_image(source.content(), source.name), name=source.name).raw
     raw = crop_raw(raw, box, size, name)
@@ -108,7 +119,8 @@ def convert_condition(name: str, source: Any, box: Box, size: tuple[int, int]) -
 def convert_points(condition: Condition, source: Any, box: Box, size: tuple[int, int]) -> bytes:
     """Return keypoints as JSON: unchanged, or in fractions of the crop."""
     document = source if isinstance(source, Mapping) else source.path or source.json()
-    points = condition.read(dict(document) if isinstance(document, Mapping) else document).raw
+    name = "" if isinstance(source, Mapping) else source.name
+    points = condition.read(dict(document) if isinstance(document, Mapping) else document, name=name).raw
     if box is not None:
         left, top, right, bottom = box
         return condition.encode((points * size - (left, top)) / (right - left, bottom - top))

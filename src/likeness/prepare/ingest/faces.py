@@ -29,7 +29,7 @@ SPLIT_NAMES = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-"""Name of a split in sources -> our name."""
+"""Name of a split in sources, in lower case -> our name."""
 
 SPLIT_ORDER = ("train", "validation", "test")
 
@@ -39,7 +39,7 @@ class SourceFace:
     """One face of a source."""
 
     name: str
-    """Name of its files without suffix."""
+    """Path of its image in its split, without suffix; `unique_name` makes the name of its files."""
     image: SourceFile
     conditions: Mapping[str, Any] = field(default_factory=dict)
     """Condition -> file. Also: for `mask`, class -> image of that part; for `keypoints`, {"points": [[x, y], ...],
@@ -105,17 +105,25 @@ def with_row(face: SourceFace, row: Mapping[str, Any]) -> SourceFace | Skipped:
     return replace(face, **changes, more=more)
 
 
-def unique_name(name: str, taken: set[str]) -> str:
-    """Return a file name (`plain_name`) that is not `taken`, also without regard to case, and add it to those."""
-    plain = plain_name(name)
-    name, number = plain, 2
+def split_named(name: str) -> str | None:
+    """Return our name of a split of a source, or None if it is not the name of a split."""
+    return SPLIT_NAMES.get(name.lower())
+
+
+def unique_name(name: str, taken: dict[str, int]) -> str:
+    """Return a file name (`file_stem`) that is not `taken`, also without regard to case, and add it to those: name in
+    lower case -> last number that was appended to it.
+    """
+    name = plain = file_stem(name)
+    number = taken.get(plain.casefold(), 1)
     while name.casefold() in taken:
-        name, number = f"{plain}-{number}", number + 1
-    taken.add(name.casefold())
+        number += 1
+        name = f"{plain}-{number}"
+    taken[plain.casefold()], taken[name.casefold()] = number, 1
     return name
 
 
-def plain_name(name: str) -> str:
+def file_stem(name: str) -> str:
     """Return a name for any file system: letters, digits and `_.+-`, at most `NAME_BYTES` bytes."""
     plain = re.sub(r"[^\w.+-]+", "_", name).strip(".")
     return plain.encode()[:NAME_BYTES].decode(errors="ignore") or "face"

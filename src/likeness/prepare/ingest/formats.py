@@ -29,7 +29,7 @@ from likeness.prepare.ingest.celeba import (
     matching_faces,
     unpadded,
 )
-from likeness.prepare.ingest.faces import SPLIT_NAMES, SPLIT_ORDER, Entries, Skipped, SourceFace, with_row
+from likeness.prepare.ingest.faces import SPLIT_ORDER, Entries, Skipped, SourceFace, split_named, with_row
 from likeness.prepare.ingest.shards import parquet, webdataset
 from likeness.prepare.ingest.source import Source, SourceFile, check_inside, join, parse_json
 from likeness.types import InputError
@@ -56,7 +56,7 @@ def ffhq(source: Source) -> Entries:
             points = image["face_landmarks"].astype(float).round(2).tolist()
             points = {"points": points, "size": image.get("pixel_size", [1024, 1024])}
             face = replace(face, conditions={"keypoints": points})
-        yield replace(face, split=SPLIT_NAMES.get(known.get("category", "")), more=known.get("metadata", {}))
+        yield replace(face, split=split_named(known.get("category", "")), more=known.get("metadata", {}))
 
 
 def ffhq_folders(source: Source) -> list[str]:
@@ -98,7 +98,7 @@ def mmface_dit(source: Source) -> Entries:
         own = (join(root, name) for name in ("captions", "text"))
         captions = next((folder for folder in own if folder in source.folders), shared)
         images, mask, sketch = (join(root, name) for name in ("images", "masks", "sketches"))
-        split = SPLIT_NAMES[root.rpartition("/")[2]]
+        split = split_named(root.rpartition("/")[2])
         yield from matching_faces(source, images, captions, split=split, mask=mask, sketch=sketch)
     if captions := source.folder("FFHQ_Captions_Final"):
         mask = next((name for name in source.folders if name.split("/")[-1].startswith("Masks_Colored")), None)
@@ -113,7 +113,7 @@ def mmface_dit_splits(source: Source) -> list[str]:
     return [
         root
         for root in roots
-        if root.rpartition("/")[2] in SPLIT_NAMES
+        if split_named(root.rpartition("/")[2])
         and (join(root, "masks") in source.folders or join(root, "sketches") in source.folders)
         and not table_of(source, root)
     ]
@@ -128,15 +128,14 @@ def images_in_folders(source: Source) -> Entries:
         texts, sidecars = source.texts(place), find_sidecars(source, place)
         others = {path for conditions in sidecars.values() for files in conditions.values() for path in files}
         top, _, rest = place.partition("/")
-        split = SPLIT_NAMES.get(top)
-        prefix = (rest if split else place).replace("/", "_")
+        split = split_named(top)
         for name in sorted(name for name in source.folders[place] if name.lower().endswith(IMAGE_SUFFIXES)):
             stem = name.rpartition(".")[0]
             if join(place, name) in others:
                 continue
             text = source.file(texts.get(stem, ""))
             yield SourceFace(
-                name=f"{prefix}_{stem}" if prefix else stem,
+                name=join(rest if split else place, stem),
                 image=source.existing_file(join(place, name)),
                 conditions={key: source.existing_file(files[0]) for key, files in sidecars.get(stem, {}).items()},
                 captions=text.lines if text else tuple,
@@ -166,7 +165,7 @@ def imagefolder(source: Source) -> Entries:
     `text` (a string or a list), `attributes`, `identity`; other columns are kept, other files are ignored.
     """
     for place in metadata_folders(source):
-        split = SPLIT_NAMES.get(place.split("/")[-1])
+        split = split_named(place.split("/")[-1])
         unknown: set[str] = set()  # file columns of unknown conditions, reported once
         for number, where, row in metadata_rows(source, join(place, table_of(source, place))):
             columns = {column.removesuffix("_file_name") for column in row if column.endswith("_file_name")}
@@ -182,7 +181,7 @@ def imagefolder(source: Source) -> Entries:
                         yield Skipped(join(place, path), f"{column_of(name)} of line {number} does not exist")
             path = check_inside(row["file_name"], where)
             if image := source.file(join(place, path)):
-                stem = path.rpartition(".")[0].removeprefix("images/").replace("/", "_")
+                stem = path.rpartition(".")[0].removeprefix("images/")
                 yield with_row(SourceFace(name=stem, image=image, split=split, conditions=conditions), row)
             else:
                 yield Skipped(join(place, path), f"the image of line {number} does not exist")
@@ -222,7 +221,7 @@ def table_of(source: Source, folder: str) -> str:
 def metadata_folders(source: Source) -> list[str]:
     """Find the folders with `metadata.jsonl` or .csv, the root or directly below it, without `ORIGINALS`."""
     found = {folder for folder in source.folders if "/" not in folder and table_of(source, folder)}
-    order = lambda folder: (SPLIT_ORDER.index(SPLIT_NAMES.get(folder, "train")), folder)  # noqa: E731
+    order = lambda folder: (SPLIT_ORDER.index(split_named(folder) or "train"), folder)  # noqa: E731
     return sorted(found - {ORIGINALS}, key=order)
 
 
@@ -270,7 +269,7 @@ def has_suffix(source: Source, suffix: str | tuple[str, ...]) -> bool:
 
 def has_images(source: Source) -> bool:
     """Whether there are images in the root or in folders named like splits."""
-    return any(source.images(folder) for folder in source.folders if folder == "" or folder in SPLIT_NAMES)
+    return any(source.images(folder) for folder in source.folders if folder == "" or split_named(folder))
 
 
 FORMATS: dict[str, Format] = {

@@ -5,6 +5,7 @@ Only Parquet needs pyarrow. A shard is a plain tar archive.
 
 from __future__ import annotations
 
+import re
 import tarfile
 import threading
 from collections import Counter
@@ -15,7 +16,7 @@ from typing import Any
 
 from likeness.conditions import CONDITIONS
 from likeness.conditions.base import IMAGE_SUFFIXES
-from likeness.prepare.ingest.faces import AHEAD, SPLIT_NAMES, Entries, Skipped, SourceFace, with_row
+from likeness.prepare.ingest.faces import AHEAD, Entries, Skipped, SourceFace, split_named, with_row
 from likeness.prepare.ingest.source import (
     HIDDEN,
     MAX_BYTES,
@@ -32,6 +33,9 @@ IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png")
 """Columns with the image itself; the first that exists is used."""
 
 KEYS = "in WebDataset, the key of a sample ends at the first dot of a name, and its kind begins there"
+
+BYTES = re.compile(r"binary(?!\w*:)")
+"""Matches Arrow's types with bytes, but not names of fields."""
 
 GROUP_BYTES = 2**32
 """Most bytes of a column of a row group of a Parquet file, which is read in parts."""
@@ -56,7 +60,7 @@ def split_of(path: str) -> str | None:
     """Return the split of a shard, from the first word of its name or from its folder."""
     *folders, name = path.split("/")
     parts = [name.split("-")[0].split("_")[0].split(".")[0], *reversed(folders)]
-    return next((SPLIT_NAMES[part.lower()] for part in parts if part.lower() in SPLIT_NAMES), None)
+    return next(filter(None, map(split_named, parts)), None)
 
 
 def shards(source: Source, suffix: str) -> Iterator[tuple[str | None, Path]]:
@@ -92,21 +96,22 @@ def parquet_rows(reader: Any, path: Path, split: str | None) -> Entries:
                 size = f"{column.total_uncompressed_size >> 20} MiB in {group.num_rows} rows"
                 where = f"the column {column.path_in_schema} of {path}"
                 raise InputError(f"{where} has {size}, too much for images of faces")
+    with_bytes = {field.name: field.type for field in file.schema_arrow if BYTES.search(str(field.type))}
     is_struct = {  # image columns: {bytes, path}, or bytes
-        field.name: types.is_struct(field.type)
-        for field in file.schema_arrow
-        if types.is_binary(field.type)
-        or types.is_large_binary(field.type)
-        or (types.is_struct(field.type) and {"bytes", "path"} <= {inner.name for inner in field.type})
+        name: types.is_struct(kind)
+        for name, kind in with_bytes.items()
+        if types.is_binary(kind)
+        or types.is_large_binary(kind)
+        or (types.is_struct(kind) and {"bytes", "path"} <= {inner.name for inner in kind})
     }
     image = next((name for name in (*IMAGE_COLUMNS, *is_struct) if name in is_struct and name not in CONDITIONS), None)
     if image is None:
         raise InputError(f"{path} has no image column: `image` should have bytes and path")
     columns = [image, *(name for name in CONDITIONS if name in is_struct)]
-    if unknown := sorted(set(is_struct) - set(columns)):
+    if unknown := sorted(with_bytes.keys() - set(columns)):
         yield Skipped(f"columns {', '.join(unknown)} of {path.name}", "unknown condition")
     cell = cell_reader(images.iter_batches(ROWS, columns=columns))
-    values = [name for name in file.schema_arrow.names if name not in is_struct]
+    values = [name for name in file.schema_arrow.names if name not in with_bytes]
     paths = [f"{name}.path" for name in columns if is_struct[name]]  # present images, without reading them
     batches = file.iter_batches(ROWS, columns=values + paths or [image])
     for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
@@ -207,4 +212,4 @@ def sample_face(
     if lines and not row.get("text"):
         row["text"] = lines
     conditions = {name: file for name, file in conditions.items() if name in CONDITIONS}
-    return with_row(SourceFace(name=key.replace("/", "_"), split=split, image=image, conditions=conditions), row)
+    return with_row(SourceFace(name=key, split=split, image=image, conditions=conditions), row)

@@ -101,7 +101,7 @@ def random_split(split: str, identities: list[str | None], held_out: int, seed: 
 def number_of(name: str, split: str) -> int:
     """Return the number in a face's name."""
     digits = name.removesuffix(".jpg")
-    if not digits.isdigit():
+    if not digits.isdecimal():
         raise InputError(f"{name} is not a CelebA number, which --split {split} needs: use --split random")
     return int(digits)
 

@@ -18,10 +18,10 @@ from typing import Any, BinaryIO
 from likeness.conditions import CONDITIONS
 from likeness.conditions.images import png_bytes
 from likeness.data.ahead import read_ahead
-from likeness.data.folder import METADATA, RECORD, changing, column_of, line_of, open_record, write_record
+from likeness.data.folder import METADATA, RECORD, changing, column_of, line_of, lines_of, open_record, write_record
 from likeness.files import read_json, write_whole, writing_whole
 from likeness.prepare.ingest.convert import COPIED, convert_condition, crop_and_resize, open_face
-from likeness.prepare.ingest.faces import AHEAD, SPLIT_NAMES, SPLIT_ORDER, Entries, Skipped, SourceFace, unique_name
+from likeness.prepare.ingest.faces import AHEAD, SPLIT_ORDER, Entries, Skipped, SourceFace, split_named, unique_name
 from likeness.prepare.ingest.formats import FORMATS, UNKNOWN_TERMS, detect_format
 from likeness.prepare.ingest.source import Source, join, open_source, parse_json
 from likeness.prepare.ingest.splits import SPLITS, check_minimum, default_held_out, named_split, random_split
@@ -90,7 +90,7 @@ def ingest(
         for entry in FORMATS[format].read(opened):
             if isinstance(entry, SourceFace):
                 taken += 1
-                path = files.get(f"{entry.split}_{entry.name}") or files.get(entry.name)
+                path = files.get(f"{entry.split}/{entry.name}") or files.get(entry.name)
                 entry = replace(entry, captions=texts.existing_file(path).lines) if texts and path else entry
             yield entry
             if taken == limit:
@@ -113,7 +113,7 @@ def ingest(
         held_out = default_held_out(len(identities))
     arguments = {
         "kind": "likeness ingest",
-        "layout": format,
+        "format": format,
         "source": source.resolve().name,
         "size": size,
         "crop": crop,
@@ -125,8 +125,8 @@ def ingest(
     known = open_record(out, arguments, "ingest").get("faces")
     if known and all((out / split / METADATA).is_file() for split in known):
         report(f"{out} is complete, {sum(known.values())} faces: for new images choose another folder")
-        lines = (out / SKIPPED).read_text(encoding="utf-8").splitlines() if (out / SKIPPED).is_file() else []
-        skipped = [parse_json(line, SKIPPED) for line in lines]
+        lines = lines_of(out / SKIPPED) if (out / SKIPPED).is_file() else ()
+        skipped = [parse_json(line, SKIPPED) for line in lines if line.strip()]
         return {**known, "skipped": {entry["name"]: entry["reason"] for entry in skipped}}
 
     if not identities:
@@ -182,17 +182,17 @@ def license_of(source: Source, format: str) -> dict[str, str]:
 
 
 def caption_files(source: Source) -> dict[str, str]:
-    """Return face name -> text file: `sub_a` and, unless ambiguous, `a` for sub/a.txt."""
+    """Return face name -> text file: `sub/a` and, unless ambiguous, `a` for sub/a.txt."""
     full: dict[str, str] = {}
     short: dict[str, list[str]] = {}
     for folder in source.folders:
         for stem, path in source.texts(folder).items():
             parts = join(folder, stem).split("/")
-            full["_".join(parts)] = path
-            if len(parts) > 1 and parts[0] in SPLIT_NAMES:  # faces have our name of the split
-                full["_".join((SPLIT_NAMES[parts[0]], *parts[1:]))] = path
+            full["/".join(parts)] = path
+            if len(parts) > 1 and (split := split_named(parts[0])):  # faces have our name of the split
+                full.setdefault("/".join((split, *parts[1:])), path)
             for start in range(1, len(parts)):
-                short.setdefault("_".join(parts[start:]), []).append(path)
+                short.setdefault("/".join(parts[start:]), []).append(path)
     if not full:
         raise InputError(f"{source.root} has no text files: captions are <name>.txt, one per line")
     return {name: paths[0] for name, paths in short.items() if len(paths) == 1} | full
@@ -210,7 +210,7 @@ def write_faces(
     faces, parts, repaired, threads = Counter[str](), Counter[str](), 0, os.cpu_count() or 1
     skipped: dict[str, str] = {}
     metadata: dict[str, BinaryIO] = {}
-    split_of, taken = iter(splits), defaultdict[str | None, set[str]](set)
+    split_of, taken = iter(splits), defaultdict[str | None, dict[str, int]](dict)
 
     def assigned() -> Iterator[tuple[SourceFace | Skipped, str]]:
         for face in entries:
