@@ -295,7 +295,7 @@ def test_splits(photos, tmp_path):
     assert record["faces"] == {"train": 1, "test": 1}
     (held,) = record["test"]
     assert read_folder(out / "test")[0]["aligned"]["photo"] == held
-    for degrees in range(3):
+    for degrees in range(1, 4):
         Image.open(photos / "one.png").rotate(degrees).save(photos / f"a{degrees}.png")
     for held_out in (None, 1):
         assert align(photos, out, held_out=held_out).splits == {"train": 4, "test": 1}
@@ -309,6 +309,27 @@ def test_splits(photos, tmp_path):
             align(photos, out if held_out == 2 else tmp_path / "new", held_out=held_out)
     edited, portrait = tmp_path / "edited.png", read_folder(out / "test")[0]["file_name"]
     assert paste_file(portrait, out, photos / held, edited) == f"images/{portrait.name}"
+
+
+@pytest.mark.parametrize("held_out", [0, 2])
+def test_copies_and_renamed_photos(photos, tmp_path, held_out):
+    """A photo has one row in one split, whatever its name is in this run or the next."""
+    out = tmp_path / "out"
+    for name in ("broken.jpg", "field.jpg"):
+        (photos / name).unlink()
+    for name in ("copy.png", "trip/copy.png"):
+        (photos / name).write_bytes((photos / "one.png").read_bytes())
+    found = align(photos, out, held_out=held_out)
+    assert found.splits.total() == 2
+    assert found.copies == {"one.png": "copy.png", "trip/copy.png": "copy.png"}
+    before = {split: [row["file_name"] for row in read_folder(out / split)] for split in found.splits}
+    assert sorted(len(files) for files in before.values()) in ([2], [1, 1])
+    for name in ("copy.png", "one.png"):
+        (photos / name).unlink()
+    (photos / "trip/copy.png").rename(photos / "renamed.png")
+    assert align(photos, out, held_out=held_out).splits == found.splits
+    assert {split: [row["file_name"] for row in read_folder(out / split)] for split in found.splits} == before
+    paste_file(before[list(before)[0]][0], out, photos / "renamed.png", tmp_path / "edited.png")
 
 
 def test_photographs_are_never_reduced(photos, tmp_path, monkeypatch):

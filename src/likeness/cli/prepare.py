@@ -165,7 +165,12 @@ class Align:
             what = "portrait" if kept else "skipped portrait"
             print_notes([summary(what, kind, group) for kind, group in groups.items()])
         unreadable = [f"{name} ({reason})" for name, reason in found.unreadable.items()]
-        for what, photos in (("without a face", found.without), ("unreadable", unreadable)):
+        copies = [f"{name} (of {original})" for name, original in found.copies.items()]
+        for what, photos in (
+            ("without a face", found.without),
+            ("unreadable", unreadable),
+            ("skipped as copies", copies),
+        ):
             print_notes([summary("photo", what, photos)] * bool(photos))
         splits = ", ".join(f"{number} {split}" for split, number in found.splits.items())
         print(

@@ -3,12 +3,13 @@ subfolder per split.
 
 Each row records the photo's name and SHA-256 and the similarity transform, so that `paste` can paste an edited portrait
 back. A portrait's name contains the beginning of its photo's hash, so portraits of equally named photos do not collide.
+A copy of a photo is skipped, and a renamed photo keeps its row.
 Progress is recorded per photo in `.aligned.jsonl`; the metadata is written last. `dataset.json` records the settings
 and which photos are held out, so that photos added later do not change the split.
 
 `extract` makes the conditions of one photograph under the names of the dataset format `folder`.
 
-Outside the photo the portrait shows a reflection that fades into blur and grey, as in FFHQ, because models are trained
+Outside the photo the portrait shows a reflection that fades into blur and gray, as in FFHQ, because models are trained
 on such borders. Unlike in FFHQ, no pixel inside the photo is blurred.
 """
 
@@ -65,8 +66,8 @@ JOURNAL = ".aligned.jsonl"
 REFINE_SIZE = 384
 """Side length in pixels at which landmarks are detected a second time."""
 
-BLURRED, GREY = 0.1, 0.3
-"""Distance from the photo, as a fraction of the portrait's side, at which it is fully blurred and fully grey."""
+BLURRED, GRAY = 0.1, 0.3
+"""Distance from the photo, as a fraction of the portrait's side, at which it is fully blurred and fully gray."""
 
 
 @dataclass
@@ -83,6 +84,8 @@ class Aligned:
     """Portrait -> faults of its geometry."""
     skipped: dict[str, list[Note]] = field(default_factory=dict)
     """Skipped portrait -> faults of its geometry."""
+    copies: dict[str, str] = field(default_factory=dict)
+    """Skipped photo -> photo with the same content."""
 
 
 def align_photos(
@@ -144,22 +147,30 @@ def align_files(
         locks.enter_context(changing(out, ["train", *(["test"] if test else [])]))
         known = {split: known_rows(out / split) for split in rows}
         done = open_journal(out, known["train"].keys() | known["test"].keys())
-        for number, (file, name) in enumerate(zip(files, names, strict=True), start=1):
-            split = "test" if name in test else "train"
-            found = align_photo(file, name, out, split, find, done, **settings)
+        first = {sha256: name for name, sha256 in reversed(done)}
+        counted: set[str] = set()
+        for number, (file, name) in enumerate(zip(files, names, strict=True)):
+            progress(number, len(files))
+            found = align_photo(file, name, out, test, find, done, first, **settings)
+            if "unreadable" in found:
+                aligned.unreadable[name] = found["unreadable"]
+                continue
+            if found["sha256"] in counted:
+                aligned.copies[name] = found["photo"]
+                continue
+            counted.add(found["sha256"])
+            split = "test" if found["photo"] in test else "train"
             found_rows = {row["file_name"]: json.dumps(row, ensure_ascii=False) for row in found["rows"]}
             rows[split] |= {} if found.get("written") else found_rows
             kept = {Path(file_name).stem for file_name in found_rows}
             aligned.splits[split] += len(kept)
-            if "unreadable" in found:
-                aligned.unreadable[name] = found["unreadable"]
-            elif not found["faces"]:
+            if not found["faces"]:
                 aligned.without.append(name)
             for stem, faults in found.get("faces", {}).items():
                 if faults:
                     notes = aligned.faults if stem in kept else aligned.skipped
                     notes[f"{name} ({stem})"] = [Note(*fault) for fault in faults]
-            progress(number, len(files))
+        progress(len(files), len(files))
         given = [split for split in rows if rows[split] or known[split]]
         faces = {split: write_metadata(out / split, known[split], rows[split]) for split in given}
         add_to_journal(out, {"written": True})
@@ -221,18 +232,24 @@ def align_photo(
     file: Path,
     name: str,
     out: Path,
-    split: str,
+    test: Set[str],
     find: FaceFinder,
     done: dict[tuple[str, str], str],
+    first: dict[str, str],
     *,
     size: int,
     all_faces: bool,
     strict: bool,
     landmarker: str,
 ) -> dict[str, Any]:
-    """Write the portraits and keypoints of one photo; returns its record with rows and faults."""
+    """Write the portraits and keypoints of one photo, unless it is `done`; returns its record with rows and faults.
+
+    `first` is SHA-256 -> first name: a renamed photo, or a copy, keeps name and split. `test` are held-out names.
+    """
     try:
         sha256 = file_hash(file)
+        name = first.setdefault(sha256, name)
+        split = "test" if name in test else "train"
         known = json.loads(done.get((name, sha256), "null"))
         if known and all((out / split / row["file_name"]).is_file() for row in known["rows"]):
             return known
@@ -244,7 +261,7 @@ def align_photo(
     faces = find_faces(find, photo, every=all_faces)
     for number, found in enumerate(faces if all_faces else faces[:1]):
         points = refine_landmarks(find, photo, found)
-        stem = f"{file_stem(file.stem)}-{sha256[:8]}" + (f"-{number}" if number else "")
+        stem = f"{file_stem(Path(name).stem)}-{sha256[:8]}" + (f"-{number}" if number else "")
         transform = portrait_transform(points, size)
         own = move(points, transform)  # [478, 2] in pixels of the portrait
         faults = framing_faults(framing_of(points, width, height, size)) + portrait_faults(own / size)
@@ -259,6 +276,7 @@ def align_photo(
         files = {"file_name": f"images/{stem}.png", column_of("keypoints"): CONDITIONS["keypoints"].file(stem)}
         record["rows"].append({**files, made_by_column("keypoints"): landmarker, "aligned": aligned})
     add_to_journal(out, record)
+    done[name, sha256] = json.dumps(record)
     return record
 
 
@@ -347,15 +365,15 @@ def cut_portrait(photo: np.ndarray, transform: np.ndarray, size: int) -> np.ndar
 
 
 def fade(portrait: np.ndarray, distance: np.ndarray) -> np.ndarray:
-    """Fade pixels outside the photo into blur and grey, by their distance [S, S] in pixels, 0 inside."""
+    """Fade pixels outside the photo into blur and gray, by their distance [S, S] in pixels, 0 inside."""
     if not distance.any():
         return portrait
     side = len(portrait)
     values = portrait.astype(np.float32)
     fraction = distance[..., None].astype(np.float32) / side
-    blurred, grey = ndimage.gaussian_filter(values, (0.02 * side, 0.02 * side, 0)), np.median(portrait, axis=(0, 1))
+    blurred, gray = ndimage.gaussian_filter(values, (0.02 * side, 0.02 * side, 0)), np.median(portrait, axis=(0, 1))
     values += (blurred - values) * np.clip(fraction / BLURRED, 0, 1)
-    values += (grey.astype(np.float32) - values) * np.clip(fraction / GREY, 0, 1)
+    values += (gray.astype(np.float32) - values) * np.clip(fraction / GRAY, 0, 1)
     return np.where(fraction > 0, np.rint(values).clip(0, 255), portrait).astype(np.uint8)
 
 
@@ -405,21 +423,19 @@ def extract(
         raise InputError(f"size must be at least 32 pixels, not {size}")
     pixels = read_photo(photo)
     suffixes = {"image": ".png", "mask": "_mask.png", "sketch": "_sketch.png", "keypoints": "_keypoints.json"}
-    files = {name: out / f"{photo.stem}{suffix}" for name, suffix in suffixes.items() if landmarker or name[0] != "k"}
+    files = {name: out / f"{photo.stem}{suffix}" for name, suffix in suffixes.items()}
     if files["image"].exists() and files["image"].samefile(photo):
         raise InputError(f"{files['image']} is the photograph itself: choose another folder than {out}")
-    contents: dict[str, bytes | None] = {}
     with ExitStack() as stack:
         find = None if landmarker is None else stack.enter_context(open_face_finder(landmarker))
         transform, points, _ = face_transform(pixels, str(photo), find, size)
     pixels = cut_portrait(pixels, transform, size)
-    if landmarker is not None and points is not None:
-        contents["keypoints"] = keypoints_file(move(points, transform), size, size, landmarker_name(landmarker))
-    contents["image"] = png_bytes(Image.fromarray(pixels))
+    contents: dict[str, bytes | None] = {"image": png_bytes(Image.fromarray(pixels))}
     for name, annotator in (("mask", mask_annotator(parser, device=device)), ("sketch", sketch_annotator(None))):
         (contents[name],) = annotator.annotate([pixels])
-    for name, file in files.items():
-        content = contents[name]
+    if landmarker is not None and points is not None:
+        contents["keypoints"] = keypoints_file(move(points, transform), size, size, landmarker_name(landmarker))
+    for name, content in contents.items():
         assert content is not None
-        write_whole(file, content)
-    return files
+        write_whole(files[name], content)
+    return {name: files[name] for name in contents}

@@ -21,11 +21,11 @@ Among 20,000 CelebA faces (200 million pairs), the most distant duplicates that 
 def image_hash(image: Image.Image) -> bytes:
     """Return a perceptual hash: 64 bits for the search and 256 for the comparison, as five uint64.
 
-    A bit is set if one of the lowest 8x8 (16x16) frequencies of 32x32 grey pixels is above their median (Zauner
+    A bit is set if one of the lowest 8x8 (16x16) frequencies of 32x32 gray pixels is above their median (Zauner
     2010, "Implementation and Benchmarking of Perceptual Image Hash Functions").
     """
-    grey = image.convert("L").resize((32, 32), Image.Resampling.BOX)
-    spectrum = np.asarray(dctn(np.asarray(grey, dtype=np.float32), norm="ortho"))
+    gray = image.convert("L").resize((32, 32), Image.Resampling.BOX)
+    spectrum = np.asarray(dctn(np.asarray(gray, dtype=np.float32), norm="ortho"))
     low = [spectrum[:side, :side].ravel() for side in (8, 16)]
     return b"".join(np.packbits(values > np.median(values[1:])).tobytes() for values in low)
 
