@@ -329,7 +329,7 @@ def test_copies_and_renamed_photos(photos, tmp_path, held_out):
     (photos / "trip/copy.png").rename(photos / "renamed.png")
     assert align(photos, out, held_out=held_out).splits == found.splits
     assert {split: [row["file_name"] for row in read_folder(out / split)] for split in found.splits} == before
-    paste_file(before[list(before)[0]][0], out, photos / "renamed.png", tmp_path / "edited.png")
+    paste_file(next(iter(before.values()))[0], out, photos / "renamed.png", tmp_path / "edited.png")
 
 
 def test_photographs_are_never_reduced(photos, tmp_path, monkeypatch):

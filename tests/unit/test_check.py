@@ -127,7 +127,6 @@ IMAGE_FAULTS: list[tuple[str, Injection]] = [
     ("corrupt-file", lambda path: path.write_bytes(b"")),
     ("blank", pixels(lambda rgb: np.full_like(rgb, 7))),
     ("wrong-size", pixels(lambda rgb: rgb[::2, ::2])),
-    ("color-order", pixels(lambda rgb: rgb[..., ::-1])),
 ]
 
 FAULTS: dict[str, list[tuple[str, Injection]]] = {
@@ -289,6 +288,13 @@ def test_all_injected_faults_and_nothing_else(folder, capsys):
     assert files(folder) == after
 
 
+@pytest.mark.parametrize(("swapped", "found"), [(1, 0), (2 * DRAWN, 1)])
+def test_swapped_colors_of_most_images(folder, swapped, found):
+    for path in sorted(folder.glob("*/images/*.png"))[:swapped]:
+        pixels(lambda rgb: rgb[..., ::-1])(path)
+    assert [(finding.kind, finding.fix) for finding in check_folder(folder).findings] == [("color-order", None)] * found
+
+
 def test_fixed_files_are_correct(folder):
     clean = {name: labels_of(folder / "train" / "mask" / f"{name}.png") for name in ("006", "007", "008")}
     sketch = labels_of(folder / "train" / "sketch" / "009.png")
@@ -317,8 +323,10 @@ def test_fix_list_can_be_edited_and_must_be_current(folder, capsys):
     metadata.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert run(folder) == 1
     listed = (folder / FIX_LIST).read_text().splitlines()
-    (folder / FIX_LIST).write_text(listed[1] + "\n")
-    assert run(folder, "--apply") == 1  # the long caption was deleted from the list
+    (folder / FIX_LIST).write_text(listed[1] + "\n\n")
+    for arguments in ((), ("--apply",), (), ("--apply",)):  # the long caption was deleted from the list
+        assert run(folder, *arguments) == 1
+    assert "fixes.jsonl excludes 1 fixes: delete it" in capsys.readouterr().err
     now = [json.loads(line)["text"] for line in metadata.read_text().splitlines()]
     assert now[:2] == [LONG, [GOOD]]
     assert (folder / ORIGINALS / "train" / "metadata.jsonl").is_file()
@@ -354,6 +362,7 @@ def test_fix_list_cannot_lead_outside(folder, tmp_path, capsys):
     (folder / FIX_LIST).write_text("".join(json.dumps(found | {"metadata": state}) + "\n" for found in invented))
     assert run(folder, "--apply") == 1
     assert files(folder).keys() == files(tmp_path / "copy").keys() | {FIX_LIST}  # no finding was confirmed
+    (folder / FIX_LIST).unlink()
     (folder / ORIGINALS).symlink_to(other)
     assert run(folder, "--apply") == 2
     assert "points outside the folder" in capsys.readouterr().err

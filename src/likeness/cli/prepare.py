@@ -288,8 +288,8 @@ class Check:
     folder: PathArgument
     """Folder with metadata.jsonl, or the parent of splits."""
     apply: bool = False
-    """First apply the fix list of the last check; originals are kept in before/. Faults whose lines were deleted from
-    the list are left alone."""
+    """First apply the fix list of the last check, or all fixes if there is no list; originals are kept in before/.
+    Faults whose lines were deleted from the list are left alone."""
     sheet: Path | None = None
     """Contact sheet to write, .html: faulty rows first, then others."""
     count: int = 24
@@ -304,7 +304,7 @@ class Check:
         from likeness.data.folder import changing, splits_of
         from likeness.prepare.check import check_folder, format_findings
         from likeness.prepare.contact_sheet import check_sheet, write_sheet
-        from likeness.prepare.fix import FIX_LIST, FIXES, apply_fixes, confirmed_fixes, write_fixes
+        from likeness.prepare.fix import FIX_LIST, FIXES, apply_fixes, selected_fixes, write_fixes
 
         if self.sheet is not None:
             check_sheet(self.sheet, self.count)
@@ -312,12 +312,15 @@ class Check:
             if self.apply:
                 with changing(self.folder, splits_of(self.folder)):
                     checked = check_folder(self.folder, advance)
-                    fixes = checked.findings
-                    if (self.folder / FIX_LIST).is_file():
-                        fixes = confirmed_fixes(self.folder, fixes, checked.state)
+                    fixes = selected_fixes(self.folder, checked.findings, checked.state, current=True)
+                    write_fixes(self.folder, fixes, checked.state)  # what the list excludes stays excluded
                     fixed = apply_fixes(self.folder, fixes)
                 print_notes([f"{number} fixed: {FIXES[fix]}" for fix, number in fixed.items()])
             checked = check_folder(self.folder, advance)
+        selected = selected_fixes(self.folder, checked.findings, checked.state)
+        if excluded := sum(found.fix is not new.fix for found, new in zip(checked.findings, selected, strict=True)):
+            print_notes([f"{FIX_LIST} excludes {excluded} fixes: delete it and check again to include them"])
+        checked.findings = selected
         print(printable(format_findings(checked)))
         write_fixes(self.folder, checked.findings, checked.state)
         if self.sheet is not None:

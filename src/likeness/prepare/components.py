@@ -11,6 +11,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer
 
@@ -27,7 +28,7 @@ from likeness.weights.hashes import encoder_hash, weights_hash
 from likeness.weights.packed import PACKED, load_component, save_packed
 
 MEASURED_IMAGES = 1024
-"""Images on which the statistics are measured, evenly spaced."""
+"""Most images on which the statistics are measured, evenly spaced."""
 
 TEXT_LAYER = -2
 """Hidden state of the text encoder that is used as tokens."""
@@ -76,7 +77,7 @@ def join_components(
 
         # Measure with the packed weights, because these are used later.
         codec = LatentCodec(load_component(partial / "vae", "diffusers", "AutoencoderDC"))
-        chosen = rows[:: max(1, len(rows) // MEASURED_IMAGES)]
+        chosen = [rows[at] for at in np.linspace(0, len(rows) - 1, min(len(rows), MEASURED_IMAGES)).astype(int)]
         latents = torch.cat([codec.encode(to_tensor([read_photo(row["file_name"], size)])) for row in chosen])
         components = {
             "vae": ["diffusers", "AutoencoderDC"],

@@ -24,7 +24,7 @@ COLUMNS = {"file_name": "image", **{column_of(name): name for name in CONDITIONS
 """Column -> label, from the left."""
 
 
-def write_sheet(folder: Path, checked: Checked, out: Path, count: int = 24) -> None:
+def write_sheet(folder: Path, checked: Checked, out: Path, count: int) -> None:
     """Write a contact sheet of `count` rows: faulty ones first, of every kind in turn, then others, evenly spaced.
 
     `out` and `count` must be valid (`check_sheet`). Raises `InputError` if the file cannot be written.

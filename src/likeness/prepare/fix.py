@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from likeness.data.folder import (
     file_inside,
     is_file_column,
     line_of,
+    lines_of,
     metadata_lines,
     parse_row,
     split_inside,
@@ -39,7 +40,7 @@ KINDS: dict[str, str] = {
     "corrupt-file": "a file cannot be read: empty, truncated, too large to be safe, or not what its name says",
     "blank": "an image of one tone, a mask without a face or a sketch without lines",
     "wrong-size": "an image is not square or smaller than most, or a condition has another aspect ratio than its image",
-    "color-order": "red and blue are swapped (BGR), in an image or in the colors of a mask",
+    "color-order": "red and blue are swapped (BGR), in most images or in the colors of a mask",
     "off-palette": "the colors or numbers of a mask belong to no known palette or class order",
     "class-order": "the class numbers of a mask are in the order of another tool",
     "blended-labels": "the classes of a mask were blended by a smooth resize or by JPEG",
@@ -204,28 +205,41 @@ def write_fixes(folder: Path, findings: Sequence[Finding], state: str) -> None:
         path.unlink()
 
 
-def confirmed_fixes(folder: Path, findings: Sequence[Finding], state: str) -> list[Finding]:
-    """Return the findings of a new check that the fix list contains with their fix. The list comes with the data, so
-    nothing of it is used but this selection.
+def selected_fixes(folder: Path, findings: Sequence[Finding], state: str, *, current: bool = False) -> list[Finding]:
+    """Return the findings of a check, without the fix of those that the fix list excludes: its line was deleted since
+    the list was written for the same metadata, or has no fix. The list comes with the data, so nothing of it is used
+    but this selection.
 
     Raises:
-        InputError: the list cannot be read, or was written for other metadata.
+        InputError: the list cannot be read, or was written for other metadata although it must be `current`.
     """
-    path, listed = folder / FIX_LIST, set()
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}): check the folder again") from error
-    for number, line in enumerate(lines, start=1):
+    path, same = folder / FIX_LIST, True
+    kept: set[tuple[Any, ...]] = set()
+    excluded: set[tuple[Any, ...]] = set()
+    if not path.is_file():
+        return [*findings]
+    for number, line in enumerate(lines_of(path), start=1):
+        if not line.strip():
+            continue
         try:
             values = json.loads(line)
-            same = values.pop("metadata") == state
-            listed.add(key_of(Finding(**values)))
+            same &= values.pop("metadata") == state
+            found = Finding(**values)
+            kept.add(key_of(found))
+            excluded |= {fault_of(found)} if found.fix is None else set()
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise InputError(f"{path}, line {number} is not a line of a fix list: check the folder again") from error
-        if not same:
-            raise InputError(f"the metadata has changed since {path} was written: check the folder again")
-    return [found for found in findings if found.fix is not None and key_of(found) in listed]
+            raise InputError(f"{path}, line {number} is not a line of a fix list: correct or delete it") from error
+    if current and not same:
+        raise InputError(f"the metadata has changed since {path} was written: check the folder again")
+    return [
+        replace(found, fix=None) if fault_of(found) in excluded or (same and key_of(found) not in kept) else found
+        for found in findings
+    ]
+
+
+def fault_of(found: Finding) -> tuple[str, ...]:
+    """Return what identifies a fault also after other rows were removed."""
+    return found.split, found.file_name, found.column, found.kind
 
 
 def key_of(found: Finding) -> tuple[Any, ...]:

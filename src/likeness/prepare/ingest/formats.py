@@ -346,7 +346,7 @@ def detect_format(source: Source) -> str:
         InputError: none or several formats match.
     """
     found = [name for name, format in FORMATS.items() if name != "folder" and format.matches(source)]
-    found = found or [name for name in ("folder",) if has_images(source)]
+    found = found or [name for name in ("folder",) if FORMATS[name].matches(source)]
     if len(found) > 1:
         candidates = " and ".join(f"{name} ({FORMATS[name].files})" for name in found)
         raise InputError(f"{source.root} could be {candidates}: choose one with --format")
