@@ -444,6 +444,7 @@ def test_rejected_options(folder, capsys):
     for options, wanted in (
         ([], "no source of captions"),
         (["--grammar", "--prompts", "poem"], "unknown prompt 'poem'"),
+        (["--grammar", "--prompts", "hair", "hair"], "prompt 'hair' is given twice"),
         (["--grammar", "--refiner", "http://localhost:1/v1", "--refiner-name", "x"], "give --vlm as well"),
         (["--vlm", "http://user:pass@localhost/v1"], "must be plain"),
         (["--vlm", "http://:pass@localhost/v1"], "must be plain"),

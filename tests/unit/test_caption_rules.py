@@ -31,6 +31,8 @@ CHANGED = {
     "**Hair:** *wavy*, with a `fringe` on her face.": ("markup", "Hair: wavy, with a fringe on her face."),
     "- woman\n- long brown hair\n- green eyes\n- smiling": ("markup", "woman, long brown hair, green eyes, smiling"),
     "# Portrait\nA man with a grey beard and blue eyes.": ("markup", "A man with a grey beard and blue eyes."),
+    "```text\nwoman, long red hair, green eyes, smiling\n```": ("markup", "woman, long red hair, green eyes, smiling"),
+    "```markdown\nA woman with red hair smiles.\n```": ("markup", "A woman with red hair smiles."),
     "Here is a caption: A man with a grey beard.": ("label", "A man with a grey beard."),
     "Sure! Caption: \"A man with a grey beard.\"": ("label", "A man with a grey beard."),
     "A man with a grey beard. I think he is happy.": ("first-person", "A man with a grey beard."),

@@ -147,7 +147,7 @@ def test_difference_from_a_base(bundle, tmp_path):
         load(root / "fast")
 
 
-def test_packing_again_replaces_all(bundle, tmp_path):
+def test_packing_again_replaces_all(bundle, tmp_path, monkeypatch):
     """Nothing of the former model or components is left; what fails changes nothing."""
     shutil.copytree(bundle, tmp_path / "b")
     root = tmp_path / "b"
@@ -170,6 +170,7 @@ def test_packing_again_replaces_all(bundle, tmp_path):
         with pytest.raises(InputError, match=r"faces contains other files, but no .*\.json: choose another folder"):
             write(root / "run", root / "faces")
     (root / "text" / "model" / "attributes.safetensors").unlink()
+    monkeypatch.setattr("likeness.prepare.components.MEASURED_IMAGES", 3)
     join_components(root / "autoencoder", root / "text", root / "common", root / "faces", size=32)
     assert sorted(file.name for file in (root / "common").iterdir()) == [
         "clip",
@@ -178,6 +179,7 @@ def test_packing_again_replaces_all(bundle, tmp_path):
         "tokenizer",
         "vae",
     ]
+    assert json.loads((root / "common" / "components.json").read_text())["measured_on"] == 3  # of 4
 
 
 def test_statistics_normalize_latents(bundle):

@@ -341,7 +341,7 @@ def region_steps(
         source_control_image=source if method in DESCRIBED else None,
         **call_options(request, [request.seed]),
     )
-    return (yield from steps)  # all work is done by who asks for the steps
+    return (yield from steps)  # the caller drives the generator
 
 
 def composed(

@@ -123,10 +123,10 @@ def inward(region: np.ndarray, feather: float) -> np.ndarray:
     if region.all():  # no edge
         return np.full(region.shape, 255, np.uint8)
     inside = np.asarray(distance_transform_edt(np.pad(region, 1, mode="edge")))[1:-1, 1:-1]
-    return np.rint(255 * smooth(inside / max(feather * len(region), 1))).astype(np.uint8)
+    return np.rint(255 * smoothstep(inside / max(feather * len(region), 1))).astype(np.uint8)
 
 
-def smooth(values: np.ndarray) -> np.ndarray:
+def smoothstep(values: np.ndarray) -> np.ndarray:
     """Return the cubic step from 0 to 1."""
     values = np.clip(values, 0, 1)
     return values * values * (3 - 2 * values)
@@ -180,7 +180,7 @@ def paste_portrait(
     for rows, columns, x, y in bands(transform, box, width, height):
         left, top = columns.start, rows.start
         inside = np.minimum(np.minimum(x, side - x), np.minimum(y, side - y)) / (feather * side)
-        share = smooth(inside)  # [h, w]
+        share = smoothstep(inside)  # [h, w]
         if weights is not None:
             share = share * resampled(weights, left, top, columns.stop, rows.stop)[..., 0] / 255
         x0, y0, x1, y1 = (int(edge) for edge in box_of(share > 0))  # the rest is not resampled

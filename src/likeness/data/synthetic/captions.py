@@ -6,7 +6,7 @@ templates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -107,7 +107,12 @@ def listed(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def pick(options: tuple[str, ...], random: np.random.Generator) -> str:
+def capital(text: str) -> str:
+    """Capitalize the first letter."""
+    return text[:1].upper() + text[1:]
+
+
+def pick(options: Sequence[str], random: np.random.Generator) -> str:
     """Choose one option."""
     return options[int(random.integers(len(options)))]
 
@@ -211,7 +216,7 @@ def _caption(attributes: Mapping[str, str | bool | float], count: int, random: n
         if behind:
             verb = "is" if behind.startswith(("a ", "an ")) else "are"
             sentences.append(f"Behind {them} {verb} {behind}")
-        return ". ".join(sentence[0].upper() + sentence[1:] for sentence in sentences) + "."
+        return ". ".join(capital(sentence) for sentence in sentences) + "."
     text = f"{opening} {article(subject)}".strip()
     if owned:
         text += f" with {listed(owned)}"
@@ -222,4 +227,4 @@ def _caption(attributes: Mapping[str, str | bool | float], count: int, random: n
         text += f", {pose}"
     if behind:
         text += f"{',' if pose else ''} {pick(('in front of', 'against', 'before'), random)} {behind}"
-    return text if form < 0.62 else text[0].upper() + text[1:] + "."
+    return text if form < 0.62 else capital(text) + "."

@@ -40,12 +40,12 @@ from likeness.prepare.caption.records import (
     CAPTIONS,
     AnswerCache,
     Caption,
+    captions_record,
     is_used,
     merge,
     open_answers,
-    open_record,
 )
-from likeness.prepare.caption.refine import accept, facts_of, read_labels, without_contradictions
+from likeness.prepare.caption.refine import accept, facts_of, mask_of_row, without_contradictions
 from likeness.prepare.caption.rules import Count, filter_answer, shorten
 from likeness.types import InputError, Note, Progress
 from likeness.weights.hashes import file_hash
@@ -150,6 +150,8 @@ def check_settings(settings: CaptionSettings, parallel: int) -> None:
     unknown = [name for name in settings.prompts if name not in PROMPTS]
     if unknown or not settings.prompts:
         raise InputError(f"unknown prompt {unknown[0] if unknown else ''!r}. Available: {', '.join(PROMPTS)}")
+    if repeated := [name for name in settings.prompts if settings.prompts.count(name) > 1]:
+        raise InputError(f"prompt {repeated[0]!r} is given twice: name each prompt once")
     if settings.vlm is None and not settings.grammar:
         raise InputError(
             "no source of captions: give --vlm MODEL, --grammar if rows have CelebA's attributes, or --grammar "
@@ -167,7 +169,7 @@ def caption_split(
     root: Path, settings: CaptionSettings, count: Count, meter: Meter, parallel: int
 ) -> Generator[tuple[str, FaceCaptions, list[Caption]]]:
     """Caption the rows of one folder; yields name, captions of this run and all captions of each face."""
-    previous = open_record(root / CAPTIONS)
+    previous = captions_record(root / CAPTIONS)
     with open_answers(root / ANSWERS) as cache:
 
         def caption_row(row: dict[str, Any]) -> tuple[dict[str, Any], str, FaceCaptions]:
@@ -219,7 +221,7 @@ def caption_face(
     try:
         captions = grammar_captions(row, name, settings) if settings.grammar else []
         if vlm is not None:
-            labels = read_labels(row)
+            labels = mask_of_row(row)
             about = f"{file_hash(row['file_name'])} at most {settings.pixels} pixels"
             texts = {vlm.key(describe(prompt), about): describe(prompt) for prompt in settings.prompts}
             if any(cache.find(key) is None for key in texts):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from likeness.data.synthetic.captions import listed
+from likeness.data.synthetic.captions import article, capital, listed, pick
 
 CAPTIONS = 10
 """Captions per face."""
@@ -75,7 +75,7 @@ KINDS = ("a photo of", "a portrait of", "a close-up of", "a picture of", "a head
 
 
 @dataclass
-class Traits:
+class Phrases:
     """Phrases about one face by their place in a sentence; each entry is one fact."""
 
     noun: str
@@ -98,51 +98,48 @@ def write_captions(attributes: Mapping[str, bool], rng: np.random.Generator) -> 
     return tuple(captions)
 
 
-def draw_traits(attributes: Mapping[str, bool], rng: np.random.Generator) -> Traits:
+def draw_traits(attributes: Mapping[str, bool], rng: np.random.Generator) -> Phrases:
     """Choose phrases for all attributes of a face."""
-
-    def pick(phrases: Sequence[str]) -> str:
-        return phrases[int(rng.integers(len(phrases)))]
 
     has = lambda name: attributes.get(name, False)  # noqa: E731
     nouns = {True: ("man", "man", "man", "guy", "male person"), False: ("woman", "woman", "woman", "lady"), None: ()}
-    traits = Traits(pick((*nouns[attributes.get("Male")], "person")))
+    traits = Phrases(pick((*nouns[attributes.get("Male")], "person"), rng))
     if has("Young"):
         traits.adjectives.append("young")
     elif "Young" in attributes:
-        traits.adjectives.append(pick(("old", "elderly", "older") if has("Gray_Hair") else ("older", "mature")))
-    traits.has += [pick(phrases) for name, phrases in HAS.items() if has(name)]
-    traits.wears += [pick(phrases) for name, phrases in WEARS.items() if has(name)]
+        traits.adjectives.append(pick(("old", "elderly", "older") if has("Gray_Hair") else ("older", "mature"), rng))
+    traits.has += [pick(phrases, rng) for name, phrases in HAS.items() if has(name)]
+    traits.wears += [pick(phrases, rng) for name, phrases in WEARS.items() if has(name)]
 
     if has("Bald"):
-        traits.has.append(pick(("a bald head", "no hair on the head")))
+        traits.has.append(pick(("a bald head", "no hair on the head"), rng))
     else:
-        colors = [pick(phrases) for name, phrases in COLORS.items() if has(name)]
-        textures = [pick(phrases) for name, phrases in TEXTURES.items() if has(name)]
-        adjectives = [pick(found) for found in (textures, colors) if found]
+        colors = [pick(phrases, rng) for name, phrases in COLORS.items() if has(name)]
+        textures = [pick(phrases, rng) for name, phrases in TEXTURES.items() if has(name)]
+        adjectives = [pick(found, rng) for found in (textures, colors) if found]
         if adjectives:
             traits.has.append(" ".join([*adjectives, "hair"]))
         if has("Bangs"):
-            traits.has.append(pick(("bangs", "a fringe", "hair falling over the forehead")))
+            traits.has.append(pick(("bangs", "a fringe", "hair falling over the forehead"), rng))
 
     facial_hair = any(has(name) for name in ("5_o_Clock_Shadow", "Goatee", "Mustache", "Sideburns"))
     if "No_Beard" in attributes and not has("No_Beard"):
-        traits.has.append(pick(("a beard", "a beard on the chin")))
+        traits.has.append(pick(("a beard", "a beard on the chin"), rng))
     elif has("Male") and has("No_Beard") and not facial_hair:
         traits.adjectives.append("clean-shaven")
 
     if has("Smiling"):
-        traits.expression = pick(("smiling", "with a smile", "with a happy expression"))
+        traits.expression = pick(("smiling", "with a smile", "with a happy expression"), rng)
         if has("Mouth_Slightly_Open"):
-            traits.expression = pick(("smiling with an open mouth", "with an open smile", "smiling broadly"))
+            traits.expression = pick(("smiling with an open mouth", "with an open smile", "smiling broadly"), rng)
     elif has("Mouth_Slightly_Open"):
-        traits.expression = pick(("with parted lips", "with the mouth slightly open"))
+        traits.expression = pick(("with parted lips", "with the mouth slightly open"), rng)
     elif "Smiling" in attributes:
-        traits.expression = pick(("not smiling", "with a serious look", "with a closed mouth and no smile"))
+        traits.expression = pick(("not smiling", "with a serious look", "with a closed mouth and no smile"), rng)
     return traits
 
 
-def compose(traits: Traits, rng: np.random.Generator) -> str:
+def compose(traits: Phrases, rng: np.random.Generator) -> str:
     """Write one or more sentences about a random subset of the traits."""
 
     def some(facts: list[str], most: int) -> list[str]:
@@ -155,7 +152,7 @@ def compose(traits: Traits, rng: np.random.Generator) -> str:
     if not (adjectives or has or wears or expression):
         has = traits.has[:1]
     noun = " ".join([*adjectives, traits.noun])
-    person = f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+    person = article(noun)
     he = traits.noun in ("man", "guy", "male person")
     they_have, they_are = ("They have", "They are")
     if traits.noun != "person":
@@ -166,19 +163,14 @@ def compose(traits: Traits, rng: np.random.Generator) -> str:
         facts = [*has, *(f"wearing {worn}" for worn in wears), *([expression] if expression else [])]
         return ", ".join([noun, *facts])
     if form == 1:  # a few sentences
-        parts = [f"{capital(KINDS[int(rng.integers(len(KINDS)))])} {person}{', ' + expression if expression else ''}."]
+        parts = [f"{capital(pick(KINDS, rng))} {person}{', ' + expression if expression else ''}."]
         if has:
             parts.append(f"{they_have} {listed(has)}.")
         if wears:
             parts.append(f"{they_are} wearing {listed(wears)}.")
         return " ".join(parts)
-    start = person if form == 2 else f"{KINDS[int(rng.integers(len(KINDS)))]} {person}"
+    start = person if form == 2 else f"{pick(KINDS, rng)} {person}"
     sentence = start + (f" with {listed(has)}" if has else "")
     sentence += f"{',' if has else ''} wearing {listed(wears)}" if wears else ""
     sentence += f", {expression}" if expression else ""
     return capital(sentence) + "." if rng.random() < 0.5 else sentence
-
-
-def capital(text: str) -> str:
-    """Capitalise the first letter."""
-    return text[0].upper() + text[1:]

@@ -7,7 +7,8 @@ line is written by one call; a truncated last line is removed when the file is o
 `source` (given, grammar or vlm); for models `prompt`, `model`, `raw`, `refiner`, `refined`; `touched`, (rule, reason)
 of every change; and `dropped`, the rule by which it is not used. A run replaces captions of the same source, model and
 prompt. Captions that the user added to the metadata are kept as `given`; captions that the user removed stay removed.
-This is detected by comparing both files, so the metadata must never be older.
+This is detected by comparing both files. The metadata is written first: an older one would make new captions look
+removed.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ def is_used(caption: Caption) -> bool:
     return "dropped" not in caption
 
 
-def open_record(path: Path) -> Callable[[str], list[Caption]]:
+def captions_record(path: Path) -> Callable[[str], list[Caption]]:
     """Return a function from `file_name` to the captions in the record. Raises `InputError` for an invalid line."""
     lines = Lines(path, lambda number, line: read_captions(path, number, line)[0])
     return lambda name: read_captions(path, 0, line)[1] if (line := lines.find(name)) else []

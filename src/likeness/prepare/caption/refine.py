@@ -15,7 +15,7 @@ from likeness.conditions.mask.classes import CLASSES, TITLES
 from likeness.conditions.mask.contradictions import contradictions
 from likeness.data.folder import column_of
 from likeness.prepare.caption.prompts import NOTHING
-from likeness.prepare.caption.rules import DANGLING, WORD, Filtered, filter_answer, join, pieces_of, thinking
+from likeness.prepare.caption.rules import DANGLING, WORD, Filtered, filter_answer, join_pieces, pieces_of, thinking
 from likeness.types import Note
 
 PARTS = TITLES | {"mouth": "inside of the open mouth"}
@@ -38,7 +38,7 @@ STEM = 4
 """Letters that the forms of a word share: smile, smiling."""
 
 
-def read_labels(row: dict[str, Any]) -> np.ndarray | None:
+def mask_of_row(row: dict[str, Any]) -> np.ndarray | None:
     """Return the mask of a row, uint8 [H, W], canonical; None if it has none.
 
     Raises:
@@ -108,5 +108,5 @@ def without_contradictions(labels: np.ndarray | None, caption: str) -> Filtered:
     wrong = [contradictions(labels, piece) for piece in pieces]
     if not any(wrong):
         return caption, []
-    kept = join((piece for piece, found in zip(pieces, wrong, strict=True) if not found), between)
+    kept = join_pieces((piece for piece, found in zip(pieces, wrong, strict=True) if not found), between)
     return kept, [Note("mask", str(found[0])) for found in wrong if found]

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 
+from likeness.data.synthetic.captions import capital
 from likeness.types import Note
 
 SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!\b(?:Mr|Ms|Dr|St|vs)\.)(?<!\bMrs\.)\s+(?=[\"'(]?[A-Z0-9])")
@@ -66,10 +67,10 @@ HIDDEN = ("So", "Sk", "Mn", "Cc", "Cf", "Co", "Cn")
 
 
 def symbols(text: str, finished: bool) -> tuple[str, str]:
-    """Remove emoji and control characters; replace typographic punctuation by ASCII."""
+    """Remove emoji and control characters, but not backticks; replace typographic punctuation by ASCII."""
     plain = unicodedata.normalize("NFC", text).translate(str.maketrans(PLAIN))
     plain = re.sub(r"[ \t]*\u2014[ \t]*", ", ", plain).replace("\r\n", "\n")
-    plain = "".join(c for c in plain if c in "\n\t" or unicodedata.category(c) not in HIDDEN)
+    plain = "".join(c for c in plain if c in "\n\t`" or unicodedata.category(c) not in HIDDEN)
     plain = re.sub(r"[ \t]+", " ", plain).strip()
     return plain, "symbols removed or replaced" if plain != text else ""
 
@@ -138,11 +139,11 @@ def mentions_image(text: str, finished: bool) -> tuple[str, str]:
     pieces, between = pieces_of(text)
     fixed = [ASIDE.sub("", LEAD.sub("", piece)) for piece in pieces]
     if between == " ":
-        fixed = [piece[:1].upper() + piece[1:] for piece in fixed]
+        fixed = [capital(piece) for piece in fixed]
     kept = [piece for piece in fixed if not ABOUT.search(piece)]
     if kept == pieces:
         return text, ""
-    return join(kept, between), "it refers to the image"
+    return join_pieces(kept, between), "it refers to the image"
 
 
 def drop_pieces(text: str, fault_of: Callable[[str], str], verb: str = "says") -> tuple[str, str]:
@@ -151,7 +152,7 @@ def drop_pieces(text: str, fault_of: Callable[[str], str], verb: str = "says") -
     faults = [fault_of(piece) for piece in pieces]
     if not any(faults):
         return text, ""
-    kept = join((piece for piece, fault in zip(pieces, faults, strict=True) if not fault), between)
+    kept = join_pieces((piece for piece, fault in zip(pieces, faults, strict=True) if not fault), between)
     return kept, f'it {verb} "{next(filter(None, faults))}"'
 
 
@@ -220,7 +221,7 @@ def repeated(text: str, finished: bool) -> tuple[str, str]:
     once: dict[str, str] = {}
     for piece in pieces:
         once.setdefault(piece.lower().rstrip(".!?, "), piece)
-    left = join(once.values(), between) if len(once) < len(pieces) else text
+    left = join_pieces(once.values(), between) if len(once) < len(pieces) else text
     terms = [word.lower() for word in WORD.findall(left)]
     runs = Counter(zip(terms, terms[1:], terms[2:], terms[3:], strict=False)).most_common(1)
     if runs and runs[0][1] > 2:
@@ -236,7 +237,7 @@ def truncated(text: str, finished: bool) -> tuple[str, str]:
     open_end = last[0].lower() in DANGLING or text[-1:] in ",;:-"
     if ended or (finished and not open_end and (len(pieces) == 1 or between == ", ")):
         return text, ""
-    return join(pieces[:-1], between), f'it is truncated at "{" ".join(pieces[-1].split()[-3:])}"'
+    return join_pieces(pieces[:-1], between), f'it is truncated at "{" ".join(pieces[-1].split()[-3:])}"'
 
 
 MIN_WORDS = 3
@@ -279,10 +280,10 @@ def pieces_of(text: str) -> tuple[list[str], str]:
     return sentences, " "
 
 
-def join(pieces: Iterable[str], between: str) -> str:
+def join_pieces(pieces: Iterable[str], between: str) -> str:
     """Join pieces to a text; sentences begin with a capital."""
     text = between.join(pieces)
-    return text[:1].upper() + text[1:] if between == " " else text
+    return capital(text) if between == " " else text
 
 
 def shorten(text: str, count: Count, limit: int) -> tuple[str, str]:
