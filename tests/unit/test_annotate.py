@@ -225,6 +225,10 @@ def test_equal_names_in_two_folders(folder):
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(InputError, match=r"1\.png and 1\.jpg would share one mask"):
         annotate_folder(folder)
+    Image.open(found[0]["sketch_file_name"]).save(folder / "own" / "1.png")
+    rows[3]["sketch_file_name"], rows[4]["sketch_file_name"] = "own/0.png", "own/1.png"  # names of their own
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert annotate_folder(folder) == {"sketch": 0}
 
 
 def test_sketches_by_u2net(folder, tmp_path, capsys):
@@ -273,6 +277,9 @@ def test_rejected_input(folder, parser, tmp_path):
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(InputError, match="LABEL_0, LABEL_1, LABEL_2"):
         annotate_folder(folder, parser=tmp_path / "other")
+    Image.new("RGB", (16, 16)).save(folder / "images" / "1.png")
+    with pytest.raises(InputError, match=r"images/1\.png is 16x16 pixels: a sketch needs 32"):
+        annotate_folder(folder)
     (folder / "images" / "1.png").write_bytes(b"broken")
     with pytest.raises(InputError, match=r"1\.png is not a readable image"):
         annotate_folder(folder, parser=parser)

@@ -236,6 +236,22 @@ def test_resume_restores_identical_bytes(tmp_path: Path) -> None:
     assert len((out / "train" / "metadata.jsonl").read_text(encoding="utf-8").splitlines()) == 5
 
 
+def test_edited_rows_are_kept(tmp_path: Path) -> None:
+    metadata = tmp_path / "faces" / "train" / "metadata.jsonl"
+    write_synthetic(tmp_path / "faces", count=3, size=32)
+    rows = [json.loads(line) for line in metadata.read_text().splitlines()]
+    rows[2] |= {"text": ["my own"], "place": "here"}
+    metadata.write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
+    for count in (3, 4):
+        write_synthetic(tmp_path / "faces", count=count, size=32)
+        found = [json.loads(line) for line in metadata.read_text().splitlines()]
+        assert found[:2] == rows[1:]
+        assert [row["file_name"] for row in found] == [f"images/{index:06d}.png" for index in range(1, count)]
+    with pytest.raises(InputError, match="has 4 faces, not 2: give at least this count"):
+        write_synthetic(tmp_path / "faces", count=2, size=32)
+    assert [json.loads(line) for line in metadata.read_text().splitlines()] == found
+
+
 def test_rejected_arguments(tmp_path: Path) -> None:
     for arguments in ({"count": 0}, {"count": 1, "size": 24}, {"count": 1, "size": 100}, {"count": 1, "seed": -1}):
         with pytest.raises(InputError):

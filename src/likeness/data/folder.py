@@ -190,6 +190,14 @@ def metadata_lines(folder: Path, split: str) -> Iterator[tuple[int, bytes]]:
     return ((number, line) for number, line in enumerate(lines_of(path), start=1) if line.strip())
 
 
+def known_rows(out: Path) -> dict[str, str]:
+    """Return the rows of a split's metadata, JSON by `file_name`; {} if it has none."""
+    if not (out / METADATA).is_file():
+        return {}
+    parsed = (parse_row(line, f"{out / METADATA}, line {number}") for number, line in metadata_lines(out, "."))
+    return {row["file_name"]: json.dumps(row) for row in parsed}
+
+
 def lines_of(path: Path) -> Iterator[bytes]:
     """Yield the lines of a large file. Raises `InputError` if it cannot be read, or a line is too long."""
     try:

@@ -44,10 +44,9 @@ from likeness.data.folder import (
     METADATA,
     changing,
     column_of,
+    known_rows,
     line_of,
-    metadata_lines,
     open_record,
-    parse_row,
     read_photo,
     write_record,
 )
@@ -328,14 +327,6 @@ def refine_landmarks(find: FaceFinder, photo: np.ndarray, points: np.ndarray) ->
     faces = find(cut_portrait(photo, transform, REFINE_SIZE))
     again = [move(face.astype(np.float64) * REFINE_SIZE, inverse(transform)) for face in faces]
     return next((face for face in again if same(face, points)), points)
-
-
-def known_rows(out: Path) -> dict[str, str]:
-    """Return the rows of a split's metadata, JSON by `file_name`; {} if it has none."""
-    if not (out / METADATA).is_file():
-        return {}
-    parsed = (parse_row(line, f"{out / METADATA}, line {number}") for number, line in metadata_lines(out, "."))
-    return {row["file_name"]: json.dumps(row) for row in parsed}
 
 
 def write_metadata(out: Path, known: dict[str, str], rows: dict[str, str]) -> int:

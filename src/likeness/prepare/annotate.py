@@ -21,6 +21,7 @@ from PIL import Image
 
 from likeness.annotators.face_parser import Translated, load_face_parser, parse_faces, sides_swapped
 from likeness.annotators.landmarks import Landmarker, landmarker_name, open_landmarker
+from likeness.annotators.sketch import MINIMUM_SIDE
 from likeness.annotators.u2net import load_sketcher
 from likeness.conditions import CONDITIONS
 from likeness.conditions.images import made_by, png_bytes
@@ -93,7 +94,8 @@ def annotate_folder(
     """
     splits = splits_of(folder)
     roots = [(folder / split).resolve() for split in splits]
-    totals, lacks_mask = zip(*map(scan, roots), strict=True)
+    made = {"mask": parser is not None, "sketch": sketches, "keypoints": landmarker is not None}
+    totals, lacks_mask = zip(*(scan(root, [name for name in made if made[name]]) for root in roots), strict=True)
     if parser == "auto":
         needed = any(lacks_mask) or "mask" in redo
         parser = default_parser(next(each_row(roots[0]))["file_name"], report) if needed else None
@@ -130,17 +132,20 @@ def annotate_folder(
     return dict(added)
 
 
-def scan(root: Path) -> tuple[int, bool]:
+def scan(root: Path, names: Sequence[str]) -> tuple[int, bool]:
     """Count the rows and return whether one lacks a mask. Only hashes are kept, since a million rows are gigabytes.
 
     Raises:
-        InputError: two images would share a mask, such as a.png and a.jpg.
+        InputError: two images would share the file of one of the conditions `names`, such as a.png and a.jpg.
     """
     taken: dict[int, int] = {}
     count, lacks_mask = 0, False
     for row in each_row(root):
         place = place_of(row, "mask", root)
-        if taken.setdefault(hash(place), hash(row["file_name"])) != hash(row["file_name"]):
+        uses_place = any(
+            lacks(row, column_of(name)) or row[column_of(name)] == root / place_of(row, name, root) for name in names
+        )
+        if uses_place and taken.setdefault(hash(place), hash(row["file_name"])) != hash(row["file_name"]):
             other = next(other["file_name"] for other in each_row(root) if place_of(other, "mask", root) == place)
             raise InputError(f"{other} and {row['file_name'].name} would share one mask: rename one of them")
         count, lacks_mask = count + 1, lacks_mask or lacks(row, column_of("mask"))
@@ -178,7 +183,12 @@ def add_condition(rows: list[dict[str, Any]], name: str, annotator: Annotator, r
     wanted = [row for row in rows if lacks(row, column) or (redo and row.get(by) not in ours)]
     files = [row.get(column) or file_inside(root, place_of(row, name, root), {}, column) for row in wanted]
     missing = [index for index, file in enumerate(files) if not file.is_file() or made_by(file) not in ours]
-    contents = annotator.annotate([read_photo(wanted[index]["file_name"]) for index in missing]) if missing else []
+    photos = [read_photo(wanted[index]["file_name"]) for index in missing]
+    for index, photo in zip(missing, photos, strict=True):
+        if name == "sketch" and min(photo.shape[:2]) < MINIMUM_SIDE:
+            small = f"{wanted[index]['file_name']} is {photo.shape[1]}x{photo.shape[0]} pixels"
+            raise InputError(f"{small}: a sketch needs {MINIMUM_SIDE} pixels a side; remove it or add no sketches")
+    contents = annotator.annotate(photos) if photos else []
     for index, content in zip(missing, contents, strict=True):
         if content is not None:
             write_whole(files[index], content)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from likeness.conditions import CONDITIONS
 from likeness.conditions.images import png_bytes
-from likeness.data.folder import METADATA, changing, column_of, line_of, open_record, write_record
+from likeness.data.folder import METADATA, changing, column_of, known_rows, line_of, open_record, write_record
 from likeness.data.synthetic import MAXIMUM_SIZE, MINIMUM_SIZE, describe_face, draw_face
 from likeness.files import write_whole, writing_whole
 from likeness.types import InputError, Progress
@@ -24,10 +24,11 @@ def write_synthetic(
 ) -> None:
     """Write synthetic faces to `out/train/`, with masks, sketches, keypoints in pixels, ten captions and attributes.
 
-    A folder of the same seed and size, in pixels, is completed; a larger `count` extends it.
+    A folder of the same seed and size, in pixels, is completed; a larger `count` extends it. Existing rows are kept as
+    they are, and removed rows stay removed.
 
     Raises:
-        InputError: an argument is out of range, `out` contains anything else, or it cannot be written.
+        InputError: an argument is out of range, `out` contains anything else or more faces, or it cannot be written.
     """
     if count < 1:
         raise InputError(f"count must be at least 1, not {count}")
@@ -35,17 +36,25 @@ def write_synthetic(
         raise InputError(f"size must be a multiple of 8 from {MINIMUM_SIZE} to {MAXIMUM_SIZE}, not {size}")
     if seed < 0:
         raise InputError(f"seed must be at least 0, not {seed}")
-    record = {"kind": "likeness synthetic faces", "size": size, "seed": seed}
+    arguments = {"kind": "likeness synthetic faces", "size": size, "seed": seed}
     folder = out / "train"
     with changing(out, ["."]):
-        if not open_record(out, record, "synthetic"):
-            write_record(out, record)
+        if not (record := open_record(out, arguments, "synthetic")):
+            write_record(out, arguments)
+        known = known_rows(folder)
+        done = max(record.get("faces", {}).get("train", 0), len(known)) if known else 0
+        if count < done:
+            raise InputError(f"{out} has {done} faces, not {count}: give at least this count, or another folder")
         with changing(out, ["train"]), writing_whole(folder / METADATA) as metadata:
+            for row in known.values():
+                metadata.write(line_of(json.loads(row)))
             for index in range(count):
                 stem = f"{index:06d}"
                 files = {"file_name": f"images/{stem}.png"} | {
                     column_of(key): CONDITIONS[key].file(stem) for key in CONDITIONS
                 }
+                if index < done and files["file_name"] not in known:
+                    continue
                 if not all((folder / file).is_file() for file in files.values()):
                     face = draw_face(seed, index, size)
                     points = np.round(face.keypoints.astype(np.float64) * size, 3).tolist()
@@ -57,6 +66,8 @@ def write_synthetic(
                     }
                     for column, content in contents.items():
                         write_whole(folder / files[column], content)
-                attributes, captions = describe_face(seed, index)
-                metadata.write(line_of({**files, "text": list(captions), "attributes": attributes}))
+                if files["file_name"] not in known:
+                    attributes, captions = describe_face(seed, index)
+                    metadata.write(line_of({**files, "text": list(captions), "attributes": attributes}))
                 progress(index + 1, count)
+        write_record(out, {**arguments, "faces": {"train": count}})
