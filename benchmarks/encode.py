@@ -191,7 +191,7 @@ def kills(root: Path, options: argparse.Namespace) -> None:
     faces, out = root / "faces", root / "store"
     write_synthetic(faces, options.faces, SIZE, seed=0)
     folder = root_of(faces)
-    encode = lambda share=(0, 1): encode_folder(faces, out, parts, size=SIZE, share=share, shard_bytes=2**16)  # noqa: E731
+    encode = lambda process=(0, 1): encode_folder(faces, out, parts, size=SIZE, process=process, shard_bytes=2**16)  # noqa: E731
     encode()
     codec()  # loaded before the first fork
     old = files_of(folder)
@@ -251,11 +251,11 @@ def million(root: Path, options: argparse.Namespace) -> None:
     measured("1000 faces", ["-c", read.format(str(root / "store"))])
 
 
-def encode_share(faces: Path, out: Path, share: tuple[int, int], barrier: Any, busy: Any) -> None:
+def encode_share(faces: Path, out: Path, process: tuple[int, int], barrier: Any, busy: Any) -> None:
     parts = load_components(BUNDLED / COMMON)
     barrier.wait()
     before = time.process_time()
-    encode_folder(faces, out, parts, size=128, share=share)
+    encode_folder(faces, out, parts, size=128, process=process)
     with busy.get_lock():
         busy.value += time.process_time() - before
 

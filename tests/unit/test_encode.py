@@ -160,7 +160,7 @@ def test_interrupted_and_run_again(prepared, parts, tmp_path):
         assert runs < 10
         try:  # a single batch here, so every file is written before the first report
             found = encode_folder(
-                prepared / "faces", out, parts, size=SIZE, share=(runs % 3, 3), shard_bytes=600, progress=stop
+                prepared / "faces", out, parts, size=SIZE, process=(runs % 3, 3), shard_bytes=600, progress=stop
             )
         except KeyboardInterrupt:
             continue
@@ -231,8 +231,8 @@ def test_ranks_complete_each_other(faces, prepared, parts, tmp_path):
     for number, path in enumerate(sorted((faces / "train/masks").iterdir())):
         change_pixel(path, number)
     out, encoded = tmp_path / "shards", []
-    for share in ((1, 3), (0, 2), (1, 2)):
-        found = encode_folder(faces, out, parts, size=SIZE, share=share, text_features=True)
+    for process in ((1, 3), (0, 2), (1, 2)):
+        found = encode_folder(faces, out, parts, size=SIZE, process=process, text_features=True)
         encoded.append((found["encoded"], found["captions"]))
         assert (out / "manifest.json").is_file() == (found["missing"] == 0)
     assert found["missing"] == 0

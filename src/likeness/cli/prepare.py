@@ -65,7 +65,7 @@ class Synthetic:
     """Draw synthetic faces with masks, sketches, keypoints, attributes and captions."""
 
     out: PathArgument
-    """Folder to write. Run again to resume."""
+    """Folder to write. Run again to resume, or with a larger count to add faces; existing rows are kept."""
     count: int = 1000
     """Number of faces."""
     size: int = 128
@@ -353,25 +353,25 @@ class Encode(EncodeOptions):
         from likeness.weights.catalog import BUNDLED, COMMON
 
         quiet_libraries()
-        share = rank_and_world()
+        process = rank_and_world()
         others = sorted(set(splits := splits_of(self.folder)) - {"train"})
-        if "train" in splits and others and not share[0]:
+        if "train" in splits and others and not process[0]:
             print_notes([f"only train is encoded, not {', '.join(others)}: give the folder of a split to encode it"])
         components = load_components(self.components or BUNDLED / COMMON)
         with progress_bar("Encoding") as advance:
-            progress = (lambda done, total: None) if share[0] else advance
-            options = vars(self) | {"components": components, "share": share}
+            progress = (lambda done, total: None) if process[0] else advance
+            options = vars(self) | {"components": components, "process": process}
             found = encode_folder(**options, progress=progress)
         faces = f"{found['faces']} faces" + (f" x {self.augmentations} augmentations" * (self.augmentations > 1))
         texts = f", {found['captions']} captions encoded now" * (self.text_features or found["captions"] > 0)
         missing = f", {found['missing']} missing: other processes encode them; otherwise run the command again"
         encoded = f"{found['encoded']} images and conditions encoded now"
         print(f"{self.out}: {faces}, {encoded}{texts}{missing if found['missing'] else ''}")
-        if found["uncaptioned"] and not share[0]:
+        if found["uncaptioned"] and not process[0]:
             command = f"likeness prepare caption {self.folder} --grammar --attributes bundled"
             uncaptioned = f"{found['uncaptioned']} of {found['faces']} faces have no captions"
             print_notes([f"{uncaptioned}: they are trained with empty text. `{command}` writes captions"])
-        if found["truncated"] and not share[0]:
+        if found["truncated"] and not process[0]:
             limit = components.settings["max_text_tokens"]
             truncated = f"{found['truncated']} of {found['written']} captions are longer than {limit} tokens"
             print_notes([f"{truncated}, the most that the text encoder reads: training ignores the rest of each"])

@@ -123,13 +123,13 @@ def encode_folder(
     text_features: bool = False,
     device: str | None = None,
     replace: bool = False,
-    share: tuple[int, int] = (0, 1),
+    process: tuple[int, int] = (0, 1),
     shard_bytes: int = 2**26,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, int]:
     """Create or update a latent store `out` of a prepared folder; if that has splits, of `train`.
 
-    The other arguments are the options of `likeness prepare encode`. `share` is (rank, world size), `shard_bytes` the
+    The other arguments are the options of `likeness prepare encode`. `process` is (rank, world size), `shard_bytes` the
     bytes per file, `progress` is called for images and then for captions. Once a store has text features, they are
     always updated.
 
@@ -178,7 +178,7 @@ def encode_folder(
             f"{out} contains {len(removed)} images that {root} does not, such as {', '.join(removed[:3])}: choose "
             "another folder for these faces, or pass --replace to remove those"
         )
-    rank, world = share
+    rank, world = process
     files = sorted(file for file in out.glob("*-*.safetensors") if PART.fullmatch(file.name))
     damaged = [file for file in files[rank::world] if not is_intact(file)]
     for file in damaged:
@@ -189,10 +189,10 @@ def encode_folder(
         captions_per_face += map(len, found)
         truncated += components.count_truncated([caption for each in found for caption in each])
     report = lambda done: progress(done, len(captions_per_face))  # noqa: E731
-    images, captions = missing_images(root, out, settings, share), 0
+    images, captions = missing_images(root, out, settings, process), 0
     encoded = encode_images(images, codec, settings, EntryWriter(out, "latents", shard_bytes), report)
     if settings.text:
-        texts = missing_captions(root, out, settings, share)
+        texts = missing_captions(root, out, settings, process)
         captions = encode_captions(texts, components, EntryWriter(out, "text", shard_bytes), report)
     with locked(out, wait=True):
         missing = finish(root, out, settings)
@@ -244,10 +244,10 @@ def encode_images(
     return encoded
 
 
-def missing_images(root: Path, out: Path, settings: EncodeSettings, share: tuple[int, int]) -> Iterator[Job]:
+def missing_images(root: Path, out: Path, settings: EncodeSettings, process: tuple[int, int]) -> Iterator[Job]:
     """Yield the images and conditions of one rank that have no entry yet, each once."""
     hashes, known = read_hashes(out), {key for _, keys in stored_keys(out, "latents") for key in keys}
-    rank, world = share
+    rank, world = process
     for number, rows in islice(enumerate(each_block(root)), rank, None, world):
         stamps, sources = hash_files(root, rows, hashes)
         write_rows(out, root, rows, stamps, sources)
@@ -321,12 +321,12 @@ def encode_captions(
 
 
 def missing_captions(
-    root: Path, out: Path, settings: EncodeSettings, share: tuple[int, int]
+    root: Path, out: Path, settings: EncodeSettings, process: tuple[int, int]
 ) -> Iterator[tuple[int, str, bytes]]:
     """Yield (rows read, caption, key) of captions without an entry, also the empty one and those of mirrored faces.
     Ranks divide them by key.
     """
-    rank, world = share
+    rank, world = process
     known = {key for _, keys in stored_keys(out, "text") for key in keys}
     for number, row in enumerate(each_row(root), start=1):
         captions = captions_of(row)
