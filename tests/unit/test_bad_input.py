@@ -102,7 +102,7 @@ def test_full_disk_or_read_only_folder(root, tmp_path, name, capsys):
         with full_disk(most):
             assert run(*command(root, out)) == 2
         assert f"cannot write {tmp_path}" in error_message(capsys)
-        assert snapshot(out).items() <= wanted.items() or name == "ingest"  # its record is written twice
+        assert snapshot(out).items() <= wanted.items() or name in ("ingest", "synthetic")  # records are written twice
     assert run(*command(root, out)) == code
     assert snapshot(out) == wanted
     (root / "faces" / "fixes.jsonl").unlink(missing_ok=True)

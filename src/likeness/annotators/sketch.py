@@ -15,9 +15,6 @@ from likeness.types import InputError
 DRAWING = 1
 """Version of the algorithm: incremented when the same photograph gives other lines."""
 
-MINIMUM_SIDE = 32
-"""Smallest side of a photograph in pixels."""
-
 REFERENCE = 512
 """Shorter side in pixels that the lengths below refer to."""
 
@@ -33,9 +30,8 @@ def extract_sketch(image: np.ndarray | Image.Image) -> np.ndarray:
         image = np.asarray(image.convert("RGB"))
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
         raise InputError(f"a photograph must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
-    if min(image.shape[:2]) < MINIMUM_SIDE:
-        size = f"{image.shape[1]}x{image.shape[0]} pixels"
-        raise InputError(f"the photograph is {size}: both sides must be at least {MINIMUM_SIDE}")
+    if min(image.shape[:2]) < 32:
+        raise InputError(f"the photograph is {image.shape[1]}x{image.shape[0]} pixels: both sides must be at least 32")
     # Rec. 601 luma, as Pillow's convert("L")
     luma = (image @ np.array([0.299, 0.587, 0.114]) if image.ndim == 3 else image).astype(np.float32) / 255  # [H, W]
     scale = min(luma.shape) / REFERENCE

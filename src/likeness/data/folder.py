@@ -30,9 +30,6 @@ METADATA = "metadata.jsonl"
 RECORD = "dataset.json"
 """File next to the splits: contents, source, split and license of the folder."""
 
-FORMER_KEYS = {"layout": "format", "every": "all_faces"}
-"""Keys of `RECORD` in folders of earlier versions -> present keys."""
-
 ORIGINALS = "before"
 """Folder next to the splits in which `likeness prepare check --apply` keeps the files that it replaces or removes."""
 
@@ -242,7 +239,8 @@ def open_record(out: Path, arguments: dict[str, Any], command: str) -> dict[str,
     """
     try:
         if (out / RECORD).is_file():
-            record = {FORMER_KEYS.get(key, key): value for key, value in read_record(out).items()}
+            former = {"layout": "format", "every": "all_faces"}  # keys of earlier versions
+            record = {former.get(key, key): value for key, value in read_record(out).items()}
             other = [key for key, value in arguments.items() if record.get(key) != value]
             if other:
                 changes = ", ".join(f"{key} {record.get(key)!r}, not {arguments[key]!r}" for key in other[:3])

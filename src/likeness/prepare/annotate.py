@@ -21,7 +21,6 @@ from PIL import Image
 
 from likeness.annotators.face_parser import Translated, load_face_parser, parse_faces, sides_swapped
 from likeness.annotators.landmarks import Landmarker, landmarker_name, open_landmarker
-from likeness.annotators.sketch import MINIMUM_SIDE
 from likeness.annotators.u2net import load_sketcher
 from likeness.conditions import CONDITIONS
 from likeness.conditions.images import made_by, png_bytes
@@ -185,9 +184,9 @@ def add_condition(rows: list[dict[str, Any]], name: str, annotator: Annotator, r
     missing = [index for index, file in enumerate(files) if not file.is_file() or made_by(file) not in ours]
     photos = [read_photo(wanted[index]["file_name"]) for index in missing]
     for index, photo in zip(missing, photos, strict=True):
-        if name == "sketch" and min(photo.shape[:2]) < MINIMUM_SIDE:
+        if name == "sketch" and min(photo.shape[:2]) < 32:
             small = f"{wanted[index]['file_name']} is {photo.shape[1]}x{photo.shape[0]} pixels"
-            raise InputError(f"{small}: a sketch needs {MINIMUM_SIDE} pixels a side; remove it or add no sketches")
+            raise InputError(f"{small}: a sketch needs 32 pixels a side; remove the image or add no sketches")
     contents = annotator.annotate(photos) if photos else []
     for index, content in zip(missing, contents, strict=True):
         if content is not None:

@@ -214,8 +214,8 @@ def selected_fixes(folder: Path, findings: Sequence[Finding], state: str, *, cur
         InputError: the list cannot be read, or was written for other metadata although it must be `current`.
     """
     path, same = folder / FIX_LIST, True
-    kept: set[tuple[Any, ...]] = set()
-    excluded: set[tuple[Any, ...]] = set()
+    kept, excluded = set(), set()
+    fault_of = lambda found: (found.split, found.file_name, found.column, found.kind)  # noqa: E731, lines may change
     if not path.is_file():
         return [*findings]
     for number, line in enumerate(lines_of(path), start=1):
@@ -235,11 +235,6 @@ def selected_fixes(folder: Path, findings: Sequence[Finding], state: str, *, cur
         replace(found, fix=None) if fault_of(found) in excluded or (same and key_of(found) not in kept) else found
         for found in findings
     ]
-
-
-def fault_of(found: Finding) -> tuple[str, ...]:
-    """Return what identifies a fault also after other rows were removed."""
-    return found.split, found.file_name, found.column, found.kind
 
 
 def key_of(found: Finding) -> tuple[Any, ...]:

@@ -34,9 +34,6 @@ IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png")
 
 KEYS = "in WebDataset, the key of a sample ends at the first dot of a name, and its kind begins there"
 
-BYTES = re.compile(r"binary(?!\w*:)")
-"""Matches Arrow's types with bytes, but not names of fields."""
-
 GROUP_BYTES = 2**32
 """Most bytes of a column of a row group of a Parquet file, which is read in parts."""
 
@@ -96,7 +93,8 @@ def parquet_rows(reader: Any, path: Path, split: str | None) -> Entries:
                 size = f"{column.total_uncompressed_size >> 20} MiB in {group.num_rows} rows"
                 where = f"the column {column.path_in_schema} of {path}"
                 raise InputError(f"{where} has {size}, too much for images of faces")
-    with_bytes = {field.name: field.type for field in file.schema_arrow if BYTES.search(str(field.type))}
+    bytes_in = re.compile(r"binary(?!\w*:)")  # a type, not the name of a field
+    with_bytes = {field.name: field.type for field in file.schema_arrow if bytes_in.search(str(field.type))}
     is_struct = {  # image columns: {bytes, path}, or bytes
         name: types.is_struct(kind)
         for name, kind in with_bytes.items()
