@@ -259,6 +259,8 @@ def test_callbacks_change_the_guidance_scale(make):
         image(pipeline, guidance_scale=1.0, callback_on_step_end=start_guidance)
     with pytest.raises(InputError, match="returned control_image, but it can change only latents"):
         image(pipeline, callback_on_step_end=lambda *_: {"control_image": None})
+    with pytest.raises(InputError, match=r"returned latents of shape \(1, 4, 2, 2\), not"):
+        image(pipeline, callback_on_step_end=lambda *_: {"latents": torch.zeros(1, 4, 2, 2)})
     with pytest.raises(InputError, match="Callbacks receive latents, not prompt_embeds"):
         image(pipeline, callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.5))
 
@@ -283,6 +285,7 @@ def test_prompts_are_encoded_once(make, tmp_path, caplog):
     alone = {name: embeds[name] for name in names[::2]}
     for changes, message in (
         ({"prompt_embeds": None}, "prompt_embeds and its pooled embeddings belong together"),
+        ({"prompt_embeds": embeds["prompt_embeds"].numpy()}, "are of type ndarray and Tensor; pass tensors"),
         ({"pooled_prompt_embeds": embeds["prompt_embeds"]}, r"have shapes \(1, 12, 32\) and \(1, 12, 32\)"),
         ({"prompt_embeds": embeds["prompt_embeds"][:, :5]}, "have 12 tokens .*; this call requires 5 tokens"),
         ({"prompt_embeds": embeds["prompt_embeds"][..., :8]}, "widths 8 and 32; this call requires"),

@@ -136,6 +136,10 @@ def test_equal_descriptions_change_nothing(method):
     assert torch.allclose(found.images, clean, atol=1e-5 if method == "flow_edit" else 1e-2)
     reported = [float(number) for note in found.notes for number in re.findall(r"([\d.]+) dB", note)]
     assert [decibels > 40 for decibels in reported] == [True] * (method == "inversion")
+    again = edit(
+        pipeline, "a", source_prompt="a", control_image=same, source_control_image=same, latents=0 * clean, **options
+    )
+    assert again.images.shape == clean.shape
 
 
 @pytest.mark.parametrize("objective", [RectifiedFlow(), DDPM()])

@@ -690,9 +690,6 @@ def test_complete_folders_are_left_alone(tmp_path, capsys):
     assert "was written with size None, not 32" in capsys.readouterr().err
     assert run(*command, "--format", "imagefolder") == 2
     assert "was written with format 'folder', not 'imagefolder'" in capsys.readouterr().err
-    record = (tmp_path / "out" / "dataset.json").read_text()
-    put(tmp_path / "out", "dataset.json", record.replace('"format"', '"layout"'))  # of an earlier version
-    assert run(*command) == 0
     put(tmp_path / "other", "something.txt", "")
     assert run("prepare", "ingest", tmp_path / "source", tmp_path / "other") == 2
     assert "is not empty" in capsys.readouterr().err

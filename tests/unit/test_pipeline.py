@@ -486,6 +486,7 @@ def test_truncated_text_begin_with_a_word(pipeline):
         ({"prompt": 3}, "must be a string"),
         ({"generator": [torch.Generator()] * 2}, "2 generators for 1 images"),
         ({"latents": torch.zeros(1, 4, 8, 8)}, "shape"),
+        ({"latents": torch.zeros(1, 4, 4, 4), "generator": 5}, "generator is 5; pass torch.Generator"),
         ({"control_image": {"depth": np.zeros((8, 8), np.uint8)}}, "Unknown condition 'depth'"),
         ({"conditioning_scale": {"mask": 1.0}}, "but control_image does not"),
         ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "Callbacks receive"),

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from builders import tiny_pipeline
 from likeness.cli import main
 from likeness.config import load_toml
-from likeness.train.config import TrainRecipe
+from likeness.train.config import MMFaceAdapter, TrainRecipe
 from likeness.train.plan import DEVICES, REFERENCE_SIZES, compare_shardings, predict, reference_recipe, search
-from likeness.train.trace import FLUX_SIZES, ComponentSizes, Meter, trace, trace_blocks
+from likeness.train.trace import FLUX_SIZES, ComponentSizes, Meter, block_counts, trace, trace_blocks
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -154,6 +155,17 @@ def test_adapter_without_its_base():
     unread = (3072 + 3072) * 8 + (3072 + 12288) * 8 + (15360 + 3072) * 8
     assert traced.gradients == 4 * (traced.trainable - unread)
     assert traced.parameters == pytest.approx(2 * 11.9e9, rel=0.02)
+
+
+def test_adapter_on_a_training_run(tmp_path):
+    """Its base is the model in the run folder."""
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    depth = tiny_pipeline().transformer.config.depth
+    recipe = load_toml(RECIPES / "debug.toml", TrainRecipe)
+    for base in (tmp_path, tmp_path / "model"):
+        assert block_counts(
+            dataclasses.replace(recipe, network=MMFaceAdapter(name="mmface_adapter", base=str(base)))
+        ) == [depth]
 
 
 def test_published_size_without_its_components():

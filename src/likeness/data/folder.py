@@ -239,8 +239,7 @@ def open_record(out: Path, arguments: dict[str, Any], command: str) -> dict[str,
     """
     try:
         if (out / RECORD).is_file():
-            former = {"layout": "format", "every": "all_faces"}  # keys of earlier versions
-            record = {former.get(key, key): value for key, value in read_record(out).items()}
+            record = read_record(out)
             other = [key for key, value in arguments.items() if record.get(key) != value]
             if other:
                 changes = ", ".join(f"{key} {record.get(key)!r}, not {arguments[key]!r}" for key in other[:3])

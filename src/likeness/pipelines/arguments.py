@@ -95,6 +95,9 @@ def embedded(name: str, text: Any, tokens: Tensor | None, pooled: Tensor | None)
         raise InputError(f"{name}_embeds and its pooled embeddings belong together: pass both, from `encode_prompt`")
     if text:
         raise InputError(f"{name} {text!r} and {name}_embeds exclude each other: leave one out")
+    if not (isinstance(tokens, Tensor) and isinstance(pooled, Tensor)):
+        types = f"{type(tokens).__name__} and {type(pooled).__name__}"
+        raise InputError(f"{name}_embeds and its pooled embeddings are of type {types}; pass tensors")
     if tokens.ndim != 3 or pooled.ndim != 2 or len(tokens) != len(pooled):
         shapes = f"{tuple(tokens.shape)} and {tuple(pooled.shape)}"
         raise InputError(f"{name}_embeds and its pooled embeddings have shapes {shapes}, not [B, L, D] and [B, P]")
@@ -218,7 +221,13 @@ def check_guidance_model(network: Any, guidance_model: Any, scale: float) -> Non
 
 
 def changed_latents(returned: Mapping[str, Any] | None, latents: Tensor) -> Tensor:
-    """Return the latents after a callback, from what it returned. Raises `InputError` if it returned anything else."""
+    """Return the latents after a callback, from what it returned. Raises `InputError` if it returned anything else, or
+    latents of another shape.
+    """
     if others := sorted(set(returned or {}) - {"latents"}):
         raise InputError(f"The callback returned {others[0]}, but it can change only latents")
-    return (returned or {}).get("latents", latents)
+    changed = (returned or {}).get("latents", latents)
+    if changed.shape != latents.shape:
+        shapes = f"{tuple(changed.shape)}, not {tuple(latents.shape)}"
+        raise InputError(f"The callback returned latents of shape {shapes}")
+    return changed

@@ -498,17 +498,17 @@ class PortraitPipeline(DiffusionPipeline, Loras):
         image on its own, so that batches change nothing.
         """
         device, shape = conditions.device, tuple(conditions.shape[1:])
+        generators = generator if isinstance(generator, list) else [generator] * count
+        if not all(isinstance(each, torch.Generator | None) for each in generators):
+            raise InputError(f"generator is {generator!r}; pass torch.Generator().manual_seed(seed), or one per image")
+        if len(generators) != count:
+            raise InputError(f"{len(generators)} generators for {count} images: pass one, or one per image")
         if latents is not None:
             if not isinstance(latents, Tensor):
                 raise InputError(f"latents is of type {type(latents).__name__}; pass a tensor")
             if tuple(latents.shape) != (count, *shape):
                 raise InputError(f"latents has shape {tuple(latents.shape)}; this call requires {(count, *shape)}")
             return latents.to(device, torch.float32)
-        generators = generator if isinstance(generator, list) else [generator] * count
-        if not all(isinstance(each, torch.Generator | None) for each in generators):
-            raise InputError(f"generator is {generator!r}; pass torch.Generator().manual_seed(seed), or one per image")
-        if len(generators) != count:
-            raise InputError(f"{len(generators)} generators for {count} images: pass one, or one per image")
         return torch.cat(
             [
                 torch.randn((1, *shape), generator=g, device=g.device if g is not None else "cpu").to(device)

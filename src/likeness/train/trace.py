@@ -184,6 +184,7 @@ def block_counts(recipe: TrainRecipe) -> list[int]:
 def base_config(network: AdapterNetwork) -> dict[str, Any]:
     """Return the configuration of an adapter's base if it is local, else nothing: it has the published sizes."""
     folder = find_model(network.base) if network.base in bundled_models() else Path(network.base)
+    folder = folder / "model" if (folder / "model").is_dir() else folder  # of a training run
     config = folder / "transformer" / "config.json"
     return {key: value for key, value in (read_json(config) if config.is_file() else {}).items() if key[0] != "_"}
 

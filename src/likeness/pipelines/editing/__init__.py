@@ -138,12 +138,13 @@ def edit_steps(
             "control_image": source_control_image,
             "guidance_scale": 1.0,
             "negative_prompt": None,
+            "latents": target.latents,
         }
         given = source_control_image if isinstance(source_control_image, Mapping) else {}
         for name in ("conditioning_scale", "control_guidance_start", "control_guidance_end"):
             if isinstance(own.get(name), Mapping):  # of the conditions of the edited image
                 own[name] = {key: value for key, value in own[name].items() if key in given}
-        source = generate([source_prompt] * len(rows), latents=target.latents, **own)
+        source = generate([source_prompt] * len(rows), **own)
     elif source_prompt or source_control_image is not None:
         target.notes.append(f"source_prompt and source_control_image have no effect with the method {method}")
     count, _, *grid = target.latents.shape
