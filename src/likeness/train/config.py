@@ -448,8 +448,6 @@ def check(recipe: RunRecipe) -> None:
             raise InputError("the recipe's alignment_weight needs a whole network that generates images: leave it out")
         if o.posthoc_emas and isinstance(recipe.network, AdapterNetwork):
             raise InputError("the recipe's optimizer.posthoc_emas needs a whole network: leave it out")
-        if recipe.face_parser != "bundled" and not recipe.alignment_weight:
-            raise InputError("the recipe's face_parser has no effect without alignment_weight: leave it out")
         frozen_flux = isinstance(recipe.network, MDiTFaceAdapter)
         check_values(("precision", recipe.precision, not frozen_flux or recipe.precision != "fp32", "bf16 on FLUX.1"))
     if isinstance(recipe, StudentRecipe):
