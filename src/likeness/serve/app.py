@@ -158,9 +158,7 @@ def create_app(service: Service) -> FastAPI:
         def accept() -> dict[str, Any]:
             photos = [job.edit[0] for job in list(jobs.live.values()) if job.edit]
             if sum(2 * photo.pixels.nbytes for photo in photos) > MAX_PHOTOS:  # in two forms
-                message = f"{len(photos)} edits of large photographs are waiting: try again later"
-                wait = {"Retry-After": str(engine.seconds_until_free())}
-                raise ApiError(429, message, code="queue_full", headers=wait)
+                raise full(f"{len(photos)} edits of large photographs are waiting")
             portrait, photo, plan = service.edit_of(body, image, mask)
             return {"request": portrait, "notes": plan.notes, "edit": (photo, plan)}
 
@@ -349,12 +347,12 @@ def create_app(service: Service) -> FastAPI:
     async def figures() -> Response:
         return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
 
-    def full() -> ApiError:
+    def full(waiting: str = "") -> ApiError:
         if not engine.open:
             return ApiError(503, "The service is shutting down", code="shutting_down", headers={"Retry-After": "5"})
         wait = {"Retry-After": str(engine.seconds_until_free())}
-        message = f"{len(engine.waiting)} images are waiting, of at most {settings.queue}: try again later"
-        return ApiError(429, message, code="queue_full", headers=wait)
+        waiting = waiting or f"{len(engine.waiting)} images are waiting, of at most {settings.queue}"
+        return ApiError(429, f"{waiting}: try again later", code="queue_full", headers=wait)
 
     if settings.studio:
         add_studio(app)

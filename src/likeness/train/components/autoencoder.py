@@ -72,12 +72,7 @@ def check(recipe: AutoencoderRecipe) -> None:
         fit = min(stages) > 0 and all(4 * one % other == 0 for one, other in itertools.pairwise(stages))
         check_values(
             (f"{part}_layers", layers, min(layers) >= 1, "at least 1 each"),
-            (
-                f"{part}_channels",
-                channels,
-                fit,
-                "above 1, each a divisor of 4 times the previous one",
-            ),
+            (f"{part}_channels", channels, fit, "above 1, each a divisor of 4 times the previous one"),
         )
         if channels[-1] % recipe.latent_channels:  # for the shortcuts between them
             raise InputError(
