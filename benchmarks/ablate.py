@@ -62,7 +62,7 @@ from likeness.models.mmface import MMFaceTransformer
 from likeness.objectives import make_objective
 from likeness.parallel import SINGLE_PROCESS
 from likeness.train.batches import Batch, open_stores, read_batches
-from likeness.train.config import MDiTFaceAdapter, TrainRecipe, check
+from likeness.train.config import MDiTFaceAdapter, MDiTFaceNetwork, MMFaceNetwork, TrainRecipe, check
 from likeness.train.ema import Ema
 from likeness.train.losses import denoising_losses
 from likeness.train.networks import adapter_of, add_new_adapter, build_network
@@ -607,7 +607,7 @@ def random_network(name: str, draw: Callable[..., Tensor]) -> tuple[Any, TrainRe
     if recipe.network.name != "mmface":
         sizes["single_depth"] = 2
     bases = [random_network(base, draw)[0] for base in VARIANTS[name].bases]
-    if not isinstance(recipe.network, MDiTFaceAdapter):
+    if isinstance(recipe.network, (MMFaceNetwork, MDiTFaceNetwork)):
         recipe = replace(recipe, network=replace(recipe.network, **sizes))
     network = create(name, recipe, bases, channels=8, text_dim=32, pooled_dim=32, text_tokens=8).float()
     for parameter in network.parameters():
@@ -957,7 +957,8 @@ def execute(options: argparse.Namespace) -> None:
         wanted = [(*claim["pair"], metric) for claim in claims.values() for metric in claim.get("metrics", ())]
         collect(wanted, options.out, options.seeds)
     else:
-        found = compare(*options.variants, options.metric, partial(values_by_face, options.out), options.seeds)
+        variant, reference = options.variants
+        found = compare(variant, reference, options.metric, partial(values_by_face, options.out), options.seeds)
         seeds = ", ".join(f"{value:+.4f}" for value in found["by_seed"])
         print(f"{found['variant']} - {found['reference']}, {found['metric']}: {found['value']:+.4f} ", end="")
         print(f"[{found['low']:+.4f}, {found['high']:+.4f}], p = {found['p']:.3f}, by seed {seeds}, {found['n']} faces")

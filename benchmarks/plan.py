@@ -66,8 +66,8 @@ def main() -> None:
     parser.add_argument("--one", nargs=6)
     options = parser.parse_args()
     if options.one:
-        *sizes, precision, saving = options.one
-        one(*map(int, sizes), precision, saving == "True")
+        width, depth, heads, images, precision, saving = options.one
+        one(int(width), int(depth), int(heads), int(images), precision, saving == "True")
         return
     device: Device = dataclasses.replace(measure_device(options.precision), base=0.0)
     print(f"{torch.get_num_threads()} threads, {options.precision}: {device.flops / 1e9:.0f} GFLOP/s, ", end="")

@@ -1,4 +1,4 @@
-"""CPU and wall seconds of a cold start, in processes of their own, in turns.
+"""CPU and wall seconds and peak memory of a cold start, in processes of their own, in turns.
 
     python benchmarks/start.py
     python benchmarks/start.py --rounds 9
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,12 +19,16 @@ import time
 from pathlib import Path
 
 
-def measure(command: list[str]) -> tuple[float, float]:
-    """CPU and wall seconds of a command."""
-    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall
+def measure(command: list[str]) -> tuple[float, float, float]:
+    """CPU and wall seconds and the largest resident set in MiB of a command."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    wall = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return usage.ru_utime + usage.ru_stime, wall, usage.ru_maxrss / 1024
 
 
 def main() -> None:
@@ -55,15 +58,16 @@ def main() -> None:
         }
         for command in commands.values():
             measure([sys.executable, *command])  # fills the file cache
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+        found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in commands}
         for _ in range(options.rounds):
             for name, command in commands.items():
                 found[name].append(measure([sys.executable, *command]))
     medians = {name: [statistics.median(each) for each in zip(*every, strict=True)] for name, every in found.items()}
     print(f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}, median of {options.rounds}")
-    print(f"{'command':52s} {'CPU s':>6s} {'ratio':>6s} {'wall s':>7s} {'ratio':>6s}")
-    for name, (cpu, wall) in medians.items():
-        print(f"{name:52s} {cpu:6.2f} {cpu / medians[base][0]:6.2f} {wall:7.2f} {wall / medians[base][1]:6.2f}")
+    print(f"{'command':52s} {'CPU s':>6s} {'ratio':>6s} {'wall s':>7s} {'ratio':>6s} {'peak MiB':>8s}")
+    for name, (cpu, wall, peak) in medians.items():
+        ratios = cpu / medians[base][0], wall / medians[base][1]
+        print(f"{name:52s} {cpu:6.2f} {ratios[0]:6.2f} {wall:7.2f} {ratios[1]:6.2f} {peak:8.0f}")
 
 
 if __name__ == "__main__":

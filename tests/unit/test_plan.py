@@ -115,6 +115,9 @@ def test_command(capsys):
     assert "364,224 trainable" in out
     assert "unchanged" in out
     assert out.splitlines()[-1].startswith("512 images, about ")
+    assert "alignment_weight" not in out
+    main([*command, "--device", "rtx-4090", "alignment_weight=0.5"])
+    assert "the face parser of alignment_weight is not included" in capsys.readouterr().out
     main(command)  # the device that PyTorch finds
     default = capsys.readouterr().out
     assert "364,224 trainable" in default
@@ -137,6 +140,8 @@ def test_command(capsys):
         (["--plan", "--compare-sharding", "--device", "abacus"], "Unknown device 'abacus'"),
         (["--plan", "--device", "h100", "micro_batch=3"], "a batch of 16 cannot be divided into micro-batches of 3"),
         (["--plan", "--compare-sharding", "--device", "h100", "micro_batch=3"], "cannot be divided into micro-batches"),
+        (["--plan", "--device", "h100", "defaults.size=136"], "defaults.size is 136"),
+        (["--plan", "--device", "h100", "network.patch_size=3"], "cannot be divided into patches of 3"),
         (["--plan", "--device", "h100", "objective.name=abacus"], "Unknown objective 'abacus'"),
     ],
 )

@@ -190,6 +190,8 @@ def describe(recipe: TrainRecipe, name: str | None, gpus: int, progress: Progres
         f"{device.flops / 1e12:.3g} TFLOP/s, {bandwidth}",
         f"{'memory':>10} {'step':>10} {'images/s':>10}  setting",
     ]
+    if recipe.alignment_weight:
+        lines.insert(-1, "the face parser of alignment_weight is not included")
     for setting, plan, fits in search(recipe, device, gpus, sizes):
         lines.append(f"{plan}  {setting}{'' if fits else '  (does not fit)'}")
         if fits:
@@ -222,7 +224,12 @@ def describe_shardings(recipe: TrainRecipe, name: str | None, progress: Progress
 
 
 def planned(recipe: TrainRecipe, name: str | None) -> TrainRecipe:
-    """Return the recipe with the precision that a device of `DEVICES`, or this machine, computes in."""
+    """Return the recipe with the precision that a device of `DEVICES`, or this machine, computes in. Raises
+    `InputError` if latents of its size cannot be divided into patches.
+    """
+    size, patch = recipe.defaults.get("size", 256), getattr(recipe.network, "patch_size", 2)
+    if size % (8 * patch):
+        raise InputError(f"defaults.size is {size}: latents of an eighth of it cannot be divided into patches of {patch}")
     if name is None:
         return with_precision(recipe, "cuda" if torch.cuda.is_available() else "cpu")
     return dataclasses.replace(recipe, precision="bf16" if recipe.precision == "auto" else recipe.precision)
