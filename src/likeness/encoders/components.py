@@ -40,18 +40,12 @@ class Components:
     settings: dict[str, Any]
     """Settings of the pipeline: latent_mean, latent_std, text_layer, max_text_tokens."""
     codec_hash: str
-    """SHA-256 of the encoder's weights (`encoder_hash`). Shards and models record it."""
-    encoder_of: tuple[str, ...] = ()
-    """SHA-256 of the weights of whole autoencoders with this encoder. Earlier versions recorded this hash instead."""
+    """SHA-256 of the encoder's weights (`encoder_hash`), on which latents depend. Shards and models record it."""
 
     @property
     def text_encoders(self) -> list[Any]:
         """The text encoders: the first encodes pooled text, the last the tokens."""
         return [encoder for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None]
-
-    def same_encoder(self, recorded: str) -> bool:
-        """Return whether a recorded hash is of this encoder. Raw latents do not depend on the decoder."""
-        return recorded in (self.codec_hash, *self.encoder_of) or recorded == weights_hash(self.vae)
 
     @cached_property
     def text_hash(self) -> str:
@@ -115,9 +109,7 @@ def load_components(source: str | Path) -> Components:
         settings = {name: index[name] for name in names}
         check_text_settings(parts["text_encoder"], settings["text_layer"], settings["max_text_tokens"])
     LatentCodec(parts["vae"], settings["latent_mean"], settings["latent_std"])  # checks the statistics
-    of_vae = part_folder(folder, "vae").parent / COMPONENTS
-    encoder_of = tuple(read_json(of_vae).get("encoder_of", ())) if of_vae.is_file() else ()
-    return Components(**parts, settings=settings, codec_hash=encoder_hash(parts["vae"]), encoder_of=encoder_of)
+    return Components(**parts, settings=settings, codec_hash=encoder_hash(parts["vae"]))
 
 
 def part_folder(folder: Path, name: str) -> Path:

@@ -24,7 +24,7 @@ from likeness.files import first_line, read_json, write_whole, writing_folder
 from likeness.models.label_decoder import LabelDecoder
 from likeness.types import InputError
 from likeness.weights.catalog import CODEC, COMMON, COMPONENTS
-from likeness.weights.hashes import encoder_hash, weights_hash
+from likeness.weights.hashes import encoder_hash
 from likeness.weights.packed import PACKED, load_component, save_packed
 
 MEASURED_IMAGES = 1024
@@ -121,9 +121,6 @@ def replace_decoder(run: Path, components: Path, out: Path) -> None:
             save_packed(vae, partial / "vae")
         else:
             vae.save_pretrained(partial / "vae")
-        # earlier versions recorded the hash of the whole autoencoder, whose decoder is now another
-        encoder_of = sorted({*parts.encoder_of, weights_hash(parts.vae)})
-        write_whole(partial / COMPONENTS, json.dumps(index | {"encoder_of": encoder_of}, indent=2))
         assert load_components(partial).codec_hash == parts.codec_hash
 
 
@@ -141,7 +138,7 @@ def pack_model(model: Path, out: Path, base: Path | None = None, label_decoder: 
     check_replaceable(out, "model_index.json")
     index = read_json(model / "model_index.json")
     common = load_components(out.parent / COMMON)
-    if not common.same_encoder(read_json(model / CODEC)["codec"]):
+    if read_json(model / CODEC)["codec"] != common.codec_hash:
         raise InputError(f"{model} was trained on the latents of another encoder than that of {out.parent / COMMON}")
     transformer = load_component(model / "transformer", *index["transformer"])
     if base is not None:

@@ -156,9 +156,8 @@ def encode_folder(
         raise InputError(f"{out} contains {other[0]}, which is not a file of shards: choose a new folder")
     if precision == "auto":
         precision = existing.get("precision") or choose_precision(precision, vae.device.type)
-    recorded = existing.get("codec", "")
     settings = EncodeSettings(
-        codec=recorded if recorded and components.same_encoder(recorded) else components.codec_hash,
+        codec=components.codec_hash,
         moments=codec.moments(trial)[1] is not None,
         size=size,
         precision=precision,

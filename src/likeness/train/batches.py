@@ -172,7 +172,7 @@ def open_stores(recipe: RunRecipe, folders: Sequence[str], components: Component
             f"{'missing' if size is None else size}: the two must be equal"
         )
     for store in stores:
-        if not components.same_encoder(store.manifest["codec"]):
+        if store.manifest["codec"] != components.codec_hash:
             raise InputError(f"{store.folder} was encoded with another encoder: encode it again")
         if lacking := store.lacking(recipe.data.target):
             raise InputError(f"{lacking} of {len(store)} samples in {store.folder} have no {recipe.data.target}")

@@ -166,7 +166,7 @@ def check_same_components(model: Path, components: Components) -> None:
     """
     advice = "name the components that it was trained on, or start a new run"
     recorded = read_json(model / CODEC) if (model / CODEC).is_file() else {}
-    if "codec" in recorded and not components.same_encoder(recorded["codec"]):
+    if recorded.get("codec", components.codec_hash) != components.codec_hash:
         raise InputError(f"{model} was trained on the latents of another encoder: {advice}")
     if "text" in recorded and recorded["text"] != components.text_hash:
         raise InputError(f"{model} was trained with another text encoder: {advice}")

@@ -229,7 +229,7 @@ def planned(recipe: TrainRecipe, name: str | None) -> TrainRecipe:
     """
     size, patch = recipe.defaults.get("size", 256), getattr(recipe.network, "patch_size", 2)
     if size % (8 * patch):
-        raise InputError(f"defaults.size is {size}: latents of an eighth of it cannot be divided into patches of {patch}")
+        raise InputError(f"defaults.size is {size}: an eighth of it cannot be divided into patches of {patch}")
     if name is None:
         return with_precision(recipe, "cuda" if torch.cuda.is_available() else "cpu")
     return dataclasses.replace(recipe, precision="bf16" if recipe.precision == "auto" else recipe.precision)
