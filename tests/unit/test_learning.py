@@ -146,6 +146,7 @@ def test_an_unknown_option_is_an_error(capsys):
         ({"optimizer": {"learning_rate": float("inf")}}, "learning_rate is inf: it must be finite"),
         ({"optimizer": {"posthoc_emas": [0.2, 0.1]}}, "must be different from each other and from optimizer.ema, 0.1"),
         ({"optimizer": {"posthoc_emas": [0.2]}, "network": {"name": "mmface_adapter", "base": "x"}}, "whole network"),
+        ({"init_from": "y", "network": {"name": "mmface_adapter", "base": "x"}}, "adapters start from their base"),
         ({"defaults": {"size": SIZE, "steps": 0}}, "defaults.steps is 0: it must be a whole number from 1 to 1000"),
         ({"defaults": {"size": SIZE, "steps": 5000}}, "defaults.steps is 5000: it must be a whole number from 1 to"),
         ({"defaults": {"size": SIZE, "guidance_scale": -1.0}}, "guidance_scale is -1.0: it must be a finite number of"),

@@ -100,6 +100,17 @@ def test_stages(prepared, tmp_path):
     assert torch.equal(second["backbone/model/final.weight"], teacher["final.weight"])  # nothing reads its output
 
 
+def test_initial_weights(prepared, tmp_path):
+    """With `init_from` the student starts from another model, the discriminator still from the teacher."""
+    earlier = train_student(recipe(prepared, optimizer={"images": 12}, preview=[]), tmp_path / "earlier")
+    still = {"optimizer": {"images": 12, "learning_rate": 1e-12}, "discriminator": {"learning_rate": 1e-12}}
+    train_student(recipe(prepared, init_from=str(earlier), preview=[], **still), tmp_path / "run")
+    found, name = load_checkpoint(tmp_path / "run"), "blocks.0.attention.image_qkv.weight"
+    for part, model in (("student", earlier), ("backbone", prepared / "mmface")):
+        torch.testing.assert_close(found[f"{part}/model/{name}"], weights_of(model)[name], rtol=0, atol=1e-7)
+    assert not torch.allclose(weights_of(earlier)[name], weights_of(prepared / "mmface")[name], rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("teacher", TEACHERS)
 def test_published_student(prepared, tmp_path, teacher):
     """An ordinary pipeline folder: defaults, previews, 1, 2 and 4 steps, deterministic per seed in any batch. MDiTFace
@@ -364,6 +375,7 @@ def test_recipes_that_do_not_fit(prepared, tmp_path):
 
     rejected("Unknown model .*nowhere", teacher=str(prepared / "nowhere"))
     rejected("discriminator.blocks has 2, but the teacher's blocks are 0 to 1", discriminator={"blocks": [0, 2]})
+    rejected("Unknown model .*missing", init_from=str(prepared / "missing"))
     rejected("different blocks", discriminator={"blocks": [1, 1]})
     rejected("steps is 0: it must be at least 1", steps=0)
     rejected("defaults.steps is 3, but a student of 4 steps is trained for 1, 2, 4", defaults={"steps": 3})

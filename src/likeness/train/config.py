@@ -271,6 +271,8 @@ class StudentRecipe(RunRecipe):
     """What the recipe trains."""
     teacher: str
     """Flow model that initializes student and discriminator: a bundled name, a folder or a hub id."""
+    init_from: str | None = None
+    """Model with the initial weights of the student, such as an earlier student. Default: the teacher."""
     steps: int = 4
     """Sampling steps K that are trained. A sampler with any divisor of K steps uses trained times only."""
     frozen_learning_rate: float | None = None
@@ -446,6 +448,10 @@ def check(recipe: RunRecipe) -> None:
         check_network(recipe)
         if recipe.alignment_weight and (isinstance(recipe.network, AdapterNetwork) or data.target != "image"):
             raise InputError("the recipe's alignment_weight needs a whole network that generates images: leave it out")
+        if recipe.init_from and isinstance(recipe.network, AdapterNetwork):
+            raise InputError(
+                "the recipe's init_from needs a whole network, but adapters start from their base: leave it out"
+            )
         if o.posthoc_emas and isinstance(recipe.network, AdapterNetwork):
             raise InputError("the recipe's optimizer.posthoc_emas needs a whole network: leave it out")
         frozen_flux = isinstance(recipe.network, MDiTFaceAdapter)

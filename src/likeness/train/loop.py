@@ -86,8 +86,8 @@ def train_in(
             pooled_dim=widths[0],
             text_tokens=components.settings["max_text_tokens"],
         )
-        if recipe.trainable or not newest(run):  # a checkpoint contains the trainable weights
-            load_initial_weights(model, recipe, components)
+        if recipe.init_from and (recipe.trainable or not newest(run)):  # a checkpoint contains the trainable weights
+            load_initial_weights(model, recipe.init_from, objective, components)
         if adapter:
             check_same_components(find_model(adapter.base), components)
         if newest(run):

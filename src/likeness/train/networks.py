@@ -112,12 +112,12 @@ def check_base(name: str, transformer: Any, objective: Objective, recipe: TrainR
     known = [own for own in transformer.config.condition_names if own != "none"]
     if new := [own for own in condition_names(recipe.data) if own not in known]:
         raise InputError(f"condition_probabilities has {new[0]}, but {name} was trained with {', '.join(known)}")
-    check_same_objective(name, objective, recipe)
+    check_same_objective(name, objective, make_objective(recipe.objective))
 
 
-def check_same_objective(name: str, objective: Objective, recipe: TrainRecipe) -> None:
-    """Check that a model with this objective predicts what the recipe's does. Raises `InputError`."""
-    base, ours = objective.config(), make_objective(recipe.objective).config()
+def check_same_objective(name: str, objective: Objective, wanted: Objective) -> None:
+    """Check that a model with this objective predicts what the wanted one does. Raises `InputError`."""
+    base, ours = objective.config(), wanted.config()
     for key in ("name", "prediction", "time_scale"):
         if base.get(key) != ours.get(key):
             raise InputError(f"{name} was trained with the objective's {key} = {base.get(key)}, not {ours.get(key)}")
@@ -176,27 +176,25 @@ def check_same_components(model: Path, components: Components) -> None:
             raise InputError(f"{model} was trained with another {key} than that of the components: {advice}")
 
 
-def load_initial_weights(network: Any, recipe: TrainRecipe, components: Components) -> None:
-    """Load the weights of `init_from`. Condition embeddings are matched by name, so that conditions can be added or
-    removed; those of new conditions keep their initial values. Raises `InputError` if the model is an adapter, or has
-    another network or encoder than the recipe.
+def load_initial_weights(network: Any, source: str, objective: Objective, components: Components) -> None:
+    """Load the weights of the model `source`, a recipe's `init_from`. Condition embeddings are matched by name, so that
+    conditions can be added or removed; those of new conditions keep their initial values. Raises `InputError` if the
+    model is an adapter, or has another network, objective or encoder.
     """
-    if recipe.init_from is None:
-        return
-    folder = find_model(recipe.init_from)
-    if not (folder / "model_index.json").is_file() or isinstance(recipe.network, AdapterNetwork):
-        raise InputError(f"init_from is {recipe.init_from}: training continues from whole networks, not from adapters")
+    folder = find_model(source)
+    if not (folder / "model_index.json").is_file():
+        raise InputError(f"init_from is {source}: training continues from whole networks, not from adapters")
     check_same_components(folder, components)
     index = read_json(folder / "model_index.json")
     if index.get("objective"):  # FLUX.1's folder has none
-        check_same_objective(recipe.init_from, make_objective(index["objective"]), recipe)
-    source = load_component(folder / "transformer", *index["transformer"])
+        check_same_objective(source, make_objective(index["objective"]), objective)
+    initial = load_component(folder / "transformer", *index["transformer"])
     plain = lambda value: list(value) if isinstance(value, tuple) else value  # noqa: E731  # as in JSON
     for key, value in network.config.items():
-        if not key.startswith("_") and key != "condition_names" and plain(source.config.get(key)) != plain(value):
-            raise InputError(f"{recipe.init_from} has {key} = {source.config.get(key)}, but the recipe has {value}")
-    weights = source.state_dict()
-    embeddings, names = weights.pop("condition_embed.weight"), list(source.config.condition_names)
+        if not key.startswith("_") and key != "condition_names" and plain(initial.config.get(key)) != plain(value):
+            raise InputError(f"{source} has {key} = {initial.config.get(key)}, but the recipe has {value}")
+    weights = initial.state_dict()
+    embeddings, names = weights.pop("condition_embed.weight"), list(initial.config.condition_names)
     network.load_state_dict(weights, strict=False)
     with torch.no_grad():
         for condition_id, name in enumerate(network.config.condition_names):

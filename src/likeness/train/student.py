@@ -44,7 +44,7 @@ from likeness.train.checkpoint import checkpoint_entries, newest, read_into
 from likeness.train.config import DiscriminatorRecipe, StudentRecipe, check, check_single_conditions, condition_names
 from likeness.train.ema import Ema
 from likeness.train.losses import block_features, blocks_of
-from likeness.train.networks import check_same_components
+from likeness.train.networks import check_same_components, load_initial_weights
 from likeness.train.optim import learning_rate, make_optimizers
 from likeness.train.progress import Progress
 from likeness.train.publish import Publication, checkpoint, preview_requests
@@ -339,6 +339,8 @@ def load_teacher(recipe: StudentRecipe) -> tuple[StudentRecipe, Any, RectifiedFl
         raise InputError(
             f"the teacher {recipe.teacher} was not trained with {unknown[0]}, which is in condition_probabilities"
         )
+    if recipe.init_from:
+        find_model(recipe.init_from)  # before the run folder is made
     if kind == "MMFacePipeline":
         check_single_conditions(recipe.data)
     blocks = len(blocks_of(network)[0])
@@ -370,6 +372,8 @@ def train_in(
     torch.manual_seed(recipe.seed)  # initial weights of the heads; later random numbers have their own generators
     use_explicit_attention(student, world.device_type == "cpu" and recipe.precision == "bf16")
     discriminator = Discriminator(student, d.blocks, d.width).to(world.device).train()
+    if recipe.init_from and not newest(run):
+        load_initial_weights(student, recipe.init_from, objective, components)
     student.to(world.device).train()
     if not stores[0].text_hash:  # the shards have no text features
         for encoder in components.text_encoders:
