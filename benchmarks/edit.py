@@ -44,8 +44,8 @@ REQUESTS: dict[str, tuple[Change, str]] = {
     "more hair": (Change(mask_edit="grow hair 6"), ""),
     "less hair": (Change(mask_edit="shrink hair 4"), ""),
     "red hair": (Change(region=["hair"]), "a person with red hair"),
-    "a hat": (Change(mask_edit=f"paste hat from '{EXAMPLES / 'wide-hat.png'}'"), "a person with a hat"),
-    "glasses": (Change(mask_edit=f"paste eye_g from '{EXAMPLES / 'glasses-bun.png'}'"), "a person with glasses"),
+    "a hat": (Change(mask_edit=f"paste hat from '{EXAMPLES / 'hat.png'}'"), "a person with a hat"),
+    "glasses": (Change(mask_edit=f"paste eye_g from '{EXAMPLES / 'glasses.png'}'"), "a person with glasses"),
     "no glasses": (Change(mask_edit="remove eye_g", region=["eye_g"]), "a person without glasses"),
 }
 """Name -> change and prompt."""

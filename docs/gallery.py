@@ -3,8 +3,7 @@
     python docs/gallery.py
 
 `gallery.png`: conditions in the first row, images of three prompts below. `gallery_variations.png`: one mask with eight
-prompts, and eight masks, four of them generated from text, with one prompt in 20 steps of the teacher and 4, 2 and 1 of
-the student.
+prompts, and eight masks with one prompt in 20 steps of the teacher and 4, 2 and 1 of the student.
 """
 
 from __future__ import annotations
@@ -18,17 +17,16 @@ from PIL import Image
 
 import likeness
 from likeness.conditions import CONDITIONS
-from likeness.pipelines.propose import propose_mask
 
 ROOT = Path(__file__).parents[1]
 SIZE, GAP = 128, 4
 COLUMNS = [
     ("mask", "masks/smile.png"),
-    ("mask", "masks/short-hair.png"),
-    ("mask", "masks/fringe.png"),
-    ("sketch", "sketches/long-hair.png"),
-    ("sketch", "sketches/short-hair.png"),
-    ("keypoints", "keypoints/smile.json"),
+    ("mask", "masks/beard.png"),
+    ("mask", "masks/glasses.png"),
+    ("sketch", "sketches/fringe.png"),
+    ("sketch", "sketches/old.png"),
+    ("keypoints", "keypoints/earrings.json"),
     (None, None),
 ]
 PROMPTS = ["a smiling woman with blond hair", "an old man with grey hair", "a young woman with black hair"]
@@ -36,8 +34,7 @@ VARIATIONS = [
     "a smiling woman with blond hair", "a woman with black hair and heavy makeup", "a young woman with brown hair",
     "an old woman with grey hair", "a man with long hair", "a smiling man with a beard", "a serious man", "",
 ]  # fmt: skip
-MASKS = ["smile", "fringe", "long-hair", "short-hair"]
-PROPOSED = ["a man with a hat", "a bald man with glasses", "a laughing woman", "a woman with bangs and earrings"]
+MASKS = ["smile", "fringe", "long-hair", "short-hair", "beard", "earrings", "glasses", "hat"]
 Row = Sequence[Image.Image | None]
 
 
@@ -45,12 +42,8 @@ def control(name: str | None, file: str | None) -> tuple[dict[str, np.ndarray], 
     """Read a condition: the pipeline's argument, and its rendering."""
     if name is None or file is None:
         return {}, None
-    return rendered(name, CONDITIONS[name].read(ROOT / "examples" / file).raw)
-
-
-def rendered(name: str, raw: np.ndarray) -> tuple[dict[str, np.ndarray], Image.Image]:
-    """Return the pipeline's argument and the rendering of a condition."""
     condition = CONDITIONS[name]
+    raw = condition.read(ROOT / "examples" / file).raw
     return {name: raw}, Image.fromarray(condition.render(condition.resize(raw, SIZE, SIZE), SIZE, SIZE))
 
 
@@ -75,13 +68,11 @@ def main() -> None:
     controls = [control(*column) for column in COLUMNS]
     rows: list[Row] = [[rendering for _, rendering in controls]]
     for number, prompt in enumerate(PROMPTS, start=1):
-        rows.append([generate(prompt, given, 10 * column + number) for column, (given, _) in enumerate(controls)])
+        rows.append([generate(prompt, given, number) for given, _ in controls])
     sheet(rows, "gallery.png")
 
     one, _ = control("mask", "masks/long-hair.png")
     masks = [control("mask", f"masks/{name}.png") for name in MASKS]
-    proposing = likeness.load("mask-mini")
-    masks += [rendered("mask", propose_mask(proposing, prompt, seed).labels) for seed, prompt in enumerate(PROPOSED)]
     rows = [[generate(prompt, one, seed) for seed, prompt in enumerate(VARIATIONS)], [image for _, image in masks]]
     for steps in (20, 4, 2, 1):
         rows.append(

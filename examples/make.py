@@ -2,8 +2,8 @@
 
 python examples/make.py [face_landmarker.task]
 
-Each image is generated from a prompt, enlarged to 256 px, and annotated by the annotators that prepare training data
-(with landmarks if MediaPipe's file is given).
+Each image is generated from a prompt (some from a mask that was generated from it), enlarged to 256 px, and annotated
+by the annotators that prepare training data (with landmarks if MediaPipe's file is given).
 """
 
 from __future__ import annotations
@@ -22,18 +22,26 @@ import likeness
 from likeness.annotators.face_parser import load_face_parser, parse_faces
 from likeness.annotators.landmarks import open_landmarker
 from likeness.annotators.sketch import extract_sketch
-from likeness.conditions.mask import mask_image
+from likeness.conditions.mask import edits, mask_image
+from likeness.conditions.mask.classes import CLASSES
+from likeness.pipelines.propose import propose_mask
 from likeness.prepare.annotate import annotate_folder
 
 HERE = Path(__file__).parent
 SIZE = 256
-PORTRAITS: dict[str, tuple[str, int]] = {
-    "smile": ("a smiling woman with blond hair", 4),
-    "long-hair": ("a young woman with long brown hair, wearing earrings", 5),
-    "short-hair": ("a man with black hair and a beard", 9),
-    "fringe": ("a woman with wavy brown hair and bangs", 9),
+PORTRAITS: dict[str, tuple[str, int, bool]] = {
+    "smile": ("a smiling woman with blond hair", 4, False),
+    "fringe": ("a woman with brown hair and bangs", 0, False),
+    "long-hair": ("a woman with wavy hair", 13, False),
+    "short-hair": ("a young man with black hair", 9, False),
+    "curly": ("a woman with wavy hair", 13, True),
+    "beard": ("a man with black hair and a beard", 2, True),
+    "glasses": ("a man with glasses", 3, True),
+    "earrings": ("a woman with earrings and heavy makeup", 11, True),
+    "hat": ("a woman with a hat", 0, False),
+    "old": ("an old man with grey hair", 3, True),
 }
-"""Name of the files -> (sentence, seed)."""
+"""Name of the files -> (prompt, seed, whether the prompt is first turned into a mask)."""
 FACES: dict[str, int] = {
     "a smiling woman with blond hair": 4,
     "an old man with grey hair and glasses": 9,
@@ -61,12 +69,14 @@ def make_faces(folder: Path) -> None:
 
 
 def make(find: Callable[[np.ndarray], np.ndarray | None] | None) -> None:
-    pipeline = likeness.load()
+    pipeline, proposing = likeness.load(), likeness.load("mask-mini")
     parser, parser_size = load_face_parser()
-    for name, (sentence, seed) in PORTRAITS.items():
-        portrait = pipeline(sentence, generator=torch.Generator().manual_seed(seed)).images[0]
+    for name, (prompt, seed, via_mask) in PORTRAITS.items():
+        given = {"mask": propose_mask(proposing, prompt, seed).labels} if via_mask else {}
+        portrait = pipeline(prompt, control_image=given, generator=torch.Generator().manual_seed(seed)).images[0]
         picture = np.array(portrait.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
         (mask,) = parse_faces(parser, [picture], size=parser_size)
+        mask = edits.clean(mask, [CLASSES[index] for index in np.unique(mask) if index])
         mask_image(mask).save(HERE / "masks" / f"{name}.png", optimize=True)
         Image.fromarray(extract_sketch(picture)).save(HERE / "sketches" / f"{name}.png", optimize=True)
         if find is not None and (points := find(picture)) is not None:

@@ -696,13 +696,13 @@ def test_a_stroke_stays_on_its_layer(page):
 def test_a_frame_of_an_animation_has_its_own_mask(page):
     """While it plays, the image that is shown can be saved; a click on a frame shows the mask that made it."""
     put(page, FACE)
-    open_file(page, ROOT / "examples/masks/wide-hat.png", "#interpolate")
+    open_file(page, ROOT / "examples/masks/hat.png", "#interpolate")
     page.wait_for_selector("#strip button:nth-child(7)", timeout=120_000)
     wait(page, "!document.getElementById('save-image').disabled")
     shown = "[...document.querySelectorAll('#strip button')].some(({entry}) => entry === studio.results.current)"
     assert page.evaluate(shown)
     page.locator("#strip button").last.click()
-    np.testing.assert_array_equal(layer_of(page), CONDITIONS["mask"].read(ROOT / "examples/masks/wide-hat.png").raw)
+    np.testing.assert_array_equal(layer_of(page), CONDITIONS["mask"].read(ROOT / "examples/masks/hat.png").raw)
     assert page.inner_text("#note") == ""
 
 
@@ -766,9 +766,9 @@ def test_painting_on_a_photograph_changes_only_what_was_painted(page, server):
     assert read_recipe(saved_content(page, "#save-image"))[0]["edit"]["certificate"]["changed_inside"] > 0
     note = "document.getElementById('note').textContent"
     page.click("#examples")  # ends the edit
-    page.click("#choose button:has(img[alt='glasses bun'])")
+    page.click("#choose button:has(img[alt='glasses'])")
     wait(page, f"document.getElementById('timing').dataset.kind === 'full' && {note} === ''")
-    example = CONDITIONS["mask"].read(ROOT / "examples/masks/glasses-bun.png").raw
+    example = CONDITIONS["mask"].read(ROOT / "examples/masks/glasses.png").raw
     np.testing.assert_array_equal(layer_of(page), example)
     page.click("#examples")
     wait(page, "[...document.querySelectorAll('#choose img')].every(({naturalWidth}) => naturalWidth === 256)")

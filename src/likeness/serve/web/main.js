@@ -16,7 +16,7 @@ const PREVIEW_STEPS = 4; // of a model of many steps
 const FRAMES = 7; // of an animation
 const VARIATIONS = 4;
 const EXAMPLES = [
-  "smile", "fringe", "long-hair", "short-hair", "smile-bob", "beard", "curly", "glasses-bun", "earrings", "wide-hat",
+  "smile", "fringe", "long-hair", "short-hair", "curly", "beard", "glasses", "earrings", "hat", "old",
 ];
 const PHOTO_OPACITY = 60;
 
