@@ -30,7 +30,7 @@ from likeness.pipelines.load import load  # noqa: E402
 from likeness.types import ConditionInput, PortraitRequest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-MASK = ROOT / "examples/masks/long-hair.png"
+MASK = ROOT / "examples/masks/smile.png"
 
 
 def main() -> None:
@@ -113,7 +113,7 @@ def show_states(page, folder: Path) -> None:
         page.wait_for_timeout(800)
         page.screenshot(path=folder / f"{name}.png")
 
-    page.wait_for_selector("#timing[data-kind=full]", timeout=60_000)
+    page.wait_for_timeout(3000)  # until the image of the undone strokes is there
     page.click("#variations")
     page.wait_for_selector("#strip img", timeout=60_000)
     shoot("studio")
