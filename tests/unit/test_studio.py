@@ -600,6 +600,16 @@ def test_a_preview_appears_and_a_newer_one_cancels_it(page, server, monkeypatch)
     page.wait_for_selector("#timing[data-kind=full]")
     assert page.evaluate("studio.live.cancelled") == 1
     assert page.evaluate("studio.live.job") is None
+    for start in ("preview", "full"):  # a change and then variations: only the change still needs its image
+        page.evaluate("document.getElementById('timing').dataset.kind = ''; studio.live.rest = 200")
+        page.evaluate(f"document.getElementById('strip').replaceChildren(); studio.live.start('{start}')")
+        if start == "full":
+            page.wait_for_selector("#timing[data-kind=full]")
+            page.evaluate("document.getElementById('timing').dataset.kind = ''")
+        page.click("#variations")
+        page.wait_for_selector("#strip button:nth-child(4)")
+        page.wait_for_timeout(1000)
+        assert page.get_attribute("#timing", "data-kind") == ("full" if start == "preview" else "")
     advance = engine.advance
     monkeypatch.setattr(engine, "advance", lambda *given, **options: (time.sleep(0.2), advance(*given, **options)))
     before = figures(server).get('images_total{result="cancelled"}', 0)

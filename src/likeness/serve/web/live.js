@@ -1,5 +1,5 @@
 // One job in flight: a change starts a preview at once, and the full image when the hand rests. A newer job cancels the
-// older one.
+// older one; the full image follows variations if they cancelled it.
 
 export class Live {
   /**
@@ -13,11 +13,13 @@ export class Live {
    */
   constructor({ render, show, failed, stopped, busy, resting, rest = 700 }) {
     Object.assign(this, { render, show, failed, stopped, busy, resting, rest, job: null, timer: null, cancelled: 0 });
+    this.stale = false; // whether the last change has no full image yet
   }
 
   /** Starts a job now: a "preview", which the "full" image follows, or another kind that `render` knows. */
   start(kind, given) {
     this.stop();
+    this.stale ||= kind === "preview";
     this.run(kind, given);
   }
 
@@ -41,7 +43,8 @@ export class Live {
       if (this.job !== job) return;
       this.end();
       this.show(kind, result, started);
-      if (kind === "preview") this.follow(this.rest - (performance.now() - started));
+      if (kind === "full") this.stale = false;
+      if (this.stale && kind !== "animation") this.follow(this.rest - (performance.now() - started));
     } catch (error) {
       if (this.job !== job) return; // cancelled
       this.end();
