@@ -188,7 +188,7 @@ class RunRecipe:
     """Data type of computations; weights and optimizer states are float32. auto: bf16 on a device that multiplies bf16
     matrices itself, else fp32."""
     compile: bool = False
-    """Use torch.compile: a slower start, faster steps."""
+    """Use torch.compile: a slower start, faster steps. On a CPU not with every compiler (docs/training.md)."""
     threads: int | None = None
     """CPU threads. Default: chosen by PyTorch."""
     log_every: int = 4800
