@@ -101,6 +101,7 @@ def measure(page, strokes: int) -> dict[str, list[float]]:
             for name, number in zip(found, numbers, strict=True):
                 found[name].append(number)
     page.wait_for_selector("#timing[data-kind=full]", timeout=60_000)
+    page.evaluate("document.getElementById('timing').dataset.kind = ''")  # of the painted image
     for _ in range(strokes + 3):
         page.keyboard.press("Control+z")
     return found
@@ -113,7 +114,7 @@ def show_states(page, folder: Path) -> None:
         page.wait_for_timeout(800)
         page.screenshot(path=folder / f"{name}.png")
 
-    page.wait_for_timeout(3000)  # until the image of the undone strokes is there
+    page.wait_for_selector("#timing[data-kind=full]", timeout=60_000)  # of the undone strokes
     page.click("#variations")
     page.wait_for_selector("#strip img", timeout=60_000)
     shoot("studio")
