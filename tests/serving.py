@@ -23,12 +23,12 @@ from likeness.serve.store import Store
 
 @contextmanager
 def serving(
-    folder: Path, pipeline=None, database: str | None = None, replica: str = "", **settings
+    folder: Path, pipeline=None, database: str | None = None, replica: str = "", graceful: int | None = None, **settings
 ) -> Iterator[SimpleNamespace]:
     """A server that has generated its warm-up image: its address, a client, its store."""
     store = Store(folder, database, replica)
     app = create_app(Service(pipeline or tiny_pipeline(), store, Settings(model="tiny", **settings)))
-    server = Server(Config(app, port=0, log_config=None, access_log=False))
+    server = Server(Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=graceful))
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

@@ -39,11 +39,11 @@ from likeness.pipelines.generate import generate, resolve
 from likeness.pipelines.image_recipe import read_recipe, request_of
 from likeness.pipelines.sampling import advance
 from likeness.prepare.edit import Change, edit_photo, open_photo
-from likeness.serve import app
+from likeness.serve import app, engine
 from likeness.serve.app import create_app
 from likeness.serve.engine import sampling_of
 from likeness.serve.service import Service, Settings
-from likeness.serve.store import FORGOTTEN, JOBS, LOST, Store, Taken
+from likeness.serve.store import FORGOTTEN, INCOMPLETE, JOBS, LOST, Store, Taken
 from likeness.types import ConditionInput, InputError, PortraitRequest
 from serving import serving
 
@@ -695,6 +695,47 @@ def test_requests_with_one_idempotency_key_at_the_same_time(server):
     assert len({answer.text for answer in answers}) == 1
 
 
+def test_retries_at_the_same_time(server):
+    """Of a cancelled request: they are one job, whose image stays."""
+    headers, url = {"x-request-id": "tried", "Idempotency-Key": "tried"}, f"{server.url}/v1/jobs/tried"
+    with ThreadPoolExecutor(6) as pool:
+        first = pool.submit(post, server, json={"prompt": "a", "steps": 100, "n": 10}, headers=headers)
+        wait_for(lambda: requests.get(url, timeout=60).ok)
+        assert requests.delete(url, timeout=60).json()["state"] == "cancelled"
+        assert first.result().status_code == 409
+        retry = lambda _: post(server, json={"prompt": "a", "steps": 10}, headers=headers)  # noqa: E731
+        answers = list(pool.map(retry, range(6)))
+    assert [answer.status_code for answer in answers] == [200] * 6
+    assert len({answer.text for answer in answers}) == 1
+    assert requests.get(f"{url}/images/0", timeout=60).ok
+
+
+def test_a_retry_leaves_a_job_that_another_retry_started(tmp_path):
+    """Both found the same incomplete job; the second removes neither the job of the first nor its key."""
+    store = Store(tmp_path / "what? a%20b")
+    store.create("a", owner="", request="", key="k")
+    store.finish("a", "cancelled")
+    store.remove("a", states=INCOMPLETE)
+    store.create("a", owner="", request="", key="k")
+    store.remove("a", states=INCOMPLETE)
+    store.release("k")
+    assert store.find_key("k")["state"] == "queued"
+    store.remove("a")  # as not accepted
+    assert store.find_key("k") is None
+    store.close()
+    assert [file.name for file in tmp_path.iterdir()] == ["what? a%20b"]
+
+
+def test_a_shutdown_during_a_long_step(tmp_path, monkeypatch):
+    """The server cancels the request before the step is complete; the error has the form of all others."""
+    step = engine.advance
+    with ThreadPoolExecutor(1) as pool, serving(tmp_path, shutdown=0, graceful=1) as server:
+        monkeypatch.setattr(engine, "advance", lambda *given, **options: (time.sleep(4), step(*given, **options)))
+        answer = pool.submit(post, server, json={"prompt": "a"})
+        wait_for(lambda: figure(server, "likeness_running_images"))
+    assert (answer.result().status_code, answer.result().json()["error"]["code"]) == (503, "interrupted")
+
+
 def test_a_shutdown_interrupts_long_jobs(tmp_path):
     """Every form of request gets an error when the time is over, and the job is stored as interrupted."""
     body, kinds = {"prompt": "a", "steps": 100, "n": 10}, {"plain": {}, "stream": {"stream": True}, "kept": {}}
@@ -847,6 +888,8 @@ def test_conditions_and_masks(server):
     found = post(server, "masks/check", json=body).json()
     assert "hair" in str(found["contradictions"])
     assert "swap" in str(found["problems"])
+    body["prompt"] = "a man " * 1000 + "who is bald"  # beyond what is checked
+    assert post(server, "masks/check", json=body).json()["contradictions"] == []
     image = server.client.images.generate(prompt="a man", extra_body={"seed": 5, "steps": 1}).data[0].b64_json
     request = post(server, "recipes", files={"image": base64.b64decode(image)}).json()
     assert (request["prompt"], request["seed"]) == ("a man", 5)

@@ -610,6 +610,15 @@ def test_a_preview_appears_and_a_newer_one_cancels_it(page, server, monkeypatch)
         page.wait_for_selector("#strip button:nth-child(4)")
         page.wait_for_timeout(1000)
         assert page.get_attribute("#timing", "data-kind") == ("full" if start == "preview" else "")
+    page.evaluate("studio.live.rest = 4000; studio.live.start('preview')")  # and so not after a return to an image
+    page.wait_for_selector("#timing[data-kind=preview]")
+    page.evaluate("studio.live.rest = 200; document.getElementById('strip').replaceChildren()")
+    page.click("#history img")
+    page.evaluate("document.getElementById('timing').dataset.kind = ''")
+    page.click("#variations")
+    page.wait_for_selector("#strip button:nth-child(4)")
+    page.wait_for_timeout(1000)
+    assert page.get_attribute("#timing", "data-kind") == ""
     advance = engine.advance
     monkeypatch.setattr(engine, "advance", lambda *given, **options: (time.sleep(0.2), advance(*given, **options)))
     before = figures(server).get('images_total{result="cancelled"}', 0)

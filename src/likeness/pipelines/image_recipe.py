@@ -143,6 +143,12 @@ def check_recipe(recipe: Any, where: str, shape: tuple[int, ...] | None = None) 
     if not isinstance(recipe, Mapping):
         raise InputError(f"{where} is damaged: it is a {type(recipe).__name__}")
     checked = build(Recipe, recipe, where=f"{where} is damaged")
+    try:
+        json.dumps(recipe, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:
+        raise InputError(f"{where} is damaged: {error}") from error
+    if not 0 <= checked.seed < 2**63:
+        raise InputError(f"{where} is damaged: the seed is not from 0 to 2^63 - 1")
     image = checked.edit or checked
     size, generated = (image.width, image.height), (checked.width, checked.height)
     if shape is not None and size != (shape[1], shape[0]):

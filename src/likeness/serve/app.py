@@ -199,6 +199,8 @@ def create_app(service: Service) -> FastAPI:
             known = None if key is None else await results.earlier(id, key, digest)
             if known is not None:  # sent at the same time
                 return await results.result_of_earlier(request, body, *known)
+            if key is not None and await asyncio.to_thread(store.find, id, owner) is None:
+                raise results.rejected() from error
             message = f"A request with the id {id} or with this Idempotency-Key exists: choose another"
             raise ApiError(409, message, code="duplicate_request", headers=FINAL) from error
         except (Full, Closed) as error:
@@ -282,7 +284,7 @@ def create_app(service: Service) -> FastAPI:
 
     @app.post("/v1/masks/check")
     async def check(body: MaskCheck) -> Any:
-        return await in_side_pool(lambda: check_mask(service.read_mask(body.mask, "mask"), body.prompt))
+        return await in_side_pool(lambda: check_mask(service.read_mask(body.mask, "mask"), body.prompt[:MAX_EDIT]))
 
     @app.post("/v1/recipes", openapi_extra=form_body(("image",), text_fields()))
     async def recipe(request: Request) -> Any:

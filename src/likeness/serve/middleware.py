@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import secrets
@@ -80,7 +81,8 @@ class Frame:
         try:
             if id and not IDENTIFIER.fullmatch(id):
                 scope["state"]["id"] = own
-                raise ApiError(400, "x-request-id must be 1 to 64 letters, digits, - and _", param="x-request-id")
+                message = "x-request-id must be 1 to 64 letters, digits, - and _, and begin with a letter or digit"
+                raise ApiError(400, message, param="x-request-id")
             host, origins = headers.get(b"host", ""), self.service.settings.cors
             allowed = [origin.partition("://")[2] for origin in origins]
             if self.open and host not in allowed and self.may_be_rebound(host, headers):
@@ -102,6 +104,11 @@ class Frame:
             await self.app(scope, limited, labeled)
         except ApiError as error:  # of this method: the application handles its own
             await respond(error)(scope, receive, labeled)
+        except asyncio.CancelledError:  # uvicorn ends requests some seconds after `--shutdown-timeout`
+            if status is not None:
+                raise
+            message = "The service is shutting down: send the request again"
+            await respond(ApiError(503, message, code="interrupted"))(scope, receive, labeled)
         except Exception:
             log.exception("The request %s failed", scope["state"]["id"])
             if status is None:

@@ -14,7 +14,7 @@ from sse_starlette import EventSourceResponse, JSONServerSentEvent
 from likeness.serve.errors import FINAL, ApiError
 from likeness.serve.jobs import SHARE, Job, Jobs, response_of
 from likeness.serve.schema import Generation, PhotoEdit
-from likeness.serve.store import IDENTIFIER, LOST, UNFINISHED
+from likeness.serve.store import IDENTIFIER, INCOMPLETE, LOST, UNFINISHED
 
 STREAM = {"x-accel-buffering": "no"}
 """Headers of a stream: a proxy must not buffer it."""
@@ -34,9 +34,9 @@ class Results:
         if row is None:
             return None
         job = self.jobs.live.get(row["id"])
-        if job is None and row["state"] not in ("completed", *UNFINISHED):
+        if job is None and row["state"] in INCOMPLETE:
             if row["id"] == id:
-                await asyncio.to_thread(self.store.remove, id)
+                await asyncio.to_thread(lambda: self.store.remove(id, states=INCOMPLETE))
             else:
                 await asyncio.to_thread(self.store.release, key)
             return None
@@ -53,7 +53,12 @@ class Results:
             await self.ended(request, job, keep=True)
             if job.error is not None:
                 raise job.error
-        row = await self.settled(request, row["id"])
+        try:
+            row = await self.settled(request, row["id"])
+        except ApiError as error:
+            if error.status_code != 404:
+                raise
+            raise self.rejected() from error
         if row["state"] != "completed":
             message = f"The request with this Idempotency-Key is {row['state']} on another replica: send it again"
             raise ApiError(409, message, code="not_completed")
@@ -116,6 +121,11 @@ class Results:
             contents = contents or await asyncio.to_thread(read)
             data = [{"b64_json": contents[i]} for i in sorted(contents)]
         return {**row["response"], "data": data}
+
+    def rejected(self) -> ApiError:
+        """Return the error for a request whose twin, with the same idempotency key, found the queue full."""
+        message = "The request with this Idempotency-Key was not accepted: send it again"
+        return ApiError(429, message, code="queue_full", headers={"Retry-After": str(self.engine.seconds_until_free())})
 
     def expired(self, id: str) -> ApiError:
         """Return the error for a job whose files were deleted."""

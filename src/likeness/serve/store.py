@@ -13,12 +13,13 @@ import secrets
 import shutil
 import sqlite3
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
     JSON,
+    URL,
     Boolean,
     Column,
     Engine,
@@ -53,6 +54,9 @@ BUSY = 10
 
 UNFINISHED = ("queued", "running")
 """States of a job in progress; the others are completed, failed, cancelled, interrupted and expired."""
+
+INCOMPLETE = ("failed", "cancelled", "interrupted", "expired")
+"""States of a job that did not complete: its id and its idempotency key are free."""
 
 JOBS = Table(
     "jobs",
@@ -99,7 +103,7 @@ class Store:
             self.images.mkdir(parents=True, exist_ok=True)
             self.uploads.mkdir(exist_ok=True)
             self.replica = replica
-            self.database = connect(url or f"sqlite:///{folder / 'jobs.sqlite'}")
+            self.database = connect(url or URL.create("sqlite", database=str(folder / "jobs.sqlite")))
             create_table(self.database)
         except OSError as error:
             raise InputError(f"The data folder {folder} cannot be used: {error.strerror or error}") from error
@@ -141,14 +145,14 @@ class Store:
             if self._update(lost & (JOBS.c.id == id), state="interrupted", finished=time.time(), error=error):
                 self.discard(id)
 
-    def remove(self, id: str) -> None:
-        """Remove a job that was not accepted."""
+    def remove(self, id: str, *, states: Collection[str] = UNFINISHED) -> None:
+        """Remove a job in one of these states. Default: one that was not accepted."""
         with self.database.begin() as connection:
-            connection.execute(delete(JOBS).where(JOBS.c.id == id))
+            connection.execute(delete(JOBS).where((JOBS.c.id == id) & JOBS.c.state.in_(states)))
 
     def release(self, key: str) -> None:
-        """Free an idempotency key whose job did not complete."""
-        self._update(JOBS.c.key == key, key=None)
+        """Free an idempotency key whose job did not complete, unless another request took it meanwhile."""
+        self._update((JOBS.c.key == key) & JOBS.c.state.in_(INCOMPLETE), key=None)
 
     def find(self, id: str, owner: str) -> dict[str, Any] | None:
         """Return a job of an owner, or None."""
@@ -186,7 +190,7 @@ class Store:
             ids = connection.scalars(select(JOBS.c.id).where(old)).all()
         for id in ids:
             self.discard(id)  # first, so that no file is left of a job that is reported as expired
-            self._update(JOBS.c.id == id, state="expired", key=None, response=None, error=None, files=None)
+            self._update(old & (JOBS.c.id == id), state="expired", key=None, response=None, error=None, files=None)
         with self.database.begin() as connection:
             connection.execute(delete(JOBS).where(JOBS.c.state == "expired", JOBS.c.finished < before - FORGOTTEN))
         for file in self.uploads.iterdir():
@@ -237,11 +241,11 @@ def create_table(database: Engine) -> None:
         raise InputError("The jobs were stored by another version of likeness: choose another data folder or database")
 
 
-def connect(url: str) -> Engine:
+def connect(url: str | URL) -> Engine:
     """Open a database. SQLite writes a log ahead, so that readers and the writer do not wait for each other. Raises
     `InputError` for one in memory, which every thread would have for itself.
     """
-    database = create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+    database = create_engine(url, pool_pre_ping=not str(url).startswith("sqlite"))
     if database.dialect.name == "sqlite":
         if database.url.database in (None, "", ":memory:"):
             raise InputError(f"The database {url} is in memory: give a file, sqlite:///FILE")

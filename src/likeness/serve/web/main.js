@@ -178,6 +178,7 @@ function noteOf(photo, certificate) {
 
 function restore(entry) {
   live.stop();
+  live.stale = false; // the state has an image
   results.stopComparison();
   replace(entry.layers, state.layer, entry.photo, entry.values);
   results.show(entry, false);
