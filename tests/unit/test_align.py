@@ -556,6 +556,7 @@ def test_extract(photos, tmp_path, capsys):
         ((photos / "one.png", "--out", tmp_path / "made"), "is 600x400, not a square portrait: pass --landmarker"),
         ((photo, "--out", photos), "is the photograph itself: choose another folder"),
         ((photos / "none.png", "--out", tmp_path), "none.png"),
+        ((photo, "--out", tmp_path, "--size", 10**6), "size must be from 32 to 4096 pixels, not 1000000"),
     ):
         assert run("extract", *arguments) == 2
         assert said in capsys.readouterr().err

@@ -39,7 +39,7 @@ from likeness.pipelines.editing import DESCRIBED, METHODS, edit_steps, last, lat
 from likeness.pipelines.editing.langevin import renoised
 from likeness.pipelines.image_recipe import COMPOSITE, XMP_KEY, decode_raw, encode_raw, read_recipe, write_image
 from likeness.pipelines.load import load
-from likeness.prepare.edit import Change, edit_photo, open_photo, plan_edit
+from likeness.prepare.edit import Change, edit_photo, in_portrait, open_photo, plan_edit
 from likeness.train import loop
 from likeness.types import InputError, PortraitRequest
 from runs import small
@@ -515,6 +515,14 @@ def test_a_face_in_a_photograph(model, tmp_path, capsys):
     edited = edit_photo(pipeline, cut, Change(region=["hair"], face=2), request, **options)
     assert any("% of the portrait is outside the photo; expect artifacts" in note for note in edited.notes)
     assert edited.certificate["changed_outside"] == 0 < edited.certificate["changed_inside"]
+    hair = np.full((300, 365), CLASS_INDEX["hair"], np.uint8)  # a mask of the photograph ends at its border
+    (tmp_path / "hair.png").write_bytes(CONDITIONS["mask"].encode(hair))
+    change = Change(mask=tmp_path / "hair.png", face=2)
+    plan = plan_edit(cut, change, SIDE, parser=options["parser"], find=find)
+    inside = in_portrait(np.ones_like(hair), cut, plan.transform, len(plan.after), "mask") > 0
+    assert (plan.after[inside] == CLASS_INDEX["hair"]).all()
+    assert np.array_equal(plan.after[~inside], plan.before[~inside])
+    assert 0.5 < inside.mean() < 0.99
     # a region painted on the photograph
     painted = np.zeros((300, 400), np.uint8)
     painted[100:150, 80:160] = 255
@@ -645,6 +653,8 @@ REJECTED = {
     "edit": (None, ("--mask-edit", "grwo hair 8"), "Unknown edit 'grwo'. Did you mean grow"),
     "short edit": (None, ("--mask-edit", "grow hair"), "cannot be read: write grow CLASSES BY"),
     "quote": (None, ("--mask-edit", "paste hat from 'a"), "has an open quote"),
+    "empty source": (None, ("--mask-edit", "paste hat from"), "cannot be read: write paste CLASSES from FILE"),
+    "empty class": (None, ("--mask-edit", "grow hair 8 over"), "cannot be read: write grow CLASSES BY"),
     "no source": (None, ("--mask-edit", "paste hat"), "cannot be read: write paste CLASSES from FILE"),
     "black": (None, ("--region-mask", "black.png"), "the region is empty"),
     "strength": (None, ("--strength", "1.5"), "strength is 1.5"),
@@ -686,7 +696,7 @@ def test_recipes_of_other_photographs(model, tmp_path, capsys):
     recipe, pixels = read_recipe(out)
     for changes, said in (
         ({"transform": [[1e-9, 0, 0], [0, 1e-9, 0]]}, "its transform or its method is invalid"),
-        ({"transform": [[float("nan")] * 3] * 2}, "its transform or its method is invalid"),
+        ({"transform": [[float("nan")] * 3] * 2}, "not JSON compliant"),
         ({"transform": [[1.0, 0.0], [1.0]]}, "another shape than [2, 3]"),
         ({"method": "magic"}, "its transform or its method is invalid"),
         ({"before": encode_raw(np.zeros((8, 8), np.uint8))}, "its region and its masks do not match"),

@@ -265,10 +265,24 @@ def test_ignored_pixels_take_the_nearest_class():
     assert [note.kind for note in reading.notes] == ["ignored-pixels"]
     assert (reading.raw == FACE).mean() > 0.95
     assert np.array_equal(reading.raw[border != 255], FACE[border != 255])
+    for palette in (PALETTE, 255 - PALETTE):  # of CelebAMask-HQ, and any other
+        image = Image.fromarray(border)
+        image.putpalette(palette.astype(np.uint8).tobytes())
+        assert np.array_equal(read(image).raw, reading.raw)
     mostly = FACE.copy()
     mostly[: len(FACE) // 2] = 255
     with pytest.raises(InputError, match=r"is 255 \(ignored\)"):
         read(mostly)
+
+
+def test_forms_of_files(tmp_path):
+    """The content tells a JPEG from a PNG; on demand, large files keep their resolution."""
+    Image.fromarray(FACE).save(tmp_path / "numbers.jpg", format="PNG")
+    assert np.array_equal(read(tmp_path / "numbers.jpg").raw, FACE)
+    large = resize(FACE, 4096, 4096)
+    Image.fromarray(large).save(tmp_path / "large.png")
+    assert read(tmp_path / "large.png").raw.shape == (2048, 2048)
+    assert np.array_equal(read(tmp_path / "large.png", full=True).raw, large)
 
 
 def test_foreign_class_numbers_are_rejected():

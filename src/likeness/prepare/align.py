@@ -65,6 +65,9 @@ JOURNAL = ".aligned.jsonl"
 REFINE_SIZE = 384
 """Side length in pixels at which landmarks are detected a second time."""
 
+SMALLEST_SIDE, LARGEST_SIDE = 32, 4096
+"""Sides of portraits in pixels."""
+
 BLURRED, GRAY = 0.1, 0.3
 """Distance from the photo, as a fraction of the portrait's side, at which it is fully blurred and fully gray."""
 
@@ -85,6 +88,12 @@ class Aligned:
     """Skipped portrait -> faults of its geometry."""
     copies: dict[str, str] = field(default_factory=dict)
     """Skipped photo -> photo with the same content."""
+
+
+def check_side(size: int) -> None:
+    """Check the side of portraits in pixels. Raises `InputError`."""
+    if not SMALLEST_SIDE <= size <= LARGEST_SIDE:
+        raise InputError(f"size must be from {SMALLEST_SIDE} to {LARGEST_SIDE} pixels, not {size}")
 
 
 def align_photos(
@@ -108,8 +117,7 @@ def align_photos(
         InputError: there are no photos, the landmarker cannot be used, `out` was written with other settings, or
             cannot be written.
     """
-    if size < 32:
-        raise InputError(f"size must be at least 32 pixels, not {size}")
+    check_side(size)
     files = photo_files(photos, out, follow_links)
     with open_face_finder(landmarker) as find:
         settings = {"size": size, "all_faces": all_faces, "strict": strict, "landmarker": landmarker_name(landmarker)}
@@ -410,8 +418,7 @@ def extract(
         InputError: the photograph cannot be read, is not square and cannot be aligned, has no face, or would be
             overwritten.
     """
-    if size < 32:
-        raise InputError(f"size must be at least 32 pixels, not {size}")
+    check_side(size)
     pixels = read_photo(photo)
     suffixes = {"image": ".png", "mask": "_mask.png", "sketch": "_sketch.png", "keypoints": "_keypoints.json"}
     files = {name: out / f"{photo.stem}{suffix}" for name, suffix in suffixes.items()}

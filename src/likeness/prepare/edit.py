@@ -211,7 +211,9 @@ def plan_edit(
         raise InputError(f"{photo.name} shows no face that the parser recognizes: use a frontal photograph")
     after = before
     if change.mask is not None:
-        after = in_portrait(CONDITIONS["mask"].read(change.mask).raw, photo, transform, side, "mask")
+        reading = CONDITIONS["mask"].read(change.mask, full=True)
+        notes = [*notes, *(f"mask: {note.text}" for note in reading.notes)]
+        after = in_portrait(reading.raw, photo, transform, side, "mask", outside=before)
     after = apply_commands(after, change.mask_edit, read)
     wanted = before != after
     if change.region:
@@ -240,8 +242,18 @@ def plan_edit(
     return Plan(transform=transform, region=region, before=before, after=after, notes=notes)
 
 
-def in_portrait(values: np.ndarray, photo: Photo, transform: np.ndarray, side: int, what: str) -> np.ndarray:
+def in_portrait(
+    values: np.ndarray,
+    photo: Photo,
+    transform: np.ndarray,
+    side: int,
+    what: str,
+    *,
+    outside: np.ndarray | None = None,
+) -> np.ndarray:
     """Move labels or a region [h, w] of the photograph or of the portrait to the portrait, [side, side].
+
+    `outside`, [side, side], are its values outside the photograph. Default: 0.
 
     Raises:
         InputError: they are of another size.
@@ -255,7 +267,7 @@ def in_portrait(values: np.ndarray, photo: Photo, transform: np.ndarray, side: i
     centers = np.arange(side) + 0.5
     x, y = np.moveaxis(move(np.stack(np.meshgrid(centers, centers), axis=-1), inverse(transform)), -1, 0)
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    found = np.zeros((side, side), values.dtype)
+    found = np.zeros((side, side), values.dtype) if outside is None else outside.copy()
     found[inside] = values[y[inside].astype(int), x[inside].astype(int)]
     return found
 

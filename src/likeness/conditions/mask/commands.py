@@ -58,7 +58,8 @@ def apply_commands(labels: np.ndarray, text: str, read: Callable[[str], np.ndarr
         needed = {word for word in form.split() if word in KEYWORDS}
         optional = {"over"} & set(signature(OPERATIONS[name]).parameters)
         more = len(words[""]) - len(form.split(" ", 1)[0].split("+"))
-        if set(words) - {"", *optional} != needed or more < 0 or (more and "CLASSES" not in form):
+        whole = set(words) - {"", *optional} == needed and all(words.values()) and more >= 0
+        if not whole or (more and "CLASSES" not in form):
             raise InputError(f"{command.strip()!r} cannot be read: write {name} {form.replace('+', ' ')}")
         over = {"over": words["over"]} if "over" in words else {}
         labels = OPERATIONS[name](labels, **fields(words, read), **over)

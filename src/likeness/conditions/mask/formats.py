@@ -95,28 +95,29 @@ def side_notes(geometry: Geometry) -> tuple[Note, ...]:
     return tuple(notes)
 
 
-def read(source: Source, *, name: str = "") -> Reading:
+def read(source: Source, *, name: str = "", full: bool = False) -> Reading:
     """Read a mask as canonical class numbers 0 to 18, uint8 [H, W].
 
     The source is a path (image, .npy, .npz, or a folder of part files), a PIL image, or an array: class numbers [H, W],
-    colors [H, W, 3 or 4], or one-hot [19, H, W] or [H, W, 19]; `name` replaces the path in error messages. Raises
-    `InputError` if it is not a mask in a known format.
+    colors [H, W, 3 or 4], or one-hot [19, H, W] or [H, W, 19]; `name` replaces the path in error messages. `full` reads
+    images of any size at their full resolution. Raises `InputError` if it is not a mask in a known format.
     """
     name = name or describe(source)
     if isinstance(source, np.ndarray):
         return _read_array(source, name)
     if isinstance(source, Image.Image):
-        return _read_image(open_image(source, name), name, jpeg=source.format == "JPEG")
+        return _read_image(open_image(source, name), name, full)
     path = existing_path(source)
     if path.is_dir():
         return _read_folder(path)
     if path.suffix.lower() in ARRAY_SUFFIXES:
         return _read_array(load_array(path, name), name)
-    return _read_image(open_image(path, name), name, jpeg=path.suffix.lower() in (".jpg", ".jpeg", ".jfif"))
+    return _read_image(open_image(path, name), name, full)
 
 
-def _read_image(image: Image.Image, name: str, jpeg: bool) -> Reading:
-    step = min(max(image.size) // MAX_SIDE, min(image.size) // MINIMUM_SIDE)
+def _read_image(image: Image.Image, name: str, full: bool) -> Reading:
+    jpeg = image.format in ("JPEG", "MPO")
+    step = 1 if full else min(max(image.size) // MAX_SIDE, min(image.size) // MINIMUM_SIDE)
     if step > 1:  # every step-th pixel: classes stay as they are
         image = image.resize((image.width // step, image.height // step), Image.Resampling.NEAREST)
     if image.mode == "P":
@@ -246,11 +247,12 @@ def _read_palette(indices: np.ndarray, colors: np.ndarray, name: str) -> Reading
 
     A known palette, in any arrangement, identifies the classes. With another table, indices below 19 are class numbers.
     """
-    used = np.unique(indices)
+    every = np.unique(indices)
+    used = every[every != IGNORE] if (every != IGNORE).any() else every
     for palette_name, palette in PALETTES.items():
         if 0 < used[-1] < len(CLASSES) and np.array_equal(colors[used], palette[used]):
             return _read_numbers(indices, f"palette PNG, {palette_name} colors", name, colored=True)
-    if len(used) > 1 and (colors[used][:, None] == UNION).all(axis=2).any(axis=1).all():
+    if len(every) > 1 and (colors[every][:, None] == UNION).all(axis=2).any(axis=1).all():
         return _read_colors(colors[indices], "palette PNG", name)
     if used[-1] < len(CLASSES):
         return _read_numbers(indices, "palette PNG, class by index", name)
