@@ -287,7 +287,7 @@ def retry_after(header: str) -> float:
     for parse in (float, lambda text: parsedate_to_datetime(text).timestamp() - time.time()):
         try:
             return max(0.0, parse(header))
-        except ValueError:
+        except (ValueError, OverflowError):
             continue
     return 0.0
 

@@ -20,7 +20,7 @@ from hostile import full_disk
 from PIL import Image
 
 from builders import run
-from likeness.chat import Answer, Meter
+from likeness.chat import Answer, Meter, retry_after
 from likeness.conditions.mask import mask_image
 from likeness.data.synthetic import draw_face
 from likeness.prepare.caption.folder import CaptionSettings, caption_folder
@@ -229,6 +229,12 @@ def test_temporary_errors_are_retried(folder, count):
     assert meter.requests == len(at) == 4 + len(stumbles)
     assert at[2] - at[1] >= 0.3  # as requested by the server
     assert at[6] - at[5] >= 0.9  # a date has a resolution of one second
+
+
+def test_impossible_dates():
+    assert retry_after("Mon, 01 Jan 2030 00:00:00 +99999999999999999") == 0
+    assert retry_after("Mon, 01 Jan 2001 00:00:00 GMT") == 0
+    assert retry_after("tomorrow") == 0
 
 
 def test_waits_double(folder, count):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -15,7 +16,8 @@ import pytest
 from PIL import Image
 
 from builders import run, tiny_pipeline
-from likeness.cli import COMMANDS
+from likeness.cli import COMMANDS, execute
+from likeness.cli.portraits import parse_lora
 from likeness.data.synthetic import draw_face
 from likeness.pipelines.image_recipe import read_recipe, request_of
 
@@ -75,6 +77,24 @@ def test_stopped(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == "likeness: stopped\n"
     assert run("prepare", "synthetic", tmp_path, "--count", 1, "--size", 32) == 130
     assert capsys.readouterr().err.endswith("likeness: stopped; run the same command again to resume\n")
+
+
+def test_files_without_permission(capsys):
+    def locked() -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "secret/a.png")
+
+    with pytest.raises(SystemExit, match="2"):
+        execute(locked)
+    assert capsys.readouterr().err == "likeness: secret/a.png cannot be opened: Permission denied\n"
+
+
+def test_names_of_loras(tmp_path, monkeypatch):
+    """A number after "=" is the strength, unless it belongs to the name of a file."""
+    monkeypatch.chdir(tmp_path)
+    Path("lr=1e-4").mkdir()
+    assert parse_lora("lr=1e-4") == ("lr=1e-4", 1.0)
+    assert parse_lora("lr=1e-4=0.5") == ("lr=1e-4", 0.5)
+    assert parse_lora("a.safetensors=0.6") == ("a.safetensors", 0.6)
 
 
 @pytest.mark.parametrize(

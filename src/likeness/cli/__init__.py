@@ -165,6 +165,9 @@ def execute(command: Callable[[], None], *, resumable: bool = False) -> None:
         if error.errno == errno.ENAMETOOLONG:
             print_error(f"{str(error.filename)[:80]}... is not a file: the name is too long")
             sys.exit(2)
+        if error.errno in (errno.EACCES, errno.EPERM) and error.filename is not None:
+            print_error(f"{error.filename} cannot be opened: {error.strerror}")
+            sys.exit(2)
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered cannot be written either

@@ -370,7 +370,7 @@ def parse_lora(text: str) -> tuple[str, float]:
     """Parse `style.safetensors` or `style.safetensors=0.6` as (source, strength)."""
     source, _, strength = text.rpartition("=")
     try:
-        lora = (source, float(strength)) if source else (text, 1.0)
+        lora = (source, float(strength)) if source and not Path(text).exists() else (text, 1.0)
     except ValueError:
         lora = (text, 1.0)  # the name contains "="
     if not math.isfinite(lora[1]):

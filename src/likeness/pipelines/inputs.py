@@ -93,7 +93,9 @@ def encode_conditions(
         if key in encoded:
             continue
         name = key[0]
-        reading, lines = read_condition(name, source.cpu().numpy() if isinstance(source, Tensor) else source)
+        if isinstance(source, Tensor):
+            source = (source.float() if source.is_floating_point() else source).cpu().numpy()
+        reading, lines = read_condition(name, source)
         notes.extend(lines)
         if reading.size is not None:
             size = round(reading.size[1]), round(reading.size[0])
