@@ -428,6 +428,19 @@ def test_one_unreadable_image(root, tmp_path):
     assert '<img alt="unreadable">' in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_one_unreadable_mask(root, tmp_path):
+    """It is missing for its own face, not for the face that it is the other mask of."""
+    folder = tmp_path / "faces"
+    shutil.copytree(root / "faces" / "train", folder)
+    images = copy_photos(root, tmp_path / "photos")
+    broken = Path(read_folder(folder)[3]["mask_file_name"])
+    broken.write_bytes(broken.read_bytes()[:50])
+    protocol = protocol_of(root, steps=None, given=("none",), metrics=("pixel_accuracy",))
+    found = evaluate(folder, tmp_path / "out", protocol, images=images)
+    assert {entry.n for entry in found.numbers if entry.against == "own"} == {COUNT - 1}
+    assert len(found.faults) == 1
+
+
 def test_images_must_match_faces(root, tmp_path):
     images = copy_photos(root, tmp_path / "photos")
     first = sorted(images.iterdir())[0]

@@ -123,6 +123,7 @@ def test_an_unknown_option_is_an_error(capsys):
         ({"checkpoint_every": 0}, "checkpoint_every is 0: it must be at least 1"),
         ({"log_every": 0}, "log_every is 0: it must be at least 1"),
         ({"seed": -1}, "seed is -1: it must be at least 0"),
+        ({"seed": 2**62}, "seed is 4611686018427387904: it must be below"),
         ({"defaults": {"size": SIZE, "guidance": 9.0}}, "the recipe's defaults: unknown key 'guidance'; known are"),
         ({"defaults": {"size": 512}}, "contains faces of 32 px, but the recipe's defaults.size is 512"),
         ({"defaults": {}}, "contains faces of 32 px, but the recipe's defaults.size is missing"),
@@ -324,6 +325,8 @@ def test_reports_on_a_full_disk(tmp_path, capsys, most):
     reporter.report(20, loss=1.0)
     reporter.report(30, loss=1.0)
     reporter.close()
+    with (tmp_path / "metrics.jsonl").open("ab") as file:  # damage is skipped
+        file.write(b'[1]\n\xff\n{"seen": ')
     assert [line["seen"] for line in read_metrics(tmp_path)] == [20, 30]
 
 
@@ -523,6 +526,10 @@ def test_posthoc_ema(root, tmp_path, capsys):
     assert capsys.readouterr().out.strip().endswith("model-0.1")
     assert posthoc_ema(run, 0.2).name == "model-0.2"
     assert posthoc_ema(run, 0.15).name == "model-0.15"
+    file = next((run / "averages").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(InputError, match="cannot be read, download it again"):
+        posthoc_ema(run, 0.12)
     names = ("model", "model-0.1", "model-0.2", "model-0.15")
     published, same, wide, between = (weights_of(run / name) for name in names)
 

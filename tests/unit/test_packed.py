@@ -166,6 +166,9 @@ def test_packing_again_replaces_all(bundle, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"AutoencoderDC in .* cannot be loaded"):
         join_components(root / "text", root / "autoencoder", root / "common", root / "faces", size=32)
     assert (root / "common" / "components.json").read_text() == before
+    for size in (0, 31):
+        with pytest.raises(InputError, match=f"size {size} is not supported: it must be a multiple of"):
+            join_components(root / "autoencoder", root / "text", root / "common", root / "faces", size=size)
     for write in (pack_model, lambda run, out: join_components(root / "autoencoder", root / "text", out, run, size=32)):
         with pytest.raises(InputError, match=r"faces contains other files, but no .*\.json: choose another folder"):
             write(root / "run", root / "faces")
@@ -215,6 +218,10 @@ def test_model_of_another_autoencoder_is_rejected(bundle, tmp_path):
         (tmp_path / "run" / file).symlink_to(bundle / "run" / file)
     (tmp_path / "run" / "codec.json").write_text(json.dumps({"codec": "0" * 64}))
     with pytest.raises(InputError, match="another encoder"):
+        pack_model(tmp_path / "run", tmp_path / "mini")
+    codec = read_json(bundle / "run" / "codec.json")
+    (tmp_path / "run" / "codec.json").write_text(json.dumps(codec | {"text": "0" * 64}))
+    with pytest.raises(InputError, match="another text encoder"):
         pack_model(tmp_path / "run", tmp_path / "mini")
     assert not (tmp_path / "mini").exists()
 

@@ -223,7 +223,7 @@ def test_attributes_are_strings_and_booleans(recipe, models):
     rows = rows_with("text", recipe.train)[:3]
     classes = attribute_classes(rows)
     assert classes == {"color": ["green", "red"], "left": ["False", "True"]}  # no numbers, no constants
-    del rows[1]["attributes"]
+    rows[1]["attributes"] = ["color"]  # names without values
     rows[2]["attributes"]["color"] = "mauve"
     labels = Pairs(recipe, rows, models[2], classes).make(0, [0, 1, 2]).labels
     assert labels.tolist() == [[1, 1], [-100, -100], [-100, 1]]
@@ -256,6 +256,7 @@ def test_the_published_head_names_attributes(run, recipe, models):
         ({"vision_heads": 3}, "vision_width is 32: it must be a multiple of vision_heads, 3"),
         ({"text_heads": 0}, "text_heads is 0: it must be at least 1"),
         ({"size": 4}, "size is 4: it must be at least 8"),
+        ({"seed": 2**64}, "seed is 18446744073709551616: it must be below"),
         ({"crop": 2.0}, "crop is 2.0: it must be above 0, at most 1"),
         ({"retrieval_candidates": 0}, "retrieval_candidates is 0"),
     ],
@@ -270,6 +271,10 @@ def test_folders_without_captions_are_rejected(tmp_path, recipe):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n')
     with pytest.raises(InputError, match="has 'text'"):
         rows_with("text", [str(tmp_path)])
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"file_name": "a.png", "text": [""]}\n{"file_name": "b.png", "text": "a"}\n'
+    )
+    assert [row["text"] for row in rows_with("text", [str(tmp_path)])] == ["a"]
 
 
 def test_recipe_parses():

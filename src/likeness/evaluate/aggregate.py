@@ -63,7 +63,7 @@ def measure(
         inputs = Inputs(protocol.choices, None if train is None else train[readable(train)])
         values = face_values(metric, by_seed, inputs)
         several = by_seed if len(by_seed) > 1 and not metric.across_seeds else ()
-        means = [float(np.nanmean(face_values(metric, [output], inputs))) for output in several]
+        means = [float(scores.nan_mean(face_values(metric, [output], inputs))) for output in several]
         add(given, "own", *measure_mean(values, protocol), means)
         stored[f"{name}/{given}"] = values
         if metric.mismatch and given != CEILING and (not metric.condition or metric.condition in given.split("+")):

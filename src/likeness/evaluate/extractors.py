@@ -28,6 +28,7 @@ from likeness.evaluate.faces import read_condition
 from likeness.evaluate.features import BATCH, Extractor, MissingError
 from likeness.evaluate.protocol import BUNDLED, Protocol
 from likeness.evaluate.scores import class_counts, edge_f_score, is_complete_face, keypoint_error, sharpness
+from likeness.types import InputError
 from likeness.weights import catalog
 from likeness.weights.hashes import file_hash, network_name, weights_hash
 
@@ -76,7 +77,13 @@ def compare_conditions(
         if found is None:
             continue
         for column, files in enumerate((face.conditions, face.mismatched)):
-            if (given := read_condition(files, condition, size or len(found))) is not None:
+            try:
+                given = read_condition(files, condition, size or len(found))
+            except InputError:
+                if column == 0:
+                    raise
+                continue  # reported for the face that has it
+            if given is not None:
                 scores[row, column] = score(given, found)
     return scores
 

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from likeness.annotators.face_parser import load_face_parser
 from likeness.data.folder import read_folder, read_photo
 from likeness.encoders.components import load_components
-from likeness.encoders.latent import LatentCodec, to_tensor
+from likeness.encoders.latent import LatentCodec, spatial_factor, to_tensor
 from likeness.encoders.text_image import load_attribute_head, save_attribute_head
 from likeness.files import first_line, read_json, write_whole, writing_folder
 from likeness.models.label_decoder import LabelDecoder
@@ -65,6 +65,8 @@ def join_components(
     clip = load_component(text / "model" / "clip", "transformers", "CLIPModel")
     tokenizer = AutoTokenizer.from_pretrained(text / "model" / "tokenizer", trust_remote_code=False)
     rows = read_folder(data)
+    if size < 1 or size % spatial_factor(vae):
+        raise InputError(f"size {size} is not supported: it must be a multiple of {spatial_factor(vae)}")
     with writing_folder(out) as partial:
         save_packed(vae, partial / "vae")
         save_packed(encoder, partial / "text_encoder")
@@ -138,8 +140,11 @@ def pack_model(model: Path, out: Path, base: Path | None = None, label_decoder: 
     check_replaceable(out, "model_index.json")
     index = read_json(model / "model_index.json")
     common = load_components(out.parent / COMMON)
-    if read_json(model / CODEC)["codec"] != common.codec_hash:
+    recorded = read_json(model / CODEC)
+    if recorded["codec"] != common.codec_hash:
         raise InputError(f"{model} was trained on the latents of another encoder than that of {out.parent / COMMON}")
+    if recorded.get("text", common.text_hash) != common.text_hash:
+        raise InputError(f"{model} was trained with another text encoder than that of {out.parent / COMMON}")
     transformer = load_component(model / "transformer", *index["transformer"])
     if base is not None:
         if base.resolve() == out.resolve():

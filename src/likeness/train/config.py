@@ -328,6 +328,9 @@ may have moved; other content is reported.
 PIPELINE_DEFAULTS = ("size", "steps", "guidance_scale", "guidance_interval")
 """Keys of `RunRecipe.defaults`."""
 
+MAX_SEED = 2**62
+"""Bound of seeds: numbers of images are added to them."""
+
 MAX_EMA_WIDTH = 0.28
 """The plain mean of all weights has the largest relative width of a power-law EMA, 0.289."""
 
@@ -387,7 +390,10 @@ def check_component(recipe: ComponentRecipe) -> None:
     check_minimum(recipe, 1, "images", "batch", "checkpoint_every", "threads")
     check_minimum(recipe, 0, "seed", "warmup")
     check_minimum(recipe, 0, "learning_rate", exclusive=True)
-    check_values(("ema", recipe.ema, 0 < recipe.ema <= MAX_EMA_WIDTH, f"above 0, at most {MAX_EMA_WIDTH}"))
+    check_values(
+        ("seed", recipe.seed, recipe.seed < MAX_SEED, f"below {MAX_SEED}"),
+        ("ema", recipe.ema, 0 < recipe.ema <= MAX_EMA_WIDTH, f"above 0, at most {MAX_EMA_WIDTH}"),
+    )
 
 
 def check_probabilities(probabilities: Mapping[str, float], key: str) -> None:
@@ -427,6 +433,7 @@ def check(recipe: RunRecipe) -> None:
     check_probabilities(data.condition_probabilities, "data.condition_probabilities")
     check_defaults(recipe.defaults)
     check_values(
+        ("seed", recipe.seed, recipe.seed < MAX_SEED, f"below {MAX_SEED}"),
         ("optimizer.images", o.images, o.images >= o.batch, f"at least a batch, {o.batch}"),
         ("optimizer.betas", list(o.betas), all(0 <= beta < 1 for beta in o.betas), "from 0 to below 1"),
         *(("optimizer.ema", w, 0 < w <= MAX_EMA_WIDTH, f"above 0, at most {MAX_EMA_WIDTH}") for w in widths),

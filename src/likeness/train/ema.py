@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 
 from likeness.files import read_json, write_whole, writing_folder
@@ -25,6 +25,7 @@ from likeness.parallel import World, gather, local_tensor
 from likeness.train.config import MAX_EMA_WIDTH
 from likeness.train.optim import trainable_parameters
 from likeness.types import InputError
+from likeness.weights.files import read_weights
 from likeness.weights.packed import load_component
 
 FOLDER = "averages"
@@ -110,7 +111,7 @@ def posthoc_ema(run: Path, width: float, seen: int | None = None) -> Path:
     coefficients = solve(list(stored.values()), (end, exponent(width)))
     total: dict[str, torch.Tensor] = {}
     for path, coefficient in zip(stored, coefficients, strict=True):
-        for name, value in load_file(path).items():
+        for name, value in read_weights(path).items():
             total[name] = total.get(name, 0) + float(coefficient) * value.float()
     out = run / f"model-{width:g}"
     with writing_folder(out) as partial:

@@ -105,11 +105,13 @@ class Reporter:
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """Return the lines of `metrics.jsonl`, if it exists. An incomplete last line of a killed run is skipped."""
     lines = []
-    for text in (run / METRICS).read_text(encoding="utf-8").splitlines() if (run / METRICS).is_file() else ():
+    path = run / METRICS
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except json.JSONDecodeError:
             continue
+        lines += [line] if isinstance(line, dict) else []
     return lines
 
 

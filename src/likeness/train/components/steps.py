@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from likeness.conditions import CONDITIONS
-from likeness.data.folder import column_of, read_folder
+from likeness.data.folder import captions_of, column_of, read_folder
 from likeness.device import choose_device
 from likeness.files import writing_folder
 from likeness.parallel import World
@@ -99,7 +99,8 @@ def rows_with(column: str, folders: Sequence[str]) -> list[dict[str, Any]]:
     """Return the rows of prepared folders that have a column. Raises `InputError` if a folder cannot be read, or no row
     has the column.
     """
-    rows = [row for folder in folders for row in read_folder(folder) if row.get(column)]
+    given = captions_of if column == "text" else lambda row: row.get(column)  # captions may be blank
+    rows = [row for folder in folders for row in read_folder(folder) if given(row)]
     if not rows:
         raise InputError(f"no row of {', '.join(folders) or 'no folder'} has {column!r}, which the recipe requires")
     return rows

@@ -244,10 +244,9 @@ class Pairs:
         row = torch.tensor(indices)
         same_row = row[:, None] == row[None]  # [B, B]
         same_caption = (ids[:, None] == ids[None]).all(dim=2)  # [B, B]
-        values = [
-            [(str(self.rows[index].get("attributes", {}).get(name)), known) for name, known in self.classes.items()]
-            for index in indices
-        ]
+        given = [self.rows[index].get("attributes") for index in indices]
+        own = [attributes if isinstance(attributes, dict) else {} for attributes in given]  # a list has no classes
+        values = [[(str(row.get(name)), known) for name, known in self.classes.items()] for row in own]
         labels = [[known.index(value) if value in known else IGNORED for value, known in row] for row in values]
         return Batch(
             images=to_tensor([image for image, _ in pairs]),
