@@ -696,7 +696,7 @@ def test_recipes_of_other_photographs(model, tmp_path, capsys):
     recipe, pixels = read_recipe(out)
     for changes, said in (
         ({"transform": [[1e-9, 0, 0], [0, 1e-9, 0]]}, "its transform or its method is invalid"),
-        ({"transform": [[float("nan")] * 3] * 2}, "not JSON compliant"),
+        ({"transform": [[float("nan")] * 3] * 2}, "its transform or its method is invalid"),
         ({"transform": [[1.0, 0.0], [1.0]]}, "another shape than [2, 3]"),
         ({"method": "magic"}, "its transform or its method is invalid"),
         ({"before": encode_raw(np.zeros((8, 8), np.uint8))}, "its region and its masks do not match"),

@@ -264,6 +264,12 @@ def captions_of(row: dict[str, Any]) -> Sequence[str]:
     return tuple(caption for caption in ([text] if isinstance(text, str) else text) if caption.strip())
 
 
+def attributes_of(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the attributes of a row; {} if it has none, or a list of names without values, as other datasets have."""
+    attributes = row.get("attributes")
+    return attributes if isinstance(attributes, dict) else {}
+
+
 def mirrored_caption(caption: str) -> str:
     """Return the caption of the mirrored image: with the words "left" and "right" swapped, except in "all right"."""
 

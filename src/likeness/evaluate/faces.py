@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from likeness.conditions import CONDITIONS
-from likeness.data.folder import captions_of, column_of, read_folder
+from likeness.data.folder import attributes_of, captions_of, column_of, read_folder
 from likeness.evaluate.protocol import Protocol, conditions_of
 from likeness.types import InputError
 
@@ -55,8 +55,7 @@ def read_faces(folder: Path, protocol: Protocol, photos: Iterable[Path] | None =
         name = row["file_name"].stem
         if stems is not None and name not in stems:
             continue
-        captions, attributes = captions_of(row), row.get("attributes")
-        attributes = attributes if isinstance(attributes, dict) else {}  # other datasets have a list of names
+        captions = captions_of(row)
         files = {condition: row[column_of(condition)] for condition in CONDITIONS if column_of(condition) in row}
         lacking = sorted(required - set(files)) + (["caption"] if captioned and not captions else [])
         for column in lacking:
@@ -65,7 +64,7 @@ def read_faces(folder: Path, protocol: Protocol, photos: Iterable[Path] | None =
             continue
         captions = captions or [""]
         caption = captions[0] if protocol.caption == "first" else max(captions, key=lambda text: (len(text), text))
-        known = {"conditions": files, "caption": caption, "attributes": attributes}
+        known = {"conditions": files, "caption": caption, "attributes": attributes_of(row)}
         faces.append(Face(number=number, name=name, photo=row["file_name"], **known))
     notes = [f"{count} faces without a {column} were skipped" for column, count in skipped.items() if count]
     if not faces:

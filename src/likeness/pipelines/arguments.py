@@ -122,6 +122,13 @@ def callback_inputs(callback: Any, given: Sequence[str]) -> Sequence[str]:
     return callback.tensor_inputs if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)) else given
 
 
+def array_of(image: Any) -> Any:
+    """Return a tensor as an array, bfloat16 as float32, and any other form of an image as it is."""
+    if not isinstance(image, Tensor):
+        return image
+    return (image.float() if image.is_floating_point() else image).cpu().numpy()
+
+
 def named_conditions(images: Any) -> Any:
     """Return `control_image` as a mapping; the kind of a single path, image or array is recognized. Raises `InputError`
     if it is not a known condition.
@@ -131,7 +138,7 @@ def named_conditions(images: Any) -> Any:
     if isinstance(images, (str, Path, Image.Image, np.ndarray, Tensor)):
         from likeness.conditions.inspection import inspect  # imports scipy
 
-        return {inspect(images.cpu().numpy() if isinstance(images, Tensor) else images).condition: images}
+        return {inspect(array_of(images)).condition: images}
     return images
 
 

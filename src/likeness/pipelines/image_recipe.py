@@ -34,6 +34,7 @@ from likeness.config import build
 from likeness.files import writing_whole
 from likeness.pipelines.adapters import active_adapters
 from likeness.pipelines.formats import format_of
+from likeness.pipelines.generate import SEED_LIMIT
 from likeness.pipelines.sizes import LARGEST_SIDE
 from likeness.types import MAX_STEPS, ConditionInput, DtypeName, InputError, PortraitRequest
 from likeness.weights.catalog import bundled_models
@@ -143,11 +144,11 @@ def check_recipe(recipe: Any, where: str, shape: tuple[int, ...] | None = None) 
     if not isinstance(recipe, Mapping):
         raise InputError(f"{where} is damaged: it is a {type(recipe).__name__}")
     checked = build(Recipe, recipe, where=f"{where} is damaged")
-    try:
-        json.dumps(recipe, ensure_ascii=False, allow_nan=False).encode()
+    try:  # an edit is checked when it is repeated
+        json.dumps({**recipe, "edit": None}, ensure_ascii=False, allow_nan=False).encode()
     except ValueError as error:
         raise InputError(f"{where} is damaged: {error}") from error
-    if not 0 <= checked.seed < 2**63:
+    if not 0 <= checked.seed < SEED_LIMIT:
         raise InputError(f"{where} is damaged: the seed is not from 0 to 2^63 - 1")
     image = checked.edit or checked
     size, generated = (image.width, image.height), (checked.width, checked.height)

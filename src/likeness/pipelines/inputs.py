@@ -19,6 +19,7 @@ from likeness.conditions.base import Condition, Reading
 from likeness.conditions.images import check_aspect
 from likeness.encoders.latent import spatial_factor, to_tensor
 from likeness.encoders.text import truncated_text
+from likeness.pipelines.arguments import array_of
 from likeness.types import ConditionInput, InputError, TextFeatures
 
 SYNTAX = re.compile(r"\([^()]*:\s*\d*\.?\d+\s*\)|<lora:[^>]*>|\bBREAK\b")
@@ -93,9 +94,7 @@ def encode_conditions(
         if key in encoded:
             continue
         name = key[0]
-        if isinstance(source, Tensor):
-            source = (source.float() if source.is_floating_point() else source).cpu().numpy()
-        reading, lines = read_condition(name, source)
+        reading, lines = read_condition(name, array_of(source))
         notes.extend(lines)
         if reading.size is not None:
             size = round(reading.size[1]), round(reading.size[0])

@@ -51,6 +51,7 @@ from likeness.data.folder import (
     write_record,
 )
 from likeness.files import write_whole, writing_whole
+from likeness.pipelines.sizes import LARGEST_SIDE
 from likeness.prepare.annotate import keypoints_file, made_by_column, mask_annotator, sketch_annotator
 from likeness.prepare.ingest.faces import file_stem
 from likeness.prepare.ingest.formats import UNKNOWN_TERMS
@@ -65,8 +66,8 @@ JOURNAL = ".aligned.jsonl"
 REFINE_SIZE = 384
 """Side length in pixels at which landmarks are detected a second time."""
 
-SMALLEST_SIDE, LARGEST_SIDE = 32, 4096
-"""Sides of portraits in pixels."""
+SMALLEST_SIDE = 32
+"""Smallest side of portraits in pixels."""
 
 BLURRED, GRAY = 0.1, 0.3
 """Distance from the photo, as a fraction of the portrait's side, at which it is fully blurred and fully gray."""

@@ -35,6 +35,7 @@ from likeness.pipelines.formats import format_of
 from likeness.pipelines.generate import call_options, resolve
 from likeness.pipelines.image_recipe import decode_raw, encode_image, encode_raw, recipe_of
 from likeness.pipelines.output import PortraitOutput
+from likeness.pipelines.sizes import LARGEST_SIDE
 from likeness.prepare.align import cut_portrait, face_transform
 from likeness.prepare.paste import FEATHER, bands, box_of, inward, paste_portrait
 from likeness.types import ConditionInput, InputError, PortraitRequest, Progress
@@ -50,9 +51,6 @@ RING = 0.08
 
 MODES = {"1": "L", "L": "L", "LA": "LA", "P": "RGB", "PA": "RGBA", "RGB": "RGB", "RGBA": "RGBA"}
 """Pillow mode of a photograph -> mode of its result, in which the pixels are the same."""
-
-MAX_SIDE = 4096
-"""Largest portrait of a recipe in pixels."""
 
 WEBP_SIDE = 16383
 """Largest side of a WebP in pixels."""
@@ -249,11 +247,11 @@ def in_portrait(
     side: int,
     what: str,
     *,
-    outside: np.ndarray | None = None,
+    outside: np.ndarray | int = 0,
 ) -> np.ndarray:
     """Move labels or a region [h, w] of the photograph or of the portrait to the portrait, [side, side].
 
-    `outside`, [side, side], are its values outside the photograph. Default: 0.
+    `outside`, a value or [side, side], is what lies outside the photograph.
 
     Raises:
         InputError: they are of another size.
@@ -267,7 +265,7 @@ def in_portrait(
     centers = np.arange(side) + 0.5
     x, y = np.moveaxis(move(np.stack(np.meshgrid(centers, centers), axis=-1), inverse(transform)), -1, 0)
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    found = np.zeros((side, side), values.dtype) if outside is None else outside.copy()
+    found = np.full((side, side), outside, values.dtype)
     found[inside] = values[y[inside].astype(int), x[inside].astype(int)]
     return found
 
@@ -495,7 +493,7 @@ def replay_edit(
     region, before = (decode_raw(entry[name], raw) for name, raw in (("region", "sketch"), ("before", "mask")))
     after = request.conditions["mask"].image.raw if "mask" in request.conditions else before
     region, side = region >= 128, len(region)
-    if not region.shape == before.shape == after.shape == (side, side) or not region.any() or side > MAX_SIDE:
+    if not region.shape == before.shape == after.shape == (side, side) or not region.any() or side > LARGEST_SIDE:
         raise InputError("The edit of the recipe is damaged: its region and its masks do not match")
     if not is_plausible(transform, side, *photo.image.size) or entry["method"] not in METHODS:
         raise InputError("The edit of the recipe is damaged: its transform or its method is invalid")

@@ -28,7 +28,7 @@ from likeness.serve.errors import FINAL, RESPONSES, ApiError, handle
 from likeness.serve.forms import form_body, read_form, text_fields
 from likeness.serve.jobs import Job, Jobs, response_of
 from likeness.serve.middleware import Frame, Metrics, access
-from likeness.serve.results import STREAM, Results
+from likeness.serve.results import REJECTED, STREAM, Results
 from likeness.serve.schema import (
     MAX_CANDIDATES,
     MAX_EDIT,
@@ -158,7 +158,7 @@ def create_app(service: Service) -> FastAPI:
         def accept() -> dict[str, Any]:
             photos = [job.edit[0] for job in list(jobs.live.values()) if job.edit]
             if sum(2 * photo.pixels.nbytes for photo in photos) > MAX_PHOTOS:  # in two forms
-                raise full(f"{len(photos)} edits of large photographs are waiting")
+                raise results.full(f"{len(photos)} edits of large photographs are waiting")
             portrait, photo, plan = service.edit_of(body, image, mask)
             return {"request": portrait, "notes": plan.notes, "edit": (photo, plan)}
 
@@ -184,7 +184,7 @@ def create_app(service: Service) -> FastAPI:
         if state["error"]:
             raise ApiError(503, state["error"], code="not_ready")
         if not engine.open or len(engine.waiting) + body.n > settings.queue:  # checked again when queued
-            raise full()
+            raise results.full()
 
         def create() -> Job:
             checked = accept()
@@ -200,12 +200,12 @@ def create_app(service: Service) -> FastAPI:
             if known is not None:  # sent at the same time
                 return await results.result_of_earlier(request, body, *known)
             if key is not None and await asyncio.to_thread(store.find, id, owner) is None:
-                raise results.rejected() from error
+                raise results.full(REJECTED) from error
             message = f"A request with the id {id} or with this Idempotency-Key exists: choose another"
             raise ApiError(409, message, code="duplicate_request", headers=FINAL) from error
         except (Full, Closed) as error:
             await asyncio.to_thread(store.remove, id)
-            raise full() from error
+            raise results.full() from error
         finally:
             accepting.pop((id, owner), None)
             accepted.set()
@@ -348,13 +348,6 @@ def create_app(service: Service) -> FastAPI:
     @app.get("/metrics")
     async def figures() -> Response:
         return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4")
-
-    def full(waiting: str = "") -> ApiError:
-        if not engine.open:
-            return ApiError(503, "The service is shutting down", code="shutting_down", headers={"Retry-After": "5"})
-        wait = {"Retry-After": str(engine.seconds_until_free())}
-        waiting = waiting or f"{len(engine.waiting)} images are waiting, of at most {settings.queue}"
-        return ApiError(429, f"{waiting}: try again later", code="queue_full", headers=wait)
 
     if settings.studio:
         add_studio(app)

@@ -16,6 +16,9 @@ from likeness.serve.jobs import SHARE, Job, Jobs, response_of
 from likeness.serve.schema import Generation, PhotoEdit
 from likeness.serve.store import IDENTIFIER, INCOMPLETE, LOST, UNFINISHED
 
+REJECTED = "The request with this Idempotency-Key was not accepted"
+"""Its twin, sent at the same time, found the queue full."""
+
 STREAM = {"x-accel-buffering": "no"}
 """Headers of a stream: a proxy must not buffer it."""
 
@@ -36,7 +39,7 @@ class Results:
         job = self.jobs.live.get(row["id"])
         if job is None and row["state"] in INCOMPLETE:
             if row["id"] == id:
-                await asyncio.to_thread(lambda: self.store.remove(id, states=INCOMPLETE))
+                await asyncio.to_thread(self.store.remove, id, states=INCOMPLETE)
             else:
                 await asyncio.to_thread(self.store.release, key)
             return None
@@ -58,7 +61,7 @@ class Results:
         except ApiError as error:
             if error.status_code != 404:
                 raise
-            raise self.rejected() from error
+            raise self.full(REJECTED) from error
         if row["state"] != "completed":
             message = f"The request with this Idempotency-Key is {row['state']} on another replica: send it again"
             raise ApiError(409, message, code="not_completed")
@@ -122,10 +125,13 @@ class Results:
             data = [{"b64_json": contents[i]} for i in sorted(contents)]
         return {**row["response"], "data": data}
 
-    def rejected(self) -> ApiError:
-        """Return the error for a request whose twin, with the same idempotency key, found the queue full."""
-        message = "The request with this Idempotency-Key was not accepted: send it again"
-        return ApiError(429, message, code="queue_full", headers={"Retry-After": str(self.engine.seconds_until_free())})
+    def full(self, waiting: str = "") -> ApiError:
+        """Return the error for a request that is not accepted, with what is waiting. Default: the images."""
+        if not self.engine.open:
+            return ApiError(503, "The service is shutting down", code="shutting_down", headers={"Retry-After": "5"})
+        wait = {"Retry-After": str(self.engine.seconds_until_free())}
+        waiting = waiting or f"{len(self.engine.waiting)} images are waiting, of at most {self.settings.queue}"
+        return ApiError(429, f"{waiting}: try again later", code="queue_full", headers=wait)
 
     def expired(self, id: str) -> ApiError:
         """Return the error for a job whose files were deleted."""

@@ -32,6 +32,7 @@ from sqlalchemy import (
     event,
     insert,
     inspect,
+    make_url,
     select,
     update,
 )
@@ -245,7 +246,7 @@ def connect(url: str | URL) -> Engine:
     """Open a database. SQLite writes a log ahead, so that readers and the writer do not wait for each other. Raises
     `InputError` for one in memory, which every thread would have for itself.
     """
-    database = create_engine(url, pool_pre_ping=isinstance(url, str) and not url.startswith("sqlite"))
+    database = create_engine(url, pool_pre_ping=make_url(url).get_backend_name() != "sqlite")
     if database.dialect.name == "sqlite":
         if database.url.database in (None, "", ":memory:"):
             raise InputError(f"The database {url} is in memory: give a file, sqlite:///FILE")

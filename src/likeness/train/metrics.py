@@ -111,7 +111,8 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
             line = json.loads(text)
         except json.JSONDecodeError:
             continue
-        lines += [line] if isinstance(line, dict) else []
+        if isinstance(line, dict):
+            lines.append(line)
     return lines
 
 

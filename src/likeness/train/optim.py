@@ -6,8 +6,6 @@ import math
 from typing import Literal
 
 import torch
-import torch._functorch.config
-import torch._inductor.config
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -51,8 +49,10 @@ def make_optimizers(model: nn.Module, recipe: OptimizerRecipe) -> list[torch.opt
             raise InputError("the optimizer adamw8bit needs torchao: pip install 'likeness[train]'") from error
         if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
             # the caches of compiled code on disk do not distinguish parts of different size of a sharded weight
-            torch._inductor.config.fx_graph_cache = False
-            torch._functorch.config.enable_autograd_cache = False
+            from torch._functorch import config as autograd  # here, because torch._inductor takes a second to load
+            from torch._inductor import config as inductor
+
+            inductor.fx_graph_cache = autograd.enable_autograd_cache = False
         return [AdamW8bit(list(parameters.values()), betas=recipe.betas, **settings)]
     matrices = {n: p for n, p in parameters.items() if recipe.name == "muon" and p.ndim == 2 and is_in_block(n)}
     rest = [parameter for name, parameter in parameters.items() if name not in matrices]

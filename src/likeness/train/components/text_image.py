@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 from likeness.data.ahead import read_ahead
-from likeness.data.folder import captions_of, read_photo
+from likeness.data.folder import attributes_of, captions_of, read_photo
 from likeness.data.sampler import Sampler, stream
 from likeness.encoders.latent import to_tensor
 from likeness.encoders.text import token_ids
@@ -125,8 +125,7 @@ def attribute_classes(rows: Sequence[dict[str, Any]], max_classes: int = 32) -> 
     """
     values: dict[str, set[str]] = {}
     for row in rows:
-        attributes = row.get("attributes")
-        for name, value in attributes.items() if isinstance(attributes, dict) else ():
+        for name, value in attributes_of(row).items():
             if isinstance(value, (str, bool)):
                 values.setdefault(name, set()).add(str(value))
     return {name: sorted(found) for name, found in sorted(values.items()) if 2 <= len(found) <= max_classes}
@@ -244,8 +243,7 @@ class Pairs:
         row = torch.tensor(indices)
         same_row = row[:, None] == row[None]  # [B, B]
         same_caption = (ids[:, None] == ids[None]).all(dim=2)  # [B, B]
-        given = [self.rows[index].get("attributes") for index in indices]
-        own = [attributes if isinstance(attributes, dict) else {} for attributes in given]  # a list has no classes
+        own = [attributes_of(self.rows[index]) for index in indices]
         values = [[(str(row.get(name)), known) for name, known in self.classes.items()] for row in own]
         labels = [[known.index(value) if value in known else IGNORED for value, known in row] for row in values]
         return Batch(
